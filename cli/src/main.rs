@@ -1,0 +1,3 @@
+//! The cellway command.
+
+fn main() {}

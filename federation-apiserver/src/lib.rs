@@ -1,0 +1,1 @@
+//! The hub API: a Kubernetes API server over federation-store.

@@ -1,0 +1,1 @@
+//! Watches the hub, acts on members through a connector.

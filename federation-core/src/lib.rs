@@ -1,0 +1,1 @@
+//! Federation decisions: API types, topology, placement, overrides, revisions, masks. Pure.

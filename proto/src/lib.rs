@@ -1,0 +1,1 @@
+//! The wire contracts of cellway: messages, no logic.

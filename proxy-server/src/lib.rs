@@ -1,0 +1,1 @@
+//! The proxy server: holds members' tunnels and reaches back through them.

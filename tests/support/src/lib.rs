@@ -1,0 +1,1 @@
+//! What tests share: namespaces, impairment relay, fetched programs, waiting.

@@ -1,0 +1,1 @@
+//! Identities, certificates and TLS configurations that reload.

@@ -1,0 +1,1 @@
+//! The tunnel: HTTP/2 and QUIC carriers, sessions, connections, relay.

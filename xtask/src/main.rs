@@ -1,0 +1,3 @@
+//! The one door for check, test, generate and bench.
+
+fn main() {}
