@@ -1,1 +1,84 @@
-//! What tests share: namespaces, impairment relay, fetched programs, waiting.
+//! What tests share: waiting on a predicate, child programs that never outlive their test, network namespaces, a relay
+//! that impairs what passes through it, and finding the tools that a test drives.
+//!
+//! Nothing here knows cellway's protocols, so that every crate's tests can use it.
+
+pub mod netns;
+pub mod process;
+pub mod relay;
+pub mod stream;
+pub mod tools;
+mod wait;
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    path::{Path, PathBuf},
+};
+
+pub use self::wait::{TimedOut, wait_for, wait_until};
+
+/// A port of the loopback that was free for TCP and UDP a moment ago. Prefer binding port 0 and reading the port back;
+/// this is for programs that want to be told.
+pub fn free_port() -> io::Result<u16> {
+    // A port that TCP gives may be taken for UDP: a few tries are plenty.
+    let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+    for _ in 0..20 {
+        let tcp = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+        let port = tcp.local_addr()?.port();
+        match UdpSocket::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))) {
+            Ok(_) => return Ok(port),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// A folder of a test: removed when the test passes, kept and named when it panics, because the logs are in it.
+#[derive(Debug)]
+pub struct TestDir {
+    folder: Option<tempfile::TempDir>,
+}
+
+impl TestDir {
+    /// Makes an empty folder whose name begins with `name`.
+    pub fn new(name: &str) -> io::Result<Self> {
+        let folder = tempfile::Builder::new().prefix(&format!("cellway-{name}-")).tempdir()?;
+        Ok(Self { folder: Some(folder) })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        // The folder is only taken out in `drop`.
+        self.folder.as_ref().map_or_else(|| Path::new("."), tempfile::TempDir::path)
+    }
+
+    /// A path inside it.
+    pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.path().join(name)
+    }
+}
+
+impl Drop for TestDir {
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Some(folder) = self.folder.take()
+        {
+            eprintln!("kept for a look: {}", folder.keep().display());
+        }
+    }
+}
+
+/// Ends the test early, and says why, when something it needs is not there: `let kubectl = require!(tools::kubectl());`
+#[macro_export]
+macro_rules! require {
+    ($needed:expr) => {
+        match $needed {
+            Ok(found) => found,
+            Err(reason) => {
+                println!("not run: {reason}");
+                return Default::default();
+            }
+        }
+    };
+}

@@ -1,0 +1,89 @@
+//! The programs that tests drive: kubectl, `ip`, and our own.
+//!
+//! `cargo xtask test` names them by environment; without it they are looked for. Each lookup fails with the reason, so
+//! that a test can say `not run: …` instead of failing for want of a tool.
+
+use std::path::{Path, PathBuf};
+
+/// Why a test cannot run here.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub struct Missing(String);
+
+impl Missing {
+    pub(crate) fn new(reason: impl Into<String>) -> Self {
+        Self(reason.into())
+    }
+}
+
+/// The kubectl in `CELLWAY_KUBECTL`, else the one on the PATH.
+pub fn kubectl() -> Result<PathBuf, Missing> {
+    named("CELLWAY_KUBECTL", "kubectl", "run `cargo xtask test`, which fetches it")
+}
+
+/// iproute2's `ip`.
+pub fn ip() -> Result<PathBuf, Missing> {
+    named("CELLWAY_IP", "ip", "install the Debian package iproute2")
+}
+
+/// HAProxy.
+pub fn haproxy() -> Result<PathBuf, Missing> {
+    named("CELLWAY_HAPROXY", "haproxy", "install the Debian package haproxy")
+}
+
+/// The folder with a stock `kube-apiserver` and `etcd`: `KUBEBUILDER_ASSETS`, the field's own convention.
+pub fn kubebuilder_assets() -> Result<PathBuf, Missing> {
+    let folder = std::env::var_os("KUBEBUILDER_ASSETS")
+        .map(PathBuf::from)
+        .ok_or_else(|| Missing::new("KUBEBUILDER_ASSETS is not set"))?;
+    for program in ["kube-apiserver", "etcd"] {
+        if !folder.join(program).is_file() {
+            return Err(Missing::new(format!(
+                "KUBEBUILDER_ASSETS ({}) holds no {program}",
+                folder.display()
+            )));
+        }
+    }
+    Ok(folder)
+}
+
+/// One of our own programs, as built by the same `cargo test` that runs this.
+pub fn program(name: &str) -> Result<PathBuf, Missing> {
+    let mut folders: Vec<PathBuf> =
+        std::env::var_os("CELLWAY_BIN_DIR").map(PathBuf::from).into_iter().collect();
+    // A test runs as target/<profile>/deps/<test>: its programs lie one folder up.
+    if let Ok(test) = std::env::current_exe()
+        && let Some(profile) = test.parent().and_then(Path::parent)
+    {
+        folders.insert(0, profile.to_path_buf());
+    }
+    folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file()).ok_or_else(|| {
+        Missing::new(format!("the program {name} is not built: run `cargo build --workspace` first"))
+    })
+}
+
+/// Whether this is root, which network namespaces want.
+pub fn root() -> Result<(), Missing> {
+    if rustix::process::geteuid().is_root() {
+        Ok(())
+    } else {
+        Err(Missing::new("network namespaces want root"))
+    }
+}
+
+fn named(variable: &str, program: &str, remedy: &str) -> Result<PathBuf, Missing> {
+    if let Some(path) = std::env::var_os(variable) {
+        let path = PathBuf::from(path);
+        return if path.is_file() {
+            Ok(path)
+        } else {
+            Err(Missing::new(format!("{variable} names {}, which is not a file", path.display())))
+        };
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .map(|folder| folder.join(program))
+        .find(|file| file.is_file())
+        .ok_or_else(|| Missing::new(format!("no `{program}` on the PATH: {remedy}")))
+}

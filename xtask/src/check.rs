@@ -1,0 +1,118 @@
+//! `cargo xtask check`: everything that is verified without running a test. The quick parts come first.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{
+    arrows, generate,
+    shell::{Cmd, root},
+};
+
+pub(crate) fn run(quick: bool) -> Result<()> {
+    Cmd::new("cargo").args(["fmt", "--all", "--check"]).run()?;
+    let mut problems = Vec::new();
+    let metadata =
+        Cmd::new("cargo").args(["metadata", "--no-deps", "--format-version", "1", "--locked"]).read()?;
+    let metadata = serde_json::from_slice(&metadata).context("cargo metadata did not print JSON")?;
+    problems.extend(arrows::violations(&metadata)?);
+    problems.extend(files_without_purpose()?);
+    problems.extend(broken_links()?);
+    problems.extend(generate::stale_messages()?);
+    if !problems.is_empty() {
+        bail!("{} problem(s):\n  {}", problems.len(), problems.join("\n  "));
+    }
+    if quick {
+        return Ok(());
+    }
+    Cmd::new("cargo")
+        .args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"])
+        .run()?;
+    eprintln!("check: all good");
+    Ok(())
+}
+
+/// The files of the project with this ending: tracked ones, and new ones that are not ignored.
+fn files(pattern: &str) -> Result<Vec<PathBuf>> {
+    let listed = Cmd::new("git")
+        .args(["ls-files", "-co", "--exclude-standard", "--deduplicate", "--", pattern])
+        .read()?;
+    let root = root()?;
+    let listed = String::from_utf8(listed).context("git listed a path that is not UTF-8")?;
+    Ok(listed.lines().map(|line| root.join(line)).filter(|path| path.is_file()).collect())
+}
+
+/// Every source file opens with a line that says what it is for; generated ones say so in their own way.
+fn files_without_purpose() -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for path in files("*.rs")? {
+        if path.components().any(|part| part.as_os_str() == "generated") {
+            continue;
+        }
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        if !text.starts_with("//! ") {
+            found.push(format!("{}: does not open with a `//!` line that says what it is for", shown(&path)));
+        }
+    }
+    Ok(found)
+}
+
+/// Relative links in the documentation must lead somewhere.
+fn broken_links() -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for path in files("*.md")? {
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let folder = path.parent().unwrap_or(Path::new("."));
+        for link in links(&text) {
+            let file = link.split('#').next().unwrap_or_default();
+            let elsewhere = file.is_empty() || file.contains("://") || file.starts_with("mailto:");
+            if !elsewhere && !folder.join(file).exists() {
+                found.push(format!("{}: the link to {file} leads nowhere", shown(&path)));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The targets of `[text](target)` outside of code blocks and code spans.
+fn links(text: &str) -> Vec<&str> {
+    let mut found = Vec::new();
+    let mut in_code = false;
+    for line in text.lines() {
+        if line.trim_start().starts_with("```") {
+            in_code = !in_code;
+        }
+        if in_code {
+            continue;
+        }
+        // Every second piece between backticks is a code span.
+        for piece in line.split('`').step_by(2) {
+            let mut rest = piece;
+            while let Some(at) = rest.find("](") {
+                rest = &rest[at + 2..];
+                let Some(end) = rest.find(')') else { break };
+                found.push(&rest[..end]);
+                rest = &rest[end..];
+            }
+        }
+    }
+    found
+}
+
+fn shown(path: &Path) -> String {
+    root().ok().and_then(|root| path.strip_prefix(root).ok()).unwrap_or(path).display().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::links;
+
+    #[test]
+    fn finds_links_outside_code() {
+        let text = "see [a](a.md#x) and [b](b.md)\n```\n[c](c.md)\n```\n`[d](d.md)` [e](e.md)";
+        assert_eq!(links(text), ["a.md#x", "b.md", "e.md"]);
+    }
+}
