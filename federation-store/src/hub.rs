@@ -1,0 +1,272 @@
+//! The recent end of the log in memory, shared by the writer and all watchers.
+//!
+//! There is one ring for everybody and no queue per watcher: a watcher is a position, and one that has fallen out of
+//! the ring reads the database until it is back in. So the memory is bounded whatever the watchers do.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::types::{Event, KeyRange, Revision};
+
+/// Recent events kept, by number and by weight. A watcher that is a few seconds behind at full speed still fits.
+const RING_EVENTS: usize = 8192;
+const RING_BYTES: usize = 32 * 1024 * 1024;
+
+/// Events that a watcher takes out at once: it holds the ring's lock for as long as that takes.
+const EVENTS_PER_READ: usize = 256;
+
+/// See the module.
+pub(crate) struct Hub {
+    ring: Mutex<Ring>,
+    /// The newest revision whose event is in the ring or in the database.
+    revision: watch::Sender<Revision>,
+    compacted: AtomicU64,
+    swept: AtomicU64,
+    watchers: Mutex<Watchers>,
+    pub(crate) closed: CancellationToken,
+    pub(crate) counters: Counters,
+}
+
+/// Sums since the store was opened.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) batches: AtomicU64,
+    pub(crate) writes: AtomicU64,
+    pub(crate) conflicts: AtomicU64,
+    pub(crate) failures: AtomicU64,
+    pub(crate) log_reads: AtomicU64,
+}
+
+/// What the ring has for a watcher.
+pub(crate) enum Recent {
+    /// Matching events, and the revision up to which that is all of them.
+    Read { events: Vec<Arc<Event>>, upto: Revision },
+    /// The events wanted have left the ring.
+    Gone,
+}
+
+/// A watcher's entry, for the metrics; leaves with the value.
+pub(crate) struct Position {
+    hub: Arc<Hub>,
+    id: u64,
+    at: Arc<AtomicU64>,
+}
+
+struct Ring {
+    events: VecDeque<Arc<Event>>,
+    /// The revision before the first event.
+    before: Revision,
+    bytes: usize,
+}
+
+#[derive(Default)]
+struct Watchers {
+    next: u64,
+    positions: HashMap<u64, Arc<AtomicU64>>,
+}
+
+// === impl Hub ===
+
+impl Hub {
+    pub(crate) fn new(revision: Revision, compacted: Revision, swept: Revision) -> Self {
+        Self {
+            ring: Mutex::new(Ring { events: VecDeque::new(), before: revision, bytes: 0 }),
+            revision: watch::Sender::new(revision),
+            compacted: AtomicU64::new(compacted.0),
+            swept: AtomicU64::new(swept.0),
+            watchers: Mutex::default(),
+            closed: CancellationToken::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// Makes committed events known. They follow each other; if they do not follow what the ring has, the ring starts
+    /// anew and the watchers find the rest in the database.
+    pub(crate) fn publish(&self, events: Vec<Event>) {
+        let Some(last) = events.last().map(|event| event.revision) else { return };
+        self.ring.lock().push(events);
+        self.revision.send_replace(last);
+    }
+
+    /// Goes to a revision whose events only the database has.
+    pub(crate) fn skip_to(&self, revision: Revision) {
+        if self.revision() < revision {
+            self.ring.lock().restart(revision);
+            self.revision.send_replace(revision);
+        }
+    }
+
+    pub(crate) fn set_compacted(&self, compacted: Revision, swept: Revision) {
+        self.compacted.store(compacted.0, Ordering::Release);
+        self.swept.store(swept.0, Ordering::Release);
+    }
+
+    pub(crate) fn revision(&self) -> Revision {
+        *self.revision.borrow()
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Revision> {
+        self.revision.subscribe()
+    }
+
+    pub(crate) fn compacted(&self) -> Revision {
+        Revision(self.compacted.load(Ordering::Acquire))
+    }
+
+    pub(crate) fn swept(&self) -> Revision {
+        Revision(self.swept.load(Ordering::Acquire))
+    }
+
+    /// The matching events after `after`, a bounded number of them.
+    pub(crate) fn read(&self, range: &KeyRange, after: Revision) -> Recent {
+        self.ring.lock().read(range, after)
+    }
+
+    /// Number and weight of the events in memory.
+    pub(crate) fn recent(&self) -> (usize, usize) {
+        let ring = self.ring.lock();
+        (ring.events.len(), ring.bytes)
+    }
+
+    pub(crate) fn register(self: &Arc<Self>, at: Revision) -> Position {
+        let at = Arc::new(AtomicU64::new(at.0));
+        let mut watchers = self.watchers.lock();
+        let id = watchers.next;
+        watchers.next += 1;
+        watchers.positions.insert(id, Arc::clone(&at));
+        Position { hub: Arc::clone(self), id, at }
+    }
+
+    /// How many watchers there are, and how many revisions the slowest is behind.
+    pub(crate) fn watchers(&self) -> (usize, u64) {
+        let newest = self.revision().0;
+        let watchers = self.watchers.lock();
+        let slowest = watchers.positions.values().map(|at| at.load(Ordering::Relaxed)).min();
+        (watchers.positions.len(), slowest.map_or(0, |at| newest.saturating_sub(at)))
+    }
+}
+
+// === impl Position ===
+
+impl Position {
+    pub(crate) fn set(&self, at: Revision) {
+        self.at.store(at.0, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Position {
+    fn drop(&mut self) {
+        self.hub.watchers.lock().positions.remove(&self.id);
+    }
+}
+
+// === impl Ring ===
+
+impl Ring {
+    fn newest(&self) -> Revision {
+        Revision(self.before.0 + self.events.len() as u64)
+    }
+
+    fn restart(&mut self, at: Revision) {
+        self.events.clear();
+        self.bytes = 0;
+        self.before = at;
+    }
+
+    fn push(&mut self, events: Vec<Event>) {
+        for event in events {
+            if event.revision != self.newest().next() {
+                self.restart(Revision(event.revision.0.saturating_sub(1)));
+            }
+            self.bytes += event.weight();
+            self.events.push_back(Arc::new(event));
+        }
+        while self.events.len() > RING_EVENTS || self.bytes > RING_BYTES {
+            let Some(oldest) = self.events.pop_front() else { break };
+            self.bytes -= oldest.weight();
+            self.before = oldest.revision;
+        }
+    }
+
+    fn read(&self, range: &KeyRange, after: Revision) -> Recent {
+        let Some(skip) = after.0.checked_sub(self.before.0) else { return Recent::Gone };
+        let mut upto = after;
+        let mut events = Vec::new();
+        for event in self.events.iter().skip(usize::try_from(skip).unwrap_or(usize::MAX)) {
+            upto = event.revision;
+            if range.contains(&event.kv.key) {
+                events.push(Arc::clone(event));
+                if events.len() >= EVENTS_PER_READ {
+                    break;
+                }
+            }
+        }
+        Recent::Read { events, upto }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::types::{EventKind, KeyValue};
+
+    fn event(revision: u64, key: &'static str, size: usize) -> Event {
+        Event {
+            kind: EventKind::Put,
+            revision: Revision(revision),
+            kv: KeyValue {
+                key: Bytes::from(key),
+                value: Bytes::from(vec![0; size]),
+                create_revision: Revision(revision),
+                mod_revision: Revision(revision),
+                version: 1,
+            },
+            prev_kv: None,
+        }
+    }
+
+    #[test]
+    fn reads_what_it_has_and_says_what_it_has_not() {
+        let hub = Hub::new(Revision(5), Revision::ZERO, Revision::ZERO);
+        hub.publish(vec![event(6, "a", 0), event(7, "b", 0), event(8, "a", 0)]);
+        let all = KeyRange::prefix("a");
+        assert!(matches!(hub.read(&all, Revision(4)), Recent::Gone));
+        let Recent::Read { events, upto } = hub.read(&all, Revision(5)) else { panic!("gone") };
+        assert_eq!((events.len(), upto), (2, Revision(8)));
+        let Recent::Read { events, upto } = hub.read(&all, Revision(8)) else { panic!("gone") };
+        assert_eq!((events.len(), upto), (0, Revision(8)));
+        // A hole: what came before is only in the database.
+        hub.publish(vec![event(10, "a", 0)]);
+        assert!(matches!(hub.read(&all, Revision(8)), Recent::Gone));
+        assert_eq!(hub.revision(), Revision(10));
+    }
+
+    #[test]
+    fn stays_within_its_weight() {
+        let hub = Hub::new(Revision(1), Revision::ZERO, Revision::ZERO);
+        for revision in 2..100 {
+            hub.publish(vec![event(revision, "a", 1024 * 1024)]);
+        }
+        let (events, bytes) = hub.recent();
+        assert!(events > 20 && bytes <= RING_BYTES, "{events} events, {bytes} bytes");
+        assert!(matches!(hub.read(&KeyRange::prefix(""), Revision(1)), Recent::Gone));
+    }
+
+    #[test]
+    fn watchers_leave() {
+        let hub = Arc::new(Hub::new(Revision(9), Revision::ZERO, Revision::ZERO));
+        let position = hub.register(Revision(4));
+        assert_eq!(hub.watchers(), (1, 5));
+        position.set(Revision(9));
+        assert_eq!(hub.watchers(), (1, 0));
+        drop(position);
+        assert_eq!(hub.watchers(), (0, 0));
+    }
+}

@@ -1,0 +1,121 @@
+//! Following the log.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use futures::Stream;
+use tokio::sync::watch;
+
+use crate::backend::Backend;
+use crate::error::Error;
+use crate::hub::{Hub, Position, Recent};
+use crate::types::{Event, KeyRange, Revision};
+
+/// Follows the writes to a range of keys: every event with a revision **greater** than the one it was started from,
+/// once, in order. Made by [`crate::Store::watch`].
+///
+/// It holds a bounded number of events (a few hundred, 8 MiB); nothing is queued for it while it is not polled.
+pub struct Watcher {
+    hub: Arc<Hub>,
+    backend: Arc<dyn Backend>,
+    range: KeyRange,
+    changed: watch::Receiver<Revision>,
+    buffer: VecDeque<Arc<Event>>,
+    /// All events of the range up to here were returned or are in the buffer.
+    read: Revision,
+    position: Position,
+}
+
+// === impl Watcher ===
+
+impl Watcher {
+    pub(crate) fn new(hub: Arc<Hub>, backend: Arc<dyn Backend>, range: KeyRange, from: Revision) -> Self {
+        Self {
+            changed: hub.subscribe(),
+            position: hub.register(from),
+            hub,
+            backend,
+            range,
+            buffer: VecDeque::new(),
+            read: from,
+        }
+    }
+
+    /// The next event; waits for it. Cancel-safe: a dropped call loses nothing.
+    ///
+    /// Fails with [`Error::Compacted`] when the watcher was so slow that its events were compacted: list anew and
+    /// watch from there. [`Error::Closed`] comes after the last event of a closed store. A database error may be
+    /// followed by another call.
+    pub async fn next(&mut self) -> Result<Arc<Event>, Error> {
+        loop {
+            if let Some(event) = self.buffer.pop_front() {
+                self.position.set(self.progress());
+                return Ok(event);
+            }
+            // Seen before reading, so that a write after the read wakes the wait below.
+            self.changed.borrow_and_update();
+            let closed = self.hub.closed.is_cancelled();
+            if self.fill().await? {
+                continue;
+            }
+            if closed {
+                return Err(Error::Closed);
+            }
+            tokio::select! {
+                changed = self.changed.changed() => changed.map_err(|_| Error::Closed)?,
+                () = self.hub.closed.cancelled() => {}
+            }
+        }
+    }
+
+    /// Every event of the range with a revision up to this one has been returned: what a bookmark says.
+    ///
+    /// It advances with writes to other keys as well, whenever [`Self::next`] is polled.
+    pub fn progress(&self) -> Revision {
+        match self.buffer.front() {
+            Some(event) => Revision(event.revision.0 - 1),
+            None => self.read,
+        }
+    }
+
+    /// The same as a stream that ends after its first error.
+    pub fn into_stream(self) -> impl Stream<Item = Result<Arc<Event>, Error>> + Send + 'static {
+        futures::stream::unfold(Some(self), |watcher| async move {
+            let mut watcher = watcher?;
+            match watcher.next().await {
+                Ok(event) => Some((Ok(event), Some(watcher))),
+                Err(error) => Some((Err(error), None)),
+            }
+        })
+    }
+
+    /// Reads on; whether that got anywhere.
+    async fn fill(&mut self) -> Result<bool, Error> {
+        let upto = match self.hub.read(&self.range, self.read) {
+            Recent::Read { events, upto } => {
+                self.buffer.extend(events);
+                upto
+            }
+            Recent::Gone => {
+                self.hub.counters.log_reads.fetch_add(1, Ordering::Relaxed);
+                let logged = self.backend.events(&self.range, self.read).await?;
+                if self.read < logged.state.compacted {
+                    return Err(Error::Compacted { requested: self.read, compacted: logged.state.compacted });
+                }
+                self.buffer.extend(logged.events.into_iter().map(Arc::new));
+                logged.upto
+            }
+        };
+        let moved = upto > self.read;
+        self.read = upto;
+        self.position.set(self.progress());
+        Ok(moved)
+    }
+}
+
+impl std::fmt::Debug for Watcher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Watcher").field("range", &self.range).field("progress", &self.progress()).finish()
+    }
+}
