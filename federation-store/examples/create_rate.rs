@@ -43,8 +43,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         "{clients} clients: {:.0} creates/s of 1 KiB, {:.1} per transaction, p50 {:?}, p99 {:?}",
         latencies.len() as f64 / elapsed.as_secs_f64(),
         metrics.writes as f64 / metrics.batches.max(1) as f64,
-        latencies.get(latencies.len() / 2),
-        latencies.get(latencies.len() * 99 / 100),
+        latencies.get(latencies.len() / 2).copied().unwrap_or_default(),
+        latencies.get(latencies.len() * 99 / 100).copied().unwrap_or_default(),
     );
     store.close().await;
     Ok(())

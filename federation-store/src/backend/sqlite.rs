@@ -18,6 +18,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt as _, TryStreamExt as _};
+use parking_lot::Mutex;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow,
     SqliteSynchronous,
@@ -84,8 +85,8 @@ const NAME: &str = "SQLite";
 pub(crate) struct SqliteBackend {
     writer: SqlitePool,
     readers: SqlitePool,
-    /// Held, and with it the database, as long as the backend lives.
-    _lock: Option<File>,
+    /// Held, and with it the database, until the backend is closed.
+    lock: Mutex<Option<File>>,
 }
 
 // === impl SqliteBackend ===
@@ -109,7 +110,7 @@ impl SqliteBackend {
             .connect_with(options.create_if_missing(false).read_only(true))
             .await
             .map_err(open)?;
-        Ok(Self { writer, readers, _lock: Some(lock) })
+        Ok(Self { writer, readers, lock: Mutex::new(Some(lock)) })
     }
 
     /// A store that lives as long as the value.
@@ -125,7 +126,7 @@ impl SqliteBackend {
             .await
             .map_err(|source| OpenError::Open { path: PathBuf::from(":memory:"), source })?;
         migrate(&writer).await?;
-        Ok(Self { readers: writer.clone(), writer, _lock: None })
+        Ok(Self { readers: writer.clone(), writer, lock: Mutex::new(None) })
     }
 
     async fn try_get(
@@ -357,6 +358,7 @@ impl Backend for SqliteBackend {
             // writer may.
             self.readers.close().await;
             self.writer.close().await;
+            self.lock.lock().take();
         }
         .boxed()
     }
