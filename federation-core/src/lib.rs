@@ -1,1 +1,83 @@
-//! Federation decisions: API types, topology, placement, overrides, revisions, masks. Pure.
+//! The decisions of the federation: what lies in which member, at which revision, and what the status says of it.
+//!
+//! Everything here is a function of its arguments. There is no clock, no socket, no task and no API client: the
+//! controller observes the hub and the members, hands the observation to [`plan::plan`], and carries out the
+//! [`plan::Plan`] that comes back. The same observation always gives the same plan, and carrying a plan out leads to an
+//! observation whose plan is empty.
+//!
+//! Reading order: [`api`] (what people write), [`topology`] (units), [`metadata`] (which annotations and labels are
+//! whose), [`revision`] (snapshots), [`render`] (a unit's member object), [`drift`] (is the member's object what it
+//! should be), [`plan`] (all of it together), [`status`].
+
+pub mod api;
+pub mod drift;
+pub mod metadata;
+pub mod names;
+pub mod overrides;
+pub mod plan;
+pub mod render;
+pub mod revision;
+pub mod status;
+pub mod topology;
+pub mod types;
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::CustomResourceExt as _;
+
+pub use self::types::FederatedType;
+
+/// Every CustomResourceDefinition that a hub needs, with the built-in federated types.
+pub fn crds() -> Vec<CustomResourceDefinition> {
+    crds_for(&types::builtin())
+}
+
+/// Every CustomResourceDefinition that a hub needs to federate `types`.
+pub fn crds_for(types: &[FederatedType]) -> Vec<CustomResourceDefinition> {
+    let mut all = vec![
+        api::KubeFedCluster::crd(),
+        api::Cell::crd(),
+        api::PropagationConfig::crd(),
+        api::FederatedRevision::crd(),
+    ];
+    all.extend(types.iter().map(api::federated_crd));
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crds_are_structural_and_named_as_the_groups_say() {
+        let crds = crds();
+        let names: Vec<_> = crds.iter().filter_map(|crd| crd.metadata.name.clone()).collect();
+        assert_eq!(
+            names,
+            [
+                "kubefedclusters.core.kubefed.io",
+                "cells.topology.cellway.io",
+                "propagationconfigs.policy.cellway.io",
+                "federatedrevisions.types.kubefed.io",
+                "federateddeployments.types.kubefed.io",
+                "federatedconfigmaps.types.kubefed.io",
+            ]
+        );
+        for crd in &crds {
+            for version in &crd.spec.versions {
+                assert!(version.served && version.storage);
+                let schema = serde_json::to_value(&version.schema).expect("serialises");
+                let text = schema.to_string();
+                assert!(!text.contains("$ref"), "{}: {text}", crd.spec.names.kind);
+                assert!(!text.contains("\"oneOf\""), "{}: {text}", crd.spec.names.kind);
+                assert!(!text.contains("\"anyOf\""), "{}: {text}", crd.spec.names.kind);
+            }
+        }
+        let deployment = serde_json::to_value(&crds[4]).expect("serialises");
+        assert_eq!(deployment["spec"]["scope"], "Namespaced");
+        assert_eq!(
+            deployment["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+                ["template"]["x-kubernetes-preserve-unknown-fields"],
+            true
+        );
+    }
+}

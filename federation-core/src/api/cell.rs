@@ -1,0 +1,30 @@
+//! `Cell`: a deployment unit, a slice of one member with its own nodes and labels.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::Toleration;
+use kube::CustomResource;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A deployment unit: the part of one member cluster that a node selector describes.
+#[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "topology.cellway.io",
+    version = "v1alpha1",
+    kind = "Cell",
+    derive = "PartialEq",
+    printcolumn = r#"{"name":"Cluster","type":"string","jsonPath":".spec.cluster"}"#,
+    printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
+)]
+#[serde(rename_all = "camelCase")]
+pub struct CellSpec {
+    /// Name of the `KubeFedCluster` that the cell lies in. A cell does not move: changing this makes it a new unit.
+    pub cluster: String,
+    /// Labels of the cell's nodes; added to the node selector of every workload placed in the cell.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub node_selector: BTreeMap<String, String>,
+    /// Tolerations added to every workload placed in the cell.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tolerations: Vec<Toleration>,
+}

@@ -1,0 +1,284 @@
+//! `FederatedX`: an object over many units, in the multi-topology form. One shape serves every target kind.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceDefinition, CustomResourceSubresourceScale,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use kube::{CustomResource, CustomResourceExt as _};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::schema::{any_object, any_value};
+use crate::types::{FEDERATED_GROUP, FederatedType, Readiness};
+
+/// What a federated object asks for.
+#[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "types.kubefed.io",
+    version = "v1beta2",
+    kind = "FederatedObject",
+    namespaced,
+    status = "FederatedStatus",
+    derive = "PartialEq",
+    category = "federated",
+    printcolumn = r#"{"name":"Units","type":"string","jsonPath":".status.summary"}"#,
+    printcolumn = r#"{"name":"Revision","type":"string","jsonPath":".status.currentRevision"}"#,
+    printcolumn = r#"{"name":"Propagated","type":"string","jsonPath":".status.conditions[?(@.type=='Propagated')].status"}"#,
+    printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type=='Ready')].status"}"#,
+    printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
+)]
+#[serde(rename_all = "camelCase")]
+pub struct FederatedSpec {
+    /// What a unit is: a cell, or a whole cluster.
+    #[serde(default)]
+    pub topology_type: TopologyType,
+    /// The member object without apiVersion, kind, name and namespace. Of its metadata, labels and annotations count.
+    #[schemars(schema_with = "any_object")]
+    pub template: Value,
+    /// Where it goes.
+    #[serde(default)]
+    pub placement: Placement,
+    /// Differences of single units, applied in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub overrides: Vec<Override>,
+    /// The units that may move to the newest revision. Absent: all. With an empty list: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement_mask: Option<PlacementMask>,
+    /// Whether cells of one cluster share an object of a kind that is not a workload.
+    #[serde(default, skip_serializing_if = "Naming::is_shared")]
+    pub naming: Naming,
+    /// How many revisions that no unit uses are kept; ten when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1000))]
+    pub revision_history_limit: Option<u32>,
+}
+
+/// What a unit is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum TopologyType {
+    #[default]
+    Cell,
+    Cluster,
+}
+
+/// `Shared`: one object per cluster for all its cells. `PerUnit`: an object of its own, `<name>-<cell>`, for each cell.
+/// Workloads are always per cell.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Naming {
+    #[default]
+    Shared,
+    PerUnit,
+}
+
+/// Where an object goes: units by name or, when no list is given, by label. Neither: nowhere.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Placement {
+    /// Units by name; an empty list is nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub units: Option<Vec<UnitReference>>,
+    /// Units by the labels of their Cell or KubeFedCluster; `{}` is all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit_selector: Option<LabelSelector>,
+}
+
+/// A unit by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct UnitReference {
+    /// Name of the Cell or KubeFedCluster.
+    pub name: String,
+}
+
+/// Differences of the units that are named or selected.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Override {
+    /// Units by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub units: Option<Vec<String>>,
+    /// Units by label, when no names are given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit_selector: Option<LabelSelector>,
+    /// JSON patch operations on the template.
+    pub patches: Vec<Patch>,
+}
+
+/// One JSON patch operation (RFC 6902).
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Patch {
+    /// What to do; `replace` when absent.
+    #[serde(default)]
+    pub op: PatchOp,
+    /// JSON pointer into the template, for example `/spec/replicas`.
+    pub path: String,
+    /// The new value, for `add` and `replace`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "any_value")]
+    pub value: Option<Value>,
+}
+
+/// What a patch does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PatchOp {
+    Add,
+    #[default]
+    Replace,
+    Remove,
+}
+
+/// The units that may move to the newest revision; the others stay exactly where they are.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PlacementMask {
+    /// Units by name.
+    #[serde(default)]
+    pub units: Vec<String>,
+}
+
+/// What became of a federated object.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FederatedStatus {
+    /// The generation of the object that this status speaks of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// The newest revision: what the mask lets through.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub current_revision: Option<String>,
+    /// One line for people, for example `3 units: 2 synced, 1 masked`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub summary: Option<String>,
+    /// Replicas over all units, for kinds that have them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<i64>,
+    /// Ready replicas over all units, for kinds that have them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready_replicas: Option<i64>,
+    /// `Propagated` and `Ready`; `MaskInvalid`, `PlacementInvalid` and `OverridesInvalid` when something is wrong.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Condition>,
+    /// Every unit that has, or is to have or to lose, an object.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub units: Vec<UnitStatus>,
+}
+
+/// A condition in the shape of Kubernetes' own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Condition {
+    /// What is said.
+    #[serde(rename = "type")]
+    pub type_: String,
+    /// `True`, `False` or `Unknown`.
+    pub status: String,
+    /// The generation of the object that it was said of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// When `status` last changed (RFC 3339).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_transition_time: Option<String>,
+    /// One word for programs.
+    #[serde(default)]
+    pub reason: String,
+    /// A sentence for people.
+    #[serde(default)]
+    pub message: String,
+}
+
+/// What became of one unit.
+///
+/// `revision` and `pendingRevision` are the controller's memory of where a unit is, not only a report: they are written
+/// before anything is done in the member, and a masked unit is held to them.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct UnitStatus {
+    /// Name of the unit.
+    pub name: String,
+    /// The member that it lies in.
+    pub cluster: String,
+    /// Where it stands.
+    #[serde(default)]
+    pub phase: Phase,
+    /// The revision that its object is known to be at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// The revision that it is being moved to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending_revision: Option<String>,
+    /// Name of its object in the member.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object: Option<String>,
+    /// Whether its object is ready, as far as that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready: Option<bool>,
+    /// One word for programs, when something is not as it should be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// A sentence for people, with what to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// What the member's object reports of itself, last seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "any_object")]
+    pub observed: Option<Map<String, Value>>,
+    /// Collected annotations of class `Status`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+    /// Collected labels of class `Status`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Where a unit stands. `Pending`: a write is due or under way. `Synced`: its object is as the newest revision says.
+/// `Masked`: its object is as an earlier revision says and the mask keeps it there, or the mask has not let it start.
+/// `Unreachable`: the member cannot be reached; nothing is moved or deleted for that. `Conflict`: its object is
+/// somebody else's, or cells that share it disagree. `Failed`: the last write failed. `Removing`: its object is to go.
+/// `Missing`: the Cell or the KubeFedCluster does not exist.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+pub enum Phase {
+    #[default]
+    Pending,
+    Synced,
+    Masked,
+    Unreachable,
+    Conflict,
+    Failed,
+    Removing,
+    Missing,
+}
+
+/// The CustomResourceDefinition of one federated type.
+pub fn federated_crd(of: &FederatedType) -> CustomResourceDefinition {
+    let mut crd = FederatedObject::crd();
+    crd.metadata.name = Some(format!("{}.{FEDERATED_GROUP}", of.plural));
+    crd.spec.names.kind = of.kind.clone();
+    crd.spec.names.list_kind = Some(format!("{}List", of.kind));
+    crd.spec.names.plural = of.plural.clone();
+    crd.spec.names.singular = Some(of.kind.to_lowercase());
+    crd.spec.names.short_names = (!of.short_names.is_empty()).then(|| of.short_names.clone());
+    if of.readiness == Readiness::Replicas {
+        for version in &mut crd.spec.versions {
+            if let Some(subresources) = &mut version.subresources {
+                subresources.scale = Some(CustomResourceSubresourceScale {
+                    label_selector_path: None,
+                    spec_replicas_path: ".spec.template.spec.replicas".into(),
+                    status_replicas_path: ".status.replicas".into(),
+                });
+            }
+        }
+    }
+    crd
+}
+
+// === impl Naming ===
+
+impl Naming {
+    /// Whether it is the default.
+    pub fn is_shared(&self) -> bool {
+        *self == Self::Shared
+    }
+}

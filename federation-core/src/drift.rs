@@ -1,0 +1,247 @@
+//! Is a member's object what the hub asked for?
+//!
+//! The hub owns the fields that it applied and no others: a member's API server adds defaults, other managers add
+//! fields, and neither is drift. Two means together answer the question:
+//!
+//! - the rendered hash in an annotation tells whether this very content was asked for (so that a field which was given
+//!   up is noticed even though it is no longer in the desired object);
+//! - the desired fields are compared with the same fields of the live object. API servers write some values in their own
+//!   way (`1000m` becomes `1`), so what counts, once known, is what the server answered to the last apply, the
+//!   [`Baseline`].
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value};
+use thiserror::Error;
+
+use crate::names::{MANAGED_LABEL, RENDERED_ANNOTATION, SOURCE_ANNOTATION};
+
+/// Fields that name an element of a list of objects, in the order in which they are tried. They are the list-map keys
+/// of the built-in kinds; a list without one is compared as a whole.
+const ELEMENT_KEYS: [&str; 8] =
+    ["name", "containerPort", "port", "mountPath", "devicePath", "ip", "topologyKey", "uid"];
+
+/// What a member answered to the last apply, limited to the fields that were asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Baseline {
+    /// The hash of what was asked for.
+    pub hash: String,
+    /// The same fields as the server gave them back.
+    pub answer: Value,
+}
+
+/// Why an existing member object is left alone.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Refusal {
+    /// The hub did not create it.
+    #[error(
+        "the object exists and is not managed by the hub: delete it, or let the controller adopt objects"
+    )]
+    NotManaged,
+    /// The member opted out.
+    #[error("the member opted out with the label {MANAGED_LABEL}=false on the object")]
+    OptedOut,
+    /// It belongs to another federated object.
+    #[error("the object belongs to {other} of the hub")]
+    Other {
+        /// `<plural>/<name>` of the owner.
+        other: String,
+    },
+}
+
+// === impl Refusal ===
+
+impl Refusal {
+    /// One word for programs, KubeFed's where it has one.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NotManaged => "AlreadyExists",
+            Self::OptedOut => "ManagedLabelFalse",
+            Self::Other { .. } => "OwnedByAnother",
+        }
+    }
+}
+
+/// Whether the hub may write an object that exists. `source` is the federated object's own mark.
+pub fn admit(live: &Value, source: &str, adopt: bool) -> Result<(), Refusal> {
+    let managed = live["metadata"]["labels"][MANAGED_LABEL].as_str();
+    if managed == Some("false") {
+        return Err(Refusal::OptedOut);
+    }
+    match live["metadata"]["annotations"][SOURCE_ANNOTATION].as_str() {
+        Some(owner) if owner == source => Ok(()),
+        Some(owner) => Err(Refusal::Other { other: owner.to_owned() }),
+        // Managed without a source: KubeFed put it there before us.
+        None if managed == Some("true") || adopt => Ok(()),
+        None => Err(Refusal::NotManaged),
+    }
+}
+
+/// Whether an object is one of `source`'s.
+pub fn belongs_to(live: &Value, source: &str) -> bool {
+    live["metadata"]["annotations"][SOURCE_ANNOTATION].as_str() == Some(source)
+}
+
+/// Whether the live object is what was asked for.
+pub fn up_to_date(live: &Value, desired: &Value, hash: &str, baseline: Option<&Baseline>) -> bool {
+    if live["metadata"]["annotations"][RENDERED_ANNOTATION].as_str() != Some(hash) {
+        return false;
+    }
+    match baseline {
+        Some(baseline) if baseline.hash == hash => project(live, desired) == baseline.answer,
+        _ => covers(live, desired),
+    }
+}
+
+/// What to remember of a server's answer to an apply of `desired`.
+pub fn baseline(answer: &Value, desired: &Value, hash: &str) -> Baseline {
+    Baseline { hash: hash.to_owned(), answer: project(answer, desired) }
+}
+
+/// The map of strings at `metadata.<field>`.
+pub fn metadata_map(object: &Value, field: &str) -> BTreeMap<String, String> {
+    let Value::Object(map) = &object["metadata"][field] else { return BTreeMap::new() };
+    map.iter().filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
+}
+
+/// The fields of `live` that `desired` speaks of.
+fn project(live: &Value, desired: &Value) -> Value {
+    match (live, desired) {
+        (Value::Object(live), Value::Object(desired)) => {
+            let fields = desired.iter().filter_map(|(key, wanted)| {
+                let found = live.get(key)?;
+                Some((key.clone(), project(found, wanted)))
+            });
+            Value::Object(fields.collect::<Map<_, _>>())
+        }
+        (Value::Array(found), Value::Array(wanted)) => match element_key(found, wanted) {
+            Some(key) => Value::Array(
+                wanted
+                    .iter()
+                    .filter_map(|wanted| {
+                        found
+                            .iter()
+                            .find(|found| found[key] == wanted[key])
+                            .map(|found| project(found, wanted))
+                    })
+                    .collect(),
+            ),
+            None => live.clone(),
+        },
+        _ => live.clone(),
+    }
+}
+
+/// Whether everything in `desired` is in `live`.
+fn covers(live: &Value, desired: &Value) -> bool {
+    match (live, desired) {
+        (Value::Object(live), Value::Object(desired)) => {
+            desired.iter().all(|(key, wanted)| match live.get(key) {
+                Some(found) => covers(found, wanted),
+                // A server may leave out what is empty.
+                None => is_empty(wanted),
+            })
+        }
+        (Value::Array(found), Value::Array(wanted)) => match element_key(found, wanted) {
+            Some(key) => wanted
+                .iter()
+                .all(|wanted| found.iter().any(|found| found[key] == wanted[key] && covers(found, wanted))),
+            None => {
+                found.len() == wanted.len()
+                    && found.iter().zip(wanted).all(|(found, wanted)| covers(found, wanted))
+            }
+        },
+        (Value::Number(found), Value::Number(wanted)) => found == wanted || found.as_f64() == wanted.as_f64(),
+        _ => live == desired,
+    }
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Object(map) => map.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        _ => false,
+    }
+}
+
+/// The field that names the elements of both lists: present everywhere, and different in every wanted element.
+fn element_key(found: &[Value], wanted: &[Value]) -> Option<&'static str> {
+    if wanted.is_empty() {
+        return None;
+    }
+    ELEMENT_KEYS.into_iter().find(|key| {
+        let named = |item: &Value| item.get(key).is_some_and(|name| !name.is_null());
+        found.iter().chain(wanted).all(named)
+            && wanted
+                .iter()
+                .enumerate()
+                .all(|(index, item)| wanted[..index].iter().all(|other| other[key] != item[key]))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn check(live: Value, desired: Value, expect: bool) {
+        assert_eq!(covers(&live, &desired), expect, "{live} {desired}");
+    }
+
+    #[test]
+    fn additions_are_not_drift() {
+        check(json!({"a": 1, "b": 2}), json!({"a": 1}), true);
+        check(json!({"a": 2}), json!({"a": 1}), false);
+        check(json!({}), json!({"a": 1}), false);
+        check(json!({}), json!({"a": {}, "b": []}), true);
+        check(json!({"a": 1.0}), json!({"a": 1}), true);
+        check(json!({"a": "1"}), json!({"a": 1}), false);
+        check(
+            json!([{"name": "sidecar"}, {"name": "web", "image": "web:1", "policy": "Always"}]),
+            json!([{"name": "web", "image": "web:1"}]),
+            true,
+        );
+        check(json!([{"name": "web", "image": "web:2"}]), json!([{"name": "web", "image": "web:1"}]), false);
+        check(json!([{"name": "other"}]), json!([{"name": "web"}]), false);
+        check(json!([{"key": "gpu", "effect": "x"}]), json!([{"key": "gpu"}]), true);
+        check(json!([{"key": "gpu"}, {"key": "more"}]), json!([{"key": "gpu"}]), false);
+        check(json!(["a", "b"]), json!(["a"]), false);
+        check(json!(["a"]), json!([]), false);
+    }
+
+    #[test]
+    fn the_servers_own_spelling_is_not_drift_once_known() {
+        let mark = |cpu: &str, extra: bool| {
+            let mut object =
+                json!({"metadata": {"annotations": {RENDERED_ANNOTATION: "h"}}, "spec": {"cpu": cpu}});
+            if extra {
+                object["status"] = json!({"replicas": 1});
+            }
+            object
+        };
+        let desired = mark("1000m", false);
+        assert!(!up_to_date(&mark("1", false), &desired, "h", None));
+        let baseline = baseline(&mark("1", false), &desired, "h");
+        assert!(up_to_date(&mark("1", true), &desired, "h", Some(&baseline)));
+        assert!(!up_to_date(&mark("2", true), &desired, "h", Some(&baseline)));
+        assert!(!up_to_date(&mark("1", true), &desired, "other", Some(&baseline)));
+    }
+
+    #[test]
+    fn whose_object_it_is() {
+        let object = |managed: Option<&str>, source: Option<&str>| json!({"metadata": {"labels": {MANAGED_LABEL: managed}, "annotations": {SOURCE_ANNOTATION: source}}});
+        let check = |managed, source, adopt, expect: Result<(), &str>| {
+            let found = admit(&object(managed, source), "x/web", adopt).map_err(|refusal| refusal.reason());
+            assert_eq!(found, expect, "{managed:?} {source:?} {adopt}");
+        };
+        check(Some("true"), Some("x/web"), false, Ok(()));
+        check(None, Some("x/web"), false, Ok(()));
+        check(Some("true"), None, false, Ok(()));
+        check(None, None, false, Err("AlreadyExists"));
+        check(None, None, true, Ok(()));
+        check(Some("false"), Some("x/web"), true, Err("ManagedLabelFalse"));
+        check(Some("true"), Some("x/other"), true, Err("OwnedByAnother"));
+    }
+}

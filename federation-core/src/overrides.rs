@@ -1,0 +1,220 @@
+//! Overrides: what differs in single units.
+
+use std::collections::BTreeSet;
+
+use kube::core::SelectorExt as _;
+use serde_json::{Map, Value, json};
+use thiserror::Error;
+
+use crate::api::{Override, Patch, PatchOp, TopologyType};
+use crate::topology::{SelectorError, Topology, Unit, parse_selector};
+
+/// Paths that an override may not touch, with everything under them: they say which object it is, and whose.
+const FORBIDDEN: [&str; 8] = [
+    "/apiVersion",
+    "/kind",
+    "/metadata/name",
+    "/metadata/namespace",
+    "/metadata/generateName",
+    "/metadata/ownerReferences",
+    "/metadata/finalizers",
+    "/status",
+];
+
+/// Why an override cannot be applied to a unit.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum OverrideError {
+    /// The path is not a template's to set.
+    #[error("override path {path:?} is not allowed: it says which object this is, not how it looks")]
+    Forbidden {
+        /// The path.
+        path: String,
+    },
+    /// The operation does not fit the template.
+    #[error("override {op} {path:?} does not apply: {reason}")]
+    NotApplicable {
+        /// The operation.
+        op: &'static str,
+        /// Its path.
+        path: String,
+        /// What the patch library says.
+        reason: String,
+    },
+    /// The selector cannot be read.
+    #[error(transparent)]
+    Selector(#[from] SelectorError),
+}
+
+/// Applies every override that speaks of `unit` to `document`, in order.
+pub fn apply(document: &mut Value, overrides: &[Override], unit: &Unit) -> Result<(), OverrideError> {
+    for entry in overrides {
+        if selects(entry, unit)? {
+            for patch in &entry.patches {
+                apply_patch(document, patch)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What is wrong with a list of overrides whatever the unit, in sentences: unknown names, entries that speak of nobody,
+/// forbidden paths.
+pub fn complaints(overrides: &[Override], topology: TopologyType, known: &Topology) -> Vec<String> {
+    let mut complaints = Vec::new();
+    let mut unknown = BTreeSet::new();
+    for (index, entry) in overrides.iter().enumerate() {
+        match (&entry.units, &entry.unit_selector) {
+            (None, None) => {
+                complaints
+                    .push(format!("overrides[{index}] has neither units nor unitSelector and does nothing"));
+            }
+            (Some(units), _) => unknown.extend(units.iter().filter(|unit| !known.has_unit(topology, unit))),
+            (None, Some(selector)) => {
+                if let Err(error) = parse_selector(selector) {
+                    complaints.push(format!("overrides[{index}]: {error}"));
+                }
+            }
+        }
+        for patch in &entry.patches {
+            if let Some(path) = forbidden(&patch.path) {
+                complaints.push(format!("overrides[{index}]: path {path:?} is not allowed"));
+            }
+        }
+    }
+    if !unknown.is_empty() {
+        let unknown: Vec<_> = unknown.into_iter().map(String::as_str).collect();
+        complaints.push(format!("overrides name unknown units: {}", unknown.join(", ")));
+    }
+    complaints
+}
+
+fn selects(entry: &Override, unit: &Unit) -> Result<bool, OverrideError> {
+    match (&entry.units, &entry.unit_selector) {
+        (Some(units), _) => Ok(units.contains(&unit.name)),
+        (None, Some(selector)) => Ok(parse_selector(selector)?.matches(&unit.labels)),
+        (None, None) => Ok(false),
+    }
+}
+
+fn apply_patch(document: &mut Value, patch: &Patch) -> Result<(), OverrideError> {
+    if forbidden(&patch.path).is_some() {
+        return Err(OverrideError::Forbidden { path: patch.path.clone() });
+    }
+    let op = match patch.op {
+        PatchOp::Add => "add",
+        PatchOp::Replace => "replace",
+        PatchOp::Remove => "remove",
+    };
+    let failed = |reason: String| OverrideError::NotApplicable { op, path: patch.path.clone(), reason };
+    let operation = match patch.op {
+        PatchOp::Remove => json!([{"op": op, "path": patch.path}]),
+        PatchOp::Add | PatchOp::Replace => {
+            json!([{"op": op, "path": patch.path, "value": patch.value.clone().unwrap_or(Value::Null)}])
+        }
+    };
+    let operations: json_patch::Patch =
+        serde_json::from_value(operation).map_err(|error| failed(error.to_string()))?;
+    json_patch::patch(document, &operations).map_err(|error| failed(error.kind.to_string()))?;
+    if document.is_object() { Ok(()) } else { Err(failed("it would replace the whole object".into())) }
+}
+
+fn forbidden(path: &str) -> Option<&str> {
+    let whole = path.is_empty() || path == "/metadata";
+    let under = FORBIDDEN.iter().any(|forbidden| {
+        path == *forbidden || path.strip_prefix(forbidden).is_some_and(|rest| rest.starts_with('/'))
+    });
+    (whole || under || reserved_key(path)).then_some(path)
+}
+
+/// Whether the path goes to a label or annotation that is cellway's own.
+fn reserved_key(path: &str) -> bool {
+    ["/metadata/labels/", "/metadata/annotations/"].iter().any(|prefix| {
+        path.strip_prefix(prefix)
+            .is_some_and(|key| crate::names::is_reserved(&key.replace("~1", "/").replace("~0", "~")))
+    })
+}
+
+/// The document that overrides see: the template with its metadata, both maps present so that keys can be added.
+pub fn document(template: &Value, labels: Map<String, Value>, annotations: Map<String, Value>) -> Value {
+    let mut document = match template {
+        Value::Object(map) => map.clone(),
+        _ => Map::new(),
+    };
+    document.insert("metadata".into(), json!({ "labels": labels, "annotations": annotations }));
+    Value::Object(document)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unit(name: &str) -> Unit {
+        Unit {
+            name: name.into(),
+            cluster: "x".into(),
+            labels: [("zone".to_owned(), "1".to_owned())].into(),
+            cell: None,
+        }
+    }
+
+    fn check(patches: Value, expect: Result<Value, &str>) {
+        let mut document =
+            json!({"metadata": {"labels": {}, "annotations": {}}, "spec": {"replicas": 2, "list": ["a"]}});
+        let entry = Override {
+            units: Some(vec!["a".into()]),
+            unit_selector: None,
+            patches: serde_json::from_value(patches).expect("patches"),
+        };
+        let done = apply(&mut document, &[entry], &unit("a")).map(|()| document["spec"].clone());
+        match (done, expect) {
+            (Ok(found), Ok(expected)) => assert_eq!(found, expected),
+            (Err(error), Err(text)) => assert!(error.to_string().contains(text), "{error}"),
+            (found, expected) => panic!("{found:?} is not {expected:?}"),
+        }
+    }
+
+    #[test]
+    fn patches() {
+        check(json!([{"path": "/spec/replicas", "value": 4}]), Ok(json!({"replicas": 4, "list": ["a"]})));
+        check(
+            json!([{"op": "add", "path": "/spec/list/-", "value": "b"}]),
+            Ok(json!({"replicas": 2, "list": ["a", "b"]})),
+        );
+        check(json!([{"op": "remove", "path": "/spec/list"}]), Ok(json!({"replicas": 2})));
+        check(json!([{"path": "/spec/absent", "value": 4}]), Err("does not apply"));
+        check(json!([{"path": "/metadata/name", "value": "x"}]), Err("not allowed"));
+        check(json!([{"path": "/kind", "value": "x"}]), Err("not allowed"));
+        check(json!([{"op": "add", "path": "/metadata/finalizers/0", "value": "x"}]), Err("not allowed"));
+        check(json!([{"path": "", "value": {}}]), Err("not allowed"));
+        check(json!([{"path": "/metadata", "value": {}}]), Err("not allowed"));
+        check(
+            json!([{"op": "add", "path": "/metadata/labels/cellway.io~1cell", "value": "x"}]),
+            Err("not allowed"),
+        );
+        check(json!([{"path": "spec", "value": 1}]), Err("does not apply"));
+    }
+
+    #[test]
+    fn names_selectors_and_order() {
+        let entries: Vec<Override> = serde_json::from_value(json!([
+            {"unitSelector": {"matchLabels": {"zone": "1"}}, "patches": [{"path": "/n", "value": 1}]},
+            {"units": ["a"], "patches": [{"path": "/n", "value": 2}]},
+            {"patches": [{"path": "/n", "value": 3}]},
+        ]))
+        .expect("overrides");
+        let run = |name: &str| {
+            let mut document = json!({"n": 0});
+            apply(&mut document, &entries, &unit(name)).expect("applies");
+            document["n"].clone()
+        };
+        assert_eq!((run("a"), run("b")), (json!(2), json!(1)));
+        let complaints = complaints(&entries, TopologyType::Cluster, &Topology::default());
+        assert_eq!(
+            complaints,
+            [
+                "overrides[2] has neither units nor unitSelector and does nothing",
+                "overrides name unknown units: a"
+            ]
+        );
+    }
+}

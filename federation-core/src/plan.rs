@@ -1,0 +1,814 @@
+//! The plan: from what is asked for and what is observed to what is to be done.
+//!
+//! ## Where a unit is
+//!
+//! The mask needs to know which revision a unit is at, through crashes, lost members and tampering. Two fields of
+//! `status.units` hold it: `revision`, which the unit's object is known to be at, and `pendingRevision`, which it is
+//! being moved to. The controller stores the status *before* it writes into the member, so whatever a member may hold is
+//! one of the two, and the revision annotation on the member's object tells which. An annotation that is neither is
+//! drift. While the member cannot be seen, both are kept.
+//!
+//! ```text
+//!             unit is let through                  its object is seen to be right
+//!   {rev: A}  ───────────────────►  {rev: A, pending: B}  ───────────────────────►  {rev: B}
+//!      ▲                                   │ held back meanwhile: the object says A or B, and that it stays
+//!      └───────────────────────────────────┴──────────► {rev: A} or {rev: B}
+//! ```
+//!
+//! ## What is never done
+//!
+//! Nothing is written or deleted in a member that is not seen whole (reachable, with its objects listed). A unit whose
+//! desired object cannot be determined (lost snapshot, failing override, missing Cell) is left as it is, and so is any
+//! object that might be its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+
+use crate::api::{
+    FederatedObject, FederatedRevision, FederatedRevisionSpec, FederatedStatus, Naming, Phase, Snapshot,
+    UnitStatus,
+};
+use crate::drift::{self, Baseline};
+use crate::metadata::PropagationRules;
+use crate::names::{self, ORPHAN_ANNOTATION, REVISION_ANNOTATION};
+use crate::overrides;
+use crate::render::{Rendered, object_name, render};
+use crate::revision::{self, DEFAULT_HISTORY_LIMIT};
+use crate::status::{self, Finding, MASK_INVALID, OVERRIDES_INVALID, PLACEMENT_INVALID};
+use crate::topology::{Placed, Topology, Unit};
+use crate::types::FederatedType;
+
+/// Everything that a plan is made from.
+#[derive(Debug, Clone)]
+pub struct PlanInput<'a> {
+    /// The object's type.
+    pub of: &'a FederatedType,
+    /// The object, with the status that was last stored.
+    pub object: &'a FederatedObject,
+    /// Every cell and cluster. It must be complete: what is not in it does not exist.
+    pub topology: &'a Topology,
+    /// Whose annotations and labels are.
+    pub rules: &'a PropagationRules,
+    /// The object's revisions.
+    pub revisions: &'a [&'a FederatedRevision],
+    /// What is seen of each member, by cluster name.
+    pub members: &'a BTreeMap<String, MemberView>,
+    /// Whether objects that the hub did not create may be taken over.
+    pub adopt: bool,
+    /// The present moment (RFC 3339), for conditions that change.
+    pub now: &'a str,
+}
+
+/// What is seen of one member, as far as one federated object is concerned.
+#[derive(Debug, Clone, Default)]
+pub struct MemberView {
+    /// Whether it is seen whole.
+    pub state: MemberState,
+    /// Its managed objects of the target kind in the object's namespace, by name: at least those that carry the
+    /// object's source mark or one of its units' names.
+    pub objects: BTreeMap<String, LiveObject>,
+    /// Objects that a write has been started for and not finished.
+    pub in_flight: BTreeSet<String>,
+    /// What became of the last write to an object, when it failed.
+    pub failures: BTreeMap<String, WriteFailure>,
+    /// Objects that something else keeps changing back, with a sentence; they are left alone for a while.
+    pub contended: BTreeMap<String, String>,
+}
+
+/// Whether a member is seen whole.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum MemberState {
+    /// Its objects have not been listed yet.
+    #[default]
+    Syncing,
+    /// It is reachable and its objects are known.
+    Synced,
+    /// It cannot be reached.
+    Unreachable {
+        /// One word for programs.
+        reason: String,
+        /// A sentence for people.
+        message: String,
+    },
+    /// It does not serve the target kind.
+    NoSuchType,
+}
+
+/// A member's object.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LiveObject {
+    /// The whole object.
+    pub value: Value,
+    /// What the member answered to the last apply, if that is remembered.
+    pub baseline: Option<Baseline>,
+}
+
+/// A write that failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WriteFailure {
+    /// The hash of what was to be written; empty for a deletion. A failure counts only until something else is asked for.
+    pub hash: String,
+    /// One word for programs.
+    pub reason: String,
+    /// A sentence for people.
+    pub message: String,
+    /// Whether the object is somebody else's, rather than something having gone wrong.
+    pub conflict: bool,
+}
+
+/// What is to be done, in this order: revision, status, writes, surplus.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Plan {
+    /// A revision to create, or to give a new number.
+    pub revision: Option<RevisionWrite>,
+    /// The status to store before any write.
+    pub status: FederatedStatus,
+    /// Writes into members.
+    pub writes: Vec<Write>,
+    /// Revisions that may be deleted.
+    pub surplus: Vec<String>,
+    /// The object is being deleted and nothing of it is left in any member that counts.
+    pub finished: bool,
+}
+
+/// A revision that is to be stored.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RevisionWrite {
+    /// Its name.
+    pub name: String,
+    /// What it says.
+    pub spec: FederatedRevisionSpec,
+    /// Whether it exists and only its number changes.
+    pub exists: bool,
+}
+
+/// One write into one member.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Write {
+    /// The member.
+    pub cluster: String,
+    /// Name of the object in the object's namespace.
+    pub object: String,
+    /// What to do.
+    pub action: Action,
+}
+
+/// What a write does.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Server-side apply.
+    Apply {
+        /// The whole object.
+        desired: Value,
+        /// Its [`Rendered::hash`].
+        hash: String,
+        /// Why it is written.
+        cause: Cause,
+        /// Annotations that are the hub's and are not asked for.
+        remove_annotations: Vec<String>,
+        /// Labels that are the hub's and are not asked for.
+        remove_labels: Vec<String>,
+    },
+    /// Delete it, if it is still the object that was seen.
+    Delete {
+        /// The uid that was seen.
+        uid: Option<String>,
+    },
+    /// Leave it in place and take the hub's marks off.
+    Orphan {
+        /// The uid that was seen.
+        uid: Option<String>,
+    },
+}
+
+/// Why an object is applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// It is not there.
+    Create,
+    /// Something else is asked for than before.
+    Update,
+    /// The same is asked for, and the object differs.
+    Heal,
+}
+
+/// A unit on its way through the planning.
+struct Draft<'a> {
+    unit: &'a Unit,
+    allowed: bool,
+    status: UnitStatus,
+    /// Where it is, as far as is known.
+    base: Option<String>,
+    /// The revision that it is to be at and its object, once they are determined.
+    target: Option<(String, Rendered)>,
+}
+
+/// Makes the plan.
+pub fn plan(input: &PlanInput<'_>) -> Plan {
+    Planner::new(input).run()
+}
+
+struct Planner<'a> {
+    input: &'a PlanInput<'a>,
+    name: &'a str,
+    namespace: &'a str,
+    source: String,
+    before: FederatedStatus,
+    deleting: bool,
+    findings: Vec<Finding>,
+    writes: Vec<Write>,
+    /// By cluster: names of objects that must stay.
+    keep: BTreeMap<String, BTreeSet<String>>,
+}
+
+// === impl Planner ===
+
+impl<'a> Planner<'a> {
+    fn new(input: &'a PlanInput<'a>) -> Self {
+        let name = input.object.metadata.name.as_deref().unwrap_or_default();
+        Self {
+            input,
+            name,
+            namespace: input.object.metadata.namespace.as_deref().unwrap_or_default(),
+            source: names::source(&input.of.plural, name),
+            before: input.object.status.clone().unwrap_or_default(),
+            deleting: input.object.metadata.deletion_timestamp.is_some(),
+            findings: Vec::new(),
+            writes: Vec::new(),
+            keep: BTreeMap::new(),
+        }
+    }
+
+    fn run(mut self) -> Plan {
+        let input = self.input;
+        let spec = &input.object.spec;
+
+        let (placed, readable) = self.place();
+        let current = (!self.deleting && readable).then(|| {
+            let snapshot = revision::snapshot(input.object, input.rules);
+            revision::choose(input.of, self.name, snapshot, input.revisions)
+        });
+        let snapshots: BTreeMap<&str, &Snapshot> = input
+            .revisions
+            .iter()
+            .filter_map(|revision| Some((revision.metadata.name.as_deref()?, &revision.spec.snapshot)))
+            .chain(current.iter().map(|current| (current.name.as_str(), &current.spec.snapshot)))
+            .collect();
+
+        let mut units = Vec::new();
+        if let Some(current) = &current {
+            self.check_mask(&placed);
+            let complaints = overrides::complaints(&spec.overrides, spec.topology_type, input.topology);
+            if !complaints.is_empty() {
+                self.find(OVERRIDES_INVALID, "InvalidOverrides", complaints.join("; "));
+            }
+            let mut drafts: Vec<Draft<'_>> =
+                placed.units.values().map(|unit| self.draft(unit, &current.name, &snapshots)).collect();
+            self.settle(&mut drafts, &current.name);
+            units.extend(drafts.into_iter().map(|draft| draft.status));
+        } else if !self.deleting {
+            // The placement cannot be read: everything stays as it is.
+            units.extend(self.before.units.iter().cloned());
+            for unit in &units {
+                self.keep_names(&unit.name, &unit.cluster);
+            }
+        }
+        self.missing(&placed, &mut units);
+        if readable {
+            self.remove(&mut units);
+        }
+
+        units.sort_by(|a, b| (&a.name, &a.cluster).cmp(&(&b.name, &b.cluster)));
+        let finished = self.deleting && units.is_empty() && self.writes.is_empty();
+        let surplus = self.surplus(current.as_ref().map(|current| current.name.as_str()), &units);
+        let status = self.status(units, current.as_ref().map(|current| current.name.clone()));
+        let revision = current
+            .filter(|current| !current.exists || current.renumber)
+            .map(|current| RevisionWrite { name: current.name, spec: current.spec, exists: current.exists });
+        Plan { revision, status, writes: self.writes, surplus, finished }
+    }
+
+    /// The units of the placement, and whether it could be read.
+    fn place(&mut self) -> (Placed<'a>, bool) {
+        let spec = &self.input.object.spec;
+        if self.deleting {
+            return (Placed::default(), true);
+        }
+        match self.input.topology.resolve(spec.topology_type, &spec.placement) {
+            Ok(placed) => {
+                if !placed.unknown.is_empty() {
+                    let unknown = placed.unknown.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+                    let message = format!("the placement names units that do not exist: {unknown}");
+                    self.find(PLACEMENT_INVALID, "UnknownUnit", message);
+                }
+                (placed, true)
+            }
+            Err(error) => {
+                self.find(PLACEMENT_INVALID, "InvalidSelector", error.to_string());
+                (Placed::default(), false)
+            }
+        }
+    }
+
+    fn check_mask(&mut self, placed: &Placed<'_>) {
+        let spec = &self.input.object.spec;
+        let Some(mask) = &spec.placement_mask else { return };
+        let mut complaints = Vec::new();
+        for unit in BTreeSet::from_iter(&mask.units) {
+            if placed.units.contains_key(unit) {
+                continue;
+            }
+            if self.input.topology.has_unit(spec.topology_type, unit) {
+                complaints.push(format!("{unit} is not in the placement"));
+            } else {
+                complaints.push(format!("{unit} does not exist"));
+            }
+        }
+        if !complaints.is_empty() {
+            let message = format!("the mask names units in vain: {}", complaints.join(", "));
+            self.find(MASK_INVALID, "UnknownUnit", message);
+        }
+    }
+
+    /// Finds where one unit is and where it is to be.
+    fn draft(&mut self, unit: &'a Unit, current: &str, snapshots: &BTreeMap<&str, &Snapshot>) -> Draft<'a> {
+        let input = self.input;
+        let mask = input.object.spec.placement_mask.as_ref();
+        let allowed = mask.is_none_or(|mask| mask.units.contains(&unit.name));
+        let record = self
+            .before
+            .units
+            .iter()
+            .find(|record| record.name == unit.name && record.cluster == unit.cluster)
+            .cloned()
+            .unwrap_or_else(|| UnitStatus {
+                name: unit.name.clone(),
+                cluster: unit.cluster.clone(),
+                ..UnitStatus::default()
+            });
+        let mut draft = Draft { unit, allowed, status: record, base: None, target: None };
+        let waits = |draft: &mut Draft<'_>, phase, reason: &str, message: String| {
+            draft.status.phase = phase;
+            draft.status.reason = Some(reason.into());
+            draft.status.message = Some(message);
+        };
+
+        if !input.topology.has_cluster(&unit.cluster) {
+            let message =
+                format!("there is no KubeFedCluster {}: join the cluster, or correct the cell", unit.cluster);
+            waits(&mut draft, Phase::Missing, "ClusterMissing", message);
+            return draft;
+        }
+        let view = match input.members.get(&unit.cluster) {
+            None => {
+                waits(
+                    &mut draft,
+                    Phase::Pending,
+                    "MemberSyncing",
+                    "the member's objects are being listed".into(),
+                );
+                return draft;
+            }
+            Some(view) => view,
+        };
+        match &view.state {
+            MemberState::Synced => {}
+            MemberState::Syncing => {
+                waits(
+                    &mut draft,
+                    Phase::Pending,
+                    "MemberSyncing",
+                    "the member's objects are being listed".into(),
+                );
+                return draft;
+            }
+            MemberState::Unreachable { reason, message } => {
+                let message = format!("{message}; nothing is changed until it is back");
+                waits(&mut draft, Phase::Unreachable, reason, message);
+                return draft;
+            }
+            MemberState::NoSuchType => {
+                let target = &input.of.target;
+                let message = format!("the member does not serve {} {}", target.api_version(), target.kind);
+                waits(&mut draft, Phase::Failed, "TypeNotServed", message);
+                return draft;
+            }
+        }
+
+        let names = self.names_of(unit);
+        if names.iter().any(|name| view.in_flight.contains(name)) {
+            self.keep_names(&unit.name, &unit.cluster);
+            if draft.status.phase != Phase::Removing {
+                draft.status.phase = Phase::Pending;
+            }
+            return draft;
+        }
+
+        let seen: Vec<&str> = names
+            .iter()
+            .filter_map(|name| view.objects.get(name))
+            .filter(|live| drift::belongs_to(&live.value, &self.source))
+            .filter_map(|live| live.value["metadata"]["annotations"][REVISION_ANNOTATION].as_str())
+            .collect();
+        draft.base = pinned(&draft.status, &seen);
+        draft.status.revision = draft.base.clone();
+        draft.status.pending_revision = None;
+        draft.status.reason = None;
+        draft.status.message = None;
+
+        // The newest revision where the mask lets it through, else (or when it cannot be rendered) what is there.
+        let mut problem = None;
+        if draft.allowed {
+            match self.rendered(unit, current, snapshots) {
+                Ok(rendered) => draft.target = Some((current.to_owned(), rendered)),
+                Err(found) => problem = Some(found),
+            }
+        }
+        if draft.target.is_none() {
+            match draft.base.clone() {
+                Some(base) => match self.rendered(unit, &base, snapshots) {
+                    Ok(rendered) => draft.target = Some((base, rendered)),
+                    Err(found) => {
+                        problem.get_or_insert(found);
+                        self.keep_names(&unit.name, &unit.cluster);
+                    }
+                },
+                None => self.keep_names(&unit.name, &unit.cluster),
+            }
+        }
+        match problem {
+            Some((reason, message)) => waits(&mut draft, Phase::Failed, reason, message),
+            None if draft.target.is_none() => {
+                clear_observed(&mut draft.status);
+                waits(&mut draft, Phase::Masked, "NotStarted", "the mask does not let the unit start".into());
+            }
+            None => {}
+        }
+        draft
+    }
+
+    /// Names that a unit's object has under any naming.
+    fn names_of(&self, unit: &Unit) -> BTreeSet<String> {
+        [Naming::Shared, Naming::PerUnit]
+            .into_iter()
+            .filter_map(|naming| object_name(self.input.of, self.name, unit, naming).ok())
+            .collect()
+    }
+
+    fn rendered(
+        &self,
+        unit: &Unit,
+        revision: &str,
+        snapshots: &BTreeMap<&str, &Snapshot>,
+    ) -> Result<Rendered, (&'static str, String)> {
+        let snapshot = snapshots.get(revision).ok_or_else(|| {
+            let message = format!(
+                "the unit is at revision {revision}, which no longer exists: lift the mask to move on"
+            );
+            ("RevisionMissing", message)
+        })?;
+        render(self.input.of, self.namespace, self.name, snapshot, unit)
+            .map_err(|error| ("ComputeResourceFailed", error.to_string()))
+    }
+
+    /// Brings the units of one object together, decides what is written, and says where each unit stands.
+    fn settle(&mut self, drafts: &mut [Draft<'_>], current: &str) {
+        let mut groups: BTreeMap<(String, String), Vec<usize>> = BTreeMap::new();
+        for (index, draft) in drafts.iter().enumerate() {
+            if let Some((_, rendered)) = &draft.target {
+                groups.entry((draft.unit.cluster.clone(), rendered.name.clone())).or_default().push(index);
+            }
+        }
+        for ((cluster, object), members) in groups {
+            self.keep.entry(cluster.clone()).or_default().insert(object.clone());
+            let Some((revision, rendered)) = agree(drafts, &members) else {
+                for index in members {
+                    conflict(&mut drafts[index], "UnitsDisagree", &object, "the cells of this cluster");
+                }
+                continue;
+            };
+            let (with, against): (Vec<usize>, Vec<usize>) = members.into_iter().partition(|index| {
+                drafts[*index].target.as_ref().is_some_and(|(_, own)| own.hash == rendered.hash)
+            });
+            for index in against {
+                conflict(
+                    &mut drafts[index],
+                    "HeldByMaskedCell",
+                    &object,
+                    "a cell of this cluster that the mask holds",
+                );
+            }
+            self.settle_object(drafts, &with, &cluster, &revision, &rendered, current);
+        }
+    }
+
+    /// Decides about one object and says where its units stand.
+    fn settle_object(
+        &mut self,
+        drafts: &mut [Draft<'_>],
+        units: &[usize],
+        cluster: &str,
+        revision: &str,
+        rendered: &Rendered,
+        current: &str,
+    ) {
+        let input = self.input;
+        let Some(view) = input.members.get(cluster) else { return };
+        let object = rendered.name.as_str();
+        let live = view.objects.get(object);
+        let desired = rendered.at(revision);
+        let verdict = live.map_or(Ok(()), |live| drift::admit(&live.value, &self.source, input.adopt));
+        let going = live.is_some_and(|live| !live.value["metadata"]["deletionTimestamp"].is_null());
+        let unwanted = |field, rules: &crate::metadata::KeyRules| -> Vec<String> {
+            let Some(live) = live.filter(|_| revision == current) else { return Vec::new() };
+            let asked_for = drift::metadata_map(&desired, field);
+            let found = drift::metadata_map(&live.value, field);
+            found.into_keys().filter(|key| rules.owns(key) && !asked_for.contains_key(key)).collect()
+        };
+        let remove_annotations = unwanted("annotations", &input.rules.annotations);
+        let remove_labels = unwanted("labels", &input.rules.labels);
+        let right = live.is_some_and(|live| {
+            drift::up_to_date(&live.value, &desired, &rendered.hash, live.baseline.as_ref())
+        }) && remove_annotations.is_empty()
+            && remove_labels.is_empty();
+        let failure = view.failures.get(object).filter(|failure| failure.hash == rendered.hash);
+        let contended = view.contended.get(object);
+
+        for index in units {
+            let draft = &mut drafts[*index];
+            let Some((target, _)) = &draft.target else { continue };
+            let target = target.clone();
+            let failed_before = draft.status.phase == Phase::Failed && draft.status.reason.is_some();
+            draft.status.object = Some(object.to_owned());
+            match live {
+                Some(live) if verdict.is_ok() => {
+                    let (ready, observed) = status::observe(input.of, &live.value);
+                    draft.status.ready = Some(ready);
+                    draft.status.observed = observed;
+                    let found = |field| drift::metadata_map(&live.value, field);
+                    draft.status.annotations = input.rules.annotations.collect(&found("annotations"));
+                    draft.status.labels = input.rules.labels.collect(&found("labels"));
+                }
+                _ => clear_observed(&mut draft.status),
+            }
+            let mut say = |phase, reason: Option<&str>, message: Option<String>| {
+                // A unit that could not follow keeps saying so, whatever becomes of the revision it stays at.
+                if !failed_before {
+                    draft.status.phase = phase;
+                    draft.status.reason = reason.map(Into::into);
+                    draft.status.message = message;
+                }
+            };
+            if let Err(refusal) = &verdict {
+                say(Phase::Conflict, Some(refusal.reason()), Some(format!("{object}: {refusal}")));
+                continue;
+            }
+            if right {
+                draft.status.revision = Some(target.clone());
+                if target == current || draft.allowed {
+                    say(Phase::Synced, None, None);
+                } else {
+                    say(Phase::Masked, None, None);
+                }
+                continue;
+            }
+            if draft.status.revision.as_ref() != Some(&target) {
+                draft.status.pending_revision = Some(target);
+            }
+            match (contended, failure) {
+                (Some(message), _) => say(Phase::Failed, Some("Contended"), Some(message.clone())),
+                (None, Some(failure)) => {
+                    let phase = if failure.conflict { Phase::Conflict } else { Phase::Failed };
+                    say(phase, Some(&failure.reason), Some(failure.message.clone()));
+                }
+                (None, None) if going => {
+                    let message =
+                        format!("{object} is being deleted in the member; it is made again when it is gone");
+                    say(Phase::Pending, Some("BeingDeleted"), Some(message));
+                }
+                (None, None) => say(Phase::Pending, None, None),
+            }
+        }
+
+        if verdict.is_ok() && !right && !going && contended.is_none() {
+            let cause = match live {
+                None => Cause::Create,
+                Some(live) => {
+                    let annotations = &live.value["metadata"]["annotations"];
+                    let same = annotations[names::RENDERED_ANNOTATION].as_str() == Some(&rendered.hash);
+                    if same { Cause::Heal } else { Cause::Update }
+                }
+            };
+            let hash = rendered.hash.clone();
+            let action = Action::Apply { desired, hash, cause, remove_annotations, remove_labels };
+            self.writes.push(Write { cluster: cluster.to_owned(), object: object.to_owned(), action });
+        }
+    }
+
+    /// Units that the placement names and that do not exist: what is there stays.
+    fn missing(&mut self, placed: &Placed<'_>, units: &mut Vec<UnitStatus>) {
+        for name in &placed.unknown {
+            let records: Vec<_> =
+                self.before.units.iter().filter(|record| &record.name == name).cloned().collect();
+            let records = if records.is_empty() {
+                vec![UnitStatus { name: name.clone(), ..UnitStatus::default() }]
+            } else {
+                records
+            };
+            for mut record in records {
+                self.keep_names(&record.name, &record.cluster);
+                record.phase = Phase::Missing;
+                record.reason = Some("UnitMissing".into());
+                record.message =
+                    Some("the placement names a unit that does not exist; what is there stays until it is taken out".into());
+                units.push(record);
+            }
+        }
+    }
+
+    /// Deletes (or orphans) what is not to be there, and keeps the units that still wait for it.
+    fn remove(&mut self, units: &mut Vec<UnitStatus>) {
+        let input = self.input;
+        let orphan = input
+            .object
+            .metadata
+            .annotations
+            .as_ref()
+            .and_then(|annotations| annotations.get(ORPHAN_ANNOTATION))
+            .is_some_and(|value| value == "true");
+
+        // Every object of ours that nobody wants, in members that are seen whole.
+        let mut leftovers: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (cluster, view) in input.members {
+            if view.state != MemberState::Synced {
+                continue;
+            }
+            let keep = self.keep.get(cluster);
+            for (name, live) in &view.objects {
+                let wanted = keep.is_some_and(|keep| keep.contains(name));
+                if wanted || !drift::belongs_to(&live.value, &self.source) {
+                    continue;
+                }
+                leftovers.entry(cluster.as_str()).or_default().push(name.as_str());
+                let going = !live.value["metadata"]["deletionTimestamp"].is_null();
+                if going || view.in_flight.contains(name) {
+                    continue;
+                }
+                let uid = live.value["metadata"]["uid"].as_str().map(str::to_owned);
+                let action =
+                    if self.deleting && orphan { Action::Orphan { uid } } else { Action::Delete { uid } };
+                self.writes.push(Write { cluster: cluster.clone(), object: name.clone(), action });
+            }
+        }
+
+        let present: BTreeSet<(String, String)> =
+            units.iter().map(|unit| (unit.name.clone(), unit.cluster.clone())).collect();
+        for record in &self.before.units {
+            if present.contains(&(record.name.clone(), record.cluster.clone()))
+                || !input.topology.has_cluster(&record.cluster)
+            {
+                continue;
+            }
+            let mut record = record.clone();
+            let (reason, message) = match input.members.get(&record.cluster).map(|view| (view, &view.state)) {
+                Some((_, MemberState::NoSuchType)) => continue,
+                Some((view, MemberState::Synced)) => {
+                    let own = [self.name.to_owned(), format!("{}-{}", self.name, record.name)];
+                    let left = leftovers
+                        .get(record.cluster.as_str())
+                        .and_then(|left| left.iter().find(|name| own.iter().any(|own| own == *name)));
+                    let writing = own.iter().find(|name| view.in_flight.contains(*name)).map(String::as_str);
+                    let Some(object) = left.copied().or(writing) else { continue };
+                    match view.failures.get(object).filter(|failure| failure.hash.is_empty()) {
+                        Some(failure) => (failure.reason.clone(), failure.message.clone()),
+                        None => ("WaitingForRemoval".into(), format!("{object} is being removed")),
+                    }
+                }
+                Some((_, MemberState::Unreachable { reason, message })) => {
+                    let message = format!(
+                        "{message}; its object is removed when it is back (or take the cluster out of the federation)"
+                    );
+                    (reason.clone(), message)
+                }
+                Some((_, MemberState::Syncing)) | None => {
+                    ("MemberSyncing".into(), "the member's objects are being listed".into())
+                }
+            };
+            record.phase = Phase::Removing;
+            record.reason = Some(reason);
+            record.message = Some(message);
+            units.push(record);
+        }
+        // Objects whose unit is forgotten: being deleted still, so the object must not be let go of yet.
+        if self.deleting {
+            for (cluster, left) in leftovers {
+                for object in left {
+                    let known = units.iter().any(|unit| unit.cluster == cluster);
+                    if !known {
+                        units.push(UnitStatus {
+                            name: cluster.to_owned(),
+                            cluster: cluster.to_owned(),
+                            phase: Phase::Removing,
+                            object: Some(object.to_owned()),
+                            reason: Some("WaitingForRemoval".into()),
+                            message: Some(format!("{object} is being removed")),
+                            ..UnitStatus::default()
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    fn surplus(&self, current: Option<&str>, units: &[UnitStatus]) -> Vec<String> {
+        let input = self.input;
+        let Some(current) = current else { return Vec::new() };
+        let mut in_use: BTreeSet<String> = [current.to_owned()].into();
+        for unit in units.iter().chain(&self.before.units) {
+            in_use.extend(unit.revision.iter().chain(&unit.pending_revision).cloned());
+        }
+        for live in input.members.values().flat_map(|view| view.objects.values()) {
+            if let Some(revision) = live.value["metadata"]["annotations"][REVISION_ANNOTATION].as_str() {
+                in_use.insert(revision.to_owned());
+            }
+        }
+        let limit =
+            input.object.spec.revision_history_limit.map_or(DEFAULT_HISTORY_LIMIT, |limit| limit as usize);
+        revision::surplus(input.revisions, &in_use, limit)
+    }
+
+    fn status(&mut self, units: Vec<UnitStatus>, current: Option<String>) -> FederatedStatus {
+        let generation = self.input.object.metadata.generation;
+        let mut findings = status::aggregate(&units).to_vec();
+        if self.findings.iter().any(|finding| finding.type_ == PLACEMENT_INVALID)
+            && findings[0].status == "True"
+        {
+            findings[0].status = "False";
+            findings[0].reason = "CheckPlacement";
+            findings[0].message = "see the condition PlacementInvalid".into();
+        }
+        findings.append(&mut self.findings);
+        let (replicas, ready_replicas) = status::totals(self.input.of, &units);
+        FederatedStatus {
+            observed_generation: generation,
+            current_revision: current.or_else(|| self.before.current_revision.clone()),
+            summary: Some(status::summary(&units)),
+            replicas,
+            ready_replicas,
+            conditions: status::conditions(&findings, &self.before.conditions, generation, self.input.now),
+            units,
+        }
+    }
+
+    fn find(&mut self, type_: &'static str, reason: &'static str, message: String) {
+        self.findings.push(Finding { type_, status: "True", reason, message });
+    }
+
+    /// Protects everything that may be a unit's object.
+    fn keep_names(&mut self, unit: &str, cluster: &str) {
+        let keep = self.keep.entry(cluster.to_owned()).or_default();
+        keep.insert(self.name.to_owned());
+        keep.insert(format!("{}-{unit}", self.name));
+    }
+}
+
+/// Where a unit is: what its record says, decided by what is seen in the member.
+fn pinned(record: &UnitStatus, seen: &[&str]) -> Option<String> {
+    match (&record.revision, &record.pending_revision) {
+        (_, Some(pending)) if seen.contains(&pending.as_str()) => Some(pending.clone()),
+        (Some(revision), _) => Some(revision.clone()),
+        // Assigned and never written, or not assigned at all: then only the member can know.
+        (None, _) => seen.first().map(|revision| (*revision).to_owned()),
+    }
+}
+
+/// What the units of one object agree on; those that the mask holds decide.
+fn agree(drafts: &[Draft<'_>], members: &[usize]) -> Option<(String, Rendered)> {
+    let held = members.iter().filter(|index| !drafts[**index].allowed);
+    let free = members.iter().filter(|index| drafts[**index].allowed);
+    let decide = |mut of: Vec<&usize>| -> Option<Option<(String, Rendered)>> {
+        let first = drafts[*of.pop()?].target.clone()?;
+        let same = of.iter().all(|index| {
+            drafts[**index].target.as_ref().is_some_and(|(_, rendered)| rendered.hash == first.1.hash)
+        });
+        Some(same.then_some(first))
+    };
+    decide(held.collect()).or_else(|| decide(free.collect())).flatten()
+}
+
+fn conflict(draft: &mut Draft<'_>, reason: &str, object: &str, who: &str) {
+    draft.status.phase = Phase::Conflict;
+    draft.status.object = Some(object.to_owned());
+    draft.status.reason = Some(reason.into());
+    draft.status.message = Some(format!(
+        "{who} want {object} otherwise, and it is one object: set spec.naming to PerUnit, or let them agree"
+    ));
+}
+
+fn clear_observed(status: &mut UnitStatus) {
+    status.ready = None;
+    status.observed = None;
+    status.annotations.clear();
+    status.labels.clear();
+}

@@ -1,0 +1,219 @@
+//! Units: what exists to place things on, and what a placement comes to.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use k8s_openapi::api::core::v1::Toleration;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use kube::core::{Selector, SelectorExt as _};
+use thiserror::Error;
+
+use crate::api::{Cell, KubeFedCluster, Placement, TopologyType};
+
+/// Something to place on: a cell or a whole cluster.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Unit {
+    /// Name of the Cell or KubeFedCluster.
+    pub name: String,
+    /// The member that it lies in.
+    pub cluster: String,
+    /// Labels that selectors see.
+    pub labels: BTreeMap<String, String>,
+    /// What a cell adds to workloads; `None` for a whole cluster.
+    pub cell: Option<CellTraits>,
+}
+
+/// What a cell adds to the workloads placed in it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct CellTraits {
+    /// Labels of the cell's nodes.
+    pub node_selector: BTreeMap<String, String>,
+    /// Tolerations of the cell's taints.
+    pub tolerations: Vec<Toleration>,
+}
+
+/// Every cell and cluster that the hub knows.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Topology {
+    cells: BTreeMap<String, Unit>,
+    clusters: BTreeMap<String, Unit>,
+}
+
+/// What a placement comes to.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Placed<'a> {
+    /// The units, by name.
+    pub units: BTreeMap<String, &'a Unit>,
+    /// Names in the placement that no unit has.
+    pub unknown: BTreeSet<String>,
+}
+
+/// A selector that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("cannot read the unit selector: {reason}; an operator is In, NotIn, Exists or DoesNotExist")]
+pub struct SelectorError {
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+// === impl Topology ===
+
+impl Topology {
+    /// Builds the topology from hub objects. Objects without a name are left out.
+    pub fn new<'a>(
+        cells: impl IntoIterator<Item = &'a Cell>,
+        clusters: impl IntoIterator<Item = &'a KubeFedCluster>,
+    ) -> Self {
+        let mut topology = Self::default();
+        for cell in cells {
+            topology.add_cell(cell);
+        }
+        for cluster in clusters {
+            topology.add_cluster(cluster);
+        }
+        topology
+    }
+
+    /// Adds or replaces a cell.
+    pub fn add_cell(&mut self, cell: &Cell) {
+        let Some(name) = cell.metadata.name.clone() else { return };
+        let unit = Unit {
+            name: name.clone(),
+            cluster: cell.spec.cluster.clone(),
+            labels: cell.metadata.labels.clone().unwrap_or_default(),
+            cell: Some(CellTraits {
+                node_selector: cell.spec.node_selector.clone(),
+                tolerations: cell.spec.tolerations.clone(),
+            }),
+        };
+        self.cells.insert(name, unit);
+    }
+
+    /// Adds or replaces a cluster.
+    pub fn add_cluster(&mut self, cluster: &KubeFedCluster) {
+        let Some(name) = cluster.metadata.name.clone() else { return };
+        let unit = Unit {
+            name: name.clone(),
+            cluster: name.clone(),
+            labels: cluster.metadata.labels.clone().unwrap_or_default(),
+            cell: None,
+        };
+        self.clusters.insert(name, unit);
+    }
+
+    /// Whether a cluster is registered.
+    pub fn has_cluster(&self, name: &str) -> bool {
+        self.clusters.contains_key(name)
+    }
+
+    /// Whether a unit of this topology exists.
+    pub fn has_unit(&self, topology: TopologyType, name: &str) -> bool {
+        self.units(topology).contains_key(name)
+    }
+
+    /// What `placement` comes to.
+    pub fn resolve<'a>(
+        &'a self,
+        topology: TopologyType,
+        placement: &Placement,
+    ) -> Result<Placed<'a>, SelectorError> {
+        let all = self.units(topology);
+        let mut placed = Placed::default();
+        if let Some(units) = &placement.units {
+            for reference in units {
+                match all.get(&reference.name) {
+                    Some(unit) => {
+                        placed.units.insert(reference.name.clone(), unit);
+                    }
+                    None => {
+                        placed.unknown.insert(reference.name.clone());
+                    }
+                }
+            }
+        } else if let Some(selector) = &placement.unit_selector {
+            let selector = parse_selector(selector)?;
+            placed.units = all
+                .iter()
+                .filter(|(_, unit)| selector.matches(&unit.labels))
+                .map(|(name, unit)| (name.clone(), unit))
+                .collect();
+        }
+        Ok(placed)
+    }
+
+    fn units(&self, topology: TopologyType) -> &BTreeMap<String, Unit> {
+        match topology {
+            TopologyType::Cell => &self.cells,
+            TopologyType::Cluster => &self.clusters,
+        }
+    }
+}
+
+/// Reads a label selector.
+pub fn parse_selector(selector: &LabelSelector) -> Result<Selector, SelectorError> {
+    Selector::try_from(selector.clone()).map_err(|error| SelectorError { reason: error.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelectorRequirement;
+
+    use super::*;
+    use crate::api::{CellSpec, UnitReference};
+
+    fn cell(name: &str, cluster: &str, zone: &str) -> Cell {
+        let mut cell = Cell::new(name, CellSpec { cluster: cluster.into(), ..CellSpec::default() });
+        cell.metadata.labels = Some([("zone".to_owned(), zone.to_owned())].into());
+        cell
+    }
+
+    fn names(placement: &Placement) -> (Vec<String>, Vec<String>) {
+        let cells = [cell("a", "x", "1"), cell("b", "x", "2"), cell("c", "y", "2")];
+        let topology = Topology::new(&cells, []);
+        let placed = topology.resolve(TopologyType::Cell, placement).expect("selector");
+        (placed.units.keys().cloned().collect(), placed.unknown.into_iter().collect())
+    }
+
+    fn by_names(names: &[&str]) -> Placement {
+        Placement {
+            units: Some(names.iter().map(|name| UnitReference { name: (*name).into() }).collect()),
+            unit_selector: Some(LabelSelector::default()),
+        }
+    }
+
+    #[test]
+    fn names_win_over_the_selector() {
+        assert_eq!(names(&by_names(&["b", "zz", "b"])), (vec!["b".into()], vec!["zz".into()]));
+        assert_eq!(names(&by_names(&[])), (vec![], vec![]));
+    }
+
+    #[test]
+    fn selector_selects() {
+        let all = Placement { units: None, unit_selector: Some(LabelSelector::default()) };
+        assert_eq!(names(&all).0, ["a", "b", "c"]);
+        let zone = Placement {
+            units: None,
+            unit_selector: Some(LabelSelector {
+                match_labels: Some([("zone".to_owned(), "2".to_owned())].into()),
+                match_expressions: None,
+            }),
+        };
+        assert_eq!(names(&zone).0, ["b", "c"]);
+        assert_eq!(names(&Placement::default()), (vec![], vec![]));
+    }
+
+    #[test]
+    fn bad_selector_is_an_error() {
+        let placement = Placement {
+            units: None,
+            unit_selector: Some(LabelSelector {
+                match_labels: None,
+                match_expressions: Some(vec![LabelSelectorRequirement {
+                    key: "zone".into(),
+                    operator: "Near".into(),
+                    values: None,
+                }]),
+            }),
+        };
+        assert!(Topology::default().resolve(TopologyType::Cell, &placement).is_err());
+    }
+}

@@ -1,0 +1,5 @@
+//! Planning over whole histories: stories, and properties of random ones.
+
+mod properties;
+mod stories;
+mod world;

@@ -1,0 +1,554 @@
+//! Planning, as stories: each test changes the world, lets plans be carried out, and looks at members and status.
+
+use crate::world::{World, deployment};
+use federation_core::api::{
+    KeyClass, KeyRule, Naming, Override, Phase, PropagationConfig, PropagationConfigSpec,
+};
+use federation_core::plan::{Action, Cause, MemberState, WriteFailure};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use serde_json::json;
+
+fn replicas(unit: &str, value: i64) -> Override {
+    Override {
+        units: Some(vec![unit.into()]),
+        unit_selector: None,
+        patches: serde_json::from_value(json!([{"path": "/spec/replicas", "value": value}]))
+            .expect("patches"),
+    }
+}
+
+fn unreachable() -> MemberState {
+    MemberState::Unreachable { reason: "NoTunnel".into(), message: "no tunnel is connected".into() }
+}
+
+#[test]
+fn placed_by_cell_with_overrides() {
+    let mut world = World::deployment();
+    world.object.spec.overrides = vec![replicas("b", 4)];
+    world.place(&["a", "b", "c"]).settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web-a", "web-b"]);
+    assert_eq!(Vec::from_iter(world.names("y")), ["web-c"]);
+    assert_eq!(world.live("x", "web-a")["spec"]["replicas"], 2);
+    assert_eq!(world.live("x", "web-b")["spec"]["replicas"], 4);
+    let status = world.status();
+    assert_eq!(status.summary.as_deref(), Some("3 units: 3 synced"));
+    assert_eq!((status.replicas, status.ready_replicas), (Some(8), Some(8)));
+    assert_eq!(world.condition("Propagated"), Some(("True", "Propagated")));
+    assert_eq!(world.condition("Ready"), Some(("True", "Ready")));
+    let unit = world.unit("b");
+    assert_eq!(
+        (unit.phase, unit.cluster.as_str(), unit.object.as_deref()),
+        (Phase::Synced, "x", Some("web-b"))
+    );
+    assert_eq!(unit.revision, status.current_revision);
+    assert_eq!(unit.observed.as_ref().expect("observed")["readyReplicas"], 4);
+    assert_eq!(world.revisions.len(), 1);
+}
+
+#[test]
+fn status_comes_before_the_write() {
+    let mut world = World::deployment();
+    let plan = world.place(&["a"]).plan();
+    let unit = &plan.status.units[0];
+    assert_eq!((unit.phase, &unit.revision), (Phase::Pending, &None));
+    assert_eq!(unit.pending_revision, plan.status.current_revision);
+    assert!(plan.revision.is_some());
+    assert!(matches!(&plan.writes[0].action, Action::Apply { cause: Cause::Create, .. }));
+}
+
+#[test]
+fn whole_clusters_are_units_too() {
+    let mut world = World::deployment();
+    world.object.spec.topology_type = federation_core::api::TopologyType::Cluster;
+    world.place(&["x", "y"]).settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web"]);
+    assert_eq!(world.live("y", "web")["spec"]["selector"], json!({"matchLabels": {"app": "web"}}));
+}
+
+#[test]
+fn the_mask_moves_only_the_named_units() {
+    let mut world = World::deployment();
+    world.place(&["a", "b", "c"]).settle();
+    let first = world.status().current_revision.clone();
+    let frozen = world.live("x", "web-b").clone();
+
+    world.object.spec.template = deployment("web:2", 7);
+    world.object.spec.overrides = vec![replicas("b", 9)];
+    world.mask(Some(&["a"])).settle();
+    assert_eq!(world.live("x", "web-a")["spec"]["replicas"], 7);
+    assert_eq!(world.live("x", "web-b"), &frozen);
+    assert_eq!(world.unit("a").phase, Phase::Synced);
+    assert_eq!((world.unit("b").phase, &world.unit("b").revision), (Phase::Masked, &first));
+    assert_ne!(world.status().current_revision, first);
+    assert_eq!(world.condition("Propagated"), Some(("True", "HeldByMask")));
+    assert_eq!(world.condition("Ready"), Some(("True", "Ready")));
+
+    // Scaling the object reaches the unit in the mask only.
+    world.object.spec.template = deployment("web:2", 8);
+    world.settle();
+    assert_eq!(world.live("x", "web-a")["spec"]["replicas"], 8);
+    assert_eq!(world.live("x", "web-b"), &frozen);
+
+    // An empty mask holds everything.
+    world.object.spec.template = deployment("web:3", 1);
+    world.mask(Some(&[])).settle();
+    assert_eq!(world.live("x", "web-a")["spec"]["replicas"], 8);
+
+    world.mask(None).settle();
+    for (cluster, name, replicas) in [("x", "web-a", 1), ("x", "web-b", 9), ("y", "web-c", 1)] {
+        assert_eq!(world.live(cluster, name)["spec"]["replicas"], replicas, "{name}");
+        assert_eq!(world.live(cluster, name)["spec"]["template"]["spec"]["containers"][0]["image"], "web:3");
+    }
+}
+
+#[test]
+fn a_masked_unit_heals_to_its_own_revision() {
+    let mut world = World::deployment();
+    world.object.spec.overrides = vec![replicas("b", 4)];
+    world.place(&["a", "b"]).settle();
+    world.object.spec.template = deployment("web:2", 7);
+    world.object.spec.overrides = vec![];
+    world.mask(Some(&["a"])).settle();
+    let before = world.live("x", "web-b").clone();
+
+    world.live_mut("x", "web-b")["spec"]["replicas"] = 100.into();
+    let plan = world.plan();
+    assert!(
+        matches!(&plan.writes[..], [write] if matches!(&write.action, Action::Apply { cause: Cause::Heal, .. }))
+    );
+    world.settle();
+    assert_eq!(world.live("x", "web-b")["spec"], before["spec"]);
+
+    // Gone altogether: made again at its own revision.
+    world.members.get_mut("x").expect("x").objects.remove("web-b");
+    world.settle();
+    assert_eq!(world.live("x", "web-b")["spec"], before["spec"]);
+
+    // A forged revision mark does not move it.
+    let current = world.status().current_revision.clone().expect("current");
+    world.live_mut("x", "web-b")["metadata"]["annotations"]["cellway.io/revision"] = current.into();
+    world.settle();
+    assert_eq!(world.live("x", "web-b")["spec"], before["spec"]);
+    assert_eq!(world.unit("b").phase, Phase::Masked);
+}
+
+#[test]
+fn a_new_unit_starts_only_when_the_mask_names_it() {
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    world.mask(Some(&["a"])).place(&["a", "b"]).settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web-a"]);
+    let unit = world.unit("b");
+    assert_eq!(
+        (unit.phase, unit.reason.as_deref(), &unit.revision),
+        (Phase::Masked, Some("NotStarted"), &None)
+    );
+    world.mask(Some(&["b"])).settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web-a", "web-b"]);
+}
+
+#[test]
+fn an_unknown_unit_in_the_mask_is_reported() {
+    let mut world = World::deployment();
+    world.place(&["a"]).mask(Some(&["a", "zz", "c"])).settle();
+    assert_eq!(world.condition("MaskInvalid"), Some(("True", "UnknownUnit")));
+    let message =
+        &world.status().conditions.iter().find(|c| c.type_ == "MaskInvalid").expect("condition").message;
+    assert!(
+        message.contains("zz does not exist") && message.contains("c is not in the placement"),
+        "{message}"
+    );
+    assert_eq!(world.unit("a").phase, Phase::Synced);
+    world.mask(Some(&["a"])).settle();
+    assert_eq!(world.condition("MaskInvalid"), None);
+}
+
+#[test]
+fn held_back_in_the_middle_of_a_move() {
+    // The write was stored and started, and then the mask held the unit back. What the member has decides.
+    let story = |landed: bool| {
+        let mut world = World::deployment();
+        world.place(&["a"]).settle();
+        let first = world.status().current_revision.clone();
+        world.object.spec.template = deployment("web:2", 2);
+        let plan = world.plan();
+        world.store(&plan);
+        if landed {
+            world.apply("x", "web-a", &plan.writes[0].action);
+        }
+        world.object.spec.template = deployment("web:3", 2);
+        world.mask(Some(&[])).settle();
+        let image = world.live("x", "web-a")["spec"]["template"]["spec"]["containers"][0]["image"].clone();
+        (image, world.unit("a").revision == first)
+    };
+    assert_eq!(story(false), (json!("web:1"), true));
+    assert_eq!(story(true), (json!("web:2"), false));
+}
+
+#[test]
+fn a_write_in_flight_is_waited_for() {
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    world.object.spec.template = deployment("web:2", 2);
+    let plan = world.plan();
+    world.store(&plan);
+    world.members.get_mut("x").expect("x").in_flight.insert("web-a".into());
+    let waiting = world.mask(Some(&[])).plan();
+    assert!(waiting.writes.is_empty());
+    assert_eq!(waiting.status.units[0].pending_revision, plan.status.current_revision);
+}
+
+#[test]
+fn a_lost_status_is_found_again_in_the_member() {
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    let first = world.status().current_revision.clone();
+    world.object.status = None;
+    world.object.spec.template = deployment("web:2", 2);
+    world.mask(Some(&[])).settle();
+    assert_eq!(world.unit("a").revision, first);
+    assert_eq!(world.unit("a").phase, Phase::Masked);
+}
+
+#[test]
+fn a_lost_snapshot_leaves_the_unit_alone() {
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    world.object.spec.template = deployment("web:2", 2);
+    world.mask(Some(&[])).settle();
+    let writes = world.writes;
+    world.revisions.retain(|revision| revision.spec.number == 2);
+    world.live_mut("x", "web-a")["spec"]["replicas"] = 50.into();
+    world.settle();
+    assert_eq!(world.writes, writes);
+    assert_eq!(
+        (world.unit("a").phase, world.unit("a").reason.as_deref()),
+        (Phase::Failed, Some("RevisionMissing"))
+    );
+}
+
+#[test]
+fn revisions_in_use_are_never_dropped() {
+    let mut world = World::deployment();
+    world.object.spec.revision_history_limit = Some(1);
+    world.place(&["a", "b"]).settle();
+    let first = world.status().current_revision.clone().expect("current");
+    world.mask(Some(&["a"]));
+    for image in 2..8 {
+        world.object.spec.template = deployment(&format!("web:{image}"), 2);
+        world.settle();
+    }
+    let names: Vec<_> =
+        world.revisions.iter().filter_map(|revision| revision.metadata.name.clone()).collect();
+    assert!(names.contains(&first), "{names:?}");
+    assert_eq!(names.len(), 3, "{names:?}");
+}
+
+#[test]
+fn a_unit_taken_out_loses_its_object_and_no_other() {
+    let mut world = World::deployment();
+    world.place(&["a", "b", "c"]).settle();
+    world.place(&["a", "c"]).settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web-a"]);
+    assert_eq!(world.status().units.len(), 2);
+    // The mask does not keep what is no longer placed.
+    world.mask(Some(&[])).place(&["c"]).settle();
+    assert!(world.names("x").is_empty());
+}
+
+#[test]
+fn an_unreachable_member_keeps_everything_and_stops_nobody() {
+    let mut world = World::deployment();
+    world.place(&["a", "c"]).settle();
+    world.members.get_mut("y").expect("y").state = unreachable();
+    world.object.spec.template = deployment("web:2", 3);
+    world.settle();
+    assert_eq!(world.live("x", "web-a")["spec"]["replicas"], 3);
+    assert_eq!(world.live("y", "web-c")["spec"]["replicas"], 2);
+    let unit = world.unit("c");
+    assert_eq!((unit.phase, unit.reason.as_deref()), (Phase::Unreachable, Some("NoTunnel")));
+    assert!(unit.observed.is_some(), "what was last seen stays");
+    assert_eq!(world.condition("Ready"), Some(("Unknown", "UnitsUnreachable")));
+
+    // Taken out while away: waited for, and carried out on return.
+    world.place(&["a"]).settle();
+    assert_eq!(world.unit("c").phase, Phase::Removing);
+    world.members.get_mut("y").expect("y").state = MemberState::Synced;
+    world.settle();
+    assert!(world.names("y").is_empty());
+    assert_eq!(world.status().units.len(), 1);
+}
+
+#[test]
+fn a_member_without_the_type_is_one_units_condition() {
+    let mut world = World::deployment();
+    world.members.get_mut("y").expect("y").state = MemberState::NoSuchType;
+    world.place(&["a", "c"]).settle();
+    assert_eq!(world.unit("a").phase, Phase::Synced);
+    assert_eq!(world.unit("c").reason.as_deref(), Some("TypeNotServed"));
+}
+
+#[test]
+fn nothing_happens_in_a_member_that_is_not_listed_yet() {
+    let mut world = World::deployment();
+    world.place(&["a", "c"]).settle();
+    world.members.insert("y".into(), Default::default());
+    world.place(&["a"]).settle();
+    assert_eq!(world.unit("c").phase, Phase::Removing);
+    assert_eq!(world.unit("c").reason.as_deref(), Some("MemberSyncing"));
+}
+
+#[test]
+fn a_missing_cell_or_cluster_takes_nothing_away() {
+    let mut world = World::deployment();
+    world.place(&["a", "b", "c", "zz"]).settle();
+    assert_eq!(world.condition("PlacementInvalid"), Some(("True", "UnknownUnit")));
+    assert_eq!(world.condition("Propagated").expect("condition").0, "False");
+    world.cells.retain(|cell| cell.metadata.name.as_deref() != Some("b"));
+    world.settle();
+    assert_eq!(world.unit("b").phase, Phase::Missing);
+    assert_eq!(Vec::from_iter(world.names("x")), ["web-a", "web-b"]);
+    world.clusters.retain(|cluster| cluster.metadata.name.as_deref() != Some("y"));
+    world.members.remove("y");
+    world.settle();
+    assert_eq!(world.unit("c").reason.as_deref(), Some("ClusterMissing"));
+    // Out of the federation and out of the placement: nothing is owed any more.
+    world.place(&["a"]).settle();
+    assert_eq!(world.status().units.len(), 1);
+}
+
+#[test]
+fn an_unreadable_selector_changes_nothing() {
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    world.object.spec.placement.units = None;
+    world.object.spec.placement.unit_selector = Some(
+        serde_json::from_value(json!({"matchExpressions": [{"key": "cell", "operator": "Near"}]}))
+            .expect("selector"),
+    );
+    world.settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web-a"]);
+    assert_eq!(world.condition("PlacementInvalid"), Some(("True", "InvalidSelector")));
+    world.object.spec.placement.unit_selector = Some(
+        serde_json::from_value(
+            json!({"matchExpressions": [{"key": "cell", "operator": "In", "values": ["b", "c"]}]}),
+        )
+        .expect("selector"),
+    );
+    world.settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web-b"]);
+    assert_eq!(Vec::from_iter(world.names("y")), ["web-c"]);
+}
+
+#[test]
+fn an_override_that_fails_holds_one_unit_where_it_is() {
+    let mut world = World::deployment();
+    world.place(&["a", "b"]).settle();
+    let frozen = world.live("x", "web-b").clone();
+    world.object.spec.template = deployment("web:2", 3);
+    world.object.spec.overrides = vec![Override {
+        units: Some(vec!["b".into()]),
+        patches: serde_json::from_value(json!([{"op": "remove", "path": "/spec/absent"}])).expect("patches"),
+        ..Override::default()
+    }];
+    world.settle();
+    assert_eq!(world.unit("a").phase, Phase::Synced);
+    assert_eq!(
+        (world.unit("b").phase, world.unit("b").reason.as_deref()),
+        (Phase::Failed, Some("ComputeResourceFailed"))
+    );
+    assert_eq!(world.live("x", "web-b"), &frozen);
+    world.live_mut("x", "web-b")["spec"]["replicas"] = 50.into();
+    world.settle();
+    assert_eq!(world.live("x", "web-b")["spec"], frozen["spec"]);
+}
+
+#[test]
+fn annotations_are_set_changed_and_removed() {
+    let mut world = World::deployment();
+    let rule =
+        |prefix: &str, class, collect| KeyRule { prefix: Some(prefix.into()), class, collect, key: None };
+    world.configs.push(PropagationConfig::new(
+        "default",
+        PropagationConfigSpec {
+            annotations: vec![
+                rule("both/", KeyClass::Spec, false),
+                rule("both/status-", KeyClass::Status, true),
+                rule("member/", KeyClass::Status, true),
+            ],
+            labels: vec![],
+        },
+    ));
+    world.object.metadata.annotations = Some(
+        [("both/team", "red"), ("both/status-ip", "hub"), ("unsorted", "x")]
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .into(),
+    );
+    world.object.spec.template["metadata"]["annotations"] = json!({"note": "1", "member/no": "1"});
+    world.place(&["a"]).settle();
+    let keys = |world: &World| -> Vec<String> {
+        let map = world.live("x", "web-a")["metadata"]["annotations"].as_object().expect("map").clone();
+        map.into_iter()
+            .filter(|(key, _)| !key.starts_with("cellway.io/"))
+            .map(|(k, v)| format!("{k}={}", v.as_str().unwrap()))
+            .collect()
+    };
+    assert_eq!(keys(&world), ["both/team=red", "note=1"]);
+
+    // The member writes its own, and one under the hub's prefix: the former stays and is collected, the latter goes.
+    let annotations = &mut world.live_mut("x", "web-a")["metadata"]["annotations"];
+    annotations["member/ip"] = "10.0.0.1".into();
+    annotations["both/status-ip"] = "10.0.0.2".into();
+    annotations["both/foreign"] = "x".into();
+    world.settle();
+    assert_eq!(keys(&world), ["both/status-ip=10.0.0.2", "both/team=red", "member/ip=10.0.0.1", "note=1"]);
+    assert_eq!(Vec::from_iter(world.unit("a").annotations.keys()), ["both/status-ip", "member/ip"]);
+
+    world.object.metadata.annotations = None;
+    world.object.spec.template["metadata"]["annotations"] = json!({"note": "2"});
+    world.settle();
+    assert_eq!(keys(&world), ["both/status-ip=10.0.0.2", "member/ip=10.0.0.1", "note=2"]);
+}
+
+#[test]
+fn cells_of_one_cluster_share_a_config_map() {
+    let mut world = World::new(1, json!({"data": {"k": "v"}}));
+    world.place(&["a", "b", "c"]).settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web"]);
+    assert_eq!(world.status().summary.as_deref(), Some("3 units: 3 synced"));
+
+    // They disagree: an error on the object, and nothing written.
+    let before = world.live("x", "web").clone();
+    world.object.spec.overrides = vec![Override {
+        units: Some(vec!["b".into()]),
+        patches: serde_json::from_value(json!([{"path": "/data/k", "value": "w"}])).expect("patches"),
+        ..Override::default()
+    }];
+    world.settle();
+    assert_eq!(world.live("x", "web"), &before);
+    for unit in ["a", "b"] {
+        assert_eq!(
+            (world.unit(unit).phase, world.unit(unit).reason.as_deref()),
+            (Phase::Conflict, Some("UnitsDisagree"))
+        );
+    }
+    assert_eq!(world.unit("c").phase, Phase::Synced);
+    assert_eq!(world.condition("Propagated"), Some(("False", "CheckUnits")));
+
+    // An object each.
+    world.object.spec.naming = Naming::PerUnit;
+    world.settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web-a", "web-b"]);
+    assert_eq!(world.live("x", "web-b")["data"]["k"], "w");
+    assert_eq!(world.condition("Propagated"), Some(("True", "Propagated")));
+}
+
+#[test]
+fn a_masked_cell_holds_the_object_that_it_shares() {
+    let mut world = World::new(1, json!({"data": {"k": "v"}}));
+    world.place(&["a", "b", "c"]).settle();
+    let before = world.live("x", "web").clone();
+    world.object.spec.template = json!({"data": {"k": "w"}});
+    world.mask(Some(&["a", "c"])).settle();
+    assert_eq!(world.live("x", "web"), &before);
+    assert_eq!(world.unit("a").reason.as_deref(), Some("HeldByMaskedCell"));
+    assert_eq!(world.unit("b").phase, Phase::Masked);
+    assert_eq!(world.live("y", "web")["data"]["k"], "w");
+    // Going over to an object each under the mask: the masked cell keeps the shared one.
+    world.object.spec.naming = Naming::PerUnit;
+    world.settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web", "web-a"]);
+    world.mask(None).settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web-a", "web-b"]);
+}
+
+#[test]
+fn somebody_elses_object_is_left_alone() {
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    world.live_mut("x", "web-a")["metadata"]["annotations"]["cellway.io/source"] =
+        "federateddeployments/other".into();
+    world.settle();
+    assert_eq!(
+        (world.unit("a").phase, world.unit("a").reason.as_deref()),
+        (Phase::Conflict, Some("OwnedByAnother"))
+    );
+    world.place(&[]).settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web-a"]);
+}
+
+#[test]
+fn a_failed_write_is_told_until_something_else_is_asked_for() {
+    let mut world = World::deployment();
+    let plan = world.place(&["a"]).plan();
+    world.store(&plan);
+    let Action::Apply { hash, .. } = &plan.writes[0].action else { panic!("{plan:?}") };
+    let failure =
+        WriteFailure { hash: hash.clone(), reason: "Invalid".into(), message: "no".into(), conflict: false };
+    world.members.get_mut("x").expect("x").failures.insert("web-a".into(), failure);
+    let plan = world.plan();
+    assert_eq!(
+        (plan.status.units[0].phase, plan.status.units[0].reason.as_deref()),
+        (Phase::Failed, Some("Invalid"))
+    );
+    assert_eq!(plan.writes.len(), 1, "it is tried again");
+    world.object.spec.template = deployment("web:2", 2);
+    assert_eq!(world.plan().status.units[0].phase, Phase::Pending);
+}
+
+#[test]
+fn a_contended_object_is_left_alone_for_a_while() {
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    world.live_mut("x", "web-a")["spec"]["replicas"] = 50.into();
+    world
+        .members
+        .get_mut("x")
+        .expect("x")
+        .contended
+        .insert("web-a".into(), "somebody changes it back".into());
+    let plan = world.plan();
+    assert!(plan.writes.is_empty());
+    assert_eq!(plan.status.units[0].reason.as_deref(), Some("Contended"));
+}
+
+#[test]
+fn deletion_waits_for_every_member() {
+    let mut world = World::deployment();
+    world.place(&["a", "b", "c"]).settle();
+    world.object.metadata.deletion_timestamp =
+        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+    world.members.get_mut("y").expect("y").state = unreachable();
+    let plan = world.settle();
+    assert!(!plan.finished);
+    assert!(world.names("x").is_empty());
+    assert_eq!(world.status().units.len(), 1);
+    assert_eq!(
+        (world.unit("c").phase, world.unit("c").reason.as_deref()),
+        (Phase::Removing, Some("NoTunnel"))
+    );
+    world.members.get_mut("y").expect("y").state = MemberState::Synced;
+    assert!(world.settle().finished);
+    assert!(world.names("y").is_empty());
+}
+
+#[test]
+fn orphaning_takes_the_marks_off() {
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    world.object.metadata.annotations = Some([("kubefed.io/orphan".to_owned(), "true".to_owned())].into());
+    world.object.metadata.deletion_timestamp =
+        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+    assert!(world.settle().finished);
+    assert_eq!(world.live("x", "web-a")["metadata"]["labels"], json!({}));
+}
+
+#[test]
+fn a_cells_own_traits_reach_its_workloads() {
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    world.cells[0].spec.node_selector = [("zone".to_owned(), "z9".to_owned())].into();
+    world.settle();
+    assert_eq!(world.live("x", "web-a")["spec"]["template"]["spec"]["nodeSelector"], json!({"zone": "z9"}));
+    assert_eq!(world.revisions.len(), 1, "a cell is not part of a revision");
+}
