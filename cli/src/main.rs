@@ -1,3 +1,65 @@
-//! The cellway command.
+//! `cellway`, the command: brings a hub up, lets members join and leave, and looks at tunnels and clusters.
 
-fn main() {}
+mod args;
+mod dial;
+mod error;
+mod hub;
+mod kubeconfig;
+mod lists;
+mod membership;
+mod output;
+mod parent;
+mod run_hub;
+mod run_member;
+mod texts;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, FromArgMatches as _};
+
+use crate::{
+    args::{Args, ClusterCommand, Command, DevCommand},
+    error::{Error, Result},
+};
+
+fn main() -> ExitCode {
+    let matches = service::flags::pflag(Args::command()).get_matches();
+    let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report(&Error::failed("start the runtime", error)),
+    };
+    let result = runtime.block_on(run(args.command));
+    // A read of standard input cannot be cancelled and must not hold the end up.
+    runtime.shutdown_background();
+    match result {
+        Ok(code) => code,
+        Err(error) => report(&error),
+    }
+}
+
+fn report(error: &Error) -> ExitCode {
+    let colours = output::colours(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+    eprintln!("{}{error}", output::Paint::Bad.on("error: ", colours));
+    error.exit_code()
+}
+
+async fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Hub(args) => return run_hub::run(*args).await,
+        Command::Dev(DevCommand::Member(args)) => return run_member::run(*args).await,
+        Command::Up(args) => up::run(args).await,
+        Command::Clusters(args) => lists::clusters(args).await,
+        Command::Cluster(ClusterCommand::Add(args)) => membership::add(args).await,
+        Command::Cluster(ClusterCommand::Revoke(args)) => membership::revoke(args).await,
+        Command::Tunnels(args) => lists::tunnels(args).await,
+        Command::Connections(args) => lists::connections(args).await,
+        Command::Ping(args) => lists::ping(args).await,
+        Command::Dial(args) => dial::run(args).await,
+        Command::Kubeconfig(args) => texts::kubeconfig(&args),
+        Command::Crds => texts::crds(),
+        Command::Completion { shell } => texts::completion(shell),
+    }
+    .map(|()| ExitCode::SUCCESS)
+}

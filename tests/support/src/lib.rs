@@ -69,6 +69,21 @@ impl Drop for TestDir {
     }
 }
 
+/// What a test gives back when it was not run: the same as when it passed.
+pub trait NotRun {
+    fn not_run() -> Self;
+}
+
+impl NotRun for () {
+    fn not_run() -> Self {}
+}
+
+impl<E> NotRun for Result<(), E> {
+    fn not_run() -> Self {
+        Ok(())
+    }
+}
+
 /// Ends the test early, and says why, when something it needs is not there: `let kubectl = require!(tools::kubectl());`
 #[macro_export]
 macro_rules! require {
@@ -77,7 +92,7 @@ macro_rules! require {
             Ok(found) => found,
             Err(reason) => {
                 println!("not run: {reason}");
-                return Default::default();
+                return $crate::NotRun::not_run();
             }
         }
     };

@@ -1,0 +1,234 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+use clap_complete::Shell;
+use service::duration::GoDuration;
+
+use crate::{kubeconfig::HubArgs, output::OutputArgs};
+
+/// Joins Kubernetes clusters that nobody can dial into to one hub, and places applications in them by cell.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cellway",
+    version,
+    propagate_version = true,
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong command line, 3 not found, 4 not reachable."
+)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start a hub; with --demo also two simulated members, and show an application placed by cell.
+    Up(UpArgs),
+    /// Run a hub: API, proxy server and federation controller in one process.
+    Hub(Box<HubCommand>),
+    /// For development and demonstrations.
+    #[command(subcommand)]
+    Dev(DevCommand),
+    /// List the members with their health and tunnels.
+    Clusters(ListArgs),
+    /// Add and revoke members.
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
+    /// List the live tunnels.
+    Tunnels(FilteredListArgs),
+    /// List the live proxied connections.
+    Connections(FilteredListArgs),
+    /// Measure the round trip of a member's tunnels and of its API through them.
+    Ping(PingArgs),
+    /// Connect standard input and output to host:port inside a member.
+    Dial(DialArgs),
+    /// Print a kubeconfig of the hub or, through the hub, of a member.
+    Kubeconfig(KubeconfigArgs),
+    /// Print the federation's CustomResourceDefinitions, for a stock kube-apiserver as the hub API.
+    Crds,
+    /// Print a completion script.
+    Completion {
+        /// The shell to print it for.
+        shell: Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DevCommand {
+    /// Run a simulated member: an API server with simulated nodes and controllers, and its agent.
+    Member(Box<MemberArgs>),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ClusterCommand {
+    /// Make a member known to the hub and print the command that enrols its agent.
+    Add(AddArgs),
+    /// End a member's tunnels and refuse the certificates that it holds.
+    Revoke(RevokeArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct UpArgs {
+    /// Also start two simulated members and place an application in them.
+    #[arg(long)]
+    pub(crate) demo: bool,
+    /// Run the demo to its end, check every step and exit.
+    #[arg(long, requires = "demo")]
+    pub(crate) once: bool,
+    /// Where data, logs and kubeconfigs go [default: ~/.cellway, or ~/.cellway/demo with --demo].
+    #[arg(long, env = "CELLWAY_DATA_DIR", value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// Port of the hub API; 0 takes a free one [default: 6443, or 0 with --demo].
+    #[arg(long, value_name = "PORT")]
+    pub(crate) api_port: Option<u16>,
+    /// Port that agents dial; 0 takes a free one [default: 8091, or 0 with --demo].
+    #[arg(long, value_name = "PORT")]
+    pub(crate) agent_port: Option<u16>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct HubCommand {
+    #[command(flatten)]
+    pub(crate) hub: proxy_server::hub::HubArgs,
+    #[command(flatten)]
+    pub(crate) log: service::log::LogArgs,
+    #[command(flatten)]
+    pub(crate) child: ChildArgs,
+}
+
+/// For programs that another one starts.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(crate) struct ChildArgs {
+    /// End when standard input is closed: whoever started this has ended.
+    #[arg(long, hide = true)]
+    pub(crate) until_input_closes: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct MemberArgs {
+    /// The member's name at the hub.
+    pub(crate) name: String,
+    /// Where data and admin.kubeconfig go [default: ~/.cellway/members/NAME].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// The hub's address for agents.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) hub: Option<String>,
+    /// The token that `cellway cluster add` printed; needed at the first start only.
+    #[arg(long, env = "CELLWAY_ENROLMENT_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub(crate) enrolment_token: Option<String>,
+    /// A file that holds the token.
+    #[arg(long, value_name = "FILE", conflicts_with = "enrolment_token")]
+    pub(crate) enrolment_token_file: Option<PathBuf>,
+    /// The hash of the hub's CA that `cellway cluster add` printed.
+    #[arg(long, value_name = "sha256:HEX")]
+    pub(crate) ca_hash: Option<String>,
+    /// What carries the tunnel: auto, quic or h2.
+    #[arg(long, default_value = "auto", value_name = "CARRIER")]
+    pub(crate) transport: String,
+    /// A destination that may be dialled besides the API: host:port, CIDR:port, *; repeatable.
+    #[arg(long, value_name = "RULE")]
+    pub(crate) allow: Vec<String>,
+    /// A zone; each gets one simulated node. Repeatable [default: NAME-a and NAME-b].
+    #[arg(long, value_name = "ZONE")]
+    pub(crate) zone: Vec<String>,
+    /// The address that the member's API listens on.
+    #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS")]
+    pub(crate) bind_address: std::net::IpAddr,
+    /// The port of the member's API; 0 takes a free one.
+    #[arg(long, default_value_t = 0, value_name = "PORT")]
+    pub(crate) api_port: u16,
+    /// The port of the agent's health and metrics endpoints; 0 takes a free one.
+    #[arg(long, default_value_t = 0, value_name = "PORT")]
+    pub(crate) health_port: u16,
+    /// The port of the agent's admin endpoints; 0 takes a free one.
+    #[arg(long, default_value_t = 0, value_name = "PORT")]
+    pub(crate) admin_port: u16,
+    #[command(flatten)]
+    pub(crate) log: service::log::LogArgs,
+    #[command(flatten)]
+    pub(crate) child: ChildArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ListArgs {
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct FilteredListArgs {
+    /// Only those of this member.
+    pub(crate) cluster: Option<String>,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct AddArgs {
+    /// The member's name: lower-case letters, digits and `-`, at most 63.
+    pub(crate) name: String,
+    /// How long the token can be used, once.
+    #[arg(long, default_value = "1h", value_name = "DURATION")]
+    pub(crate) ttl: GoDuration,
+    /// Where the member's agent will reach the hub [default: what the hub says of itself].
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) agents_address: Option<String>,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RevokeArgs {
+    /// The member.
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct PingArgs {
+    /// The member.
+    pub(crate) cluster: String,
+    /// How many times.
+    #[arg(short, long, default_value_t = 1, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) count: u32,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct DialArgs {
+    /// The member.
+    pub(crate) cluster: String,
+    /// Where to connect to inside it.
+    #[arg(value_name = "HOST:PORT")]
+    pub(crate) target: String,
+    /// The hub's CONNECT frontend [default: what the hub says of itself].
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) connect_address: Option<String>,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct KubeconfigArgs {
+    /// The member; without it the hub itself.
+    pub(crate) cluster: Option<String>,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
+    /// How to print it; a table is YAML here.
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}

@@ -1,0 +1,147 @@
+//! What people are told when something does not work, and the exit code that scripts see.
+
+use std::{fmt, process::ExitCode};
+
+/// How a command ended, as scripts see it. 0 is success; clap itself ends with 2 on a wrong command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// 1: it was tried and did not work.
+    Failed,
+    /// 2: the command line does not make sense.
+    Usage,
+    /// 3: what was named does not exist.
+    NotFound,
+    /// 4: nobody answered.
+    Unreachable,
+}
+
+/// An error for people: what was tried, what happened, what to do.
+#[derive(Debug)]
+pub(crate) struct Error {
+    kind: Kind,
+    tried: String,
+    happened: String,
+    remedy: Option<String>,
+}
+
+pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    fn new(kind: Kind, tried: impl Into<String>, happened: impl fmt::Display) -> Self {
+        Self { kind, tried: tried.into(), happened: happened.to_string(), remedy: None }
+    }
+
+    pub(crate) fn failed(tried: impl Into<String>, happened: impl fmt::Display) -> Self {
+        Self::new(Kind::Failed, tried, happened)
+    }
+
+    pub(crate) fn usage(tried: impl Into<String>, happened: impl fmt::Display) -> Self {
+        Self::new(Kind::Usage, tried, happened)
+    }
+
+    pub(crate) fn not_found(tried: impl Into<String>, happened: impl fmt::Display) -> Self {
+        Self::new(Kind::NotFound, tried, happened)
+    }
+
+    pub(crate) fn unreachable(tried: impl Into<String>, happened: impl fmt::Display) -> Self {
+        Self::new(Kind::Unreachable, tried, happened)
+    }
+
+    /// Says what to do about it.
+    pub(crate) fn remedy(mut self, remedy: impl Into<String>) -> Self {
+        self.remedy = Some(remedy.into());
+        self
+    }
+
+    /// What an HTTP status of the hub means to the one who asked.
+    pub(crate) fn of_status(tried: impl Into<String>, code: u16, message: &str) -> Self {
+        let message =
+            if message.is_empty() { format!("the hub answered {code}") } else { message.to_owned() };
+        match code {
+            404 => Self::not_found(tried, message),
+            401 => Self::failed(tried, message).remedy(
+                "the hub does not know this user: take the kubeconfig that the hub wrote (--kubeconfig)",
+            ),
+            403 => Self::failed(tried, message)
+                .remedy("this user may not: ask for rights, or take another kubeconfig"),
+            502..=504 => Self::unreachable(tried, message),
+            _ => Self::failed(tried, message),
+        }
+    }
+
+    /// What an error of the Kubernetes client means.
+    pub(crate) fn of_kube(tried: impl Into<String>, error: &kube::Error) -> Self {
+        match error {
+            kube::Error::Api(status) => Self::of_status(tried, status.code, &status.message),
+            kube::Error::Service(_) | kube::Error::HyperError(_) => Self::unreachable(tried, chain(error))
+                .remedy("is the hub running? `cellway up` or `cellway hub` starts one; --kubeconfig or --data-dir names another"),
+            other => Self::failed(tried, chain(other)),
+        }
+    }
+
+    pub(crate) fn exit_code(&self) -> ExitCode {
+        ExitCode::from(match self.kind {
+            Kind::Failed => 1,
+            Kind::Usage => 2,
+            Kind::NotFound => 3,
+            Kind::Unreachable => 4,
+        })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot {}: {}", self.tried, self.happened)?;
+        match &self.remedy {
+            Some(remedy) => write!(f, "\n  {remedy}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// An error and its causes on one line, each said once.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let cause = error.to_string();
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+        source = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statuses_become_exit_codes() {
+        for (code, kind) in [
+            (404, Kind::NotFound),
+            (403, Kind::Failed),
+            (409, Kind::Failed),
+            (502, Kind::Unreachable),
+            (503, Kind::Unreachable),
+            (504, Kind::Unreachable),
+        ] {
+            assert_eq!(Error::of_status("ask", code, "").kind(), kind, "{code}");
+        }
+    }
+
+    #[test]
+    fn says_what_was_tried_what_happened_and_what_to_do() {
+        let error = Error::unreachable("list the tunnels", "connection refused").remedy("start the hub");
+        assert_eq!(error.to_string(), "cannot list the tunnels: connection refused\n  start the hub");
+    }
+}

@@ -1,0 +1,344 @@
+//! The client of a hub: its Kubernetes API, and its admin API under `/cellway/v1/`.
+
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+
+use kube::{
+    Api, Client, Config,
+    api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams},
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use crate::{
+    error::{Error, Result},
+    kubeconfig::{Credentials, HubArgs},
+};
+
+/// Long enough for a slow link, short enough for a person in front of it.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A ping through the hub to a member that does not answer takes this long at most.
+const READ_TIMEOUT: Duration = Duration::from_secs(40);
+
+/// Where tokens for enrolment are kept.
+pub(crate) const SYSTEM_NAMESPACE: &str = "cellway-system";
+/// Where the members' hub objects are.
+pub(crate) const FEDERATION_NAMESPACE: &str = "kube-federation-system";
+
+/// A hub that can be asked.
+#[derive(Clone)]
+pub(crate) struct Hub {
+    client: Client,
+    kubeconfig: PathBuf,
+}
+
+/// `GET /cellway/v1/server`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Server {
+    pub(crate) version: String,
+    pub(crate) server_id: String,
+    pub(crate) started_at: String,
+    pub(crate) trust_domain: String,
+    pub(crate) ca_hash: String,
+    pub(crate) addresses: Addresses,
+    pub(crate) advertised_agents: String,
+    #[serde(default)]
+    pub(crate) tunnels: u64,
+    #[serde(default)]
+    pub(crate) clusters: u64,
+    #[serde(default)]
+    pub(crate) connections: u64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Addresses {
+    pub(crate) api: String,
+    pub(crate) agents: String,
+    pub(crate) agents_quic: Option<String>,
+    pub(crate) connect: Option<String>,
+    pub(crate) connect_uds: Option<String>,
+    pub(crate) health: Option<String>,
+    pub(crate) admin: Option<String>,
+}
+
+/// A list of the admin API.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Items<T> {
+    pub(crate) items: Vec<T>,
+}
+
+/// `GET /cellway/v1/tunnels`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Tunnel {
+    pub(crate) id: u64,
+    pub(crate) cluster: String,
+    pub(crate) agent_id: String,
+    #[serde(default)]
+    pub(crate) instance: String,
+    #[serde(default)]
+    pub(crate) version: String,
+    pub(crate) carrier: String,
+    pub(crate) remote_addr: String,
+    pub(crate) connected_at: String,
+    pub(crate) rtt_millis: Option<f64>,
+    pub(crate) connections: u64,
+    pub(crate) bytes_received: u64,
+    pub(crate) bytes_sent: u64,
+    #[serde(default)]
+    pub(crate) dials: u64,
+    #[serde(default)]
+    pub(crate) dial_failures: u64,
+    #[serde(default)]
+    pub(crate) buffered: u64,
+    #[serde(default)]
+    pub(crate) draining: bool,
+    pub(crate) certificate_not_after: Option<String>,
+    #[serde(default)]
+    pub(crate) labels: BTreeMap<String, String>,
+}
+
+/// `GET /cellway/v1/connections`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Connection {
+    pub(crate) id: u64,
+    pub(crate) tunnel_id: u64,
+    pub(crate) cluster: String,
+    #[serde(default)]
+    pub(crate) agent_id: String,
+    pub(crate) target: String,
+    #[serde(default)]
+    pub(crate) frontend: String,
+    #[serde(default)]
+    pub(crate) client: String,
+    pub(crate) started_at: String,
+    pub(crate) bytes_received: u64,
+    pub(crate) bytes_sent: u64,
+}
+
+/// `GET /cellway/v1/clusters`: what the server holds of each member.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct LiveCluster {
+    pub(crate) name: String,
+    #[serde(default)]
+    pub(crate) known: bool,
+    pub(crate) revoked_at: Option<String>,
+    pub(crate) tunnels: u64,
+    #[serde(default)]
+    pub(crate) carriers: Vec<String>,
+    #[serde(default)]
+    pub(crate) connections: u64,
+    pub(crate) rtt_millis: Option<f64>,
+}
+
+/// `GET /cellway/v1/clusters/NAME/ping`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Ping {
+    pub(crate) cluster: String,
+    pub(crate) tunnels: Vec<TunnelPing>,
+    pub(crate) api: ApiPing,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct TunnelPing {
+    pub(crate) id: u64,
+    pub(crate) agent_id: String,
+    pub(crate) carrier: String,
+    pub(crate) rtt_millis: Option<f64>,
+    pub(crate) error: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct ApiPing {
+    pub(crate) ok: bool,
+    pub(crate) millis: Option<f64>,
+    pub(crate) version: Option<String>,
+    pub(crate) error: Option<String>,
+}
+
+/// Turns a client's error into ours, with what was tried.
+pub(crate) fn explain(tried: impl Into<String>) -> impl FnOnce(kube::Error) -> Error {
+    |error| Error::of_kube(tried, &error)
+}
+
+impl Hub {
+    /// Finds the hub's kubeconfig. Nothing is sent yet.
+    pub(crate) async fn open(args: &HubArgs) -> Result<Self> {
+        Self::from_kubeconfig(args.find()?).await
+    }
+
+    pub(crate) async fn from_kubeconfig(kubeconfig: PathBuf) -> Result<Self> {
+        let client = client_for(&kubeconfig, None).await?;
+        Ok(Self { client, kubeconfig })
+    }
+
+    /// The Kubernetes API of a member, through the hub.
+    pub(crate) async fn member(&self, cluster: &str) -> Result<Client> {
+        client_for(&self.kubeconfig, Some(cluster)).await
+    }
+
+    pub(crate) fn kubeconfig(&self) -> &std::path::Path {
+        &self.kubeconfig
+    }
+
+    pub(crate) fn credentials(&self) -> Result<Credentials> {
+        Credentials::read(&self.kubeconfig)
+    }
+
+    /// Asks the admin API.
+    pub(crate) async fn admin<T: DeserializeOwned>(&self, path: &str, tried: &str) -> Result<T> {
+        let request = http::Request::get(format!("/cellway/v1/{path}"))
+            .body(Vec::new())
+            .map_err(|error| Error::usage(tried, error))?;
+        self.client.request(request).await.map_err(explain(tried))
+    }
+
+    pub(crate) async fn server(&self) -> Result<Server> {
+        self.admin("server", "ask the hub about itself").await
+    }
+
+    pub(crate) async fn tunnels(&self, cluster: Option<&str>) -> Result<Items<Tunnel>> {
+        self.admin(&with_cluster("tunnels", cluster), "list the tunnels").await
+    }
+
+    pub(crate) async fn connections(&self, cluster: Option<&str>) -> Result<Items<Connection>> {
+        self.admin(&with_cluster("connections", cluster), "list the connections").await
+    }
+
+    pub(crate) async fn live_clusters(&self) -> Result<Items<LiveCluster>> {
+        self.admin("clusters", "list the clusters").await
+    }
+
+    pub(crate) async fn ping(&self, cluster: &str) -> Result<Ping> {
+        self.admin(&format!("clusters/{cluster}/ping"), &format!("ping {cluster}")).await
+    }
+
+    /// Objects of one of our own kinds.
+    pub(crate) fn objects(&self, kind: Kind, namespace: Option<&str>) -> Api<DynamicObject> {
+        let resource = kind.resource();
+        match namespace {
+            Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, &resource),
+            None => Api::all_with(self.client.clone(), &resource),
+        }
+    }
+}
+
+async fn client_for(kubeconfig: &std::path::Path, member: Option<&str>) -> Result<Client> {
+    let tried = format!("read {}", kubeconfig.display());
+    let text = std::fs::read_to_string(kubeconfig).map_err(|error| Error::failed(&tried, error))?;
+    let text = match member {
+        Some(cluster) => crate::kubeconfig::through_hub(&text, cluster)
+            .map_err(|problem| Error::failed(&tried, problem))?,
+        None => text,
+    };
+    let parsed = Kubeconfig::from_yaml(&text).map_err(|error| Error::failed(&tried, error))?;
+    let mut config = Config::from_custom_kubeconfig(parsed, &KubeConfigOptions::default())
+        .await
+        .map_err(|error| Error::failed(&tried, crate::error::chain(&error)))?;
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
+    config.read_timeout = Some(READ_TIMEOUT);
+    config.reset_reader_on_write = true;
+    // A person waits: an error that says what is wrong beats a silent second try.
+    config.default_retry = false;
+    Client::try_from(config).map_err(explain("set up the client"))
+}
+
+fn with_cluster(path: &str, cluster: Option<&str>) -> String {
+    match cluster {
+        Some(cluster) => format!("{path}?cluster={cluster}"),
+        None => path.to_owned(),
+    }
+}
+
+/// The kinds that the command line itself makes or reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    KubeFedCluster,
+    Cell,
+    FederatedDeployment,
+    FederatedConfigMap,
+    Deployment,
+    ConfigMap,
+    Namespace,
+    Secret,
+}
+
+impl Kind {
+    /// Group, version, kind and plural as the API serves them.
+    fn names(self) -> (&'static str, &'static str, &'static str, &'static str) {
+        match self {
+            Self::KubeFedCluster => ("core.kubefed.io", "v1beta1", "KubeFedCluster", "kubefedclusters"),
+            Self::Cell => ("topology.cellway.io", "v1alpha1", "Cell", "cells"),
+            Self::FederatedDeployment => {
+                ("types.kubefed.io", "v1beta2", "FederatedDeployment", "federateddeployments")
+            }
+            Self::FederatedConfigMap => {
+                ("types.kubefed.io", "v1beta2", "FederatedConfigMap", "federatedconfigmaps")
+            }
+            Self::Deployment => ("apps", "v1", "Deployment", "deployments"),
+            Self::ConfigMap => ("", "v1", "ConfigMap", "configmaps"),
+            Self::Namespace => ("", "v1", "Namespace", "namespaces"),
+            Self::Secret => ("", "v1", "Secret", "secrets"),
+        }
+    }
+
+    pub(crate) fn resource(self) -> ApiResource {
+        let (group, version, kind, plural) = self.names();
+        ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind), plural)
+    }
+
+    /// An object of this kind from its name and its other fields.
+    pub(crate) fn object(self, name: &str, fields: Value) -> Result<DynamicObject> {
+        let (group, version, kind, _) = self.names();
+        let mut object = fields;
+        object["apiVersion"] =
+            Value::from(if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") });
+        object["kind"] = Value::from(kind);
+        object["metadata"]["name"] = Value::from(name);
+        serde_json::from_value(object)
+            .map_err(|error| Error::failed(format!("make the {kind} {name}"), error))
+    }
+}
+
+/// Creates the object, or merges it into the one that is there.
+pub(crate) async fn ensure(
+    api: &Api<DynamicObject>,
+    kind: Kind,
+    name: &str,
+    fields: Value,
+) -> Result<DynamicObject> {
+    let object = kind.object(name, fields)?;
+    let tried = format!("create the {} {name}", kind.names().2);
+    match api.create(&PostParams::default(), &object).await {
+        Ok(object) => Ok(object),
+        Err(kube::Error::Api(status)) if status.code == 409 => api
+            .patch(name, &PatchParams::default(), &Patch::Merge(&object))
+            .await
+            .map_err(explain(format!("change the {} {name}", kind.names().2))),
+        Err(error) => Err(Error::of_kube(tried, &error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn objects_carry_their_kind() {
+        let object = Kind::Cell.object("a", json!({"spec": {"cluster": "west"}})).unwrap();
+        let value = serde_json::to_value(&object).unwrap();
+        assert_eq!(value["apiVersion"], "topology.cellway.io/v1alpha1");
+        assert_eq!(value["kind"], "Cell");
+        assert_eq!(value["metadata"]["name"], "a");
+        assert_eq!(value["spec"]["cluster"], "west");
+        let object = Kind::Namespace.object("shop", json!({})).unwrap();
+        assert_eq!(serde_json::to_value(&object).unwrap()["apiVersion"], "v1");
+    }
+}

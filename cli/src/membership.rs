@@ -1,0 +1,164 @@
+//! `cluster add` and `cluster revoke`: who may join, and who may not any more.
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use kube::{
+    Api,
+    api::{Patch, PatchParams},
+};
+use serde::Serialize;
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
+use tls::ClusterName;
+
+use crate::{
+    args::{AddArgs, RevokeArgs},
+    error::{Error, Result},
+    hub::{FEDERATION_NAMESPACE, Hub, Kind, SYSTEM_NAMESPACE, ensure, explain},
+    output::{self, Cell, Paint, Table, colours, text_out},
+};
+
+/// Bytes of chance in a token's secret half: beyond guessing.
+const SECRET_BYTES: usize = 32;
+
+/// What a new member's agent needs.
+#[derive(Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Enrolment {
+    pub(crate) cluster: String,
+    pub(crate) token: String,
+    pub(crate) expires_at: String,
+    pub(crate) hub: String,
+    pub(crate) ca_hash: String,
+    pub(crate) command: String,
+    pub(crate) development_command: String,
+}
+
+/// Checks a name before anything is sent.
+pub(crate) fn cluster_name(name: &str) -> Result<ClusterName> {
+    name.parse::<ClusterName>()
+        .map_err(|error| Error::usage(format!("take {name:?} as a cluster's name"), error))
+}
+
+/// Makes the member known and a token for it.
+pub(crate) async fn enrol(
+    hub: &Hub,
+    name: &str,
+    ttl: std::time::Duration,
+    address: Option<String>,
+) -> Result<Enrolment> {
+    cluster_name(name)?;
+    let server = hub.server().await?;
+    let address = address.unwrap_or_else(|| server.advertised_agents.clone());
+    let clusters = hub.objects(Kind::KubeFedCluster, Some(FEDERATION_NAMESPACE));
+    // No endpoint: the hub has no address of the member's API, only the tunnels that its agents open.
+    let fields = json!({
+        "metadata": {"namespace": FEDERATION_NAMESPACE},
+        "spec": {},
+    });
+    let existing = clusters.get_opt(name).await.map_err(explain(format!("look for the cluster {name}")))?;
+    if existing.is_none() {
+        ensure(&clusters, Kind::KubeFedCluster, name, fields).await?;
+    }
+
+    let id = hex::encode(rand::random::<[u8; 6]>());
+    let secret = URL_SAFE_NO_PAD.encode(rand::random::<[u8; SECRET_BYTES]>());
+    let expires = jiff::SignedDuration::try_from(ttl)
+        .ok()
+        .and_then(|ttl| jiff::Timestamp::now().checked_add(ttl).ok())
+        .ok_or_else(|| {
+            Error::usage("make a token", "its time to live is out of range").remedy("give a smaller --ttl")
+        })?;
+    // Seconds are enough, and every parser takes them.
+    let expires = expires.round(jiff::Unit::Second).unwrap_or(expires);
+    let secrets: Api<_> = hub.objects(Kind::Secret, Some(SYSTEM_NAMESPACE));
+    let fields = json!({
+        "metadata": {"namespace": SYSTEM_NAMESPACE, "labels": {"cellway.io/cluster": name}},
+        "type": "cellway.io/enrolment-token",
+        "stringData": {},
+        "data": {
+            "cluster": base64_of(name),
+            "token-hash": base64_of(&hex::encode(Sha256::digest(secret.as_bytes()))),
+            "expires-at": base64_of(&expires.to_string()),
+        },
+    });
+    ensure(&secrets, Kind::Secret, &format!("enrolment-{id}"), fields).await?;
+    let token = format!("{id}.{secret}");
+    Ok(Enrolment {
+        command: format!(
+            "proxy-agent --cluster-name {name} --server {address} --enrolment-token {token} --ca-hash {} \
+             --data-dir /var/lib/cellway-agent",
+            server.ca_hash
+        ),
+        development_command: format!(
+            "cellway dev member {name} --hub {address} --enrolment-token {token} --ca-hash {}",
+            server.ca_hash
+        ),
+        cluster: name.to_owned(),
+        token,
+        expires_at: expires.to_string(),
+        hub: address,
+        ca_hash: server.ca_hash,
+    })
+}
+
+fn base64_of(text: &str) -> String {
+    base64::engine::general_purpose::STANDARD.encode(text)
+}
+
+pub(crate) async fn add(args: AddArgs) -> Result<()> {
+    cluster_name(&args.name)?;
+    let hub = Hub::open(&args.hub).await?;
+    let enrolment = enrol(&hub, &args.name, args.ttl.0, args.agents_address).await?;
+    if !crate::lists::for_people(args.output.output) {
+        return output::print(args.output.output, &enrolment, |_| Table::new(""));
+    }
+    let colour = colours(std::io::IsTerminal::is_terminal(&std::io::stdout()));
+    let faint = |text: &str| Paint::Faint.on(text, colour);
+    text_out(&format!(
+        "{} is known to the hub. Its agent joins with this command, once, until {}:\n\n  {}\n\n{}\n  {}\n",
+        Paint::Bold.on(&enrolment.cluster, colour),
+        enrolment.expires_at,
+        enrolment.command,
+        faint("or, for a simulated member on this machine:"),
+        faint(&enrolment.development_command),
+    ))
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Revoked {
+    cluster: String,
+    revoked_at: String,
+}
+
+pub(crate) async fn revoke(args: RevokeArgs) -> Result<()> {
+    cluster_name(&args.name)?;
+    let hub = Hub::open(&args.hub).await?;
+    let clusters = hub.objects(Kind::KubeFedCluster, Some(FEDERATION_NAMESPACE));
+    let now = jiff::Timestamp::now();
+    let revoked_at = now.round(jiff::Unit::Second).unwrap_or(now).to_string();
+    let patch = json!({"metadata": {"annotations": {"cellway.io/revoked-at": revoked_at}}});
+    clusters
+        .patch(&args.name, &PatchParams::default(), &Patch::Merge(&patch))
+        .await
+        .map_err(explain(format!("revoke {}", args.name)))?;
+    output::print(args.output.output, &Revoked { cluster: args.name, revoked_at }, |revoked| {
+        let mut table = Table::new("").columns(&["CLUSTER", "REVOKED AT"]);
+        table.row(vec![Cell::new(&revoked.cluster), Cell::new(&revoked.revoked_at).paint(Paint::Warn)]);
+        table
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind as ErrorKind;
+
+    #[test]
+    fn names_are_checked_before_anything_is_sent() {
+        assert!(cluster_name("prod-hz").is_ok());
+        for bad in ["", "Prod", "a.b", "-a", &"a".repeat(64)] {
+            assert_eq!(cluster_name(bad).unwrap_err().kind(), ErrorKind::Usage, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! `hub`: everything a hub is, in this process.
+
+use std::process::ExitCode;
+
+use service::signals::Signals;
+
+use crate::{
+    args::HubCommand,
+    error::{Error, Result, chain},
+    kubeconfig::default_data_dir,
+    parent,
+};
+
+pub(crate) async fn run(mut command: HubCommand) -> Result<ExitCode> {
+    command.log.init().map_err(|error| Error::failed("set up the log", chain(&error)))?;
+    let mut signals = Signals::install().map_err(|error| Error::failed("listen for signals", error))?;
+    if command.hub.data_dir.is_none() {
+        command.hub.data_dir = Some(default_data_dir()?);
+    }
+    let hub = proxy_server::hub::Hub::bind(command.hub)
+        .await
+        .map_err(|error| Error::failed("start the hub", chain(&error)).remedy("the log above says more"))?;
+    let deadline = hub.drain_timeout();
+    let (drain, watch) = service::drain::channel();
+    let run = hub.run(watch);
+    let stop = async {
+        tokio::select! {
+            signal = signals.recv() => tracing::info!(signal, "draining; a second signal cuts"),
+            () = parent::gone(command.child.until_input_closes) => tracing::info!("whoever started this has ended"),
+        }
+        service::signals::drain(drain, deadline, &mut signals).await
+    };
+    parent::run(run, stop).await.map_err(|error| Error::failed("keep the hub running", chain(&error)))
+}

@@ -1,0 +1,48 @@
+//! Commands that print a text: `kubeconfig`, `crds`, `completion`.
+
+use clap::CommandFactory as _;
+use clap_complete::Shell;
+
+use crate::{
+    args::{Args, KubeconfigArgs},
+    error::{Error, Result},
+    kubeconfig::through_hub,
+    membership::cluster_name,
+    output::{Format, text_out},
+};
+
+pub(crate) fn kubeconfig(args: &KubeconfigArgs) -> Result<()> {
+    let path = args.hub.find()?;
+    let tried = format!("read {}", path.display());
+    let text = std::fs::read_to_string(&path).map_err(|error| Error::failed(&tried, error))?;
+    let text = match &args.cluster {
+        Some(cluster) => {
+            cluster_name(cluster)?;
+            through_hub(&text, cluster).map_err(|problem| Error::failed(&tried, problem))?
+        }
+        None => text,
+    };
+    if args.output.output != Format::Json {
+        return text_out(&text);
+    }
+    let value: serde_json::Value =
+        serde_yaml_ng::from_str(&text).map_err(|error| Error::failed(&tried, error))?;
+    let text = serde_json::to_string_pretty(&value).map_err(|error| Error::failed(&tried, error))?;
+    text_out(&format!("{text}\n"))
+}
+
+pub(crate) fn crds() -> Result<()> {
+    let mut text = String::new();
+    for crd in federation_core::crds() {
+        let yaml = serde_yaml_ng::to_string(&crd).map_err(|error| Error::failed("print the CRDs", error))?;
+        text.push_str("---\n");
+        text.push_str(&yaml);
+    }
+    text_out(&text)
+}
+
+pub(crate) fn completion(shell: Shell) -> Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Args::command(), "cellway", &mut script);
+    text_out(&String::from_utf8_lossy(&script))
+}

@@ -1,0 +1,171 @@
+//! Long transfers through the tunnel, each way over each carrier, every byte checked; also while certificates are
+//! renewed.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use e2e_tests::{Fleet, LIMIT, Options, TARGET_PORT, download, needs, upload};
+use test_support::{
+    netns::MEMBER_INSIDE,
+    process::Process,
+    stream::{Checker, Stream},
+    wait_until,
+};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+/// Programs built without optimisation move some tens of MiB a second.
+const TRANSFER_LIMIT: Duration = Duration::from_secs(240);
+
+fn length() -> u64 {
+    let mib =
+        std::env::var("CELLWAY_E2E_TRANSFER_MIB").ok().and_then(|text| text.parse().ok()).unwrap_or(1024);
+    mib * 1024 * 1024
+}
+
+async fn fleet_with_target(transport: &str, hub: &[&str]) -> Result<Option<(Fleet, String)>> {
+    let needs = match needs() {
+        Ok(needs) => needs,
+        Err(reason) => {
+            println!("not run: {reason}");
+            return Ok(None);
+        }
+    };
+    let member = ["--transport", transport, "--allow", &format!("{MEMBER_INSIDE}:{TARGET_PORT}")]
+        .map(str::to_owned)
+        .to_vec();
+    let options = Options { hub: hub.iter().map(|flag| (*flag).to_owned()).collect(), member };
+    let mut fleet = Fleet::start(needs, &["west"], options).await?;
+    let target = fleet.start_target("west").await?;
+    fleet.allow_at_hub("west", &target).await?;
+    wait_until(|| fleet.connected("west", &target), LIMIT, "the destination to be open").await?;
+    Ok(Some((fleet, target)))
+}
+
+async fn both_ways(transport: &str) -> Result<()> {
+    let Some((fleet, target)) = fleet_with_target(transport, &[]).await? else { return Ok(()) };
+    let carriers: Vec<_> =
+        fleet.tunnels("west").await?.iter().map(|tunnel| tunnel["carrier"].to_string()).collect();
+    ensure!(carriers.iter().all(|carrier| carrier.contains(transport)), "{carriers:?}");
+    let length = length();
+    for (way, seed) in [("down", 11), ("up", 12)] {
+        let began = Instant::now();
+        let mut stream = fleet.connected("west", &target).await?;
+        let transfer = async {
+            if way == "down" {
+                download(&mut stream, seed, length).await
+            } else {
+                upload(&mut stream, seed, length).await
+            }
+        };
+        tokio::time::timeout(TRANSFER_LIMIT, transfer)
+            .await
+            .with_context(|| format!("{way} over {transport} hangs"))?
+            .with_context(|| format!("{way} over {transport}\nhub:\n{}", fleet.hub_log()))?;
+        let rate = length as f64 / 1_048_576.0 / began.elapsed().as_secs_f64();
+        println!("{way} over {transport}: {} MiB, {rate:.0} MiB/s", length / 1_048_576);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gigabyte_each_way_over_h2() -> Result<()> {
+    both_ways("h2").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gigabyte_each_way_over_quic() -> Result<()> {
+    both_ways("quic").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dial_joins_standard_input_and_output_over_mtls() -> Result<()> {
+    let Some((fleet, target)) = fleet_with_target("auto", &[]).await? else { return Ok(()) };
+    const LENGTH: u64 = 32 * 1024 * 1024;
+    for way in ["down", "up"] {
+        let mut command = fleet.star.hub().command(&fleet.needs.cellway);
+        command.args(["dial", "west", &target, "--data-dir"]).arg(fleet.hub_dir());
+        let (mut dial, mut input, mut output) =
+            Process::spawn_piped("dial", command, &fleet.dir.join("dial.log"))?;
+        input.write_all(format!("{way} 21 {LENGTH}\n").as_bytes()).await?;
+        if way == "down" {
+            // A half-close towards the target must not cut what it sends.
+            drop(input);
+            let mut checker = Checker::new(21, LENGTH);
+            let mut buffer = vec![0; 256 * 1024];
+            loop {
+                let count = output.read(&mut buffer).await?;
+                if count == 0 {
+                    break;
+                }
+                checker.take(&buffer[..count]).map_err(anyhow::Error::msg)?;
+            }
+            ensure!(checker.complete(), "only {} bytes came\n{}", checker.seen(), dial.tail(20));
+        } else {
+            let mut source = Stream::new(21, LENGTH);
+            while let Some(piece) = source.next_piece() {
+                input.write_all(&piece).await?;
+            }
+            drop(input);
+            let mut verdict = String::new();
+            output.read_to_string(&mut verdict).await?;
+            ensure!(verdict == "ok\n", "{verdict:?}\n{}", dial.tail(20));
+        }
+        let status = dial.wait(LIMIT).await?;
+        ensure!(status.success(), "{status}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_are_renewed_under_load() -> Result<()> {
+    let Some((mut fleet, target)) = fleet_with_target("auto", &["--agent-certificate-ttl", "40s"]).await?
+    else {
+        return Ok(());
+    };
+    let files = fleet.member("west")?.data.clone();
+    let before = certificates(&files)?;
+    ensure!(!before.is_empty(), "no certificate in {}", files.display());
+    // An echo that never pauses, until the certificate on disk has changed twice.
+    let mut stream = fleet.connected("west", &target).await?;
+    stream.write_all(b"echo\n").await?;
+    let mut seen = vec![before];
+    let began = Instant::now();
+    let mut source = Stream::new(31, u64::MAX);
+    while seen.len() < 3 {
+        ensure!(began.elapsed() < Duration::from_secs(180), "renewed {} times only", seen.len() - 1);
+        let piece = source.next_piece().context("an endless stream ended")?;
+        stream.write_all(&piece).await?;
+        let mut back = vec![0; piece.len()];
+        stream.read_exact(&mut back).await?;
+        ensure!(piece == back, "the echo differs");
+        let now = certificates(&files)?;
+        if seen.last() != Some(&now) {
+            seen.push(now);
+        }
+    }
+    // New connections work with whatever certificate their tunnel has.
+    let mut stream = fleet.connected("west", &target).await?;
+    download(&mut stream, 32, 1_000_000).await?;
+    fleet.wait_for_member("west", LIMIT).await
+}
+
+/// The certificates under a folder, without keys: what changes at a renewal.
+fn certificates(folder: &std::path::Path) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|ending| ending == "pem" || ending == "crt")
+                && let Ok(text) = std::fs::read_to_string(&path)
+                && text.contains("BEGIN CERTIFICATE")
+            {
+                found.push(text);
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
