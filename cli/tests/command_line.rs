@@ -1,0 +1,95 @@
+//! The command as scripts see it: exit codes, what goes to which stream, formats.
+
+use std::process::{Command, Output};
+
+fn cellway(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_cellway"))
+        .args(args)
+        .env_remove("CELLWAY_DATA_DIR")
+        .env_remove("CELLWAY_KUBECONFIG")
+        .env("HOME", "/nonexistent")
+        .output()
+        .unwrap()
+}
+
+fn code(output: &Output) -> i32 {
+    output.status.code().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn a_wrong_command_line_is_2_and_says_why() {
+    for args in [
+        &["frobnicate"][..],
+        &["ping"],
+        &["tunnels", "-o", "xml"],
+        &["up", "--once"],
+        &["cluster", "add", "Not_A_Name"],
+        &["dial", "east", "no-port"],
+    ] {
+        let output = cellway(args);
+        assert_eq!(code(&output), 2, "{args:?}: {}", stderr(&output));
+        assert!(output.stdout.is_empty(), "{args:?}");
+        assert!(!output.stderr.is_empty(), "{args:?}");
+    }
+}
+
+#[test]
+fn a_hub_that_is_not_there_is_3_and_says_what_to_do() {
+    let output = cellway(&["clusters", "--data-dir", "/nonexistent"]);
+    assert_eq!(code(&output), 3);
+    assert!(stderr(&output).contains("cellway up"), "{}", stderr(&output));
+    assert!(!stderr(&output).contains('\x1b'), "colours without a terminal");
+}
+
+#[test]
+fn a_hub_that_does_not_answer_is_4() {
+    let folder = tempfile::tempdir().unwrap();
+    // A port that was free a moment ago and has nobody behind it.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let kubeconfig = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: hub\ncontexts: [{{name: hub, context: {{cluster: hub, user: a}}}}]\n\
+         clusters: [{{name: hub, cluster: {{server: 'https://127.0.0.1:{port}'}}}}]\nusers: [{{name: a, user: {{token: t}}}}]\n"
+    );
+    std::fs::write(folder.path().join("admin.kubeconfig"), kubeconfig).unwrap();
+    let output = cellway(&["tunnels", "--data-dir", folder.path().to_str().unwrap()]);
+    assert_eq!(code(&output), 4, "{}", stderr(&output));
+    // A member's kubeconfig needs no hub that answers.
+    let output = cellway(&["kubeconfig", "east", "--data-dir", folder.path().to_str().unwrap()]);
+    assert_eq!(code(&output), 0);
+    assert!(
+        String::from_utf8_lossy(&output.stdout).contains(&format!("https://127.0.0.1:{port}/clusters/east"))
+    );
+    let output = cellway(&["kubeconfig", "-o", "json", "--data-dir", folder.path().to_str().unwrap()]);
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(value["current-context"], "hub");
+}
+
+#[test]
+fn completion_and_crds_print_to_standard_output() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = cellway(&["completion", shell]);
+        assert_eq!(code(&output), 0);
+        assert!(String::from_utf8_lossy(&output.stdout).contains("kubeconfig"), "{shell}");
+    }
+    let output = cellway(&["crds"]);
+    assert_eq!(code(&output), 0);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        text.contains("kind: CustomResourceDefinition") && text.contains("federateddeployments"),
+        "{text}"
+    );
+}
+
+#[test]
+fn the_demo_never_removes_what_is_not_a_demo() {
+    let folder = tempfile::tempdir().unwrap();
+    let precious = folder.path().join("precious");
+    std::fs::write(&precious, "x").unwrap();
+    let output = cellway(&["up", "--demo", "--once", "--data-dir", folder.path().to_str().unwrap()]);
+    assert_eq!(code(&output), 2, "{}", stderr(&output));
+    assert!(precious.exists());
+}
