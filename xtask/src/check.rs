@@ -13,8 +13,10 @@ use crate::{
 };
 
 pub(crate) fn run(quick: bool) -> Result<()> {
-    Cmd::new("cargo").args(["fmt", "--all", "--check"]).run()?;
     let mut problems = Vec::new();
+    if Cmd::new("cargo").args(["fmt", "--all", "--check"]).run().is_err() {
+        problems.push("the format is not rustfmt's: run `cargo fmt --all`".to_owned());
+    }
     let metadata =
         Cmd::new("cargo").args(["metadata", "--no-deps", "--format-version", "1", "--locked"]).read()?;
     let metadata = serde_json::from_slice(&metadata).context("cargo metadata did not print JSON")?;
