@@ -1,0 +1,535 @@
+//! The HTTP CONNECT frontend, over a Unix socket and over mTLS TCP.
+//!
+//! ```text
+//! client ── CONNECT host:port ──▶ head.rs ──▶ route.rs ──▶ Registry::dial
+//!        ◀── 200 Connection Established ── then bytes, both ways, until both have ended
+//! ```
+//!
+//! The status line is written before the first byte of the target is read, by the same task, so the two cannot be
+//! interleaved; nothing follows it that is not the target's. A client that goes away while its dial is under way ends
+//! the dial; a client that closes its sending half before it has the answer counts as gone.
+
+pub mod head;
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use service::drain::DrainWatch;
+use tls::ServerTls;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tracing::Instrument;
+
+use self::head::{HeadError, MAX_HEAD};
+use crate::error::{ERROR_HEADER, ProxyError};
+use crate::limit::{ClientPlace, ConcurrencyLimiter, RateLimiter};
+use crate::registry::{DialRequest, Dialed, Frontend, LiveConnection, Proxied, Registry, Relayed, Tunnel};
+use crate::route::Route;
+
+/// Upstream's words, which its clients compare.
+const ESTABLISHED: &[u8] = b"HTTP/1.1 200 Connection Established\r\n\r\n";
+
+/// The first read: kube-apiserver's heads fit, and an idle connection costs no more.
+const FIRST_READ: usize = 1024;
+
+/// Bytes that a client may send before it has its answer.
+const MAX_EARLY: usize = 16 * 1024;
+
+/// The copy buffer of each direction of an mTLS connection: two TLS records.
+const COPY_BUFFER: usize = 32 * 1024;
+
+/// How long to wait for a refused client to read its answer and close.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// What clients may cost. Every bound is per server.
+#[derive(Debug, Clone)]
+pub struct ConnectLimits {
+    /// From accept to the end of the head.
+    pub head_timeout: Duration,
+    /// From accept to the end of the TLS handshake.
+    pub handshake_timeout: Duration,
+    /// Handshakes and heads under way at one time; more clients are closed at once.
+    pub max_half_open: usize,
+    /// A dial's whole time, retries included.
+    pub dial_timeout: Duration,
+    /// Dials under way for one client at one time.
+    pub max_client_dials: usize,
+    /// Connections of one client at one time.
+    pub max_client_connections: usize,
+    /// Dials a second of one mTLS client; 0 is no limit. Over a Unix socket the file's mode is the admission.
+    pub client_dial_rate: u32,
+}
+
+impl Default for ConnectLimits {
+    fn default() -> Self {
+        Self {
+            head_timeout: Duration::from_secs(10),
+            handshake_timeout: Duration::from_secs(10),
+            max_half_open: 4096,
+            dial_timeout: crate::registry::DEFAULT_DIAL_TIMEOUT,
+            max_client_dials: 4096,
+            max_client_connections: 32 * 1024,
+            client_dial_rate: 2000,
+        }
+    }
+}
+
+/// Who may use the mTLS listener.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AllowedClients {
+    /// Whoever has a certificate of the client CA: upstream's rule.
+    Any,
+    /// Whose certificate names one of these groups.
+    Groups(Vec<String>),
+}
+
+/// The key by which a client is limited.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum ClientKey {
+    Local,
+    Remote(IpAddr, Arc<str>),
+}
+
+/// Answers CONNECT requests.
+pub struct ConnectFrontend<T: Tunnel> {
+    registry: Registry<T>,
+    limits: ConnectLimits,
+    rate: RateLimiter<ClientKey>,
+    dials: Arc<ConcurrencyLimiter<ClientKey>>,
+    connections: Arc<ConcurrencyLimiter<ClientKey>>,
+    half_open: Arc<Semaphore>,
+    access_log: bool,
+}
+
+/// A Unix socket that is unlinked on drop.
+#[derive(Debug)]
+pub struct BoundUnix {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode: a successor's socket of the same name is not ours to remove.
+    identity: Option<(u64, u64)>,
+}
+
+/// Why a Unix socket could not be bound.
+#[derive(Debug, thiserror::Error)]
+pub enum BindUnixError {
+    /// Something is there already.
+    #[error("{path} exists already: remove it, or pass --delete-existing-uds-file")]
+    Exists {
+        /// Where.
+        path: PathBuf,
+    },
+    /// Something else than a socket is there; it is never deleted.
+    #[error("{path} exists and is not a socket")]
+    NotASocket {
+        /// Where.
+        path: PathBuf,
+    },
+    /// The operating system refused.
+    #[error("failed to listen on the Unix socket {path}")]
+    Bind {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+// === impl ConnectFrontend ===
+
+impl<T: Tunnel> ConnectFrontend<T> {
+    /// A frontend over `registry`.
+    pub fn new(registry: Registry<T>, limits: ConnectLimits, access_log: bool) -> Arc<Self> {
+        Arc::new(Self {
+            rate: RateLimiter::new(limits.client_dial_rate, limits.client_dial_rate.saturating_mul(2)),
+            dials: ConcurrencyLimiter::new(limits.max_client_dials),
+            connections: ConcurrencyLimiter::new(limits.max_client_connections),
+            half_open: Arc::new(Semaphore::new(limits.max_half_open)),
+            registry,
+            limits,
+            access_log,
+        })
+    }
+
+    /// Serves a Unix socket until the drain, then waits for the open connections.
+    pub async fn serve_unix(self: Arc<Self>, bound: BoundUnix, drain: DrainWatch) {
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = drain.signaled() => break,
+                Some(_) = connections.join_next(), if !connections.is_empty() => {}
+                accepted = bound.listener.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        let frontend = self.clone();
+                        let span = tracing::debug_span!("connect", client.addr = "unix");
+                        connections.spawn(async move { frontend.handle_unix(stream).await }.instrument(span));
+                    }
+                    Err(error) => accept_failed(&error).await,
+                },
+            }
+        }
+        // Unlinked before the wait: a successor may bind its own at once.
+        drop(bound);
+        while connections.join_next().await.is_some() {}
+    }
+
+    /// Serves mTLS on TCP until the drain, then waits for the open connections.
+    pub async fn serve_tls(
+        self: Arc<Self>,
+        listener: TcpListener,
+        tls: ServerTls,
+        allowed: AllowedClients,
+        drain: DrainWatch,
+    ) {
+        let allowed = Arc::new(allowed);
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = drain.signaled() => break,
+                Some(_) = connections.join_next(), if !connections.is_empty() => {}
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, remote)) => {
+                        let (frontend, tls, allowed) = (self.clone(), tls.clone(), allowed.clone());
+                        let span = tracing::debug_span!("connect", client.addr = %remote);
+                        connections.spawn(
+                            async move { frontend.handle_tls(stream, remote, &tls, &allowed).await }.instrument(span),
+                        );
+                    }
+                    Err(error) => accept_failed(&error).await,
+                },
+            }
+        }
+        drop(listener);
+        while connections.join_next().await.is_some() {}
+    }
+
+    async fn handle_unix(&self, mut stream: UnixStream) {
+        let key = ClientKey::Local;
+        let Some((dialed, early, _held)) =
+            self.negotiate(&mut stream, Frontend::ConnectUds, &key, "unix").await
+        else {
+            return;
+        };
+        let started = Instant::now();
+        let Dialed { mut connection, place } = dialed;
+        let forwarded = early.len() as u64;
+        if !early.is_empty() && connection.write_all(&early).await.is_err() {
+            self.log_end(&place.live, started, &Relayed { outcome: "aborted".into(), ..Relayed::default() });
+            return;
+        }
+        drop(early);
+        let mut relayed = connection.relay_unix(stream).await;
+        relayed.bytes_sent += forwarded;
+        self.log_end(&place.live, started, &relayed);
+    }
+
+    async fn handle_tls(
+        &self,
+        stream: TcpStream,
+        remote: SocketAddr,
+        tls: &ServerTls,
+        allowed: &AllowedClients,
+    ) {
+        let metrics = self.registry.metrics();
+        let frontend = Frontend::Connect;
+        // Nothing but the socket is spent on clients beyond the bound.
+        let Ok(half_open) = self.half_open.clone().try_acquire_owned() else {
+            metrics.reject(frontend.as_str(), "half-open");
+            return;
+        };
+        let _ = stream.set_nodelay(true);
+        let handshake = tls.acceptor(&[b"http/1.1"]).accept(stream);
+        let mut stream = match tokio::time::timeout(self.limits.handshake_timeout, handshake).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => {
+                metrics.reject(frontend.as_str(), "tls");
+                tracing::debug!(%error, "TLS handshake failed");
+                return;
+            }
+            Err(_) => {
+                metrics.reject(frontend.as_str(), "tls-timeout");
+                return;
+            }
+        };
+        drop(half_open);
+        let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+        let (user, groups) = certificate.and_then(|cert| tls::user_of(cert).ok()).unwrap_or_default();
+        if !allowed.allow(&groups) {
+            let error = ProxyError::NotAuthorised { user };
+            metrics.reject(frontend.as_str(), error.code());
+            refuse(&mut stream, &error).await;
+            return;
+        }
+        let client = if user.is_empty() { remote.to_string() } else { format!("{user} at {remote}") };
+        let key = ClientKey::Remote(remote.ip(), user.into());
+        let Some((mut dialed, early, _held)) = self.negotiate(&mut stream, frontend, &key, &client).await
+        else {
+            return;
+        };
+        let started = Instant::now();
+        let forwarded = early.len() as u64;
+        let mut relayed = Relayed::default();
+        let copied = match dialed.write_all(&early).await {
+            Ok(()) => {
+                tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut dialed, COPY_BUFFER, COPY_BUFFER)
+                    .await
+            }
+            Err(error) => Err(error),
+        };
+        match copied {
+            Ok((sent, received)) => {
+                relayed = Relayed {
+                    bytes_sent: sent + forwarded,
+                    bytes_received: received,
+                    outcome: "closed".into(),
+                };
+            }
+            Err(error) => relayed.outcome = format!("aborted: {error}").into(),
+        }
+        self.log_end(&dialed.place.live, started, &relayed);
+    }
+
+    /// Reads the head, dials and answers. `None`: the client has been told, or is gone.
+    async fn negotiate<S>(
+        &self,
+        stream: &mut S,
+        frontend: Frontend,
+        key: &ClientKey,
+        client: &str,
+    ) -> Option<(Dialed<T>, Vec<u8>, ClientPlace<ClientKey>)>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let outcome = self.try_negotiate(stream, frontend, key, client).await;
+        match outcome {
+            Ok(established) => Some(established),
+            Err(Refusal::Gone) => {
+                self.registry.metrics().reject(frontend.as_str(), "client-gone");
+                None
+            }
+            Err(Refusal::Error(error)) => {
+                self.registry.metrics().reject(frontend.as_str(), error.code());
+                if self.access_log {
+                    tracing::info!(
+                        target: "access",
+                        frontend = frontend.as_str(), client, outcome = error.code(), "refused: {error}"
+                    );
+                }
+                refuse(stream, &error).await;
+                None
+            }
+        }
+    }
+
+    async fn try_negotiate<S>(
+        &self,
+        stream: &mut S,
+        frontend: Frontend,
+        key: &ClientKey,
+        client: &str,
+    ) -> Result<(Dialed<T>, Vec<u8>, ClientPlace<ClientKey>), Refusal>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let half_open =
+            self.half_open.clone().try_acquire_owned().map_err(|_| ProxyError::TooManyConnections)?;
+        let connection_place = self.connections.enter(key).ok_or(ProxyError::TooManyConnections)?;
+        let reading = tokio::time::timeout(self.limits.head_timeout, read_head(stream));
+        let (head, mut early) = reading.await.map_err(|_| ProxyError::HeadTimeout)??;
+        drop(half_open);
+        if !matches!(key, ClientKey::Local) && !self.rate.allow(key.clone(), Instant::now()) {
+            return Err(ProxyError::RateLimited.into());
+        }
+        let dial_place = self.dials.enter(key).ok_or(ProxyError::RateLimited)?;
+        let route = Route::resolve(&head.target, head.cluster.as_deref(), head.proxy_user.as_deref())?;
+        let request = DialRequest { route: &route, frontend, client, timeout: self.limits.dial_timeout };
+        let dialed = tokio::select! {
+            biased;
+            dialed = self.registry.dial(request) => dialed?,
+            () = client_gone(stream, &mut early) => return Err(Refusal::Gone),
+        };
+        drop(dial_place);
+        stream.write_all(ESTABLISHED).await.map_err(|_| Refusal::Gone)?;
+        stream.flush().await.map_err(|_| Refusal::Gone)?;
+        Ok((dialed, early, connection_place))
+    }
+
+    fn log_end(&self, live: &LiveConnection, started: Instant, relayed: &Relayed) {
+        if self.access_log {
+            tracing::info!(
+                target: "access",
+                frontend = live.frontend.as_str(),
+                client = %live.client,
+                cluster = %live.cluster,
+                agent.id = %live.agent_id,
+                target = %live.target,
+                bytes_sent = relayed.bytes_sent,
+                bytes_received = relayed.bytes_received,
+                seconds = started.elapsed().as_secs_f64(),
+                outcome = %relayed.outcome,
+                "connection ended"
+            );
+        }
+    }
+}
+
+impl<T: Tunnel> std::fmt::Debug for ConnectFrontend<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ConnectFrontend").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+/// Why a negotiation ended without a connection.
+enum Refusal {
+    /// Nobody is there to be told.
+    Gone,
+    /// To be told.
+    Error(ProxyError),
+}
+
+impl From<ProxyError> for Refusal {
+    fn from(error: ProxyError) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// Reads until the head is complete; gives what came after it as well.
+async fn read_head<S: AsyncRead + Unpin>(stream: &mut S) -> Result<(head::Head, Vec<u8>), Refusal> {
+    let mut buf = Vec::with_capacity(FIRST_READ);
+    let mut scanned = 0;
+    loop {
+        match stream.read_buf(&mut buf).await {
+            Ok(0) if buf.is_empty() => return Err(Refusal::Gone),
+            Ok(0) => return Err(ProxyError::BadRequest("the head ends before its empty line").into()),
+            Ok(_) => {}
+            Err(_) => return Err(Refusal::Gone),
+        }
+        match head::parse(&buf, &mut scanned) {
+            Ok(None) => {}
+            Ok(Some((head, used))) => {
+                buf.drain(..used);
+                return Ok((head, buf));
+            }
+            Err(HeadError::TooLarge) => return Err(ProxyError::HeadTooLarge { limit: MAX_HEAD }.into()),
+            Err(HeadError::NotConnect) => return Err(ProxyError::NotConnect.into()),
+            Err(HeadError::Malformed(what)) => return Err(ProxyError::BadRequest(what).into()),
+        }
+    }
+}
+
+/// Returns when the client has gone; collects what it sends early, up to a bound, and then stops listening.
+/// Cancel-safe: bytes are either in `early` or still in the socket.
+async fn client_gone<S: AsyncRead + Unpin>(stream: &mut S, early: &mut Vec<u8>) {
+    while early.len() < MAX_EARLY {
+        match stream.read_buf(early).await {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+    }
+    std::future::pending().await
+}
+
+/// Tells the client why, and gives it time to read it: closing with unread input would reset the connection.
+async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, error: &ProxyError) {
+    let body = error.body();
+    let text = format!(
+        "HTTP/1.1 {status}\r\n{ERROR_HEADER}: {code}\r\ncontent-type: text/plain; charset=utf-8\r\n\
+         content-length: {length}\r\nconnection: close\r\n\r\n{body}",
+        status = error.status(),
+        code = error.code(),
+        length = body.len(),
+    );
+    let telling = async {
+        stream.write_all(text.as_bytes()).await?;
+        stream.shutdown().await?;
+        let mut rest = [0; 1024];
+        while stream.read(&mut rest).await? > 0 {}
+        io::Result::Ok(())
+    };
+    // Whether or not it listened, it is done with.
+    let _ = tokio::time::timeout(LINGER, telling).await;
+}
+
+async fn accept_failed(error: &io::Error) {
+    // Out of descriptors, most likely: wait for others to end rather than spin.
+    tracing::warn!(%error, "failed to accept a client");
+    tokio::time::sleep(Duration::from_millis(50)).await;
+}
+
+// === impl AllowedClients ===
+
+impl AllowedClients {
+    /// Whether a client with these groups may.
+    pub fn allow(&self, groups: &[String]) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Groups(allowed) => groups.iter().any(|group| allowed.contains(group)),
+        }
+    }
+}
+
+// === impl BoundUnix ===
+
+impl BoundUnix {
+    /// Listens on `path`, for the owner and its group as upstream does (umask 0007).
+    ///
+    /// # Errors
+    /// When something is there that may not be deleted, or the operating system refuses.
+    pub fn bind(path: &Path, delete_existing: bool) -> Result<Self, BindUnixError> {
+        let path = path.to_owned();
+        match std::fs::symlink_metadata(&path) {
+            Ok(meta) if !meta.file_type().is_socket() => return Err(BindUnixError::NotASocket { path }),
+            Ok(_) if !delete_existing => return Err(BindUnixError::Exists { path }),
+            Ok(_) => {
+                if let Err(source) = std::fs::remove_file(&path) {
+                    return Err(BindUnixError::Bind { path, source });
+                }
+            }
+            Err(_) => {}
+        }
+        // Bound under a private name, given its mode, then moved into place: it is never open to others in between.
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let temporary = path.with_file_name(format!(".{name}.{}", std::process::id()));
+        let _ = std::fs::remove_file(&temporary);
+        let bind = || {
+            let listener = UnixListener::bind(&temporary)?;
+            std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o770))?;
+            std::fs::rename(&temporary, &path)?;
+            Ok(listener)
+        };
+        match bind() {
+            Ok(listener) => Ok(Self { identity: identity(&path), listener, path }),
+            Err(source) => {
+                let _ = std::fs::remove_file(&temporary);
+                Err(BindUnixError::Bind { path, source })
+            }
+        }
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for BoundUnix {
+    fn drop(&mut self) {
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,158 @@
+//! Which members there are, when each was revoked, and what may be dialled in it: the hub's side of authority.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use tokio::sync::watch;
+use tunnel::Target;
+use tunnel::policy::DestinationPolicy;
+
+/// One member as the hub knows it.
+#[derive(Debug, Clone, Default)]
+pub struct ClusterInfo {
+    /// Certificates that begin at or before this moment are refused.
+    pub revoked_at: Option<SystemTime>,
+    /// What may be dialled besides the member's own API.
+    pub allowed: DestinationPolicy,
+    /// The hub object's labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// All members at one moment.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    /// False until the first complete list has been read.
+    pub synced: bool,
+    /// By name.
+    pub clusters: BTreeMap<String, ClusterInfo>,
+}
+
+/// Where the server looks members up. Cheap to clone.
+#[derive(Debug, Clone)]
+pub enum ClusterDirectory {
+    /// No hub API: every cluster for which the CA has signed a certificate is a member, with this policy.
+    Open(Arc<ClusterInfo>),
+    /// Fed by a watch of the hub's objects.
+    Known(watch::Receiver<Arc<Snapshot>>),
+}
+
+/// What the directory says of a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lookup<T> {
+    /// A member.
+    Known(T),
+    /// No member.
+    Unknown,
+    /// Not yet known: the hub is starting.
+    NotSynced,
+}
+
+// === impl ClusterDirectory ===
+
+impl ClusterDirectory {
+    /// A directory without a hub API.
+    pub fn open(allowed: DestinationPolicy) -> Self {
+        Self::Open(Arc::new(ClusterInfo { allowed, ..ClusterInfo::default() }))
+    }
+
+    /// A directory and the end that feeds it.
+    pub fn fed() -> (watch::Sender<Arc<Snapshot>>, Self) {
+        let (feed, snapshots) = watch::channel(Arc::new(Snapshot::default()));
+        (feed, Self::Known(snapshots))
+    }
+
+    /// Applies `f` to the member's record.
+    pub fn lookup<T>(&self, cluster: &str, f: impl FnOnce(&ClusterInfo) -> T) -> Lookup<T> {
+        match self {
+            Self::Open(info) => Lookup::Known(f(info)),
+            Self::Known(snapshots) => {
+                let snapshot = snapshots.borrow();
+                match snapshot.clusters.get(cluster) {
+                    Some(info) => Lookup::Known(f(info)),
+                    None if snapshot.synced => Lookup::Unknown,
+                    None => Lookup::NotSynced,
+                }
+            }
+        }
+    }
+
+    /// Whether a certificate of `cluster` that begins at `not_before` is good now.
+    pub fn admits(&self, cluster: &str, not_before: SystemTime) -> Lookup<bool> {
+        self.lookup(cluster, |info| info.revoked_at.is_none_or(|revoked| not_before > revoked))
+    }
+
+    /// Returns once the directory knows its members.
+    pub async fn synced(&self) {
+        if let Self::Known(snapshots) = self {
+            let mut snapshots = snapshots.clone();
+            // An error means that the feed has ended, and nothing will change any more.
+            let _ = snapshots.wait_for(|snapshot| snapshot.synced).await;
+        }
+    }
+
+    /// Changes from now on. `None` for a directory that never changes.
+    pub fn changes(&self) -> Option<watch::Receiver<Arc<Snapshot>>> {
+        match self {
+            Self::Open(_) => None,
+            Self::Known(snapshots) => Some(snapshots.clone()),
+        }
+    }
+
+    /// Every known member; empty for an open directory.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        match self {
+            Self::Open(_) => Arc::new(Snapshot { synced: true, ..Snapshot::default() }),
+            Self::Known(snapshots) => snapshots.borrow().clone(),
+        }
+    }
+}
+
+// === impl ClusterInfo ===
+
+impl ClusterInfo {
+    /// Whether clients may dial `target` in this member.
+    ///
+    /// Names are compared as written: only the agent resolves them, and checks the address against its own policy.
+    pub fn allows(&self, target: &Target) -> bool {
+        match target.host.parse::<IpAddr>() {
+            Ok(address) => self.allowed.allows_addr(address, target.port),
+            Err(_) => self.allowed.allows_name(&target.host, target.port),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn revocation_is_by_the_certificates_beginning() {
+        let (feed, directory) = ClusterDirectory::fed();
+        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+        assert_eq!(directory.admits("east", at), Lookup::NotSynced);
+        let info = ClusterInfo { revoked_at: Some(at), ..ClusterInfo::default() };
+        feed.send_replace(Arc::new(Snapshot { synced: true, clusters: [("east".to_owned(), info)].into() }));
+        assert_eq!(directory.admits("east", at), Lookup::Known(false));
+        assert_eq!(directory.admits("east", at + Duration::from_secs(1)), Lookup::Known(true));
+        assert_eq!(directory.admits("west", at), Lookup::Unknown);
+    }
+
+    #[test]
+    fn the_policy_decides_names_and_addresses() {
+        let allowed = "10.0.0.0/8:443 db.internal:5432".parse::<DestinationPolicy>().unwrap();
+        let info = ClusterInfo { allowed, ..ClusterInfo::default() };
+        for (target, expect) in [
+            ("10.1.2.3:443", true),
+            ("10.1.2.3:80", false),
+            ("192.0.2.1:443", false),
+            ("db.internal:5432", true),
+            ("db.internal:22", false),
+        ] {
+            assert_eq!(info.allows(&target.parse().unwrap()), expect, "{target}");
+        }
+        assert!(!ClusterInfo::default().allows(&"10.1.2.3:443".parse().unwrap()), "nothing by default");
+    }
+}

@@ -1,0 +1,76 @@
+//! The `proxy-server` binary: flags, listeners, run, drain.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use proxy_server::args::Args;
+use proxy_server::server::{BoundServer, Parts};
+use service::admin::Admin;
+use service::metrics::SharedRegistry;
+use service::ready::Readiness;
+use service::signals::{self, Signals};
+use service::{drain, exit, flags};
+
+fn main() -> ExitCode {
+    let parsed = flags::parse::<Args>();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&error.into()),
+    };
+    runtime.block_on(run(parsed)).unwrap_or_else(|error| failed(&error))
+}
+
+async fn run(parsed: flags::Parsed<Args>) -> anyhow::Result<ExitCode> {
+    let flags::Parsed { args, effective } = parsed;
+    let log = args.log.init()?;
+    let mut signals = Signals::install().context("failed to install the signal handlers")?;
+    let (deadline, ready_file) = (args.graceful_shutdown_timeout.0, args.ready_file.clone());
+    tracing::info!(version = tunnel::VERSION, changed = ?effective.changed().collect::<Vec<_>>(), "starting");
+
+    let config = args.into_config()?;
+    let parts = Parts::new(&config);
+    let metrics = SharedRegistry::new("proxy-server");
+    metrics.with(|registry| parts.metrics.register(registry));
+    let readiness = Readiness::default();
+    let tunnels = parts.registry.clone();
+    readiness.check("agents", move || match tunnels.tunnel_count() {
+        0 => Err("no connection to any proxy agent".to_owned()),
+        _ => Ok(()),
+    });
+    let admin = Admin::new(readiness, metrics).config(effective).log(log);
+    let bound = BoundServer::bind(config, parts, None, admin).await?;
+    tracing::info!(addresses = ?bound.addresses(), "listening");
+    if let Some(path) = &ready_file {
+        write_ready(path, &bound).with_context(|| format!("failed to write {}", path.display()))?;
+    }
+
+    let (signal, watch) = drain::channel();
+    let mut server = tokio::task::JoinSet::new();
+    server.spawn(bound.run(watch));
+    let ending = tokio::select! {
+        name = signals.recv() => {
+            tracing::info!(signal = name, ?deadline, "draining; a second signal ends at once");
+            signals::drain(signal, deadline, &mut signals).await
+        }
+        Some(ended) = server.join_next() => {
+            ended.context("the server ended unexpectedly")?;
+            signals::Ending::Drained
+        }
+    };
+    server.shutdown().await;
+    if let Some(path) = &ready_file {
+        let _ = std::fs::remove_file(path);
+    }
+    Ok(ending.into())
+}
+
+fn write_ready(path: &Path, bound: &BoundServer) -> anyhow::Result<()> {
+    Ok(tls::write_public(path, serde_json::to_string_pretty(bound.addresses())?.as_bytes())?)
+}
+
+#[allow(clippy::print_stderr)]
+fn failed(error: &anyhow::Error) -> ExitCode {
+    eprintln!("proxy-server: {}", service::error_chain(error.as_ref()));
+    ExitCode::from(exit::INIT)
+}

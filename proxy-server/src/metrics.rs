@@ -1,0 +1,185 @@
+//! What the server counts, by cluster. Prefix `cellway_server_`.
+//!
+//! Label values are bounded: a cluster is one for which the CA has signed (a request for an unknown one counts under
+//! the empty name), outcomes and reasons are words of [`crate::error::ProxyError::code`] and of [`crate::agents`].
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+/// Labels of most families.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ClusterLabels {
+    /// The member; empty in plain konnectivity mode and for unknown ones.
+    pub cluster: String,
+}
+
+/// A dial's end.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct DialLabels {
+    /// The member.
+    pub cluster: String,
+    /// `ok`, or the error's code.
+    pub outcome: &'static str,
+}
+
+/// Tunnels by what carries them.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct TunnelLabels {
+    /// The member.
+    pub cluster: String,
+    /// `h2` or `quic`.
+    pub carrier: &'static str,
+}
+
+/// Bytes by direction.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ByteLabels {
+    /// The member.
+    pub cluster: String,
+    /// `sent` to the member or `received` from it.
+    pub direction: &'static str,
+}
+
+/// Something turned away.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RejectLabels {
+    /// Why.
+    pub reason: &'static str,
+}
+
+/// Something turned away at a frontend.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct FrontendRejectLabels {
+    /// Which.
+    pub frontend: &'static str,
+    /// Why.
+    pub reason: &'static str,
+}
+
+/// The server's metrics. Clones share them.
+#[derive(Debug, Clone)]
+pub struct ServerMetrics {
+    /// Dials by outcome.
+    pub dials: Family<DialLabels, Counter>,
+    /// From the client's request to the agent's answer.
+    pub dial_seconds: Family<ClusterLabels, Histogram, fn() -> Histogram>,
+    /// Open connections.
+    pub connections: Family<ClusterLabels, Gauge>,
+    /// Open tunnels.
+    pub tunnels: Family<TunnelLabels, Gauge>,
+    /// Round trips of the tunnels' pings.
+    pub rtt_seconds: Family<ClusterLabels, Histogram, fn() -> Histogram>,
+    /// Payload bytes.
+    pub bytes: Family<ByteLabels, Counter>,
+    /// Agents turned away.
+    pub rejected_handshakes: Family<RejectLabels, Counter>,
+    /// Client requests turned away.
+    pub rejected_requests: Family<FrontendRejectLabels, Counter>,
+    /// Certificates signed, by kind or by the reason of a refusal.
+    pub enrolments: Family<DialLabels, Counter>,
+    /// Kubernetes API requests forwarded, by cluster and class of status.
+    pub api_requests: Family<DialLabels, Counter>,
+}
+
+// === impl ServerMetrics ===
+
+impl Default for ServerMetrics {
+    fn default() -> Self {
+        Self {
+            dials: Family::default(),
+            dial_seconds: Family::new_with_constructor(dial_histogram as fn() -> Histogram),
+            connections: Family::default(),
+            tunnels: Family::default(),
+            rtt_seconds: Family::new_with_constructor(rtt_histogram as fn() -> Histogram),
+            bytes: Family::default(),
+            rejected_handshakes: Family::default(),
+            rejected_requests: Family::default(),
+            enrolments: Family::default(),
+            api_requests: Family::default(),
+        }
+    }
+}
+
+/// 250 µs (a neighbour) to 16 s (beyond the default deadline).
+fn dial_histogram() -> Histogram {
+    Histogram::new(exponential_buckets(0.000_25, 2.0, 17))
+}
+
+/// 100 µs (loopback) to 3 s (a satellite on a bad day).
+fn rtt_histogram() -> Histogram {
+    Histogram::new(exponential_buckets(0.000_1, 2.0, 16))
+}
+
+impl ServerMetrics {
+    /// Registers everything under `cellway_server`.
+    pub fn register(&self, registry: &mut Registry) {
+        let r = registry.sub_registry_with_prefix("cellway_server");
+        r.register("dials", "Connections asked for, by outcome", self.dials.clone());
+        r.register_with_unit(
+            "dial",
+            "Time until a dial was answered",
+            Unit::Seconds,
+            self.dial_seconds.clone(),
+        );
+        r.register("connections", "Open proxied connections", self.connections.clone());
+        r.register("tunnels", "Open tunnels", self.tunnels.clone());
+        r.register_with_unit(
+            "tunnel_rtt",
+            "Round trips of tunnel pings",
+            Unit::Seconds,
+            self.rtt_seconds.clone(),
+        );
+        r.register_with_unit(
+            "proxied",
+            "Payload of finished and sampled connections",
+            Unit::Bytes,
+            self.bytes.clone(),
+        );
+        r.register("rejected_handshakes", "Agents turned away, by reason", self.rejected_handshakes.clone());
+        r.register("rejected_requests", "Client requests turned away", self.rejected_requests.clone());
+        r.register("enrolments", "Certificate requests of agents, by outcome", self.enrolments.clone());
+        r.register("api_requests", "Kubernetes API requests forwarded", self.api_requests.clone());
+    }
+
+    /// Counts a client request that was turned away.
+    pub fn reject(&self, frontend: &'static str, reason: &'static str) {
+        self.rejected_requests.get_or_create(&FrontendRejectLabels { frontend, reason }).inc();
+    }
+
+    /// Counts an agent that was turned away.
+    pub fn reject_handshake(&self, reason: &'static str) {
+        self.rejected_handshakes.get_or_create(&RejectLabels { reason }).inc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_stable() {
+        let metrics = ServerMetrics::default();
+        let mut registry = Registry::default();
+        metrics.register(&mut registry);
+        metrics.reject("connect", "head-too-large");
+        metrics.reject_handshake("revoked");
+        metrics.dials.get_or_create(&DialLabels { cluster: "east".to_owned(), outcome: "ok" }).inc();
+        metrics.dial_seconds.get_or_create(&ClusterLabels { cluster: "east".to_owned() }).observe(0.01);
+        metrics.bytes.get_or_create(&ByteLabels { cluster: "east".to_owned(), direction: "sent" }).inc();
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        for line in [
+            "cellway_server_dials_total{cluster=\"east\",outcome=\"ok\"} 1",
+            "cellway_server_dial_seconds_count{cluster=\"east\"} 1",
+            "cellway_server_proxied_bytes_total{cluster=\"east\",direction=\"sent\"} 1",
+            "cellway_server_rejected_requests_total{frontend=\"connect\",reason=\"head-too-large\"} 1",
+            "cellway_server_rejected_handshakes_total{reason=\"revoked\"} 1",
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+    }
+}

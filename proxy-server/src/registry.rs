@@ -1,0 +1,693 @@
+//! The tunnels of every member, the choice among them, and the connections that are open through them.
+//!
+//! ```text
+//!   agents.rs ──register──▶ Registry ◀──dial── connect/, api_proxy.rs, hub.rs (controller)
+//!                             │  authorise → choose least loaded → dial → next one if the tunnel is at fault
+//!                             ▼
+//!                        ServerTunnel::dial
+//! ```
+//!
+//! Guarantees: a dial ends within its deadline; when its tunnel dies it goes on with another one of the same member;
+//! an agent of one member is never chosen for another. Generic over the tunnel, so that the choice is tested without
+//! one ([`Tunnel`]).
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant, SystemTime};
+
+use parking_lot::{Mutex, RwLock};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tunnel::{
+    Carrier, Connection, ConnectionInfo, DialError, LocalSocket, ServerTunnel, Target, TunnelStats,
+};
+
+use crate::directory::{ClusterDirectory, Lookup};
+use crate::error::ProxyError;
+use crate::metrics::{ByteLabels, ClusterLabels, DialLabels, ServerMetrics, TunnelLabels};
+use crate::route::{Identifiers, Route, Strategy};
+
+/// How long a dial may take when nothing else is said. The agent's own `connect` gives up after 5 s as upstream's does;
+/// the rest is for the path and one retry.
+pub const DEFAULT_DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A tunnel, as far as the registry cares.
+pub trait Tunnel: Clone + Send + Sync + 'static {
+    /// What a dial gives.
+    type Connection: Proxied;
+
+    /// Opens a connection; answered or failed within `timeout`.
+    fn dial(
+        &self,
+        target: &Target,
+        timeout: Duration,
+    ) -> impl Future<Output = Result<Self::Connection, DialError>> + Send;
+
+    /// Whether the agent has said that it takes no new connections.
+    fn is_draining(&self) -> bool;
+
+    /// What it counts.
+    fn stats(&self) -> TunnelStats;
+
+    /// The last measured round trip.
+    fn rtt(&self) -> Option<Duration>;
+
+    /// The open connections.
+    fn connections(&self) -> Vec<ConnectionInfo>;
+}
+
+/// A connection through a tunnel.
+pub trait Proxied: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    /// Its id within the tunnel.
+    fn id(&self) -> u64;
+
+    /// Copies both ways to and from a Unix socket until both directions have ended.
+    fn relay_unix(self, local: UnixStream) -> impl Future<Output = Relayed> + Send;
+}
+
+/// What a relay did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Relayed {
+    /// Towards the member.
+    pub bytes_sent: u64,
+    /// From the member.
+    pub bytes_received: u64,
+    /// How it ended, for the access log.
+    pub outcome: Cow<'static, str>,
+}
+
+/// Where a connection comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Frontend {
+    /// HTTP CONNECT over a Unix socket.
+    ConnectUds,
+    /// HTTP CONNECT over mTLS.
+    Connect,
+    /// The Kubernetes API proxy.
+    ApiProxy,
+    /// The embedded federation controller.
+    Controller,
+    /// The admin API's own probes.
+    Admin,
+}
+
+/// What an agent is, once it has been admitted.
+#[derive(Debug, Clone)]
+pub struct Member {
+    /// Empty in plain konnectivity mode.
+    pub cluster: String,
+    /// As in its certificate.
+    pub agent_id: String,
+    /// Of this start of its process.
+    pub instance: String,
+    /// Of its program.
+    pub version: String,
+    /// Its own.
+    pub labels: BTreeMap<String, String>,
+    /// What it says it can reach.
+    pub identifiers: Identifiers,
+    /// What carries the tunnel.
+    pub carrier: Carrier,
+    /// Where it dialled from.
+    pub remote_addr: SocketAddr,
+    /// When.
+    pub connected_at: SystemTime,
+    /// Of its certificate.
+    pub not_before: SystemTime,
+    /// Of its certificate; `None` when it has shown none.
+    pub not_after: Option<SystemTime>,
+}
+
+/// One registered tunnel.
+pub struct Entry<T> {
+    /// Unique in this process.
+    pub id: u64,
+    /// The tunnel.
+    pub tunnel: T,
+    /// Whose it is.
+    pub member: Member,
+    active: AtomicUsize,
+    /// Dials in a row that ran out of time. A silently dead path is passed over before keep-alive finds it.
+    timeouts: AtomicU32,
+    counters: Counters,
+    /// Bytes already given to the metrics.
+    counted: Mutex<(u64, u64)>,
+}
+
+/// The member's handles into the metric families, so that a dial does not look them up.
+struct Counters {
+    ok: Counter,
+    seconds: Histogram,
+    connections: Gauge,
+    sent: Counter,
+    received: Counter,
+}
+
+/// All tunnels. Clones share them.
+pub struct Registry<T: Tunnel = ServerTunnel>(Arc<Inner<T>>);
+
+struct Inner<T> {
+    tunnels: RwLock<BTreeMap<String, Vec<Arc<Entry<T>>>>>,
+    connections: Mutex<BTreeMap<u64, Arc<LiveConnection>>>,
+    next_id: AtomicU64,
+    next_connection: AtomicU64,
+    /// Rotates the choice among equally loaded tunnels.
+    turn: AtomicUsize,
+    directory: ClusterDirectory,
+    strategies: Vec<Strategy>,
+    metrics: ServerMetrics,
+    draining: AtomicBool,
+    changed: watch::Sender<u64>,
+}
+
+/// What to connect to, and for whom.
+#[derive(Debug, Clone)]
+pub struct DialRequest<'a> {
+    /// Where to.
+    pub route: &'a Route,
+    /// From where.
+    pub frontend: Frontend,
+    /// Who, for the tables and the access log.
+    pub client: &'a str,
+    /// The whole time, retries included.
+    pub timeout: Duration,
+}
+
+/// A connection's row in the live table.
+#[derive(Debug)]
+pub struct LiveConnection {
+    /// Unique in this process.
+    pub id: u64,
+    /// The tunnel's.
+    pub tunnel_id: u64,
+    /// Within the tunnel.
+    pub stream_id: u64,
+    /// The member.
+    pub cluster: String,
+    /// Which of its agents.
+    pub agent_id: String,
+    /// Where it leads.
+    pub target: Target,
+    /// Where it entered.
+    pub frontend: Frontend,
+    /// Who opened it.
+    pub client: String,
+    /// When.
+    pub started_at: SystemTime,
+}
+
+/// A connection through a member's tunnel, with its row in the tables.
+pub struct Dialed<T: Tunnel = ServerTunnel> {
+    /// The stream.
+    pub connection: T::Connection,
+    /// Given back on drop: keep it as long as the stream is in use.
+    pub place: Place<T>,
+}
+
+/// The place of an open connection in the tables; leaving it is the end of the connection.
+pub struct Place<T: Tunnel = ServerTunnel> {
+    registry: Registry<T>,
+    entry: Arc<Entry<T>>,
+    /// The row.
+    pub live: Arc<LiveConnection>,
+}
+
+/// A tunnel's place in the registry, given back on drop.
+pub struct Registration<T: Tunnel = ServerTunnel> {
+    registry: Registry<T>,
+    /// The entry.
+    pub entry: Arc<Entry<T>>,
+}
+
+// === impl Registry ===
+
+impl<T: Tunnel> Clone for Registry<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<T: Tunnel> fmt::Debug for Registry<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registry").field("tunnels", &self.tunnel_count()).finish_non_exhaustive()
+    }
+}
+
+impl<T: Tunnel> Registry<T> {
+    /// An empty registry.
+    pub fn new(directory: ClusterDirectory, strategies: Vec<Strategy>, metrics: ServerMetrics) -> Self {
+        Self(Arc::new(Inner {
+            tunnels: RwLock::default(),
+            connections: Mutex::default(),
+            next_id: AtomicU64::new(1),
+            next_connection: AtomicU64::new(1),
+            turn: AtomicUsize::new(0),
+            directory,
+            strategies,
+            metrics,
+            draining: AtomicBool::new(false),
+            changed: watch::channel(0).0,
+        }))
+    }
+
+    /// Where members are looked up.
+    pub fn directory(&self) -> &ClusterDirectory {
+        &self.0.directory
+    }
+
+    /// What is counted.
+    pub fn metrics(&self) -> &ServerMetrics {
+        &self.0.metrics
+    }
+
+    /// Adds an admitted agent's tunnel.
+    pub fn register(&self, member: Member, tunnel: T) -> Registration<T> {
+        let metrics = &self.0.metrics;
+        let cluster = ClusterLabels { cluster: member.cluster.clone() };
+        let bytes = |direction| ByteLabels { cluster: member.cluster.clone(), direction };
+        let counters = Counters {
+            ok: metrics
+                .dials
+                .get_or_create_owned(&DialLabels { cluster: member.cluster.clone(), outcome: "ok" }),
+            seconds: metrics.dial_seconds.get_or_create_owned(&cluster),
+            connections: metrics.connections.get_or_create_owned(&cluster),
+            sent: metrics.bytes.get_or_create_owned(&bytes("sent")),
+            received: metrics.bytes.get_or_create_owned(&bytes("received")),
+        };
+        metrics
+            .tunnels
+            .get_or_create(&TunnelLabels {
+                cluster: member.cluster.clone(),
+                carrier: member.carrier.as_str(),
+            })
+            .inc();
+        let entry = Arc::new(Entry {
+            id: self.0.next_id.fetch_add(1, Ordering::Relaxed),
+            tunnel,
+            member,
+            active: AtomicUsize::new(0),
+            timeouts: AtomicU32::new(0),
+            counters,
+            counted: Mutex::new((0, 0)),
+        });
+        self.0.tunnels.write().entry(entry.member.cluster.clone()).or_default().push(entry.clone());
+        self.notify();
+        Registration { registry: self.clone(), entry }
+    }
+
+    /// Every tunnel, by cluster and age.
+    pub fn tunnels(&self) -> Vec<Arc<Entry<T>>> {
+        self.0.tunnels.read().values().flatten().cloned().collect()
+    }
+
+    /// The tunnels of one member.
+    pub fn tunnels_of(&self, cluster: &str) -> Vec<Arc<Entry<T>>> {
+        self.0.tunnels.read().get(cluster).cloned().unwrap_or_default()
+    }
+
+    /// How many tunnels there are.
+    pub fn tunnel_count(&self) -> usize {
+        self.0.tunnels.read().values().map(Vec::len).sum()
+    }
+
+    /// The names of members with a tunnel.
+    pub fn connected_clusters(&self) -> Vec<String> {
+        self.0.tunnels.read().keys().cloned().collect()
+    }
+
+    /// Every open connection, oldest first.
+    pub fn connections(&self) -> Vec<Arc<LiveConnection>> {
+        self.0.connections.lock().values().cloned().collect()
+    }
+
+    /// How many connections are open.
+    pub fn connection_count(&self) -> usize {
+        self.0.connections.lock().len()
+    }
+
+    /// Changes whenever a tunnel comes or goes.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.0.changed.subscribe()
+    }
+
+    /// Refuses new dials from now on.
+    pub fn start_draining(&self) {
+        self.0.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Brings the metrics' byte counters up to date with the open tunnels. Called at each scrape.
+    pub fn sample(&self) {
+        for entry in self.tunnels() {
+            entry.count_bytes();
+        }
+    }
+
+    fn notify(&self) {
+        self.0.changed.send_modify(|generation| *generation += 1);
+    }
+
+    /// Connects, within the request's time, through the best tunnel that works.
+    ///
+    /// # Errors
+    /// See [`ProxyError`]; when several tunnels were tried, the last one's answer.
+    pub async fn dial(&self, request: DialRequest<'_>) -> Result<Dialed<T>, ProxyError> {
+        let outcome = self.dial_inner(&request).await;
+        if let Err(error) = &outcome {
+            // Names that do not exist must not become label values: anybody can make them up.
+            let cluster = match (error, &request.route.cluster) {
+                (ProxyError::UnknownCluster { .. }, _) | (_, None) => String::new(),
+                (_, Some(cluster)) => cluster.to_string(),
+            };
+            self.0.metrics.dials.get_or_create(&DialLabels { cluster, outcome: error.code() }).inc();
+        }
+        outcome
+    }
+
+    async fn dial_inner(&self, request: &DialRequest<'_>) -> Result<Dialed<T>, ProxyError> {
+        if self.0.draining.load(Ordering::Relaxed) {
+            return Err(ProxyError::Draining);
+        }
+        self.authorise(request)?;
+        let started = Instant::now();
+        let target = &request.route.target;
+        let mut tried = Vec::new();
+        let mut last = None;
+        loop {
+            let Some(entry) = self.choose(request.route, &tried) else {
+                let cluster = request.route.cluster.as_ref().map(ToString::to_string);
+                return Err(last.unwrap_or(ProxyError::NoTunnel { cluster }));
+            };
+            let left = request.timeout.saturating_sub(started.elapsed());
+            if left.is_zero() {
+                return Err(last
+                    .unwrap_or(ProxyError::Dial { target: target.to_string(), error: DialError::TimedOut }));
+            }
+            // Counted from before the answer, so that a burst spreads over the agents.
+            let load = Load::take(entry.clone());
+            match entry.tunnel.dial(target, left).await {
+                Ok(connection) => {
+                    entry.timeouts.store(0, Ordering::Relaxed);
+                    entry.counters.ok.inc();
+                    entry.counters.seconds.observe(started.elapsed().as_secs_f64());
+                    return Ok(self.enter(request, load, connection));
+                }
+                Err(error) => {
+                    if error == DialError::TimedOut {
+                        entry.timeouts.fetch_add(1, Ordering::Relaxed);
+                    }
+                    let failed = ProxyError::Dial { target: target.to_string(), error };
+                    if !error.retry_elsewhere() {
+                        return Err(failed);
+                    }
+                    tracing::debug!(tunnel.id = entry.id, %target, %error, "trying another tunnel");
+                    last = Some(failed);
+                    tried.push(entry.id);
+                }
+            }
+        }
+    }
+
+    fn authorise(&self, request: &DialRequest<'_>) -> Result<(), ProxyError> {
+        let Some(cluster) = &request.route.cluster else {
+            // Only agents without a cluster serve such requests, and those allow everything, as upstream does.
+            return Ok(());
+        };
+        let target = &request.route.target;
+        let allowed = self.0.directory.lookup(cluster.as_str(), |info| {
+            // Behind the gateway a client is whoever it says: only our own frontends may speak there.
+            if target.is_api_gateway() { request.frontend.is_ours() } else { info.allows(target) }
+        });
+        match allowed {
+            Lookup::Known(true) => Ok(()),
+            Lookup::Known(false) => {
+                Err(ProxyError::NotAllowedAtHub { cluster: cluster.to_string(), target: target.to_string() })
+            }
+            Lookup::Unknown => Err(ProxyError::UnknownCluster { cluster: cluster.to_string() }),
+            Lookup::NotSynced => Err(ProxyError::Starting),
+        }
+    }
+
+    /// The least loaded tunnel that was not tried yet; those that drain or have gone silent come last.
+    fn choose(&self, route: &Route, tried: &[u64]) -> Option<Arc<Entry<T>>> {
+        let tunnels = self.0.tunnels.read();
+        let of_cluster = tunnels.get(route.cluster.as_ref().map_or("", |cluster| cluster.as_str()))?;
+        if route.cluster.is_some() {
+            return self.least_loaded(of_cluster, tried, |_| true);
+        }
+        self.0.strategies.iter().find_map(|strategy| {
+            self.least_loaded(of_cluster, tried, |entry| {
+                strategy.matches(&entry.member.identifiers, &route.target)
+            })
+        })
+    }
+
+    fn least_loaded(
+        &self,
+        entries: &[Arc<Entry<T>>],
+        tried: &[u64],
+        usable: impl Fn(&Entry<T>) -> bool,
+    ) -> Option<Arc<Entry<T>>> {
+        if let [only] = entries {
+            return (usable(only) && !tried.contains(&only.id)).then(|| only.clone());
+        }
+        let turn = self.0.turn.fetch_add(1, Ordering::Relaxed);
+        let count = entries.len();
+        (0..count)
+            .map(|offset| &entries[(turn + offset) % count])
+            .filter(|entry| !tried.contains(&entry.id) && usable(entry))
+            .min_by_key(|entry| {
+                let silent = entry.timeouts.load(Ordering::Relaxed) > 0;
+                (entry.tunnel.is_draining(), silent, entry.active.load(Ordering::Relaxed))
+            })
+            .cloned()
+    }
+
+    fn enter(&self, request: &DialRequest<'_>, load: Load<T>, connection: T::Connection) -> Dialed<T> {
+        let entry = load.keep();
+        let live = Arc::new(LiveConnection {
+            id: self.0.next_connection.fetch_add(1, Ordering::Relaxed),
+            tunnel_id: entry.id,
+            stream_id: connection.id(),
+            cluster: entry.member.cluster.clone(),
+            agent_id: entry.member.agent_id.clone(),
+            target: request.route.target.clone(),
+            frontend: request.frontend,
+            client: request.client.to_owned(),
+            started_at: SystemTime::now(),
+        });
+        self.0.connections.lock().insert(live.id, live.clone());
+        entry.counters.connections.inc();
+        Dialed { connection, place: Place { registry: self.clone(), entry, live } }
+    }
+}
+
+// === impl Entry ===
+
+impl<T: Tunnel> Entry<T> {
+    /// Dials under way and connections open.
+    pub fn load(&self) -> usize {
+        self.active.load(Ordering::Relaxed)
+    }
+
+    fn count_bytes(&self) {
+        let stats = self.tunnel.stats();
+        let mut counted = self.counted.lock();
+        self.counters.sent.inc_by(stats.bytes_sent.saturating_sub(counted.0));
+        self.counters.received.inc_by(stats.bytes_received.saturating_sub(counted.1));
+        *counted = (counted.0.max(stats.bytes_sent), counted.1.max(stats.bytes_received));
+    }
+}
+
+impl<T> fmt::Debug for Entry<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Entry").field("id", &self.id).field("member", &self.member).finish_non_exhaustive()
+    }
+}
+
+/// A dial or connection in a tunnel's load.
+struct Load<T>(Option<Arc<Entry<T>>>);
+
+impl<T> Load<T> {
+    fn take(entry: Arc<Entry<T>>) -> Self {
+        entry.active.fetch_add(1, Ordering::Relaxed);
+        Self(Some(entry))
+    }
+
+    /// Hands the load over to whoever takes the entry.
+    #[allow(clippy::expect_used)]
+    fn keep(mut self) -> Arc<Entry<T>> {
+        // Only `keep` takes it, and `keep` consumes `self`.
+        self.0.take().expect("a load holds its entry until it is kept")
+    }
+}
+
+impl<T> Drop for Load<T> {
+    fn drop(&mut self) {
+        if let Some(entry) = &self.0 {
+            entry.active.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+// === impl Place ===
+
+impl<T: Tunnel> Drop for Place<T> {
+    fn drop(&mut self) {
+        self.registry.0.connections.lock().remove(&self.live.id);
+        self.entry.active.fetch_sub(1, Ordering::Relaxed);
+        self.entry.counters.connections.dec();
+    }
+}
+
+impl<T: Tunnel> fmt::Debug for Place<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Place").field(&self.live).finish()
+    }
+}
+
+// === impl Registration ===
+
+impl<T: Tunnel> Drop for Registration<T> {
+    fn drop(&mut self) {
+        let inner = &self.registry.0;
+        let member = &self.entry.member;
+        {
+            let mut tunnels = inner.tunnels.write();
+            if let Some(entries) = tunnels.get_mut(&member.cluster) {
+                entries.retain(|entry| entry.id != self.entry.id);
+                if entries.is_empty() {
+                    tunnels.remove(&member.cluster);
+                }
+            }
+        }
+        self.entry.count_bytes();
+        inner
+            .metrics
+            .tunnels
+            .get_or_create(&TunnelLabels {
+                cluster: member.cluster.clone(),
+                carrier: member.carrier.as_str(),
+            })
+            .dec();
+        self.registry.notify();
+    }
+}
+
+impl<T: Tunnel> fmt::Debug for Registration<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Registration").field(&self.entry).finish()
+    }
+}
+
+// === impl Dialed ===
+
+impl<T: Tunnel> fmt::Debug for Dialed<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Dialed").field(&self.place).finish()
+    }
+}
+
+impl<T: Tunnel> AsyncRead for Dialed<T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.connection).poll_read(cx, buf)
+    }
+}
+
+impl<T: Tunnel> AsyncWrite for Dialed<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.connection).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.connection).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.connection).poll_shutdown(cx)
+    }
+}
+
+impl<T: Tunnel> Unpin for Dialed<T> {}
+
+// === impl Frontend ===
+
+impl Frontend {
+    /// The name in tables and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ConnectUds => "connect-uds",
+            Self::Connect => "connect",
+            Self::ApiProxy => "api-proxy",
+            Self::Controller => "controller",
+            Self::Admin => "admin",
+        }
+    }
+
+    /// Whether our own code, rather than a client, writes the bytes of the request.
+    fn is_ours(self) -> bool {
+        match self {
+            Self::ApiProxy | Self::Controller | Self::Admin => true,
+            Self::ConnectUds | Self::Connect => false,
+        }
+    }
+}
+
+// === impl Tunnel ===
+
+impl Tunnel for ServerTunnel {
+    type Connection = Connection;
+
+    async fn dial(&self, target: &Target, timeout: Duration) -> Result<Connection, DialError> {
+        ServerTunnel::dial(self, target, timeout).await
+    }
+
+    fn is_draining(&self) -> bool {
+        ServerTunnel::is_draining(self)
+    }
+
+    fn stats(&self) -> TunnelStats {
+        ServerTunnel::stats(self)
+    }
+
+    fn rtt(&self) -> Option<Duration> {
+        ServerTunnel::rtt(self)
+    }
+
+    fn connections(&self) -> Vec<ConnectionInfo> {
+        ServerTunnel::connections(self)
+    }
+}
+
+impl Proxied for Connection {
+    fn id(&self) -> u64 {
+        Connection::id(self)
+    }
+
+    async fn relay_unix(self, local: UnixStream) -> Relayed {
+        let report = self.relay(LocalSocket::Unix(local)).await;
+        Relayed {
+            bytes_sent: report.bytes_sent,
+            bytes_received: report.bytes_received,
+            outcome: report.outcome.as_str().into(),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

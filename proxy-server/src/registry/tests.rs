@@ -1,0 +1,332 @@
+//! The registry with tunnels that do as they are told.
+
+use std::collections::VecDeque;
+
+use tokio::io::DuplexStream;
+use tokio::sync::Notify;
+
+use super::*;
+use crate::directory::{ClusterInfo, Snapshot};
+
+/// A deadline that is meant to pass.
+const SHORT: Duration = Duration::from_millis(20);
+
+/// What a fake tunnel does with the next dial.
+pub(crate) enum Answer {
+    Connect,
+    Fail(DialError),
+    /// Answers `TunnelClosed` once notified.
+    DieWhen(Arc<Notify>),
+    Never,
+}
+
+#[derive(Clone, Default)]
+pub(crate) struct FakeTunnel(Arc<FakeState>);
+
+#[derive(Default)]
+struct FakeState {
+    answers: Mutex<VecDeque<Answer>>,
+    dialled: Mutex<Vec<Target>>,
+    /// The members' ends of connections.
+    ends: Mutex<VecDeque<DuplexStream>>,
+    arrived: Notify,
+    draining: AtomicBool,
+}
+
+pub(crate) struct FakeConnection(DuplexStream);
+
+impl FakeTunnel {
+    pub(crate) fn answering(answers: impl IntoIterator<Item = Answer>) -> Self {
+        let tunnel = Self::default();
+        tunnel.0.answers.lock().extend(answers);
+        tunnel
+    }
+
+    pub(crate) fn dialled(&self) -> Vec<String> {
+        self.0.dialled.lock().iter().map(ToString::to_string).collect()
+    }
+
+    /// The member's end of the next connection.
+    pub(crate) async fn accept(&self) -> DuplexStream {
+        loop {
+            let arrived = self.0.arrived.notified();
+            if let Some(end) = self.0.ends.lock().pop_front() {
+                return end;
+            }
+            arrived.await;
+        }
+    }
+}
+
+impl Tunnel for FakeTunnel {
+    type Connection = FakeConnection;
+
+    async fn dial(&self, target: &Target, timeout: Duration) -> Result<FakeConnection, DialError> {
+        self.0.dialled.lock().push(target.clone());
+        let answer = self.0.answers.lock().pop_front().unwrap_or(Answer::Connect);
+        match answer {
+            Answer::Connect => {
+                let (ours, theirs) = tokio::io::duplex(64 * 1024);
+                self.0.ends.lock().push_back(theirs);
+                self.0.arrived.notify_one();
+                Ok(FakeConnection(ours))
+            }
+            Answer::Fail(error) => Err(error),
+            Answer::DieWhen(notify) => {
+                notify.notified().await;
+                Err(DialError::TunnelClosed)
+            }
+            Answer::Never => {
+                tokio::time::sleep(timeout).await;
+                Err(DialError::TimedOut)
+            }
+        }
+    }
+
+    fn is_draining(&self) -> bool {
+        self.0.draining.load(Ordering::Relaxed)
+    }
+
+    fn stats(&self) -> TunnelStats {
+        TunnelStats { bytes_sent: 7, bytes_received: 9, ..TunnelStats::default() }
+    }
+
+    fn rtt(&self) -> Option<Duration> {
+        Some(Duration::from_millis(1))
+    }
+
+    fn connections(&self) -> Vec<ConnectionInfo> {
+        Vec::new()
+    }
+}
+
+impl Proxied for FakeConnection {
+    fn id(&self) -> u64 {
+        1
+    }
+
+    async fn relay_unix(mut self, mut local: UnixStream) -> Relayed {
+        match tokio::io::copy_bidirectional(&mut local, &mut self.0).await {
+            Ok((bytes_sent, bytes_received)) => {
+                Relayed { bytes_sent, bytes_received, outcome: "closed".into() }
+            }
+            Err(error) => Relayed { outcome: error.to_string().into(), ..Relayed::default() },
+        }
+    }
+}
+
+impl AsyncRead for FakeConnection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for FakeConnection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+pub(crate) fn mk_member(cluster: &str, agent: &str) -> Member {
+    Member {
+        cluster: cluster.to_owned(),
+        agent_id: agent.to_owned(),
+        instance: "1".to_owned(),
+        version: "0.1.0".to_owned(),
+        labels: BTreeMap::new(),
+        identifiers: Identifiers::default(),
+        carrier: Carrier::H2,
+        remote_addr: SocketAddr::from(([192, 0, 2, 1], 1)),
+        connected_at: SystemTime::UNIX_EPOCH,
+        not_before: SystemTime::UNIX_EPOCH,
+        not_after: None,
+    }
+}
+
+/// A registry that knows `east`, where everything may be dialled, and `west`, where nothing may.
+pub(crate) fn mk_registry() -> Registry<FakeTunnel> {
+    let (feed, directory) = ClusterDirectory::fed();
+    let open = ClusterInfo { allowed: "*".parse().unwrap(), ..ClusterInfo::default() };
+    let clusters = [("east".to_owned(), open), ("west".to_owned(), ClusterInfo::default())].into();
+    feed.send_replace(Arc::new(Snapshot { synced: true, clusters }));
+    let strategies = vec![Strategy::DestHost, Strategy::DefaultRoute, Strategy::Default];
+    Registry::new(directory, strategies, ServerMetrics::default())
+}
+
+fn route(cluster: Option<&str>, target: &str) -> Route {
+    Route { cluster: cluster.map(|name| name.parse().unwrap()), target: target.parse().unwrap() }
+}
+
+async fn dial(
+    registry: &Registry<FakeTunnel>,
+    cluster: Option<&str>,
+    target: &str,
+) -> Result<u64, &'static str> {
+    dial_within(registry, cluster, target, Duration::from_secs(10)).await
+}
+
+async fn dial_within(
+    registry: &Registry<FakeTunnel>,
+    cluster: Option<&str>,
+    target: &str,
+    timeout: Duration,
+) -> Result<u64, &'static str> {
+    let route = route(cluster, target);
+    let request = DialRequest { route: &route, frontend: Frontend::Connect, client: "test", timeout };
+    registry.dial(request).await.map(|dialed| dialed.place.live.tunnel_id).map_err(|error| error.code())
+}
+
+#[tokio::test]
+async fn the_next_tunnel_serves_when_one_is_at_fault() {
+    let registry = mk_registry();
+    let closed =
+        FakeTunnel::answering([Answer::Fail(DialError::TunnelClosed), Answer::Fail(DialError::TunnelClosed)]);
+    let good = FakeTunnel::default();
+    let _a = registry.register(mk_member("east", "a"), closed.clone());
+    let b = registry.register(mk_member("east", "b"), good.clone());
+    for _ in 0..2 {
+        assert_eq!(dial(&registry, Some("east"), "db:1").await, Ok(b.entry.id));
+    }
+    assert!(!closed.dialled().is_empty());
+    assert_eq!(good.dialled(), ["db:1", "db:1"]);
+}
+
+#[tokio::test]
+async fn a_destinations_refusal_is_final() {
+    let registry = mk_registry();
+    let tunnels: Vec<_> = (0..3).map(|_| FakeTunnel::answering([Answer::Fail(DialError::Refused)])).collect();
+    let _held: Vec<_> =
+        tunnels.iter().map(|t| registry.register(mk_member("east", "a"), t.clone())).collect();
+    assert_eq!(dial(&registry, Some("east"), "db:1").await, Err("refused"));
+    assert_eq!(tunnels.iter().map(|t| t.dialled().len()).sum::<usize>(), 1);
+}
+
+#[tokio::test]
+async fn a_dial_moves_on_when_its_tunnel_dies() {
+    let registry = mk_registry();
+    let die = Arc::new(Notify::new());
+    let dying = FakeTunnel::answering([Answer::DieWhen(die.clone())]);
+    let dying_place = registry.register(mk_member("east", "a"), dying.clone());
+    let pending = {
+        let registry = registry.clone();
+        tokio::spawn(async move { dial(&registry, Some("east"), "db:1").await })
+    };
+    while dying.dialled().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let other = registry.register(mk_member("east", "b"), FakeTunnel::default());
+    drop(dying_place);
+    die.notify_one();
+    assert_eq!(pending.await.unwrap(), Ok(other.entry.id));
+}
+
+#[tokio::test]
+async fn the_deadline_counts_over_all_tries() {
+    let registry = mk_registry();
+    let tunnel = FakeTunnel::answering([Answer::Never]);
+    let _held = registry.register(mk_member("east", "a"), tunnel);
+    let before = Instant::now();
+    assert_eq!(dial_within(&registry, Some("east"), "db:1", SHORT).await, Err("timed-out"));
+    assert!(before.elapsed() >= SHORT);
+    // A tunnel that dies after the deadline has passed is no reason to try another.
+    assert_eq!(dial_within(&registry, Some("east"), "db:1", Duration::ZERO).await, Err("timed-out"));
+}
+
+#[tokio::test]
+async fn a_silent_tunnel_is_passed_over() {
+    let registry = mk_registry();
+    let silent = FakeTunnel::answering([Answer::Never]);
+    let silent_place = registry.register(mk_member("east", "a"), silent.clone());
+    assert_eq!(dial_within(&registry, Some("east"), "db:1", SHORT).await, Err("timed-out"));
+    let good = registry.register(mk_member("east", "b"), FakeTunnel::default());
+    for _ in 0..4 {
+        assert_eq!(dial(&registry, Some("east"), "db:1").await, Ok(good.entry.id));
+    }
+    drop(good);
+    // With nothing better it is tried again, and an answer clears it.
+    assert_eq!(dial(&registry, Some("east"), "db:1").await, Ok(silent_place.entry.id));
+}
+
+#[tokio::test]
+async fn load_spreads_and_drains_are_avoided() {
+    let registry = mk_registry();
+    let draining = FakeTunnel::default();
+    draining.0.draining.store(true, Ordering::Relaxed);
+    let tunnels = [FakeTunnel::default(), FakeTunnel::default(), draining.clone()];
+    let held: Vec<_> = tunnels.iter().map(|t| registry.register(mk_member("east", "a"), t.clone())).collect();
+    let mut open = Vec::new();
+    for _ in 0..10 {
+        let route = route(Some("east"), "db:1");
+        let request = DialRequest {
+            route: &route,
+            frontend: Frontend::Connect,
+            client: "t",
+            timeout: DEFAULT_DIAL_TIMEOUT,
+        };
+        open.push(registry.dial(request).await.unwrap());
+    }
+    assert_eq!(held[0].entry.load(), 5);
+    assert_eq!(held[1].entry.load(), 5);
+    assert!(draining.dialled().is_empty());
+    assert_eq!(registry.connection_count(), 10);
+    drop(open);
+    assert_eq!((held[0].entry.load(), registry.connection_count()), (0, 0));
+}
+
+#[tokio::test]
+async fn the_five_refusals() {
+    let registry = mk_registry();
+    let tunnel = FakeTunnel::default();
+    let _held = registry.register(mk_member("west", "a"), tunnel.clone());
+    assert_eq!(dial(&registry, Some("north"), "db:1").await, Err("unknown-cluster"));
+    assert_eq!(dial(&registry, Some("east"), "db:1").await, Err("no-tunnel"));
+    assert_eq!(dial(&registry, Some("west"), "db:1").await, Err("not-allowed"));
+    // A client may not speak to the gateway itself, not even where everything is allowed.
+    let gateway = Target::api_gateway().to_string();
+    assert_eq!(dial(&registry, Some("east"), &gateway).await, Err("not-allowed"));
+    assert_eq!(dial(&registry, Some("west"), &gateway).await, Err("not-allowed"));
+    assert!(tunnel.dialled().is_empty(), "no refusal reaches the member");
+    registry.start_draining();
+    assert_eq!(dial(&registry, Some("east"), "db:1").await, Err("server-draining"));
+}
+
+#[tokio::test]
+async fn a_request_without_a_member_never_reaches_one() {
+    let registry = mk_registry();
+    let member = FakeTunnel::default();
+    let _held = registry.register(mk_member("east", "a"), member.clone());
+    assert_eq!(dial(&registry, None, "db:1").await, Err("no-tunnel"));
+    let plain = registry.register(mk_member("", "b"), FakeTunnel::default());
+    assert_eq!(dial(&registry, None, "db:1").await, Ok(plain.entry.id));
+    let mut node = mk_member("", "c");
+    node.identifiers.hosts.push("node-1".to_owned());
+    let node = registry.register(node, FakeTunnel::default());
+    for _ in 0..4 {
+        assert_eq!(dial(&registry, None, "node-1:10250").await, Ok(node.entry.id));
+    }
+    assert!(member.dialled().is_empty());
+}
+
+#[test]
+fn bytes_reach_the_metrics_once() {
+    let registry = mk_registry();
+    let held = registry.register(mk_member("east", "a"), FakeTunnel::default());
+    registry.sample();
+    registry.sample();
+    drop(held);
+    let label = ByteLabels { cluster: "east".to_owned(), direction: "sent" };
+    assert_eq!(registry.metrics().bytes.get_or_create(&label).get(), 7);
+    assert_eq!(registry.tunnel_count(), 0);
+}
