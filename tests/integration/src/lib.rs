@@ -1,1 +1,1 @@
-//! Whole programs on loopback.
+//! Whole programs on loopback; everything is in `tests/`.

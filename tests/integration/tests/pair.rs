@@ -1,0 +1,290 @@
+//! The two programs `proxy-server` and `proxy-agent` with certificates from files, as a plain konnectivity pair:
+//! client → HTTP CONNECT on a Unix socket → server → tunnel → agent → target.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+use test_support::{
+    NotRun, TestDir,
+    process::Process,
+    stream::{Checker, Stream},
+    tools, wait_until,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, UnixStream},
+    process::Command,
+    task::JoinSet,
+};
+use tokio_util::task::AbortOnDropHandle;
+
+const LIMIT: Duration = Duration::from_secs(60);
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// A server and where its programs and files are.
+struct Pair {
+    server: Process,
+    uds: PathBuf,
+    agents: SocketAddr,
+    agent_program: PathBuf,
+    dir: TestDir,
+}
+
+/// Certificates as an administrator would lay them out for a pair.
+fn write_certificates(dir: &Path) -> Result<()> {
+    let authority = tls::CertificateAuthority::create("test agents' CA")?;
+    let server = authority.issue_server(&["localhost".to_owned(), "127.0.0.1".to_owned()], DAY)?;
+    let agent = authority.issue_client("agent", &[], DAY)?;
+    std::fs::write(dir.join("ca.crt"), authority.certificate_pem())?;
+    std::fs::write(dir.join("server.crt"), &server.certificate_pem)?;
+    std::fs::write(dir.join("server.key"), &server.key_pem)?;
+    std::fs::write(dir.join("agent.crt"), &agent.certificate_pem)?;
+    std::fs::write(dir.join("agent.key"), &agent.key_pem)?;
+    Ok(())
+}
+
+impl Pair {
+    async fn start() -> Result<Option<Self>> {
+        let programs =
+            tools::program("proxy-server").and_then(|server| Ok((server, tools::program("proxy-agent")?)));
+        let (server_program, agent_program) = match programs {
+            Ok(programs) => programs,
+            Err(reason) => {
+                println!("not run: {reason}");
+                return Ok(None);
+            }
+        };
+        let dir = TestDir::new("pair")?;
+        write_certificates(dir.path())?;
+        let (uds, ready) = (dir.join("connect.sock"), dir.join("ready.json"));
+        let mut command = Command::new(server_program);
+        command
+            .arg("--mode=http-connect")
+            .arg("--server-port=0")
+            .arg("--agent-port=0")
+            .arg("--agent-bind-address=127.0.0.1");
+        command.arg("--health-port=0").arg("--admin-port=0").arg("--health-bind-address=127.0.0.1");
+        for (flag, file) in
+            [("cluster-cert", "server.crt"), ("cluster-key", "server.key"), ("cluster-ca-cert", "ca.crt")]
+        {
+            command.arg(format!("--{flag}={}", dir.join(file).display()));
+        }
+        command.arg(format!("--uds-name={}", uds.display())).arg(format!("--ready-file={}", ready.display()));
+        let server = Process::spawn("proxy-server", command, &dir.join("server.log"))?;
+        let addresses: Value = wait_until(
+            || async { anyhow::Ok(serde_json::from_slice(&std::fs::read(&ready)?)?) },
+            LIMIT,
+            "the server to be ready",
+        )
+        .await
+        .with_context(|| server.tail(30))?;
+        let agents = addresses["agents"].as_str().context("no address for agents")?.parse()?;
+        Ok(Some(Self { server, uds, agents, agent_program, dir }))
+    }
+
+    fn agent(&self, name: &str, transport: &str) -> Result<Process> {
+        let mut command = Command::new(&self.agent_program);
+        command
+            .arg("--proxy-server-host=127.0.0.1")
+            .arg(format!("--proxy-server-port={}", self.agents.port()));
+        for (flag, file) in [("agent-cert", "agent.crt"), ("agent-key", "agent.key"), ("ca-cert", "ca.crt")] {
+            command.arg(format!("--{flag}={}", self.dir.join(file).display()));
+        }
+        command.arg(format!("--transport={transport}")).arg(format!("--agent-id={name}"));
+        command
+            .arg("--health-server-port=0")
+            .arg("--admin-server-port=0")
+            .arg("--health-server-host=127.0.0.1");
+        Process::spawn(name, command, &self.dir.join(format!("{name}.log")))
+    }
+
+    /// What the frontend answers to a CONNECT, and the stream behind it.
+    async fn connect(&self, target: SocketAddr, header: &str) -> Result<(u16, UnixStream)> {
+        let mut stream = UnixStream::connect(&self.uds).await?;
+        let request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{header}\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).await.context("the answer ended early")?;
+            head.push(byte[0]);
+            ensure!(head.len() < 16_384, "a head without an end");
+        }
+        let head = String::from_utf8_lossy(&head).into_owned();
+        let status = head.split(' ').nth(1).and_then(|code| code.parse().ok()).context("no status")?;
+        Ok((status, stream))
+    }
+
+    /// Connects as soon as an agent is there.
+    async fn connected(&self, target: SocketAddr) -> Result<UnixStream> {
+        let connected = wait_until(
+            || async {
+                let (status, stream) = self.connect(target, "").await?;
+                if status != 200 {
+                    bail!("{status}");
+                }
+                Ok(stream)
+            },
+            LIMIT,
+            "a connection through the tunnel",
+        )
+        .await;
+        connected.with_context(|| self.server.tail(30))
+    }
+}
+
+/// Echoes until the client's half-close, then says how much it was.
+async fn target() -> Result<(SocketAddr, AbortOnDropHandle<()>)> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let address = listener.local_addr()?;
+    let task = tokio::spawn(async move {
+        let mut clients = JoinSet::new();
+        while let Ok((client, _)) = listener.accept().await {
+            clients.spawn(async move {
+                let (mut read, mut write) = client.into_split();
+                let count = tokio::io::copy(&mut read, &mut write).await?;
+                write.write_all(format!("\n{count} bytes").as_bytes()).await?;
+                write.shutdown().await
+            });
+        }
+    });
+    Ok((address, AbortOnDropHandle::new(task)))
+}
+
+/// Sends, half-closes, and checks that all of it and the target's last word come back.
+async fn echo(stream: UnixStream, seed: u64, length: u64) -> Result<()> {
+    let (mut read, mut write) = stream.into_split();
+    let send = async {
+        let mut source = Stream::new(seed, length);
+        while let Some(piece) = source.next_piece() {
+            write.write_all(&piece).await?;
+        }
+        write.shutdown().await?;
+        anyhow::Ok(())
+    };
+    let receive = async {
+        let mut checker = Checker::new(seed, length);
+        let mut buffer = vec![0; 64 * 1024];
+        while checker.seen() < length {
+            let room = usize::try_from(length - checker.seen())?.min(buffer.len());
+            let count = read.read(&mut buffer[..room]).await?;
+            ensure!(count > 0, "it ended after {} of {length} bytes", checker.seen());
+            checker.take(&buffer[..count]).map_err(anyhow::Error::msg)?;
+        }
+        let mut rest = String::new();
+        read.read_to_string(&mut rest).await?;
+        ensure!(rest == format!("\n{length} bytes"), "the target's last word: {rest:?}");
+        Ok(())
+    };
+    tokio::time::timeout(LIMIT, async { tokio::try_join!(send, receive) })
+        .await
+        .context("the echo hangs")?
+        .map(|_| ())
+}
+
+async fn round_trips(transport: &str) -> Result<()> {
+    let Some(pair) = Pair::start().await? else { return NotRun::not_run() };
+    let (target, _task) = target().await?;
+    let (status, _) = pair.connect(target, "").await?;
+    ensure!(status == 503, "without an agent: {status}");
+
+    let agent = pair.agent("agent-1", transport)?;
+    echo(pair.connected(target).await?, 1, 8 * 1024 * 1024).await.with_context(|| agent.tail(30))?;
+    // Many at once, of lengths around the sizes of frames.
+    let mut all = JoinSet::new();
+    for (seed, length) in [1, 2, 16_383, 16_384, 16_385, 65_536, 131_072, 1_000_003].into_iter().enumerate() {
+        let stream = pair.connected(target).await?;
+        all.spawn(echo(stream, seed as u64, length));
+    }
+    while let Some(ended) = all.join_next().await {
+        ended??;
+    }
+    // Nobody listens there, and nobody is called that.
+    let unused = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?.local_addr()?;
+    let (status, _) = pair.connect(unused, "").await?;
+    ensure!(status == 502, "a refused dial: {status}");
+    let (status, _) = pair.connect(target, "Cellway-Cluster: nobody\r\n").await?;
+    ensure!(status == 404, "an unknown member: {status}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_go_both_ways_over_h2() -> Result<()> {
+    round_trips("h2").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_go_both_ways_over_quic() -> Result<()> {
+    round_trips("quic").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_agent_takes_over_when_one_is_killed() -> Result<()> {
+    let Some(pair) = Pair::start().await? else { return Ok(()) };
+    let (target, _task) = target().await?;
+    let mut first = pair.agent("agent-1", "h2")?;
+    pair.connected(target).await?;
+    let _second = pair.agent("agent-2", "h2")?;
+    // Both are in use when the least loaded one is chosen and one connection is held open on each.
+    let mut held = Vec::new();
+    wait_until(
+        || {
+            let log = pair.server.lines();
+            let seen = log.iter().filter(|line| line.contains("agent-2")).count();
+            async move { if seen > 0 { Ok(()) } else { Err("only one agent so far") } }
+        },
+        LIMIT,
+        "the second agent to be connected",
+    )
+    .await
+    .with_context(|| pair.server.tail(30))?;
+    for _ in 0..4 {
+        held.push(pair.connected(target).await?);
+    }
+    first.kill().await?;
+    // Not one dial fails from here on: those that meet the dead tunnel move on.
+    for seed in 0..20 {
+        let (status, stream) = pair.connect(target, "").await?;
+        ensure!(status == 200, "dial {seed} after the kill: {status}");
+        echo(stream, seed, 10_000).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_draining_server_lets_streams_finish() -> Result<()> {
+    let Some(mut pair) = Pair::start().await? else { return Ok(()) };
+    let (target, _task) = target().await?;
+    let _agent = pair.agent("agent-1", "h2")?;
+    let mut stream = pair.connected(target).await?;
+    stream.write_all(b"before").await?;
+    let mut back = [0; 6];
+    stream.read_exact(&mut back).await?;
+    pair.server.terminate()?;
+    wait_until(
+        || async {
+            match pair.connect(target, "").await {
+                Ok((200, _)) => Err("still taking dials"),
+                _ => Ok(()),
+            }
+        },
+        LIMIT,
+        "the draining server to refuse dials",
+    )
+    .await?;
+    stream.write_all(b"during").await?;
+    stream.read_exact(&mut back).await?;
+    ensure!(&back == b"during");
+    stream.shutdown().await?;
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).await?;
+    ensure!(rest == "\n12 bytes", "{rest:?}");
+    let status = pair.server.wait(LIMIT).await?;
+    ensure!(status.success(), "{status}");
+    Ok(())
+}
