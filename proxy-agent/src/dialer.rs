@@ -1,0 +1,240 @@
+//! Opens TCP connections inside the member, for destinations that the policy allows.
+//!
+//! The address that is dialled is the one that was judged: a name is resolved once, every address it resolved to is
+//! held against the policy, and only those that passed are dialled. There is no second look-up that could give
+//! something else.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures::{StreamExt, stream::FuturesUnordered};
+use tokio::{net::TcpStream, sync::Semaphore, time::Instant};
+use tunnel::{DialError, Target, policy::DestinationPolicy};
+
+/// How long one address has for itself before the next is tried beside it (RFC 8305 recommends 250 ms).
+const STAGGER: Duration = Duration::from_millis(250);
+
+/// The most addresses of one name that are tried; the deadline leaves no time for more anyway.
+const MAX_ADDRESSES: usize = 8;
+
+/// Resolves names and connects.
+#[derive(Debug, Clone)]
+pub struct Dialer {
+    policy: Arc<DestinationPolicy>,
+    /// Look-ups block a thread each, and each dial holds a descriptor: both are bounded here.
+    slots: Arc<Semaphore>,
+}
+
+// === impl Dialer ===
+
+impl Dialer {
+    /// A dialer that has at most `concurrent` dials under way.
+    pub fn new(policy: DestinationPolicy, concurrent: usize) -> Self {
+        Self { policy: Arc::new(policy), slots: Arc::new(Semaphore::new(concurrent)) }
+    }
+
+    /// The policy.
+    pub fn policy(&self) -> &DestinationPolicy {
+        &self.policy
+    }
+
+    /// Connects within `timeout`, resolution included.
+    ///
+    /// # Errors
+    /// Says whose fault it was: policy, name, destination, path, or this agent's own limits.
+    pub async fn dial(&self, target: &Target, timeout: Duration) -> Result<TcpStream, DialError> {
+        let Ok(_slot) = self.slots.try_acquire() else {
+            return Err(DialError::TooManyConnections);
+        };
+        let deadline = Instant::now() + timeout;
+        let connect = async {
+            let addresses = self.resolve(target).await?;
+            connect_any(addresses).await.map_err(|error| dial_error(&error))
+        };
+        tokio::time::timeout_at(deadline, connect).await.unwrap_or(Err(DialError::TimedOut))
+    }
+
+    /// The addresses that may be dialled, in the order in which to try them.
+    async fn resolve(&self, target: &Target) -> Result<Vec<SocketAddr>, DialError> {
+        let Target { host, port } = target;
+        // An address needs no resolver, and one without a zone never sees one.
+        if let Ok(address) = host.parse::<IpAddr>() {
+            if !self.policy.allows_addr(address, *port) {
+                return Err(DialError::NotAllowed);
+            }
+            return Ok(vec![SocketAddr::new(address, *port)]);
+        }
+        if !self.policy.may_allow(host, *port) {
+            return Err(DialError::NotAllowed);
+        }
+        let resolved = tokio::net::lookup_host((host.as_str(), *port)).await.map_err(|error| {
+            tracing::debug!(host, %error, "failed to resolve");
+            DialError::UnknownHost
+        })?;
+        let mut addresses: Vec<SocketAddr> = Vec::new();
+        let mut any = false;
+        for address in resolved {
+            any = true;
+            if self.policy.allows_resolved(host, address.ip(), *port) && !addresses.contains(&address) {
+                addresses.push(address);
+            }
+        }
+        if addresses.is_empty() {
+            return Err(if any { DialError::NotAllowed } else { DialError::UnknownHost });
+        }
+        Ok(interleave(addresses))
+    }
+}
+
+/// Alternates the address families, beginning with the resolver's first choice, so that one broken family costs one
+/// stagger and not many.
+fn interleave(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    let first_is_v6 = addresses.first().is_some_and(SocketAddr::is_ipv6);
+    let (first, second): (Vec<_>, Vec<_>) =
+        addresses.into_iter().partition(|address| address.is_ipv6() == first_is_v6);
+    let mut second = second.into_iter();
+    let mut ordered = Vec::new();
+    for address in first {
+        ordered.push(address);
+        ordered.extend(second.next());
+    }
+    ordered.extend(second);
+    ordered.truncate(MAX_ADDRESSES);
+    ordered
+}
+
+/// The first connection that succeeds; a new attempt begins when the last one failed or has had its time.
+async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+    let mut waiting = addresses.into_iter();
+    let mut attempts = FuturesUnordered::new();
+    let mut last_error = None;
+    loop {
+        match waiting.next() {
+            Some(address) => attempts.push(connect(address)),
+            None if attempts.is_empty() => {
+                return Err(last_error.unwrap_or_else(|| io::Error::other("no address to connect to")));
+            }
+            None => {}
+        }
+        let stagger = async {
+            if waiting.len() == 0 { std::future::pending().await } else { tokio::time::sleep(STAGGER).await }
+        };
+        tokio::select! {
+            Some(outcome) = attempts.next() => match outcome {
+                Ok(stream) => return Ok(stream),
+                Err(error) => last_error = Some(error),
+            },
+            () = stagger => {}
+        }
+    }
+}
+
+async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
+    // The tunnel has gathered what belongs together; waiting for more only adds delay.
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+fn dial_error(error: &io::Error) -> DialError {
+    /// ENFILE and EMFILE: ours, not the destination's fault.
+    const OUT_OF_DESCRIPTORS: [i32; 2] = [23, 24];
+    match error.raw_os_error() {
+        Some(code) if OUT_OF_DESCRIPTORS.contains(&code) => DialError::TooManyConnections,
+        _ => DialError::from(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    const TIMEOUT: Duration = Duration::from_secs(10);
+
+    fn dialer(rules: &str) -> Dialer {
+        Dialer::new(rules.parse().unwrap(), 16)
+    }
+
+    async fn listener() -> (TcpListener, u16) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        (listener, port)
+    }
+
+    fn target(host: &str, port: u16) -> Target {
+        Target { host: host.to_owned(), port }
+    }
+
+    #[tokio::test]
+    async fn allowed_destinations_are_reached_by_address_and_by_name() {
+        let (_listener, port) = listener().await;
+        for rules in ["127.0.0.0/8", "127.0.0.1:*"] {
+            dialer(rules).dial(&target("127.0.0.1", port), TIMEOUT).await.unwrap();
+        }
+        // ::1 may come first and refuse; the other address is then tried.
+        for rules in ["localhost", "127.0.0.1 [::1]", &format!("localhost:{port}")] {
+            dialer(rules).dial(&target("localhost", port), TIMEOUT).await.unwrap();
+        }
+        let everything = Dialer::new(DestinationPolicy::allow_everything(), 16);
+        everything.dial(&target("localhost", port), TIMEOUT).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_no_rule_allows_is_not_dialled() {
+        let (listener, port) = listener().await;
+        for rules in ["", "*", "10.0.0.0/8", "*.internal", "localhost:1"] {
+            for host in ["127.0.0.1", "localhost"] {
+                let outcome = dialer(rules).dial(&target(host, port), TIMEOUT).await;
+                assert_eq!(outcome.unwrap_err(), DialError::NotAllowed, "{rules} {host}");
+            }
+        }
+        let nobody = tokio::time::timeout(Duration::from_millis(1), listener.accept()).await;
+        assert!(nobody.is_err(), "nothing has reached the destination");
+    }
+
+    #[tokio::test]
+    async fn failures_say_whose_they_are() {
+        let (listener, port) = listener().await;
+        drop(listener);
+        let all = dialer("* 127.0.0.1");
+        let refused = all.dial(&target("127.0.0.1", port), TIMEOUT).await.unwrap_err();
+        assert_eq!(refused, DialError::Refused);
+        let unknown = all.dial(&target("no-such-host.invalid", port), TIMEOUT).await.unwrap_err();
+        assert_eq!(unknown, DialError::UnknownHost);
+        let late = all.dial(&target("127.0.0.1", port), Duration::ZERO).await.unwrap_err();
+        assert!(matches!(late, DialError::TimedOut | DialError::Refused));
+        let none = Dialer::new("127.0.0.1".parse().unwrap(), 0);
+        let full = none.dial(&target("127.0.0.1", port), TIMEOUT).await.unwrap_err();
+        assert_eq!(full, DialError::TooManyConnections);
+    }
+
+    #[tokio::test]
+    async fn the_first_address_that_answers_wins() {
+        let (listener, _) = listener().await;
+        let good = listener.local_addr().unwrap();
+        let (dead, port) = self::listener().await;
+        drop(dead);
+        let dead = SocketAddr::from(([127, 0, 0, 1], port));
+        let stream = connect_any(vec![dead, dead, good]).await.unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), good);
+        assert_eq!(connect_any(vec![dead]).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        connect_any(vec![]).await.unwrap_err();
+    }
+
+    #[test]
+    fn families_alternate() {
+        let addresses =
+            |list: &[&str]| list.iter().map(|text| text.parse().unwrap()).collect::<Vec<SocketAddr>>();
+        let mixed = addresses(&["[2001:db8::1]:1", "[2001:db8::2]:1", "[2001:db8::3]:1", "192.0.2.1:1"]);
+        let ordered = addresses(&["[2001:db8::1]:1", "192.0.2.1:1", "[2001:db8::2]:1", "[2001:db8::3]:1"]);
+        assert_eq!(interleave(mixed), ordered);
+        let many = vec!["192.0.2.1:1".parse().unwrap(); 100];
+        assert_eq!(interleave(many).len(), MAX_ADDRESSES);
+    }
+}

@@ -1,0 +1,356 @@
+//! The API gateway: the member's Kubernetes API, served to the hub inside the tunnel.
+//!
+//! The hub speaks plain HTTP/1.1 over a connection to [`tunnel::Target::api_gateway`] and says with Kubernetes'
+//! `Impersonate-*` headers for whom. The gateway adds the credential of this agent and sends the request on to its
+//! kube-apiserver over TLS. So the hub stores no credential of the member, and what the hub's users may do here is
+//! decided here: by the member's RBAC, for the impersonated user, within what the agent may impersonate.
+//!
+//! What it guarantees:
+//! - No request goes out under the agent's own name: without `Impersonate-User` it is refused.
+//! - `system:masters`, which RBAC never refuses anything, is not impersonated unless the agent's own flags allow it.
+//! - Credentials and identity headers in the request (`Authorization`, `X-Remote-*`) go no further.
+//! - Bodies stream both ways without being gathered, for as long as they last (watch, `logs -f`), and so do upgraded
+//!   connections (exec, attach, port-forward). A client that goes away ends its request at the kube-apiserver.
+//! - An error of the gateway itself is a Kubernetes `Status` and says that it comes from the gateway.
+
+mod kubeconfig;
+mod upstream;
+
+#[cfg(test)]
+mod tests;
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode,
+    header::{self, Entry},
+    uri::{PathAndQuery, Uri},
+};
+use http_body_util::{BodyExt, BodyStream, Full, StreamBody, combinators::UnsyncBoxBody};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::Instrument;
+
+pub use kubeconfig::KubeconfigError;
+pub use upstream::{Pem, Token, Upstream, UpstreamConfig, UpstreamError};
+
+use crate::metrics::{GatewayLabels, Metrics};
+
+/// A head is complete within this time, or the connection ends: the hub sends it in one piece.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The largest head, in bytes. Go's server takes 1 MiB; users with very many groups come near 64 KiB.
+const MAX_HEAD: usize = 256 << 10;
+
+/// The group that authorisation never refuses.
+const MASTERS: &str = "system:masters";
+
+/// Names the gateway to whoever reads an error.
+const SOURCE: &str = "cellway agent's API gateway";
+
+const IMPERSONATE_USER: HeaderName = HeaderName::from_static("impersonate-user");
+const IMPERSONATE_GROUP: HeaderName = HeaderName::from_static("impersonate-group");
+
+/// Headers that belong to one hop (RFC 9110, 7.6.1), or that carry an identity which is not this agent's to pass on.
+const NOT_FORWARDED: [HeaderName; 10] = [
+    header::CONNECTION,
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    header::AUTHORIZATION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+];
+
+/// The front proxy's headers: believed by a kube-apiserver from whoever holds the front proxy's certificate.
+const FRONT_PROXY_PREFIX: &str = "x-remote-";
+
+/// The body type of answers and of requests on their way out.
+pub(crate) type Body = UnsyncBoxBody<Bytes, hyper::Error>;
+
+/// Serves the member's API to the hub. Clones share everything.
+#[derive(Clone)]
+pub struct Gateway(Arc<Inner>);
+
+struct Inner {
+    upstream: Upstream,
+    allow_masters: bool,
+    metrics: Metrics,
+}
+
+/// One connection of the hub's.
+struct Serving {
+    gateway: Gateway,
+    /// Upgraded connections outlive HTTP on the connection; whoever serves it waits for them …
+    upgraded: TaskTracker,
+    /// … and they end with it when it is cut.
+    cut: CancellationToken,
+    drain: CancellationToken,
+}
+
+/// Why the gateway does not send a request on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+enum Refusal {
+    #[error("the request names no user: exactly one non-empty Impersonate-User header is needed")]
+    NoUser,
+    #[error(
+        "the group system:masters is not impersonated: grant what is needed through RBAC, or start the agent with \
+         --gateway-allow-masters"
+    )]
+    Masters,
+    #[error("CONNECT is not served here")]
+    Connect,
+}
+
+// === impl Gateway ===
+
+impl Gateway {
+    /// A gateway in front of this kube-apiserver.
+    pub fn new(upstream: Upstream, allow_masters: bool, metrics: Metrics) -> Self {
+        Self(Arc::new(Inner { upstream, allow_masters, metrics }))
+    }
+
+    /// The kube-apiserver.
+    pub fn upstream(&self) -> &Upstream {
+        &self.0.upstream
+    }
+
+    /// Serves one connection until either side ends it, with what it was upgraded to. After `drain` the request in
+    /// flight is the last, and a watch, which has no end of its own, is ended: its client watches on through another
+    /// agent. Dropped, it cuts everything.
+    pub async fn serve<I>(&self, io: I, drain: CancellationToken)
+    where
+        I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let cut = CancellationToken::new();
+        let _cut_on_drop = cut.clone().drop_guard();
+        let upgraded = TaskTracker::new();
+        let serving = Arc::new(Serving {
+            gateway: self.clone(),
+            upgraded: upgraded.clone(),
+            cut,
+            drain: drain.clone(),
+        });
+        let service = service_fn(move |request| {
+            let serving = serving.clone();
+            async move { Ok::<_, Infallible>(serving.handle(request).await) }
+        });
+        let connection = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
+            .max_buf_size(MAX_HEAD)
+            // kubectl half-closes nothing, but a hub that has sent its request may.
+            .half_close(true)
+            .serve_connection(TokioIo::new(io), service)
+            .with_upgrades();
+        let mut connection = std::pin::pin!(connection);
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = drain.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(error = %service::error_chain(&error), "gateway connection ended");
+        }
+        upgraded.close();
+        upgraded.wait().await;
+    }
+}
+
+// === impl Serving ===
+
+impl Serving {
+    async fn handle(&self, request: Request<Incoming>) -> Response<Body> {
+        let response = match self.check(&request) {
+            Ok(()) => self.forward(request).await,
+            Err(refusal) => {
+                tracing::info!(method = %request.method(), path = request.uri().path(), %refusal, "refused");
+                status_response(StatusCode::FORBIDDEN, "Forbidden", &refusal.to_string())
+            }
+        };
+        let code = response.status().as_u16().into();
+        self.gateway.0.metrics.gateway_requests.get_or_create(&GatewayLabels { code }).inc();
+        response
+    }
+
+    /// The rules on whom a request may speak for.
+    fn check(&self, request: &Request<Incoming>) -> Result<(), Refusal> {
+        check_request(request.method(), request.headers(), self.gateway.0.allow_masters)
+    }
+
+    async fn forward(&self, mut request: Request<Incoming>) -> Response<Body> {
+        let upgrade = upgrade_of(request.headers());
+        let near = upgrade.as_ref().map(|_| hyper::upgrade::on(&mut request));
+        let (mut parts, body) = request.into_parts();
+        strip(&mut parts.headers);
+        if let Some(protocol) = &upgrade {
+            set_upgrade(&mut parts.headers, protocol.clone());
+        }
+        let path = parts.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+        let watch = is_watch(path.query());
+        let sent = self.gateway.0.upstream.send(parts.method, path, parts.headers, body.boxed_unsync()).await;
+        let mut response = match sent {
+            Ok(response) => response,
+            Err(error) => {
+                tracing::warn!(error = %service::error_chain(&error), "the kube-apiserver cannot be reached");
+                // What is inside this member's network stays in its log; the kind of failure is told.
+                let (code, reason) = match &error {
+                    UpstreamError::TimedOut => (StatusCode::GATEWAY_TIMEOUT, "Timeout"),
+                    _ => (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable"),
+                };
+                return status_response(code, reason, &error.to_string());
+            }
+        };
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return match near {
+                Some(near) => self.switch(near, response),
+                None => status_response(
+                    StatusCode::BAD_GATEWAY,
+                    "InternalError",
+                    "an upgrade that nobody asked for",
+                ),
+            };
+        }
+        strip(response.headers_mut());
+        if watch {
+            let drain = self.drain.clone();
+            return response.map(|body| {
+                StreamBody::new(BodyStream::new(body).take_until(drain.cancelled_owned())).boxed_unsync()
+            });
+        }
+        response.map(BodyExt::boxed_unsync)
+    }
+
+    /// Joins the two upgraded connections, in the background, once this answer has gone out.
+    fn switch(&self, near: hyper::upgrade::OnUpgrade, mut response: Response<Incoming>) -> Response<Body> {
+        let far = hyper::upgrade::on(&mut response);
+        let cut = self.cut.clone();
+        self.upgraded.spawn(
+            async move {
+                let relay = async {
+                    let (near, far) = tokio::try_join!(near, far)?;
+                    let (mut near, mut far) = (TokioIo::new(near), TokioIo::new(far));
+                    let copied = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+                    if let Ok((sent, received)) = copied {
+                        tracing::debug!(sent, received, "upgraded connection ended");
+                    }
+                    Ok::<_, hyper::Error>(())
+                };
+                tokio::select! {
+                    outcome = relay => if let Err(error) = outcome {
+                        tracing::debug!(%error, "the upgrade came to nothing");
+                    },
+                    () = cut.cancelled() => {}
+                }
+            }
+            .in_current_span(),
+        );
+        let protocol = upgrade_of(response.headers());
+        strip(response.headers_mut());
+        if let Some(protocol) = protocol {
+            set_upgrade(response.headers_mut(), protocol);
+        }
+        response.map(BodyExt::boxed_unsync)
+    }
+}
+
+// === helpers ===
+
+fn check_request(method: &Method, headers: &HeaderMap, allow_masters: bool) -> Result<(), Refusal> {
+    if *method == Method::CONNECT {
+        return Err(Refusal::Connect);
+    }
+    let mut users = headers.get_all(IMPERSONATE_USER).iter();
+    match (users.next(), users.next()) {
+        (Some(user), None) if !user.as_bytes().trim_ascii().is_empty() => {}
+        _ => return Err(Refusal::NoUser),
+    }
+    let masters = headers.get_all(IMPERSONATE_GROUP).iter().any(|group| {
+        // Each header is one group for Kubernetes; a comma would hide one from a stricter reading of HTTP, so both.
+        group.as_bytes().split(|byte| *byte == b',').any(|group| group.trim_ascii() == MASTERS.as_bytes())
+    });
+    if masters && !allow_masters { Err(Refusal::Masters) } else { Ok(()) }
+}
+
+/// Whether a request's answer goes on until somebody ends it.
+fn is_watch(query: Option<&str>) -> bool {
+    query.is_some_and(|query| {
+        query.split('&').any(|pair| matches!(pair, "watch" | "watch=" | "watch=true" | "watch=1"))
+    })
+}
+
+/// The protocol that a message asks to switch to, or switches to.
+fn upgrade_of(headers: &HeaderMap) -> Option<HeaderValue> {
+    let asked = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|option| option.trim().eq_ignore_ascii_case("upgrade"));
+    if asked { headers.get(header::UPGRADE).cloned() } else { None }
+}
+
+fn set_upgrade(headers: &mut HeaderMap, protocol: HeaderValue) {
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(header::UPGRADE, protocol);
+}
+
+/// Takes off what must not travel further.
+fn strip(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        // "Connection: Impersonate-User" must not turn the request into one of the agent's own.
+        .filter(|name: &HeaderName| !name.as_str().starts_with("impersonate-"))
+        .collect();
+    let front_proxy: Vec<HeaderName> =
+        headers.keys().filter(|name| name.as_str().starts_with(FRONT_PROXY_PREFIX)).cloned().collect();
+    for name in named.into_iter().chain(front_proxy).chain(NOT_FORWARDED) {
+        if let Entry::Occupied(entry) = headers.entry(name) {
+            entry.remove_entry_mult();
+        }
+    }
+}
+
+/// An answer of the gateway's own, as Kubernetes clients expect errors.
+pub(crate) fn status_response(code: StatusCode, reason: &str, message: &str) -> Response<Body> {
+    let status = serde_json::json!({
+        "kind": "Status",
+        "apiVersion": "v1",
+        "metadata": {},
+        "status": "Failure",
+        "message": format!("{SOURCE}: {message}"),
+        "reason": reason,
+        "code": code.as_u16(),
+    });
+    let body = Full::new(Bytes::from(status.to_string())).map_err(|never| match never {}).boxed_unsync();
+    let mut response = Response::new(body);
+    *response.status_mut() = code;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// The request's path on the kube-apiserver.
+pub(crate) fn absolute(base: &Uri, path: &PathAndQuery) -> Result<Uri, http::Error> {
+    let prefix = base.path().trim_end_matches('/');
+    let mut builder = Uri::builder();
+    if let Some(scheme) = base.scheme() {
+        builder = builder.scheme(scheme.clone());
+    }
+    if let Some(authority) = base.authority() {
+        builder = builder.authority(authority.clone());
+    }
+    builder.path_and_query(format!("{prefix}{path}")).build()
+}

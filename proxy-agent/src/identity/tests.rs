@@ -1,0 +1,269 @@
+//! Enrolment and renewal against a scripted hub on loopback.
+
+use std::{fs, os::unix::fs::PermissionsExt, sync::Arc};
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
+use tls::{CertificateAuthority, ClientAuth, ServerTls};
+use tokio::{net::TcpListener, task::JoinSet};
+
+use super::*;
+
+const HOUR: Duration = Duration::from_secs(3600);
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How the hub answers.
+#[derive(Clone, Copy, PartialEq)]
+enum Script {
+    Good,
+    /// Certificates end after a second.
+    ShortLived,
+    /// The certificate is another cluster's.
+    OtherCluster,
+    /// For a key that is not the request's.
+    OtherKey,
+    Refuses,
+    Garbage,
+}
+
+struct Hub {
+    authority: Arc<CertificateAuthority>,
+    address: String,
+    script: Arc<Mutex<Script>>,
+    /// For each request: the bearer token, or the identity of the certificate.
+    seen: Arc<Mutex<Vec<String>>>,
+    _tasks: JoinSet<()>,
+}
+
+async fn hub() -> Hub {
+    let authority = Arc::new(CertificateAuthority::create("hub").unwrap());
+    let server = authority.issue_server(&["127.0.0.1".to_owned()], HOUR).unwrap();
+    let ca = Some(authority.certificate_pem());
+    let tls =
+        ServerTls::from_pem(&server.certificate_pem, &server.key_pem, ca, ClientAuth::Optional).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let script = Arc::new(Mutex::new(Script::Good));
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let mut tasks = JoinSet::new();
+    let (issuer, scripted, record) = (authority.clone(), script.clone(), seen.clone());
+    tasks.spawn(async move {
+        loop {
+            let (tcp, _) = listener.accept().await.unwrap();
+            let Ok(stream) = tls.acceptor(&[b"http/1.1"]).accept(tcp).await else { continue };
+            let peer = stream
+                .get_ref()
+                .1
+                .peer_certificates()
+                .map(|chain| agent_identity(&chain[0]).unwrap().to_string());
+            let service = service_fn(|request: Request<Incoming>| {
+                let bearer =
+                    request.headers().get("authorization").map(|value| value.to_str().unwrap().to_owned());
+                record.lock().push(bearer.or(peer.clone()).unwrap_or_default());
+                let (issuer, script) = (issuer.clone(), *scripted.lock());
+                async move {
+                    assert_eq!((request.uri().path(), request.method().as_str()), (PATH, "POST"));
+                    let body = request.into_body().collect().await.unwrap().to_bytes();
+                    Ok::<_, std::convert::Infallible>(answer(&issuer, script, &body))
+                }
+            });
+            let _ = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        }
+    });
+    Hub { authority, address, script, seen, _tasks: tasks }
+}
+
+const PATH: &str = "/cellway/v1/certificates";
+
+fn answer(authority: &CertificateAuthority, script: Script, body: &[u8]) -> Response<Full<Bytes>> {
+    let respond = |code: StatusCode, body: String| {
+        let mut response = Response::new(Full::new(Bytes::from(body)));
+        *response.status_mut() = code;
+        response
+    };
+    let ask: serde_json::Value = serde_json::from_slice(body).unwrap();
+    let cluster = if script == Script::OtherCluster { "other" } else { "prod-hz" };
+    let agent = ask["agentId"].as_str().unwrap();
+    let identity = format!("spiffe://cellway.local/cluster/{cluster}/agent/{agent}").parse().unwrap();
+    let request = match script {
+        Script::Refuses => {
+            let status = r#"{"kind":"Status","message":"the token was used already"}"#;
+            return respond(StatusCode::UNAUTHORIZED, status.to_owned());
+        }
+        Script::Garbage => return respond(StatusCode::OK, "<html>".to_owned()),
+        Script::OtherKey => AgentKey::generate().unwrap().certificate_request().unwrap(),
+        _ => ask["csr"].as_str().unwrap().to_owned(),
+    };
+    let ttl = if script == Script::ShortLived { Duration::from_secs(3) } else { HOUR };
+    let certificate = authority.sign_agent(&request, &identity, ttl).unwrap();
+    let body = serde_json::json!({
+        "certificate": certificate, "ca": authority.certificate_pem(), "cluster": cluster, "trustDomain": "cellway.local",
+    });
+    respond(StatusCode::OK, body.to_string())
+}
+
+fn keeper(hub: &Hub, data_dir: &Path, hash: CaHash) -> IdentityKeeper {
+    let config = IdentityConfig::Enrolled {
+        data_dir: data_dir.to_owned(),
+        token: EnrolmentToken::parse("abc.secret"),
+        ca_hash: Some(hash),
+        cluster: Some("prod-hz".parse().unwrap()),
+        agent_id: Some("a1".parse().unwrap()),
+    };
+    let (_, servers) = watch::channel(vec![hub.address.clone()]);
+    let client = CertificateClient { egress_proxy: None, server_name: None };
+    IdentityKeeper::new(config, client, servers, Metrics::default())
+}
+
+/// One attempt, as `enrol` makes them.
+async fn attempt(
+    hub: &Hub,
+    keeper: &IdentityKeeper,
+    data_dir: &Path,
+    hash: CaHash,
+) -> Result<(), AttemptError> {
+    let token = EnrolmentToken::parse("abc.secret").unwrap();
+    let cluster = "prod-hz".parse().unwrap();
+    keeper.enrol_at(&hub.address, data_dir, &token, hash, Some(&cluster), "a1").await
+}
+
+#[tokio::test]
+async fn an_agent_enrols_once_and_is_itself_after_a_restart() {
+    let hub = hub().await;
+    let directory = tempfile::tempdir().unwrap();
+    let data_dir = directory.path().join("agent");
+    let keeper = keeper(&hub, &data_dir, hub.authority.public_key_hash());
+    assert!(keeper.load().unwrap().is_none());
+    let credentials = keeper.enrol().await.unwrap();
+    assert_eq!((credentials.cluster.as_str(), credentials.agent_id.as_str()), ("prod-hz", "a1"));
+    assert_eq!(*hub.seen.lock(), ["Bearer abc.secret"]);
+    let mode = fs::metadata(data_dir.join(AGENT_FILE)).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    let again = self::keeper(&hub, &data_dir, hub.authority.public_key_hash()).load().unwrap().unwrap();
+    assert_eq!(again.tls.certificate(), credentials.tls.certificate());
+
+    // A renewal shows the certificate, not the token, and takes a new key.
+    let before = credentials.tls.certificate();
+    let key = fs::read_to_string(data_dir.join(AGENT_FILE)).unwrap();
+    keeper.renew_at(&hub.address, &data_dir, &credentials).await.unwrap();
+    assert_eq!(hub.seen.lock()[1], "spiffe://cellway.local/cluster/prod-hz/agent/a1");
+    assert_ne!(credentials.tls.certificate(), before, "new tunnels use the new certificate");
+    let new_key = fs::read_to_string(data_dir.join(AGENT_FILE)).unwrap();
+    assert_ne!(key.split("-----END").next(), new_key.split("-----END").next());
+}
+
+#[tokio::test]
+async fn nothing_is_kept_of_a_bad_answer() {
+    let hub = hub().await;
+    let directory = tempfile::tempdir().unwrap();
+    let data_dir = directory.path();
+    let hash = hub.authority.public_key_hash();
+    let keeper = keeper(&hub, data_dir, hash);
+    for (script, refusal) in [
+        (Script::OtherCluster, false),
+        (Script::OtherKey, false),
+        (Script::Refuses, true),
+        (Script::Garbage, false),
+    ] {
+        *hub.script.lock() = script;
+        let error = attempt(&hub, &keeper, data_dir, hash).await.unwrap_err();
+        let refused = matches!(&error, AttemptError::Request(error) if error.is_refusal());
+        assert_eq!(refused, refusal, "{error}");
+        if refused {
+            assert!(error.to_string().contains("the token was used already"), "{error}");
+        }
+        assert!(!data_dir.join(AGENT_FILE).exists());
+    }
+    // Another hub, by its hash: the token does not reach it.
+    *hub.script.lock() = Script::Good;
+    let asked = hub.seen.lock().len();
+    let other = CertificateAuthority::create("other").unwrap().public_key_hash();
+    let error = attempt(&hub, &keeper, data_dir, other).await.unwrap_err();
+    assert!(matches!(error, AttemptError::Request(RequestError::Connect { .. })));
+    assert_eq!(hub.seen.lock().len(), asked);
+}
+
+#[tokio::test]
+async fn certificates_are_renewed_before_they_end() {
+    let hub = hub().await;
+    *hub.script.lock() = Script::ShortLived;
+    let directory = tempfile::tempdir().unwrap();
+    let keeper = keeper(&hub, directory.path(), hub.authority.public_key_hash());
+    let credentials = keeper.enrol().await.unwrap();
+    let first = credentials.tls.certificate();
+    let renewed = async {
+        while credentials.tls.certificate() == first {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, async {
+        tokio::select! { () = keeper.keep(&credentials) => {}, () = renewed => {} }
+    })
+    .await
+    .unwrap();
+    assert!(keeper.metrics.certificate_expiry.get() > 0);
+}
+
+#[test]
+fn renewal_is_due_at_two_thirds_or_a_little_earlier() {
+    let begin = SystemTime::UNIX_EPOCH;
+    let end = begin + Duration::from_secs(3000);
+    let due = |draw| renewal_time(begin, end, draw).duration_since(begin).unwrap().as_secs_f64().round();
+    assert_eq!((due(0.0), due(1.0)), (2000.0, 1850.0));
+}
+
+#[test]
+fn tokens_are_read_strictly_and_shown_without_the_secret() {
+    let token = EnrolmentToken::parse(" abc.s3cret\n").unwrap();
+    assert_eq!(token.bearer(), "Bearer abc.s3cret");
+    assert!(!format!("{token:?}").contains("s3cret"));
+    for bad in ["", "abc", "abc.", ".secret", "a b.c", "a.b.c", "a.b\r\nx: y"] {
+        assert!(EnrolmentToken::parse(bad).is_none(), "{bad:?}");
+    }
+}
+
+#[test]
+fn a_plain_agent_is_not_one_of_a_cluster_by_oversight() {
+    let authority = CertificateAuthority::create("hub").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let key = AgentKey::generate().unwrap();
+    let identity = "spiffe://cellway.local/cluster/prod-hz/agent/a1".parse().unwrap();
+    let certificate = authority.sign_agent(&key.certificate_request().unwrap(), &identity, HOUR).unwrap();
+    fs::write(at("crt"), certificate).unwrap();
+    fs::write(at("key"), key.to_pem()).unwrap();
+    fs::write(at("ca"), authority.certificate_pem()).unwrap();
+    let load = |cluster: Option<&str>, agent_id: Option<&str>| {
+        let config = IdentityConfig::Files {
+            certificate: at("crt"),
+            key: at("key"),
+            ca: at("ca"),
+            cluster: cluster.map(|name| name.parse().unwrap()),
+            agent_id: agent_id.map(str::to_owned),
+        };
+        let client = CertificateClient { egress_proxy: None, server_name: None };
+        let (_, servers) = watch::channel(vec![]);
+        let keeper = IdentityKeeper::new(config.clone(), client, servers, Metrics::default());
+        let credentials = keeper.load()?.unwrap();
+        check_plain(&config, &credentials)?;
+        Ok::<_, IdentityError>(credentials)
+    };
+    assert_eq!(load(Some("prod-hz"), None).unwrap().agent_id, "a1");
+    assert!(matches!(load(None, None), Err(IdentityError::ClusterNotNamed(_))));
+    assert!(matches!(load(Some("other"), None), Err(IdentityError::OtherCluster { .. })));
+    assert!(matches!(load(Some("prod-hz"), Some("a2")), Err(IdentityError::OtherAgent { .. })));
+
+    // A konnectivity certificate names nobody, and any id may be claimed.
+    let plain = authority.issue_client("agent", &[], HOUR).unwrap();
+    fs::write(at("crt"), plain.certificate_pem).unwrap();
+    fs::write(at("key"), plain.key_pem).unwrap();
+    let credentials = load(None, Some("node-1")).unwrap();
+    assert_eq!((credentials.cluster.as_str(), credentials.agent_id.as_str()), ("", "node-1"));
+}
