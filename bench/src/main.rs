@@ -5,6 +5,7 @@
 //! is compared and how to read it.
 
 mod certificates;
+mod flood;
 mod load;
 mod process;
 mod report;
@@ -81,6 +82,9 @@ enum HelperCommand {
     /// A load generator.
     #[command(hide = true)]
     Load { via: String, job: String },
+    /// Many tunnels to one server.
+    #[command(hide = true)]
+    Flood { flood: String },
 }
 
 /// One run of the program.
@@ -96,6 +100,7 @@ fn main() -> ExitCode {
     let result = match &args.helper {
         Some(HelperCommand::Target) => target::run(),
         Some(HelperCommand::Load { via, job }) => load::run(via, job),
+        Some(HelperCommand::Flood { flood }) => flood::run(flood),
         None => compare(&args),
     };
     match result {
@@ -235,7 +240,13 @@ impl Bench {
             target_port,
         };
         let mut running = subject.start(&around).await?;
-        let mut stage = Stage { subject, running: &mut running, sizes: self.sizes, directory: &directory };
+        let mut stage = Stage {
+            subject,
+            running: &mut running,
+            certificates: &self.certificates,
+            sizes: self.sizes,
+            directory: &directory,
+        };
         let results = scenario.run(&mut stage).await;
         running.stop().await;
         target.stop().await;

@@ -149,8 +149,9 @@ impl Helper {
         }
     }
 
-    pub(crate) fn id(&self) -> Result<u32> {
-        self.process.id()
+    /// An error with the end of its log when it is no longer running.
+    pub(crate) fn check(&mut self) -> Result<()> {
+        self.process.check()
     }
 }
 

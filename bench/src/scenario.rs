@@ -8,6 +8,8 @@ use serde::Serialize;
 use tokio::time;
 
 use crate::{
+    certificates::Certificates,
+    flood::{Flood, Flooded},
     load::{Figures, Held, Holding, Job, Via},
     process::{Helper, HelperError, Usage},
     subject::{Running, Subject},
@@ -68,6 +70,12 @@ pub(crate) enum Scenario {
     BesideBusy,
     /// Ping-pong beside four readers that have stopped, as a share of the ping-pong alone.
     BesideStalled,
+    /// Memory of a server that holds 2,000 tunnels.
+    #[value(name = "tunnels-2000")]
+    Tunnels2000,
+    /// Memory of a server that holds 5,000 tunnels.
+    #[value(name = "tunnels-5000")]
+    Tunnels5000,
 }
 
 /// One row of the table.
@@ -84,6 +92,8 @@ pub(crate) enum Metric {
     Idle,
     BesideBusy,
     BesideStalled,
+    Tunnels2000,
+    Tunnels5000,
 }
 
 /// What one metric of one run came to.
@@ -136,6 +146,7 @@ pub(crate) struct Sizes {
 pub(crate) struct Stage<'a> {
     pub(crate) subject: Subject,
     pub(crate) running: &'a mut Running,
+    pub(crate) certificates: &'a Certificates,
     pub(crate) sizes: Sizes,
     pub(crate) directory: &'a Path,
 }
@@ -174,6 +185,20 @@ impl Metric {
                 2,
                 true,
                 Some(Goal::AtLeast(0.9)),
+            ),
+            Self::Tunnels2000 => description(
+                "server memory per tunnel, 2,000 tunnels",
+                "KiB",
+                1,
+                false,
+                Some(Goal::AtMost(64.0)),
+            ),
+            Self::Tunnels5000 => description(
+                "server memory per tunnel, 5,000 tunnels",
+                "KiB",
+                1,
+                false,
+                Some(Goal::AtMost(64.0)),
             ),
         }
     }
@@ -240,12 +265,19 @@ impl Scenario {
             Self::Idle => &[Metric::Idle],
             Self::BesideBusy => &[Metric::BesideBusy],
             Self::BesideStalled => &[Metric::BesideStalled],
+            Self::Tunnels2000 => &[Metric::Tunnels2000],
+            Self::Tunnels5000 => &[Metric::Tunnels5000],
         }
     }
 
     /// Whether there is anything to measure.
     pub(crate) fn applies_to(self, subject: Subject) -> bool {
-        self != Self::Idle || subject != Subject::Direct
+        match self {
+            Self::Idle => subject != Subject::Direct,
+            // The flood speaks cellway's protocol.
+            Self::Tunnels2000 | Self::Tunnels5000 => subject.transport().is_some(),
+            _ => true,
+        }
     }
 
     pub(crate) async fn run(self, stage: &mut Stage<'_>) -> Vec<Result> {
@@ -259,6 +291,8 @@ impl Scenario {
             Self::Idle => vec![stage.idle().await],
             Self::BesideBusy => vec![stage.beside_busy().await],
             Self::BesideStalled => vec![stage.beside_stalled().await],
+            Self::Tunnels2000 => vec![stage.tunnels(Metric::Tunnels2000, 2_000).await],
+            Self::Tunnels5000 => vec![stage.tunnels(Metric::Tunnels5000, 5_000).await],
         }
     }
 }
@@ -388,6 +422,40 @@ impl Stage<'_> {
         result
     }
 
+    async fn tunnels(&mut self, metric: Metric, tunnels: usize) -> Result {
+        let tunnels = ((tunnels as f64 * self.sizes.scale) as usize).max(50);
+        let measured = async {
+            let server = [self.running.server_id().map_err(HelperError::Failed)?];
+            let flood = Flood {
+                address: self.running.agents_address().map_err(HelperError::Failed)?,
+                transport: self.subject.transport().unwrap_or_default().to_owned(),
+                authority: self.certificates.authority.clone(),
+                certificate: self.certificates.client.clone(),
+                key: self.certificates.client_key.clone(),
+                tunnels,
+            };
+            let flood = serde_json::to_string(&flood).map_err(encode)?;
+            time::sleep(SETTLE).await;
+            let before = Usage::of(&server).map_err(HelperError::Failed)?;
+            let mut helper =
+                Helper::start("flood", &["flood", &flood], self.directory).map_err(HelperError::Failed)?;
+            let expected = Duration::from_secs((tunnels / SLOWEST_OPENING) as u64);
+            let flooded: Flooded = helper.line(expected + GRACE).await?;
+            time::sleep(SETTLE).await;
+            let after = Usage::of(&server).map_err(HelperError::Failed);
+            // All of them have to be there still.
+            helper.check().map_err(HelperError::Failed)?;
+            helper.stop().await;
+            let figures =
+                Figures { count: flooded.tunnels as u64, seconds: flooded.seconds, ..Figures::default() };
+            Ok::<_, HelperError>(((after?.resident_kib - before.resident_kib) / tunnels as f64, figures))
+        };
+        match measured.await {
+            Ok((kib, figures)) => Result { metric, outcome: Outcome::Value(kib), figures: Some(figures) },
+            Err(error) => Result::new(metric, error),
+        }
+    }
+
     /// Runs one job in a load generator of its own.
     async fn load(&mut self, job: &Job, expected: Duration) -> std::result::Result<Figures, HelperError> {
         let mut helper = start_load("load", &self.running.via, job, self.directory)?;
@@ -412,6 +480,10 @@ impl Stage<'_> {
         }
         Ok(helper)
     }
+}
+
+fn encode(error: serde_json::Error) -> HelperError {
+    HelperError::Failed(anyhow!(error).context("failed to encode a job"))
 }
 
 fn start_load(

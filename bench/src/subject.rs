@@ -81,7 +81,7 @@ pub(crate) struct Running {
     /// The client's side first, which is the server of a tunnel.
     processes: Vec<Process>,
     /// Where agents dial the server.
-    pub(crate) agents_port: Option<u16>,
+    agents_port: Option<u16>,
 }
 
 // === impl Subject ===
@@ -167,6 +167,12 @@ impl Running {
 
     pub(crate) fn server_id(&self) -> Result<u32> {
         self.processes.first().ok_or_else(|| anyhow!("this subject has no processes"))?.id()
+    }
+
+    /// Where agents dial the server, `host:port`.
+    pub(crate) fn agents_address(&self) -> Result<String> {
+        let port = self.agents_port.ok_or_else(|| anyhow!("agents cannot dial this subject"))?;
+        Ok(format!("127.0.0.1:{port}"))
     }
 
     /// An error when one of the processes has ended.
