@@ -1,1 +1,9 @@
-//! The wire contracts of cellway: messages, no logic.
+//! The wire contracts of cellway: messages, no logic. `cargo xtask generate` writes `generated/` from `proto/*.proto`.
+
+/// `cellway.tunnel.v1`: the control protocol of a tunnel.
+pub mod tunnel {
+    #[allow(clippy::all, clippy::pedantic, unreachable_pub, missing_docs)]
+    pub mod v1 {
+        include!("generated/cellway.tunnel.v1.rs");
+    }
+}

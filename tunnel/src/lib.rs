@@ -1,1 +1,61 @@
 //! The tunnel: HTTP/2 and QUIC carriers, sessions, connections, relay.
+//!
+//! An agent dials a proxy server; once the TLS handshake is done the roles turn round and the server opens
+//! *connections* through the tunnel, each one stream of the carrier with a flow control of its own.
+//!
+//! ```text
+//!   agent::connect ──dials──▶ server::TunnelListener       who dials
+//!   AgentTunnel::accept ◀──── ServerTunnel::dial           who opens connections
+//!            └───────── Connection ─────────┘              bytes, half-close, reset
+//! ```
+//!
+//! What it guarantees: a reader that stops costs one window and disturbs nobody; nothing is lost before an orderly
+//! close; a dial is answered or fails within its deadline, at once when its tunnel dies; memory is bounded by
+//! [`Limits`] and [`Budget`]. What it leaves to its caller: who a peer is allowed to be (it hands over the verified
+//! certificates), which tunnel of a cluster to use, and when to dial again.
+//!
+//! `docs/protocol.md` holds the wire format.
+
+mod address;
+mod agent;
+mod connection;
+mod control;
+mod error;
+mod h2;
+mod hello;
+mod limits;
+pub mod policy;
+mod quic;
+mod relay;
+mod server;
+mod session;
+mod table;
+
+pub use address::{ParseTargetError, Target};
+pub use agent::{
+    AgentTunnel, AgentTunnelHandle, ConnectError, ConnectOptions, EgressProxy, IncomingDial, connect,
+};
+pub use connection::Connection;
+pub use error::{CloseReason, DialError, TunnelError};
+pub use hello::{Carrier, CarrierChoice, Hello, ServerHello};
+pub use limits::{Budget, Limits};
+pub use relay::{LocalSocket, RelayOutcome, RelayReport};
+pub use server::{
+    Accepted, BindError, HttpsConnection, ListenerConfig, PendingTunnel, Rejections, ServerTunnel,
+    TunnelListener,
+};
+pub use table::{ConnectionInfo, TunnelStats};
+
+/// What fuzz targets and property tests call: the parsers of peer input, as plain functions.
+#[doc(hidden)]
+pub mod fuzzing {
+    pub use crate::control::fuzz::messages;
+    pub use crate::h2::fuzz::{frames, header_block};
+    pub use crate::quic::fuzz::dial;
+}
+
+/// This build's version, as said in the hello of both sides.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// The HTTP/2 carrier's name in the TLS handshake.
+pub(crate) const H2_ALPN: &[u8] = b"cellway/1";

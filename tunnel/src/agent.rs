@@ -1,0 +1,466 @@
+//! The agent's side: dialling out, and answering what the server asks for.
+
+use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
+
+use base64::Engine;
+use proto::tunnel::v1;
+use rustls::pki_types::ServerName;
+use thiserror::Error;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::{mpsc, watch},
+};
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{Instrument, debug, info};
+
+use crate::{
+    H2_ALPN,
+    address::Target,
+    connection::Connection,
+    control::{AgentSide, Command, Control},
+    error::{CloseReason, DialError, TunnelError},
+    h2::{self, H2Connection, Link, LinkConfig, Records, Role},
+    hello::{Carrier, CarrierChoice, Hello, ServerHello},
+    limits::{Budget, Limits},
+    quic::{self, QuicConnection, QuicLink},
+    session::{Attached, Session},
+    table::{ConnectionInfo, TunnelStats},
+};
+
+/// How long QUIC is tried alone under [`CarrierChoice::Auto`]: one lost packet and its retransmission on a path of
+/// 100 ms. Where UDP is blocked every new tunnel takes this much longer.
+const QUIC_HEAD_START: Duration = Duration::from_millis(250);
+
+/// Dials that wait for [`AgentTunnel::accept`]; more are refused.
+const DIAL_QUEUE: usize = 1024;
+
+/// The answer of an egress proxy to CONNECT, up to the empty line.
+const MAX_PROXY_ANSWER: usize = 8 * 1024;
+
+/// What a tunnel is dialled with.
+#[derive(Clone)]
+pub struct ConnectOptions {
+    /// `host:port` of the server's agents' listener.
+    pub address: String,
+    /// The name that the server's certificate must bear.
+    pub server_name: String,
+    pub tls: tls::ClientTls,
+    pub carrier: CarrierChoice,
+    /// The way out, where there is no other: an HTTP proxy. It carries HTTP/2 only.
+    pub egress_proxy: Option<EgressProxy>,
+    pub hello: Hello,
+    pub limits: Limits,
+    pub budget: Arc<Budget>,
+}
+
+/// An HTTP proxy that takes CONNECT.
+#[derive(Clone)]
+pub struct EgressProxy {
+    /// `host:port`.
+    pub address: String,
+    /// User and password, sent as basic authentication.
+    pub credentials: Option<(String, String)>,
+}
+
+/// A tunnel could not be established.
+#[derive(Debug, Error)]
+pub enum ConnectError {
+    #[error("{0:?} is no server address: expected host:port")]
+    Address(String),
+    #[error("{0:?} is no name that a certificate can bear")]
+    ServerName(String),
+    #[error("cannot resolve or reach {address}")]
+    Unreachable { address: String, source: std::io::Error },
+    #[error("the egress proxy {address} refused to connect to the server: {answer}")]
+    Proxy { address: String, answer: String },
+    #[error("QUIC cannot go through an HTTP proxy: use the h2 or auto carrier")]
+    QuicThroughProxy,
+    #[error("the server closed the tunnel: {0}")]
+    Refused(CloseReason),
+    #[error("the tunnel could not be established")]
+    Tunnel(#[from] TunnelError),
+}
+
+/// An established tunnel; it ends when this and all its handles are dropped.
+pub struct AgentTunnel {
+    handle: AgentTunnelHandle,
+    incoming: Incoming,
+}
+
+enum Incoming {
+    H2(mpsc::Receiver<h2::Incoming>),
+    Quic(mpsc::Receiver<quic::Incoming>),
+}
+
+/// A handle to watch and steer a tunnel with.
+#[derive(Clone)]
+pub struct AgentTunnelHandle(Arc<Inner>);
+
+struct Inner {
+    server_hello: ServerHello,
+    attached: Attached,
+}
+
+/// The server asks for a connection. Dropping it without an answer resets it.
+pub struct IncomingDial {
+    target: Target,
+    timeout: Option<Duration>,
+    connection: Unanswered,
+}
+
+enum Unanswered {
+    H2(H2Connection),
+    Quic(QuicConnection),
+}
+
+/// A carrier that passed its TLS handshake.
+enum Carried {
+    H2 { link: Arc<Link>, driver: AbortOnDropHandle<()>, incoming: mpsc::Receiver<h2::Incoming> },
+    Quic { link: Arc<QuicLink>, driver: AbortOnDropHandle<()>, incoming: mpsc::Receiver<quic::Incoming> },
+}
+
+/// The time that a dial gets when the server does not say.
+const DEFAULT_DIAL_TIMEOUT: Duration = Duration::from_secs(30);
+
+// === connecting ===
+
+/// Dials a server and attaches: TLS, then both hellos, all within the handshake time limit.
+pub async fn connect(options: ConnectOptions) -> Result<AgentTunnel, ConnectError> {
+    let limit = options.limits.handshake_timeout;
+    tokio::time::timeout(limit, connect_carrier(options))
+        .await
+        .unwrap_or(Err(TunnelError::TimedOut("answer from the server").into()))
+}
+
+async fn connect_carrier(options: ConnectOptions) -> Result<AgentTunnel, ConnectError> {
+    let carried = match (options.carrier, &options.egress_proxy) {
+        (CarrierChoice::Quic, Some(_)) => return Err(ConnectError::QuicThroughProxy),
+        (CarrierChoice::H2, _) | (CarrierChoice::Auto, Some(_)) => connect_h2(&options).await?,
+        (CarrierChoice::Quic, None) => connect_quic(&options).await?,
+        (CarrierChoice::Auto, None) => connect_first(&options).await?,
+    };
+    attach(options, carried).await
+}
+
+/// QUIC with a head start against HTTP/2; the first to be established stays.
+async fn connect_first(options: &ConnectOptions) -> Result<Carried, ConnectError> {
+    let quic = connect_quic(options);
+    tokio::pin!(quic);
+    let h2 = async {
+        tokio::time::sleep(QUIC_HEAD_START).await;
+        connect_h2(options).await
+    };
+    tokio::pin!(h2);
+    let (carried, lost) = tokio::select! {
+        result = &mut quic => match result {
+            Ok(carried) => (carried, None),
+            Err(error) => (connect_h2(options).await?, Some(chain(&error))),
+        },
+        result = &mut h2 => match result {
+            Ok(carried) => (carried, Some("slower to establish, or blocked".to_owned())),
+            Err(error) => {
+                debug!(error = %chain(&error), "HTTP/2 failed first");
+                (quic.await?, None)
+            }
+        },
+    };
+    match lost {
+        None => info!(server.addr = %options.address, carrier = "quic", "the auto carrier chose QUIC"),
+        Some(why) => {
+            info!(server.addr = %options.address, carrier = "h2", why, "the auto carrier chose HTTP/2 over QUIC")
+        }
+    }
+    Ok(carried)
+}
+
+async fn connect_h2(options: &ConnectOptions) -> Result<Carried, ConnectError> {
+    let name = ServerName::try_from(options.server_name.clone())
+        .map_err(|_| ConnectError::ServerName(options.server_name.clone()))?;
+    let mut tcp = match &options.egress_proxy {
+        None => dial(&options.address).await?,
+        Some(proxy) => dial_through(proxy, &options.address).await?,
+    };
+    // The handshake's small messages must not wait for each other.
+    let _ = tcp.set_nodelay(true);
+    let (records, early) = Records::connect(&mut tcp, options.tls.config(&[H2_ALPN]), name).await?;
+    if records.alpn() != Some(H2_ALPN) {
+        return Err(
+            TunnelError::Protocol("the server does not speak cellway/1 on this port".to_owned()).into()
+        );
+    }
+    let config =
+        LinkConfig { role: Role::Server, limits: options.limits.clone(), budget: options.budget.clone() };
+    let (link, incoming, driver) = Link::start(config, records, tcp, early);
+    let driver = tokio::spawn(async { drop(driver.await) }.in_current_span());
+    Ok(Carried::H2 { link, driver: AbortOnDropHandle::new(driver), incoming })
+}
+
+async fn connect_quic(options: &ConnectOptions) -> Result<Carried, ConnectError> {
+    let unreachable = |source| ConnectError::Unreachable { address: options.address.clone(), source };
+    let addresses: Vec<SocketAddr> =
+        tokio::net::lookup_host(&options.address).await.map_err(unreachable)?.collect();
+    let mut last = None;
+    for address in addresses {
+        match quic::connect(address, &options.server_name, options.tls.config(&[quic::ALPN]), &options.limits)
+            .await
+        {
+            Ok((endpoint, connection)) => {
+                let link = QuicLink::new(connection, options.limits.clone(), &options.budget);
+                let (sender, incoming) = mpsc::channel(DIAL_QUEUE);
+                let serve = link.clone().serve(endpoint, sender);
+                let driver = tokio::spawn(async { drop(serve.await) }.in_current_span());
+                return Ok(Carried::Quic { link, driver: AbortOnDropHandle::new(driver), incoming });
+            }
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.map_or_else(|| ConnectError::Address(options.address.clone()), ConnectError::from))
+}
+
+async fn dial(address: &str) -> Result<TcpStream, ConnectError> {
+    TcpStream::connect(address)
+        .await
+        .map_err(|source| ConnectError::Unreachable { address: address.to_owned(), source })
+}
+
+/// A connection through an HTTP proxy (RFC 9110 §9.3.6).
+async fn dial_through(proxy: &EgressProxy, address: &str) -> Result<TcpStream, ConnectError> {
+    let mut tcp = dial(&proxy.address).await?;
+    let mut request = format!("CONNECT {address} HTTP/1.1\r\nHost: {address}\r\n");
+    if let Some((user, password)) = &proxy.credentials {
+        let encoded = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
+        request.push_str(&format!("Proxy-Authorization: Basic {encoded}\r\n"));
+    }
+    request.push_str("\r\n");
+    let io = |source| ConnectError::Unreachable { address: proxy.address.clone(), source };
+    tcp.write_all(request.as_bytes()).await.map_err(io)?;
+    let refused = |answer: String| ConnectError::Proxy { address: proxy.address.clone(), answer };
+    // Byte by byte up to the empty line: what follows belongs to TLS. It happens once a tunnel.
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\n") {
+        if answer.len() >= MAX_PROXY_ANSWER {
+            return Err(refused("its answer is too long".to_owned()));
+        }
+        let mut byte = [0];
+        if tcp.read(&mut byte).await.map_err(io)? == 0 {
+            return Err(refused("it closed the connection".to_owned()));
+        }
+        answer.extend_from_slice(&byte);
+    }
+    let line =
+        String::from_utf8_lossy(answer.split(|byte| *byte == b'\r').next().unwrap_or_default()).into_owned();
+    match line.split(' ').nth(1) {
+        Some(status) if line.starts_with("HTTP/1.") && status.len() == 3 && status.starts_with('2') => {
+            Ok(tcp)
+        }
+        _ => Err(refused(crate::control::printable(&line))),
+    }
+}
+
+/// Waits for the server's control stream and exchanges hellos.
+async fn attach(options: ConnectOptions, carried: Carried) -> Result<AgentTunnel, ConnectError> {
+    let (session, driver, mut incoming) = match carried {
+        Carried::H2 { link, driver, incoming } => (Session::H2(link), driver, Incoming::H2(incoming)),
+        Carried::Quic { link, driver, incoming } => (Session::Quic(link), driver, Incoming::Quic(incoming)),
+    };
+    let result = hellos(&options, &mut incoming).await;
+    let (control, server_hello) = match result {
+        Ok(done) => done,
+        Err(error) => {
+            // The server may have said why, for example that this cluster is revoked.
+            let reason = session.closed().borrow().clone();
+            return Err(match reason {
+                Some(reason @ CloseReason::Remote(_)) => ConnectError::Refused(reason),
+                _ => error.into(),
+            });
+        }
+    };
+    let attached =
+        Attached::new::<AgentSide>(session, driver, control, server_hello.servers.clone(), options.limits);
+    Ok(AgentTunnel { handle: AgentTunnelHandle(Arc::new(Inner { server_hello, attached })), incoming })
+}
+
+async fn hellos(
+    options: &ConnectOptions,
+    incoming: &mut Incoming,
+) -> Result<(Control, ServerHello), TunnelError> {
+    let missing = || TunnelError::Closed("the attachment");
+    let early = || TunnelError::Protocol("the server dialled before it attached".to_owned());
+    let connection: Connection = match incoming {
+        Incoming::H2(incoming) => match incoming.recv().await.ok_or_else(missing)? {
+            h2::Incoming::Attach(connection) => {
+                connection.accept_control();
+                connection.into()
+            }
+            h2::Incoming::Dial { .. } => return Err(early()),
+        },
+        Incoming::Quic(incoming) => match incoming.recv().await.ok_or_else(missing)? {
+            quic::Incoming::Attach(mut connection) => {
+                connection.accept().await?;
+                connection.into()
+            }
+            quic::Incoming::Dial { .. } => return Err(early()),
+        },
+    };
+    let mut control = Control::new(connection);
+    let first = control.expect::<v1::ServerMessage>("the attachment").await?;
+    let Some(v1::server_message::Message::Hello(hello)) = first.message else {
+        return Err(TunnelError::Protocol("the server's first message is no hello".to_owned()));
+    };
+    let server_hello = ServerHello::from_proto(hello)?;
+    control
+        .send(&v1::AgentMessage {
+            message: Some(v1::agent_message::Message::Hello(options.hello.to_proto())),
+        })
+        .await?;
+    Ok((control, server_hello))
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    text
+}
+
+// === impl AgentTunnel ===
+
+impl AgentTunnel {
+    pub fn server_hello(&self) -> &ServerHello {
+        self.handle.server_hello()
+    }
+
+    pub fn carrier(&self) -> Carrier {
+        self.handle.carrier()
+    }
+
+    pub fn handle(&self) -> AgentTunnelHandle {
+        self.handle.clone()
+    }
+
+    /// The next dial of the server; `None` when the tunnel has ended. Cancel safe.
+    pub async fn accept(&mut self) -> Option<IncomingDial> {
+        loop {
+            // A second control stream is dropped, which resets it.
+            match &mut self.incoming {
+                Incoming::H2(incoming) => {
+                    if let h2::Incoming::Dial { connection, target, timeout } = incoming.recv().await? {
+                        return Some(IncomingDial {
+                            target,
+                            timeout,
+                            connection: Unanswered::H2(connection),
+                        });
+                    }
+                }
+                Incoming::Quic(incoming) => {
+                    if let quic::Incoming::Dial { connection, target, timeout } = incoming.recv().await? {
+                        return Some(IncomingDial {
+                            target,
+                            timeout,
+                            connection: Unanswered::Quic(connection),
+                        });
+                    }
+                }
+            }
+        }
+    }
+}
+
+// === impl AgentTunnelHandle ===
+
+impl AgentTunnelHandle {
+    pub fn server_hello(&self) -> &ServerHello {
+        &self.0.server_hello
+    }
+
+    pub fn carrier(&self) -> Carrier {
+        self.0.attached.session.carrier()
+    }
+
+    /// Asks the server to open no new connections here; open ones go on.
+    pub fn drain(&self) {
+        self.0.attached.command(Command::Drain("the agent is draining".to_owned()));
+    }
+
+    /// Ends the tunnel and everything on it, telling the server why.
+    pub fn close(&self, reason: &str) {
+        self.0.attached.command(Command::Close(reason.to_owned()));
+    }
+
+    /// Waits for the end.
+    pub async fn closed(&self) -> CloseReason {
+        self.0.attached.closed().await
+    }
+
+    /// The last measured round trip; `None` before the first.
+    pub fn rtt(&self) -> Option<Duration> {
+        self.0.attached.shared.rtt()
+    }
+
+    pub fn stats(&self) -> TunnelStats {
+        self.0.attached.session.stats()
+    }
+
+    pub fn connections(&self) -> Vec<ConnectionInfo> {
+        self.0.attached.session.connections()
+    }
+
+    /// Turns true when the server drains.
+    pub fn server_draining(&self) -> watch::Receiver<bool> {
+        self.0.attached.shared.peer_draining.subscribe()
+    }
+
+    /// The servers as this one last listed them.
+    pub fn servers(&self) -> watch::Receiver<Vec<String>> {
+        self.0.attached.shared.servers.subscribe()
+    }
+}
+
+// === impl IncomingDial ===
+
+impl IncomingDial {
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// How long the server waits for the answer.
+    pub fn timeout(&self) -> Duration {
+        self.timeout.unwrap_or(DEFAULT_DIAL_TIMEOUT)
+    }
+
+    /// Tells the server that the destination is connected.
+    pub async fn accept(self) -> Result<Connection, TunnelError> {
+        match self.connection {
+            Unanswered::H2(connection) => {
+                connection.accept();
+                Ok(connection.into())
+            }
+            Unanswered::Quic(mut connection) => {
+                connection.accept().await?;
+                Ok(connection.into())
+            }
+        }
+    }
+
+    /// Tells the server why not.
+    pub async fn refuse(self, error: DialError) {
+        match self.connection {
+            Unanswered::H2(connection) => connection.refuse(error),
+            Unanswered::Quic(connection) => connection.refuse(error).await,
+        }
+    }
+}
+
+impl fmt::Debug for EgressProxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let credentials = self.credentials.as_ref().map(|(user, _)| format!("{user}:…"));
+        f.debug_struct("EgressProxy")
+            .field("address", &self.address)
+            .field("credentials", &credentials)
+            .finish()
+    }
+}

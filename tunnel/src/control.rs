@@ -1,0 +1,416 @@
+//! The control stream: hellos, pings, drain notices, the list of servers, statistics.
+//!
+//! Both carriers frame its messages as gRPC does: a zero byte, a 32-bit length, the message.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::{Buf, BufMut, BytesMut};
+use prost::Message;
+use proto::tunnel::v1;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    sync::{mpsc, oneshot, watch},
+    time::Instant,
+};
+
+use crate::{
+    connection::Connection,
+    error::{CloseReason, TunnelError},
+    hello::check_list,
+    limits::Limits,
+    session::Session,
+};
+
+/// The largest control message; a hello with full lists stays below.
+const MAX_MESSAGE: usize = 256 * 1024;
+
+/// What a handle may have under way with the control task: it answers in microseconds.
+pub(crate) const COMMAND_QUEUE: usize = 16;
+
+/// Pings asked for and not answered; each waits for at most the keep-alive time.
+const MAX_PINGS: usize = 64;
+
+/// What a handle asks of the control task.
+pub(crate) enum Command {
+    Ping(oneshot::Sender<Duration>),
+    Drain(String),
+    Servers(Vec<String>),
+    Close(String),
+}
+
+/// What the control task tells the handles.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    rtt_micros: AtomicU64,
+    pub(crate) draining: AtomicBool,
+    pub(crate) peer_draining: watch::Sender<bool>,
+    pub(crate) servers: watch::Sender<Vec<String>>,
+}
+
+/// The framed control stream.
+pub(crate) struct Control {
+    stream: Connection,
+    received: BytesMut,
+}
+
+/// One side's messages, as seen by the task that both sides share.
+pub(crate) trait Side: Send + 'static {
+    type Send: Message;
+    type Recv: Message + Default;
+
+    fn ping(ping: v1::Ping) -> Self::Send;
+    fn pong(pong: v1::Pong) -> Self::Send;
+    fn drain(drain: v1::Drain) -> Self::Send;
+    fn closing(closing: v1::Closing) -> Self::Send;
+    /// Only the server has a list of servers to send.
+    fn servers(servers: v1::Servers) -> Option<Self::Send>;
+    fn event(message: Self::Recv) -> Event;
+}
+
+/// A received message, whichever side sent it.
+pub(crate) enum Event {
+    Ping(v1::Ping),
+    Pong(v1::Pong),
+    Drain,
+    Servers(v1::Servers),
+    Closing(v1::Closing),
+    /// Of a newer version, or a second hello: ignored.
+    Other,
+}
+
+pub(crate) struct ServerSide;
+pub(crate) struct AgentSide;
+
+// === impl Shared ===
+
+impl Shared {
+    pub(crate) fn new(servers: Vec<String>) -> Arc<Self> {
+        Arc::new(Self {
+            rtt_micros: AtomicU64::new(0),
+            draining: AtomicBool::new(false),
+            peer_draining: watch::channel(false).0,
+            servers: watch::channel(servers).0,
+        })
+    }
+
+    /// The last measured round trip.
+    pub(crate) fn rtt(&self) -> Option<Duration> {
+        match self.rtt_micros.load(Ordering::Relaxed) {
+            0 => None,
+            micros => Some(Duration::from_micros(micros)),
+        }
+    }
+}
+
+// === impl Control ===
+
+impl Control {
+    pub(crate) fn new(stream: Connection) -> Self {
+        Self { stream, received: BytesMut::new() }
+    }
+
+    pub(crate) async fn send(&mut self, message: &impl Message) -> Result<(), TunnelError> {
+        let mut bytes = BytesMut::with_capacity(5 + message.encoded_len());
+        bytes.put_u8(0);
+        bytes.put_u32(message.encoded_len() as u32);
+        // The buffer has the room that the message said it needs.
+        message.encode(&mut bytes).map_err(|error| TunnelError::Protocol(error.to_string()))?;
+        self.stream.write_all(&bytes).await?;
+        self.stream.flush().await?;
+        Ok(())
+    }
+
+    /// The next message; `None` when the peer ended the stream. Cancel safe: what was read stays buffered.
+    pub(crate) async fn recv<M: Message + Default>(&mut self) -> Result<Option<M>, TunnelError> {
+        loop {
+            if let Some(message) = decode(&mut self.received)? {
+                return Ok(Some(message));
+            }
+            if self.stream.read_buf(&mut self.received).await? == 0 {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// [`Control::recv`] where the end of the stream is an error.
+    pub(crate) async fn expect<M: Message + Default>(
+        &mut self,
+        during: &'static str,
+    ) -> Result<M, TunnelError> {
+        self.recv().await?.ok_or(TunnelError::Closed(during))
+    }
+}
+
+/// Takes one message off the front of `buffer`, if it is there as a whole.
+fn decode<M: Message + Default>(buffer: &mut BytesMut) -> Result<Option<M>, TunnelError> {
+    let Some(head) = buffer.get(..5) else { return Ok(None) };
+    if head[0] != 0 {
+        return Err(TunnelError::Protocol("a compressed control message".to_owned()));
+    }
+    let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
+    if length > MAX_MESSAGE {
+        return Err(TunnelError::Protocol(format!(
+            "a control message of {length} bytes, more than {MAX_MESSAGE}"
+        )));
+    }
+    if buffer.len() < 5 + length {
+        return Ok(None);
+    }
+    buffer.advance(5);
+    let message =
+        M::decode(buffer.split_to(length)).map_err(|error| TunnelError::Protocol(error.to_string()))?;
+    Ok(Some(message))
+}
+
+/// Writes `message` behind its length: the dial framing of the QUIC carrier.
+pub(crate) async fn write_framed(
+    stream: &mut (impl AsyncWrite + Unpin),
+    message: &impl Message,
+) -> Result<(), TunnelError> {
+    let mut bytes = BytesMut::with_capacity(4 + message.encoded_len());
+    bytes.put_u32(message.encoded_len() as u32);
+    message.encode(&mut bytes).map_err(|error| TunnelError::Protocol(error.to_string()))?;
+    stream.write_all(&bytes).await?;
+    Ok(())
+}
+
+/// Reads a message behind its length, of at most `limit` bytes, and not a byte more.
+pub(crate) async fn read_framed<M: Message + Default>(
+    stream: &mut (impl AsyncRead + Unpin),
+    limit: usize,
+) -> Result<M, TunnelError> {
+    let length = stream.read_u32().await? as usize;
+    if length > limit {
+        return Err(TunnelError::Protocol(format!("a message of {length} bytes, more than {limit}")));
+    }
+    let mut bytes = vec![0; length];
+    stream.read_exact(&mut bytes).await?;
+    M::decode(&bytes[..]).map_err(|error| TunnelError::Protocol(error.to_string()))
+}
+
+/// Runs the control stream of an attached tunnel until it ends, then closes the tunnel.
+pub(crate) async fn run<S: Side>(
+    mut control: Control,
+    session: Session,
+    shared: Arc<Shared>,
+    mut commands: mpsc::Receiver<Command>,
+    limits: Limits,
+) {
+    let reason = match exchange::<S>(&mut control, &session, &shared, &mut commands, &limits).await {
+        Ok(reason) => reason,
+        Err(error) => CloseReason::from(&error),
+    };
+    session.close(reason);
+}
+
+async fn exchange<S: Side>(
+    control: &mut Control,
+    session: &Session,
+    shared: &Shared,
+    commands: &mut mpsc::Receiver<Command>,
+    limits: &Limits,
+) -> Result<CloseReason, TunnelError> {
+    let mut pings: HashMap<u64, (Instant, Option<oneshot::Sender<Duration>>)> = HashMap::new();
+    let mut next_id = 1u64;
+    let mut next_ping = Instant::now();
+    loop {
+        let dead_at = Instant::now()
+            + (limits.keepalive_interval + limits.keepalive_timeout).saturating_sub(session.silence());
+        let wake_at = next_ping.min(dead_at);
+        tokio::select! {
+            message = control.recv::<S::Recv>() => {
+                let Some(message) = message? else {
+                    return Ok(CloseReason::Lost("the peer ended the control stream".to_owned()));
+                };
+                match S::event(message) {
+                    Event::Ping(ping) => control.send(&S::pong(v1::Pong { id: ping.id })).await?,
+                    Event::Pong(pong) => {
+                        if let Some((sent, waiting)) = pings.remove(&pong.id) {
+                            let took = sent.elapsed();
+                            shared.rtt_micros.store((took.as_micros() as u64).max(1), Ordering::Relaxed);
+                            // Who asked may have stopped waiting.
+                            let _ = waiting.map(|waiting| waiting.send(took));
+                        }
+                    }
+                    Event::Drain => { shared.peer_draining.send_replace(true); }
+                    Event::Servers(servers) => {
+                        check_list(&servers.addresses)?;
+                        shared.servers.send_replace(servers.addresses);
+                    }
+                    Event::Closing(closing) => return Ok(CloseReason::Remote(printable(&closing.reason))),
+                    Event::Other => {}
+                }
+            }
+            command = commands.recv() => match command {
+                Some(Command::Ping(waiting)) if pings.len() < MAX_PINGS => {
+                    ping::<S>(control, shared, &mut pings, &mut next_id, Some(waiting)).await?;
+                }
+                // Dropping the sender tells the one who asked.
+                Some(Command::Ping(_)) => {}
+                Some(Command::Drain(reason)) => {
+                    shared.draining.store(true, Ordering::Relaxed);
+                    control.send(&S::drain(v1::Drain { reason })).await?;
+                }
+                Some(Command::Servers(addresses)) => {
+                    if let Some(message) = S::servers(v1::Servers { addresses }) {
+                        control.send(&message).await?;
+                    }
+                }
+                Some(Command::Close(reason)) => {
+                    control.send(&S::closing(v1::Closing { reason: reason.clone() })).await?;
+                    return Ok(CloseReason::Local(reason));
+                }
+                None => return Ok(CloseReason::Local("nobody holds the tunnel any more".to_owned())),
+            },
+            () = tokio::time::sleep_until(wake_at) => {
+                if session.silence() >= limits.keepalive_interval + limits.keepalive_timeout {
+                    return Ok(CloseReason::KeepAlive);
+                }
+                if Instant::now() >= next_ping {
+                    pings.retain(|_, (sent, waiting)| waiting.is_some() && sent.elapsed() < limits.keepalive_timeout);
+                    ping::<S>(control, shared, &mut pings, &mut next_id, None).await?;
+                    next_ping = Instant::now() + limits.keepalive_interval;
+                }
+            }
+        }
+    }
+}
+
+async fn ping<S: Side>(
+    control: &mut Control,
+    shared: &Shared,
+    pings: &mut HashMap<u64, (Instant, Option<oneshot::Sender<Duration>>)>,
+    next_id: &mut u64,
+    waiting: Option<oneshot::Sender<Duration>>,
+) -> Result<(), TunnelError> {
+    let id = *next_id;
+    *next_id += 1;
+    pings.insert(id, (Instant::now(), waiting));
+    let round_trip_micros = shared.rtt_micros.load(Ordering::Relaxed);
+    control.send(&S::ping(v1::Ping { id, round_trip_micros })).await
+}
+
+/// A peer's text as it may appear in a log.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(256).collect()
+}
+
+// === impl Side ===
+
+impl Side for ServerSide {
+    type Send = v1::ServerMessage;
+    type Recv = v1::AgentMessage;
+
+    fn ping(ping: v1::Ping) -> Self::Send {
+        v1::ServerMessage { message: Some(v1::server_message::Message::Ping(ping)) }
+    }
+
+    fn pong(pong: v1::Pong) -> Self::Send {
+        v1::ServerMessage { message: Some(v1::server_message::Message::Pong(pong)) }
+    }
+
+    fn drain(drain: v1::Drain) -> Self::Send {
+        v1::ServerMessage { message: Some(v1::server_message::Message::Drain(drain)) }
+    }
+
+    fn closing(closing: v1::Closing) -> Self::Send {
+        v1::ServerMessage { message: Some(v1::server_message::Message::Closing(closing)) }
+    }
+
+    fn servers(servers: v1::Servers) -> Option<Self::Send> {
+        Some(v1::ServerMessage { message: Some(v1::server_message::Message::Servers(servers)) })
+    }
+
+    fn event(message: Self::Recv) -> Event {
+        match message.message {
+            Some(v1::agent_message::Message::Ping(ping)) => Event::Ping(ping),
+            Some(v1::agent_message::Message::Pong(pong)) => Event::Pong(pong),
+            Some(v1::agent_message::Message::Drain(_)) => Event::Drain,
+            Some(v1::agent_message::Message::Closing(closing)) => Event::Closing(closing),
+            Some(v1::agent_message::Message::Hello(_) | v1::agent_message::Message::Statistics(_)) | None => {
+                Event::Other
+            }
+        }
+    }
+}
+
+impl Side for AgentSide {
+    type Send = v1::AgentMessage;
+    type Recv = v1::ServerMessage;
+
+    fn ping(ping: v1::Ping) -> Self::Send {
+        v1::AgentMessage { message: Some(v1::agent_message::Message::Ping(ping)) }
+    }
+
+    fn pong(pong: v1::Pong) -> Self::Send {
+        v1::AgentMessage { message: Some(v1::agent_message::Message::Pong(pong)) }
+    }
+
+    fn drain(drain: v1::Drain) -> Self::Send {
+        v1::AgentMessage { message: Some(v1::agent_message::Message::Drain(drain)) }
+    }
+
+    fn closing(closing: v1::Closing) -> Self::Send {
+        v1::AgentMessage { message: Some(v1::agent_message::Message::Closing(closing)) }
+    }
+
+    fn servers(_: v1::Servers) -> Option<Self::Send> {
+        None
+    }
+
+    fn event(message: Self::Recv) -> Event {
+        match message.message {
+            Some(v1::server_message::Message::Ping(ping)) => Event::Ping(ping),
+            Some(v1::server_message::Message::Pong(pong)) => Event::Pong(pong),
+            Some(v1::server_message::Message::Drain(_)) => Event::Drain,
+            Some(v1::server_message::Message::Servers(servers)) => Event::Servers(servers),
+            Some(v1::server_message::Message::Closing(closing)) => Event::Closing(closing),
+            Some(v1::server_message::Message::Hello(_)) | None => Event::Other,
+        }
+    }
+}
+
+/// The parser of control messages for fuzz targets.
+pub(crate) mod fuzz {
+    use bytes::BytesMut;
+    use proto::tunnel::v1;
+
+    /// Reads `input` as a sequence of control messages of either side.
+    pub fn messages(input: &[u8]) {
+        let mut buffer = BytesMut::from(input);
+        while let Ok(Some(_)) = super::decode::<v1::ServerMessage>(&mut buffer) {}
+        let mut buffer = BytesMut::from(input);
+        while let Ok(Some(message)) = super::decode::<v1::AgentMessage>(&mut buffer) {
+            if let Some(v1::agent_message::Message::Hello(hello)) = message.message {
+                let _ = crate::hello::Hello::from_proto(hello);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            fuzz::messages(&bytes);
+        }
+    }
+
+    #[test]
+    fn a_message_too_large_is_refused_before_it_is_buffered() {
+        let mut buffer = BytesMut::from(&[0, 0xff, 0xff, 0xff, 0xff][..]);
+        assert!(matches!(decode::<v1::ServerMessage>(&mut buffer), Err(TunnelError::Protocol(_))));
+    }
+}

@@ -1,0 +1,515 @@
+//! One stream of a link: its state, and the connection that its user holds.
+//!
+//! ```text
+//!              local end sent                     remote end received
+//!   open ──────────────────────▶ half-closed ──────────────────────▶ closed      (removed from the link)
+//!     └── reset by either side, or the tunnel ended ──▶ dead
+//! ```
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, AtomicU8, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+
+use bytes::{Buf, BytesMut};
+use futures::task::AtomicWaker;
+use parking_lot::Mutex;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::oneshot,
+};
+
+use super::{
+    INITIAL_WINDOW, MAX_WINDOW,
+    frame::{self, Code},
+    link::Link,
+};
+use crate::{
+    error::DialError,
+    limits::Reservation,
+    relay::{LocalSocket, LocalWriter, RelayOutcome, RelayReport},
+    table::{Entry, Place},
+};
+
+/// A window that was used up within this time is doubled: its connection is limited by it.
+const GROW_WITHIN: Duration = Duration::from_millis(500);
+
+/// The stream's state, shared by the driver and the connection's task.
+pub(crate) struct Stream {
+    pub(super) id: u32,
+    /// What the peer still takes.
+    pub(super) send_window: AtomicI64,
+    pub(super) send_waker: AtomicWaker,
+    recv_waker: AtomicWaker,
+    state: AtomicU8,
+    recv: Mutex<Recv>,
+    answer: Mutex<Option<oneshot::Sender<Result<(), DialError>>>>,
+    entry: Option<Arc<Entry>>,
+}
+
+/// The receiving side.
+struct Recv {
+    /// Where the driver writes; set by [`H2Connection::relay`].
+    sink: Option<LocalWriter>,
+    /// Received and not yet taken by the sink or the reader.
+    backlog: BytesMut,
+    /// What the peer may still send.
+    window: usize,
+    /// The window's full size now.
+    size: usize,
+    /// Taken by the sink or the reader and not yet given back to the peer.
+    consumed: usize,
+    credited: Instant,
+    reservation: Reservation,
+    ended: bool,
+    sink_error: Option<io::Error>,
+}
+
+/// What the driver has to do after a delivery.
+#[derive(Debug, Default)]
+pub(super) struct Delivered {
+    /// The peer sent more than its window.
+    pub(super) violation: bool,
+    pub(super) credit: Option<u32>,
+    /// Both directions have ended.
+    pub(super) finished: bool,
+}
+
+/// One proxied connection; dropping it before both directions ended resets it.
+pub(crate) struct H2Connection {
+    link: Arc<Link>,
+    stream: Arc<Stream>,
+    place: Option<Place>,
+}
+
+const LOCAL_END: u8 = 1;
+const REMOTE_END: u8 = 2;
+const RESET: u8 = 4;
+const REFUSED: u8 = 8;
+const TUNNEL_CLOSED: u8 = 16;
+
+// === impl Stream ===
+
+impl Stream {
+    pub(super) fn new(
+        id: u32,
+        send_window: i64,
+        reservation: Reservation,
+        answer: Option<oneshot::Sender<Result<(), DialError>>>,
+        place: Option<&Place>,
+    ) -> Self {
+        Self {
+            id,
+            send_window: AtomicI64::new(send_window),
+            send_waker: AtomicWaker::new(),
+            recv_waker: AtomicWaker::new(),
+            state: AtomicU8::new(0),
+            recv: Mutex::new(Recv {
+                sink: None,
+                backlog: BytesMut::new(),
+                window: INITIAL_WINDOW,
+                size: INITIAL_WINDOW,
+                consumed: 0,
+                credited: Instant::now(),
+                reservation,
+                ended: false,
+                sink_error: None,
+            }),
+            answer: Mutex::new(answer),
+            entry: place.map(|place| place.entry.clone()),
+        }
+    }
+
+    pub(super) fn take_answer(&self) -> Option<oneshot::Sender<Result<(), DialError>>> {
+        self.answer.lock().take()
+    }
+
+    pub(super) fn count_sent(&self, bytes: usize) {
+        if let Some(entry) = &self.entry {
+            entry.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+        }
+    }
+
+    /// Hands received bytes on: into the local socket if it takes them, else into the backlog.
+    pub(super) fn deliver(&self, payload: &[u8], flow: usize, end: bool) -> Delivered {
+        let mut recv = self.recv.lock();
+        if flow > recv.window || (recv.ended && flow > 0) {
+            drop(recv);
+            self.die(RESET);
+            return Delivered { violation: true, ..Delivered::default() };
+        }
+        recv.window -= flow;
+        recv.consumed += flow - payload.len();
+        if let Some(entry) = &self.entry {
+            entry.received.fetch_add(payload.len() as u64, Ordering::Relaxed);
+        }
+        let mut rest = payload;
+        let mut wake = end;
+        if recv.backlog.is_empty() {
+            while !rest.is_empty() && recv.sink_error.is_none() {
+                let Some(sink) = &recv.sink else { break };
+                match sink.try_write(rest) {
+                    Ok(written) => {
+                        rest = &rest[written..];
+                        recv.consumed += written;
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(error) => {
+                        recv.sink_error = Some(error);
+                        wake = true;
+                    }
+                }
+            }
+        }
+        if !rest.is_empty() && recv.sink_error.is_none() {
+            recv.backlog.extend_from_slice(rest);
+            wake = true;
+        }
+        let mut finished = false;
+        if end {
+            recv.ended = true;
+            finished = self.state.fetch_or(REMOTE_END, Ordering::AcqRel) & LOCAL_END != 0;
+        }
+        let credit = recv.credit();
+        drop(recv);
+        if wake {
+            self.recv_waker.wake();
+        }
+        Delivered { violation: false, credit, finished }
+    }
+
+    /// Adds to what the peer takes; false when it exceeds what the protocol allows.
+    pub(super) fn open_send_window(&self, bytes: i64) -> bool {
+        let before = self.send_window.fetch_add(bytes, Ordering::AcqRel);
+        self.send_waker.wake();
+        before + bytes <= frame::MAX_WINDOW
+    }
+
+    pub(super) fn reset_by_peer(&self, refused: bool) {
+        self.die(if refused { RESET | REFUSED } else { RESET });
+    }
+
+    pub(super) fn reset_locally(&self) {
+        self.die(RESET);
+    }
+
+    pub(super) fn tunnel_closed(&self) {
+        self.die(TUNNEL_CLOSED);
+    }
+
+    fn die(&self, how: u8) {
+        self.state.fetch_or(how, Ordering::AcqRel);
+        if let Some(answer) = self.take_answer() {
+            let error = if how & TUNNEL_CLOSED != 0 {
+                DialError::TunnelClosed
+            } else if how & REFUSED != 0 {
+                DialError::TooManyConnections
+            } else {
+                DialError::Failed
+            };
+            // The dialler may be gone.
+            let _ = answer.send(Err(error));
+        }
+        self.send_waker.wake();
+        self.recv_waker.wake();
+    }
+
+    fn state(&self) -> u8 {
+        self.state.load(Ordering::Acquire)
+    }
+
+    fn dead(&self) -> Option<io::Error> {
+        let state = self.state();
+        if state & RESET != 0 {
+            Some(io::Error::new(
+                io::ErrorKind::ConnectionReset,
+                "the connection was reset by the other side of the tunnel",
+            ))
+        } else if state & TUNNEL_CLOSED != 0 {
+            Some(io::Error::new(io::ErrorKind::ConnectionAborted, "the tunnel closed"))
+        } else {
+            None
+        }
+    }
+}
+
+// === impl Recv ===
+
+impl Recv {
+    /// What to give back to the peer now, if it is worth a frame. A connection that uses up its window quickly gets a
+    /// larger one while the budget lasts.
+    fn credit(&mut self) -> Option<u32> {
+        if self.ended || self.consumed < self.size / 2 {
+            return None;
+        }
+        let now = Instant::now();
+        let mut increment = std::mem::take(&mut self.consumed);
+        if self.size < MAX_WINDOW
+            && now.duration_since(self.credited) < GROW_WITHIN
+            && self.reservation.grow(self.size)
+        {
+            increment += self.size;
+            self.size *= 2;
+        }
+        self.credited = now;
+        self.window += increment;
+        Some(increment as u32)
+    }
+}
+
+// === impl H2Connection ===
+
+impl H2Connection {
+    pub(super) fn new(link: Arc<Link>, stream: Arc<Stream>, place: Option<Place>) -> Self {
+        Self { link, stream, place }
+    }
+
+    pub(crate) fn id(&self) -> u64 {
+        u64::from(self.stream.id)
+    }
+
+    /// Answers a dial of the peer: connected.
+    pub(crate) fn accept(&self) {
+        self.link.answer_connected(self.stream.id);
+    }
+
+    /// Answers the control stream.
+    pub(crate) fn accept_control(&self) {
+        self.link.answer_attached(self.stream.id);
+    }
+
+    /// Answers a dial of the peer with an error and ends the stream.
+    pub(crate) fn refuse(self, error: DialError) {
+        self.link.answer_refused(self.stream.id, error);
+        self.stream.state.fetch_or(LOCAL_END | RESET, Ordering::AcqRel);
+        self.link.reset(self.stream.id, Code::NoError);
+    }
+
+    fn end_sending(&self) {
+        let before = self.stream.state.fetch_or(LOCAL_END, Ordering::AcqRel);
+        if before & (LOCAL_END | RESET | TUNNEL_CLOSED) == 0 {
+            self.link.end(self.stream.id);
+            if before & REMOTE_END != 0 {
+                self.link.remove(self.stream.id);
+            }
+        }
+    }
+
+    /// Copies both ways between the stream and a local socket until both directions ended.
+    pub(crate) async fn relay(self, local: LocalSocket) -> RelayReport {
+        let (mut reader, writer) = local.into_split();
+        self.stream.recv.lock().sink = Some(writer);
+        let (mut sending, mut receiving) = (true, true);
+        let mut failure = None;
+        std::future::poll_fn(|cx| {
+            if receiving {
+                match self.poll_drain(cx) {
+                    Poll::Ready(Ok(())) => receiving = false,
+                    Poll::Ready(Err(outcome)) => {
+                        failure = Some(outcome);
+                        return Poll::Ready(());
+                    }
+                    Poll::Pending => {}
+                }
+            }
+            while sending {
+                match self.poll_send_from(cx, &mut reader) {
+                    Poll::Ready(Ok(true)) => {}
+                    Poll::Ready(Ok(false)) => sending = false,
+                    Poll::Ready(Err(outcome)) => {
+                        failure.get_or_insert(outcome);
+                        sending = false;
+                        // What was received in full is still delivered.
+                        if !self.stream.recv.lock().ended {
+                            return Poll::Ready(());
+                        }
+                    }
+                    Poll::Pending => break,
+                }
+            }
+            if sending || receiving { Poll::Pending } else { Poll::Ready(()) }
+        })
+        .await;
+        let sink = self.stream.recv.lock().sink.take();
+        if failure.is_some() {
+            reader.abort();
+            sink.into_iter().for_each(LocalWriter::forget);
+        }
+        let (sent, received) = self.place.as_ref().map_or((0, 0), |place| {
+            (place.entry.sent.load(Ordering::Relaxed), place.entry.received.load(Ordering::Relaxed))
+        });
+        RelayReport {
+            bytes_sent: sent,
+            bytes_received: received,
+            outcome: failure.unwrap_or(RelayOutcome::Complete),
+        }
+    }
+
+    /// One read of the local socket into the tunnel; false at its end.
+    fn poll_send_from(
+        &self,
+        cx: &mut Context<'_>,
+        reader: &mut crate::relay::LocalReader,
+    ) -> Poll<Result<bool, RelayOutcome>> {
+        if self.stream.state() & (RESET | TUNNEL_CLOSED) != 0 {
+            return Poll::Ready(Err(self.broken()));
+        }
+        let granted = ready!(self.link.poll_take(cx, &self.stream, usize::MAX));
+        if granted == 0 {
+            return Poll::Ready(Err(RelayOutcome::TunnelClosed));
+        }
+        let read = self.link.send_data(&self.stream, granted, |buffer| {
+            let mut buffer = ReadBuf::new(buffer);
+            let polled = reader.poll_read(cx, &mut buffer);
+            (buffer.filled().len(), polled.map_ok(|()| buffer.filled().len()))
+        });
+        match ready!(read) {
+            Ok(0) => {
+                self.end_sending();
+                Poll::Ready(Ok(false))
+            }
+            Ok(_) => Poll::Ready(Ok(true)),
+            Err(_) => Poll::Ready(Err(RelayOutcome::LocalReset)),
+        }
+    }
+
+    /// Writes the backlog into the local socket; ready when the peer's end has been passed on.
+    fn poll_drain(&self, cx: &mut Context<'_>) -> Poll<Result<(), RelayOutcome>> {
+        self.stream.recv_waker.register(cx.waker());
+        let mut guard = self.stream.recv.lock();
+        let recv = &mut *guard;
+        if recv.sink_error.is_some() {
+            return Poll::Ready(Err(RelayOutcome::LocalReset));
+        }
+        // The sink is there as long as the relay runs.
+        let Some(sink) = &recv.sink else { return Poll::Ready(Ok(())) };
+        if self.stream.state() & RESET != 0 {
+            return Poll::Ready(Err(RelayOutcome::RemoteReset));
+        }
+        while !recv.backlog.is_empty() {
+            match sink.poll_write_ready(cx) {
+                Poll::Pending => break,
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(RelayOutcome::LocalReset)),
+                Poll::Ready(Ok(())) => {}
+            }
+            match sink.try_write(&recv.backlog) {
+                Ok(written) => {
+                    recv.backlog.advance(written);
+                    recv.consumed += written;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return Poll::Ready(Err(RelayOutcome::LocalReset)),
+            }
+        }
+        if recv.backlog.is_empty() {
+            // An idle connection keeps no buffer.
+            recv.backlog = BytesMut::new();
+            if recv.ended {
+                sink.shutdown();
+                return Poll::Ready(Ok(()));
+            }
+            if self.stream.state() & TUNNEL_CLOSED != 0 {
+                return Poll::Ready(Err(RelayOutcome::TunnelClosed));
+            }
+        }
+        let credit = recv.credit();
+        drop(guard);
+        if let Some(increment) = credit {
+            self.link.credit(self.stream.id, increment);
+        }
+        Poll::Pending
+    }
+
+    fn broken(&self) -> RelayOutcome {
+        if self.stream.state() & RESET != 0 { RelayOutcome::RemoteReset } else { RelayOutcome::TunnelClosed }
+    }
+}
+
+impl AsyncRead for H2Connection {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.stream.recv_waker.register(cx.waker());
+        let mut recv = self.stream.recv.lock();
+        if self.stream.state() & RESET != 0
+            && let Some(error) = self.stream.dead()
+        {
+            return Poll::Ready(Err(error));
+        }
+        if recv.backlog.is_empty() {
+            if recv.ended {
+                return Poll::Ready(Ok(()));
+            }
+            return match self.stream.dead() {
+                Some(error) => Poll::Ready(Err(error)),
+                None => Poll::Pending,
+            };
+        }
+        let take = buffer.remaining().min(recv.backlog.len());
+        buffer.put_slice(&recv.backlog[..take]);
+        recv.backlog.advance(take);
+        if recv.backlog.is_empty() {
+            recv.backlog = BytesMut::new();
+        }
+        recv.consumed += take;
+        let credit = recv.credit();
+        drop(recv);
+        if let Some(increment) = credit {
+            self.link.credit(self.stream.id, increment);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for H2Connection {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if let Some(error) = self.stream.dead() {
+            return Poll::Ready(Err(error));
+        }
+        if self.stream.state() & LOCAL_END != 0 {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        if bytes.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        let granted = ready!(self.link.poll_take(cx, &self.stream, bytes.len()));
+        if granted == 0 {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        self.link.send_data(&self.stream, granted, |buffer| {
+            buffer.copy_from_slice(&bytes[..granted]);
+            (granted, ())
+        });
+        Poll::Ready(Ok(granted))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // Frames leave by themselves: at once or with the driver's next turn.
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.end_sending();
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for H2Connection {
+    fn drop(&mut self) {
+        let state = self.stream.state();
+        if state & (RESET | TUNNEL_CLOSED) == 0
+            && state & (LOCAL_END | REMOTE_END) != (LOCAL_END | REMOTE_END)
+        {
+            self.stream.state.fetch_or(RESET, Ordering::AcqRel);
+            self.link.reset(self.stream.id, Code::Cancel);
+        }
+    }
+}

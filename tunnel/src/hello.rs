@@ -1,0 +1,178 @@
+//! What both sides say of themselves when a tunnel is attached, translated from and to the wire in one place.
+
+use std::{collections::BTreeMap, fmt, str::FromStr};
+
+use proto::tunnel::v1;
+
+use crate::error::TunnelError;
+
+/// Entries of any list or map in a hello; an agent has a handful of labels, a federation a handful of servers.
+const MAX_ENTRIES: usize = 256;
+
+/// Bytes of any one text in a hello: label values are at most 63, host names 253.
+const MAX_TEXT: usize = 1024;
+
+/// The agent's hello.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hello {
+    pub version: String,
+    /// Must equal the cluster of the agent's certificate; empty in plain konnectivity mode.
+    pub cluster: String,
+    pub agent_id: String,
+    /// Different at every start of the agent's process.
+    pub instance: String,
+    pub labels: BTreeMap<String, String>,
+    /// konnectivity's agent identifiers, `host=…`, `ipv4=…`, `default-route=true`.
+    pub identifiers: Vec<String>,
+    pub capabilities: Vec<String>,
+}
+
+/// The proxy server's hello.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServerHello {
+    pub version: String,
+    pub server_id: String,
+    /// `host:port` of every server that an agent may hold a tunnel to.
+    pub servers: Vec<String>,
+    pub capabilities: Vec<String>,
+}
+
+/// What carries a tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Carrier {
+    H2,
+    Quic,
+}
+
+/// What an agent may use as carrier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CarrierChoice {
+    /// QUIC, unless it is blocked or slower to establish than HTTP/2.
+    #[default]
+    Auto,
+    Quic,
+    H2,
+}
+
+// === impl Hello ===
+
+impl Hello {
+    pub(crate) fn to_proto(&self) -> v1::AgentHello {
+        v1::AgentHello {
+            version: self.version.clone(),
+            cluster: self.cluster.clone(),
+            agent_id: self.agent_id.clone(),
+            instance: self.instance.clone(),
+            labels: self.labels.clone().into_iter().collect(),
+            identifiers: self.identifiers.clone(),
+            capabilities: self.capabilities.clone(),
+        }
+    }
+
+    pub(crate) fn from_proto(hello: v1::AgentHello) -> Result<Self, TunnelError> {
+        check_texts([&hello.version, &hello.cluster, &hello.agent_id, &hello.instance])?;
+        check_list(&hello.identifiers)?;
+        check_list(&hello.capabilities)?;
+        if hello.labels.len() > MAX_ENTRIES {
+            return Err(too_large());
+        }
+        check_texts(hello.labels.iter().flat_map(|(key, value)| [key, value]))?;
+        Ok(Self {
+            version: hello.version,
+            cluster: hello.cluster,
+            agent_id: hello.agent_id,
+            instance: hello.instance,
+            labels: hello.labels.into_iter().collect(),
+            identifiers: hello.identifiers,
+            capabilities: hello.capabilities,
+        })
+    }
+}
+
+// === impl ServerHello ===
+
+impl ServerHello {
+    pub(crate) fn to_proto(&self) -> v1::ServerHello {
+        v1::ServerHello {
+            version: self.version.clone(),
+            server_id: self.server_id.clone(),
+            servers: self.servers.clone(),
+            capabilities: self.capabilities.clone(),
+        }
+    }
+
+    pub(crate) fn from_proto(hello: v1::ServerHello) -> Result<Self, TunnelError> {
+        check_texts([&hello.version, &hello.server_id])?;
+        check_list(&hello.servers)?;
+        check_list(&hello.capabilities)?;
+        Ok(Self {
+            version: hello.version,
+            server_id: hello.server_id,
+            servers: hello.servers,
+            capabilities: hello.capabilities,
+        })
+    }
+}
+
+/// Checks a list of texts that a peer sent.
+pub(crate) fn check_list(list: &[String]) -> Result<(), TunnelError> {
+    if list.len() > MAX_ENTRIES {
+        return Err(too_large());
+    }
+    check_texts(list)
+}
+
+fn check_texts<'a>(texts: impl IntoIterator<Item = &'a String>) -> Result<(), TunnelError> {
+    let control = |text: &String| text.chars().any(char::is_control);
+    if texts.into_iter().any(|text| text.len() > MAX_TEXT || control(text)) {
+        return Err(TunnelError::Protocol(
+            "a text in a hello is too long or holds control characters".to_owned(),
+        ));
+    }
+    Ok(())
+}
+
+fn too_large() -> TunnelError {
+    TunnelError::Protocol(format!("a hello holds a list of more than {MAX_ENTRIES} entries"))
+}
+
+// === impl Carrier ===
+
+impl Carrier {
+    /// The name in flags, tables and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::H2 => "h2",
+            Self::Quic => "quic",
+        }
+    }
+}
+
+impl fmt::Display for Carrier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Display for CarrierChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Quic => "quic",
+            Self::H2 => "h2",
+        })
+    }
+}
+
+impl FromStr for CarrierChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "quic" => Ok(Self::Quic),
+            "h2" => Ok(Self::H2),
+            other => Err(format!("{other:?} is no carrier: expected auto, quic or h2")),
+        }
+    }
+}

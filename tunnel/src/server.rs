@@ -1,0 +1,609 @@
+//! The proxy server's side: a listener for agents, and the tunnels that it holds.
+
+use std::{
+    collections::VecDeque,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use proto::tunnel::v1;
+use rustls::pki_types::CertificateDer;
+use thiserror::Error;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+    task::{AbortHandle, JoinSet},
+};
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{Instrument, debug, warn};
+
+use crate::{
+    H2_ALPN,
+    address::Target,
+    connection::Connection,
+    control::{Command, Control, ServerSide},
+    error::{CloseReason, DialError, TunnelError},
+    h2::{Early, Link, LinkConfig, Records, Role},
+    hello::{Carrier, Hello, ServerHello},
+    limits::{Budget, Limits},
+    quic::{self, QuicLink},
+    session::{Attached, Session},
+    table::{ConnectionInfo, TunnelStats},
+};
+
+/// Established tunnels that wait for [`TunnelListener::accept`]; handshakes wait behind it.
+const ACCEPT_QUEUE: usize = 64;
+
+/// A ClientHello; with post-quantum key shares it takes about 2 KiB.
+const MAX_CLIENT_HELLO: usize = 16 * 1024;
+
+/// The pause after the system had no descriptor or memory for a new connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a listener for agents needs.
+#[derive(Clone)]
+pub struct ListenerConfig {
+    /// Where HTTP/2 tunnels and enrolment come in. Port 0: any.
+    pub tcp: SocketAddr,
+    /// Where QUIC tunnels come in; `None`: no QUIC. Port 0: the TCP listener's.
+    pub quic: Option<SocketAddr>,
+    /// Ask for client certificates as optional here to allow enrolment; who may come without one is the caller's to
+    /// decide by [`PendingTunnel::peer_certificates`].
+    pub tls: tls::ServerTls,
+    pub limits: Limits,
+    /// Shared by all tunnels of the process.
+    pub budget: Arc<Budget>,
+}
+
+/// The listener could not be set up.
+#[derive(Debug, Error)]
+pub enum BindError {
+    #[error("cannot listen on TCP {address}: is another process using the port?")]
+    Tcp { address: SocketAddr, source: io::Error },
+    #[error("cannot listen on UDP {address}: is another process using the port?")]
+    Quic { address: SocketAddr, source: io::Error },
+}
+
+/// Connections that were turned away before they were a tunnel, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rejections {
+    /// Nothing that is TLS, a certificate that does not verify, no common protocol.
+    pub tls: u64,
+    /// Not done within the handshake time limit.
+    pub timed_out: u64,
+    /// Dropped, as the oldest, because too many handshakes were under way.
+    pub overload: u64,
+    /// Closed by the peer in mid-handshake.
+    pub closed: u64,
+}
+
+/// Accepts agents. Handshakes run side by side; dropping the listener ends them.
+pub struct TunnelListener {
+    local_addr: SocketAddr,
+    quic_addr: Option<SocketAddr>,
+    accepted: mpsc::Receiver<Accepted>,
+    counters: Arc<Counters>,
+    _tasks: Vec<AbortOnDropHandle<()>>,
+}
+
+/// A connection that passed its TLS handshake.
+pub enum Accepted {
+    Tunnel(PendingTunnel),
+    /// Plain HTTPS on the agents' port (ALPN `http/1.1`, or none): enrolment and renewal.
+    Https(HttpsConnection),
+}
+
+/// An HTTPS connection with its TLS removed.
+pub struct HttpsConnection {
+    pub stream: Box<dyn Stream>,
+    /// Verified; empty when the client sent none.
+    pub peer_certificates: Vec<CertificateDer<'static>>,
+    pub remote_addr: SocketAddr,
+}
+
+/// A byte stream in both directions.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// A tunnel whose agent is authenticated by TLS and not greeted yet.
+pub struct PendingTunnel {
+    carrier: PendingCarrier,
+    peer_certificates: Vec<CertificateDer<'static>>,
+    remote_addr: SocketAddr,
+    limits: Limits,
+    budget: Arc<Budget>,
+}
+
+enum PendingCarrier {
+    H2 { records: Box<Records>, tcp: TcpStream, early: Early },
+    Quic(quinn::Connection),
+}
+
+/// A handle on an attached tunnel. The tunnel ends when the last clone is dropped.
+#[derive(Clone)]
+pub struct ServerTunnel(Arc<Inner>);
+
+struct Inner {
+    id: u64,
+    hello: Hello,
+    remote_addr: SocketAddr,
+    attached: Attached,
+}
+
+#[derive(Default)]
+struct Counters {
+    tls: AtomicU64,
+    timed_out: AtomicU64,
+    overload: AtomicU64,
+    closed: AtomicU64,
+}
+
+/// What every handshake needs.
+struct Acceptor {
+    tls: tls::ServerTls,
+    limits: Limits,
+    budget: Arc<Budget>,
+    accepted: mpsc::Sender<Accepted>,
+    counters: Arc<Counters>,
+}
+
+// === impl TunnelListener ===
+
+impl TunnelListener {
+    /// Binds the sockets and starts to accept.
+    pub async fn bind(config: ListenerConfig) -> Result<Self, BindError> {
+        let address = config.tcp;
+        let tcp = TcpListener::bind(address).await.map_err(|source| BindError::Tcp { address, source })?;
+        let local_addr = tcp.local_addr().map_err(|source| BindError::Tcp { address, source })?;
+        let (accepted_tx, accepted) = mpsc::channel(ACCEPT_QUEUE);
+        let counters = Arc::<Counters>::default();
+        let acceptor = Arc::new(Acceptor {
+            tls: config.tls,
+            limits: config.limits,
+            budget: config.budget,
+            accepted: accepted_tx,
+            counters: counters.clone(),
+        });
+        let mut tasks = Vec::new();
+        let quic_addr = match config.quic {
+            None => None,
+            Some(mut address) => {
+                if address.port() == 0 {
+                    address.set_port(local_addr.port());
+                }
+                let server = quic::server_config(acceptor.tls.config(&[quic::ALPN]), &acceptor.limits)
+                    .map_err(|error| BindError::Quic { address, source: error.into() })?;
+                let endpoint =
+                    quic::bind(address, server).map_err(|source| BindError::Quic { address, source })?;
+                let bound = endpoint.local_addr().map_err(|source| BindError::Quic { address, source })?;
+                let accept = acceptor.clone().accept_quic(endpoint);
+                tasks.push(AbortOnDropHandle::new(tokio::spawn(accept.in_current_span())));
+                Some(bound)
+            }
+        };
+        tasks.push(AbortOnDropHandle::new(tokio::spawn(acceptor.accept_tcp(tcp).in_current_span())));
+        Ok(Self { local_addr, quic_addr, accepted, counters, _tasks: tasks })
+    }
+
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
+    pub fn quic_addr(&self) -> Option<SocketAddr> {
+        self.quic_addr
+    }
+
+    /// The next connection. Cancel safe.
+    pub async fn accept(&mut self) -> Option<Accepted> {
+        self.accepted.recv().await
+    }
+
+    /// What was turned away since the start.
+    pub fn rejected(&self) -> Rejections {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Rejections {
+            tls: load(&self.counters.tls),
+            timed_out: load(&self.counters.timed_out),
+            overload: load(&self.counters.overload),
+            closed: load(&self.counters.closed),
+        }
+    }
+}
+
+// === impl Acceptor ===
+
+impl Acceptor {
+    async fn accept_tcp(self: Arc<Self>, listener: TcpListener) {
+        let mut handshakes = Handshakes::default();
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok((tcp, remote)) => {
+                        let handshake = self.clone().handshake_tcp(tcp, remote);
+                        handshakes.start(&self, handshake.instrument(tracing::debug_span!("handshake", agent.addr = %remote)));
+                    }
+                    Err(error) => {
+                        warn!(%error, "cannot accept agents for a moment: is the limit of open files too low?");
+                        handshakes.drop_oldest(&self);
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                },
+                Some(_) = handshakes.running.join_next() => {}
+            }
+        }
+    }
+
+    async fn accept_quic(self: Arc<Self>, endpoint: quinn::Endpoint) {
+        let mut handshakes = Handshakes::default();
+        loop {
+            tokio::select! {
+                incoming = endpoint.accept() => {
+                    let Some(incoming) = incoming else { return };
+                    let remote = incoming.remote_address();
+                    let handshake = self.clone().handshake_quic(incoming);
+                    handshakes.start(&self, handshake.instrument(tracing::debug_span!("handshake", agent.addr = %remote)));
+                }
+                Some(_) = handshakes.running.join_next() => {}
+            }
+        }
+    }
+
+    async fn handshake_tcp(self: Arc<Self>, tcp: TcpStream, remote: SocketAddr) {
+        let handshake = tokio::time::timeout(self.limits.handshake_timeout, self.establish(tcp, remote));
+        self.conclude(handshake.await).await;
+    }
+
+    async fn handshake_quic(self: Arc<Self>, incoming: quinn::Incoming) {
+        let handshake = tokio::time::timeout(self.limits.handshake_timeout, async {
+            let remote_addr = incoming.remote_address();
+            // The address is proved first: a handshake sends more than it received.
+            if !incoming.remote_address_validated() {
+                return match incoming.retry() {
+                    Ok(()) => Ok(None),
+                    Err(_) => Err(TunnelError::Closed("the QUIC handshake")),
+                };
+            }
+            let config = quic::server_config(self.tls.config(&[quic::ALPN]), &self.limits)?;
+            let connecting =
+                incoming.accept_with(Arc::new(config)).map_err(|error| quic::connection_error(&error))?;
+            let connection = connecting.await.map_err(|error| quic::connection_error(&error))?;
+            Ok(Some(Accepted::Tunnel(PendingTunnel {
+                peer_certificates: quic::peer_certificates(&connection),
+                carrier: PendingCarrier::Quic(connection),
+                remote_addr,
+                limits: self.limits.clone(),
+                budget: self.budget.clone(),
+            })))
+        });
+        self.conclude(handshake.await).await;
+    }
+
+    async fn conclude(
+        &self,
+        result: Result<Result<Option<Accepted>, TunnelError>, tokio::time::error::Elapsed>,
+    ) {
+        let counter = match result {
+            // A closed queue means that the listener is being dropped.
+            Ok(Ok(Some(accepted))) => return drop(self.accepted.send(accepted).await),
+            Ok(Ok(None)) => return,
+            Err(_) => &self.counters.timed_out,
+            Ok(Err(TunnelError::Io(_) | TunnelError::Closed(_))) => &self.counters.closed,
+            Ok(Err(error)) => {
+                debug!(%error, "a handshake failed");
+                &self.counters.tls
+            }
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    async fn establish(
+        &self,
+        mut tcp: TcpStream,
+        remote_addr: SocketAddr,
+    ) -> Result<Option<Accepted>, TunnelError> {
+        let (first, native) = read_client_hello(&mut tcp).await?;
+        if native {
+            let (records, early) = Records::accept(&mut tcp, self.tls.config(&[H2_ALPN]), first).await?;
+            return Ok(Some(Accepted::Tunnel(PendingTunnel {
+                peer_certificates: records.peer_certificates(),
+                carrier: PendingCarrier::H2 { records: Box::new(records), tcp, early },
+                remote_addr,
+                limits: self.limits.clone(),
+                budget: self.budget.clone(),
+            })));
+        }
+        let acceptor = tls::TlsAcceptor::from(self.tls.config(&[b"http/1.1"]));
+        let stream = acceptor
+            .accept(Replay { first, at: 0, tcp })
+            .await
+            .map_err(|error| TunnelError::Tls(error.to_string()))?;
+        let peer_certificates = stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
+        Ok(Some(Accepted::Https(HttpsConnection {
+            stream: Box::new(stream),
+            peer_certificates,
+            remote_addr,
+        })))
+    }
+}
+
+/// Handshakes under way, oldest first.
+#[derive(Default)]
+struct Handshakes {
+    running: JoinSet<()>,
+    order: VecDeque<AbortHandle>,
+}
+
+impl Handshakes {
+    /// Starts one; at the limit the oldest is dropped for it, so that idle connections cannot keep agents out: an
+    /// honest handshake is done long before it is the oldest.
+    fn start(&mut self, acceptor: &Acceptor, handshake: impl Future<Output = ()> + Send + 'static) {
+        while self.order.front().is_some_and(AbortHandle::is_finished) {
+            self.order.pop_front();
+        }
+        if self.order.len() >= acceptor.limits.max_handshakes {
+            self.order.retain(|handshake| !handshake.is_finished());
+        }
+        while self.order.len() >= acceptor.limits.max_handshakes {
+            self.drop_oldest(acceptor);
+        }
+        self.order.push_back(self.running.spawn(handshake));
+    }
+
+    fn drop_oldest(&mut self, acceptor: &Acceptor) {
+        if let Some(oldest) = self.order.pop_front()
+            && !oldest.is_finished()
+        {
+            oldest.abort();
+            acceptor.counters.overload.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Reads until the ClientHello is whole. Gives back what was read and whether the client speaks our protocol.
+async fn read_client_hello(tcp: &mut TcpStream) -> Result<(Vec<u8>, bool), TunnelError> {
+    let mut first = Vec::with_capacity(2048);
+    let mut acceptor = rustls::server::Acceptor::default();
+    loop {
+        let before = first.len();
+        if before >= MAX_CLIENT_HELLO {
+            return Err(TunnelError::Tls("the ClientHello is too large".to_owned()));
+        }
+        if tcp.read_buf(&mut first).await? == 0 {
+            return Err(TunnelError::Closed("the TLS handshake"));
+        }
+        let mut fresh = &first[before..];
+        while !fresh.is_empty() {
+            acceptor.read_tls(&mut fresh)?;
+            match acceptor.accept() {
+                Ok(Some(accepted)) => {
+                    let native = accepted
+                        .client_hello()
+                        .alpn()
+                        .is_some_and(|mut protocols| protocols.any(|name| name == H2_ALPN));
+                    return Ok((first, native));
+                }
+                Ok(None) => {}
+                Err((error, _)) => return Err(TunnelError::Tls(error.to_string())),
+            }
+        }
+    }
+}
+
+/// A socket of which some bytes were read already.
+struct Replay {
+    first: Vec<u8>,
+    at: usize,
+    tcp: TcpStream,
+}
+
+impl AsyncRead for Replay {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.at < self.first.len() {
+            let take = buffer.remaining().min(self.first.len() - self.at);
+            buffer.put_slice(&self.first[self.at..self.at + take]);
+            self.at += take;
+            if self.at == self.first.len() {
+                (self.first, self.at) = (Vec::new(), 0);
+            }
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.tcp).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Replay {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.tcp).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_shutdown(cx)
+    }
+}
+
+// === impl PendingTunnel ===
+
+impl PendingTunnel {
+    /// Verified against the listener's client CA; empty when the agent sent none and the listener allows it.
+    pub fn peer_certificates(&self) -> &[CertificateDer<'static>] {
+        &self.peer_certificates
+    }
+
+    pub fn remote_addr(&self) -> SocketAddr {
+        self.remote_addr
+    }
+
+    pub fn carrier(&self) -> Carrier {
+        match self.carrier {
+            PendingCarrier::H2 { .. } => Carrier::H2,
+            PendingCarrier::Quic(_) => Carrier::Quic,
+        }
+    }
+
+    /// Exchanges hellos. That the agent's cluster and id are those of its certificate is the caller's to check, and
+    /// to drop the tunnel if not.
+    pub async fn attach(self, hello: ServerHello) -> Result<ServerTunnel, TunnelError> {
+        let limits = self.limits.clone();
+        tokio::time::timeout(limits.handshake_timeout, self.exchange_hellos(hello))
+            .await
+            .map_err(|_| TunnelError::TimedOut("hello from the agent"))?
+    }
+
+    async fn exchange_hellos(self, hello: ServerHello) -> Result<ServerTunnel, TunnelError> {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+        let (limits, remote_addr) = (self.limits.clone(), self.remote_addr);
+        let (session, driver) = self.start();
+        let mut control = Control::new(session.open_control().await?);
+        control
+            .send(&v1::ServerMessage { message: Some(v1::server_message::Message::Hello(hello.to_proto())) })
+            .await?;
+        let answer = control.expect::<v1::AgentMessage>("the attachment").await?;
+        let Some(v1::agent_message::Message::Hello(agent)) = answer.message else {
+            return Err(TunnelError::Protocol("the agent's first message is no hello".to_owned()));
+        };
+        let hello = Hello::from_proto(agent)?;
+        let attached = Attached::new::<ServerSide>(session, driver, control, Vec::new(), limits);
+        Ok(ServerTunnel(Arc::new(Inner {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            hello,
+            remote_addr,
+            attached,
+        })))
+    }
+
+    /// Turns the agent away and tells it why.
+    pub fn refuse(self, reason: &str) {
+        let (session, _driver) = self.start();
+        session.close(CloseReason::Local(reason.to_owned()));
+    }
+
+    fn start(self) -> (Session, AbortOnDropHandle<()>) {
+        match self.carrier {
+            PendingCarrier::H2 { records, tcp, early } => {
+                let config = LinkConfig { role: Role::Client, limits: self.limits, budget: self.budget };
+                let (link, _incoming, driver) = Link::start(config, *records, tcp, early);
+                let driver = tokio::spawn(async { drop(driver.await) }.in_current_span());
+                (Session::H2(link), AbortOnDropHandle::new(driver))
+            }
+            PendingCarrier::Quic(connection) => {
+                let link = QuicLink::new(connection, self.limits, &self.budget);
+                let watch = link.clone().watch();
+                let driver = tokio::spawn(async { drop(watch.await) }.in_current_span());
+                (Session::Quic(link), AbortOnDropHandle::new(driver))
+            }
+        }
+    }
+}
+
+// === impl ServerTunnel ===
+
+impl ServerTunnel {
+    /// Unique in this process.
+    pub fn id(&self) -> u64 {
+        self.0.id
+    }
+
+    /// What the agent said of itself.
+    pub fn hello(&self) -> &Hello {
+        &self.0.hello
+    }
+
+    pub fn carrier(&self) -> Carrier {
+        self.0.attached.session.carrier()
+    }
+
+    pub fn remote_addr(&self) -> SocketAddr {
+        self.0.remote_addr
+    }
+
+    /// Opens a connection to `target` in the member. Answers or fails within `timeout`, at once when the tunnel dies.
+    ///
+    /// Cancel safety: dropping the future resets the connection.
+    pub async fn dial(&self, target: &Target, timeout: Duration) -> Result<Connection, DialError> {
+        if self.is_draining() {
+            return Err(DialError::Draining);
+        }
+        let result = self.0.attached.session.dial(target, timeout).await;
+        self.0.attached.session.count_dial(result.is_err());
+        result
+    }
+
+    /// The last measured round trip; `None` before the first.
+    pub fn rtt(&self) -> Option<Duration> {
+        self.0.attached.shared.rtt()
+    }
+
+    /// Measures a round trip now.
+    pub async fn ping(&self) -> Result<Duration, TunnelError> {
+        self.0.attached.ping().await
+    }
+
+    pub fn stats(&self) -> TunnelStats {
+        self.0.attached.session.stats()
+    }
+
+    /// How many connections are open: what a choice by load compares.
+    pub fn open_connections(&self) -> usize {
+        self.0.attached.session.open_count()
+    }
+
+    pub fn connections(&self) -> Vec<ConnectionInfo> {
+        self.0.attached.session.connections()
+    }
+
+    /// Takes no new dials from now on and tells the agent so; open connections go on.
+    pub fn drain(&self) {
+        self.0.attached.shared.draining.store(true, Ordering::Relaxed);
+        self.0.attached.command(Command::Drain("the server is draining".to_owned()));
+    }
+
+    /// Whether either side drains this tunnel.
+    pub fn is_draining(&self) -> bool {
+        self.0.attached.shared.draining.load(Ordering::Relaxed)
+            || *self.0.attached.shared.peer_draining.borrow()
+    }
+
+    /// Ends the tunnel and every connection on it at once, telling the agent why.
+    pub fn close(&self, reason: &str) {
+        self.0.attached.session.close(CloseReason::Local(reason.to_owned()));
+    }
+
+    /// Waits for the end.
+    pub async fn closed(&self) -> CloseReason {
+        self.0.attached.closed().await
+    }
+
+    /// Tells the agent which servers there are now.
+    pub fn send_servers(&self, servers: Vec<String>) {
+        self.0.attached.command(Command::Servers(servers));
+    }
+}
+
+impl std::fmt::Debug for ServerTunnel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ServerTunnel")
+            .field("id", &self.0.id)
+            .field("cluster", &self.0.hello.cluster)
+            .field("agent", &self.0.hello.agent_id)
+            .field("carrier", &self.carrier())
+            .field("remote_addr", &self.0.remote_addr)
+            .finish()
+    }
+}

@@ -1,0 +1,339 @@
+//! Both ends of a tunnel on loopback, over each carrier: what a connection promises, and what a peer cannot do.
+
+mod support;
+
+use std::time::Duration;
+
+use support::{Pair, both, pattern};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tunnel::{CarrierChoice, DialError, Limits, LocalSocket, Target};
+
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+#[tokio::test]
+async fn echoes_and_half_closes() {
+    both(|carrier| async move {
+        let mut pair = Pair::new(carrier).await;
+        let (mut near, mut far) = pair.connection().await;
+        near.write_all(b"hello").await.unwrap();
+        near.shutdown().await.unwrap();
+        let mut heard = Vec::new();
+        far.read_to_end(&mut heard).await.unwrap();
+        assert_eq!(heard, b"hello");
+        // The other direction is still open.
+        far.write_all(b"goodbye").await.unwrap();
+        far.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        near.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"goodbye");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn nothing_is_lost_before_an_orderly_close() {
+    both(|carrier| async move {
+        let mut pair = Pair::new(carrier).await;
+        let (mut near, mut far) = pair.connection().await;
+        let bytes = pattern(9 * 1024 * 1024 + 17);
+        let sent = bytes.clone();
+        let writer = tokio::spawn(async move {
+            far.write_all(&sent).await.unwrap();
+            far.shutdown().await.unwrap();
+            // Kept until the reader is done: dropping an unfinished connection is a reset.
+            let mut rest = Vec::new();
+            far.read_to_end(&mut rest).await.unwrap();
+        });
+        let mut heard = Vec::new();
+        near.read_to_end(&mut heard).await.unwrap();
+        assert!(heard == bytes, "{} of {} bytes, or changed", heard.len(), bytes.len());
+        near.shutdown().await.unwrap();
+        writer.await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn relays_between_sockets_both_ways() {
+    both(|carrier| async move {
+        let mut pair = Pair::new(carrier).await;
+        let (near, far) = pair.connection().await;
+        let (mut client, client_end) = support::tcp_pair().await;
+        let (mut target, target_end) = support::tcp_pair().await;
+        let near = tokio::spawn(near.relay(LocalSocket::Tcp(client_end)));
+        let far = tokio::spawn(far.relay(LocalSocket::Tcp(target_end)));
+        let (up, down) = (pattern(5_000_001), pattern(7_000_003));
+        let (send_up, send_down) = (up.clone(), down.clone());
+        let (client, target) = tokio::join!(
+            async move {
+                let (mut reader, mut writer) = client.split();
+                let mut heard = Vec::new();
+                let (_, read) = tokio::join!(
+                    async {
+                        writer.write_all(&send_up).await.unwrap();
+                        writer.shutdown().await.unwrap()
+                    },
+                    reader.read_to_end(&mut heard),
+                );
+                read.unwrap();
+                heard
+            },
+            async move {
+                let (mut reader, mut writer) = target.split();
+                let mut heard = Vec::new();
+                let (_, read) = tokio::join!(
+                    async {
+                        writer.write_all(&send_down).await.unwrap();
+                        writer.shutdown().await.unwrap()
+                    },
+                    reader.read_to_end(&mut heard),
+                );
+                read.unwrap();
+                heard
+            }
+        );
+        assert!(target == up && client == down, "bytes were lost or changed");
+        let (near, far) = (near.await.unwrap(), far.await.unwrap());
+        assert_eq!((near.bytes_sent, near.bytes_received), (up.len() as u64, down.len() as u64));
+        assert_eq!((far.bytes_sent, far.bytes_received), (down.len() as u64, up.len() as u64));
+        assert_eq!(near.outcome, tunnel::RelayOutcome::Complete);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_dropped_connection_is_an_error_never_an_end() {
+    both(|carrier| async move {
+        let mut pair = Pair::new(carrier).await;
+        let (mut near, mut far) = pair.connection().await;
+        near.write_all(b"half a mess").await.unwrap();
+        let mut buffer = [0; 11];
+        far.read_exact(&mut buffer).await.unwrap();
+        drop(near);
+        assert!(far.read(&mut buffer).await.is_err(), "a reset must not look like an end");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_relay_resets_its_tcp_client_when_the_tunnel_dies() {
+    both(|carrier| async move {
+        let mut pair = Pair::new(carrier).await;
+        let (near, far) = pair.connection().await;
+        let (mut client, client_end) = support::tcp_pair().await;
+        let relay = tokio::spawn(near.relay(LocalSocket::Tcp(client_end)));
+        let mut far = far;
+        far.write_all(b"x").await.unwrap();
+        client.read_exact(&mut [0]).await.unwrap();
+        pair.server.close("the test ends it");
+        let error = client.read(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        assert_ne!(relay.await.unwrap().outcome, tunnel::RelayOutcome::Complete);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn refusals_keep_their_reason() {
+    both(|carrier| async move {
+        let mut pair = Pair::new(carrier).await;
+        for error in [
+            DialError::Refused,
+            DialError::NotAllowed,
+            DialError::UnknownHost,
+            DialError::Unreachable,
+            DialError::TimedOut,
+        ] {
+            let target: Target = "db.internal:5432".parse().unwrap();
+            let (result, ()) = tokio::join!(pair.server.dial(&target, TIMEOUT), async {
+                let dial = pair.agent.accept().await.unwrap();
+                assert_eq!(dial.target(), &target);
+                assert!(dial.timeout() <= TIMEOUT);
+                dial.refuse(error).await;
+            });
+            assert_eq!(result.unwrap_err(), error);
+        }
+        assert_eq!(pair.server.stats().dial_failures, 5);
+        assert_eq!(pair.server.stats().connections, 0);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_unanswered_dial_times_out_and_ends_with_its_tunnel() {
+    both(|carrier| async move {
+        let pair = Pair::new(carrier).await;
+        let target: Target = "slow.internal:1".parse().unwrap();
+        let result = pair.server.dial(&target, Duration::from_millis(50)).await;
+        assert_eq!(result.unwrap_err(), DialError::TimedOut);
+        let (result, ()) = tokio::join!(pair.server.dial(&target, Duration::from_secs(600)), async {
+            pair.agent.handle().close("the agent leaves");
+        });
+        assert_eq!(result.unwrap_err(), DialError::TunnelClosed);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_stalled_reader_costs_one_window_and_disturbs_nobody() {
+    both(|carrier| async move {
+        let mut pair = Pair::new(carrier).await;
+        let mut stalled = Vec::new();
+        for _ in 0..4 {
+            let (near, mut far) = pair.connection().await;
+            // Writes until the window is full; nobody reads `near`.
+            let writer = tokio::spawn(async move {
+                let chunk = pattern(64 * 1024);
+                let mut total = 0usize;
+                while tokio::time::timeout(Duration::from_secs(1), far.write_all(&chunk)).await.is_ok() {
+                    total += chunk.len();
+                }
+                total
+            });
+            stalled.push((near, writer));
+        }
+        let (mut near, mut far) = pair.connection().await;
+        for _ in 0..1000 {
+            near.write_all(&[7; 64]).await.unwrap();
+            let mut buffer = [0; 64];
+            far.read_exact(&mut buffer).await.unwrap();
+            far.write_all(&buffer).await.unwrap();
+            near.read_exact(&mut buffer).await.unwrap();
+        }
+        for (_near, writer) in stalled {
+            let total = writer.await.unwrap();
+            assert!(total <= 24 * 1024 * 1024, "a stalled reader took {total} bytes");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn budgets_refuse_and_recover() {
+    both(|carrier| async move {
+        let limits = Limits { max_connections: 3, ..Limits::default() };
+        let mut pair = Pair::with(carrier, limits).await;
+        let mut held = Vec::new();
+        for _ in 0..3 {
+            held.push(pair.connection().await);
+        }
+        let target: Target = "db:1".parse().unwrap();
+        assert_eq!(pair.server.dial(&target, TIMEOUT).await.unwrap_err(), DialError::TooManyConnections);
+        held.pop();
+        // The other end frees its place when it has seen the reset.
+        support::eventually(|| pair.server.stats().connections == 2).await;
+        let (mut near, mut far) = pair.connection().await;
+        near.write_all(b"again").await.unwrap();
+        let mut buffer = [0; 5];
+        far.read_exact(&mut buffer).await.unwrap();
+        // Before this one comes the memory budget.
+        let small = Limits { memory_per_tunnel: 3 * 1024 * 1024, ..Limits::default() };
+        let mut pair = Pair::with(carrier, small).await;
+        let mut held = Vec::new();
+        let refused = loop {
+            match pair.try_connection().await {
+                Ok(both) => held.push(both),
+                Err(error) => break error,
+            }
+            assert!(held.len() < 20, "the memory budget refuses nobody");
+        };
+        assert_eq!(refused, DialError::TooManyConnections);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn drains_on_either_side() {
+    both(|carrier| async move {
+        let mut pair = Pair::new(carrier).await;
+        let (mut near, mut far) = pair.connection().await;
+        pair.agent.handle().drain();
+        support::eventually(|| pair.server.is_draining()).await;
+        let target: Target = "db:1".parse().unwrap();
+        assert_eq!(pair.server.dial(&target, TIMEOUT).await.unwrap_err(), DialError::Draining);
+        near.write_all(b"still").await.unwrap();
+        let mut buffer = [0; 5];
+        far.read_exact(&mut buffer).await.unwrap();
+
+        let pair = Pair::new(carrier).await;
+        let mut draining = pair.agent.handle().server_draining();
+        pair.server.drain();
+        draining.wait_for(|draining| *draining).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn both_sides_say_who_they_are_and_measure_the_path() {
+    both(|carrier| async move {
+        let pair = Pair::new(carrier).await;
+        assert_eq!(pair.server.hello().cluster, "prod");
+        assert_eq!(pair.agent.server_hello().server_id, "hub-1");
+        assert_eq!(pair.server.carrier(), pair.agent.carrier());
+        let took = pair.server.ping().await.unwrap();
+        assert!(took > Duration::ZERO);
+        assert!(pair.server.rtt().is_some());
+        let mut servers = pair.agent.handle().servers();
+        pair.server.send_servers(vec!["hub-2:8091".to_owned()]);
+        servers.wait_for(|servers| servers == &["hub-2:8091"]).await.unwrap();
+        pair.agent.handle().close("maintenance");
+        assert!(pair.server.closed().await.to_string().contains("maintenance"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn auto_prefers_quic_and_falls_back() {
+    let pair = Pair::new(CarrierChoice::Auto).await;
+    assert_eq!(pair.server.carrier(), tunnel::Carrier::Quic);
+    let pair = Pair::without_quic(CarrierChoice::Auto).await;
+    assert_eq!(pair.server.carrier(), tunnel::Carrier::H2);
+}
+
+#[tokio::test]
+async fn dials_out_through_an_egress_proxy() {
+    let proxy = support::EgressProxy::start().await;
+    let mut pair =
+        Pair::through(proxy.address(), Some(("user".to_owned(), "secret".to_owned()))).await.unwrap();
+    let (mut near, mut far) = pair.connection().await;
+    near.write_all(b"out").await.unwrap();
+    far.read_exact(&mut [0; 3]).await.unwrap();
+    let error = Pair::through(proxy.address(), None).await.err().unwrap();
+    assert!(error.to_string().contains("407"), "{error}");
+}
+
+#[tokio::test]
+async fn many_small_connections_at_once() {
+    both(|carrier| async move {
+        let mut pair = Pair::new(carrier).await;
+        let mut pairs = Vec::new();
+        for _ in 0..200 {
+            pairs.push(pair.connection().await);
+        }
+        let mut tasks = tokio::task::JoinSet::new();
+        for (index, (mut near, mut far)) in pairs.into_iter().enumerate() {
+            tasks.spawn(async move {
+                for round in 0..20 {
+                    let message = format!("{index}/{round}");
+                    near.write_all(message.as_bytes()).await.unwrap();
+                    let mut buffer = vec![0; message.len()];
+                    far.read_exact(&mut buffer).await.unwrap();
+                    assert_eq!(buffer, message.as_bytes());
+                    far.write_all(&buffer).await.unwrap();
+                    near.read_exact(&mut buffer).await.unwrap();
+                    assert_eq!(buffer, message.as_bytes());
+                }
+            });
+        }
+        while let Some(done) = tasks.join_next().await {
+            done.unwrap();
+        }
+        support::eventually(|| pair.server.stats().connections == 0).await;
+        assert_eq!(
+            pair.server.stats().buffered,
+            pair.idle_promise(),
+            "windows of ended connections are given back"
+        );
+    })
+    .await;
+}
