@@ -1,1 +1,442 @@
-//! Watches the hub, acts on members through a connector.
+//! Drives the federation: watches the hub, lets `federation-core` plan, and acts on members through a connector.
+//!
+//! ```text
+//!   hub API ──watches──► hub::HubState ─┐
+//!                                       ├─► reconcile (workers) ──► status, revisions ──► hub API
+//!   member ──watch, probe─► member view ┘          │
+//!      ▲                                           └─► the member's own queue
+//!      └────────── server-side apply ◄── the member's own workers ◄──┘
+//! ```
+//!
+//! What it promises:
+//!
+//! - Nothing is decided before every sort of hub object has been listed, and nothing is done in a member before the
+//!   member is reachable and its objects have been listed.
+//! - The status at the hub is written before the member is: a controller that dies at any moment knows afterwards where
+//!   each unit may be.
+//! - Members do not wait for each other: each has its own connection pool, queue, workers, rate and time limits.
+//!
+//! What it leaves to later: several controllers (leader election), tombstones for members that never come back (a
+//! federated object that is being deleted waits for them, and says so), federated namespaces (missing namespaces are
+//! made in members and never removed).
+
+mod client;
+pub mod connector;
+mod events;
+mod hub;
+mod member;
+mod pace;
+mod queue;
+mod reconcile;
+
+use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use federation_core::api::{Cell, FederatedRevision, PropagationConfig};
+use federation_core::types::{self, FederatedType};
+use kube::Api;
+use kube::api::DynamicObject;
+use kube::runtime::watcher;
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::Notify;
+use tokio::task::{AbortHandle, JoinSet};
+use tracing::{Instrument as _, debug, error, info, info_span, warn};
+
+pub use self::client::{Identity, IdentityError, member_client};
+pub use self::connector::{BoxedIo, ConnectError, Connector, Io, connector};
+use self::events::Events;
+use self::hub::{Change, HubState, ObjectKey, WatchTrouble, follow, lighten};
+use self::member::{Member, chain};
+use self::pace::retry_delay;
+use self::queue::WorkQueue;
+use self::reconcile::{ReconcileError, reconcile};
+
+/// A member's changes come in flocks (a rollout changes a Deployment's status many times a second); they are gathered
+/// for so long before the object is looked at.
+const SETTLE: Duration = Duration::from_millis(50);
+/// A pass that was overtaken by a change of the object is made again after so long, should its watch be slow.
+const STALE_RETRY: Duration = Duration::from_millis(100);
+
+/// How the controller works. Every default says what it trades.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The federated types. The hub must serve them.
+    pub types: Vec<FederatedType>,
+    /// Whether objects in members that the hub did not create may be taken over. Off: a name clash is reported, not won.
+    pub adopt: bool,
+    /// Who the controller is towards members.
+    pub identity: Identity,
+    /// Objects worked on at once. A pass waits for the hub only, so few are enough.
+    pub workers: usize,
+    /// Writes at once in one member: more are faster on a long path and weigh more on a small member.
+    pub member_writers: usize,
+    /// Writes per second in one member, after a burst of [`Options::member_burst`].
+    pub member_rate: u32,
+    /// Writes that one member takes at once before [`Options::member_rate`] holds.
+    pub member_burst: u32,
+    /// Longest time of one write. A member that takes longer keeps one of its own writers, nobody else's.
+    pub request_timeout: Duration,
+    /// How often a member is probed: sooner is noticed sooner, and costs two small requests.
+    pub probe_interval: Duration,
+    /// Longest time of one probe.
+    pub probe_timeout: Duration,
+    /// Unanswered probes in a row that make a member offline. A lost tunnel makes it offline at once.
+    pub failure_threshold: u32,
+    /// Every object is looked at again so often, whatever the watches say.
+    pub resync: Duration,
+}
+
+/// The federation controller.
+#[derive(Clone)]
+pub struct Controller {
+    shared: Arc<Shared>,
+    publisher: Arc<Mutex<Option<events::Publisher>>>,
+}
+
+/// Tells a running controller things that it would otherwise find out later.
+#[derive(Clone)]
+pub struct Handle {
+    shared: Arc<Shared>,
+}
+
+/// What all tasks share.
+pub(crate) struct Shared {
+    options: Options,
+    hub: kube::Client,
+    connector: Connector,
+    state: RwLock<HubState>,
+    members: RwLock<BTreeMap<String, Arc<Member>>>,
+    /// The set of clusters has changed.
+    clusters_changed: Notify,
+    queue: WorkQueue<ObjectKey>,
+    failures: Mutex<HashMap<ObjectKey, u32>>,
+    events: Events,
+}
+
+// === impl Options ===
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            types: types::builtin(),
+            adopt: false,
+            identity: Identity::default(),
+            workers: 4,
+            member_writers: 4,
+            member_rate: 50,
+            member_burst: 100,
+            request_timeout: Duration::from_secs(30),
+            probe_interval: Duration::from_secs(10),
+            probe_timeout: Duration::from_secs(3),
+            failure_threshold: 3,
+            resync: Duration::from_secs(600),
+        }
+    }
+}
+
+// === impl Controller ===
+
+impl Controller {
+    /// Makes a controller that is not running yet. `hub` needs every right on the federation's groups and the right to
+    /// create Events; `connector` reaches members by cluster name.
+    pub fn new(hub: kube::Client, connector: Connector, options: Options) -> Self {
+        let (events, publisher) = events::channel();
+        let shared = Shared {
+            state: RwLock::new(HubState::new(options.types.len())),
+            members: RwLock::default(),
+            clusters_changed: Notify::new(),
+            queue: WorkQueue::new(),
+            failures: Mutex::default(),
+            events,
+            options,
+            hub,
+            connector,
+        };
+        Self { shared: Arc::new(shared), publisher: Arc::new(Mutex::new(Some(publisher))) }
+    }
+
+    /// A handle to tell it things.
+    pub fn handle(&self) -> Handle {
+        Handle { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Runs until `shutdown` completes. Writes under way are given up: the next controller finds out what became of
+    /// them.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) {
+        let shared = &self.shared;
+        let mut tasks = JoinSet::new();
+        if let Some(publisher) = self.publisher.lock().take() {
+            tasks.spawn(publisher.run(shared.hub.clone()).instrument(info_span!("events")));
+        }
+        self.spawn_watches(&mut tasks);
+        tasks.spawn(keep_members(Arc::clone(shared)).instrument(info_span!("members")));
+        tasks.spawn(resync(Arc::clone(shared)).instrument(info_span!("resync")));
+        for _ in 0..shared.options.workers.max(1) {
+            tasks.spawn(work(Arc::clone(shared)).instrument(info_span!("reconcile")));
+        }
+        info!(types = shared.options.types.len(), "the federation controller runs");
+        let mut shutdown = std::pin::pin!(shutdown);
+        loop {
+            tokio::select! {
+                () = &mut shutdown => break,
+                ended = tasks.join_next() => match ended {
+                    Some(Ok(())) => {}
+                    Some(Err(failure)) if failure.is_panic() => error!(error = %failure, "a task of the controller failed"),
+                    Some(Err(_)) => {}
+                    None => break,
+                },
+            }
+        }
+        tasks.shutdown().await;
+        shared.members.write().clear();
+        info!("the federation controller has ended");
+    }
+
+    fn spawn_watches(&self, tasks: &mut JoinSet<()>) {
+        let hub = &self.shared.hub;
+        let shared = || Arc::clone(&self.shared);
+        let config = watcher::Config::default;
+
+        let at = shared();
+        let cells: Api<Cell> = Api::all(hub.clone());
+        tasks.spawn(
+            follow(
+                cells,
+                config(),
+                move |change| {
+                    let listed = matches!(change, Change::Replace(_));
+                    let changed = at.state.write().change_cells(change);
+                    at.after(changed || listed)
+                },
+                hub_trouble("cells"),
+            )
+            .instrument(info_span!("watch", kind = "Cell")),
+        );
+
+        let at = shared();
+        tasks.spawn(
+            follow(
+                hub::clusters(hub.clone()),
+                config(),
+                move |change| {
+                    let changed = at.state.write().change_clusters(change);
+                    if changed {
+                        at.clusters_changed.notify_one();
+                    }
+                    at.after(changed)
+                },
+                hub_trouble("clusters"),
+            )
+            .instrument(info_span!("watch", kind = "KubeFedCluster")),
+        );
+
+        let at = shared();
+        let configs: Api<PropagationConfig> = Api::all(hub.clone());
+        tasks.spawn(
+            follow(
+                configs,
+                config(),
+                move |change| {
+                    let listed = matches!(change, Change::Replace(_));
+                    let changed = at.state.write().change_configs(change);
+                    at.after(changed || listed)
+                },
+                hub_trouble("propagation configs"),
+            )
+            .instrument(info_span!("watch", kind = "PropagationConfig")),
+        );
+
+        let at = shared();
+        let revisions: Api<FederatedRevision> = Api::all(hub.clone());
+        tasks.spawn(
+            follow(
+                revisions,
+                config(),
+                move |change| {
+                    let listed = matches!(change, Change::Replace(_));
+                    at.state.write().change_revisions(change);
+                    at.after(listed)
+                },
+                hub_trouble("revisions"),
+            )
+            .instrument(info_span!("watch", kind = "FederatedRevision")),
+        );
+
+        for (kind, of) in self.shared.options.types.iter().enumerate() {
+            let at = shared();
+            let objects: Api<DynamicObject> = Api::all_with(hub.clone(), &of.hub_resource());
+            tasks.spawn(
+                follow(
+                    objects,
+                    config(),
+                    move |change| {
+                        // The last listing of all completes the picture: then everything is looked at.
+                        let listed = matches!(change, Change::Replace(_));
+                        let touched = at.state.write().change_objects(kind, lightened(change));
+                        touched.into_iter().for_each(|key| at.queue.add(key));
+                        at.after(listed)
+                    },
+                    hub_trouble("federated objects"),
+                )
+                .instrument(info_span!("watch", kind = of.kind)),
+            );
+        }
+    }
+}
+
+// === impl Handle ===
+
+impl Handle {
+    /// Something about a cluster's tunnels changed: it is probed at once.
+    pub fn probe(&self, cluster: &str) {
+        if let Some(member) = self.shared.members.read().get(cluster) {
+            member.nudge();
+        }
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    /// Looks at everything again.
+    pub(crate) fn enqueue_all(&self) {
+        let keys = self.state.read().keys();
+        keys.into_iter().for_each(|key| self.queue.add(key));
+    }
+
+    /// Looks at every object of one type again.
+    pub(crate) fn enqueue_kind(&self, kind: usize) {
+        let keys = self.state.read().keys();
+        keys.into_iter().filter(|key| key.kind == kind).for_each(|key| self.queue.add(key));
+    }
+
+    /// The members, as they are now.
+    pub(crate) fn members(&self) -> BTreeMap<String, Arc<Member>> {
+        self.members.read().clone()
+    }
+
+    /// What follows from a change of something that concerns every object.
+    fn after(&self, changed: bool) -> bool {
+        if changed {
+            self.enqueue_all();
+        }
+        true
+    }
+}
+
+/// The present moment, as objects carry it.
+pub(crate) fn now() -> String {
+    jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
+fn lightened(change: Change<DynamicObject>) -> Change<DynamicObject> {
+    let light = |mut object: DynamicObject| {
+        lighten(&mut object);
+        object
+    };
+    match change {
+        Change::Replace(all) => Change::Replace(all.into_iter().map(light).collect()),
+        Change::Apply(object) => Change::Apply(light(object)),
+        Change::Delete(object) => Change::Delete(light(object)),
+    }
+}
+
+fn hub_trouble(what: &'static str) -> impl FnMut(WatchTrouble) -> bool {
+    /// A hub that is just starting fails a few times, and that is nobody's business.
+    const QUIET: u32 = 3;
+    move |trouble| {
+        if trouble.failures > QUIET {
+            warn!(what, failures = trouble.failures, error = chain(&trouble.error), "cannot watch the hub");
+        }
+        true
+    }
+}
+
+/// A worker.
+async fn work(shared: Arc<Shared>) {
+    loop {
+        let lease = shared.queue.next().await;
+        let key = lease.key();
+        let span = info_span!("object", namespace = %key.namespace, name = %key.name);
+        match reconcile(&shared, key).instrument(span.clone()).await {
+            Ok(()) => {
+                shared.failures.lock().remove(key);
+            }
+            Err(ReconcileError::Stale) => shared.queue.add_after(key.clone(), STALE_RETRY),
+            Err(failure) => {
+                let times = {
+                    let mut failures = shared.failures.lock();
+                    let times = failures.entry(key.clone()).or_default();
+                    *times = times.saturating_add(1);
+                    *times
+                };
+                let wait = retry_delay(times, rand::random());
+                span.in_scope(|| warn!(error = chain(&failure), ?wait, "cannot reconcile"));
+                shared.queue.add_after(key.clone(), wait);
+            }
+        }
+    }
+}
+
+/// Looks at everything now and then.
+async fn resync(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(shared.options.resync.mul_f64(0.9 + 0.2 * rand::random::<f64>())).await;
+        debug!("looking at everything again");
+        // What is gone from the hub need not be remembered.
+        let known: std::collections::HashSet<_> = shared.state.read().keys().into_iter().collect();
+        shared.failures.lock().retain(|key, _| known.contains(key));
+        shared.enqueue_all();
+    }
+}
+
+/// Starts and ends members as clusters come and go.
+async fn keep_members(shared: Arc<Shared>) {
+    let mut tasks: JoinSet<()> = JoinSet::new();
+    let mut running: HashMap<String, AbortHandle> = HashMap::new();
+    loop {
+        let wanted = shared.state.read().cluster_names();
+        running.retain(|name, task| {
+            let stays = wanted.contains(name);
+            if !stays {
+                info!(cluster = name, "the cluster has left the federation");
+                task.abort();
+                shared.members.write().remove(name);
+            }
+            stays
+        });
+        for name in wanted {
+            if running.contains_key(&name) {
+                continue;
+            }
+            let client = match member_client(&name, shared.connector.clone(), &shared.options.identity) {
+                Ok(client) => client,
+                Err(failure) => {
+                    error!(cluster = name, error = %failure, "cannot make a client for the member");
+                    continue;
+                }
+            };
+            let member = Arc::new(Member::new(&name, client, &shared));
+            shared.members.write().insert(name.clone(), Arc::clone(&member));
+            let span = info_span!("member", cluster = %name);
+            let task = tasks.spawn(member.run(Arc::clone(&shared)).instrument(span));
+            running.insert(name, task);
+        }
+        shared.enqueue_all();
+        tokio::select! {
+            () = shared.clusters_changed.notified() => {}
+            Some(_) = tasks.join_next() => {
+                // One of them ended by itself: it is started anew if it is still wanted.
+                running.retain(|name, task| {
+                    let alive = !task.is_finished();
+                    if !alive {
+                        shared.members.write().remove(name);
+                    }
+                    alive
+                });
+            }
+        }
+    }
+}

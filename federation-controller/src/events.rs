@@ -1,0 +1,99 @@
+//! Kubernetes Events on the objects concerned.
+//!
+//! Events are for people and never hold anything up: they go through a bounded queue, and what does not fit is dropped
+//! and counted.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use tokio::sync::mpsc;
+use tracing::debug;
+
+use crate::member::chain;
+
+/// Waiting events: a burst of a few hundred objects.
+const QUEUE: usize = 512;
+/// Longest note that the API takes, in bytes.
+const LONGEST_NOTE: usize = 1000;
+/// Longest time for one event.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// What the events say of themselves.
+const REPORTER: &str = "federation-controller";
+
+/// Hands events over.
+#[derive(Debug, Clone)]
+pub(crate) struct Events {
+    queue: mpsc::Sender<Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    about: ObjectReference,
+    warning: bool,
+    reason: &'static str,
+    note: String,
+}
+
+/// Publishes events.
+pub(crate) struct Publisher {
+    queue: mpsc::Receiver<Entry>,
+}
+
+static DROPPED: AtomicU64 = AtomicU64::new(0);
+
+/// A queue of events: both of its ends.
+pub(crate) fn channel() -> (Events, Publisher) {
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    (Events { queue: sender }, Publisher { queue: receiver })
+}
+
+// === impl Events ===
+
+impl Events {
+    pub(crate) fn normal(&self, about: &ObjectReference, reason: &'static str, note: String) {
+        self.send(about, false, reason, note);
+    }
+
+    pub(crate) fn warning(&self, about: &ObjectReference, reason: &'static str, note: String) {
+        self.send(about, true, reason, note);
+    }
+
+    fn send(&self, about: &ObjectReference, warning: bool, reason: &'static str, mut note: String) {
+        let mut end = note.len().min(LONGEST_NOTE);
+        while !note.is_char_boundary(end) {
+            end -= 1;
+        }
+        note.truncate(end);
+        if self.queue.try_send(Entry { about: about.clone(), warning, reason, note }).is_err() {
+            let dropped = DROPPED.fetch_add(1, Ordering::Relaxed) + 1;
+            debug!(dropped, "an event was dropped: the hub takes them too slowly");
+        }
+    }
+}
+
+// === impl Publisher ===
+
+impl Publisher {
+    /// Publishes until every [`Events`] is gone.
+    pub(crate) async fn run(mut self, hub: kube::Client) {
+        let recorder = Recorder::new(hub, Reporter { controller: REPORTER.into(), instance: None });
+        while let Some(entry) = self.queue.recv().await {
+            let event = Event {
+                type_: if entry.warning { EventType::Warning } else { EventType::Normal },
+                reason: entry.reason.into(),
+                note: Some(entry.note),
+                action: entry.reason.into(),
+                secondary: None,
+            };
+            match tokio::time::timeout(TIMEOUT, recorder.publish(&event, &entry.about)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    debug!(reason = entry.reason, error = chain(&error), "cannot publish an event")
+                }
+                Err(_) => debug!(reason = entry.reason, "publishing an event took too long"),
+            }
+        }
+    }
+}

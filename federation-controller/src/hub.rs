@@ -1,0 +1,401 @@
+//! What the controller knows of the hub: its objects, as watches bring them.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use federation_core::api::{Cell, FederatedRevision, KubeFedCluster, PropagationConfig};
+use federation_core::metadata::PropagationRules;
+use federation_core::names;
+use federation_core::topology::Topology;
+use futures::StreamExt as _;
+use kube::api::DynamicObject;
+use kube::runtime::watcher;
+use kube::{Api, Resource, ResourceExt as _};
+use serde::de::DeserializeOwned;
+use tracing::{debug, warn};
+
+use crate::pace::retry_delay;
+
+/// A federated object: which type (its place in the options), and where.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct ObjectKey {
+    pub(crate) kind: usize,
+    pub(crate) namespace: Arc<str>,
+    pub(crate) name: Arc<str>,
+}
+
+/// The hub's objects.
+#[derive(Debug, Default)]
+pub(crate) struct HubState {
+    objects: HashMap<ObjectKey, Arc<DynamicObject>>,
+    cells: BTreeMap<String, Cell>,
+    clusters: BTreeMap<String, Arc<KubeFedCluster>>,
+    configs: BTreeMap<String, PropagationConfig>,
+    /// By namespace and source mark, then by name.
+    revisions: HashMap<(String, String), BTreeMap<String, Arc<FederatedRevision>>>,
+    topology: Arc<Topology>,
+    rules: Arc<PropagationRules>,
+    /// Sorts of objects that have not been listed yet. While there is one, nothing is known not to exist.
+    unlisted: BTreeSet<&'static str>,
+    unlisted_kinds: BTreeSet<usize>,
+}
+
+/// What a watch brings: everything at first and after a gap, then single changes.
+#[derive(Debug)]
+pub(crate) enum Change<K> {
+    Replace(Vec<K>),
+    Apply(K),
+    Delete(K),
+}
+
+/// What a failed watch says, and how often in a row it has failed.
+pub(crate) struct WatchTrouble {
+    pub(crate) error: watcher::Error,
+    pub(crate) failures: u32,
+}
+
+// === impl ObjectKey ===
+
+impl ObjectKey {
+    pub(crate) fn new(kind: usize, namespace: &str, name: &str) -> Self {
+        Self { kind, namespace: namespace.into(), name: name.into() }
+    }
+
+    pub(crate) fn of(kind: usize, object: &DynamicObject) -> Self {
+        Self::new(kind, &object.namespace().unwrap_or_default(), &object.name_any())
+    }
+}
+
+// === impl HubState ===
+
+impl HubState {
+    /// A state in which nothing has been listed.
+    pub(crate) fn new(kinds: usize) -> Self {
+        Self {
+            unlisted: [CELLS, CLUSTERS, CONFIGS, REVISIONS].into(),
+            unlisted_kinds: (0..kinds).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Whether everything has been listed.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.unlisted.is_empty() && self.unlisted_kinds.is_empty()
+    }
+
+    pub(crate) fn object(&self, key: &ObjectKey) -> Option<Arc<DynamicObject>> {
+        self.objects.get(key).cloned()
+    }
+
+    pub(crate) fn keys(&self) -> Vec<ObjectKey> {
+        self.objects.keys().cloned().collect()
+    }
+
+    pub(crate) fn topology(&self) -> Arc<Topology> {
+        Arc::clone(&self.topology)
+    }
+
+    pub(crate) fn rules(&self) -> Arc<PropagationRules> {
+        Arc::clone(&self.rules)
+    }
+
+    pub(crate) fn cluster(&self, name: &str) -> Option<Arc<KubeFedCluster>> {
+        self.clusters.get(name).cloned()
+    }
+
+    pub(crate) fn cluster_names(&self) -> Vec<String> {
+        self.clusters.keys().cloned().collect()
+    }
+
+    pub(crate) fn revisions(&self, namespace: &str, source: &str) -> Vec<Arc<FederatedRevision>> {
+        let of = self.revisions.get(&(namespace.to_owned(), source.to_owned()));
+        of.into_iter().flat_map(BTreeMap::values).cloned().collect()
+    }
+
+    /// Takes federated objects in; returns those that are to be looked at.
+    pub(crate) fn change_objects(&mut self, kind: usize, change: Change<DynamicObject>) -> Vec<ObjectKey> {
+        match change {
+            Change::Replace(all) => {
+                self.unlisted_kinds.remove(&kind);
+                let mut touched: BTreeSet<_> =
+                    self.objects.keys().filter(|key| key.kind == kind).cloned().collect();
+                self.objects.retain(|key, _| key.kind != kind);
+                for object in all {
+                    let key = ObjectKey::of(kind, &object);
+                    touched.insert(key.clone());
+                    self.objects.insert(key, Arc::new(object));
+                }
+                touched.into_iter().collect()
+            }
+            Change::Apply(object) => {
+                let key = ObjectKey::of(kind, &object);
+                if !self.keep_newer(&key, object) {
+                    return Vec::new();
+                }
+                vec![key]
+            }
+            Change::Delete(object) => {
+                let key = ObjectKey::of(kind, &object);
+                // A later object of the same name may be known already, from a write's answer.
+                if self.objects.get(&key).is_some_and(|known| known.metadata.uid == object.metadata.uid) {
+                    self.objects.remove(&key);
+                }
+                vec![key]
+            }
+        }
+    }
+
+    /// Takes in what the hub answered to a write of ours.
+    pub(crate) fn learn(&mut self, kind: usize, object: DynamicObject) {
+        let key = ObjectKey::of(kind, &object);
+        if self.objects.contains_key(&key) {
+            self.keep_newer(&key, object);
+        }
+    }
+
+    /// Stores an object unless a newer state of it is known.
+    fn keep_newer(&mut self, key: &ObjectKey, object: DynamicObject) -> bool {
+        if let Some(known) = self.objects.get(key)
+            && known.metadata.uid == object.metadata.uid
+            && is_older(&object.metadata.resource_version, &known.metadata.resource_version)
+        {
+            return false;
+        }
+        self.objects.insert(key.clone(), Arc::new(object));
+        true
+    }
+
+    /// Takes cells in; returns whether anything changed.
+    pub(crate) fn change_cells(&mut self, change: Change<Cell>) -> bool {
+        let before = self.cells.clone();
+        change_map(&mut self.cells, change, &mut self.unlisted, CELLS);
+        let changed = self.cells != before;
+        if changed {
+            self.rebuild_topology();
+        }
+        changed
+    }
+
+    /// Takes clusters in; returns whether anything but a status changed.
+    pub(crate) fn change_clusters(&mut self, change: Change<KubeFedCluster>) -> bool {
+        let mut clusters: BTreeMap<String, KubeFedCluster> = self
+            .clusters
+            .iter()
+            .map(|(name, cluster)| (name.clone(), KubeFedCluster::clone(cluster)))
+            .collect();
+        let first = self.unlisted.contains(CLUSTERS);
+        change_map(&mut clusters, change, &mut self.unlisted, CLUSTERS);
+        self.clusters = clusters.into_iter().map(|(name, cluster)| (name, Arc::new(cluster))).collect();
+        let before = Arc::clone(&self.topology);
+        self.rebuild_topology();
+        first || before != self.topology
+    }
+
+    /// Takes rules in; returns whether they changed.
+    pub(crate) fn change_configs(&mut self, change: Change<PropagationConfig>) -> bool {
+        change_map(&mut self.configs, change, &mut self.unlisted, CONFIGS);
+        let rules = PropagationRules::new(self.configs.values());
+        let changed = *self.rules != rules;
+        self.rules = Arc::new(rules);
+        changed
+    }
+
+    /// Takes revisions in.
+    pub(crate) fn change_revisions(&mut self, change: Change<FederatedRevision>) {
+        match change {
+            Change::Replace(all) => {
+                self.unlisted.remove(REVISIONS);
+                self.revisions.clear();
+                all.into_iter().for_each(|revision| self.add_revision(revision));
+            }
+            Change::Apply(revision) => self.add_revision(revision),
+            Change::Delete(revision) => {
+                let owner = (revision.namespace().unwrap_or_default(), revision.spec.object.clone());
+                if let Some(of) = self.revisions.get_mut(&owner) {
+                    let name = revision.name_any();
+                    if of.get(&name).is_some_and(|known| known.metadata.uid == revision.metadata.uid) {
+                        of.remove(&name);
+                    }
+                    if of.is_empty() {
+                        self.revisions.remove(&owner);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes in a revision that has been stored.
+    pub(crate) fn add_revision(&mut self, revision: FederatedRevision) {
+        let owner = (revision.namespace().unwrap_or_default(), revision.spec.object.clone());
+        self.revisions.entry(owner).or_default().insert(revision.name_any(), Arc::new(revision));
+    }
+
+    fn rebuild_topology(&mut self) {
+        self.topology =
+            Arc::new(Topology::new(self.cells.values(), self.clusters.values().map(AsRef::as_ref)));
+    }
+}
+
+const CELLS: &str = "cells";
+const CLUSTERS: &str = "clusters";
+const CONFIGS: &str = "propagationconfigs";
+const REVISIONS: &str = "revisions";
+
+fn change_map<K: Resource>(
+    map: &mut BTreeMap<String, K>,
+    change: Change<K>,
+    unlisted: &mut BTreeSet<&'static str>,
+    sort: &'static str,
+) {
+    match change {
+        Change::Replace(all) => {
+            unlisted.remove(sort);
+            *map = all.into_iter().map(|object| (object.name_any(), object)).collect();
+        }
+        Change::Apply(object) => {
+            map.insert(object.name_any(), object);
+        }
+        Change::Delete(object) => {
+            map.remove(&object.name_any());
+        }
+    }
+}
+
+/// Whether one resource version is older than another. Kubernetes compares them as numbers; what is not a number cannot
+/// be compared and counts as newer.
+pub(crate) fn is_older(one: &Option<String>, other: &Option<String>) -> bool {
+    let number =
+        |version: &Option<String>| version.as_deref().and_then(|version| version.parse::<u64>().ok());
+    matches!((number(one), number(other)), (Some(one), Some(other)) if one < other)
+}
+
+/// Follows one sort of object for ever: lists, watches, lists again after a gap. `on_trouble` may end it.
+pub(crate) async fn follow<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    mut on_change: impl FnMut(Change<K>) -> bool,
+    mut on_trouble: impl FnMut(WatchTrouble) -> bool,
+) where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    let what = api.resource_url().to_owned();
+    let mut stream = std::pin::pin!(watcher(api, config));
+    let mut listing = Vec::new();
+    let mut failures = 0u32;
+    while let Some(event) = stream.next().await {
+        let go_on = match event {
+            Ok(watcher::Event::Init) => {
+                listing.clear();
+                true
+            }
+            Ok(watcher::Event::InitApply(object)) => {
+                listing.push(object);
+                true
+            }
+            Ok(watcher::Event::InitDone) => {
+                failures = 0;
+                debug!(resource = %what, count = listing.len(), "listed");
+                on_change(Change::Replace(std::mem::take(&mut listing)))
+            }
+            Ok(watcher::Event::Apply(object)) => {
+                failures = 0;
+                on_change(Change::Apply(object))
+            }
+            Ok(watcher::Event::Delete(object)) => {
+                failures = 0;
+                on_change(Change::Delete(object))
+            }
+            Err(error) => {
+                failures = failures.saturating_add(1);
+                debug!(resource = %what, %error, failures, "watch failed");
+                let go_on = on_trouble(WatchTrouble { error, failures });
+                if go_on {
+                    tokio::time::sleep(retry_delay(failures, rand::random())).await;
+                }
+                go_on
+            }
+        };
+        if !go_on {
+            return;
+        }
+    }
+    warn!(resource = %what, "watch ended");
+}
+
+/// Objects as they are kept: without the bookkeeping of field managers, which is the largest part of many.
+pub(crate) fn lighten(object: &mut DynamicObject) {
+    object.metadata.managed_fields = None;
+}
+
+/// Where clusters live.
+pub(crate) fn clusters(client: kube::Client) -> Api<KubeFedCluster> {
+    Api::namespaced(client, names::FEDERATION_NAMESPACE)
+}
+
+#[cfg(test)]
+mod tests {
+    use federation_core::api::{CellSpec, KubeFedClusterSpec, KubeFedClusterStatus};
+    use federation_core::types;
+
+    use super::*;
+
+    fn object(name: &str, uid: &str, version: &str) -> DynamicObject {
+        let mut object = DynamicObject::new(name, &types::builtin()[0].hub_resource()).within("shop");
+        object.metadata.uid = Some(uid.into());
+        object.metadata.resource_version = Some(version.into());
+        object
+    }
+
+    #[test]
+    fn an_older_state_does_not_replace_a_newer_one() {
+        let mut state = HubState::new(1);
+        state.change_objects(0, Change::Replace(vec![object("web", "u", "10")]));
+        state.learn(0, object("web", "u", "12"));
+        assert!(state.change_objects(0, Change::Apply(object("web", "u", "11"))).is_empty());
+        let key = ObjectKey::new(0, "shop", "web");
+        assert_eq!(state.object(&key).expect("object").metadata.resource_version.as_deref(), Some("12"));
+        // A new object under the same name is not an older state.
+        assert_eq!(state.change_objects(0, Change::Apply(object("web", "v", "3"))).len(), 1);
+        state.change_objects(0, Change::Delete(object("web", "u", "14")));
+        assert!(state.object(&key).is_some());
+        state.change_objects(0, Change::Delete(object("web", "v", "15")));
+        assert!(state.object(&key).is_none());
+        state.learn(0, object("web", "v", "16"));
+        assert!(state.object(&key).is_none(), "what is gone is not learned");
+    }
+
+    #[test]
+    fn a_relist_names_what_is_gone_too() {
+        let mut state = HubState::new(1);
+        state.change_objects(0, Change::Replace(vec![object("a", "1", "1"), object("b", "2", "2")]));
+        let touched = state.change_objects(0, Change::Replace(vec![object("b", "2", "2")]));
+        assert_eq!(touched.len(), 2);
+        assert_eq!(state.keys().len(), 1);
+    }
+
+    #[test]
+    fn nothing_is_complete_before_all_is_listed() {
+        let mut state = HubState::new(1);
+        state.change_objects(0, Change::Replace(vec![]));
+        state.change_cells(Change::Replace(vec![]));
+        state.change_configs(Change::Replace(vec![]));
+        state.change_revisions(Change::Replace(vec![]));
+        assert!(!state.is_complete());
+        assert!(state.change_clusters(Change::Replace(vec![])));
+        assert!(state.is_complete());
+    }
+
+    #[test]
+    fn a_clusters_status_is_no_change() {
+        let mut state = HubState::new(0);
+        let mut cluster = KubeFedCluster::new("x", KubeFedClusterSpec::default());
+        assert!(state.change_clusters(Change::Replace(vec![cluster.clone()])));
+        cluster.status = Some(KubeFedClusterStatus::default());
+        assert!(!state.change_clusters(Change::Apply(cluster.clone())));
+        assert!(state.cluster("x").expect("cluster").status.is_some());
+        cluster.metadata.labels = Some([("a".to_owned(), "b".to_owned())].into());
+        assert!(state.change_clusters(Change::Apply(cluster)));
+        assert!(state.change_cells(Change::Apply(Cell::new("a", CellSpec::default()))));
+    }
+}

@@ -1,0 +1,128 @@
+//! One member: what is known of it, and the tasks that keep that up and write into it.
+//!
+//! Every member has its own tasks, its own queue, its own rate and its own time limits. A member that hangs fills
+//! nobody's queue but its own, and its queue holds each object once.
+
+mod health;
+mod probe;
+mod store;
+mod watch;
+mod writer;
+
+use std::sync::Arc;
+
+use federation_core::plan::{MemberView, Write};
+use k8s_openapi::api::core::v1::ObjectReference;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, watch as cell};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tracing::Instrument as _;
+
+use self::health::Health;
+pub(crate) use self::health::chain;
+use self::store::{Store, TargetKey};
+use crate::Shared;
+use crate::hub::ObjectKey;
+use crate::pace::Bucket;
+use crate::queue::WorkQueue;
+
+/// A member.
+pub(crate) struct Member {
+    pub(crate) name: Arc<str>,
+    client: kube::Client,
+    health: Mutex<Health>,
+    store: Mutex<Store>,
+    jobs: WorkQueue<TargetKey>,
+    bucket: Mutex<Bucket>,
+    /// Asks for a probe now.
+    nudge: Notify,
+    /// Whether the member is online, and a number that grows when its watches are to begin anew.
+    epoch: cell::Sender<Epoch>,
+}
+
+/// What the watches go by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Epoch {
+    online: bool,
+    number: u64,
+}
+
+/// A write and whom it is for.
+#[derive(Debug, Clone)]
+struct Job {
+    source: ObjectKey,
+    about: ObjectReference,
+    write: Write,
+}
+
+// === impl Member ===
+
+impl Member {
+    pub(crate) fn new(name: &str, client: kube::Client, shared: &Shared) -> Self {
+        let options = &shared.options;
+        Self {
+            name: name.into(),
+            client,
+            health: Mutex::default(),
+            store: Mutex::new(Store::new(options.types.len())),
+            jobs: WorkQueue::new(),
+            bucket: Mutex::new(Bucket::new(options.member_rate, options.member_burst, Instant::now())),
+            nudge: Notify::new(),
+            epoch: cell::Sender::new(Epoch { online: false, number: 0 }),
+        }
+    }
+
+    /// Lives until dropped.
+    pub(crate) async fn run(self: Arc<Self>, shared: Arc<Shared>) {
+        let mut tasks = JoinSet::new();
+        tasks.spawn(probe::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
+        for kind in 0..shared.options.types.len() {
+            tasks.spawn(watch::run(Arc::clone(&self), Arc::clone(&shared), kind).in_current_span());
+        }
+        for _ in 0..shared.options.member_writers.max(1) {
+            tasks.spawn(writer::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
+        }
+        while let Some(ended) = tasks.join_next().await {
+            if let Err(error) = ended
+                && error.is_panic()
+            {
+                tracing::error!(%error, "a task of the member failed; the member stands still until it is started anew");
+            }
+        }
+    }
+
+    /// Asks for a probe now.
+    pub(crate) fn nudge(&self) {
+        self.nudge.notify_one();
+    }
+
+    /// What is seen of the member, as far as one object is concerned.
+    pub(crate) fn view(&self, key: &ObjectKey, source: &str) -> MemberView {
+        let offline = {
+            let health = self.health.lock();
+            (health.is_known() && !health.is_online()).then(|| health.trouble())
+        };
+        self.store.lock().view(key, source, offline, Instant::now())
+    }
+
+    /// Takes back the writes for an object that no worker has begun.
+    pub(crate) fn cancel(&self, source: &ObjectKey) {
+        self.store.lock().cancel(source);
+    }
+
+    /// Hands a write over, unless the same write failed a short while ago; then the object is looked at again in time.
+    pub(crate) fn submit(&self, shared: &Shared, source: &ObjectKey, about: &ObjectReference, write: Write) {
+        let job = Job { source: source.clone(), about: about.clone(), write };
+        match self.store.lock().submit(job, Instant::now()) {
+            Ok(target) => self.jobs.add(target),
+            Err(wait) => shared.queue.add_after(source.clone(), wait),
+        }
+    }
+
+    /// Begins the watches anew: what they know may be old.
+    fn distrust(&self) {
+        self.store.lock().distrust();
+        self.epoch.send_modify(|epoch| epoch.number += 1);
+    }
+}

@@ -1,0 +1,130 @@
+//! Probes a member and tells the hub how it is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use federation_core::api::KubeFedClusterStatus;
+use http::Request;
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::ResourceExt as _;
+use kube::api::{Patch, PatchParams};
+use serde_json::{Value, json};
+use tokio::time::{Instant, timeout};
+use tracing::{debug, info, warn};
+
+use super::Member;
+use super::health::{Probe, chain};
+use crate::Shared;
+use crate::hub;
+
+/// A status that could not be written is written with the next probe; this many bytes of a member's own words are enough
+/// to say what is wrong with it.
+const LONGEST_MESSAGE: usize = 500;
+/// Nudges closer together than this are one.
+const LEAST_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Probes for ever.
+pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
+    loop {
+        let began = Instant::now();
+        let found = probe(&member, shared.options.probe_timeout).await;
+        note(&member, &shared, found);
+        tell(&member, &shared).await;
+        // Members probed at one moment spread out.
+        let pause = shared.options.probe_interval.mul_f64(0.8 + 0.4 * rand::random::<f64>());
+        let _nudged = timeout(pause, member.nudge.notified()).await;
+        tokio::time::sleep_until(began + LEAST_INTERVAL).await;
+    }
+}
+
+async fn probe(member: &Member, limit: Duration) -> Probe {
+    match timeout(limit, ask(&member.client)).await {
+        Ok(Ok(probe)) => probe,
+        Ok(Err(error)) => Probe::from_error(&error),
+        Err(_) => Probe::NoAnswer { message: format!("no answer within {:.1} s", limit.as_secs_f64()) },
+    }
+}
+
+async fn ask(client: &kube::Client) -> Result<Probe, kube::Error> {
+    let get = |path: &str| Request::get(path).body(Vec::new()).map_err(kube::Error::HttpError);
+    let version: Value = client.request(get("/version")?).await?;
+    let version = shortened(version["gitVersion"].as_str().unwrap_or("unknown").to_owned());
+    match client.request_text(get("/readyz")?).await {
+        Ok(_) => Ok(Probe::Answers { version }),
+        Err(kube::Error::Api(status)) if status.code >= 500 => {
+            Ok(Probe::NotReady { message: shortened(format!("/readyz says: {}", status.message)) })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Takes a probe in, and sets off what follows from a change.
+fn note(member: &Member, shared: &Shared, found: Probe) {
+    let (before, after, trouble) = {
+        let mut health = member.health.lock();
+        let before = health.is_online();
+        health.observe(found, shared.options.failure_threshold);
+        (before, health.is_online(), health.trouble())
+    };
+    if before == after {
+        return;
+    }
+    if after {
+        info!("the member is online");
+    } else {
+        warn!(reason = trouble.0, message = trouble.1, "the member is offline");
+    }
+    // What was known before it went may be old when it comes back.
+    member.store.lock().distrust();
+    member.epoch.send_modify(|epoch| {
+        epoch.online = after;
+        epoch.number += 1;
+    });
+    if let Some(cluster) = shared.state.read().cluster(&member.name) {
+        let about = ObjectReference {
+            api_version: Some("core.kubefed.io/v1beta1".into()),
+            kind: Some("KubeFedCluster".into()),
+            namespace: cluster.namespace(),
+            name: Some(member.name.to_string()),
+            uid: cluster.metadata.uid.clone(),
+            ..ObjectReference::default()
+        };
+        if after {
+            shared.events.normal(&about, "ClusterReady", "the member answers".into());
+        } else {
+            shared.events.warning(&about, "ClusterNotReachable", trouble.1);
+        }
+    }
+    shared.enqueue_all();
+}
+
+/// Writes the cluster's status, when it changed.
+async fn tell(member: &Member, shared: &Shared) {
+    let Some(cluster) = shared.state.read().cluster(&member.name) else { return };
+    let before = cluster.status.clone().unwrap_or_default();
+    let status: KubeFedClusterStatus = member.health.lock().status(&before, &crate::now());
+    if status == before {
+        return;
+    }
+    let patch = Patch::Merge(json!({ "status": status }));
+    let api = hub::clusters(shared.hub.clone());
+    let params = PatchParams {
+        field_manager: Some(federation_core::names::FIELD_MANAGER.into()),
+        ..Default::default()
+    };
+    let writing = api.patch_status(&member.name, &params, &patch);
+    match timeout(shared.options.request_timeout, writing).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => debug!(error = chain(&error), "cannot write the cluster's status"),
+        Err(_) => debug!("writing the cluster's status took too long"),
+    }
+}
+
+fn shortened(mut text: String) -> String {
+    let mut end = text.len().min(LONGEST_MESSAGE);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+    text
+}

@@ -1,0 +1,519 @@
+//! What is known of a member's objects, and of the writes on their way to it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use federation_core::drift::{Baseline, belongs_to};
+use federation_core::plan::{Action, Cause, LiveObject, MemberState, MemberView, WriteFailure};
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::Job;
+use crate::hub::{Change, ObjectKey, is_older};
+use crate::pace::{FightGuard, fight_message, retry_delay};
+
+/// Most objects of one kind that a member may have the hub keep: a hub with ten thousand federated objects over ten
+/// cells in one cluster needs as many.
+pub(crate) const MAX_OBJECTS: usize = 100_000;
+/// How long a failure is remembered beyond its retry, so that the number of failures in a row is not forgotten.
+const FAILURE_MEMORY: Duration = Duration::from_secs(600);
+
+/// An object in a member.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct TargetKey {
+    pub(crate) kind: usize,
+    pub(crate) namespace: Arc<str>,
+    pub(crate) name: Arc<str>,
+}
+
+/// Everything about one member's objects.
+#[derive(Debug)]
+pub(super) struct Store {
+    kinds: Vec<Kind>,
+    jobs: HashMap<TargetKey, Job>,
+    in_flight: HashMap<TargetKey, ObjectKey>,
+    failures: HashMap<TargetKey, Failure>,
+    fights: HashMap<TargetKey, FightGuard>,
+}
+
+#[derive(Debug, Default)]
+struct Kind {
+    state: Listing,
+    namespaces: HashMap<Arc<str>, BTreeMap<Arc<str>, Known>>,
+    count: usize,
+}
+
+/// How far the objects of one kind are known.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) enum Listing {
+    #[default]
+    Syncing,
+    Synced,
+    NoSuchType,
+    Failing(String),
+}
+
+#[derive(Debug)]
+struct Known {
+    value: Value,
+    baseline: Option<Baseline>,
+}
+
+#[derive(Debug)]
+struct Failure {
+    failure: WriteFailure,
+    times: u32,
+    retry_at: Instant,
+}
+
+// === impl Store ===
+
+impl Store {
+    pub(super) fn new(kinds: usize) -> Self {
+        Self {
+            kinds: (0..kinds).map(|_| Kind::default()).collect(),
+            jobs: HashMap::new(),
+            in_flight: HashMap::new(),
+            failures: HashMap::new(),
+            fights: HashMap::new(),
+        }
+    }
+
+    /// What one federated object needs to know. `offline`: why the member cannot be reached.
+    pub(super) fn view(
+        &mut self,
+        key: &ObjectKey,
+        source: &str,
+        offline: Option<(&'static str, String)>,
+        now: Instant,
+    ) -> MemberView {
+        self.forget(now);
+        let Some(kind) = self.kinds.get(key.kind) else { return MemberView::default() };
+        let state = match (offline, &kind.state) {
+            (Some((reason, message)), _) => MemberState::Unreachable { reason: reason.into(), message },
+            (None, Listing::Syncing) => MemberState::Syncing,
+            (None, Listing::Synced) => MemberState::Synced,
+            (None, Listing::NoSuchType) => MemberState::NoSuchType,
+            (None, Listing::Failing(message)) => {
+                MemberState::Unreachable { reason: "WatchFailing".into(), message: message.clone() }
+            }
+        };
+        // By mark, and by the names that its units' objects may have.
+        let prefix = format!("{}-", key.name);
+        let concerns = |name: &str| name == &*key.name || name.starts_with(&prefix);
+        let objects = kind.namespaces.get(&key.namespace).into_iter().flatten();
+        let objects = objects
+            .filter(|(name, known)| concerns(name) || belongs_to(&known.value, source))
+            .map(|(name, known)| {
+                let live = LiveObject { value: known.value.clone(), baseline: known.baseline.clone() };
+                (name.to_string(), live)
+            })
+            .collect();
+        let ours = |target: &TargetKey| target.kind == key.kind && target.namespace == key.namespace;
+        MemberView {
+            state,
+            objects,
+            in_flight: self
+                .in_flight
+                .iter()
+                .filter(|(_, of)| *of == key)
+                .map(|(target, _)| target.name.to_string())
+                .collect(),
+            failures: self
+                .failures
+                .iter()
+                .filter(|(target, _)| ours(target) && concerns(&target.name))
+                .map(|(target, failure)| (target.name.to_string(), failure.failure.clone()))
+                .collect(),
+            contended: self
+                .fights
+                .iter_mut()
+                .filter(|(target, _)| ours(target) && concerns(&target.name))
+                .filter_map(|(target, guard)| {
+                    guard.rest(now).map(|_| (target.name.to_string(), fight_message(&target.name)))
+                })
+                .collect(),
+        }
+    }
+
+    /// When a contended object of `key` may be written again, if one is.
+    pub(super) fn rest(&mut self, key: &ObjectKey, now: Instant) -> Option<Duration> {
+        let prefix = format!("{}-", key.name);
+        self.fights
+            .iter_mut()
+            .filter(|(target, _)| {
+                target.kind == key.kind
+                    && target.namespace == key.namespace
+                    && (target.name == key.name || target.name.starts_with(&prefix))
+            })
+            .filter_map(|(_, guard)| guard.rest(now))
+            .min()
+    }
+
+    /// Takes objects in; returns the marks and namespaces of federated objects that are to be looked at.
+    pub(super) fn change(&mut self, kind: usize, change: Change<Value>) -> Vec<(String, Arc<str>)> {
+        let Some(of) = self.kinds.get_mut(kind) else { return Vec::new() };
+        match change {
+            Change::Replace(all) => {
+                // Objects that are gone are found by their federated objects, which are all looked at after a listing.
+                let old = std::mem::take(&mut of.namespaces);
+                of.count = 0;
+                of.state = Listing::Synced;
+                for value in all {
+                    let (namespace, name) = place(&value);
+                    let known = old.get(&namespace).and_then(|old| old.get(&name));
+                    let baseline = known
+                        .filter(|known| known.value["metadata"]["uid"] == value["metadata"]["uid"])
+                        .and_then(|known| known.baseline.clone());
+                    of.insert(namespace, name, Known { value, baseline });
+                }
+                Vec::new()
+            }
+            Change::Apply(value) => {
+                let (namespace, name) = place(&value);
+                let before = of.get(&namespace, &name);
+                if before.is_some_and(|before| is_older_value(&value, &before.value)) {
+                    return Vec::new();
+                }
+                let same =
+                    before.filter(|before| before.value["metadata"]["uid"] == value["metadata"]["uid"]);
+                let baseline = same.and_then(|before| before.baseline.clone());
+                let marks = marks(&namespace, [Some(&value), before.map(|before| &before.value)]);
+                of.insert(namespace, name, Known { value, baseline });
+                marks
+            }
+            Change::Delete(value) => {
+                let (namespace, name) = place(&value);
+                let before = of.get(&namespace, &name);
+                if before.is_some_and(|before| before.value["metadata"]["uid"] != value["metadata"]["uid"]) {
+                    return Vec::new();
+                }
+                let marks = marks(&namespace, [Some(&value), before.map(|before| &before.value)]);
+                of.remove(&namespace, &name);
+                marks
+            }
+        }
+    }
+
+    /// Sets how far a kind is known; returns whether that changed.
+    pub(super) fn set_listing(&mut self, kind: usize, listing: Listing) -> bool {
+        let Some(of) = self.kinds.get_mut(kind) else { return false };
+        let changed = of.state != listing;
+        of.state = listing;
+        changed
+    }
+
+    pub(super) fn is_full(&self, kind: usize) -> bool {
+        self.kinds.get(kind).is_some_and(|kind| kind.count >= MAX_OBJECTS)
+    }
+
+    /// Everything may be old: it counts as not listed until it is listed again.
+    pub(super) fn distrust(&mut self) {
+        for kind in &mut self.kinds {
+            if kind.state == Listing::Synced {
+                kind.state = Listing::Syncing;
+            }
+        }
+    }
+
+    /// Takes a write, or says how long to wait before handing it in again.
+    pub(super) fn submit(&mut self, job: Job, now: Instant) -> Result<TargetKey, Duration> {
+        let target = TargetKey {
+            kind: job.source.kind,
+            namespace: Arc::clone(&job.source.namespace),
+            name: job.write.object.as_str().into(),
+        };
+        if let Some(failure) = self.failures.get(&target)
+            && failure.failure.hash == hash_of(&job.write.action)
+            && failure.retry_at > now
+        {
+            return Err(failure.retry_at - now);
+        }
+        self.jobs.insert(target.clone(), job);
+        Ok(target)
+    }
+
+    /// Takes back what has not begun.
+    pub(super) fn cancel(&mut self, source: &ObjectKey) {
+        self.jobs.retain(|_, job| job.source != *source);
+    }
+
+    /// Begins a write, if it has not been taken back. Says whether the live object is known.
+    pub(super) fn begin(&mut self, target: &TargetKey) -> Option<Job> {
+        let job = self.jobs.remove(target)?;
+        self.in_flight.insert(target.clone(), job.source.clone());
+        Some(job)
+    }
+
+    /// Ends a write that was carried out. `answer`: the object as the member gave it back; `None`: it is gone.
+    pub(super) fn succeeded(
+        &mut self,
+        target: &TargetKey,
+        action: &Action,
+        answer: Option<Value>,
+        now: Instant,
+    ) {
+        self.in_flight.remove(target);
+        self.failures.remove(target);
+        let Some(of) = self.kinds.get_mut(target.kind) else { return };
+        let before = of.get(&target.namespace, &target.name);
+        match (action, answer) {
+            (Action::Apply { desired, hash, cause, .. }, Some(answer)) => {
+                let moved =
+                    before.is_some_and(|before| resource_version(&before.value) != resource_version(&answer));
+                if *cause == Cause::Heal && moved {
+                    self.fights.entry(target.clone()).or_default().healed(now);
+                }
+                let baseline = Some(federation_core::drift::baseline(&answer, desired, hash));
+                // Should the watch have been faster with something newer, that stays, and is compared with the answer.
+                let value = match before {
+                    Some(before) if is_older_value(&answer, &before.value) => before.value.clone(),
+                    _ => answer,
+                };
+                of.insert(Arc::clone(&target.namespace), Arc::clone(&target.name), Known { value, baseline });
+            }
+            (_, Some(answer)) => {
+                if before.is_some_and(|before| !is_older_value(&answer, &before.value)) {
+                    let known = Known { value: answer, baseline: None };
+                    of.insert(Arc::clone(&target.namespace), Arc::clone(&target.name), known);
+                }
+            }
+            (Action::Delete { uid }, None) => {
+                if before.is_some_and(|before| before.value["metadata"]["uid"].as_str() == uid.as_deref()) {
+                    of.remove(&target.namespace, &target.name);
+                }
+            }
+            (_, None) => of.remove(&target.namespace, &target.name),
+        }
+    }
+
+    /// Ends a write that failed; returns the wait before the next try and whether this failure is news.
+    pub(super) fn failed(
+        &mut self,
+        target: &TargetKey,
+        failure: WriteFailure,
+        chance: f64,
+        now: Instant,
+    ) -> (Duration, bool) {
+        self.in_flight.remove(target);
+        let before = self.failures.get(target).filter(|before| before.failure.hash == failure.hash);
+        let news = before.is_none_or(|before| before.failure != failure);
+        let times = before.map_or(0, |before| before.times).saturating_add(1);
+        let wait = retry_delay(times, chance);
+        self.failures.insert(target.clone(), Failure { failure, times, retry_at: now + wait });
+        (wait, news)
+    }
+
+    fn forget(&mut self, now: Instant) {
+        self.failures.retain(|_, failure| failure.retry_at + FAILURE_MEMORY > now);
+        self.fights.retain(|_, guard| !guard.is_idle(now));
+    }
+}
+
+// === impl Kind ===
+
+impl Kind {
+    fn get(&self, namespace: &str, name: &str) -> Option<&Known> {
+        self.namespaces.get(namespace)?.get(name)
+    }
+
+    fn insert(&mut self, namespace: Arc<str>, name: Arc<str>, known: Known) {
+        if self.namespaces.entry(namespace).or_default().insert(name, known).is_none() {
+            self.count += 1;
+        }
+    }
+
+    fn remove(&mut self, namespace: &Arc<str>, name: &Arc<str>) {
+        if let Some(objects) = self.namespaces.get_mut(namespace) {
+            if objects.remove(name).is_some() {
+                self.count -= 1;
+            }
+            if objects.is_empty() {
+                self.namespaces.remove(namespace);
+            }
+        }
+    }
+}
+
+/// The hash that a failure of the action is remembered under.
+pub(super) fn hash_of(action: &Action) -> String {
+    match action {
+        Action::Apply { hash, .. } => hash.clone(),
+        Action::Delete { .. } | Action::Orphan { .. } => String::new(),
+    }
+}
+
+fn place(value: &Value) -> (Arc<str>, Arc<str>) {
+    let text = |field: &str| value["metadata"][field].as_str().unwrap_or_default().into();
+    (text("namespace"), text("name"))
+}
+
+fn marks<'a>(
+    namespace: &Arc<str>,
+    values: impl IntoIterator<Item = Option<&'a Value>>,
+) -> Vec<(String, Arc<str>)> {
+    let mut marks: Vec<_> = values
+        .into_iter()
+        .flatten()
+        .filter_map(|value| {
+            value["metadata"]["annotations"][federation_core::names::SOURCE_ANNOTATION].as_str()
+        })
+        .map(|mark| (mark.to_owned(), Arc::clone(namespace)))
+        .collect();
+    marks.dedup();
+    marks
+}
+
+fn resource_version(value: &Value) -> Option<String> {
+    value["metadata"]["resourceVersion"].as_str().map(str::to_owned)
+}
+
+fn is_older_value(one: &Value, other: &Value) -> bool {
+    one["metadata"]["uid"] == other["metadata"]["uid"]
+        && is_older(&resource_version(one), &resource_version(other))
+}
+
+#[cfg(test)]
+mod tests {
+    use federation_core::plan::Write;
+    use k8s_openapi::api::core::v1::ObjectReference;
+    use serde_json::json;
+
+    use super::*;
+
+    fn live(name: &str, uid: &str, version: u64) -> Value {
+        json!({"metadata": {"name": name, "namespace": "shop", "uid": uid, "resourceVersion": version.to_string(),
+            "annotations": {"cellway.io/source": "federateddeployments/web"}}})
+    }
+
+    fn key() -> ObjectKey {
+        ObjectKey::new(0, "shop", "web")
+    }
+
+    fn apply(hash: &str, cause: Cause) -> Action {
+        Action::Apply {
+            desired: json!({"metadata": {"name": "web-a"}}),
+            hash: hash.into(),
+            cause,
+            remove_annotations: vec![],
+            remove_labels: vec![],
+        }
+    }
+
+    fn job(hash: &str) -> Job {
+        let write = Write { cluster: "x".into(), object: "web-a".into(), action: apply(hash, Cause::Create) };
+        Job { source: key(), about: ObjectReference::default(), write }
+    }
+
+    fn view(store: &mut Store) -> MemberView {
+        store.view(&key(), "federateddeployments/web", None, Instant::now())
+    }
+
+    #[test]
+    fn a_view_shows_what_concerns_the_object() {
+        let mut store = Store::new(1);
+        assert_eq!(view(&mut store).state, MemberState::Syncing);
+        let mut other = live("other", "2", 2);
+        other["metadata"]["annotations"] = json!({});
+        store.change(0, Change::Replace(vec![live("web-a", "1", 1), other, live("renamed", "3", 3)]));
+        let seen = view(&mut store);
+        assert_eq!(seen.state, MemberState::Synced);
+        assert_eq!(Vec::from_iter(seen.objects.keys()), ["renamed", "web-a"]);
+        let offline = store.view(&key(), "", Some(("NoTunnel", "m".into())), Instant::now());
+        assert!(matches!(offline.state, MemberState::Unreachable { .. }));
+        store.distrust();
+        assert_eq!(view(&mut store).state, MemberState::Syncing);
+    }
+
+    #[test]
+    fn changes_name_whom_they_concern() {
+        let mut store = Store::new(1);
+        store.change(0, Change::Replace(vec![live("web-a", "1", 5)]));
+        assert_eq!(store.change(0, Change::Apply(live("web-a", "1", 6))).len(), 1);
+        assert!(store.change(0, Change::Apply(live("web-a", "1", 4))).is_empty(), "older");
+        assert!(store.change(0, Change::Delete(live("web-a", "9", 9))).is_empty(), "another object's end");
+        assert_eq!(store.change(0, Change::Delete(live("web-a", "1", 9))).len(), 1);
+        assert!(view(&mut store).objects.is_empty());
+    }
+
+    #[test]
+    fn the_latest_write_replaces_one_that_has_not_begun() {
+        let mut store = Store::new(1);
+        let now = Instant::now();
+        let target = store.submit(job("one"), now).expect("taken");
+        store.submit(job("two"), now).expect("taken");
+        let begun = store.begin(&target).expect("begun");
+        assert_eq!(hash_of(&begun.write.action), "two");
+        assert!(view(&mut store).in_flight.contains("web-a"));
+        store.cancel(&key());
+        assert!(view(&mut store).in_flight.contains("web-a"), "what has begun goes on");
+        store.submit(job("three"), now).expect("taken");
+        store.cancel(&key());
+        assert!(store.begin(&target).is_none());
+    }
+
+    #[test]
+    fn a_failed_write_waits_and_another_does_not() {
+        let mut store = Store::new(1);
+        let now = Instant::now();
+        let target = store.submit(job("one"), now).expect("taken");
+        store.begin(&target).expect("begun");
+        let failure = || WriteFailure {
+            hash: "one".into(),
+            reason: "Invalid".into(),
+            message: "m".into(),
+            conflict: false,
+        };
+        assert_eq!(store.failed(&target, failure(), 1.0, now), (Duration::from_secs(1), true));
+        assert_eq!(store.submit(job("one"), now), Err(Duration::from_secs(1)));
+        assert!(store.submit(job("two"), now).is_ok());
+        let later = now + Duration::from_secs(2);
+        assert!(store.submit(job("one"), later).is_ok());
+        store.begin(&target).expect("begun");
+        assert_eq!(store.failed(&target, failure(), 1.0, later), (Duration::from_secs(2), false));
+        assert_eq!(view(&mut store).failures["web-a"], failure());
+        store.succeeded(&target, &apply("one", Cause::Create), Some(live("web-a", "1", 1)), later);
+        let seen = view(&mut store);
+        assert!(seen.failures.is_empty() && seen.in_flight.is_empty());
+        assert!(seen.objects["web-a"].baseline.is_some());
+    }
+
+    #[test]
+    fn a_faster_watch_wins_over_an_answer() {
+        let mut store = Store::new(1);
+        let now = Instant::now();
+        store.change(0, Change::Replace(vec![live("web-a", "1", 5)]));
+        let target = store.submit(job("one"), now).expect("taken");
+        store.begin(&target).expect("begun");
+        store.change(0, Change::Apply(live("web-a", "1", 8)));
+        store.succeeded(&target, &apply("one", Cause::Update), Some(live("web-a", "1", 7)), now);
+        assert_eq!(view(&mut store).objects["web-a"].value["metadata"]["resourceVersion"], "8");
+    }
+
+    #[test]
+    fn fights_are_noticed() {
+        let mut store = Store::new(1);
+        let now = Instant::now();
+        for round in 0..6u64 {
+            store.change(0, Change::Apply(live("web-a", "1", 10 + 2 * round)));
+            let target = store.submit(job("one"), now).expect("taken");
+            store.begin(&target).expect("begun");
+            let answer = live("web-a", "1", 11 + 2 * round);
+            store.succeeded(&target, &apply("one", Cause::Heal), Some(answer), now);
+        }
+        assert!(view(&mut store).contended.contains_key("web-a"));
+        assert_eq!(store.rest(&key(), now), Some(Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn a_deletion_takes_only_the_object_that_was_meant() {
+        let mut store = Store::new(1);
+        let target = TargetKey { kind: 0, namespace: "shop".into(), name: "web-a".into() };
+        store.change(0, Change::Replace(vec![live("web-a", "2", 5)]));
+        store.succeeded(&target, &Action::Delete { uid: Some("1".into()) }, None, Instant::now());
+        assert_eq!(view(&mut store).objects.len(), 1);
+        store.succeeded(&target, &Action::Delete { uid: Some("2".into()) }, None, Instant::now());
+        assert!(view(&mut store).objects.is_empty());
+    }
+}

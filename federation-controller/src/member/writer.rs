@@ -1,0 +1,262 @@
+//! Carries writes out in a member.
+
+use std::sync::Arc;
+
+use federation_core::drift::{Refusal, admit};
+use federation_core::names::{
+    FIELD_MANAGER, MANAGED_LABEL, RENDERED_ANNOTATION, REVISION_ANNOTATION, SOURCE_ANNOTATION,
+};
+use federation_core::plan::{Action, Cause, WriteFailure};
+use k8s_openapi::api::core::v1::Namespace;
+use kube::Api;
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions, PropagationPolicy};
+use serde_json::{Map, Value, json};
+use thiserror::Error;
+use tokio::time::{Instant, timeout};
+use tracing::{Instrument as _, debug, debug_span};
+
+use super::store::{TargetKey, hash_of};
+use super::{Job, Member, chain};
+use crate::Shared;
+use crate::hub::lighten;
+
+/// Why a write came to nothing.
+#[derive(Debug, Error)]
+enum WriteError {
+    #[error("{0}")]
+    Refused(#[from] Refusal),
+    #[error("the member answers {code} {reason}: {message}")]
+    Answered { code: u16, reason: String, message: String },
+    #[error("{0}")]
+    Lost(String),
+    #[error("no answer within {0:.0} s")]
+    TimedOut(f64),
+}
+
+/// Writes for ever.
+pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
+    loop {
+        let lease = member.jobs.next().await;
+        let wait = member.bucket.lock().take(Instant::now());
+        tokio::time::sleep(wait).await;
+        let begun = member.store.lock().begin(lease.key());
+        if let Some(job) = begun {
+            let span = debug_span!("write", object = %lease.key().name, namespace = %lease.key().namespace);
+            carry_out(&member, &shared, lease.key(), job).instrument(span).await;
+        }
+    }
+}
+
+async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Job) {
+    let limit = shared.options.request_timeout;
+    let action = &job.write.action;
+    let done = match timeout(limit, perform(member, shared, target, &job)).await {
+        Ok(done) => done,
+        Err(_) => Err(WriteError::TimedOut(limit.as_secs_f64())),
+    };
+    let (verb, past) = match action {
+        Action::Apply { cause: Cause::Create, .. } => ("Create", "created"),
+        Action::Apply { cause: Cause::Update, .. } => ("Update", "updated"),
+        Action::Apply { cause: Cause::Heal, .. } => ("Update", "put right"),
+        Action::Delete { .. } => ("Delete", "deleted"),
+        Action::Orphan { .. } => ("Orphan", "let go"),
+    };
+    match done {
+        Ok(answer) => {
+            debug!(verb, "written");
+            member.store.lock().succeeded(target, action, answer, Instant::now());
+            let reason = match verb {
+                "Create" => "CreateInCluster",
+                "Update" => "UpdateInCluster",
+                "Delete" => "DeleteInCluster",
+                _ => "OrphanInCluster",
+            };
+            shared.events.normal(&job.about, reason, format!("{past} {} in {}", target.name, member.name));
+        }
+        Err(error) => {
+            debug!(verb, %error, "a write failed");
+            let uncertain = matches!(error, WriteError::Lost(_) | WriteError::TimedOut(_));
+            let failure = failure(verb, action, &error);
+            let note = format!("{} in {}: {}", target.name, member.name, failure.message);
+            let (wait, news) = member.store.lock().failed(target, failure, rand::random(), Instant::now());
+            if uncertain {
+                // It may have been carried out. What is known is looked at anew before anything is concluded.
+                member.distrust();
+                member.nudge();
+            }
+            if news {
+                let reason = match verb {
+                    "Create" => "CreateInClusterFailed",
+                    "Update" => "UpdateInClusterFailed",
+                    "Delete" => "DeleteInClusterFailed",
+                    _ => "OrphanInClusterFailed",
+                };
+                shared.events.warning(&job.about, reason, note);
+            }
+            shared.queue.add_after(job.source.clone(), wait);
+        }
+    }
+    if let Some(wait) = member.store.lock().rest(&job.source, Instant::now()) {
+        shared.queue.add_after(job.source.clone(), wait);
+    }
+    shared.queue.add(job.source);
+}
+
+/// Does it; gives back the object, or `None` when it is gone.
+async fn perform(
+    member: &Member,
+    shared: &Shared,
+    target: &TargetKey,
+    job: &Job,
+) -> Result<Option<Value>, WriteError> {
+    // The type is one of the options': keys are made from them.
+    let Some(of) = shared.options.types.get(target.kind) else {
+        return Err(WriteError::Lost("the type is not known any more".into()));
+    };
+    let resource = of.target.resource();
+    let api: Api<DynamicObject> = Api::namespaced_with(member.client.clone(), &target.namespace, &resource);
+    let name = target.name.as_ref();
+    match &job.write.action {
+        Action::Apply { desired, cause, remove_annotations, remove_labels, .. } => {
+            let mut exists = *cause != Cause::Create;
+            if !exists {
+                // Unseen is not absent: objects without the hub's label are not watched.
+                match optional(api.get_opt(name).await)? {
+                    Some(found) => {
+                        let source = federation_core::names::source(&of.plural, &job.source.name);
+                        admit(&plain(found)?, &source, shared.options.adopt)?;
+                        exists = true;
+                    }
+                    None => ensure_namespace(member, &target.namespace).await?,
+                }
+            }
+            let mut params = PatchParams::apply(FIELD_MANAGER);
+            // Force only over what is ours: an object that appeared this very moment makes a conflict instead.
+            params.force = exists;
+            let mut answer = answered(api.patch(name, &params, &Patch::Apply(desired)).await)?;
+            if !remove_annotations.is_empty() || !remove_labels.is_empty() {
+                let nulls = |keys: &[String]| -> Map<String, Value> {
+                    keys.iter().map(|key| (key.clone(), Value::Null)).collect()
+                };
+                let patch = json!({"metadata": {
+                    "annotations": nulls(remove_annotations),
+                    "labels": nulls(remove_labels),
+                }});
+                let params =
+                    PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+                answer = answered(api.patch(name, &params, &Patch::Merge(patch)).await)?;
+            }
+            Ok(Some(plain(answer)?))
+        }
+        Action::Delete { uid } => {
+            let mut params = DeleteParams {
+                propagation_policy: Some(PropagationPolicy::Background),
+                ..Default::default()
+            };
+            params.preconditions = Some(Preconditions { uid: uid.clone(), resource_version: None });
+            match api.delete(name, &params).await {
+                Ok(answer) => match answer.left() {
+                    // With finalizers it stays for a while; a server also gives back what it has just removed.
+                    Some(_) => match optional(api.get_opt(name).await)? {
+                        Some(found) if found.metadata.uid == *uid => Ok(Some(plain(found)?)),
+                        _ => Ok(None),
+                    },
+                    None => Ok(None),
+                },
+                Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
+                // Another object of the same name: not the one that was meant.
+                Err(kube::Error::Api(status)) if status.code == 409 => {
+                    match optional(api.get_opt(name).await)? {
+                        Some(found) if found.metadata.uid == *uid => Err(from_status(*status)),
+                        _ => Ok(None),
+                    }
+                }
+                Err(error) => Err(from_error(error)),
+            }
+        }
+        Action::Orphan { uid } => {
+            let patch = json!({"metadata": {
+                "uid": uid,
+                "labels": {MANAGED_LABEL: null},
+                "annotations": {SOURCE_ANNOTATION: null, REVISION_ANNOTATION: null, RENDERED_ANNOTATION: null},
+            }});
+            let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+            match api.patch(name, &params, &Patch::Merge(patch)).await {
+                Ok(_) => Ok(None),
+                Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
+                Err(error) => Err(from_error(error)),
+            }
+        }
+    }
+}
+
+/// Makes the namespace when it is not there. One that is there is left as it is.
+async fn ensure_namespace(member: &Member, name: &str) -> Result<(), WriteError> {
+    let api: Api<Namespace> = Api::all(member.client.clone());
+    match api.get_opt(name).await {
+        Ok(Some(_)) => return Ok(()),
+        // Whoever may not look may be allowed to write all the same; the write will tell.
+        Err(kube::Error::Api(status)) if status.code == 403 => return Ok(()),
+        Ok(None) => {}
+        Err(error) => return Err(from_error(error)),
+    }
+    let namespace = json!({
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {"name": name, "labels": {MANAGED_LABEL: "true"}},
+    });
+    answered(api.patch(name, &PatchParams::apply(FIELD_MANAGER), &Patch::Apply(namespace)).await).map(drop)
+}
+
+fn failure(verb: &str, action: &Action, error: &WriteError) -> WriteFailure {
+    let reason = match error {
+        WriteError::Refused(refusal) => refusal.reason().to_owned(),
+        WriteError::Answered { code: 409, .. } if verb == "Create" => "AlreadyExists".to_owned(),
+        WriteError::Answered { .. } | WriteError::Lost(_) => match verb {
+            "Create" => "CreationFailed".to_owned(),
+            "Update" => "UpdateFailed".to_owned(),
+            "Delete" => "DeletionFailed".to_owned(),
+            _ => "LabelRemovalFailed".to_owned(),
+        },
+        WriteError::TimedOut(_) => match verb {
+            "Create" => "CreationTimedOut".to_owned(),
+            "Update" => "UpdateTimedOut".to_owned(),
+            "Delete" => "DeletionTimedOut".to_owned(),
+            _ => "LabelRemovalTimedOut".to_owned(),
+        },
+    };
+    /// Members choose their words; so many of them are enough.
+    const LONGEST: usize = 800;
+    let mut message = error.to_string();
+    let mut end = message.len().min(LONGEST);
+    while !message.is_char_boundary(end) {
+        end -= 1;
+    }
+    message.truncate(end);
+    let conflict = matches!(error, WriteError::Refused(_)) || reason == "AlreadyExists";
+    WriteFailure { hash: hash_of(action), reason, message, conflict }
+}
+
+fn plain(mut object: DynamicObject) -> Result<Value, WriteError> {
+    lighten(&mut object);
+    serde_json::to_value(object).map_err(|error| WriteError::Lost(error.to_string()))
+}
+
+fn answered<T>(result: Result<T, kube::Error>) -> Result<T, WriteError> {
+    result.map_err(from_error)
+}
+
+fn optional<T>(result: Result<Option<T>, kube::Error>) -> Result<Option<T>, WriteError> {
+    result.map_err(from_error)
+}
+
+fn from_error(error: kube::Error) -> WriteError {
+    match error {
+        kube::Error::Api(status) => from_status(*status),
+        error => WriteError::Lost(chain(&error)),
+    }
+}
+
+fn from_status(status: kube::core::Status) -> WriteError {
+    WriteError::Answered { code: status.code, reason: status.reason, message: status.message }
+}

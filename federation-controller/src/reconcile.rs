@@ -1,0 +1,403 @@
+//! Brings one federated object a step further: observe, plan, and carry out, in the order that keeps the plan's promises.
+//!
+//! 1. the finalizer, so that nothing is forgotten on deletion;
+//! 2. the new revision, so that what is about to be applied can be found again;
+//! 3. the status, with the state that was planned from as a precondition: it says which unit is about to move where;
+//! 4. writes into members, handed to each member's own workers;
+//! 5. revisions that nobody needs.
+//!
+//! A step that fails ends the pass; the next pass plans anew.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use federation_core::FederatedType;
+use federation_core::api::{Condition, FederatedObject, FederatedRevision, FederatedStatus, Phase};
+use federation_core::names::{FIELD_MANAGER, FINALIZER, source};
+use federation_core::plan::{MemberView, Plan, PlanInput, RevisionWrite, plan};
+use federation_core::status::PROPAGATED;
+use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
+use kube::{Api, ResourceExt as _};
+use serde_json::{Map, Value, json};
+use thiserror::Error;
+use tracing::{debug, info};
+
+use crate::Shared;
+use crate::hub::{ObjectKey, lighten};
+
+/// Why a pass ended early.
+#[derive(Debug, Error)]
+pub(crate) enum ReconcileError {
+    /// The hub's object is newer than what was planned from; its watch brings it in a moment.
+    #[error("the object has changed meanwhile")]
+    Stale,
+    /// The hub did not take a write.
+    #[error("failed to {what} at the hub")]
+    Hub {
+        /// What was tried.
+        what: &'static str,
+        /// What it said.
+        #[source]
+        source: kube::Error,
+    },
+    /// The hub did not answer.
+    #[error("the hub did not answer within {0:?}")]
+    TimedOut(Duration),
+}
+
+/// One pass over one object.
+pub(crate) async fn reconcile(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileError> {
+    let limit = shared.options.request_timeout;
+    match tokio::time::timeout(limit * 2, pass(shared, key)).await {
+        Ok(done) => done,
+        Err(_) => Err(ReconcileError::TimedOut(limit * 2)),
+    }
+}
+
+async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileError> {
+    let Some(of) = shared.options.types.get(key.kind) else { return Ok(()) };
+    let (object, topology, rules) = {
+        let state = shared.state.read();
+        if !state.is_complete() {
+            // Everything is looked at once everything is listed.
+            return Ok(());
+        }
+        let Some(object) = state.object(key) else { return Ok(()) };
+        (object, state.topology(), state.rules())
+    };
+    let pass = Pass {
+        shared,
+        key,
+        of,
+        api: Api::namespaced_with(shared.hub.clone(), &key.namespace, &of.hub_resource()),
+        revisions: Api::namespaced(shared.hub.clone(), &key.namespace),
+        about: reference(of, &object),
+    };
+
+    let ours = object.finalizers().iter().any(|finalizer| finalizer == FINALIZER);
+    let deleting = object.metadata.deletion_timestamp.is_some();
+    if deleting && !ours {
+        return Ok(());
+    }
+    let object = if ours { object } else { Arc::new(pass.add_finalizer(&object).await?) };
+
+    let federated: FederatedObject = match parse(&object) {
+        Ok(federated) => federated,
+        Err(error) => return pass.report_unreadable(&object, &error.to_string()).await,
+    };
+
+    let mark = source(&of.plural, &key.name);
+    let members = shared.members();
+    let mut views: BTreeMap<String, MemberView> = BTreeMap::new();
+    for (name, member) in &members {
+        // What has not begun is planned anew; what has begun is in the view.
+        member.cancel(key);
+        views.insert(name.clone(), member.view(key, &mark));
+    }
+    let stored = shared.state.read().revisions(&key.namespace, &mark);
+    let revisions: Vec<&FederatedRevision> = stored.iter().map(AsRef::as_ref).collect();
+    let made = plan(&PlanInput {
+        of,
+        object: &federated,
+        topology: &topology,
+        rules: &rules,
+        revisions: &revisions,
+        members: &views,
+        adopt: shared.options.adopt,
+        now: &crate::now(),
+    });
+    debug!(writes = made.writes.len(), summary = made.status.summary, "planned");
+
+    if made.finished {
+        return pass.finish(&object, &stored).await;
+    }
+    if let Some(revision) = &made.revision {
+        pass.store_revision(revision, &object).await?;
+    }
+    let before = federated.status.unwrap_or_default();
+    if made.status != before {
+        pass.store_status(&object, &made.status).await?;
+        pass.announce(&before, &made);
+    }
+    for write in made.writes {
+        if let Some(member) = members.get(&write.cluster) {
+            member.submit(shared, key, &pass.about, write);
+        }
+    }
+    for name in &made.surplus {
+        pass.drop_revision(name).await?;
+    }
+    Ok(())
+}
+
+struct Pass<'a> {
+    shared: &'a Arc<Shared>,
+    key: &'a ObjectKey,
+    of: &'a FederatedType,
+    api: Api<DynamicObject>,
+    revisions: Api<FederatedRevision>,
+    about: ObjectReference,
+}
+
+// === impl Pass ===
+
+impl Pass<'_> {
+    async fn add_finalizer(&self, object: &DynamicObject) -> Result<DynamicObject, ReconcileError> {
+        let mut finalizers = object.finalizers().to_vec();
+        finalizers.push(FINALIZER.into());
+        self.set_finalizers(object, finalizers, "add the finalizer").await
+    }
+
+    async fn set_finalizers(
+        &self,
+        object: &DynamicObject,
+        finalizers: Vec<String>,
+        what: &'static str,
+    ) -> Result<DynamicObject, ReconcileError> {
+        let patch = json!({"metadata": {
+            "resourceVersion": object.metadata.resource_version,
+            "finalizers": finalizers,
+        }});
+        let mut answer = self
+            .api
+            .patch(&self.key.name, &params(), &Patch::Merge(patch))
+            .await
+            .map_err(|error| hub(what, error))?;
+        lighten(&mut answer);
+        self.shared.state.write().learn(self.key.kind, answer.clone());
+        Ok(answer)
+    }
+
+    async fn store_revision(
+        &self,
+        write: &RevisionWrite,
+        object: &DynamicObject,
+    ) -> Result<(), ReconcileError> {
+        let stored = if write.exists {
+            let patch = json!({"spec": {"number": write.spec.number}});
+            self.revisions
+                .patch(&write.name, &params(), &Patch::Merge(patch))
+                .await
+                .map_err(|error| hub("renumber a revision", error))?
+        } else {
+            let mut revision = FederatedRevision::new(&write.name, write.spec.clone());
+            revision.metadata.namespace = Some(self.key.namespace.to_string());
+            revision.metadata.owner_references = Some(vec![self.owner(object)]);
+            match self.revisions.create(&PostParams::default(), &revision).await {
+                Ok(stored) => stored,
+                Err(kube::Error::Api(status)) if status.code == 409 => self.take_over(&revision).await?,
+                Err(error) => return Err(hub("store a revision", error)),
+            }
+        };
+        self.shared.state.write().add_revision(stored);
+        Ok(())
+    }
+
+    /// The revision is there already: our own from a pass whose answer was lost, or one of an object of the same name
+    /// that is gone. The same content may be used again; it is ours from now on.
+    async fn take_over(&self, wanted: &FederatedRevision) -> Result<FederatedRevision, ReconcileError> {
+        let name = wanted.name_any();
+        let found = self.revisions.get(&name).await.map_err(|error| hub("read a revision", error))?;
+        if found.metadata.deletion_timestamp.is_some()
+            || found.spec.snapshot != wanted.spec.snapshot
+            || found.spec.object != wanted.spec.object
+        {
+            // With it in sight the next plan takes a longer name.
+            self.shared.state.write().add_revision(found);
+            return Err(ReconcileError::Stale);
+        }
+        let patch = json!({
+            "metadata": {
+                "resourceVersion": found.metadata.resource_version,
+                "ownerReferences": wanted.metadata.owner_references,
+            },
+            "spec": {"number": wanted.spec.number},
+        });
+        self.revisions
+            .patch(&name, &params(), &Patch::Merge(patch))
+            .await
+            .map_err(|error| hub("take a revision over", error))
+    }
+
+    async fn drop_revision(&self, name: &str) -> Result<(), ReconcileError> {
+        match self.revisions.delete(name, &DeleteParams::default()).await {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            Err(error) => Err(hub("delete a revision", error)),
+        }
+    }
+
+    /// Stores the status if the object is still the one that was planned from.
+    async fn store_status(
+        &self,
+        object: &DynamicObject,
+        status: &FederatedStatus,
+    ) -> Result<(), ReconcileError> {
+        // Made of maps, lists and texts, a status always serialises.
+        let mut wanted = serde_json::to_value(status).unwrap_or_default();
+        if let (Some(wanted), Some(Value::Object(before))) =
+            (wanted.as_object_mut(), object.data.get("status"))
+        {
+            for key in before.keys() {
+                // A merge patch keeps what it does not name.
+                wanted.entry(key.clone()).or_insert(Value::Null);
+            }
+        }
+        let patch = json!({
+            "metadata": {"resourceVersion": object.metadata.resource_version},
+            "status": wanted,
+        });
+        let mut answer = self
+            .api
+            .patch_status(&self.key.name, &params(), &Patch::Merge(patch))
+            .await
+            .map_err(|error| hub("store the status", error))?;
+        lighten(&mut answer);
+        self.shared.state.write().learn(self.key.kind, answer);
+        Ok(())
+    }
+
+    /// Nothing is left anywhere: revisions first, then the object may go.
+    async fn finish(
+        &self,
+        object: &DynamicObject,
+        revisions: &[Arc<FederatedRevision>],
+    ) -> Result<(), ReconcileError> {
+        for revision in revisions {
+            self.drop_revision(&revision.name_any()).await?;
+        }
+        let finalizers: Vec<String> =
+            object.finalizers().iter().filter(|finalizer| *finalizer != FINALIZER).cloned().collect();
+        let patch = json!({"metadata": {
+            "resourceVersion": object.metadata.resource_version,
+            "finalizers": finalizers,
+        }});
+        match self.api.patch(&self.key.name, &params(), &Patch::Merge(patch)).await {
+            Ok(_) => info!("removed from every member"),
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            Err(error) => return Err(hub("remove the finalizer", error)),
+        }
+        Ok(())
+    }
+
+    /// The object cannot be read as what it claims to be. Nothing is done, and it is told why.
+    async fn report_unreadable(&self, object: &DynamicObject, message: &str) -> Result<(), ReconcileError> {
+        let status: Map<String, Value> =
+            object.data.get("status").and_then(Value::as_object).cloned().unwrap_or_default();
+        let known: Vec<Condition> = status
+            .get("conditions")
+            .and_then(|conditions| serde_json::from_value(conditions.clone()).ok())
+            .unwrap_or_default();
+        let same = known
+            .iter()
+            .any(|old| old.type_ == PROPAGATED && old.reason == "InvalidSpec" && old.message == message);
+        if same {
+            return Ok(());
+        }
+        let mut conditions: Vec<Condition> =
+            known.into_iter().filter(|old| old.type_ != PROPAGATED).collect();
+        conditions.push(Condition {
+            type_: PROPAGATED.into(),
+            status: "False".into(),
+            observed_generation: object.metadata.generation,
+            last_transition_time: Some(crate::now()),
+            reason: "InvalidSpec".into(),
+            message: message.into(),
+        });
+        self.shared.events.warning(&self.about, "InvalidSpec", message.into());
+        let patch = json!({
+            "metadata": {"resourceVersion": object.metadata.resource_version},
+            "status": {"conditions": conditions},
+        });
+        match self.api.patch_status(&self.key.name, &params(), &Patch::Merge(patch)).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(hub("report an unreadable object", error)),
+        }
+    }
+
+    /// Events about what has newly gone wrong with units, and about arrivals.
+    fn announce(&self, before: &FederatedStatus, made: &Plan) {
+        for unit in &made.status.units {
+            let old = before.units.iter().find(|old| old.name == unit.name && old.cluster == unit.cluster);
+            let news = old.is_none_or(|old| old.phase != unit.phase || old.reason != unit.reason);
+            if !news {
+                continue;
+            }
+            let events = &self.shared.events;
+            let message = unit.message.clone().unwrap_or_default();
+            match unit.phase {
+                Phase::Conflict => {
+                    events.warning(&self.about, "Conflict", format!("{}: {message}", unit.name))
+                }
+                Phase::Failed if unit.reason.as_deref() == Some("Contended") => {
+                    events.warning(&self.about, "Contended", format!("{}: {message}", unit.name));
+                }
+                Phase::Failed => {
+                    events.warning(&self.about, "UnitFailed", format!("{}: {message}", unit.name))
+                }
+                Phase::Missing => {
+                    events.warning(&self.about, "UnitMissing", format!("{}: {message}", unit.name))
+                }
+                Phase::Synced => {
+                    let revision = unit.revision.as_deref().unwrap_or_default();
+                    let moved = old.and_then(|old| old.revision.as_deref()) != Some(revision);
+                    if moved {
+                        events.normal(&self.about, "Propagated", format!("{} is at {revision}", unit.name));
+                    }
+                }
+                Phase::Pending | Phase::Masked | Phase::Unreachable | Phase::Removing => {}
+            }
+        }
+        for condition in &made.status.conditions {
+            let invalid = condition.type_.ends_with("Invalid");
+            let known = before
+                .conditions
+                .iter()
+                .any(|old| old.type_ == condition.type_ && old.message == condition.message);
+            if invalid && !known {
+                self.shared.events.warning(&self.about, "InvalidSpec", condition.message.clone());
+            }
+        }
+    }
+
+    fn owner(&self, object: &DynamicObject) -> OwnerReference {
+        OwnerReference {
+            api_version: self.of.hub_resource().api_version,
+            kind: self.of.kind.clone(),
+            name: self.key.name.to_string(),
+            uid: object.metadata.uid.clone().unwrap_or_default(),
+            controller: Some(true),
+            block_owner_deletion: Some(false),
+        }
+    }
+}
+
+fn parse(object: &DynamicObject) -> Result<FederatedObject, serde_json::Error> {
+    serde_json::from_value(serde_json::to_value(object)?)
+}
+
+fn reference(of: &FederatedType, object: &DynamicObject) -> ObjectReference {
+    ObjectReference {
+        api_version: Some(of.hub_resource().api_version),
+        kind: Some(of.kind.clone()),
+        namespace: object.namespace(),
+        name: Some(object.name_any()),
+        uid: object.metadata.uid.clone(),
+        ..ObjectReference::default()
+    }
+}
+
+fn params() -> PatchParams {
+    PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() }
+}
+
+fn hub(what: &'static str, error: kube::Error) -> ReconcileError {
+    match error {
+        // Changed, or gone: either way the watch says so.
+        kube::Error::Api(status) if matches!(status.code, 404 | 409) => ReconcileError::Stale,
+        source => ReconcileError::Hub { what, source },
+    }
+}
