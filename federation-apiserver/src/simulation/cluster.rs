@@ -4,7 +4,7 @@
 //! what it did and does not do it twice. The watch brings the same object later; `resourceVersion` tells which is
 //! newer. Every change, whichever way it came, is told once to those who subscribed.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -20,6 +20,9 @@ use super::object::{self, Key};
 
 /// How long to wait before a failed list or watch is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// Deleted objects remembered for each kind. News of them are late by milliseconds.
+const MAX_GONE: usize = 4096;
 
 /// What is cached. Events and leases are only written.
 const CACHED: [Resource; 9] = [
@@ -53,8 +56,14 @@ struct Cache {
 #[derive(Default)]
 struct Contents {
     objects: BTreeMap<Key, Arc<Value>>,
-    /// Uids of objects that were deleted here before the watch said so: older news of them are not believed.
-    deleted: HashSet<String>,
+    gone: Gone,
+}
+
+/// Uids of deleted objects. What still comes of them, from the watch or as a late answer to a write, is old.
+#[derive(Default)]
+struct Gone {
+    uids: HashSet<String>,
+    order: VecDeque<String>,
 }
 
 // === impl Cluster ===
@@ -162,8 +171,8 @@ impl Cluster {
             uid: Some(object::uid(object).to_owned()).filter(|uid| !uid.is_empty()),
         };
         match self.client.delete(resource, &key.namespace, &key.name, options).await {
-            Ok(Some(rest)) => self.apply(resource, rest, false),
-            Ok(None) => self.remove(resource, &key, object::uid(object)),
+            Ok(Some(rest)) => self.apply(resource, rest),
+            Ok(None) => self.forget(resource, object),
             Err(error) if error.is_not_found() => {}
             // Another object has the name by now, which says that this one is gone.
             Err(error) if error.is_conflict() => {}
@@ -214,7 +223,7 @@ impl Cluster {
                 match event? {
                     WatchEvent::Added(object) | WatchEvent::Modified(object) => {
                         version = version_of(&object, version);
-                        self.apply(resource, object, true);
+                        self.apply(resource, object);
                     }
                     WatchEvent::Deleted(object) => {
                         version = version_of(&object, version);
@@ -242,7 +251,7 @@ impl Cluster {
         answer: Result<Value, ClientError>,
     ) -> Result<Arc<Value>, ClientError> {
         let object = answer?;
-        self.apply(resource, object.clone(), false);
+        self.apply(resource, object.clone());
         Ok(Arc::new(object))
     }
 
@@ -256,7 +265,7 @@ impl Cluster {
         if answer.as_ref().is_err_and(ClientError::is_conflict)
             && let Ok(current) = self.client.get(resource, &key.namespace, &key.name).await
         {
-            self.apply(resource, current, false);
+            self.apply(resource, current);
         }
         self.answered(resource, answer)
     }
@@ -266,8 +275,7 @@ impl Cluster {
         let listed: HashSet<Key> = items.iter().map(Key::of).collect();
         let at: u64 = version.parse().unwrap_or(u64::MAX);
         let gone: Vec<Arc<Value>> = {
-            let mut contents = cache.contents.write();
-            contents.deleted.clear();
+            let contents = cache.contents.read();
             let objects = contents.objects.values();
             // What was written here after the list was made is not in it.
             objects
@@ -279,19 +287,19 @@ impl Cluster {
             self.forget(resource, &object);
         }
         for object in items {
-            self.apply(resource, object, true);
+            self.apply(resource, object);
         }
         cache.synced.send_replace(true);
     }
 
     /// Takes in an object if it is news.
-    fn apply(&self, resource: Resource, object: Value, watched: bool) {
+    fn apply(&self, resource: Resource, object: Value) {
         let Some(cache) = self.caches.get(&resource) else { return };
         let key = Key::of(&object);
         let object = Arc::new(object);
         let old = {
             let mut contents = cache.contents.write();
-            if watched && contents.deleted.contains(object::uid(&object)) {
+            if contents.gone.uids.contains(object::uid(&object)) {
                 return;
             }
             let old = contents.objects.get(&key).cloned();
@@ -306,34 +314,34 @@ impl Cluster {
         cache.tell(old.as_deref(), Some(&object));
     }
 
-    /// The object was deleted here.
-    fn remove(&self, resource: Resource, key: &Key, uid: &str) {
-        let Some(cache) = self.caches.get(&resource) else { return };
-        let old = {
-            let mut contents = cache.contents.write();
-            match contents.objects.get(key) {
-                Some(old) if object::uid(old) == uid => {}
-                _ => return,
-            }
-            contents.deleted.insert(uid.to_owned());
-            contents.objects.remove(key)
-        };
-        cache.tell(old.as_deref(), None);
-    }
-
-    /// The watch says that the object is gone.
+    /// The object is gone, as the watch or the answer to a deletion says.
     fn forget(&self, resource: Resource, object: &Value) {
         let Some(cache) = self.caches.get(&resource) else { return };
         let key = Key::of(object);
         let old = {
             let mut contents = cache.contents.write();
-            contents.deleted.remove(object::uid(object));
+            contents.gone.remember(object::uid(object));
             match contents.objects.get(&key) {
                 Some(old) if object::uid(old) == object::uid(object) => contents.objects.remove(&key),
                 _ => return,
             }
         };
         cache.tell(old.as_deref(), None);
+    }
+}
+
+// === impl Gone ===
+
+impl Gone {
+    fn remember(&mut self, uid: &str) {
+        if !uid.is_empty() && self.uids.insert(uid.to_owned()) {
+            self.order.push_back(uid.to_owned());
+            if self.order.len() > MAX_GONE
+                && let Some(oldest) = self.order.pop_front()
+            {
+                self.uids.remove(&oldest);
+            }
+        }
     }
 }
 
@@ -349,4 +357,39 @@ impl Cache {
 
 fn version_of(object: &Value, before: String) -> String {
     object["metadata"]["resourceVersion"].as_str().map_or(before, str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::memory::MemoryClient;
+    use super::*;
+
+    #[test]
+    fn only_news_are_believed() {
+        let client = MemoryClient::new(Clock::System);
+        let cluster = Cluster::new(Arc::new(client), Clock::System);
+        let pod = |uid: &str, version: u64| {
+            json!({"metadata": {
+                "namespace": "n", "name": "p", "uid": uid, "resourceVersion": version.to_string(),
+            }})
+        };
+        let key = Key::new("n", "p");
+        let version = || cluster.get(Resource::PODS, &key).map(|pod| object::resource_version(&pod));
+        cluster.apply(Resource::PODS, pod("a", 5));
+        cluster.apply(Resource::PODS, pod("a", 4));
+        assert_eq!(version(), Some(5));
+        cluster.forget(Resource::PODS, &pod("a", 9));
+        cluster.apply(Resource::PODS, pod("a", 6));
+        assert_eq!(version(), None, "a late answer brought a deleted object back");
+        cluster.apply(Resource::PODS, pod("b", 10));
+        cluster.forget(Resource::PODS, &pod("a", 9));
+        assert_eq!(version(), Some(10), "the end of a former object took the present one");
+        // A list takes away what it does not have, unless that is younger than the list.
+        cluster.replace(Resource::PODS, Vec::new(), "9");
+        assert_eq!(version(), Some(10));
+        cluster.replace(Resource::PODS, Vec::new(), "11");
+        assert_eq!(version(), None);
+    }
 }

@@ -56,6 +56,12 @@ impl MemoryClient {
         self.state.lock().objects.get(&(resource, Key::new(namespace, name))).cloned()
     }
 
+    /// How many writes there were, heartbeats aside.
+    pub(super) fn writes(&self) -> usize {
+        let beats = [Resource::LEASES, Resource::NODES];
+        self.state.lock().log.iter().filter(|(_, resource, _)| !beats.contains(resource)).count()
+    }
+
     /// Waits until `done` is true of the contents; with the clock paused, time flies while it does.
     pub(super) async fn until(&self, what: &str, done: impl Fn(&Self) -> bool) {
         let mut changes = self.version.subscribe();

@@ -477,3 +477,34 @@ async fn stateful_and_daemon_sets() {
     client.until("rolled", |c| done(c, "i:2")).await;
     simulation.shutdown().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_settled_cluster_is_quiet() {
+    let (client, simulation) = cluster().await;
+    for name in ["a", "b"] {
+        create(&client, Resource::DEPLOYMENTS, deployment(name, 20)).await;
+        let service = json!({
+            "metadata": {"name": name},
+            "spec": {"selector": {"app": name}, "ports": [{"port": 80}]},
+        });
+        create(&client, Resource::SERVICES, service).await;
+    }
+    client.until("ready", |c| rolled_out(c, "a") && rolled_out(c, "b")).await;
+    let ready = |c: &MemoryClient, name: &str| {
+        let endpoints = c.one(Resource::ENDPOINTS, "default", name).unwrap();
+        object::items(&endpoints["subsets"][0]["addresses"]).len() == 20
+    };
+    client.until("endpoints", |c| ready(c, "a") && ready(c, "b")).await;
+    let beat = |c: &MemoryClient| {
+        c.one(Resource::LEASES, "kube-node-lease", "m-node-1").unwrap()["spec"]["renewTime"].clone()
+    };
+    // The first heartbeats may still find something to settle, the next must not.
+    for writes in [None, Some(()), Some(())] {
+        let (before, at) = (client.writes(), beat(&client));
+        client.until("a heartbeat", |c| beat(c) != at).await;
+        assert!(writes.is_none() || client.writes() == before, "something is written over and over");
+    }
+    // 40 pods with a handful of steps each: far fewer writes than a fight between controllers would make.
+    assert!(client.writes() < 40 * 25, "{} writes", client.writes());
+    simulation.shutdown().await;
+}
