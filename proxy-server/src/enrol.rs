@@ -370,7 +370,8 @@ impl FromStr for EnrolmentToken {
         let valid = (1..=40).contains(&id.len())
             && id.bytes().all(label)
             && (16..=128).contains(&secret.len())
-            && secret.bytes().all(|byte| byte.is_ascii_alphanumeric());
+            // Hexadecimal or URL-safe base64.
+            && secret.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
         if valid {
             Ok(Self { id: id.to_owned(), secret: secret.to_owned() })
         } else {

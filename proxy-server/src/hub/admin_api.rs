@@ -1,0 +1,246 @@
+//! The hub's admin API, `/cellway/v1/…`: what the `cellway` command shows. JSON, GET only, for administrators.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use axum::body::Body;
+use axum::extract::{Path, Query, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use http::{Request, StatusCode};
+use parking_lot::RwLock;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tunnel::ServerTunnel;
+
+use crate::api_proxy::ApiProxy;
+use crate::directory::Lookup;
+use crate::error::ProxyError;
+use crate::registry::{Entry, Registry};
+use crate::route::parse_cluster;
+use crate::server::Addresses;
+use crate::tables::{self, millis, rfc3339};
+use crate::user::User;
+use crate::{error, status};
+
+/// Who may read it. What it shows concerns all members at once.
+const READERS: [&str; 2] = ["system:masters", "system:cellway:controllers"];
+
+/// The longest a ping waits for a tunnel, and for the member's API.
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The largest `/version` answer.
+const MAX_VERSION: usize = 16 * 1024;
+
+/// What the hub says of itself; the addresses are filled in once they are known.
+#[derive(Debug)]
+pub struct HubInfo {
+    /// This process's name among its peers.
+    pub server_id: String,
+    /// When it was started.
+    pub started_at: SystemTime,
+    /// Of agents' identities.
+    pub trust_domain: String,
+    /// Of the tunnel CA: what agents pin.
+    pub ca_hash: String,
+    /// `host:port` for agents, the hub API's address, and everything else.
+    pub bound: RwLock<BoundInfo>,
+}
+
+/// What is known once everything is bound.
+#[derive(Debug, Default)]
+pub struct BoundInfo {
+    /// The hub API.
+    pub api: String,
+    /// What agents should dial.
+    pub advertised_agents: String,
+    /// The proxy server's.
+    pub addresses: Addresses,
+}
+
+/// The API's state.
+#[derive(Clone)]
+pub struct AdminApi {
+    /// Of the process.
+    pub info: Arc<HubInfo>,
+    /// The live tables.
+    pub registry: Registry<ServerTunnel>,
+    /// For pings of members' APIs.
+    pub api_proxy: ApiProxy<ServerTunnel>,
+}
+
+#[derive(Deserialize)]
+struct ClusterQuery {
+    cluster: Option<String>,
+}
+
+// === impl AdminApi ===
+
+impl AdminApi {
+    /// The router, with whole paths. Its requests must carry a [`User`].
+    pub fn router(&self) -> Router {
+        Router::new()
+            .route("/cellway/v1/server", get(server))
+            .route("/cellway/v1/tunnels", get(tunnels))
+            .route("/cellway/v1/connections", get(connections))
+            .route("/cellway/v1/clusters", get(clusters))
+            .route("/cellway/v1/clusters/{name}/ping", get(ping))
+            .fallback(async || status::response(StatusCode::NOT_FOUND, "NotFound", "no such page of the admin API"))
+            .layer(axum::middleware::from_fn(authorise))
+            .with_state(self.clone())
+    }
+
+    /// `GET /cellway/v1/server`, also what `hub.json` holds.
+    pub fn server(&self) -> Value {
+        let bound = self.info.bound.read();
+        let text = |addr: &Option<std::net::SocketAddr>| addr.map(|addr| addr.to_string());
+        let uds: Option<&PathBuf> = bound.addresses.connect_uds.as_ref();
+        json!({
+            "version": tunnel::VERSION,
+            "serverId": self.info.server_id,
+            "startedAt": rfc3339(self.info.started_at),
+            "trustDomain": self.info.trust_domain,
+            "caHash": self.info.ca_hash,
+            "addresses": {
+                "api": bound.api,
+                "agents": text(&bound.addresses.agents),
+                "agentsQuic": text(&bound.addresses.agents_quic),
+                "connect": text(&bound.addresses.connect),
+                "connectUds": uds,
+                "health": text(&bound.addresses.health),
+                "admin": text(&bound.addresses.admin),
+            },
+            "advertisedAgents": bound.advertised_agents,
+            "tunnels": self.registry.tunnel_count(),
+            "clusters": self.registry.connected_clusters().len(),
+            "connections": self.registry.connection_count(),
+        })
+    }
+
+    fn clusters(&self) -> Value {
+        let snapshot = self.registry.directory().snapshot();
+        let mut by_cluster: BTreeMap<String, Vec<Arc<Entry<ServerTunnel>>>> = BTreeMap::new();
+        for entry in self.registry.tunnels() {
+            by_cluster.entry(entry.member.cluster.clone()).or_default().push(entry);
+        }
+        let names: BTreeSet<&String> = snapshot.clusters.keys().chain(by_cluster.keys()).collect();
+        let rows: Vec<Value> = names
+            .into_iter()
+            .map(|name| {
+                let entries = by_cluster.get(name).map(Vec::as_slice).unwrap_or_default();
+                let info = snapshot.clusters.get(name);
+                let carriers: BTreeSet<&str> = entries.iter().map(|entry| entry.member.carrier.as_str()).collect();
+                let rtt = entries.iter().filter_map(|entry| entry.tunnel.rtt()).min();
+                json!({
+                    "name": name,
+                    "known": info.is_some(),
+                    "revokedAt": info.and_then(|info| info.revoked_at).map(rfc3339),
+                    "tunnels": entries.len(),
+                    "carriers": carriers,
+                    "connections": entries.iter().map(|entry| entry.tunnel.stats().connections).sum::<usize>(),
+                    "rttMillis": rtt.map(millis),
+                })
+            })
+            .collect();
+        json!({ "items": rows })
+    }
+
+    async fn ping(&self, name: &str) -> Result<Value, ProxyError> {
+        let cluster = parse_cluster(name)?;
+        match self.registry.directory().lookup(name, |_| ()) {
+            Lookup::Known(()) => {}
+            Lookup::Unknown => return Err(ProxyError::UnknownCluster { cluster: name.to_owned() }),
+            Lookup::NotSynced => return Err(ProxyError::Starting),
+        }
+        let entries = self.registry.tunnels_of(name);
+        if entries.is_empty() {
+            return Err(ProxyError::NoTunnel { cluster: Some(name.to_owned()) });
+        }
+        let tunnels = futures::future::join_all(entries.iter().map(|entry| ping_tunnel(entry)));
+        let user = User {
+            name: "system:cellway:federation-controller".to_owned(),
+            groups: vec!["system:cellway:controllers".to_owned()],
+            ..User::default()
+        };
+        let started = Instant::now();
+        let version = self.api_proxy.get(&cluster, "/version", &user, PING_TIMEOUT, MAX_VERSION);
+        let (tunnels, answer) = tokio::join!(tunnels, version);
+        let elapsed = millis(started.elapsed());
+        let api = match answer {
+            Ok((StatusCode::OK, body)) => {
+                let version: Value = serde_json::from_slice(&body).unwrap_or_default();
+                json!({ "ok": true, "millis": elapsed, "version": version["gitVersion"], "error": null })
+            }
+            Ok((status, _)) => {
+                json!({ "ok": false, "millis": elapsed, "version": null,
+                        "error": format!("the member's API answered {status}") })
+            }
+            Err(error) => json!({ "ok": false, "millis": null, "version": null, "error": error.to_string() }),
+        };
+        Ok(json!({ "cluster": name, "tunnels": tunnels, "api": api }))
+    }
+}
+
+impl std::fmt::Debug for AdminApi {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("AdminApi").field(&self.info).finish()
+    }
+}
+
+async fn ping_tunnel(entry: &Entry<ServerTunnel>) -> Value {
+    let (rtt, error) = match tokio::time::timeout(PING_TIMEOUT, entry.tunnel.ping()).await {
+        Ok(Ok(rtt)) => (Some(millis(rtt)), None),
+        Ok(Err(error)) => (None, Some(service::error_chain(&error))),
+        Err(_) => (None, Some(format!("no answer within {PING_TIMEOUT:?}"))),
+    };
+    json!({
+        "id": entry.id,
+        "agentId": entry.member.agent_id,
+        "carrier": entry.member.carrier.as_str(),
+        "rttMillis": rtt,
+        "error": error,
+    })
+}
+
+async fn authorise(request: Request<Body>, next: Next) -> Response {
+    let user = request.extensions().get::<User>();
+    match user {
+        Some(user) if user.groups.iter().any(|group| READERS.contains(&group.as_str())) => next.run(request).await,
+        Some(user) => {
+            let message = format!("user \"{}\" cannot read the admin API: it is for system:masters", user.name);
+            status::response(StatusCode::FORBIDDEN, "Forbidden", &message)
+        }
+        None => status::response(StatusCode::UNAUTHORIZED, "Unauthorized", "Unauthorized"),
+    }
+}
+
+async fn server(State(api): State<AdminApi>) -> Json<Value> {
+    Json(api.server())
+}
+
+async fn tunnels(State(api): State<AdminApi>, Query(query): Query<ClusterQuery>) -> Json<Value> {
+    Json(tables::tunnels(&api.registry, query.cluster.as_deref()))
+}
+
+async fn connections(State(api): State<AdminApi>, Query(query): Query<ClusterQuery>) -> Json<Value> {
+    Json(tables::connections(&api.registry, query.cluster.as_deref()))
+}
+
+async fn clusters(State(api): State<AdminApi>) -> Json<Value> {
+    Json(api.clusters())
+}
+
+async fn ping(State(api): State<AdminApi>, Path(name): Path<String>) -> Response {
+    match api.ping(&name).await {
+        Ok(report) => Json(report).into_response(),
+        Err(error) => error_response(&error),
+    }
+}
+
+fn error_response(error: &error::ProxyError) -> Response {
+    status::of_error(error)
+}

@@ -1,0 +1,118 @@
+//! Feeds the directory from a watch of the hub's `KubeFedCluster` objects.
+
+use std::collections::BTreeMap;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use federation_core::api::KubeFedCluster;
+use futures::StreamExt;
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, Event};
+use kube::{Api, Client, ResourceExt};
+use tokio::sync::watch;
+use tunnel::policy::DestinationPolicy;
+
+use super::FEDERATION_NAMESPACE;
+use crate::directory::{ClusterInfo, Snapshot};
+
+/// RFC 3339: certificates that begin at or before this moment are refused.
+const REVOKED_AT: &str = "cellway.io/revoked-at";
+
+/// What may be dialled besides the member's own API.
+const ALLOWED_DESTINATIONS: &str = "cellway.io/allowed-destinations";
+
+/// Watches for ever; ends when nobody reads the directory any more.
+pub(super) async fn run(client: Client, feed: watch::Sender<Arc<Snapshot>>) {
+    let clusters: Api<KubeFedCluster> = Api::namespaced(client, FEDERATION_NAMESPACE);
+    let mut events = pin!(watcher::watcher(clusters, watcher::Config::default()).default_backoff());
+    let mut known: BTreeMap<String, ClusterInfo> = BTreeMap::new();
+    let mut listing: BTreeMap<String, ClusterInfo> = BTreeMap::new();
+    let mut synced = false;
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(Event::Init) => {
+                listing.clear();
+                continue;
+            }
+            Ok(Event::InitApply(cluster)) => {
+                listing.insert(cluster.name_any(), info_of(&cluster));
+                continue;
+            }
+            Ok(Event::InitDone) => {
+                known = std::mem::take(&mut listing);
+                synced = true;
+            }
+            Ok(Event::Apply(cluster)) => {
+                known.insert(cluster.name_any(), info_of(&cluster));
+            }
+            Ok(Event::Delete(cluster)) => {
+                known.remove(&cluster.name_any());
+            }
+            Err(error) => {
+                // What is known stays in force; the watch goes on after a pause.
+                tracing::warn!(error = %service::error_chain(&error), "failed to watch the hub's clusters");
+                continue;
+            }
+        }
+        if feed.is_closed() {
+            return;
+        }
+        feed.send_replace(Arc::new(Snapshot { synced, clusters: known.clone() }));
+    }
+}
+
+/// What the directory keeps of a cluster. What cannot be read is taken in the safe sense.
+fn info_of(cluster: &KubeFedCluster) -> ClusterInfo {
+    let annotation = |name: &str| cluster.annotations().get(name).map(|text| text.trim());
+    let revoked_at = annotation(REVOKED_AT).map(|text| match text.parse::<jiff::Timestamp>() {
+        Ok(time) => SystemTime::from(time),
+        Err(error) => {
+            tracing::warn!(
+                cluster = %cluster.name_any(), %error,
+                "{REVOKED_AT} is not an RFC 3339 time: taken as revoked until it is"
+            );
+            SystemTime::now()
+        }
+    });
+    let allowed = annotation(ALLOWED_DESTINATIONS).map(str::parse::<DestinationPolicy>).unwrap_or_else(|| {
+        Ok(DestinationPolicy::default())
+    });
+    let allowed = allowed.unwrap_or_else(|error| {
+        tracing::warn!(
+            cluster = %cluster.name_any(), %error,
+            "{ALLOWED_DESTINATIONS} cannot be read: nothing but the member's API may be dialled"
+        );
+        DestinationPolicy::default()
+    });
+    ClusterInfo { revoked_at, allowed, labels: cluster.labels().clone() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cluster(annotations: &[(&str, &str)]) -> KubeFedCluster {
+        let annotations: BTreeMap<_, _> = annotations.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        serde_json::from_value(serde_json::json!({
+            "apiVersion": "core.kubefed.io/v1beta1", "kind": "KubeFedCluster",
+            "metadata": { "name": "east", "annotations": annotations, "labels": { "zone": "a" } }, "spec": {},
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn annotations_are_read_in_the_safe_sense() {
+        let plain = info_of(&cluster(&[]));
+        assert!(plain.revoked_at.is_none() && plain.allowed.is_empty());
+        assert_eq!(plain.labels["zone"], "a");
+        let full = info_of(&cluster(&[
+            (REVOKED_AT, "2026-11-21T10:00:00Z"),
+            (ALLOWED_DESTINATIONS, "10.0.0.0/8:443 db.internal:5432"),
+        ]));
+        assert_eq!(full.revoked_at, Some(SystemTime::from("2026-11-21T10:00:00Z".parse::<jiff::Timestamp>().unwrap())));
+        assert!(full.allows(&"db.internal:5432".parse().unwrap()));
+        let broken = info_of(&cluster(&[(REVOKED_AT, "yesterday"), (ALLOWED_DESTINATIONS, "10.0.0.0/99")]));
+        assert!(broken.revoked_at.is_some() && broken.allowed.is_empty());
+    }
+}

@@ -1,0 +1,133 @@
+//! Enrolment tokens as Secrets of the hub API: looked up by name, redeemed by a delete that only one can win.
+
+use std::time::SystemTime;
+
+use futures::future::BoxFuture;
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::{DeleteParams, Preconditions};
+use kube::{Api, Client};
+
+use super::SYSTEM_NAMESPACE;
+use crate::enrol::{EnrolError, EnrolmentAuthority, EnrolmentToken, Grant};
+
+/// The type that such a Secret has: no other Secret is ever taken for a token.
+const SECRET_TYPE: &str = "cellway.io/enrolment-token";
+
+/// Tokens in the hub API.
+pub(super) struct SecretTokens {
+    secrets: Api<Secret>,
+}
+
+// === impl SecretTokens ===
+
+impl SecretTokens {
+    pub(super) fn new(client: Client) -> Self {
+        Self { secrets: Api::namespaced(client, SYSTEM_NAMESPACE) }
+    }
+
+    async fn check(&self, token: &EnrolmentToken, now: SystemTime) -> Result<Grant, EnrolError> {
+        let found = self.secrets.get_opt(&secret_name(&token.id)).await.map_err(|error| {
+            tracing::warn!(error = %service::error_chain(&error), "failed to look up an enrolment token");
+            EnrolError::Unavailable
+        })?;
+        let Some(secret) = found else {
+            // As long as for a token that exists, as far as that is ours.
+            let _ = token.matches("");
+            return Err(EnrolError::InvalidToken);
+        };
+        grant_of(&secret, token, now)
+    }
+
+    async fn redeem(&self, grant: &Grant) -> Result<(), EnrolError> {
+        let preconditions = Preconditions { resource_version: Some(grant.version.clone()), uid: None };
+        let params = DeleteParams::default().preconditions(preconditions);
+        match self.secrets.delete(&secret_name(&grant.id), &params).await {
+            Ok(_) => Ok(()),
+            // Somebody else was first, or changed it.
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Err(EnrolError::InvalidToken),
+            Err(error) => {
+                tracing::warn!(error = %service::error_chain(&error), "failed to redeem an enrolment token");
+                Err(EnrolError::Unavailable)
+            }
+        }
+    }
+}
+
+impl EnrolmentAuthority for SecretTokens {
+    fn check<'a>(
+        &'a self,
+        token: &'a EnrolmentToken,
+        now: SystemTime,
+    ) -> BoxFuture<'a, Result<Grant, EnrolError>> {
+        Box::pin(self.check(token, now))
+    }
+
+    fn redeem<'a>(&'a self, grant: &'a Grant) -> BoxFuture<'a, Result<(), EnrolError>> {
+        Box::pin(self.redeem(grant))
+    }
+}
+
+fn secret_name(id: &str) -> String {
+    format!("enrolment-{id}")
+}
+
+/// What this Secret grants the bearer of `token`. A record that cannot be read grants nothing.
+fn grant_of(secret: &Secret, token: &EnrolmentToken, now: SystemTime) -> Result<Grant, EnrolError> {
+    let field = |name: &str| {
+        let bytes = &secret.data.as_ref()?.get(name)?.0;
+        std::str::from_utf8(bytes).ok().map(|text| text.trim().to_owned())
+    };
+    let readable = || {
+        (secret.type_.as_deref() == Some(SECRET_TYPE)).then_some(())?;
+        let cluster = field("cluster")?.parse().ok()?;
+        let expires: jiff::Timestamp = field("expires-at")?.parse().ok()?;
+        Some((cluster, field("token-hash")?, SystemTime::from(expires), secret.metadata.resource_version.clone()?))
+    };
+    let (cluster, hash, expires, version) = readable().ok_or(EnrolError::InvalidToken)?;
+    if !token.matches(&hash) {
+        return Err(EnrolError::InvalidToken);
+    }
+    // Only who knows the secret learns that it once was right.
+    if now >= expires {
+        return Err(EnrolError::Expired);
+    }
+    Ok(Grant { id: token.id.clone(), cluster, version })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use base64::Engine;
+    use std::time::Duration;
+
+    fn secret(token: &EnrolmentToken, kind: &str, cluster: &str, expires: &str) -> Secret {
+        let base64 = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
+        serde_json::from_value(serde_json::json!({
+            "apiVersion": "v1", "kind": "Secret", "type": kind,
+            "metadata": { "name": secret_name(&token.id), "resourceVersion": "7" },
+            "data": { "cluster": base64(cluster), "token-hash": base64(&token.hash()), "expires-at": base64(expires) },
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_secret_grants_what_it_says() {
+        let token = EnrolmentToken::generate();
+        let now = SystemTime::from("2026-11-21T10:00:00Z".parse::<jiff::Timestamp>().unwrap());
+        let good = secret(&token, SECRET_TYPE, "east", "2026-11-21T11:00:00Z");
+        let grant = grant_of(&good, &token, now).unwrap();
+        assert_eq!((grant.cluster.as_str(), grant.version.as_str()), ("east", "7"));
+        assert_eq!(grant_of(&good, &token, now + Duration::from_secs(3600)), Err(EnrolError::Expired));
+        let mut other = EnrolmentToken::generate();
+        other.id.clone_from(&token.id);
+        assert_eq!(grant_of(&good, &other, now), Err(EnrolError::InvalidToken));
+        for (kind, cluster, expires) in [
+            ("Opaque", "east", "2026-11-21T11:00:00Z"),
+            (SECRET_TYPE, "Not A Name", "2026-11-21T11:00:00Z"),
+            (SECRET_TYPE, "east", "tomorrow"),
+        ] {
+            let bad = secret(&token, kind, cluster, expires);
+            assert_eq!(grant_of(&bad, &token, now), Err(EnrolError::InvalidToken), "{kind} {cluster} {expires}");
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! The binary itself: its help, its exit codes.
+
+use std::process::Command;
+
+#[test]
+fn help_and_usage_errors() {
+    let run = |arguments: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_proxy-server")).args(arguments).output().unwrap()
+    };
+    let help = run(&["--help"]);
+    assert!(help.status.success());
+    assert!(String::from_utf8_lossy(&help.stdout).contains("--cluster-ca-cert"));
+    assert_eq!(run(&["--no-such-flag"]).status.code(), Some(2));
+    let missing = run(&["--server-port=0", "--uds-name=/nonexistent/x.sock"]);
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("--cluster-cert is needed"));
+}

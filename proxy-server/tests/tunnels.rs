@@ -1,0 +1,345 @@
+//! The whole server on loopback, with agents made of the tunnel library: admission, CONNECT, revocation, drain.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use proxy_server::agents::IdentityRules;
+use proxy_server::connect::{AllowedClients, ConnectLimits};
+use proxy_server::directory::{ClusterDirectory, ClusterInfo, Snapshot};
+use proxy_server::registry::Registry;
+use proxy_server::route::Strategy;
+use proxy_server::server::{AgentsConfig, BoundServer, Parts, ServerConfig, TlsFrontend, UdsConfig};
+use service::admin::Admin;
+use service::metrics::SharedRegistry;
+use service::ready::Readiness;
+use tls::{AgentIdentity, AgentKey, CertificateAuthority, ClientAuth, ClientTls, ServerTls};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
+use tunnel::{
+    Budget, CarrierChoice, ConnectError, ConnectOptions, DialError, Hello, Limits, LocalSocket, connect,
+};
+
+const HOUR: Duration = Duration::from_secs(3600);
+const LIMIT: Duration = Duration::from_secs(20);
+
+struct Setup {
+    ca: CertificateAuthority,
+    agents: SocketAddr,
+    connect: SocketAddr,
+    health: SocketAddr,
+    uds: PathBuf,
+    registry: Registry,
+    feed: watch::Sender<Arc<Snapshot>>,
+    signal: service::drain::DrainSignal,
+    server: AbortOnDropHandle<()>,
+    _dir: tempfile::TempDir,
+}
+
+struct Agent {
+    handle: tunnel::AgentTunnelHandle,
+    _task: AbortOnDropHandle<()>,
+}
+
+async fn start() -> Setup {
+    let dir = tempfile::tempdir().unwrap();
+    let ca = CertificateAuthority::create("test").unwrap();
+    let server = ca.issue_server(&["localhost".to_owned()], HOUR).unwrap();
+    let tls = |auth| {
+        ServerTls::from_pem(&server.certificate_pem, &server.key_pem, Some(ca.certificate_pem()), auth)
+            .unwrap()
+    };
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    let (feed, directory) = ClusterDirectory::fed();
+    let uds = dir.path().join("connect.sock");
+    let config = ServerConfig {
+        server_id: "s1".to_owned(),
+        advertised: Vec::new(),
+        agents: AgentsConfig {
+            tcp: any,
+            quic: Some(any),
+            tls: tls(ClientAuth::Optional),
+            rules: IdentityRules { trust_domain: None, plain: false, anonymous: false },
+            limits: Limits::default(),
+            memory: 1 << 30,
+        },
+        directory,
+        strategies: vec![Strategy::Default],
+        uds: Some(UdsConfig { path: uds.clone(), delete_existing: true }),
+        connect: Some(TlsFrontend {
+            addr: any,
+            tls: tls(ClientAuth::Required),
+            allowed: AllowedClients::Groups(vec!["dialers".to_owned()]),
+        }),
+        api_proxy: None,
+        health: Some(any),
+        admin: None,
+        limits: ConnectLimits { dial_timeout: Duration::from_secs(3), ..ConnectLimits::default() },
+        access_log: true,
+    };
+    let parts = Parts::new(&config);
+    let metrics = SharedRegistry::new("test");
+    metrics.with(|registry| parts.metrics.register(registry));
+    let bound =
+        BoundServer::bind(config, parts, None, Admin::new(Readiness::default(), metrics)).await.unwrap();
+    let addresses = bound.addresses().clone();
+    let registry = bound.registry().clone();
+    let (signal, drain) = service::drain::channel();
+    let setup = Setup {
+        ca,
+        agents: addresses.agents.unwrap(),
+        connect: addresses.connect.unwrap(),
+        health: addresses.health.unwrap(),
+        uds,
+        registry,
+        feed,
+        signal,
+        server: AbortOnDropHandle::new(tokio::spawn(bound.run(drain))),
+        _dir: dir,
+    };
+    setup.know([("east", everything()), ("west", ClusterInfo::default())]);
+    setup
+}
+
+impl Setup {
+    fn know(&self, clusters: impl IntoIterator<Item = (&'static str, ClusterInfo)>) {
+        let clusters: BTreeMap<_, _> =
+            clusters.into_iter().map(|(name, info)| (name.to_owned(), info)).collect();
+        self.feed.send_replace(Arc::new(Snapshot { synced: true, clusters }));
+    }
+
+    fn agent_tls(&self, cluster: &str, agent: &str) -> ClientTls {
+        let key = AgentKey::generate().unwrap();
+        let identity: AgentIdentity =
+            format!("spiffe://cellway.local/cluster/{cluster}/agent/{agent}").parse().unwrap();
+        let pem = self.ca.sign_agent(&key.certificate_request().unwrap(), &identity, HOUR).unwrap();
+        ClientTls::from_pem(self.ca.certificate_pem(), Some((&pem, &key.to_pem()))).unwrap()
+    }
+
+    /// Dials in with `tls`, saying to be an agent of `cluster`; loopback destinations are really dialled.
+    async fn dial_in(
+        &self,
+        tls: ClientTls,
+        cluster: &str,
+        agent: &str,
+        carrier: CarrierChoice,
+    ) -> Result<Agent, ConnectError> {
+        let mut tunnel = connect(ConnectOptions {
+            address: self.agents.to_string(),
+            server_name: "localhost".to_owned(),
+            tls,
+            carrier,
+            egress_proxy: None,
+            hello: Hello { cluster: cluster.to_owned(), agent_id: agent.to_owned(), ..Hello::default() },
+            limits: Limits::default(),
+            budget: Budget::new(1 << 30),
+        })
+        .await?;
+        let handle = tunnel.handle();
+        let task = tokio::spawn(async move {
+            let mut relays = tokio::task::JoinSet::new();
+            while let Some(dial) = tunnel.accept().await {
+                relays.spawn(async move {
+                    let target = dial.target().clone();
+                    match (target.host.as_str(), target.port) {
+                        ("127.0.0.1", port) => match TcpStream::connect(("127.0.0.1", port)).await {
+                            Ok(stream) => {
+                                if let Ok(connection) = dial.accept().await {
+                                    connection.relay(LocalSocket::Tcp(stream)).await;
+                                }
+                            }
+                            Err(error) => drop(dial.refuse(DialError::from(&error)).await),
+                        },
+                        _ => drop(dial.refuse(DialError::UnknownHost).await),
+                    }
+                });
+            }
+        });
+        Ok(Agent { handle, _task: AbortOnDropHandle::new(task) })
+    }
+
+    async fn tunnels(&self, count: usize) {
+        let mut changes = self.registry.changes();
+        let wait = async {
+            while self.registry.tunnel_count() != count {
+                changes.changed().await.unwrap();
+            }
+        };
+        tokio::time::timeout(LIMIT, wait).await.unwrap_or_else(|_| {
+            panic!("waited for {count} tunnels, there are {}", self.registry.tunnel_count())
+        });
+    }
+
+    async fn agent(&self, cluster: &str, agent: &str, carrier: CarrierChoice) -> Agent {
+        let before = self.registry.tunnel_count();
+        let tls = self.agent_tls(cluster, agent);
+        let agent = self.dial_in(tls, cluster, agent, carrier).await.unwrap();
+        self.tunnels(before + 1).await;
+        agent
+    }
+}
+
+/// `*` does not reach loopback.
+fn everything() -> ClusterInfo {
+    ClusterInfo { allowed: "* 127.0.0.0/8".parse().unwrap(), ..ClusterInfo::default() }
+}
+
+/// Answers every connection with what it sent, in capitals, once it has finished sending.
+async fn shouting_target() -> (SocketAddr, AbortOnDropHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let task = tokio::spawn(async move {
+        let mut tasks = tokio::task::JoinSet::new();
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tasks.spawn(async move {
+                let mut text = Vec::new();
+                stream.read_to_end(&mut text).await.unwrap();
+                stream.write_all(&text.to_ascii_uppercase()).await.unwrap();
+            });
+        }
+    });
+    (addr, AbortOnDropHandle::new(task))
+}
+
+async fn ask<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, cluster: &str, target: &str) -> String {
+    let request = format!("CONNECT {target} HTTP/1.1\r\nHost: x\r\nCellway-Cluster: {cluster}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.unwrap());
+    }
+    String::from_utf8(head).unwrap()
+}
+
+async fn shout<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, cluster: &str, target: SocketAddr) {
+    let head = ask(&mut stream, cluster, &target.to_string()).await;
+    assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+    stream.write_all(b"hello").await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert_eq!(answer, "HELLO");
+}
+
+#[tokio::test]
+async fn connect_over_both_carriers_and_both_frontends() {
+    let setup = start().await;
+    let (target, _task) = shouting_target().await;
+    for carrier in [CarrierChoice::H2, CarrierChoice::Quic] {
+        let agent = setup.agent("east", "a1", carrier).await;
+        shout(UnixStream::connect(&setup.uds).await.unwrap(), "east", target).await;
+        let issued = setup.ca.issue_client("jane", &["dialers".to_owned()], HOUR).unwrap();
+        let client =
+            ClientTls::from_pem(setup.ca.certificate_pem(), Some((&issued.certificate_pem, &issued.key_pem)))
+                .unwrap();
+        let tcp = TcpStream::connect(setup.connect).await.unwrap();
+        let name = tls::ServerName::try_from("localhost").unwrap();
+        shout(client.connector(&[b"http/1.1"]).connect(name, tcp).await.unwrap(), "east", target).await;
+        drop(agent);
+        setup.tunnels(0).await;
+    }
+}
+
+#[tokio::test]
+async fn the_five_errors_over_a_real_tunnel() {
+    let setup = start().await;
+    let _east = setup.agent("east", "a1", CarrierChoice::H2).await;
+    // A port that was free a moment ago refuses.
+    let refusing = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();
+    for (cluster, target, status, code) in [
+        ("north", "db:1", "404", "unknown-cluster"),
+        ("west", "127.0.0.1:1", "403", "not-allowed"),
+        ("east", refusing.as_str(), "502", "refused"),
+        ("east", "db:1", "502", "unknown-host"),
+    ] {
+        let mut stream = UnixStream::connect(&setup.uds).await.unwrap();
+        let head = ask(&mut stream, cluster, target).await;
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{cluster} {target}: {head}");
+        assert!(head.contains(&format!("cellway-error: {code}\r\n")), "{cluster} {target}: {head}");
+    }
+    setup.know([("west", everything())]);
+    let mut stream = UnixStream::connect(&setup.uds).await.unwrap();
+    assert!(ask(&mut stream, "west", "db:1").await.starts_with("HTTP/1.1 503 "));
+}
+
+#[tokio::test]
+async fn only_dialers_use_the_tls_frontend() {
+    let setup = start().await;
+    let issued = setup.ca.issue_client("mallory", &["others".to_owned()], HOUR).unwrap();
+    let client =
+        ClientTls::from_pem(setup.ca.certificate_pem(), Some((&issued.certificate_pem, &issued.key_pem)))
+            .unwrap();
+    let tcp = TcpStream::connect(setup.connect).await.unwrap();
+    let name = tls::ServerName::try_from("localhost").unwrap();
+    let mut stream = client.connector(&[b"http/1.1"]).connect(name, tcp).await.unwrap();
+    let head = ask(&mut stream, "east", "db:1").await;
+    assert!(head.starts_with("HTTP/1.1 403 ") && head.contains("not-authorised"), "{head}");
+}
+
+#[tokio::test]
+async fn a_member_cannot_claim_another() {
+    let setup = start().await;
+    let stolen = setup.agent_tls("east", "a1");
+    match setup.dial_in(stolen, "west", "a1", CarrierChoice::H2).await {
+        Err(_) => {}
+        Ok(agent) => {
+            tokio::time::timeout(LIMIT, agent.handle.closed()).await.unwrap();
+        }
+    }
+    let unknown = setup.agent_tls("north", "a1");
+    assert!(setup.dial_in(unknown, "north", "a1", CarrierChoice::H2).await.is_err());
+    let nobody = ClientTls::from_pem(setup.ca.certificate_pem(), None).unwrap();
+    assert!(setup.dial_in(nobody, "east", "a1", CarrierChoice::H2).await.is_err());
+    assert_eq!(setup.registry.tunnel_count(), 0);
+    let metrics = fetch(setup.health, "/metrics").await;
+    for reason in ["wrong-cluster", "unknown-cluster", "no-certificate"] {
+        let line = format!("cellway_server_rejected_handshakes_total{{reason=\"{reason}\"}} 1");
+        assert!(metrics.contains(&line), "{line} is not in\n{metrics}");
+    }
+}
+
+#[tokio::test]
+async fn revocation_ends_tunnels_and_refuses_old_certificates() {
+    let setup = start().await;
+    let east = setup.agent("east", "a1", CarrierChoice::H2).await;
+    let old = setup.agent_tls("east", "a2");
+    let revoked = ClusterInfo { revoked_at: Some(SystemTime::now() + HOUR), ..ClusterInfo::default() };
+    setup.know([("east", revoked), ("west", ClusterInfo::default())]);
+    setup.tunnels(0).await;
+    tokio::time::timeout(LIMIT, east.handle.closed()).await.unwrap();
+    assert!(setup.dial_in(old, "east", "a2", CarrierChoice::H2).await.is_err());
+}
+
+#[tokio::test]
+async fn a_drain_lets_streams_finish() {
+    let setup = start().await;
+    let (target, _task) = shouting_target().await;
+    let agent = setup.agent("east", "a1", CarrierChoice::H2).await;
+    let mut stream = UnixStream::connect(&setup.uds).await.unwrap();
+    assert!(ask(&mut stream, "east", &target.to_string()).await.starts_with("HTTP/1.1 200 "));
+    let mut draining = agent.handle.server_draining();
+    let drained = tokio::spawn(setup.signal.drain());
+    tokio::time::timeout(LIMIT, draining.wait_for(|draining| *draining)).await.unwrap().unwrap();
+    assert!(UnixStream::connect(&setup.uds).await.is_err(), "no new clients");
+    stream.write_all(b"hello").await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert_eq!(answer, "HELLO");
+    tokio::time::timeout(LIMIT, drained).await.unwrap().unwrap();
+    tokio::time::timeout(LIMIT, setup.server).await.unwrap().unwrap();
+}
+
+async fn fetch(addr: SocketAddr, path: &str) -> String {
+    let mut stream = TcpStream::connect(addr).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
