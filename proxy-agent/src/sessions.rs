@@ -252,6 +252,7 @@ async fn serve(
                 }
                 None => break,
             },
+            _ = handle.closed() => break,
             Some(ended) = dials.join_next(), if !dials.is_empty() => {
                 if let Err(error) = ended {
                     tracing::error!(%error, "a connection's task has failed");
