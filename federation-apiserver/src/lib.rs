@@ -1,1 +1,47 @@
 //! The hub API: a Kubernetes API server over federation-store.
+//!
+//! One program in two roles ([`Role`]): the *hub* serves configuration kinds and whatever CustomResourceDefinitions
+//! define; a *member* is a simulated cluster for tests and demos, with workloads, pods and nodes and stand-ins for
+//! controllers and kubelets ([`simulation`]).
+//!
+//! ```text
+//!  TLS ─▶ http: authenticate, impersonate, authorise, decode ─▶ registry: get list watch create update patch delete
+//!                 │                                               │  schema: defaults, pruning, validation
+//!                 ├─▶ discovery, openapi, tables                  │  apply, patch
+//!                 └─▶ mounted routers                             ▼
+//!                                                            federation-store ◀── crd, gc (follow the store)
+//! ```
+//!
+//! Invariants:
+//! - Every write is a compare-and-swap on the store's revision of the object; a resourceVersion is that revision.
+//! - Kinds are data: built-in ones are rows of tables over k8s-openapi's schemas, custom ones come from CRDs; both go
+//!   through the same code.
+//! - The registry does not know HTTP, and in-process clients use it with the same checks as remote ones.
+//!
+//! Not served yet: RBAC (see [`auth::authz`] for what holds until then), admission webhooks, CEL rules
+//! (stored, not evaluated), conversion webhooks, service-account tokens, exec and port-forward.
+
+pub mod apply;
+pub mod auth;
+mod client;
+mod config;
+mod crd;
+mod discovery;
+mod gc;
+mod http;
+mod logs;
+mod openapi;
+pub mod patch;
+pub mod registry;
+pub mod schema;
+mod server;
+pub mod simulation;
+pub mod status;
+mod table;
+mod value;
+
+pub use auth::UserInfo;
+pub use client::LocalClient;
+pub use config::{Config, Limits, Role};
+pub use logs::{LogOptions, LogSource};
+pub use server::{ApiServer, BindError, Bound};

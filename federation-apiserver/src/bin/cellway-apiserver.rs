@@ -1,0 +1,69 @@
+//! `cellway-apiserver`: the hub API, or a simulated member, as a program of its own.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use federation_apiserver::{ApiServer, Config, Role};
+use tokio_util::sync::CancellationToken;
+
+/// A Kubernetes API server over federation-store.
+#[derive(Debug, Parser)]
+#[command(name = "cellway-apiserver", version)]
+struct Args {
+    /// Certificates, keys, the database and admin.kubeconfig live here.
+    #[arg(long, value_name = "DIR")]
+    data_dir: PathBuf,
+    /// Port to serve HTTPS on; 0 takes a free one.
+    #[arg(long, default_value_t = 6443)]
+    secure_port: u16,
+    /// Address to listen on.
+    #[arg(long, default_value = "127.0.0.1")]
+    bind_address: IpAddr,
+    /// `hub`, or `member` for a simulated cluster.
+    #[arg(long, default_value = "hub")]
+    role: Role,
+    /// Host name or address that kubeconfigs name and the certificate is valid for.
+    #[arg(long, value_name = "HOST")]
+    advertise_address: Option<String>,
+    /// Static tokens: lines of `token,user,uid,"group1,group2"`.
+    #[arg(long, value_name = "FILE")]
+    token_auth_file: Option<PathBuf>,
+    #[command(flatten)]
+    log: service::log::LogArgs,
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{}", service::error_chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[tokio::main]
+async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
+    let _log = args.log.init()?;
+    let mut config = Config::new(args.data_dir, args.role);
+    config.bind = SocketAddr::new(args.bind_address, args.secure_port);
+    config.advertise = args.advertise_address;
+    config.token_auth_file = args.token_auth_file;
+    let mut signals = service::signals::Signals::install()?;
+    let bound = ApiServer::bind(config).await?;
+    tracing::info!(kubeconfig = %bound.admin_kubeconfig().display(), url = bound.url(), "ready to serve");
+    let shutdown = CancellationToken::new();
+    let stop = shutdown.clone();
+    tokio::select! {
+        () = bound.run(shutdown) => {}
+        () = async move {
+            signals.recv().await;
+            stop.cancel();
+            // The second signal ends at once.
+            signals.recv().await;
+        } => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! Follows CRDs: accepts their names, sets their conditions, and serves what they define.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use federation_store::KeyRange;
+use serde_json::{Value, json};
+
+use super::{is_established, resources, update_status};
+use crate::gc::CUSTOM_RESOURCES;
+use crate::registry::resource::Catalog;
+use crate::registry::selectors::Filter;
+use crate::registry::write::WriteOptions;
+use crate::registry::{Registry, Target, builtin, meta, store_error};
+use crate::status::ApiError;
+use crate::value::{self, at, set, str_at};
+
+/// Pause after a failure before starting over.
+const RETRY: Duration = Duration::from_secs(1);
+
+fn collection(registry: &Registry) -> Result<Target, ApiError> {
+    registry.target(("apiextensions.k8s.io", "v1", "customresourcedefinitions"), "", "")
+}
+
+/// Runs until the registry shuts down.
+pub(crate) async fn run(registry: Arc<Registry>) {
+    loop {
+        let result = tokio::select! {
+            () = registry.shutdown.cancelled() => return,
+            result = follow(&registry) => result,
+        };
+        if let Err(error) = result {
+            tracing::warn!(%error, "serving of custom resources starts over");
+        }
+        tokio::select! {
+            () = registry.shutdown.cancelled() => return,
+            () = tokio::time::sleep(RETRY) => {}
+        }
+    }
+}
+
+async fn follow(registry: &Registry) -> Result<(), ApiError> {
+    let target = collection(registry)?;
+    let range = KeyRange::prefix(target.resource.prefix(""));
+    let mut watcher = registry.store.watch(range, registry.store.revision()).map_err(store_error)?;
+    loop {
+        refresh(registry).await?;
+        watcher.next().await.map_err(store_error)?;
+    }
+}
+
+/// Brings conditions and the catalog up to date with all CRDs as they are.
+pub(crate) async fn refresh(registry: &Registry) -> Result<(), ApiError> {
+    let target = collection(registry)?;
+    let mut crds = registry.list_all(&target, &Filter::default()).await?;
+    // Who came first keeps its names.
+    crds.sort_by_key(|c| {
+        (!is_established(c), str_at(c, &["metadata", "creationTimestamp"]).to_owned(), str_at(c, &["metadata", "name"]).to_owned())
+    });
+    let builtin = builtin::resources(registry.role);
+    // (group, name or kind) → CRD that has it.
+    let mut taken: BTreeMap<(String, String), String> = BTreeMap::new();
+    for resource in &builtin {
+        for name in [&resource.plural, &resource.singular] {
+            taken.insert((resource.group.clone(), name.clone()), "a built-in resource".into());
+        }
+    }
+    let mut served = builtin;
+    for crd in &crds {
+        let name = str_at(crd, &["metadata", "name"]).to_owned();
+        let group = str_at(crd, &["spec", "group"]).to_owned();
+        let clash = names(crd).into_iter().find_map(|n| {
+            let owner = taken.get(&(group.clone(), n.clone()))?;
+            Some(format!("{n:?} is already in use by {owner}"))
+        });
+        if clash.is_none() {
+            for n in names(crd) {
+                taken.insert((group.clone(), n), name.clone());
+            }
+        }
+        let one = Target { name, ..target.clone() };
+        let now = value::timestamp();
+        let updated = registry
+            .modify(&one, |object| {
+                let mut changed = update_status(object, clash.as_deref(), &now);
+                let finalizers =
+                    at(object, &["metadata", "finalizers"]).and_then(Value::as_array).cloned().unwrap_or_default();
+                if !meta::is_deleting(object) && !finalizers.contains(&json!(CUSTOM_RESOURCES)) {
+                    let mut list = finalizers;
+                    list.push(json!(CUSTOM_RESOURCES));
+                    set(object, &["metadata", "finalizers"], Value::Array(list));
+                    changed = true;
+                }
+                changed
+            })
+            .await?;
+        if let Some(crd) = updated.filter(is_established) {
+            served.extend(resources(&crd));
+        }
+    }
+    registry.catalog.replace(Catalog::new(served));
+    Ok(())
+}
+
+fn names(crd: &Value) -> Vec<String> {
+    let names = ["plural", "singular", "kind", "listKind"].map(|k| str_at(crd, &["spec", "names", k]).to_owned());
+    let mut list: Vec<String> = names.into_iter().filter(|n| !n.is_empty()).collect();
+    list.dedup();
+    list
+}
+
+/// Creates a CRD, or updates its spec where it differs.
+pub(crate) async fn ensure(registry: &Registry, crd: &Value) -> Result<(), ApiError> {
+    let name = str_at(crd, &["metadata", "name"]).to_owned();
+    let target = Target { name, ..collection(registry)? };
+    let options = WriteOptions::by("cellway");
+    // Optional fields of typed sources arrive as nulls.
+    let mut crd = crd.clone();
+    value::strip_nulls(&mut crd);
+    value::remove(&mut crd, &["status"]);
+    match registry.create(&Target { name: String::new(), ..target.clone() }, crd.clone(), &options).await {
+        Ok(_) => Ok(()),
+        Err(error) if error.is_already_exists() => {
+            let current = registry.get(&target).await?;
+            let mut new = current.object.clone();
+            set(&mut new, &["spec"], crd.get("spec").cloned().unwrap_or_default());
+            registry.update(&target, new, &options).await.map(drop)
+        }
+        Err(error) => Err(error),
+    }
+}

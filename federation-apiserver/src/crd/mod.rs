@@ -1,0 +1,262 @@
+//! CustomResourceDefinitions: defaults, validation, conditions, and what they make the server serve.
+//!
+//! Conversion between versions is `None` only (same content, other apiVersion). `x-kubernetes-validations` (CEL) are
+//! accepted, stored and published, but not evaluated yet; a CRD that has them gets a note in its `Established`
+//! condition's message so that nobody relies on them.
+
+mod controller;
+
+pub(crate) use controller::{ensure, refresh, run};
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use crate::registry::meta;
+use crate::registry::resource::{CustomInfo, Origin, Resource, ScalePaths, api_version};
+use crate::schema::{defaults, structural};
+use crate::status::FieldError;
+use crate::value::{self, at, str_at};
+
+/// Versions that one CRD may have; each costs a compiled schema.
+const MAX_VERSIONS: usize = 32;
+
+/// Defaults of a CRD object.
+pub(crate) fn default_crd(crd: &mut Value) {
+    let kind = str_at(crd, &["spec", "names", "kind"]).to_owned();
+    let Some(spec) = crd.get_mut("spec").and_then(Value::as_object_mut) else { return };
+    if let Some(names) = spec.get_mut("names").and_then(Value::as_object_mut) {
+        let empty = |v: Option<&Value>| v.and_then(Value::as_str).unwrap_or_default().is_empty();
+        if empty(names.get("singular")) {
+            names.insert("singular".into(), json!(kind.to_lowercase()));
+        }
+        if empty(names.get("listKind")) {
+            names.insert("listKind".into(), json!(format!("{kind}List")));
+        }
+    }
+    spec.entry("conversion").or_insert_with(|| json!({"strategy": "None"}));
+}
+
+/// Errors of a CRD object.
+pub(crate) fn validate_crd(crd: &Value) -> Vec<FieldError> {
+    let mut errors = Vec::new();
+    let text = |path: &[&str]| str_at(crd, path).to_owned();
+    let (group, plural, kind) =
+        (text(&["spec", "group"]), text(&["spec", "names", "plural"]), text(&["spec", "names", "kind"]));
+    let name = text(&["metadata", "name"]);
+    if !group.is_empty() && !plural.is_empty() && name != format!("{plural}.{group}") {
+        errors.push(FieldError::invalid(
+            "metadata.name",
+            &json!(name),
+            "must be spec.names.plural+\".\"+spec.group",
+        ));
+    }
+    if !group.is_empty() && (!meta::is_dns_subdomain(&group) || !group.contains('.')) {
+        errors.push(FieldError::invalid("spec.group", &json!(group), "should be a domain with at least one dot"));
+    }
+    for (field, v) in [("plural", &plural), ("singular", &text(&["spec", "names", "singular"]))] {
+        if !v.is_empty() && !meta::is_dns_label(v) {
+            errors.push(FieldError::invalid(format!("spec.names.{field}"), &json!(v), "must be a DNS label"));
+        }
+    }
+    if !kind.is_empty() && !meta::is_dns_label(&kind.to_lowercase()) {
+        errors.push(FieldError::invalid("spec.names.kind", &json!(kind), "may have mixed case, but should otherwise match: a DNS label"));
+    }
+    let scope = text(&["spec", "scope"]);
+    if !scope.is_empty() && scope != "Namespaced" && scope != "Cluster" {
+        errors.push(FieldError::not_supported("spec.scope", &json!(scope), &[json!("Cluster"), json!("Namespaced")]));
+    }
+    let strategy = text(&["spec", "conversion", "strategy"]);
+    if !strategy.is_empty() && strategy != "None" {
+        errors.push(FieldError::not_supported("spec.conversion.strategy", &json!(strategy), &[json!("None")]));
+    }
+    let versions = at(crd, &["spec", "versions"]).and_then(Value::as_array).cloned().unwrap_or_default();
+    if versions.len() > MAX_VERSIONS {
+        errors.push(FieldError::too_long("spec.versions", format!("must have at most {MAX_VERSIONS} items")));
+        return errors;
+    }
+    let mut storage = 0;
+    let mut seen = std::collections::HashSet::new();
+    for (i, version) in versions.iter().enumerate() {
+        let path = format!("spec.versions[{i}]");
+        let name = str_at(version, &["name"]);
+        if !meta::is_dns_label(name) {
+            errors.push(FieldError::invalid(format!("{path}.name"), &json!(name), "must be a DNS-1035 label"));
+        }
+        if !seen.insert(name.to_owned()) {
+            errors.push(FieldError::duplicate(format!("{path}.name"), &json!(name)));
+        }
+        storage += usize::from(version.get("storage") == Some(&json!(true)));
+        match at(version, &["schema", "openAPIV3Schema"]) {
+            None => errors.push(FieldError::required(format!("{path}.schema.openAPIV3Schema"), "schemas are required")),
+            Some(schema) => errors.extend(structural::check(schema, &format!("{path}.schema.openAPIV3Schema"))),
+        }
+        if let Some(scale) = at(version, &["subresources", "scale"]) {
+            for field in ["specReplicasPath", "statusReplicasPath"] {
+                if ScalePaths::parse(str_at(scale, &[field])).is_none() {
+                    errors.push(FieldError::invalid(
+                        format!("{path}.subresources.scale.{field}"),
+                        scale.get(field).unwrap_or(&Value::Null),
+                        "should be a json path under .spec or .status",
+                    ));
+                }
+            }
+        }
+    }
+    if !versions.is_empty() && storage != 1 {
+        errors.push(FieldError::invalid(
+            "spec.versions",
+            &json!(seen.len()),
+            "must have exactly one version marked as storage version",
+        ));
+    }
+    errors
+}
+
+/// Is the CRD served?
+fn is_established(crd: &Value) -> bool {
+    condition(crd, "Established") == "True"
+}
+
+fn condition<'a>(crd: &'a Value, kind: &str) -> &'a str {
+    at(crd, &["status", "conditions"])
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .find(|c| str_at(c, &["type"]) == kind)
+        .map(|c| str_at(c, &["status"]))
+        .unwrap_or_default()
+}
+
+/// The resources that a CRD makes served, one per served version.
+fn resources(crd: &Value) -> Vec<Resource> {
+    let text = |path: &[&str]| str_at(crd, path).to_owned();
+    let list = |value: Option<&Value>| -> Vec<String> {
+        let items = value.and_then(Value::as_array).into_iter().flatten();
+        items.filter_map(Value::as_str).map(str::to_owned).collect()
+    };
+    let group = text(&["spec", "group"]);
+    let versions = at(crd, &["spec", "versions"]).and_then(Value::as_array).cloned().unwrap_or_default();
+    let storage = versions
+        .iter()
+        .find(|v| v.get("storage") == Some(&json!(true)))
+        .map(|v| api_version(&group, str_at(v, &["name"])))
+        .unwrap_or_default();
+    let mut result = Vec::new();
+    for version in versions.iter().filter(|v| v.get("served") == Some(&json!(true))) {
+        let name = str_at(version, &["name"]);
+        let schema = at(version, &["schema", "openAPIV3Schema"]).cloned();
+        let warning = if version.get("deprecated") == Some(&json!(true)) {
+            let own = str_at(version, &["deprecationWarning"]);
+            if own.is_empty() {
+                format!("{group}/{name} {} is deprecated", str_at(crd, &["spec", "names", "kind"]))
+            } else {
+                own.to_owned()
+            }
+        } else {
+            String::new()
+        };
+        let selectable = at(version, &["selectableFields"]).and_then(Value::as_array).into_iter().flatten();
+        let info = CustomInfo {
+            crd: text(&["metadata", "name"]),
+            columns: version.get("additionalPrinterColumns").and_then(Value::as_array).cloned().unwrap_or_default(),
+            selectable_fields: selectable.map(|f| str_at(f, &["jsonPath"]).to_owned()).collect(),
+            warning,
+            terminating: meta::is_deleting(crd),
+            schema: schema.clone(),
+        };
+        let scale = at(version, &["subresources", "scale"]).and_then(|s| {
+            Some(ScalePaths {
+                spec_replicas: ScalePaths::parse(str_at(s, &["specReplicasPath"]))?,
+                status_replicas: ScalePaths::parse(str_at(s, &["statusReplicasPath"]))?,
+                label_selector: Some(ScalePaths::parse(str_at(s, &["labelSelectorPath"])).unwrap_or_default())
+                    .filter(|p| !p.is_empty()),
+            })
+        });
+        result.push(Resource {
+            group: group.clone(),
+            version: name.to_owned(),
+            kind: text(&["spec", "names", "kind"]),
+            list_kind: text(&["spec", "names", "listKind"]),
+            plural: text(&["spec", "names", "plural"]),
+            singular: text(&["spec", "names", "singular"]),
+            short_names: list(at(crd, &["spec", "names", "shortNames"])),
+            categories: list(at(crd, &["spec", "names", "categories"])),
+            namespaced: text(&["spec", "scope"]) == "Namespaced",
+            status: at(version, &["subresources", "status"]).is_some(),
+            scale,
+            pod: false,
+            generation: true,
+            schema: defaults::custom_root(schema.as_ref()),
+            origin: Origin::Custom(Arc::new(info)),
+            storage_api_version: storage.clone(),
+        });
+    }
+    result
+}
+
+/// Does any version have CEL rules?
+fn has_cel(crd: &Value) -> bool {
+    fn look(value: &Value, depth: usize) -> bool {
+        if depth > defaults::MAX_DEPTH {
+            return false;
+        }
+        match value {
+            Value::Object(map) => {
+                map.contains_key("x-kubernetes-validations") || map.values().any(|v| look(v, depth + 1))
+            }
+            Value::Array(items) => items.iter().any(|v| look(v, depth + 1)),
+            _ => false,
+        }
+    }
+    at(crd, &["spec", "versions"]).is_some_and(|v| look(v, 0))
+}
+
+/// Brings a CRD's status up to date; `taken` tells why its names clash, if they do. Returns whether it changed.
+fn update_status(crd: &mut Value, taken: Option<&str>, now: &str) -> bool {
+    let before = crd.get("status").cloned();
+    let (accepted, reason, message) = match taken {
+        None => ("True", "NoConflicts", "no conflicts found".to_owned()),
+        Some(why) => ("False", "Conflict", why.to_owned()),
+    };
+    set_condition(crd, "NamesAccepted", accepted, reason, &message, now);
+    if taken.is_none() {
+        let names = at(crd, &["spec", "names"]).cloned().unwrap_or_default();
+        value::set(crd, &["status", "acceptedNames"], names);
+        let message = if has_cel(crd) {
+            "the initial names have been accepted; x-kubernetes-validations are stored but not evaluated by this server yet"
+        } else {
+            "the initial names have been accepted"
+        };
+        set_condition(crd, "Established", "True", "InitialNamesAccepted", message, now);
+    } else if condition(crd, "Established") != "True" {
+        set_condition(crd, "Established", "False", "NotAccepted", "not all names are accepted", now);
+    }
+    let versions = at(crd, &["spec", "versions"]).and_then(Value::as_array).cloned().unwrap_or_default();
+    if let Some(storage) = versions.iter().find(|v| v.get("storage") == Some(&json!(true))) {
+        let name = storage.get("name").cloned().unwrap_or_default();
+        let mut stored =
+            at(crd, &["status", "storedVersions"]).and_then(Value::as_array).cloned().unwrap_or_default();
+        if !stored.contains(&name) {
+            stored.push(name);
+        }
+        value::set(crd, &["status", "storedVersions"], Value::Array(stored));
+    }
+    before.as_ref() != crd.get("status")
+}
+
+fn set_condition(crd: &mut Value, kind: &str, status: &str, reason: &str, message: &str, now: &str) {
+    let mut list = at(crd, &["status", "conditions"]).and_then(Value::as_array).cloned().unwrap_or_default();
+    let mut new = json!({"type": kind, "status": status, "reason": reason, "message": message,
+        "lastTransitionTime": now});
+    match list.iter_mut().find(|c| str_at(c, &["type"]) == kind) {
+        Some(old) => {
+            if str_at(old, &["status"]) == status {
+                new["lastTransitionTime"] = old["lastTransitionTime"].clone();
+            }
+            *old = new;
+        }
+        None => list.push(new),
+    }
+    value::set(crd, &["status", "conditions"], Value::Array(list));
+}

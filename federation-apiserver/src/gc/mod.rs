@@ -1,0 +1,353 @@
+//! What happens after a delete: dependents are collected, namespaces are emptied, custom resources go with their CRD.
+//!
+//! One task follows the whole store and keeps a graph of owners. It is level-triggered: everything it does is decided
+//! from the graph and the store as they are, and it starts over from a list after an error.
+
+mod graph;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use federation_store::{Event, EventKind, KeyRange, ListRequest, Revision};
+use serde_json::{Value, json};
+
+use crate::registry::delete::{DeleteOptions, Propagation};
+use crate::registry::resource::Resource;
+use crate::registry::selectors::Filter;
+use crate::registry::{Registry, Target, meta, store_error};
+use crate::status::ApiError;
+use crate::value::{self, at, i64_at, set, str_at};
+use graph::{Graph, Node};
+
+/// Finalizer of a foreground deletion: dependents first.
+pub const FOREGROUND: &str = "foregroundDeletion";
+/// Finalizer of an orphaning deletion: dependents lose their owner.
+pub const ORPHAN: &str = "orphan";
+/// Finalizer of CRDs: custom resources first.
+pub const CUSTOM_RESOURCES: &str = "customresourcecleanup.apiextensions.k8s.io";
+
+/// Pause after a failure before starting over.
+const RETRY: Duration = Duration::from_secs(1);
+/// Objects read at once at start.
+const CHUNK: usize = 500;
+
+/// Is an object that is being deleted free to go?
+pub(crate) fn is_finished(resource: &Resource, object: &Value) -> bool {
+    meta::is_deleting(object)
+        && !meta::has_finalizers(object)
+        && i64_at(object, &["metadata", "deletionGracePeriodSeconds"]).unwrap_or(0) == 0
+        && !(resource.plural == "namespaces"
+            && resource.group.is_empty()
+            && at(object, &["spec", "finalizers"]).and_then(Value::as_array).is_some_and(|f| !f.is_empty()))
+}
+
+/// Splits a key into group, plural, namespace and name.
+fn split_key(key: &[u8]) -> Option<(String, String, String, String)> {
+    let text = std::str::from_utf8(key).ok()?.strip_prefix("/registry/")?;
+    let parts: Vec<&str> = text.split('/').collect();
+    match parts.as_slice() {
+        [group, plural, name] => Some(((*group).into(), (*plural).into(), String::new(), (*name).into())),
+        [group, plural, namespace, name] => {
+            Some(((*group).into(), (*plural).into(), (*namespace).into(), (*name).into()))
+        }
+        _ => None,
+    }
+}
+
+/// Runs until the registry shuts down.
+pub(crate) async fn run(registry: Arc<Registry>) {
+    loop {
+        let result = tokio::select! {
+            () = registry.shutdown.cancelled() => return,
+            result = follow(&registry) => result,
+        };
+        if let Err(error) = result {
+            tracing::warn!(%error, "garbage collection starts over");
+        }
+        tokio::select! {
+            () = registry.shutdown.cancelled() => return,
+            () = tokio::time::sleep(RETRY) => {}
+        }
+    }
+}
+
+async fn follow(registry: &Registry) -> Result<(), ApiError> {
+    let mut graph = Graph::default();
+    let revision = load(registry, &mut graph).await?;
+    let mut watcher = registry.store.watch(KeyRange::prefix("/registry/"), revision).map_err(store_error)?;
+    // Whatever is due from before.
+    let all: BTreeSet<Vec<u8>> = graph.keys().cloned().collect();
+    let mut retry = process(registry, &mut graph, all).await;
+    loop {
+        let event = tokio::select! {
+            event = watcher.next() => Some(event.map_err(store_error)?),
+            () = tokio::time::sleep(RETRY), if !retry.is_empty() => None,
+        };
+        let mut due = std::mem::take(&mut retry);
+        if let Some(event) = event {
+            due.extend(absorb(&mut graph, &event)?);
+        }
+        retry = process(registry, &mut graph, due).await;
+    }
+}
+
+async fn load(registry: &Registry, graph: &mut Graph) -> Result<Revision, ApiError> {
+    let mut request = ListRequest::prefix("/registry/").limit(CHUNK);
+    loop {
+        let page = registry.store.list(&request).await.map_err(store_error)?;
+        for kv in &page.items {
+            let object: Value = serde_json::from_slice(&kv.value).map_err(ApiError::internal)?;
+            graph.put(kv.key.to_vec(), Node::of(&object));
+        }
+        match page.items.last() {
+            Some(last) if page.more => {
+                request.after = Some(last.key.clone());
+                request.revision = Some(page.revision);
+            }
+            _ => return Ok(page.revision),
+        }
+    }
+}
+
+/// Takes an event into the graph; returns the keys that have to be looked at.
+fn absorb(graph: &mut Graph, event: &Event) -> Result<BTreeSet<Vec<u8>>, ApiError> {
+    let key = event.kv.key.to_vec();
+    let mut due = BTreeSet::new();
+    match event.kind {
+        EventKind::Put => {
+            let object: Value = serde_json::from_slice(&event.kv.value).map_err(ApiError::internal)?;
+            let node = Node::of(&object);
+            let acts = node.deleting || !node.owners.is_empty();
+            graph.put(key.clone(), node);
+            if acts {
+                due.insert(key);
+            }
+        }
+        EventKind::Delete => {
+            let Some(node) = graph.remove(&key) else { return Ok(due) };
+            // Its dependents may be orphans now, its owners may be waiting for it.
+            due.extend(graph.dependents(&node.uid));
+            due.extend(node.owners.iter().filter_map(|o| graph.key_of(&o.uid)));
+            // So may its namespace or CRD.
+            if let Some((group, plural, namespace, _)) = split_key(&key) {
+                if !namespace.is_empty() {
+                    due.insert(format!("/registry/core/namespaces/{namespace}").into_bytes());
+                }
+                due.insert(format!("/registry/apiextensions.k8s.io/customresourcedefinitions/{plural}.{group}").into_bytes());
+            }
+        }
+    }
+    Ok(due)
+}
+
+/// Looks at each key; returns those to be tried again.
+async fn process(registry: &Registry, graph: &mut Graph, due: BTreeSet<Vec<u8>>) -> BTreeSet<Vec<u8>> {
+    let mut retry = BTreeSet::new();
+    for key in due {
+        let Some(node) = graph.get(&key) else { continue };
+        if !node.deleting && node.owners.is_empty() {
+            continue;
+        }
+        match settle(registry, graph, &key).await {
+            Ok(true) => {}
+            Ok(false) => {
+                retry.insert(key);
+            }
+            Err(error) if error.is_not_found() => {}
+            Err(error) => {
+                tracing::warn!(%error, key = %String::from_utf8_lossy(&key), "failed to collect garbage, trying again");
+                retry.insert(key);
+            }
+        }
+    }
+    retry
+}
+
+fn target_of(registry: &Registry, key: &[u8]) -> Option<Target> {
+    let (group, plural, namespace, name) = split_key(key)?;
+    let resource = registry.catalog().by_key(&group, &plural)?;
+    Some(Target { resource, namespace, name })
+}
+
+/// Brings one object further. `false`: it is to be looked at again.
+async fn settle(registry: &Registry, graph: &Graph, key: &[u8]) -> Result<bool, ApiError> {
+    let (Some(target), Some(node)) = (target_of(registry, key), graph.get(key)) else { return Ok(true) };
+    if node.deleting {
+        if node.has(ORPHAN) {
+            orphan_dependents(registry, graph, node).await?;
+            remove_finalizer(registry, &target, ORPHAN).await?;
+            return Ok(true);
+        }
+        if node.has(FOREGROUND) {
+            return foreground(registry, graph, node, &target).await;
+        }
+        if target.resource.plural == "namespaces" && target.resource.group.is_empty() {
+            return empty_namespace(registry, &target).await;
+        }
+        if node.has(CUSTOM_RESOURCES) {
+            return remove_custom_resources(registry, &target).await;
+        }
+        return Ok(true);
+    }
+    if node.owners.is_empty() {
+        return Ok(true);
+    }
+    let (solid, dangling): (Vec<_>, Vec<_>) = node.owners.iter().partition(|o| graph.key_of(&o.uid).is_some());
+    if dangling.is_empty() {
+        // An owner that is being deleted in the foreground takes its dependents with it.
+        let all_waiting = node.owners.iter().all(|o| graph.by_uid(&o.uid).is_some_and(|n| n.deleting && n.has(FOREGROUND)));
+        if all_waiting {
+            let options = DeleteOptions {
+                propagation: Some(Propagation::Foreground).filter(|_| !graph.dependents(&node.uid).is_empty()),
+                uid: Some(node.uid.clone()),
+                ..DeleteOptions::default()
+            };
+            registry.delete(&target, &options).await?;
+        }
+        return Ok(true);
+    }
+    if solid.is_empty() {
+        let options = DeleteOptions { uid: Some(node.uid.clone()), ..DeleteOptions::default() };
+        tracing::debug!(kind = %target.resource.kind, namespace = %target.namespace, name = %target.name, "collected: its owners are gone");
+        registry.delete(&target, &options).await?;
+        return Ok(true);
+    }
+    let gone: Vec<String> = dangling.iter().map(|o| o.uid.clone()).collect();
+    drop_owners(registry, &target, &gone).await?;
+    Ok(true)
+}
+
+async fn drop_owners(registry: &Registry, target: &Target, uids: &[String]) -> Result<(), ApiError> {
+    registry
+        .modify(target, |object| {
+            let Some(Value::Array(list)) = object.get_mut("metadata").and_then(|m| m.get_mut("ownerReferences")) else {
+                return false;
+            };
+            let before = list.len();
+            list.retain(|o| !uids.iter().any(|u| u == str_at(o, &["uid"])));
+            let (empty, changed) = (list.is_empty(), list.len() != before);
+            if empty {
+                value::remove(object, &["metadata", "ownerReferences"]);
+            }
+            changed
+        })
+        .await
+        .map(drop)
+}
+
+async fn orphan_dependents(registry: &Registry, graph: &Graph, node: &Node) -> Result<(), ApiError> {
+    for key in graph.dependents(&node.uid) {
+        if let Some(target) = target_of(registry, &key) {
+            drop_owners(registry, &target, std::slice::from_ref(&node.uid)).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn foreground(registry: &Registry, graph: &Graph, node: &Node, target: &Target) -> Result<bool, ApiError> {
+    let dependents = graph.dependents(&node.uid);
+    let mut blocking = false;
+    for key in dependents {
+        let (Some(dependent), Some(child)) = (target_of(registry, &key), graph.get(&key)) else { continue };
+        blocking |= child.owners.iter().any(|o| o.uid == node.uid && o.blocks);
+        if !child.deleting {
+            let nested = !graph.dependents(&child.uid).is_empty();
+            let options = DeleteOptions {
+                propagation: nested.then_some(Propagation::Foreground),
+                uid: Some(child.uid.clone()),
+                ..DeleteOptions::default()
+            };
+            match registry.delete(&dependent, &options).await {
+                Err(error) if !error.is_not_found() => return Err(error),
+                _ => {}
+            }
+        }
+    }
+    if !blocking {
+        remove_finalizer(registry, target, FOREGROUND).await?;
+    }
+    // With blocking dependents, the deletion of the last one brings us back here.
+    Ok(true)
+}
+
+async fn remove_finalizer(registry: &Registry, target: &Target, finalizer: &str) -> Result<(), ApiError> {
+    registry
+        .modify(target, |object| {
+            let Some(Value::Array(list)) = object.get_mut("metadata").and_then(|m| m.get_mut("finalizers")) else {
+                return false;
+            };
+            let before = list.len();
+            list.retain(|f| f != finalizer);
+            let (empty, changed) = (list.is_empty(), list.len() != before);
+            if empty {
+                value::remove(object, &["metadata", "finalizers"]);
+            }
+            changed
+        })
+        .await
+        .map(drop)
+}
+
+/// Deletes all that is in a namespace; when nothing is left, lets the namespace go.
+async fn empty_namespace(registry: &Registry, namespace: &Target) -> Result<bool, ApiError> {
+    let mut left = 0;
+    for resource in registry.catalog().stored().into_iter().filter(|r| r.namespaced) {
+        let collection = Target { resource, namespace: namespace.name.clone(), name: String::new() };
+        let objects = registry.list_all(&collection, &Filter::default()).await?;
+        left += objects.len();
+        for object in objects {
+            if meta::is_deleting(&object) {
+                continue;
+            }
+            let one = Target { name: str_at(&object, &["metadata", "name"]).to_owned(), ..collection.clone() };
+            match registry.delete(&one, &DeleteOptions::default()).await {
+                Err(error) if !error.is_not_found() => return Err(error),
+                _ => {}
+            }
+        }
+    }
+    if left > 0 {
+        // Deletions of the content bring us back; so does a later look, for what was created meanwhile.
+        return Ok(false);
+    }
+    registry
+        .modify(namespace, |object| {
+            if str_at(object, &["metadata", "deletionTimestamp"]).is_empty() {
+                return false;
+            }
+            set(object, &["spec", "finalizers"], json!([]));
+            true
+        })
+        .await?;
+    Ok(true)
+}
+
+/// Deletes all custom resources of a CRD; when none is left, lets the CRD go.
+async fn remove_custom_resources(registry: &Registry, crd: &Target) -> Result<bool, ApiError> {
+    let Some((plural, group)) = crd.name.split_once('.') else { return Ok(true) };
+    if let Some(resource) = registry.catalog().by_key(group, plural) {
+        let collection = Target { resource, namespace: String::new(), name: String::new() };
+        let objects = registry.list_all(&collection, &Filter::default()).await?;
+        let left = objects.len();
+        for object in objects {
+            if meta::is_deleting(&object) {
+                continue;
+            }
+            let one = Target {
+                name: str_at(&object, &["metadata", "name"]).to_owned(),
+                namespace: str_at(&object, &["metadata", "namespace"]).to_owned(),
+                ..collection.clone()
+            };
+            match registry.delete(&one, &DeleteOptions::default()).await {
+                Err(error) if !error.is_not_found() => return Err(error),
+                _ => {}
+            }
+        }
+        if left > 0 {
+            return Ok(false);
+        }
+    }
+    remove_finalizer(registry, crd, CUSTOM_RESOURCES).await?;
+    Ok(true)
+}

@@ -1,0 +1,226 @@
+//! Request bodies: bounded, JSON or YAML, with duplicate fields noticed.
+
+use std::fmt;
+
+use axum::body::Body;
+use http::HeaderMap;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::de::{DeserializeSeed, Error as _, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Number, Value};
+
+use crate::schema::defaults::MAX_DEPTH;
+use crate::status::ApiError;
+
+/// As many duplicate fields as one answer tells.
+const MAX_DUPLICATES: usize = 20;
+
+/// A decoded body.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Decoded {
+    /// Null for an empty body.
+    pub value: Value,
+    /// Paths of fields that appeared more than once; the last one counts.
+    pub duplicates: Vec<String>,
+}
+
+/// Reads a whole body of at most `limit` bytes.
+pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<bytes::Bytes, ApiError> {
+    let declared = headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
+    if declared.is_some_and(|n| n > limit as u64) {
+        return Err(ApiError::too_large(limit));
+    }
+    match Limited::new(body, limit).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(error) if error.downcast_ref::<LengthLimitError>().is_some() => Err(ApiError::too_large(limit)),
+        Err(_) => Err(ApiError::bad_request("the request's body could not be read")),
+    }
+}
+
+/// The media type without parameters, lower case; JSON when none is given.
+pub fn media_type(headers: &HeaderMap) -> String {
+    let text = headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("application/json");
+    text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+}
+
+/// Decodes a body of an object by its media type.
+pub fn decode(media_type: &str, bytes: &[u8]) -> Result<Decoded, ApiError> {
+    if bytes.iter().all(u8::is_ascii_whitespace) {
+        return Ok(Decoded::default());
+    }
+    match media_type {
+        "application/json" | "text/json" | "*/*" | "" => decode_json(bytes),
+        "application/yaml" | "application/x-yaml" | "text/yaml" => decode_yaml(bytes),
+        _ => Err(ApiError::unsupported_media_type("application/json, application/yaml")),
+    }
+}
+
+/// Decodes JSON.
+pub fn decode_json(bytes: &[u8]) -> Result<Decoded, ApiError> {
+    let mut duplicates = Vec::new();
+    let mut deserializer = serde_json::Deserializer::from_slice(bytes);
+    let seed = Seed { path: String::new(), duplicates: &mut duplicates, depth: 0 };
+    let value = seed
+        .deserialize(&mut deserializer)
+        .and_then(|v| deserializer.end().map(|()| v))
+        .map_err(|e| ApiError::bad_request(format!("the object provided is unrecognized: {e}")))?;
+    Ok(Decoded { value, duplicates })
+}
+
+/// Decodes one YAML document.
+pub fn decode_yaml(bytes: &[u8]) -> Result<Decoded, ApiError> {
+    let mut duplicates = Vec::new();
+    let deserializer = serde_yaml_ng::Deserializer::from_slice(bytes);
+    let seed = Seed { path: String::new(), duplicates: &mut duplicates, depth: 0 };
+    let value = seed
+        .deserialize(deserializer)
+        .map_err(|e| ApiError::bad_request(format!("error converting YAML to JSON: {e}")))?;
+    Ok(Decoded { value, duplicates })
+}
+
+struct Seed<'a> {
+    path: String,
+    duplicates: &'a mut Vec<String>,
+    depth: usize,
+}
+
+impl<'de> DeserializeSeed<'de> for Seed<'_> {
+    type Value = Value;
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        if self.depth > MAX_DEPTH {
+            return Err(D::Error::custom("exceeded max depth"));
+        }
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Seed<'_> {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_bool<E>(self, v: bool) -> Result<Value, E> {
+        Ok(Value::Bool(v))
+    }
+
+    fn visit_i64<E>(self, v: i64) -> Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_u64<E>(self, v: u64) -> Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_f64<E: serde::de::Error>(self, v: f64) -> Result<Value, E> {
+        Number::from_f64(v).map(Value::Number).ok_or_else(|| E::custom("numbers must be finite"))
+    }
+
+    fn visit_str<E>(self, v: &str) -> Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_string<E>(self, v: String) -> Result<Value, E> {
+        Ok(v.into())
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_none<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+        let mut items = Vec::new();
+        loop {
+            let path = format!("{}[{}]", self.path, items.len());
+            let seed = Seed { path, duplicates: self.duplicates, depth: self.depth + 1 };
+            match seq.next_element_seed(seed)? {
+                Some(item) => items.push(item),
+                None => return Ok(Value::Array(items)),
+            }
+        }
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
+        let mut map = Map::new();
+        while let Some(key) = access.next_key::<Key>()? {
+            let path = crate::schema::defaults::join(&self.path, &key.0);
+            let seed = Seed { path: path.clone(), duplicates: self.duplicates, depth: self.depth + 1 };
+            let value = access.next_value_seed(seed)?;
+            if map.insert(key.0, value).is_some() && self.duplicates.len() < MAX_DUPLICATES {
+                self.duplicates.push(path);
+            }
+        }
+        Ok(Value::Object(map))
+    }
+}
+
+/// A map's key: YAML also has numbers and booleans there, which become their text.
+struct Key(String);
+
+impl<'de> serde::Deserialize<'de> for Key {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct KeyVisitor;
+        impl Visitor<'_> for KeyVisitor {
+            type Value = Key;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string")
+            }
+
+            fn visit_str<E>(self, v: &str) -> Result<Key, E> {
+                Ok(Key(v.to_owned()))
+            }
+
+            fn visit_bool<E>(self, v: bool) -> Result<Key, E> {
+                Ok(Key(v.to_string()))
+            }
+
+            fn visit_i64<E>(self, v: i64) -> Result<Key, E> {
+                Ok(Key(v.to_string()))
+            }
+
+            fn visit_u64<E>(self, v: u64) -> Result<Key, E> {
+                Ok(Key(v.to_string()))
+            }
+        }
+        deserializer.deserialize_any(KeyVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn duplicates_are_told() {
+        let decoded = decode_json(br#"{"a": 1, "b": {"c": 1, "c": 2}, "a": 3}"#).expect("valid");
+        assert_eq!(decoded.value, json!({"a": 3, "b": {"c": 2}}));
+        assert_eq!(decoded.duplicates, ["b.c", "a"]);
+        let yaml = decode_yaml(b"a: [1, x]\nb: {c: true}\n1: y\n").expect("valid");
+        assert_eq!(yaml.value, json!({"a": [1, "x"], "b": {"c": true}, "1": "y"}));
+    }
+
+    #[test]
+    fn depth_is_bounded() {
+        let deep = "[".repeat(10_000);
+        assert_eq!(decode_json(deep.as_bytes()).expect_err("deep").code(), 400);
+        assert_eq!(decode("application/vnd.kubernetes.protobuf", b"k8s").expect_err("protobuf").code(), 415);
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(text in ".{0,100}") {
+            let _ = decode_json(text.as_bytes());
+            let _ = decode_yaml(text.as_bytes());
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! Delete and delete-collection.
+
+use federation_store::WriteOutcome;
+use serde_json::{Value, json};
+
+use super::selectors::Filter;
+use super::{Registry, Stored, Target, meta, store_error};
+use crate::gc::{FOREGROUND, ORPHAN};
+use crate::status::ApiError;
+use crate::value::{self, at, i64_at, set, str_at};
+
+/// Times that a delete without preconditions is tried again when the object changes under it.
+const ATTEMPTS: usize = 16;
+/// Longest grace period that is kept: a year.
+const MAX_GRACE: i64 = 365 * 24 * 3600;
+
+/// What becomes of dependents.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Propagation {
+    /// The object goes first, dependents are collected after.
+    #[default]
+    Background,
+    /// Dependents first.
+    Foreground,
+    /// Dependents stay, without an owner.
+    Orphan,
+}
+
+/// Options of a delete.
+#[derive(Clone, Debug, Default)]
+pub struct DeleteOptions {
+    pub grace_seconds: Option<i64>,
+    pub propagation: Option<Propagation>,
+    pub uid: Option<String>,
+    pub resource_version: Option<String>,
+    pub dry_run: bool,
+}
+
+/// How a delete ended.
+#[derive(Clone, Debug)]
+pub enum Deleted {
+    /// The object is gone.
+    Removed(Value),
+    /// Finalizers or a grace period keep it for now.
+    Marked(Value),
+}
+
+// === impl DeleteOptions ===
+
+impl DeleteOptions {
+    /// Reads a `DeleteOptions` body over what the query said.
+    pub fn read(&mut self, body: &Value) -> Result<(), ApiError> {
+        let kind = str_at(body, &["kind"]);
+        if !kind.is_empty() && kind != "DeleteOptions" {
+            return Err(ApiError::bad_request(format!("{kind} cannot be handled as a DeleteOptions")));
+        }
+        if let Some(grace) = i64_at(body, &["gracePeriodSeconds"]) {
+            self.grace_seconds = Some(grace);
+        }
+        let policy = str_at(body, &["propagationPolicy"]);
+        if !policy.is_empty() {
+            self.propagation = Some(Propagation::parse(policy)?);
+        } else if let Some(orphan) = body.get("orphanDependents").and_then(Value::as_bool) {
+            self.propagation = Some(if orphan { Propagation::Orphan } else { Propagation::Background });
+        }
+        let precondition = |key: &str| {
+            Some(str_at(body, &["preconditions", key]).to_owned()).filter(|v| !v.is_empty())
+        };
+        self.uid = precondition("uid").or(self.uid.take());
+        self.resource_version = precondition("resourceVersion").or(self.resource_version.take());
+        if body.get("dryRun").and_then(Value::as_array).is_some_and(|d| !d.is_empty()) {
+            self.dry_run = true;
+        }
+        Ok(())
+    }
+}
+
+// === impl Propagation ===
+
+impl Propagation {
+    /// Parses the API's word.
+    pub fn parse(text: &str) -> Result<Self, ApiError> {
+        match text {
+            "Background" => Ok(Self::Background),
+            "Foreground" => Ok(Self::Foreground),
+            "Orphan" => Ok(Self::Orphan),
+            other => Err(ApiError::bad_request(format!(
+                "invalid propagationPolicy {other:?}: use Background, Foreground or Orphan"
+            ))),
+        }
+    }
+}
+
+// === impl Deleted ===
+
+impl Deleted {
+    /// The object as it is, or was last.
+    pub fn object(&self) -> &Value {
+        match self {
+            Self::Removed(object) | Self::Marked(object) => object,
+        }
+    }
+}
+
+// === impl Registry ===
+
+impl Registry {
+    /// Deletes one object.
+    pub async fn delete(&self, target: &Target, options: &DeleteOptions) -> Result<Deleted, ApiError> {
+        for _ in 0..ATTEMPTS {
+            let current = self.get(target).await?;
+            self.check_preconditions(target, &current, options)?;
+            if let Some(deleted) = self.try_delete(target, current, options).await? {
+                return Ok(deleted);
+            }
+        }
+        Err(target.modified())
+    }
+
+    fn check_preconditions(&self, target: &Target, current: &Stored, options: &DeleteOptions) -> Result<(), ApiError> {
+        let check = |wanted: &Option<String>, key: &str, what: &str| {
+            let found = str_at(&current.object, &["metadata", key]);
+            match wanted {
+                Some(wanted) if wanted != found => {
+                    let why = format!("Precondition failed: {what} in precondition: {wanted}, {what} in object meta: {found}");
+                    Err(ApiError::conflict(&target.resource.group, &target.resource.plural, &target.name, &why))
+                }
+                _ => Ok(()),
+            }
+        };
+        check(&options.uid, "uid", "UID")?;
+        check(&options.resource_version, "resourceVersion", "ResourceVersion")
+    }
+
+    async fn try_delete(
+        &self,
+        target: &Target,
+        current: Stored,
+        options: &DeleteOptions,
+    ) -> Result<Option<Deleted>, ApiError> {
+        let resource = &target.resource;
+        if let Some(why) = protected(target) {
+            return Err(ApiError::forbidden(&resource.group, &resource.plural, &target.name, why));
+        }
+        let mut object = current.object.clone();
+        let grace = grace_of(target, &object, options);
+        let already = meta::is_deleting(&object);
+        set_finalizers(&mut object, options);
+        let waits = meta::has_finalizers(&object) || holds_content(target, &object) || grace > 0;
+        if !waits {
+            if options.dry_run {
+                return Ok(Some(Deleted::Removed(object)));
+            }
+            let outcome = self.store.delete(target.key(), Some(current.revision)).await.map_err(store_error)?;
+            return match outcome {
+                WriteOutcome::Applied { kv, .. } => {
+                    self.after_removal(target, &object).await;
+                    set(&mut object, &["metadata", "resourceVersion"], json!(kv.mod_revision.0.to_string()));
+                    Ok(Some(Deleted::Removed(object)))
+                }
+                WriteOutcome::Conflict { current: None, .. } => Err(target.not_found()),
+                WriteOutcome::Conflict { .. } => Ok(None),
+            };
+        }
+        let before = i64_at(&object, &["metadata", "deletionGracePeriodSeconds"]);
+        // A second delete may only shorten the wait.
+        if !already || before.is_some_and(|b| grace < b) {
+            let when = jiff::Timestamp::now().as_second().saturating_add(grace);
+            let when = jiff::Timestamp::from_second(when)
+                .map(|t| t.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
+                .unwrap_or_else(|_| value::timestamp());
+            set(&mut object, &["metadata", "deletionTimestamp"], json!(when));
+            set(&mut object, &["metadata", "deletionGracePeriodSeconds"], json!(grace));
+            if !already && let Some(generation) = i64_at(&object, &["metadata", "generation"]) {
+                set(&mut object, &["metadata", "generation"], json!(generation + 1));
+            }
+            if is_namespace(target) {
+                set(&mut object, &["status", "phase"], json!("Terminating"));
+            }
+        }
+        if options.dry_run || value::equal(&object, &current.object) {
+            return Ok(Some(Deleted::Marked(object)));
+        }
+        Ok(self.store_changed(target, current.revision, object).await?.map(Deleted::Marked))
+    }
+
+    /// Deletes all objects of a collection that match, and returns them as they were.
+    pub async fn delete_collection(
+        &self,
+        target: &Target,
+        filter: &Filter,
+        options: &DeleteOptions,
+    ) -> Result<Vec<Value>, ApiError> {
+        let list = self.list_all(target, filter).await?;
+        let mut deleted = Vec::with_capacity(list.len());
+        for object in list {
+            let one = Target {
+                name: str_at(&object, &["metadata", "name"]).to_owned(),
+                namespace: str_at(&object, &["metadata", "namespace"]).to_owned(),
+                resource: target.resource.clone(),
+            };
+            match self.delete(&one, options).await {
+                Ok(result) => deleted.push(result.object().clone()),
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(deleted)
+    }
+}
+
+fn is_namespace(target: &Target) -> bool {
+    target.resource.plural == "namespaces" && target.resource.group.is_empty()
+}
+
+/// Namespaces that the server itself needs.
+fn protected(target: &Target) -> Option<&'static str> {
+    (is_namespace(target) && matches!(target.name.as_str(), "default" | "kube-system" | "kube-public"))
+        .then_some("this namespace may not be deleted")
+}
+
+/// A namespace goes when its content has gone.
+fn holds_content(target: &Target, object: &Value) -> bool {
+    is_namespace(target)
+        && at(object, &["spec", "finalizers"]).and_then(Value::as_array).is_some_and(|f| !f.is_empty())
+}
+
+fn grace_of(target: &Target, object: &Value, options: &DeleteOptions) -> i64 {
+    if !target.resource.pod {
+        return 0;
+    }
+    let ended = matches!(str_at(object, &["status", "phase"]), "Succeeded" | "Failed");
+    if ended || str_at(object, &["spec", "nodeName"]).is_empty() {
+        return 0;
+    }
+    let own = i64_at(object, &["spec", "terminationGracePeriodSeconds"]).unwrap_or(30);
+    options.grace_seconds.unwrap_or(own).clamp(0, MAX_GRACE)
+}
+
+fn set_finalizers(object: &mut Value, options: &DeleteOptions) {
+    let Some(propagation) = options.propagation else { return };
+    let list = at(object, &["metadata", "finalizers"]).and_then(Value::as_array).cloned().unwrap_or_default();
+    let mut list: Vec<Value> = list.into_iter().filter(|f| f != FOREGROUND && f != ORPHAN).collect();
+    match propagation {
+        Propagation::Background => {}
+        Propagation::Foreground => list.push(json!(FOREGROUND)),
+        Propagation::Orphan => list.push(json!(ORPHAN)),
+    }
+    if list.is_empty() {
+        value::remove(object, &["metadata", "finalizers"]);
+    } else {
+        set(object, &["metadata", "finalizers"], Value::Array(list));
+    }
+}

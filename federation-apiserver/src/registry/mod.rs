@@ -1,0 +1,186 @@
+//! Objects: the operations of the API on the store, for HTTP requests and in-process clients alike.
+//!
+//! An object is kept as JSON under `/registry/<group>/<resource>/[<namespace>/]<name>`, without its resourceVersion,
+//! which is the store's revision of the last write. All writes are compare-and-swap on that revision.
+
+pub mod builtin;
+pub mod delete;
+pub mod events;
+pub mod meta;
+pub mod read;
+pub mod resource;
+pub mod reviews;
+pub mod selectors;
+pub mod services;
+pub mod strategy;
+pub mod watch;
+pub mod write;
+
+use std::sync::Arc;
+
+use federation_store::{KeyValue, Revision, Store};
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Role;
+use crate::status::ApiError;
+use crate::value;
+use resource::{CatalogHandle, Resource};
+
+/// The store with what is served from it.
+#[derive(Debug)]
+pub struct Registry {
+    pub(crate) store: StoreHandle,
+    pub(crate) catalog: CatalogHandle,
+    pub(crate) role: Role,
+    /// Ends watches when the server stops.
+    pub(crate) shutdown: CancellationToken,
+}
+
+/// The store; hides that it has no `Debug`.
+#[derive(Clone)]
+pub(crate) struct StoreHandle(pub(crate) Store);
+
+/// An object, or with an empty name a collection.
+#[derive(Clone, Debug)]
+pub struct Target {
+    pub resource: Arc<Resource>,
+    pub namespace: String,
+    pub name: String,
+}
+
+/// An object as the API shows it, with the stored pair that it came from.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    pub object: Value,
+    pub revision: Revision,
+}
+
+// === impl StoreHandle ===
+
+impl std::fmt::Debug for StoreHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Store")
+    }
+}
+
+impl std::ops::Deref for StoreHandle {
+    type Target = Store;
+
+    fn deref(&self) -> &Store {
+        &self.0
+    }
+}
+
+// === impl Target ===
+
+impl Target {
+    /// The error for an object that does not exist.
+    pub fn not_found(&self) -> ApiError {
+        ApiError::not_found(&self.resource.group, &self.resource.plural, &self.name)
+    }
+
+    /// The store's key.
+    pub fn key(&self) -> String {
+        self.resource.key(&self.namespace, &self.name)
+    }
+
+    /// The lost-race error.
+    pub fn modified(&self) -> ApiError {
+        ApiError::modified(&self.resource.group, &self.resource.plural, &self.name)
+    }
+}
+
+// === impl Registry ===
+
+impl Registry {
+    /// A registry that serves the built-in kinds of a role.
+    pub fn new(store: Store, role: Role, shutdown: CancellationToken) -> Self {
+        let registry = Self { store: StoreHandle(store), catalog: CatalogHandle::default(), role, shutdown };
+        registry.catalog.replace(resource::Catalog::new(builtin::resources(role)));
+        registry
+    }
+
+    /// What is served now.
+    pub fn catalog(&self) -> Arc<resource::Catalog> {
+        self.catalog.current()
+    }
+
+    /// The target of a resource path.
+    pub fn target(
+        &self,
+        (group, version, plural): (&str, &str, &str),
+        namespace: &str,
+        name: &str,
+    ) -> Result<Target, ApiError> {
+        let resource = self.catalog().get(group, version, plural).ok_or_else(ApiError::no_such_path)?;
+        Ok(Target { resource, namespace: namespace.to_owned(), name: name.to_owned() })
+    }
+
+    /// A built-in core/v1 object's target.
+    pub(crate) fn core(&self, plural: &str, namespace: &str, name: &str) -> Result<Target, ApiError> {
+        self.target(("", "v1", plural), namespace, name)
+    }
+}
+
+/// The API form of a stored value in the version of `resource`.
+pub(crate) fn to_api(resource: &Resource, kv: &KeyValue) -> Result<Value, ApiError> {
+    let mut object: Value = serde_json::from_slice(&kv.value).map_err(ApiError::internal)?;
+    if resource.is_new_event() {
+        events::to_new(&mut object);
+    }
+    value::set(&mut object, &["apiVersion"], Value::String(resource.api_version()));
+    value::set(&mut object, &["kind"], Value::String(resource.kind.clone()));
+    value::set(&mut object, &["metadata", "resourceVersion"], Value::String(kv.mod_revision.0.to_string()));
+    if resource.is_custom() {
+        // The schema may have got defaults since the object was written.
+        crate::schema::defaults::apply_defaults(resource.schema.as_ref(), &mut object);
+    }
+    Ok(object)
+}
+
+/// The stored form of an object.
+pub(crate) fn to_stored(resource: &Resource, object: &Value) -> Result<Vec<u8>, ApiError> {
+    let mut object = object.clone();
+    if resource.is_new_event() {
+        events::to_core(&mut object);
+    }
+    value::set(&mut object, &["apiVersion"], Value::String(resource.storage_api_version.clone()));
+    value::remove(&mut object, &["metadata", "resourceVersion"]);
+    let bytes = serde_json::to_vec(&object).map_err(ApiError::internal)?;
+    if bytes.len() > federation_store::MAX_VALUE_BYTES {
+        return Err(ApiError::too_large(federation_store::MAX_VALUE_BYTES));
+    }
+    Ok(bytes)
+}
+
+/// A store error as a client sees it.
+pub(crate) fn store_error(error: federation_store::Error) -> ApiError {
+    use federation_store::Error;
+    match error {
+        Error::Compacted { requested, compacted } => {
+            ApiError::expired(format!("too old resource version: {} ({})", requested.0, compacted.0))
+        }
+        Error::FutureRevision { requested, current } => {
+            ApiError::too_large_resource_version(requested.0, current.0)
+        }
+        Error::InvalidKey { .. } => ApiError::bad_request("the name of the object is too long to be stored"),
+        Error::ValueTooLarge { .. } => ApiError::too_large(federation_store::MAX_VALUE_BYTES),
+        Error::Closed => ApiError::unavailable("the server is shutting down"),
+        Error::Database { .. } => ApiError::internal(format_args!("{error}: {}", source_text(&error))),
+    }
+}
+
+fn source_text(error: &dyn std::error::Error) -> String {
+    error.source().map(ToString::to_string).unwrap_or_default()
+}
+
+/// Parses a resourceVersion; "" and "0" are 0.
+pub(crate) fn parse_revision(text: &str) -> Result<u64, ApiError> {
+    if text.is_empty() {
+        return Ok(0);
+    }
+    text.parse().map_err(|_| {
+        ApiError::bad_request(format!("Invalid value: {text:?}: resourceVersion must be a non-negative integer"))
+    })
+}

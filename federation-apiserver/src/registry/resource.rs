@@ -1,0 +1,258 @@
+//! What is served: one [`Resource`] per group, version and plural, in a [`Catalog`] that CRDs change at run time.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+use serde_json::Value;
+
+use crate::schema::RootType;
+
+/// A served resource in one version.
+#[derive(Clone, Debug)]
+pub struct Resource {
+    /// "" for the core group.
+    pub group: String,
+    pub version: String,
+    pub kind: String,
+    pub list_kind: String,
+    pub plural: String,
+    pub singular: String,
+    pub short_names: Vec<String>,
+    pub categories: Vec<String>,
+    pub namespaced: bool,
+    /// The status is written through `/status` only.
+    pub status: bool,
+    pub scale: Option<ScalePaths>,
+    /// Pods: `/log` and `/binding`.
+    pub pod: bool,
+    /// Other than status and metadata changes count in `metadata.generation`.
+    pub generation: bool,
+    pub schema: RootType,
+    pub origin: Origin,
+    /// `<group>/<version>` that objects are stored in.
+    pub storage_api_version: String,
+}
+
+/// Where a resource comes from.
+#[derive(Clone, Debug)]
+pub enum Origin {
+    /// One of the built-in kinds, with the name of its definition.
+    Builtin { definition: &'static str },
+    /// A CustomResourceDefinition.
+    Custom(Arc<CustomInfo>),
+}
+
+/// What a CRD says about one version beyond what [`Resource`] holds.
+#[derive(Debug)]
+pub struct CustomInfo {
+    /// Name of the CRD object.
+    pub crd: String,
+    /// `openAPIV3Schema` as written.
+    pub schema: Option<Value>,
+    /// `additionalPrinterColumns` as written.
+    pub columns: Vec<Value>,
+    /// JSON paths that may be used in field selectors, with the leading dot.
+    pub selectable_fields: Vec<String>,
+    /// Deprecation warning of this version, "" when it is not deprecated.
+    pub warning: String,
+    /// Not yet established, or being deleted: served for reading only.
+    pub terminating: bool,
+}
+
+/// JSON paths of the scale subresource (`.spec.replicas`).
+#[derive(Clone, Debug)]
+pub struct ScalePaths {
+    pub spec_replicas: Vec<String>,
+    pub status_replicas: Vec<String>,
+    pub label_selector: Option<Vec<String>>,
+}
+
+/// All that is served at one moment.
+#[derive(Debug, Default)]
+pub struct Catalog {
+    resources: BTreeMap<(String, String, String), Arc<Resource>>,
+}
+
+/// The current catalog, replaced as a whole.
+#[derive(Debug, Default)]
+pub struct CatalogHandle(RwLock<Arc<Catalog>>);
+
+// === impl Resource ===
+
+impl Resource {
+    /// `apps/v1`, or `v1` in the core group.
+    pub fn api_version(&self) -> String {
+        api_version(&self.group, &self.version)
+    }
+
+    /// Is it defined by a CRD?
+    pub fn is_custom(&self) -> bool {
+        matches!(self.origin, Origin::Custom(_))
+    }
+
+    /// The group as it appears in keys: never empty.
+    fn key_group(&self) -> &str {
+        // Both event APIs are one set of objects.
+        if self.group.is_empty() || self.plural == "events" { "core" } else { &self.group }
+    }
+
+    /// Key prefix of all objects, or those of one namespace. Ends with a slash.
+    pub fn prefix(&self, namespace: &str) -> String {
+        if namespace.is_empty() {
+            format!("/registry/{}/{}/", self.key_group(), self.plural)
+        } else {
+            format!("/registry/{}/{}/{namespace}/", self.key_group(), self.plural)
+        }
+    }
+
+    /// Key of one object.
+    pub fn key(&self, namespace: &str, name: &str) -> String {
+        if self.namespaced {
+            format!("/registry/{}/{}/{namespace}/{name}", self.key_group(), self.plural)
+        } else {
+            format!("/registry/{}/{}/{name}", self.key_group(), self.plural)
+        }
+    }
+
+    /// Is this the events.k8s.io form of events, which are stored in the core form?
+    pub fn is_new_event(&self) -> bool {
+        self.group == "events.k8s.io" && self.plural == "events"
+    }
+}
+
+/// `group/version`, without the slash in the core group.
+pub fn api_version(group: &str, version: &str) -> String {
+    if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") }
+}
+
+/// Splits `group/version`.
+pub fn split_api_version(text: &str) -> (&str, &str) {
+    text.split_once('/').unwrap_or(("", text))
+}
+
+// === impl ScalePaths ===
+
+impl ScalePaths {
+    /// Parses a simple JSON path (`.spec.replicas`) into its keys.
+    pub fn parse(path: &str) -> Option<Vec<String>> {
+        let rest = path.strip_prefix('.')?;
+        let keys: Vec<String> = rest.split('.').map(str::to_owned).collect();
+        (!keys.iter().any(String::is_empty)).then_some(keys)
+    }
+}
+
+// === impl Catalog ===
+
+impl Catalog {
+    /// A catalog of these resources.
+    pub fn new(resources: impl IntoIterator<Item = Resource>) -> Self {
+        let resources = resources
+            .into_iter()
+            .map(|r| ((r.group.clone(), r.version.clone(), r.plural.clone()), Arc::new(r)))
+            .collect();
+        Self { resources }
+    }
+
+    /// A resource by its path.
+    pub fn get(&self, group: &str, version: &str, plural: &str) -> Option<Arc<Resource>> {
+        self.resources.get(&(group.to_owned(), version.to_owned(), plural.to_owned())).cloned()
+    }
+
+    /// A resource by kind.
+    pub fn by_kind(&self, group: &str, version: &str, kind: &str) -> Option<Arc<Resource>> {
+        self.iter().find(|r| r.group == group && r.version == version && r.kind == kind).cloned()
+    }
+
+    /// A resource by the group and plural of a key, in any version.
+    pub fn by_key(&self, key_group: &str, plural: &str) -> Option<Arc<Resource>> {
+        self.iter().find(|r| r.key_group() == key_group && r.plural == plural).cloned()
+    }
+
+    /// All resources, by group, version and plural.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Resource>> {
+        self.resources.values()
+    }
+
+    /// One resource per stored kind (not one per version).
+    pub fn stored(&self) -> Vec<Arc<Resource>> {
+        let mut seen = std::collections::BTreeSet::new();
+        self.iter().filter(|r| seen.insert((r.key_group().to_owned(), r.plural.clone()))).cloned().collect()
+    }
+
+    /// Groups with their versions, most preferred first; the core group is left out.
+    pub fn groups(&self) -> Vec<(String, Vec<String>)> {
+        let mut groups: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for resource in self.iter().filter(|r| !r.group.is_empty()) {
+            let versions = groups.entry(resource.group.clone()).or_default();
+            if !versions.contains(&resource.version) {
+                versions.push(resource.version.clone());
+            }
+        }
+        // Groups that are served without objects of their own.
+        for (group, version) in super::reviews::GROUPS {
+            groups.entry((*group).to_owned()).or_insert_with(|| vec![(*version).to_owned()]);
+        }
+        for versions in groups.values_mut() {
+            versions.sort_by_key(|v| std::cmp::Reverse(version_priority(v)));
+        }
+        let mut list: Vec<(String, Vec<String>)> = groups.into_iter().collect();
+        // Built-in groups first, then custom ones, each in order.
+        list.sort_by_key(|(g, _)| (!is_builtin_group(g), g.clone()));
+        list
+    }
+
+    /// Is anything served in this group and version?
+    pub fn serves(&self, group: &str, version: &str) -> bool {
+        self.iter().any(|r| r.group == group && r.version == version)
+            || super::reviews::GROUPS.contains(&(group, version))
+    }
+}
+
+fn is_builtin_group(group: &str) -> bool {
+    group.is_empty() || !group.contains('.') || group.ends_with(".k8s.io")
+}
+
+/// Kubernetes' order of versions: GA before beta before alpha, newer before older, others last.
+pub fn version_priority(version: &str) -> (u8, u32, u32) {
+    let parse = || -> Option<(u8, u32, u32)> {
+        let rest = version.strip_prefix('v')?;
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+        let major: u32 = rest[..digits].parse().ok()?;
+        let tail = &rest[digits..];
+        if tail.is_empty() {
+            Some((3, major, 0))
+        } else if let Some(minor) = tail.strip_prefix("beta") {
+            Some((2, major, minor.parse().ok()?))
+        } else {
+            Some((1, major, tail.strip_prefix("alpha")?.parse().ok()?))
+        }
+    };
+    parse().unwrap_or((0, 0, 0))
+}
+
+// === impl CatalogHandle ===
+
+impl CatalogHandle {
+    /// What is served now.
+    pub fn current(&self) -> Arc<Catalog> {
+        self.0.read().clone()
+    }
+
+    /// Serves something else from now on.
+    pub fn replace(&self, catalog: Catalog) {
+        *self.0.write() = Arc::new(catalog);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_ordered_as_kubernetes_does() {
+        let mut versions = ["v1alpha1", "v2", "foo", "v1", "v10beta3", "v3beta1", "v1beta2"];
+        versions.sort_by_key(|v| std::cmp::Reverse(version_priority(v)));
+        assert_eq!(versions, ["v2", "v1", "v10beta3", "v3beta1", "v1beta2", "v1alpha1", "foo"]);
+    }
+}

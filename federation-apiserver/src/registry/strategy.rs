@@ -1,0 +1,545 @@
+//! What built-in kinds ask for beyond their schema: defaults that depend on other fields, validation, immutability.
+
+use serde_json::{Value, json};
+
+use super::meta;
+use super::resource::Resource;
+use crate::status::FieldError;
+use crate::value::{self, at, i64_at, set, str_at};
+
+/// Fields that may not change once set: plural, path.
+const IMMUTABLE: &[(&str, &[&str])] = &[
+    ("deployments", &["spec", "selector"]),
+    ("replicasets", &["spec", "selector"]),
+    ("daemonsets", &["spec", "selector"]),
+    ("statefulsets", &["spec", "selector"]),
+    ("statefulsets", &["spec", "serviceName"]),
+    ("statefulsets", &["spec", "volumeClaimTemplates"]),
+    ("statefulsets", &["spec", "podManagementPolicy"]),
+    ("secrets", &["type"]),
+    ("endpointslices", &["addressType"]),
+    ("customresourcedefinitions", &["spec", "group"]),
+    ("customresourcedefinitions", &["spec", "scope"]),
+    ("customresourcedefinitions", &["spec", "names", "plural"]),
+];
+
+/// Fields that must be there: plural, path.
+const REQUIRED: &[(&str, &[&str])] = &[
+    ("deployments", &["spec", "selector"]),
+    ("deployments", &["spec", "template"]),
+    ("replicasets", &["spec", "selector"]),
+    ("replicasets", &["spec", "template"]),
+    ("daemonsets", &["spec", "selector"]),
+    ("daemonsets", &["spec", "template"]),
+    ("statefulsets", &["spec", "selector"]),
+    ("statefulsets", &["spec", "template"]),
+    ("pods", &["spec", "containers"]),
+    ("endpointslices", &["addressType"]),
+    ("customresourcedefinitions", &["spec", "group"]),
+    ("customresourcedefinitions", &["spec", "scope"]),
+    ("customresourcedefinitions", &["spec", "versions"]),
+    ("customresourcedefinitions", &["spec", "names", "plural"]),
+    ("customresourcedefinitions", &["spec", "names", "kind"]),
+];
+
+/// Keys of all data in one ConfigMap or Secret, as in Kubernetes.
+const MAX_DATA: usize = 1 << 20;
+
+fn is_workload(resource: &Resource) -> bool {
+    matches!(resource.plural.as_str(), "deployments" | "replicasets" | "statefulsets" | "daemonsets")
+        && resource.group == "apps"
+}
+
+/// Defaults that depend on other fields. Runs after the schema's own defaults.
+pub fn default_object(resource: &Resource, object: &mut Value) {
+    if resource.is_custom() {
+        return;
+    }
+    if is_workload(resource) {
+        if let Some(spec) = object.get_mut("spec").and_then(|s| s.get_mut("template")).and_then(|t| t.get_mut("spec"))
+        {
+            default_pod_spec(spec);
+        }
+        // Go's struct always has these.
+        if let Some(template) = object.get_mut("spec").and_then(|s| s.get_mut("template"))
+            && template.get("metadata").is_none()
+        {
+            template["metadata"] = json!({});
+        }
+    }
+    match resource.plural.as_str() {
+        "deployments" => rolling(object, "strategy", &json!({"maxUnavailable": "25%", "maxSurge": "25%"})),
+        "daemonsets" => rolling(object, "updateStrategy", &json!({"maxUnavailable": 1, "maxSurge": 0})),
+        "statefulsets" => {
+            rolling(object, "updateStrategy", &json!({"partition": 0}));
+            if let Some(spec) = object.get_mut("spec").and_then(Value::as_object_mut) {
+                spec.entry("persistentVolumeClaimRetentionPolicy")
+                    .or_insert_with(|| json!({"whenDeleted": "Retain", "whenScaled": "Retain"}));
+                spec.entry("serviceName").or_insert_with(|| json!(""));
+            }
+        }
+        "pods" => {
+            if let Some(spec) = object.get_mut("spec") {
+                default_pod_spec(spec);
+                if let Some(map) = spec.as_object_mut() {
+                    map.entry("enableServiceLinks").or_insert(json!(true));
+                    map.entry("serviceAccountName").or_insert(json!("default"));
+                    let account = map.get("serviceAccountName").cloned().unwrap_or_default();
+                    map.entry("serviceAccount").or_insert(account);
+                    map.entry("preemptionPolicy").or_insert(json!("PreemptLowerPriority"));
+                    map.entry("priority").or_insert(json!(0));
+                }
+            }
+        }
+        "services" => default_service(object),
+        "secrets" => move_string_data(object),
+        "namespaces" => {
+            let name = json!(str_at(object, &["metadata", "name"]));
+            set(object, &["metadata", "labels", "kubernetes.io/metadata.name"], name);
+        }
+        "customresourcedefinitions" => crate::crd::default_crd(object),
+        _ => {}
+    }
+}
+
+fn rolling(object: &mut Value, field: &str, defaults: &Value) {
+    let Some(spec) = object.get_mut("spec").and_then(Value::as_object_mut) else { return };
+    let strategy = value::object(spec.entry(field).or_insert_with(|| json!({})));
+    if strategy.get("type").and_then(Value::as_str).unwrap_or_default().is_empty() {
+        strategy.insert("type".into(), json!("RollingUpdate"));
+    }
+    if strategy["type"] == "RollingUpdate" {
+        let rolling = value::object(strategy.entry("rollingUpdate").or_insert_with(|| json!({})));
+        for (key, default) in defaults.as_object().into_iter().flatten() {
+            rolling.entry(key.clone()).or_insert_with(|| default.clone());
+        }
+    }
+}
+
+fn default_pod_spec(spec: &mut Value) {
+    for list in ["containers", "initContainers"] {
+        for container in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
+            let image = str_at(container, &["image"]).to_owned();
+            let Some(map) = container.as_object_mut() else { continue };
+            map.entry("imagePullPolicy").or_insert_with(|| {
+                let last = image.rsplit('/').next().unwrap_or_default();
+                let latest = !image.contains('@') && (!last.contains(':') || last.ends_with(":latest"));
+                json!(if latest { "Always" } else { "IfNotPresent" })
+            });
+            // Requests default to limits.
+            if let Some(resources) = map.get_mut("resources").and_then(Value::as_object_mut)
+                && let Some(limits) = resources.get("limits").and_then(Value::as_object).cloned()
+            {
+                let requests = value::object(resources.entry("requests").or_insert_with(|| json!({})));
+                for (name, limit) in limits {
+                    requests.entry(name).or_insert(limit);
+                }
+            }
+        }
+    }
+    for volume in spec.get_mut("volumes").and_then(Value::as_array_mut).into_iter().flatten() {
+        if let Some(map) = volume.as_object_mut()
+            && map.len() == 1
+            && map.contains_key("name")
+        {
+            map.insert("emptyDir".into(), json!({}));
+        }
+    }
+}
+
+fn default_service(object: &mut Value) {
+    let Some(spec) = object.get_mut("spec").and_then(Value::as_object_mut) else { return };
+    let external = spec.get("type").and_then(Value::as_str) == Some("ExternalName");
+    for port in spec.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {
+        let number = port.get("port").cloned();
+        if let (Some(map), Some(number)) = (port.as_object_mut(), number) {
+            map.entry("targetPort").or_insert(number);
+        }
+    }
+    if !external {
+        spec.entry("internalTrafficPolicy").or_insert(json!("Cluster"));
+        spec.entry("ipFamilies").or_insert(json!(["IPv4"]));
+        spec.entry("ipFamilyPolicy").or_insert(json!("SingleStack"));
+    }
+    if spec.get("type").and_then(Value::as_str).is_some_and(|t| t == "NodePort" || t == "LoadBalancer") {
+        spec.entry("externalTrafficPolicy").or_insert(json!("Cluster"));
+    }
+}
+
+fn move_string_data(object: &mut Value) {
+    use base64::Engine as _;
+    let Some(strings) = value::remove(object, &["stringData"]) else { return };
+    for (key, v) in strings.as_object().into_iter().flatten() {
+        if let Some(text) = v.as_str() {
+            let encoded = base64::engine::general_purpose::STANDARD.encode(text);
+            set(object, &["data", key], json!(encoded));
+        }
+    }
+}
+
+/// State that a new object begins with, whatever the client sent.
+pub fn prepare_create(resource: &Resource, object: &mut Value) {
+    if resource.status && !resource.is_custom() && resource.plural != "nodes" {
+        value::remove(object, &["status"]);
+    } else if resource.is_custom() && resource.status {
+        value::remove(object, &["status"]);
+    }
+    if resource.is_custom() {
+        return;
+    }
+    match resource.plural.as_str() {
+        "namespaces" => {
+            set(object, &["spec", "finalizers"], json!(["kubernetes"]));
+            set(object, &["status"], json!({"phase": "Active"}));
+        }
+        "pods" => {
+            let class = qos_class(object);
+            set(object, &["status"], json!({"phase": "Pending", "qosClass": class}));
+        }
+        "services" => set(object, &["status"], json!({"loadBalancer": {}})),
+        "deployments" => set(object, &["status"], json!({})),
+        "replicasets" => set(object, &["status"], json!({"replicas": 0})),
+        "statefulsets" => set(object, &["status"], json!({"replicas": 0, "availableReplicas": 0})),
+        "daemonsets" => set(
+            object,
+            &["status"],
+            json!({"currentNumberScheduled": 0, "numberMisscheduled": 0, "desiredNumberScheduled": 0, "numberReady": 0}),
+        ),
+        "customresourcedefinitions" => {
+            set(object, &["status"], json!({"conditions": [], "acceptedNames": {"plural": "", "kind": ""}, "storedVersions": []}));
+        }
+        _ => {}
+    }
+}
+
+fn qos_class(pod: &Value) -> &'static str {
+    let containers = at(pod, &["spec", "containers"]).and_then(Value::as_array);
+    let (mut any, mut guaranteed) = (false, true);
+    for c in containers.into_iter().flatten() {
+        let part = |what: &str, name: &str| at(c, &["resources", what, name]).cloned();
+        for name in ["cpu", "memory"] {
+            let (limit, request) = (part("limits", name), part("requests", name));
+            any |= limit.is_some() || request.is_some();
+            guaranteed &= limit.is_some() && limit == request;
+        }
+    }
+    if guaranteed && any {
+        "Guaranteed"
+    } else if any {
+        "Burstable"
+    } else {
+        "BestEffort"
+    }
+}
+
+/// Validation of a built-in object; `old` on updates.
+pub fn validate(resource: &Resource, old: Option<&Value>, new: &Value) -> Vec<FieldError> {
+    let mut errors = Vec::new();
+    if resource.is_custom() {
+        return errors;
+    }
+    let plural = resource.plural.as_str();
+    for (p, path) in REQUIRED {
+        if *p == plural && is_unset(at(new, path)) {
+            errors.push(FieldError::required(path.join("."), ""));
+        }
+    }
+    if let Some(old) = old {
+        for (p, path) in IMMUTABLE {
+            let before = at(old, path);
+            if *p == plural && !is_unset(before) && !same(before, at(new, path)) {
+                let value = at(new, path).cloned().unwrap_or_default();
+                errors.push(FieldError::invalid(path.join("."), &value, "field is immutable"));
+            }
+        }
+    }
+    if is_workload(resource) {
+        validate_workload(new, &mut errors);
+    }
+    match plural {
+        "pods" => {
+            if let Some(spec) = new.get("spec") {
+                validate_pod_spec(spec, "spec", &mut errors);
+            }
+            if let Some(old) = old {
+                validate_pod_update(old, new, &mut errors);
+            }
+        }
+        "services" => validate_service(old, new, &mut errors),
+        "configmaps" | "secrets" => validate_data(old, new, &mut errors),
+        "customresourcedefinitions" => errors.extend(crate::crd::validate_crd(new)),
+        "events" => {
+            let (involved, namespace) =
+                (str_at(new, &["involvedObject", "namespace"]), str_at(new, &["metadata", "namespace"]));
+            if !involved.is_empty() && involved != namespace {
+                errors.push(FieldError::invalid(
+                    "involvedObject.namespace",
+                    &json!(involved),
+                    "does not match event.namespace",
+                ));
+            }
+        }
+        _ => {}
+    }
+    errors
+}
+
+fn is_unset(value: Option<&Value>) -> bool {
+    match value {
+        None | Some(Value::Null) => true,
+        Some(Value::String(s)) => s.is_empty(),
+        Some(Value::Array(a)) => a.is_empty(),
+        Some(_) => false,
+    }
+}
+
+fn same(a: Option<&Value>, b: Option<&Value>) -> bool {
+    match (a, b) {
+        (Some(a), Some(b)) => value::equal(a, b),
+        (a, b) => is_unset(a) && is_unset(b),
+    }
+}
+
+fn validate_workload(new: &Value, errors: &mut Vec<FieldError>) {
+    for field in ["replicas", "minReadySeconds", "revisionHistoryLimit", "progressDeadlineSeconds"] {
+        if let Some(n) = i64_at(new, &["spec", field]).filter(|n| *n < 0) {
+            errors.push(FieldError::invalid(format!("spec.{field}"), &json!(n), "must be greater than or equal to 0"));
+        }
+    }
+    let selector = at(new, &["spec", "selector"]);
+    let empty = selector.is_some_and(|s| {
+        let none = |key: &str| s.get(key).is_none_or(|v| v.as_object().is_none_or(serde_json::Map::is_empty) && v.as_array().is_none_or(Vec::is_empty));
+        none("matchLabels") && none("matchExpressions")
+    });
+    if let (Some(selector), true) = (selector, empty) {
+        errors.push(FieldError::invalid("spec.selector", selector, "empty selector is invalid for deployment"));
+    } else if let Some(selector) = selector {
+        let labels = at(new, &["spec", "template", "metadata", "labels"]);
+        if !label_selector_matches(selector, labels) {
+            errors.push(FieldError::invalid(
+                "spec.template.metadata.labels",
+                labels.unwrap_or(&Value::Null),
+                "`selector` does not match template `labels`",
+            ));
+        }
+    }
+    let labels = at(new, &["spec", "template", "metadata", "labels"]);
+    errors.extend(meta::label_errors(labels, "spec.template.labels"));
+    if let Some(spec) = at(new, &["spec", "template", "spec"]) {
+        validate_pod_spec(spec, "spec.template.spec", errors);
+        let policy = str_at(spec, &["restartPolicy"]);
+        if !policy.is_empty() && policy != "Always" {
+            errors.push(FieldError::not_supported(
+                "spec.template.spec.restartPolicy",
+                &json!(policy),
+                &[json!("Always")],
+            ));
+        }
+    } else {
+        errors.push(FieldError::required("spec.template.spec.containers", ""));
+    }
+    if let Some(strategy) = at(new, &["spec", "strategy", "type"]) {
+        let allowed = [json!("Recreate"), json!("RollingUpdate")];
+        if !allowed.contains(strategy) {
+            errors.push(FieldError::not_supported("spec.strategy.type", strategy, &allowed));
+        } else if strategy == "Recreate" && at(new, &["spec", "strategy", "rollingUpdate"]).is_some() {
+            errors.push(FieldError::forbidden(
+                "spec.strategy.rollingUpdate",
+                "may not be specified when strategy `type` is 'Recreate'",
+            ));
+        }
+    }
+}
+
+/// Does a `LabelSelector` object match these labels?
+pub fn label_selector_matches(selector: &Value, labels: Option<&Value>) -> bool {
+    let label = |key: &str| labels.and_then(|l| l.get(key)).and_then(Value::as_str);
+    let matched = selector
+        .get("matchLabels")
+        .and_then(Value::as_object)
+        .is_none_or(|m| m.iter().all(|(k, v)| v.as_str().is_some() && label(k) == v.as_str()));
+    let expressions = selector.get("matchExpressions").and_then(Value::as_array);
+    matched
+        && expressions.is_none_or(|list| {
+            list.iter().all(|e| {
+                let found = label(str_at(e, &["key"]));
+                let within = || {
+                    let values = e.get("values").and_then(Value::as_array);
+                    found.is_some_and(|f| values.is_some_and(|v| v.iter().any(|x| x.as_str() == Some(f))))
+                };
+                match str_at(e, &["operator"]) {
+                    "In" => within(),
+                    "NotIn" => !within(),
+                    "Exists" => found.is_some(),
+                    "DoesNotExist" => found.is_none(),
+                    _ => false,
+                }
+            })
+        })
+}
+
+fn validate_pod_spec(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
+    if is_unset(spec.get("containers")) {
+        let field = format!("{path}.containers");
+        if !errors.iter().any(|e| e.field == field) {
+            errors.push(FieldError::required(field, ""));
+        }
+    }
+    let mut names = std::collections::HashSet::new();
+    for list in ["containers", "initContainers"] {
+        for (i, c) in spec.get(list).and_then(Value::as_array).into_iter().flatten().enumerate() {
+            let at = format!("{path}.{list}[{i}]");
+            let name = str_at(c, &["name"]);
+            if name.is_empty() {
+                errors.push(FieldError::required(format!("{at}.name"), ""));
+            } else if !meta::is_dns_label(name) {
+                let detail = meta::name_error("Namespace", name).unwrap_or_default();
+                errors.push(FieldError::invalid(format!("{at}.name"), &json!(name), detail));
+            } else if !names.insert(name.to_owned()) {
+                errors.push(FieldError::duplicate(format!("{at}.name"), &json!(name)));
+            }
+            if str_at(c, &["image"]).is_empty() {
+                errors.push(FieldError::required(format!("{at}.image"), ""));
+            }
+            for (p, port) in c.get("ports").and_then(Value::as_array).into_iter().flatten().enumerate() {
+                let number = port.get("containerPort").cloned().unwrap_or_default();
+                if !number.as_i64().is_some_and(|n| (1..=65535).contains(&n)) {
+                    errors.push(FieldError::invalid(
+                        format!("{at}.ports[{p}].containerPort"),
+                        &number,
+                        "must be between 1 and 65535, inclusive",
+                    ));
+                }
+            }
+            let allowed = [json!("Always"), json!("IfNotPresent"), json!("Never")];
+            if let Some(policy) = c.get("imagePullPolicy").filter(|p| !allowed.contains(p)) {
+                errors.push(FieldError::not_supported(format!("{at}.imagePullPolicy"), policy, &allowed));
+            }
+        }
+    }
+    let allowed = [json!("Always"), json!("OnFailure"), json!("Never")];
+    if let Some(policy) = spec.get("restartPolicy").filter(|p| !allowed.contains(p)) {
+        errors.push(FieldError::not_supported(format!("{path}.restartPolicy"), policy, &allowed));
+    }
+}
+
+fn validate_pod_update(old: &Value, new: &Value, errors: &mut Vec<FieldError>) {
+    // Both without what may change: images, deadline, tolerations; a node may be assigned once.
+    let frozen = |pod: &Value| {
+        let mut spec = pod.get("spec").cloned().unwrap_or_default();
+        for list in ["containers", "initContainers"] {
+            for c in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
+                value::remove(c, &["image"]);
+            }
+        }
+        for key in ["activeDeadlineSeconds", "tolerations", "terminationGracePeriodSeconds", "schedulingGates", "ephemeralContainers"] {
+            value::remove(&mut spec, &[key]);
+        }
+        if str_at(old, &["spec", "nodeName"]).is_empty() {
+            value::remove(&mut spec, &["nodeName"]);
+        }
+        spec
+    };
+    if !value::equal(&frozen(old), &frozen(new)) {
+        errors.push(FieldError::forbidden(
+            "spec",
+            "pod updates may not change fields other than `spec.containers[*].image`,`spec.initContainers[*].image`,`spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing tolerations),`spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)",
+        ));
+    }
+}
+
+fn validate_service(old: Option<&Value>, new: &Value, errors: &mut Vec<FieldError>) {
+    let kind = str_at(new, &["spec", "type"]);
+    let allowed = [json!("ClusterIP"), json!("ExternalName"), json!("LoadBalancer"), json!("NodePort")];
+    if !allowed.contains(&json!(kind)) {
+        errors.push(FieldError::not_supported("spec.type", &json!(kind), &allowed));
+    }
+    let cluster_ip = str_at(new, &["spec", "clusterIP"]);
+    if kind != "ExternalName" && cluster_ip != "None" && is_unset(at(new, &["spec", "ports"])) {
+        errors.push(FieldError::required("spec.ports", ""));
+    }
+    let ports = at(new, &["spec", "ports"]).and_then(Value::as_array);
+    let many = ports.is_some_and(|p| p.len() > 1);
+    for (i, port) in ports.into_iter().flatten().enumerate() {
+        let number = port.get("port").cloned().unwrap_or_default();
+        if !number.as_i64().is_some_and(|n| (1..=65535).contains(&n)) {
+            errors.push(FieldError::invalid(
+                format!("spec.ports[{i}].port"),
+                &number,
+                "must be between 1 and 65535, inclusive",
+            ));
+        }
+        if many && str_at(port, &["name"]).is_empty() {
+            errors.push(FieldError::required(format!("spec.ports[{i}].name"), ""));
+        }
+    }
+    if let Some(old) = old {
+        let before = str_at(old, &["spec", "clusterIP"]);
+        if !before.is_empty() && before != cluster_ip && kind != "ExternalName" && str_at(old, &["spec", "type"]) != "ExternalName" {
+            errors.push(FieldError::invalid("spec.clusterIPs[0]", &json!(cluster_ip), "may not change once set"));
+        }
+    }
+}
+
+fn validate_data(old: Option<&Value>, new: &Value, errors: &mut Vec<FieldError>) {
+    let mut size = 0;
+    for field in ["data", "binaryData"] {
+        for (key, v) in new.get(field).and_then(Value::as_object).into_iter().flatten() {
+            size += v.as_str().map_or(0, str::len);
+            let valid = !key.is_empty()
+                && key.len() <= 253
+                && key != "."
+                && key != ".."
+                && key.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
+            if !valid {
+                errors.push(FieldError::invalid(
+                    format!("{field}[{key}]"),
+                    &json!(key),
+                    "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name',  or 'KEY_NAME',  or 'key-name', regex used for validation is '[-._a-zA-Z0-9]+')",
+                ));
+            }
+        }
+    }
+    if size > MAX_DATA {
+        errors.push(FieldError::too_long("data", "may not be more than 1048576 bytes"));
+    }
+    if let Some(old) = old
+        && old.get("immutable") == Some(&json!(true))
+    {
+        if new.get("immutable") != Some(&json!(true)) {
+            errors.push(FieldError::forbidden("immutable", "field is immutable when `immutable` is set"));
+        }
+        for field in ["data", "binaryData"] {
+            if !same(old.get(field), new.get(field)) {
+                errors.push(FieldError::forbidden(field, "field is immutable when `immutable` is set"));
+            }
+        }
+    }
+}
+
+/// Fields that an update leaves alone when the client did not send them, though the schema has no default for them.
+pub fn keep_on_update(resource: &Resource, old: &Value, new: &mut Value) {
+    if resource.is_custom() {
+        return;
+    }
+    match resource.plural.as_str() {
+        "services" if str_at(new, &["spec", "type"]) != "ExternalName" => {
+            for field in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
+                if is_unset(at(new, &["spec", field]))
+                    && let Some(v) = at(old, &["spec", field])
+                {
+                    let v = v.clone();
+                    set(new, &["spec", field], v);
+                }
+            }
+        }
+        // Set once by the namespace's own finalize subresource.
+        "namespaces" => {
+            if let Some(v) = at(old, &["spec", "finalizers"]) {
+                let v = v.clone();
+                set(new, &["spec", "finalizers"], v);
+            }
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,822 @@
+//! Create, update, patch and apply.
+
+use federation_store::{Revision, WriteOutcome};
+use serde_json::{Value, json};
+
+use super::{Registry, Stored, Target, meta, store_error, strategy, to_api, to_stored};
+use crate::apply::{self, Writer};
+use crate::schema::{defaults, validate};
+use crate::status::{ApiError, FieldError};
+use crate::value::{self, at, set, str_at};
+use crate::{gc, patch};
+
+/// Times that a patch is tried again when the object changes under it.
+const PATCH_ATTEMPTS: usize = 8;
+/// Longest field manager's name, as in Kubernetes.
+const MAX_MANAGER: usize = 128;
+
+/// What to do about unknown and duplicate fields.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FieldValidation {
+    Ignore,
+    #[default]
+    Warn,
+    Strict,
+}
+
+/// Options of a write.
+#[derive(Clone, Debug, Default)]
+pub struct WriteOptions {
+    /// Field manager; never empty here.
+    pub manager: String,
+    pub dry_run: bool,
+    pub validation: FieldValidation,
+    /// Apply only: take fields over from others.
+    pub force: bool,
+    /// The write is to `/status`, `/scale` or (empty) to the object.
+    pub subresource: &'static str,
+    /// Fields that appeared twice in the body.
+    pub duplicates: Vec<String>,
+}
+
+/// What a patch is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PatchKind {
+    Json,
+    Merge,
+    Strategic,
+    Apply,
+}
+
+/// The outcome of a write.
+#[derive(Clone, Debug)]
+pub struct Written {
+    pub object: Value,
+    pub created: bool,
+    /// Text of warnings for the client.
+    pub warnings: Vec<String>,
+}
+
+/// How managedFields come about.
+enum Ownership {
+    /// Compare with what was there.
+    Update,
+    /// The object carries them already.
+    Applied,
+}
+
+// === impl WriteOptions ===
+
+impl WriteOptions {
+    /// A plain write by this manager.
+    pub fn by(manager: &str) -> Self {
+        Self { manager: manager.to_owned(), ..Self::default() }
+    }
+
+    fn check(&self) -> Result<(), ApiError> {
+        if self.manager.len() > MAX_MANAGER || self.manager.chars().any(char::is_control) {
+            let error = FieldError::invalid(
+                "fieldManager",
+                &json!(self.manager),
+                "must have at most 128 printable characters",
+            );
+            return Err(ApiError::invalid("meta.k8s.io", "PatchOptions", "", &[error]));
+        }
+        Ok(())
+    }
+}
+
+// === impl Registry ===
+
+impl Registry {
+    /// Creates an object. The target's name may be empty: the object has it, or a `generateName`.
+    pub async fn create(&self, target: &Target, mut object: Value, options: &WriteOptions) -> Result<Written, ApiError> {
+        options.check()?;
+        let resource = target.resource.clone();
+        self.identify(target, &mut object)?;
+        let generated = str_at(&object, &["metadata", "name"]).is_empty();
+        if generated {
+            let base = str_at(&object, &["metadata", "generateName"]);
+            if !base.is_empty() {
+                let name = meta::generate_name(base);
+                set(&mut object, &["metadata", "name"], json!(name));
+            }
+        }
+        let target = Target { name: str_at(&object, &["metadata", "name"]).to_owned(), ..target.clone() };
+        self.check_namespace(&target).await?;
+        if !str_at(&object, &["metadata", "resourceVersion"]).is_empty() {
+            return Err(ApiError::bad_request("resourceVersion should not be set on objects to be created"));
+        }
+        for key in ["uid", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "generation"] {
+            value::remove(&mut object, &["metadata", key]);
+        }
+        strategy::prepare_create(&resource, &mut object);
+        self.write_new(&target, object, options, Ownership::Update).await
+    }
+
+    async fn write_new(
+        &self,
+        target: &Target,
+        mut object: Value,
+        options: &WriteOptions,
+        ownership: Ownership,
+    ) -> Result<Written, ApiError> {
+        let resource = &target.resource;
+        if let crate::registry::resource::Origin::Custom(info) = &resource.origin
+            && info.terminating
+        {
+            return Err(ApiError::method_not_allowed(&resource.group, &resource.plural, "create"));
+        }
+        let warnings = self.prepare(target, None, &mut object, options)?;
+        if resource.plural == "services" && !resource.is_custom() {
+            self.allocate_service(&mut object, options.dry_run).await?;
+        }
+        let now = value::timestamp();
+        set(&mut object, &["metadata", "uid"], json!(uuid::Uuid::new_v4().to_string()));
+        set(&mut object, &["metadata", "creationTimestamp"], json!(now));
+        if resource.generation || resource.is_custom() {
+            set(&mut object, &["metadata", "generation"], json!(1));
+        }
+        if matches!(ownership, Ownership::Update) {
+            let api_version = resource.api_version();
+            let writer = writer_of(&api_version, options, &now);
+            apply::on_update(resource.schema.as_ref(), None, &mut object, &writer);
+        }
+        if options.dry_run {
+            return Ok(Written { object, created: true, warnings });
+        }
+        let outcome = self.store.create(target.key(), to_stored(resource, &object)?).await.map_err(store_error)?;
+        match outcome {
+            WriteOutcome::Applied { kv, .. } => {
+                Ok(Written { object: to_api(resource, &kv)?, created: true, warnings })
+            }
+            WriteOutcome::Conflict { .. } => {
+                if resource.plural == "services" && !resource.is_custom() {
+                    self.release_service(&object).await;
+                }
+                Err(ApiError::already_exists(&resource.group, &resource.plural, &target.name))
+            }
+        }
+    }
+
+    /// Replaces an object (or its status).
+    pub async fn update(&self, target: &Target, mut object: Value, options: &WriteOptions) -> Result<Written, ApiError> {
+        options.check()?;
+        self.identify(target, &mut object)?;
+        let resource = &target.resource;
+        let name = str_at(&object, &["metadata", "name"]);
+        if name.is_empty() {
+            return Err(ApiError::bad_request("name must be provided"));
+        }
+        let sent = str_at(&object, &["metadata", "resourceVersion"]).to_owned();
+        if resource.is_custom() && sent.is_empty() {
+            let error = FieldError::invalid("metadata.resourceVersion", &json!(0), "must be specified for an update");
+            return Err(ApiError::invalid(&resource.group, &resource.kind, name, &[error]));
+        }
+        for _ in 0..PATCH_ATTEMPTS {
+            let current = self.get(target).await?;
+            match self.replace(target, &current, object.clone(), options, Ownership::Update).await? {
+                Some(written) => return Ok(written),
+                None if sent.is_empty() => continue,
+                None => return Err(target.modified()),
+            }
+        }
+        Err(target.modified())
+    }
+
+    /// Patches an object; an apply patch creates it when it does not exist.
+    pub async fn patch(
+        &self,
+        target: &Target,
+        kind: PatchKind,
+        patch: &Value,
+        options: &WriteOptions,
+    ) -> Result<Written, ApiError> {
+        options.check()?;
+        if kind == PatchKind::Apply {
+            return self.apply(target, patch, options).await;
+        }
+        let resource = &target.resource;
+        if kind == PatchKind::Strategic && resource.is_custom() {
+            return Err(ApiError::unsupported_media_type(
+                "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml",
+            ));
+        }
+        for _ in 0..PATCH_ATTEMPTS {
+            let current = self.get(target).await?;
+            let new = match kind {
+                PatchKind::Json => patch::json_patch(&current.object, patch)?,
+                PatchKind::Strategic => {
+                    patch::strategic::strategic_merge(resource.schema.as_ref(), &current.object, patch)?
+                }
+                PatchKind::Merge | PatchKind::Apply => {
+                    if !patch.is_object() {
+                        return Err(ApiError::bad_request("a merge patch must be an object"));
+                    }
+                    let mut new = current.object.clone();
+                    patch::merge_patch(&mut new, patch);
+                    new
+                }
+            };
+            if str_at(&new, &["metadata", "name"]) != target.name {
+                let error = FieldError::invalid(
+                    "metadata.name",
+                    at(&new, &["metadata", "name"]).unwrap_or(&Value::Null),
+                    "field is immutable",
+                );
+                return Err(ApiError::invalid(&resource.group, &resource.kind, &target.name, &[error]));
+            }
+            let pinned = str_at(&new, &["metadata", "resourceVersion"])
+                != str_at(&current.object, &["metadata", "resourceVersion"]);
+            let mut new = new;
+            self.identify(target, &mut new)?;
+            match self.replace(target, &current, new, options, Ownership::Update).await? {
+                Some(written) => return Ok(written),
+                None if pinned => return Err(target.modified()),
+                None => continue,
+            }
+        }
+        Err(target.modified())
+    }
+
+    async fn apply(&self, target: &Target, config: &Value, options: &WriteOptions) -> Result<Written, ApiError> {
+        let resource = target.resource.clone();
+        let mut config = config.clone();
+        self.identify(target, &mut config)?;
+        if at(&config, &["metadata", "managedFields"]).is_some_and(|m| !m.is_null() && m != &json!([])) {
+            return Err(ApiError::bad_request("metadata.managedFields must be nil"));
+        }
+        value::remove(&mut config, &["metadata", "managedFields"]);
+        if resource.status && options.subresource == "status" {
+            let identity = json!({"apiVersion": config["apiVersion"], "kind": config["kind"], "status": config["status"],
+                "metadata": {"name": target.name}});
+            let version = at(&config, &["metadata", "resourceVersion"]).cloned();
+            let namespace = at(&config, &["metadata", "namespace"]).cloned();
+            config = identity;
+            for (key, v) in [("resourceVersion", version), ("namespace", namespace)] {
+                if let Some(v) = v {
+                    set(&mut config, &["metadata", key], v);
+                }
+            }
+        } else if resource.status {
+            value::remove(&mut config, &["status"]);
+        }
+        let mut warnings = self.admit_fields(target, &mut config, options)?;
+        if resource.plural == "secrets" && !resource.is_custom() {
+            strategy::default_object(&resource, &mut config);
+        }
+        let now = value::timestamp();
+        let api_version = resource.api_version();
+        let writer = writer_of(&api_version, options, &now);
+        for _ in 0..PATCH_ATTEMPTS {
+            let ty = resource.schema.as_ref();
+            let current = match self.get(target).await {
+                Ok(current) => current,
+                Err(error) if error.is_not_found() && options.subresource.is_empty() => {
+                    if !str_at(&config, &["metadata", "uid"]).is_empty() {
+                        let why = format!(
+                            "uid mismatch: the provided object specified uid {}, and no existing object was found",
+                            str_at(&config, &["metadata", "uid"])
+                        );
+                        return Err(ApiError::conflict(&resource.group, &resource.plural, &target.name, &why));
+                    }
+                    self.check_namespace(target).await?;
+                    let mut empty = json!({"apiVersion": api_version, "kind": resource.kind,
+                        "metadata": {"name": target.name}});
+                    if resource.namespaced {
+                        set(&mut empty, &["metadata", "namespace"], json!(target.namespace));
+                    }
+                    let mut new = apply::apply(ty, &empty, &config, &writer, options.force).map_err(conflict)?;
+                    value::remove(&mut new, &["metadata", "resourceVersion"]);
+                    strategy::prepare_create(&resource, &mut new);
+                    match self.write_new(target, new, options, Ownership::Applied).await {
+                        Err(error) if error.is_already_exists() => continue,
+                        Ok(mut written) => {
+                            written.warnings.append(&mut warnings);
+                            return Ok(written);
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+                Err(error) => return Err(error),
+            };
+            let pinned = !str_at(&config, &["metadata", "resourceVersion"]).is_empty();
+            let mut live = current.object.clone();
+            if pinned
+                && str_at(&config, &["metadata", "resourceVersion"])
+                    != str_at(&live, &["metadata", "resourceVersion"])
+            {
+                return Err(target.modified());
+            }
+            if resource.is_new_event() {
+                value::strip_nulls(&mut live);
+            }
+            let new = apply::apply(ty, &live, &config, &writer, options.force).map_err(conflict)?;
+            match self.replace(target, &current, new, options, Ownership::Applied).await? {
+                Some(mut written) => {
+                    written.warnings.append(&mut warnings);
+                    return Ok(written);
+                }
+                None if pinned => return Err(target.modified()),
+                None => continue,
+            }
+        }
+        Err(target.modified())
+    }
+
+    /// Writes `new` over `current`. `None`: somebody else was faster.
+    async fn replace(
+        &self,
+        target: &Target,
+        current: &Stored,
+        mut new: Value,
+        options: &WriteOptions,
+        ownership: Ownership,
+    ) -> Result<Option<Written>, ApiError> {
+        let resource = &target.resource;
+        let old = &current.object;
+        let sent = str_at(&new, &["metadata", "resourceVersion"]);
+        if !sent.is_empty() && sent != str_at(old, &["metadata", "resourceVersion"]) {
+            return Err(target.modified());
+        }
+        let uid = str_at(&new, &["metadata", "uid"]);
+        if !uid.is_empty() && uid != str_at(old, &["metadata", "uid"]) {
+            let why = format!(
+                "Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
+                str_at(old, &["metadata", "uid"])
+            );
+            return Err(ApiError::conflict(&resource.group, &resource.plural, &target.name, &why));
+        }
+        let mut new = restrict(target, old, &mut new, options.subresource);
+        for key in [
+            "uid",
+            "creationTimestamp",
+            "deletionTimestamp",
+            "deletionGracePeriodSeconds",
+            "generation",
+            "namespace",
+            "generateName",
+            "resourceVersion",
+        ] {
+            match at(old, &["metadata", key]) {
+                Some(v) => set(&mut new, &["metadata", key], v.clone()),
+                None => {
+                    value::remove(&mut new, &["metadata", key]);
+                }
+            }
+        }
+        value::remove(&mut new, &["metadata", "selfLink"]);
+        strategy::keep_on_update(resource, old, &mut new);
+        let warnings = self.prepare(target, Some(old), &mut new, options)?;
+        if resource.plural == "services" && !resource.is_custom() && options.subresource.is_empty() {
+            let kept = str_at(old, &["spec", "clusterIP"]);
+            if kept.is_empty() || str_at(&new, &["spec", "type"]) != str_at(old, &["spec", "type"]) {
+                let ip = str_at(&new, &["spec", "clusterIP"]).to_owned();
+                if ip.is_empty() || ip != kept || str_at(&new, &["spec", "type"]) != "ClusterIP" {
+                    self.complete_service(old, &mut new, options.dry_run).await?;
+                }
+            }
+        }
+        if meta::is_deleting(old) {
+            check_finalizers(target, old, &new)?;
+        }
+        if (resource.generation || resource.is_custom()) && intent_changed(old, &new, resource.status) {
+            let generation = value::i64_at(old, &["metadata", "generation"]).unwrap_or(0) + 1;
+            set(&mut new, &["metadata", "generation"], json!(generation));
+        }
+        if matches!(ownership, Ownership::Update) {
+            let now = value::timestamp();
+            let api_version = resource.api_version();
+            let writer = writer_of(&api_version, options, &now);
+            apply::on_update(resource.schema.as_ref(), Some(old), &mut new, &writer);
+        }
+        if value::equal(old, &new) {
+            return Ok(Some(Written { object: new, created: false, warnings }));
+        }
+        if options.dry_run {
+            return Ok(Some(Written { object: new, created: false, warnings }));
+        }
+        if gc::is_finished(resource, &new) {
+            let outcome = self.store.delete(target.key(), Some(current.revision)).await.map_err(store_error)?;
+            return match outcome {
+                WriteOutcome::Applied { .. } => {
+                    self.after_removal(target, &new).await;
+                    Ok(Some(Written { object: new, created: false, warnings }))
+                }
+                WriteOutcome::Conflict { .. } => Ok(None),
+            };
+        }
+        let bytes = to_stored(resource, &new)?;
+        match self.store.update(target.key(), bytes, current.revision).await.map_err(store_error)? {
+            WriteOutcome::Applied { kv, .. } => {
+                Ok(Some(Written { object: to_api(resource, &kv)?, created: false, warnings }))
+            }
+            WriteOutcome::Conflict { current: None, .. } => Err(target.not_found()),
+            WriteOutcome::Conflict { .. } => Ok(None),
+        }
+    }
+
+    async fn complete_service(&self, old: &Value, new: &mut Value, dry_run: bool) -> Result<(), ApiError> {
+        // What the service has already stays claimed: only ask for what is missing.
+        let kept = str_at(old, &["spec", "clusterIP"]).to_owned();
+        if !kept.is_empty() && str_at(new, &["spec", "clusterIP"]) == kept {
+            value::remove(new, &["spec", "clusterIP"]);
+            let mut probe = new.clone();
+            set(&mut probe, &["spec", "clusterIP"], json!("None"));
+            self.allocate_service(&mut probe, dry_run).await?;
+            *new = probe;
+            set(new, &["spec", "clusterIP"], json!(kept));
+            set(new, &["spec", "clusterIPs"], json!([kept]));
+            return Ok(());
+        }
+        self.allocate_service(new, dry_run).await
+    }
+
+    /// Checks apiVersion, kind, name and namespace of a body against the request, and fills in what it leaves out.
+    fn identify(&self, target: &Target, object: &mut Value) -> Result<(), ApiError> {
+        let resource = &target.resource;
+        if !object.is_object() {
+            return Err(ApiError::bad_request("the body of the request must be an object"));
+        }
+        let (version, kind) = (str_at(object, &["apiVersion"]), str_at(object, &["kind"]));
+        let expected = resource.api_version();
+        if !version.is_empty() && version != expected {
+            return Err(ApiError::bad_request(format!(
+                "the API version in the data ({version}) does not match the expected API version ({expected})"
+            )));
+        }
+        if !kind.is_empty() && kind != resource.kind {
+            return Err(ApiError::bad_request(format!(
+                "{kind} in version {version:?} cannot be handled as a {}: no kind {kind:?} is registered for this resource",
+                resource.kind
+            )));
+        }
+        if resource.is_custom() && (version.is_empty() || kind.is_empty()) {
+            return Err(ApiError::bad_request("Object 'Kind' is missing: set apiVersion and kind"));
+        }
+        set(object, &["apiVersion"], json!(expected));
+        set(object, &["kind"], json!(resource.kind));
+        if at(object, &["metadata"]).is_some_and(|m| !m.is_object() && !m.is_null()) {
+            return Err(ApiError::bad_request("metadata must be an object"));
+        }
+        if let Some(bad) =
+            ["name", "namespace", "generateName", "uid", "resourceVersion"].iter().find(|k| at(object, &["metadata", k]).is_some_and(|v| !v.is_string() && !v.is_null()))
+        {
+            return Err(ApiError::bad_request(format!("metadata.{bad} must be a string")));
+        }
+        let name = str_at(object, &["metadata", "name"]).to_owned();
+        if !target.name.is_empty() {
+            if name.is_empty() {
+                set(object, &["metadata", "name"], json!(target.name));
+            } else if name != target.name {
+                return Err(ApiError::bad_request(format!(
+                    "the name of the object ({name}) does not match the name on the URL ({})",
+                    target.name
+                )));
+            }
+        }
+        let namespace = str_at(object, &["metadata", "namespace"]).to_owned();
+        if resource.namespaced {
+            if namespace.is_empty() {
+                set(object, &["metadata", "namespace"], json!(target.namespace));
+            } else if namespace != target.namespace {
+                return Err(ApiError::bad_request(
+                    "the namespace of the provided object does not match the namespace sent on the request",
+                ));
+            }
+        } else if namespace.is_empty() {
+            value::remove(object, &["metadata", "namespace"]);
+        }
+        Ok(())
+    }
+
+    /// Unknown and duplicate fields: refused, warned about or dropped; wrong types: refused.
+    fn admit_fields(&self, target: &Target, object: &mut Value, options: &WriteOptions) -> Result<Vec<String>, ApiError> {
+        let resource = &target.resource;
+        let ty = resource.schema.as_ref();
+        if !resource.is_custom() {
+            defaults::strip_typed_nulls(ty, object);
+            let wrong = validate::validate(ty, object, validate::Mode::Types);
+            if let Some(first) = wrong.first() {
+                return Err(ApiError::bad_request(format!(
+                    "{kind} in version {version:?} cannot be handled as a {kind}: json: cannot unmarshal field {kind}.{}: {}",
+                    first.field,
+                    first.message,
+                    kind = resource.kind,
+                    version = resource.version,
+                )));
+            }
+        }
+        let unknown = defaults::prune(ty, object);
+        if options.validation == FieldValidation::Ignore {
+            return Ok(Vec::new());
+        }
+        let mut problems: Vec<String> = unknown.iter().map(|f| format!("unknown field {f:?}")).collect();
+        problems.extend(options.duplicates.iter().map(|f| format!("duplicate field {f:?}")));
+        if problems.is_empty() || options.validation == FieldValidation::Warn {
+            return Ok(problems);
+        }
+        Err(ApiError::bad_request(format!(
+            "{kind} in version {version:?} cannot be handled as a {kind}: strict decoding error: {}",
+            problems.join(", "),
+            kind = resource.kind,
+            version = resource.version,
+        )))
+    }
+
+    /// Fields, defaults and validation.
+    fn prepare(
+        &self,
+        target: &Target,
+        old: Option<&Value>,
+        object: &mut Value,
+        options: &WriteOptions,
+    ) -> Result<Vec<String>, ApiError> {
+        let resource = &target.resource;
+        let mut warnings = self.admit_fields(target, object, options)?;
+        let ty = resource.schema.as_ref();
+        defaults::apply_defaults(ty, object);
+        strategy::default_object(resource, object);
+        let mut errors = meta::errors(&resource.kind, resource.namespaced, object);
+        if resource.is_custom() {
+            errors.extend(validate::validate(ty, object, validate::Mode::Full));
+            let meta_errors = at(object, &["metadata"])
+                .map(|m| validate::validate_at(ty.object_meta(), m, "metadata", validate::Mode::Types));
+            errors.extend(meta_errors.into_iter().flatten());
+        } else if options.subresource.is_empty() {
+            errors.extend(strategy::validate(resource, old, object));
+        }
+        if let super::resource::Origin::Custom(info) = &resource.origin
+            && !info.warning.is_empty()
+        {
+            warnings.push(info.warning.clone());
+        }
+        if errors.is_empty() {
+            return Ok(warnings);
+        }
+        Err(ApiError::invalid(&resource.group, &resource.kind, str_at(object, &["metadata", "name"]), &errors))
+    }
+
+    /// The namespace of a new object has to exist and to stay.
+    async fn check_namespace(&self, target: &Target) -> Result<(), ApiError> {
+        if !target.resource.namespaced {
+            return Ok(());
+        }
+        let namespace = self.core("namespaces", "", &target.namespace)?;
+        let found = self.get(&namespace).await?;
+        if meta::is_deleting(&found.object) {
+            let why = format!(
+                "unable to create new content in namespace {} because it is being terminated",
+                target.namespace
+            );
+            return Err(ApiError::forbidden(&target.resource.group, &target.resource.plural, &target.name, why));
+        }
+        Ok(())
+    }
+
+    /// The scale subresource of an object.
+    pub fn scale_of(&self, target: &Target, object: &Value) -> Result<Value, ApiError> {
+        let paths = target.resource.scale.as_ref().ok_or_else(ApiError::no_such_path)?;
+        let get = |path: &[String]| {
+            let keys: Vec<&str> = path.iter().map(String::as_str).collect();
+            at(object, &keys).cloned()
+        };
+        let selector = match &paths.label_selector {
+            Some(path) => get(path).and_then(|v| v.as_str().map(str::to_owned)),
+            None => at(object, &["spec", "selector"]).map(selector_text),
+        };
+        let mut meta = json!({});
+        for key in ["name", "namespace", "uid", "resourceVersion", "creationTimestamp"] {
+            if let Some(v) = at(object, &["metadata", key]) {
+                meta[key] = v.clone();
+            }
+        }
+        let mut scale = json!({"apiVersion": "autoscaling/v1", "kind": "Scale", "metadata": meta,
+            "spec": {"replicas": get(&paths.spec_replicas).unwrap_or(json!(0))},
+            "status": {"replicas": get(&paths.status_replicas).unwrap_or(json!(0))}});
+        if let Some(selector) = selector.filter(|s| !s.is_empty()) {
+            scale["status"]["selector"] = json!(selector);
+        }
+        Ok(scale)
+    }
+
+    /// Writes a scale: a PUT body, or a patch of the current scale.
+    pub async fn write_scale(
+        &self,
+        target: &Target,
+        kind: Option<PatchKind>,
+        body: &Value,
+        options: &WriteOptions,
+    ) -> Result<Written, ApiError> {
+        let paths = target.resource.scale.clone().ok_or_else(ApiError::no_such_path)?;
+        for _ in 0..PATCH_ATTEMPTS {
+            let current = self.get(target).await?;
+            let scale = self.scale_of(target, &current.object)?;
+            let new_scale = match kind {
+                None => body.clone(),
+                Some(PatchKind::Json) => patch::json_patch(&scale, body)?,
+                Some(_) => {
+                    let mut s = scale.clone();
+                    patch::merge_patch(&mut s, body);
+                    s
+                }
+            };
+            let replicas = at(&new_scale, &["spec", "replicas"]).cloned().unwrap_or(json!(0));
+            if !replicas.as_i64().is_some_and(|n| (0..=i64::from(i32::MAX)).contains(&n)) {
+                let error = FieldError::invalid("spec.replicas", &replicas, "must be greater than or equal to 0");
+                return Err(ApiError::invalid("autoscaling", "Scale", &target.name, &[error]));
+            }
+            let mut object = current.object.clone();
+            let keys: Vec<&str> = paths.spec_replicas.iter().map(String::as_str).collect();
+            set(&mut object, &keys, replicas);
+            let version = str_at(&new_scale, &["metadata", "resourceVersion"]);
+            if !version.is_empty() {
+                set(&mut object, &["metadata", "resourceVersion"], json!(version));
+            }
+            let options = WriteOptions { subresource: "scale", ..options.clone() };
+            if let Some(written) = self.replace(target, &current, object, &options, Ownership::Update).await? {
+                return Ok(Written { object: self.scale_of(target, &written.object)?, ..written });
+            }
+        }
+        Err(target.modified())
+    }
+
+    /// `pods/binding`: assigns a node.
+    pub async fn bind_pod(&self, target: &Target, binding: &Value, options: &WriteOptions) -> Result<(), ApiError> {
+        let node = str_at(binding, &["target", "name"]);
+        if node.is_empty() {
+            return Err(ApiError::bad_request("target.name: Required value"));
+        }
+        for _ in 0..PATCH_ATTEMPTS {
+            let current = self.get(target).await?;
+            if !str_at(&current.object, &["spec", "nodeName"]).is_empty() {
+                let why = format!("pod {} is already assigned to a node", target.name);
+                return Err(ApiError::conflict("", "pods/binding", &target.name, &why));
+            }
+            let mut pod = current.object.clone();
+            set(&mut pod, &["spec", "nodeName"], json!(node));
+            let now = value::timestamp();
+            let condition = json!({"type": "PodScheduled", "status": "True", "lastProbeTime": null,
+                "lastTransitionTime": now});
+            set(&mut pod, &["status", "conditions"], json!([condition]));
+            let options = WriteOptions { subresource: "binding", ..options.clone() };
+            if self.replace(target, &current, pod, &options, Ownership::Update).await?.is_some() {
+                return Ok(());
+            }
+        }
+        Err(target.modified())
+    }
+
+    /// Writes an object as the server's own controllers do: no validation of what did not change, no lost updates.
+    /// `change` returns false to leave the object alone.
+    pub(crate) async fn modify(
+        &self,
+        target: &Target,
+        change: impl Fn(&mut Value) -> bool + Send + Sync,
+    ) -> Result<Option<Value>, ApiError> {
+        for _ in 0..PATCH_ATTEMPTS {
+            let current = match self.get(target).await {
+                Ok(current) => current,
+                Err(error) if error.is_not_found() => return Ok(None),
+                Err(error) => return Err(error),
+            };
+            let mut object = current.object.clone();
+            if !change(&mut object) {
+                return Ok(Some(current.object));
+            }
+            if let Some(object) = self.store_changed(target, current.revision, object).await? {
+                return Ok(Some(object));
+            }
+        }
+        Err(target.modified())
+    }
+
+    /// Stores an object as it is, or removes it when its deletion is complete.
+    pub(crate) async fn store_changed(
+        &self,
+        target: &Target,
+        revision: Revision,
+        object: Value,
+    ) -> Result<Option<Value>, ApiError> {
+        if gc::is_finished(&target.resource, &object) {
+            return match self.store.delete(target.key(), Some(revision)).await.map_err(store_error)? {
+                WriteOutcome::Applied { .. } => {
+                    self.after_removal(target, &object).await;
+                    Ok(Some(object))
+                }
+                WriteOutcome::Conflict { .. } => Ok(None),
+            };
+        }
+        let bytes = to_stored(&target.resource, &object)?;
+        match self.store.update(target.key(), bytes, revision).await.map_err(store_error)? {
+            WriteOutcome::Applied { kv, .. } => Ok(Some(to_api(&target.resource, &kv)?)),
+            WriteOutcome::Conflict { .. } => Ok(None),
+        }
+    }
+
+    pub(crate) async fn after_removal(&self, target: &Target, object: &Value) {
+        if target.resource.plural == "services" && !target.resource.is_custom() {
+            self.release_service(object).await;
+        }
+    }
+}
+
+/// What of `new` a write to this subresource may change; the rest is as it was.
+fn restrict(target: &Target, old: &Value, new: &mut Value, subresource: &str) -> Value {
+    let resource = &target.resource;
+    let managed = at(new, &["metadata", "managedFields"]).cloned();
+    match subresource {
+        "status" => {
+            let mut result = old.clone();
+            match new.get("status") {
+                Some(status) => set(&mut result, &["status"], status.clone()),
+                None => {
+                    value::remove(&mut result, &["status"]);
+                }
+            }
+            // As upstream, the status of these also takes labels, annotations and finalizers.
+            if !resource.is_custom() && matches!(resource.plural.as_str(), "pods" | "nodes") {
+                for key in ["labels", "annotations"] {
+                    if let Some(v) = at(new, &["metadata", key]) {
+                        set(&mut result, &["metadata", key], v.clone());
+                    }
+                }
+            }
+            if let Some(managed) = managed {
+                set(&mut result, &["metadata", "managedFields"], managed);
+            }
+            result
+        }
+        "" if resource.status => {
+            let mut result = new.take();
+            match old.get("status") {
+                Some(status) => set(&mut result, &["status"], status.clone()),
+                None => {
+                    value::remove(&mut result, &["status"]);
+                }
+            }
+            result
+        }
+        _ => new.take(),
+    }
+}
+
+fn check_finalizers(target: &Target, old: &Value, new: &Value) -> Result<(), ApiError> {
+    let list = |o: &Value| -> Vec<String> {
+        let found = at(o, &["metadata", "finalizers"]).and_then(Value::as_array);
+        found.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+    };
+    let before = list(old);
+    let added: Vec<String> = list(new).into_iter().filter(|f| !before.contains(f)).collect();
+    if added.is_empty() {
+        return Ok(());
+    }
+    let detail = format!(
+        "no new finalizers can be added if the object is being deleted, found new finalizers []string{{{}}}",
+        added.iter().map(|f| format!("{f:?}")).collect::<Vec<_>>().join(", ")
+    );
+    let error = FieldError::forbidden("metadata.finalizers", detail);
+    Err(ApiError::invalid(&target.resource.group, &target.resource.kind, &target.name, &[error]))
+}
+
+/// Did anything change that is neither metadata nor (where that is a subresource) status?
+fn intent_changed(old: &Value, new: &Value, has_status: bool) -> bool {
+    let intent = |o: &Value| {
+        let mut o = o.clone();
+        value::remove(&mut o, &["metadata"]);
+        if has_status {
+            value::remove(&mut o, &["status"]);
+        }
+        o
+    };
+    !value::equal(&intent(old), &intent(new))
+}
+
+fn conflict(conflict: apply::ApplyConflict) -> ApiError {
+    ApiError::apply_conflict(conflict.message, &conflict.causes)
+}
+
+fn writer_of<'a>(api_version: &'a str, options: &'a WriteOptions, time: &'a str) -> Writer<'a> {
+    Writer { manager: &options.manager, api_version, subresource: options.subresource, time }
+}
+
+/// `a=b,c in (d)`: the text form of a `LabelSelector` object.
+fn selector_text(selector: &Value) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for (k, v) in selector.get("matchLabels").and_then(Value::as_object).into_iter().flatten() {
+        parts.push(format!("{k}={}", v.as_str().unwrap_or_default()));
+    }
+    parts.sort();
+    for e in selector.get("matchExpressions").and_then(Value::as_array).into_iter().flatten() {
+        let key = str_at(e, &["key"]);
+        let values = e.get("values").and_then(Value::as_array);
+        let values: Vec<&str> = values.into_iter().flatten().filter_map(Value::as_str).collect();
+        parts.push(match str_at(e, &["operator"]) {
+            "In" => format!("{key} in ({})", values.join(",")),
+            "NotIn" => format!("{key} notin ({})", values.join(",")),
+            "DoesNotExist" => format!("!{key}"),
+            _ => key.to_owned(),
+        });
+    }
+    parts.join(",")
+}

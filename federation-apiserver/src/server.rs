@@ -1,0 +1,436 @@
+//! The running server: certificates, listener, connections, background tasks, shutdown.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use base64::Engine as _;
+use federation_store::{Store, StoreConfig};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
+use serde_json::{Value, json};
+use tls::{CertificateAuthority, ClientAuth, ServerTls, TlsVersions};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
+
+use crate::auth::tokens::{TokenFile, TokenFileError};
+use crate::auth::{IMPERSONATORS, MASTERS, PeerIdentity};
+use crate::client::LocalClient;
+use crate::config::{Config, Role};
+use crate::http::App;
+use crate::registry::resource::split_api_version;
+use crate::registry::write::WriteOptions;
+use crate::registry::{Registry, services};
+use crate::status::ApiError;
+use crate::value::str_at;
+use crate::{crd, gc, simulation};
+
+/// Lifetime of the certificates made at start: the serving one is made anew with every start, as are those in
+/// kubeconfigs.
+const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Pause after the listener fails to accept (file descriptors used up): nothing to do but wait for some to close.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Namespaces that every server has.
+const NAMESPACES: &[&str] = &["default", "kube-system", "kube-public"];
+
+/// Why a server could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    #[error("failed to make the data directory {path}: check its parent and permissions")]
+    DataDir {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("failed to make certificates in {path}")]
+    Certificates {
+        path: PathBuf,
+        #[source]
+        source: tls::AuthorityError,
+    },
+    #[error("failed to set up TLS")]
+    Tls(#[from] tls::TlsError),
+    #[error("failed to write {path}")]
+    Write {
+        path: PathBuf,
+        #[source]
+        source: tls::FileError,
+    },
+    #[error("failed to open the store in {path}")]
+    Store {
+        path: PathBuf,
+        #[source]
+        source: federation_store::OpenError,
+    },
+    #[error(transparent)]
+    Tokens(#[from] TokenFileError),
+    #[error("failed to listen on {address}: choose another address or port")]
+    Listen {
+        address: SocketAddr,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("failed to create {what} at start")]
+    Bootstrap {
+        what: String,
+        #[source]
+        source: ApiError,
+    },
+}
+
+/// A Kubernetes API server.
+#[derive(Debug)]
+pub struct ApiServer;
+
+/// A server that listens but does not serve yet. Mount routers, then [`Bound::run`].
+pub struct Bound {
+    config: Config,
+    listener: TcpListener,
+    address: SocketAddr,
+    authority: CertificateAuthority,
+    tls: ServerTls,
+    registry: Arc<Registry>,
+    tokens: TokenFile,
+    mounts: Vec<(String, Router)>,
+}
+
+// === impl ApiServer ===
+
+impl ApiServer {
+    /// Prepares everything: certificates, store, built-in objects, CRDs, listener. Writes `admin.kubeconfig` (and
+    /// for a member `agent.kubeconfig`) into the data directory.
+    pub async fn bind(config: Config) -> Result<Bound, BindError> {
+        let dir = config.data_dir.clone();
+        make_private_dir(&dir).map_err(|source| BindError::DataDir { path: dir.clone(), source })?;
+        let listen = |source| BindError::Listen { address: config.bind, source };
+        let listener = TcpListener::bind(config.bind).await.map_err(listen)?;
+        let address = listener.local_addr().map_err(listen)?;
+
+        let pki = dir.join("pki");
+        let certificates = |source| BindError::Certificates { path: pki.clone(), source };
+        let authority =
+            CertificateAuthority::load_or_create(&pki, "cellway-api-ca").map_err(certificates)?;
+        let serving =
+            authority.issue_server(&names(&config, address), CERTIFICATE_LIFETIME).map_err(certificates)?;
+        let tls = ServerTls::from_pem(
+            &serving.certificate_pem,
+            &serving.key_pem,
+            Some(authority.certificate_pem()),
+            ClientAuth::Optional,
+        )?
+        .with_versions(TlsVersions::From12)?;
+        let tokens = match &config.token_auth_file {
+            Some(path) => TokenFile::read(path)?,
+            None => TokenFile::default(),
+        };
+
+        let path = dir.join("store.db");
+        let store = if config.in_memory { StoreConfig::in_memory() } else { StoreConfig::new(path.clone()) };
+        let store = Store::open(store).await.map_err(|source| BindError::Store { path, source })?;
+        let registry = Arc::new(Registry::new(store, config.role, CancellationToken::new()));
+        bootstrap(&registry, &config, address).await?;
+
+        let bound =
+            Bound { listener, address, authority, tls, registry, tokens, mounts: Vec::new(), config };
+        bound.write_kubeconfig(&bound.admin_kubeconfig(), "cellway:admin", &[MASTERS])?;
+        if bound.config.role == Role::Member {
+            let path = bound.agent_kubeconfig();
+            bound.write_kubeconfig(&path, "cellway:agent", &[IMPERSONATORS])?;
+        }
+        Ok(bound)
+    }
+}
+
+// === impl Bound ===
+
+impl Bound {
+    /// Where the server listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// `https://…` as kubeconfigs name it.
+    pub fn url(&self) -> String {
+        let host = match &self.config.advertise {
+            Some(host) => host.clone(),
+            None if self.address.ip().is_unspecified() => "127.0.0.1".into(),
+            None => self.address.ip().to_string(),
+        };
+        if host.contains(':') && !host.starts_with('[') {
+            format!("https://[{host}]:{}", self.address.port())
+        } else {
+            format!("https://{host}:{}", self.address.port())
+        }
+    }
+
+    /// Certificate of the CA that signs serving and client certificates, in PEM.
+    pub fn ca_pem(&self) -> &str {
+        self.authority.certificate_pem()
+    }
+
+    /// The administrator's kubeconfig, user `cellway:admin` in `system:masters`.
+    pub fn admin_kubeconfig(&self) -> PathBuf {
+        self.config.data_dir.join("admin.kubeconfig")
+    }
+
+    /// A member's kubeconfig for its agent: user `cellway:agent`, who may impersonate and read, nothing more.
+    pub fn agent_kubeconfig(&self) -> PathBuf {
+        self.config.data_dir.join("agent.kubeconfig")
+    }
+
+    /// Writes a kubeconfig (readable by its owner only) with a new client certificate for a user.
+    pub fn write_kubeconfig(&self, path: &Path, user: &str, groups: &[&str]) -> Result<(), BindError> {
+        let groups: Vec<String> = groups.iter().map(|g| (*g).to_owned()).collect();
+        let issued = self
+            .authority
+            .issue_client(user, &groups, CERTIFICATE_LIFETIME)
+            .map_err(|source| BindError::Certificates { path: path.to_owned(), source })?;
+        let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
+        let name = match self.config.role {
+            Role::Hub => "cellway-hub",
+            Role::Member => "cellway-member",
+        };
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": name, "preferences": {},
+            "clusters": [{"name": name, "cluster": {"server": self.url(),
+                "certificate-authority-data": encode(self.authority.certificate_pem())}}],
+            "users": [{"name": user, "user": {"client-certificate-data": encode(&issued.certificate_pem),
+                "client-key-data": encode(&issued.key_pem)}}],
+            "contexts": [{"name": name, "context": {"cluster": name, "user": user, "namespace": "default"}}],
+        });
+        // JSON is YAML; kubectl reads it, and it needs no quoting rules of its own.
+        let text = serde_json::to_string_pretty(&config).unwrap_or_default();
+        tls::write_private(path, text.as_bytes())
+            .map_err(|source| BindError::Write { path: path.to_owned(), source })
+    }
+
+    /// Serves `router` for paths that start with `prefix` (`/clusters`). Requests arrive authenticated and
+    /// impersonated, with the user as [`crate::UserInfo`] in their extensions and without credentials; the router
+    /// decides itself what the user may do. Paths are not stripped.
+    pub fn mount(&mut self, prefix: &str, router: Router) {
+        self.mounts.push((prefix.trim_end_matches('/').to_owned(), router));
+        self.mounts.sort_by_key(|(p, _)| std::cmp::Reverse(p.len()));
+    }
+
+    /// An in-process client with the server's own rights.
+    pub fn client(&self, manager: &'static str) -> LocalClient {
+        LocalClient::new(self.registry.clone(), manager)
+    }
+
+    /// Serves until `shutdown`, then lets running requests end within the configured grace.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let mut tasks = JoinSet::new();
+        tasks.spawn(crd::run(self.registry.clone()).instrument(tracing::info_span!("crd")));
+        tasks.spawn(gc::run(self.registry.clone()).instrument(tracing::info_span!("gc")));
+        let simulated = match self.config.role {
+            Role::Hub => None,
+            Role::Member => {
+                let client = Arc::new(LocalClient::new(self.registry.clone(), "cellway-simulation"));
+                Some(simulation::start(client, self.config.simulation.clone()))
+            }
+        };
+        let app = Arc::new(App {
+            registry: self.registry.clone(),
+            tokens: self.tokens,
+            limits: self.config.limits,
+            logs: simulated.as_ref().map(|s| Arc::new(s.logs()) as Arc<dyn crate::LogSource>),
+            mounts: self.mounts,
+            openapi: crate::openapi::Cache::default(),
+            ready: std::sync::atomic::AtomicBool::new(true),
+        });
+        tracing::info!(address = %self.address, role = ?self.config.role, "API server is listening");
+        let graceful = GracefulShutdown::new();
+        let slots = Arc::new(Semaphore::new(self.config.limits.connections));
+        let mut connections: JoinSet<()> = JoinSet::new();
+        loop {
+            let accepted = tokio::select! {
+                () = shutdown.cancelled() => break,
+                Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+                accepted = accept(&self.listener, &slots) => accepted,
+            };
+            let (stream, remote, permit) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "failed to accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let serve = serve(stream, self.tls.clone(), app.clone(), graceful.watcher());
+            let span = tracing::debug_span!("connection", client.addr = %remote);
+            connections.spawn(
+                async move {
+                    serve.await;
+                    drop(permit);
+                }
+                .instrument(span),
+            );
+        }
+        app.ready.store(false, std::sync::atomic::Ordering::Relaxed);
+        drop(self.listener);
+        // Ends watches and logs; they would otherwise hold their connections for as long as they like.
+        self.registry.shutdown.cancel();
+        if tokio::time::timeout(app.limits.shutdown_grace, graceful.shutdown()).await.is_err() {
+            tracing::info!("connections still open after the grace period are closed");
+        }
+        connections.shutdown().await;
+        if let Some(simulated) = simulated {
+            simulated.shutdown().await;
+        }
+        while tasks.join_next().await.is_some() {}
+        self.registry.store.close().await;
+        tracing::info!("API server has stopped");
+    }
+}
+
+async fn accept(
+    listener: &TcpListener,
+    slots: &Arc<Semaphore>,
+) -> std::io::Result<(TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
+    let permit = slots.clone().acquire_owned().await.map_err(std::io::Error::other)?;
+    let (stream, remote) = listener.accept().await?;
+    Ok((stream, remote, permit))
+}
+
+async fn serve(
+    stream: TcpStream,
+    tls: ServerTls,
+    app: Arc<App>,
+    watcher: hyper_util::server::graceful::Watcher,
+) {
+    // Answers are written in one piece; waiting for more would only delay watches.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "connection ended before it began");
+        return;
+    }
+    let handshake = tls.acceptor(&[b"h2", b"http/1.1"]).accept(stream);
+    let stream = match tokio::time::timeout(app.limits.handshake_timeout, handshake).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "TLS handshake failed");
+            return;
+        }
+        Err(_) => {
+            tracing::debug!("TLS handshake took too long");
+            return;
+        }
+    };
+    let peer = match stream.get_ref().1.peer_certificates().and_then(|c| c.first()) {
+        None => None,
+        Some(certificate) => match tls::user_of(certificate) {
+            Ok((user, groups)) => Some(PeerIdentity { user, groups }),
+            Err(error) => {
+                tracing::debug!(%error, "client certificate names no user");
+                None
+            }
+        },
+    };
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(app.limits.handshake_timeout);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(app.limits.streams)
+        .keep_alive_interval(Some(Duration::from_secs(30)))
+        .keep_alive_timeout(Duration::from_secs(20));
+    let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
+        let (app, peer) = (app.clone(), peer.clone());
+        async move {
+            let mut request = request.map(Body::new);
+            if let Some(peer) = peer {
+                request.extensions_mut().insert(peer);
+            }
+            Ok::<_, Infallible>(app.handle(request).await)
+        }
+    });
+    let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+    if let Err(error) = watcher.watch(connection.into_owned()).await {
+        tracing::debug!(%error, "connection ended with an error");
+    }
+}
+
+/// Names and addresses of the serving certificate.
+fn names(config: &Config, address: SocketAddr) -> Vec<String> {
+    let mut names: Vec<String> = [
+        "localhost",
+        "127.0.0.1",
+        "::1",
+        "kubernetes",
+        "kubernetes.default",
+        "kubernetes.default.svc",
+        "kubernetes.default.svc.cluster.local",
+        services::API_SERVICE_IP,
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    if !address.ip().is_unspecified() {
+        names.push(address.ip().to_string());
+    }
+    names.extend(config.advertise.clone());
+    names.extend(config.extra_names.iter().cloned());
+    let mut seen = std::collections::BTreeSet::new();
+    names.retain(|n| seen.insert(n.clone()));
+    names
+}
+
+fn make_private_dir(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+async fn bootstrap(registry: &Registry, config: &Config, address: SocketAddr) -> Result<(), BindError> {
+    for namespace in NAMESPACES {
+        let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}});
+        create(registry, &object).await?;
+    }
+    let port = address.port();
+    let service = json!({"apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": "kubernetes", "namespace": "default",
+            "labels": {"component": "apiserver", "provider": "kubernetes"}},
+        "spec": {"clusterIP": services::API_SERVICE_IP, "type": "ClusterIP",
+            "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": port}]}});
+    create(registry, &service).await?;
+    for crd in &config.crds {
+        let what = str_at(crd, &["metadata", "name"]).to_owned();
+        crd::ensure(registry, crd).await.map_err(|source| BindError::Bootstrap { what, source })?;
+    }
+    let failed = |source| BindError::Bootstrap { what: "custom resources".into(), source };
+    // The first round accepts names and sets conditions, which is all that serving waits for.
+    crd::refresh(registry).await.map_err(failed)?;
+    for object in &config.bootstrap {
+        create(registry, object).await?;
+    }
+    Ok(())
+}
+
+/// Creates an object unless it exists.
+async fn create(registry: &Registry, object: &Value) -> Result<(), BindError> {
+    let (group, version) = split_api_version(str_at(object, &["apiVersion"]));
+    let kind = str_at(object, &["kind"]);
+    let (namespace, name) = (str_at(object, &["metadata", "namespace"]), str_at(object, &["metadata", "name"]));
+    let failed = |source| BindError::Bootstrap { what: format!("{kind} {namespace}/{name}"), source };
+    let resource =
+        registry.catalog().by_kind(group, version, kind).ok_or_else(|| failed(ApiError::no_such_path()))?;
+    let target = crate::registry::Target { resource, namespace: namespace.to_owned(), name: String::new() };
+    // Asked first: a create that fails would already have taken a service's address.
+    let existing = crate::registry::Target { name: name.to_owned(), ..target.clone() };
+    match registry.get(&existing).await {
+        Ok(_) => return Ok(()),
+        Err(error) if error.is_not_found() => {}
+        Err(error) => return Err(failed(error)),
+    }
+    match registry.create(&target, object.clone(), &WriteOptions::by("cellway")).await {
+        Ok(_) => Ok(()),
+        Err(error) if error.is_already_exists() => Ok(()),
+        Err(error) => Err(failed(error)),
+    }
+}

@@ -1,0 +1,333 @@
+//! `ApiError`: what a request failed with, in the words and codes of kube-apiserver's `Status` objects.
+//!
+//! Messages follow kube-apiserver's own wording because kubectl and client libraries print, and sometimes match, them.
+//! Nothing internal (SQL, paths, backtraces) reaches a client: [`ApiError::internal`] logs its cause and answers with a
+//! fixed text.
+
+use std::fmt;
+
+use serde_json::{Value, json};
+
+/// A failed request: HTTP code, Kubernetes reason, message and `details`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ApiError {
+    code: u16,
+    reason: &'static str,
+    message: String,
+    details: Option<Value>,
+}
+
+/// One thing wrong with one field, as `field.Error` of apimachinery prints it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FieldError {
+    /// `FieldValueRequired`, `FieldValueInvalid` and so on.
+    pub reason: &'static str,
+    /// Path of the field: `spec.containers[0].name`.
+    pub field: String,
+    /// Text after the path: `Required value`, `Invalid value: "x": …`.
+    pub message: String,
+}
+
+// === impl FieldError ===
+
+impl FieldError {
+    /// The field has to be there and is not.
+    pub fn required(field: impl Into<String>, detail: &str) -> Self {
+        let message =
+            if detail.is_empty() { "Required value".into() } else { format!("Required value: {detail}") };
+        Self { reason: "FieldValueRequired", field: field.into(), message }
+    }
+
+    /// The value is not acceptable; `detail` says why.
+    pub fn invalid(field: impl Into<String>, value: &Value, detail: impl fmt::Display) -> Self {
+        let message = format!("Invalid value: {}: {detail}", brief(value));
+        Self { reason: "FieldValueInvalid", field: field.into(), message }
+    }
+
+    /// The value has the wrong JSON type.
+    pub fn type_invalid(field: impl Into<String>, value: &Value, detail: impl fmt::Display) -> Self {
+        let message = format!("Invalid value: {}: {detail}", brief(value));
+        Self { reason: "FieldValueTypeInvalid", field: field.into(), message }
+    }
+
+    /// The value is none of those allowed.
+    pub fn not_supported(field: impl Into<String>, value: &Value, allowed: &[Value]) -> Self {
+        let allowed: Vec<String> = allowed.iter().map(brief).collect();
+        let message = format!("Unsupported value: {}: supported values: {}", brief(value), allowed.join(", "));
+        Self { reason: "FieldValueNotSupported", field: field.into(), message }
+    }
+
+    /// The value may not be set or changed.
+    pub fn forbidden(field: impl Into<String>, detail: impl fmt::Display) -> Self {
+        Self { reason: "FieldValueForbidden", field: field.into(), message: format!("Forbidden: {detail}") }
+    }
+
+    /// The value appears twice where it must be unique.
+    pub fn duplicate(field: impl Into<String>, value: &Value) -> Self {
+        let message = format!("Duplicate value: {}", brief(value));
+        Self { reason: "FieldValueDuplicate", field: field.into(), message }
+    }
+
+    /// The value is longer or larger than allowed.
+    pub fn too_long(field: impl Into<String>, detail: impl fmt::Display) -> Self {
+        Self { reason: "FieldValueTooLong", field: field.into(), message: format!("Too long: {detail}") }
+    }
+}
+
+impl fmt::Display for FieldError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.field, self.message)
+    }
+}
+
+// === impl ApiError ===
+
+impl ApiError {
+    fn new(code: u16, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { code, reason, message: message.into(), details: None }
+    }
+
+    fn detailed(mut self, details: Value) -> Self {
+        self.details = Some(details);
+        self
+    }
+
+    /// 404 for an object.
+    pub fn not_found(group: &str, resource: &str, name: &str) -> Self {
+        Self::new(404, "NotFound", format!("{} \"{name}\" not found", qualified(resource, group)))
+            .detailed(details(group, resource, name))
+    }
+
+    /// 404 for a path or resource that is not served.
+    pub fn no_such_path() -> Self {
+        Self::new(404, "NotFound", "the server could not find the requested resource").detailed(json!({}))
+    }
+
+    /// 409: an object of that name exists.
+    pub fn already_exists(group: &str, resource: &str, name: &str) -> Self {
+        Self::new(409, "AlreadyExists", format!("{} \"{name}\" already exists", qualified(resource, group)))
+            .detailed(details(group, resource, name))
+    }
+
+    /// 409: the object changed meanwhile, or a precondition failed.
+    pub fn conflict(group: &str, resource: &str, name: &str, why: &str) -> Self {
+        let message =
+            format!("Operation cannot be fulfilled on {} \"{name}\": {why}", qualified(resource, group));
+        Self::new(409, "Conflict", message).detailed(details(group, resource, name))
+    }
+
+    /// 409: the object changed since it was read.
+    pub fn modified(group: &str, resource: &str, name: &str) -> Self {
+        let why = "the object has been modified; please apply your changes to the latest version and try again";
+        Self::conflict(group, resource, name, why)
+    }
+
+    /// 409: server-side apply found fields owned by others. `causes` are (manager text, field path).
+    pub fn apply_conflict(message: String, causes: &[(String, String)]) -> Self {
+        let causes: Vec<Value> = causes
+            .iter()
+            .map(|(manager, field)| {
+                json!({"reason": "FieldManagerConflict", "message": format!("conflict with {manager}"), "field": field})
+            })
+            .collect();
+        Self::new(409, "Conflict", message).detailed(json!({ "causes": causes }))
+    }
+
+    /// 422: the object is well formed but not valid.
+    pub fn invalid(group: &str, kind: &str, name: &str, errors: &[FieldError]) -> Self {
+        let list: Vec<String> = errors.iter().map(FieldError::to_string).collect();
+        let text = if list.len() == 1 { list.join("") } else { format!("[{}]", list.join(", ")) };
+        let causes: Vec<Value> = errors
+            .iter()
+            .map(|e| json!({"reason": e.reason, "message": e.message, "field": e.field}))
+            .collect();
+        let mut d = details(group, kind, name);
+        d["causes"] = Value::Array(causes);
+        Self::new(422, "Invalid", format!("{} \"{name}\" is invalid: {text}", qualified(kind, group))).detailed(d)
+    }
+
+    /// 400.
+    pub fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(400, "BadRequest", message)
+    }
+
+    /// 422 for a request that cannot be carried out, without fields to blame.
+    pub fn unprocessable(message: impl Into<String>) -> Self {
+        Self::new(422, "Invalid", message)
+    }
+
+    /// 401.
+    pub fn unauthorized() -> Self {
+        Self::new(401, "Unauthorized", "Unauthorized")
+    }
+
+    /// 403 for an action on an object or resource.
+    pub fn forbidden(group: &str, resource: &str, name: &str, why: impl fmt::Display) -> Self {
+        let what = qualified(resource, group);
+        let message = if name.is_empty() {
+            format!("{what} is forbidden: {why}")
+        } else {
+            format!("{what} \"{name}\" is forbidden: {why}")
+        };
+        Self::new(403, "Forbidden", message).detailed(details(group, resource, name))
+    }
+
+    /// 403 for a path that is no resource.
+    pub fn forbidden_path(message: impl Into<String>) -> Self {
+        Self::new(403, "Forbidden", message).detailed(json!({}))
+    }
+
+    /// 405.
+    pub fn method_not_allowed(group: &str, resource: &str, action: &str) -> Self {
+        let message = format!(
+            "{action} is not supported on resources of kind \"{}\"",
+            qualified(resource, group)
+        );
+        Self::new(405, "MethodNotAllowed", message).detailed(json!({}))
+    }
+
+    /// 406: none of the accepted media types is served.
+    pub fn not_acceptable() -> Self {
+        Self::new(
+            406,
+            "NotAcceptable",
+            "only the following media types are accepted: application/json, application/yaml, application/json;stream=watch",
+        )
+    }
+
+    /// 415: the body's media type is not understood.
+    pub fn unsupported_media_type(accepted: &str) -> Self {
+        Self::new(
+            415,
+            "UnsupportedMediaType",
+            format!("the body of the request was in an unknown format - accepted media types include: {accepted}"),
+        )
+    }
+
+    /// 410: the resource version asked for is compacted.
+    pub fn expired(message: impl Into<String>) -> Self {
+        Self::new(410, "Expired", message)
+    }
+
+    /// 504: the resource version asked for lies in the future.
+    pub fn too_large_resource_version(asked: u64, current: u64) -> Self {
+        Self::new(504, "Timeout", format!("Too large resource version: {asked}, current: {current}")).detailed(
+            json!({"causes": [{"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}],
+                   "retryAfterSeconds": 1}),
+        )
+    }
+
+    /// 413: the body is too large.
+    pub fn too_large(limit: usize) -> Self {
+        Self::new(413, "RequestEntityTooLarge", format!("Request entity too large: limit is {limit}"))
+    }
+
+    /// 429: try later.
+    pub fn too_many_requests(message: impl Into<String>) -> Self {
+        Self::new(429, "TooManyRequests", message).detailed(json!({"retryAfterSeconds": 1}))
+    }
+
+    /// 500: our own fault. The cause is logged, not sent.
+    pub fn internal(cause: impl fmt::Display) -> Self {
+        tracing::error!(%cause, "internal error while serving a request");
+        Self::new(500, "InternalError", "Internal error occurred: see the server's log")
+    }
+
+    /// 503: the server cannot answer just now.
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(503, "ServiceUnavailable", message)
+    }
+
+    /// HTTP status code.
+    pub fn code(&self) -> u16 {
+        self.code
+    }
+
+    /// Kubernetes' machine-readable reason.
+    pub fn reason(&self) -> &'static str {
+        self.reason
+    }
+
+    /// Text for people.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// Is this a 404?
+    pub fn is_not_found(&self) -> bool {
+        self.code == 404
+    }
+
+    /// Is this a lost race (not an existing name)?
+    pub fn is_conflict(&self) -> bool {
+        self.code == 409 && self.reason == "Conflict"
+    }
+
+    /// Does an object of that name exist already?
+    pub fn is_already_exists(&self) -> bool {
+        self.code == 409 && self.reason == "AlreadyExists"
+    }
+
+    /// Is the resource version compacted, so that the caller has to list again?
+    pub fn is_gone(&self) -> bool {
+        self.code == 410
+    }
+
+    /// The `Status` object.
+    pub fn to_status(&self) -> Value {
+        let mut status = json!({
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+            "message": self.message, "reason": self.reason, "code": self.code,
+        });
+        if let Some(details) = &self.details {
+            status["details"] = details.clone();
+        }
+        status
+    }
+}
+
+impl fmt::Display for ApiError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for ApiError {}
+
+fn qualified(resource: &str, group: &str) -> String {
+    if group.is_empty() { resource.to_owned() } else { format!("{resource}.{group}") }
+}
+
+fn details(group: &str, kind: &str, name: &str) -> Value {
+    let mut d = serde_json::Map::new();
+    for (key, value) in [("name", name), ("group", group), ("kind", kind)] {
+        if !value.is_empty() {
+            d.insert(key.into(), Value::String(value.into()));
+        }
+    }
+    Value::Object(d)
+}
+
+/// A value in an error message: whole when short, else its start. Objects from clients can be megabytes.
+fn brief(value: &Value) -> String {
+    const LONGEST: usize = 200;
+    let text = value.to_string();
+    match text.char_indices().nth(LONGEST) {
+        None => text,
+        Some((end, _)) => format!("{}…", &text[..end]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_those_of_kube_apiserver() {
+        assert_eq!(ApiError::not_found("apps", "deployments", "web").message(), "deployments.apps \"web\" not found");
+        let one = ApiError::invalid("", "Pod", "p", &[FieldError::required("spec.containers", "")]);
+        assert_eq!(one.message(), "Pod \"p\" is invalid: spec.containers: Required value");
+        assert_eq!(one.to_status()["details"]["causes"][0]["field"], "spec.containers");
+        assert_eq!(one.code(), 422);
+    }
+}

@@ -1,0 +1,375 @@
+//! Columns of the built-in kinds, as kube-apiserver's printers have them.
+
+use serde_json::{Value, json};
+
+use crate::value::{at, i64_at, str_at};
+
+/// One column of a built-in kind.
+pub(super) struct Builtin {
+    pub(super) name: &'static str,
+    pub(super) integer: bool,
+    pub(super) wide: bool,
+    pub(super) cell: fn(&Value, jiff::Timestamp) -> Value,
+}
+
+const fn text(name: &'static str, cell: fn(&Value, jiff::Timestamp) -> Value) -> Builtin {
+    Builtin { name, integer: false, wide: false, cell }
+}
+
+const fn number(name: &'static str, cell: fn(&Value, jiff::Timestamp) -> Value) -> Builtin {
+    Builtin { name, integer: true, wide: false, cell }
+}
+
+const fn wide(name: &'static str, cell: fn(&Value, jiff::Timestamp) -> Value) -> Builtin {
+    Builtin { name, integer: false, wide: true, cell }
+}
+
+const AGE: Builtin = text("Age", age);
+const CONTAINERS: Builtin = wide("Containers", |o, _| json!(containers(o, "name")));
+const IMAGES: Builtin = wide("Images", |o, _| json!(containers(o, "image")));
+const SELECTOR: Builtin = wide("Selector", |o, _| json!(label_selector(o)));
+
+/// Columns of a kind; the flag says whether the name comes first.
+pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
+    const PODS: &[Builtin] = &[
+        text("Ready", |o, _| {
+            let all = list(o, &["status", "containerStatuses"]);
+            let ready = all.iter().filter(|c| c.get("ready") == Some(&json!(true))).count();
+            json!(format!("{ready}/{}", list(o, &["spec", "containers"]).len()))
+        }),
+        text("Status", |o, _| json!(pod_status(o))),
+        text("Restarts", |o, _| {
+            let all = list(o, &["status", "containerStatuses"]);
+            let count: i64 = all.iter().filter_map(|c| i64_at(c, &["restartCount"])).sum();
+            json!(count.to_string())
+        }),
+        AGE,
+        wide("IP", |o, _| or_none(str_at(o, &["status", "podIP"]))),
+        wide("Node", |o, _| or_none(str_at(o, &["spec", "nodeName"]))),
+        wide("Nominated Node", |o, _| or_none(str_at(o, &["status", "nominatedNodeName"]))),
+        wide("Readiness Gates", |_, _| json!("<none>")),
+    ];
+    const DEPLOYMENTS: &[Builtin] = &[
+        text("Ready", |o, _| json!(format!("{}/{}", n(o, "readyReplicas"), wanted(o)))),
+        number("Up-to-date", |o, _| json!(n(o, "updatedReplicas"))),
+        number("Available", |o, _| json!(n(o, "availableReplicas"))),
+        AGE, CONTAINERS, IMAGES, SELECTOR,
+    ];
+    const REPLICASETS: &[Builtin] = &[
+        number("Desired", |o, _| json!(wanted(o))),
+        number("Current", |o, _| json!(n(o, "replicas"))),
+        number("Ready", |o, _| json!(n(o, "readyReplicas"))),
+        AGE, CONTAINERS, IMAGES, SELECTOR,
+    ];
+    const STATEFULSETS: &[Builtin] = &[
+        text("Ready", |o, _| json!(format!("{}/{}", n(o, "readyReplicas"), wanted(o)))),
+        AGE, CONTAINERS, IMAGES,
+    ];
+    const DAEMONSETS: &[Builtin] = &[
+        number("Desired", |o, _| json!(n(o, "desiredNumberScheduled"))),
+        number("Current", |o, _| json!(n(o, "currentNumberScheduled"))),
+        number("Ready", |o, _| json!(n(o, "numberReady"))),
+        number("Up-to-date", |o, _| json!(n(o, "updatedNumberScheduled"))),
+        number("Available", |o, _| json!(n(o, "numberAvailable"))),
+        text("Node Selector", |o, _| json!(labels(at(o, &["spec", "template", "spec", "nodeSelector"])))),
+        AGE, CONTAINERS, IMAGES, SELECTOR,
+    ];
+    const SERVICES: &[Builtin] = &[
+        text("Type", |o, _| json!(str_at(o, &["spec", "type"]))),
+        text("Cluster-IP", |o, _| or_none(str_at(o, &["spec", "clusterIP"]))),
+        text("External-IP", |o, _| json!(external_ip(o))),
+        text("Port(s)", |o, _| json!(service_ports(o))),
+        AGE,
+        wide("Selector", |o, _| json!(labels(at(o, &["spec", "selector"])))),
+    ];
+    const NODES: &[Builtin] = &[
+        text("Status", |o, _| json!(node_status(o))),
+        text("Roles", |o, _| json!(node_roles(o))),
+        AGE,
+        text("Version", |o, _| json!(str_at(o, &["status", "nodeInfo", "kubeletVersion"]))),
+        wide("Internal-IP", |o, _| json!(node_address(o, "InternalIP"))),
+        wide("External-IP", |o, _| json!(node_address(o, "ExternalIP"))),
+        wide("OS-Image", |o, _| or_unknown(str_at(o, &["status", "nodeInfo", "osImage"]))),
+        wide("Kernel-Version", |o, _| or_unknown(str_at(o, &["status", "nodeInfo", "kernelVersion"]))),
+        wide("Container-Runtime", |o, _| or_unknown(str_at(o, &["status", "nodeInfo", "containerRuntimeVersion"]))),
+    ];
+    const EVENTS: &[Builtin] = &[
+        text("Last Seen", |o, now| {
+            let when = ["lastTimestamp", "deprecatedLastTimestamp", "eventTime"]
+                .iter()
+                .map(|k| str_at(o, &[k]))
+                .chain([str_at(o, &["series", "lastObservedTime"]), str_at(o, &["metadata", "creationTimestamp"])])
+                .find(|t| !t.is_empty());
+            json!(when.map_or_else(|| "<unknown>".to_owned(), |t| since(t, now)))
+        }),
+        text("Type", |o, _| json!(str_at(o, &["type"]))),
+        text("Reason", |o, _| json!(str_at(o, &["reason"]))),
+        text("Object", |o, _| {
+            let about = o.get("involvedObject").or(o.get("regarding")).cloned().unwrap_or_default();
+            json!(format!("{}/{}", str_at(&about, &["kind"]).to_lowercase(), str_at(&about, &["name"])))
+        }),
+        wide("Subobject", |o, _| json!(str_at(o, &["involvedObject", "fieldPath"]))),
+        wide("Source", |o, _| {
+            let component = str_at(o, &["source", "component"]);
+            json!(if component.is_empty() { str_at(o, &["reportingComponent"]) } else { component })
+        }),
+        text("Message", |o, _| {
+            let message = str_at(o, &["message"]);
+            json!(if message.is_empty() { str_at(o, &["note"]) } else { message }.trim())
+        }),
+        wide("First Seen", |o, now| {
+            let first = str_at(o, &["firstTimestamp"]);
+            let first = if first.is_empty() { str_at(o, &["metadata", "creationTimestamp"]) } else { first };
+            json!(since(first, now))
+        }),
+        wide("Count", |o, _| json!(i64_at(o, &["count"]).unwrap_or(1).max(1))),
+        wide("Name", |o, _| json!(str_at(o, &["metadata", "name"]))),
+    ];
+    const NAMESPACES: &[Builtin] = &[text("Status", |o, _| json!(str_at(o, &["status", "phase"]))), AGE];
+    const CONFIGMAPS: &[Builtin] =
+        &[number("Data", |o, _| json!(entries(o, "data") + entries(o, "binaryData"))), AGE];
+    const SECRETS: &[Builtin] =
+        &[text("Type", |o, _| json!(str_at(o, &["type"]))), number("Data", |o, _| json!(entries(o, "data"))), AGE];
+    const SERVICEACCOUNTS: &[Builtin] = &[number("Secrets", |o, _| json!(list(o, &["secrets"]).len())), AGE];
+    const LEASES: &[Builtin] = &[text("Holder", |o, _| json!(str_at(o, &["spec", "holderIdentity"]))), AGE];
+    const ENDPOINTS: &[Builtin] = &[text("Endpoints", |o, _| json!(endpoints(o))), AGE];
+    const SLICES: &[Builtin] = &[
+        text("AddressType", |o, _| json!(str_at(o, &["addressType"]))),
+        text("Ports", |o, _| {
+            let ports: Vec<String> =
+                list(o, &["ports"]).iter().filter_map(|p| i64_at(p, &["port"])).map(|p| p.to_string()).collect();
+            json!(if ports.is_empty() { "<unset>".into() } else { ports.join(",") })
+        }),
+        text("Endpoints", |o, _| {
+            let all: Vec<String> = list(o, &["endpoints"])
+                .iter()
+                .flat_map(|e| list(e, &["addresses"]).iter().filter_map(Value::as_str).map(str::to_owned).collect::<Vec<_>>())
+                .collect();
+            json!(shorten(&all, "<unset>"))
+        }),
+        AGE,
+    ];
+    const CRDS: &[Builtin] = &[text("Created At", |o, _| json!(str_at(o, &["metadata", "creationTimestamp"])))];
+    const OTHERS: &[Builtin] = &[AGE];
+    match plural {
+        "pods" => (true, PODS),
+        "deployments" => (true, DEPLOYMENTS),
+        "replicasets" => (true, REPLICASETS),
+        "statefulsets" => (true, STATEFULSETS),
+        "daemonsets" => (true, DAEMONSETS),
+        "services" => (true, SERVICES),
+        "nodes" => (true, NODES),
+        "events" => (false, EVENTS),
+        "namespaces" => (true, NAMESPACES),
+        "configmaps" => (true, CONFIGMAPS),
+        "secrets" => (true, SECRETS),
+        "serviceaccounts" => (true, SERVICEACCOUNTS),
+        "leases" => (true, LEASES),
+        "endpoints" => (true, ENDPOINTS),
+        "endpointslices" => (true, SLICES),
+        "customresourcedefinitions" => (true, CRDS),
+        _ => (true, OTHERS),
+    }
+}
+
+/// Age of an object.
+pub(super) fn age(object: &Value, now: jiff::Timestamp) -> Value {
+    json!(since(str_at(object, &["metadata", "creationTimestamp"]), now))
+}
+
+/// Time since an RFC 3339 moment, as people read it.
+pub(super) fn since(when: &str, now: jiff::Timestamp) -> String {
+    match when.parse::<jiff::Timestamp>() {
+        Ok(then) => human_duration(now.as_second() - then.as_second()),
+        Err(_) => "<unknown>".into(),
+    }
+}
+
+/// `HumanDuration` of apimachinery.
+fn human_duration(seconds: i64) -> String {
+    let (minutes, hours) = (seconds / 60, seconds / 3600);
+    let both = |a: i64, u: &str, b: i64, v: &str| if b == 0 { format!("{a}{u}") } else { format!("{a}{u}{b}{v}") };
+    match seconds {
+        ..-1 => "<invalid>".into(),
+        -1 => "0s".into(),
+        0..120 => format!("{seconds}s"),
+        _ if minutes < 10 => both(minutes, "m", seconds % 60, "s"),
+        _ if minutes < 180 => format!("{minutes}m"),
+        _ if hours < 8 => both(hours, "h", minutes % 60, "m"),
+        _ if hours < 48 => format!("{hours}h"),
+        _ if hours < 24 * 8 => both(hours / 24, "d", hours % 24, "h"),
+        _ if hours < 24 * 365 * 2 => format!("{}d", hours / 24),
+        _ if hours < 24 * 365 * 8 => both(hours / 24 / 365, "y", (hours / 24) % 365, "d"),
+        _ => format!("{}y", hours / 24 / 365),
+    }
+}
+
+fn list<'a>(object: &'a Value, path: &[&str]) -> &'a [Value] {
+    at(object, path).and_then(Value::as_array).map_or(&[], Vec::as_slice)
+}
+
+fn entries(object: &Value, field: &str) -> usize {
+    object.get(field).and_then(Value::as_object).map_or(0, serde_json::Map::len)
+}
+
+fn n(object: &Value, field: &str) -> i64 {
+    i64_at(object, &["status", field]).unwrap_or(0)
+}
+
+fn wanted(object: &Value) -> i64 {
+    i64_at(object, &["spec", "replicas"]).unwrap_or(0)
+}
+
+fn or_none(text: &str) -> Value {
+    json!(if text.is_empty() { "<none>" } else { text })
+}
+
+fn or_unknown(text: &str) -> Value {
+    json!(if text.is_empty() { "<unknown>" } else { text })
+}
+
+fn labels(map: Option<&Value>) -> String {
+    let mut parts: Vec<String> = map
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+        .map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default()))
+        .collect();
+    parts.sort();
+    if parts.is_empty() { "<none>".into() } else { parts.join(",") }
+}
+
+fn label_selector(object: &Value) -> String {
+    labels(at(object, &["spec", "selector", "matchLabels"]))
+}
+
+fn containers(object: &Value, field: &str) -> String {
+    let all = list(object, &["spec", "template", "spec", "containers"]);
+    all.iter().map(|c| str_at(c, &[field])).collect::<Vec<_>>().join(",")
+}
+
+fn pod_status(pod: &Value) -> String {
+    if at(pod, &["metadata", "deletionTimestamp"]).is_some() {
+        return "Terminating".into();
+    }
+    for status in list(pod, &["status", "containerStatuses"]) {
+        for state in ["waiting", "terminated"] {
+            let reason = str_at(status, &["state", state, "reason"]);
+            if !reason.is_empty() {
+                return reason.to_owned();
+            }
+        }
+    }
+    let reason = str_at(pod, &["status", "reason"]);
+    if reason.is_empty() { str_at(pod, &["status", "phase"]).to_owned() } else { reason.to_owned() }
+}
+
+fn node_status(node: &Value) -> String {
+    let mut status = match super::condition_status(node, "Ready") {
+        "True" => "Ready",
+        "" => "Unknown",
+        _ => "NotReady",
+    }
+    .to_owned();
+    if at(node, &["spec", "unschedulable"]) == Some(&json!(true)) {
+        status.push_str(",SchedulingDisabled");
+    }
+    status
+}
+
+fn node_roles(node: &Value) -> String {
+    let mut roles: Vec<&str> = at(node, &["metadata", "labels"])
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+        .filter_map(|(k, _)| k.strip_prefix("node-role.kubernetes.io/"))
+        .collect();
+    roles.sort_unstable();
+    if roles.is_empty() { "<none>".into() } else { roles.join(",") }
+}
+
+fn node_address(node: &Value, kind: &str) -> String {
+    list(node, &["status", "addresses"])
+        .iter()
+        .find(|a| str_at(a, &["type"]) == kind)
+        .map_or_else(|| "<none>".into(), |a| str_at(a, &["address"]).to_owned())
+}
+
+fn external_ip(service: &Value) -> String {
+    match str_at(service, &["spec", "type"]) {
+        "ExternalName" => str_at(service, &["spec", "externalName"]).to_owned(),
+        "LoadBalancer" => {
+            let ips: Vec<&str> =
+                list(service, &["status", "loadBalancer", "ingress"]).iter().map(|i| str_at(i, &["ip"])).collect();
+            if ips.is_empty() { "<pending>".into() } else { ips.join(",") }
+        }
+        _ => {
+            let ips: Vec<&str> = list(service, &["spec", "externalIPs"]).iter().filter_map(Value::as_str).collect();
+            if ips.is_empty() { "<none>".into() } else { ips.join(",") }
+        }
+    }
+}
+
+fn service_ports(service: &Value) -> String {
+    let ports: Vec<String> = list(service, &["spec", "ports"])
+        .iter()
+        .map(|p| {
+            let port = i64_at(p, &["port"]).unwrap_or(0);
+            let protocol = str_at(p, &["protocol"]);
+            match i64_at(p, &["nodePort"]) {
+                Some(node) if node > 0 => format!("{port}:{node}/{protocol}"),
+                _ => format!("{port}/{protocol}"),
+            }
+        })
+        .collect();
+    if ports.is_empty() { "<none>".into() } else { ports.join(",") }
+}
+
+/// The first three, and how many more.
+fn shorten(all: &[String], none: &str) -> String {
+    const SHOWN: usize = 3;
+    match all.len() {
+        0 => none.into(),
+        n if n <= SHOWN => all.join(","),
+        n => format!("{} + {} more...", all[..SHOWN].join(","), n - SHOWN),
+    }
+}
+
+fn endpoints(object: &Value) -> String {
+    let mut all = Vec::new();
+    for subset in list(object, &["subsets"]) {
+        for address in list(subset, &["addresses"]) {
+            let ip = str_at(address, &["ip"]);
+            let ports = list(subset, &["ports"]);
+            if ports.is_empty() {
+                all.push(ip.to_owned());
+            }
+            all.extend(ports.iter().map(|p| format!("{ip}:{}", i64_at(p, &["port"]).unwrap_or(0))));
+        }
+    }
+    shorten(&all, "<none>")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_read_as_kubectl_prints_them() {
+        let cases = [(5, "5s"), (119, "119s"), (125, "2m5s"), (660, "11m"), (3 * 3600 + 60, "3h1m"), (9 * 3600, "9h"),
+            (50 * 3600, "2d2h"), (10 * 86400, "10d"), (-5, "<invalid>")];
+        for (seconds, text) in cases {
+            assert_eq!(human_duration(seconds), text);
+        }
+    }
+
+    #[test]
+    fn cells_of_a_pod() {
+        let pod = json!({"metadata": {"name": "p", "creationTimestamp": "2026-01-01T00:00:00Z"},
+            "spec": {"containers": [{}, {}]},
+            "status": {"phase": "Running", "containerStatuses": [{"ready": true, "restartCount": 2}, {"ready": false}]}});
+        let now: jiff::Timestamp = "2026-01-01T00:00:30Z".parse().expect("time");
+        let cells: Vec<Value> = builtin("pods").1[..4].iter().map(|c| (c.cell)(&pod, now)).collect();
+        assert_eq!(cells, [json!("1/2"), json!("Running"), json!("2"), json!("30s")]);
+    }
+}
