@@ -1,6 +1,9 @@
 //! Random histories against a model in memory: writes with expectations that may fail, lists and gets at old
 //! revisions in pages, watches from old revisions, compaction, reopening.
 
+// The checks are in functions that the tests call.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 
 use federation_store::{
@@ -155,9 +158,7 @@ async fn run(ops: Vec<Op>, file: bool) {
     let config = StoreConfig { compaction: Compaction::Manual, ..StoreConfig::new(path) };
     let mut store = Store::open(config.clone()).await.unwrap();
     let mut model = Model { events: Vec::new(), compacted: 0 };
-    let mut counter = 0_usize;
-    for op in ops {
-        counter += 1;
+    for (counter, op) in ops.into_iter().enumerate() {
         let fill = |size: usize| vec![(counter % 251) as u8; size];
         match op {
             Op::Create { key, size } => {

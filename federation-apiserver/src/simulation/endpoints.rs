@@ -97,7 +97,7 @@ impl Endpoints {
             .filter_map(|(ports, endpoints)| {
                 let addresses = |ready: bool| -> Vec<Value> {
                     let of_kind =
-                        endpoints.iter().filter(|e| e.ready == ready && !(e.terminating && !e.ready));
+                        endpoints.iter().filter(|e| e.ready == ready && (e.ready || !e.terminating));
                     of_kind.map(Endpoint::address).collect()
                 };
                 let mut subset = json!({});
