@@ -4,6 +4,7 @@
 use std::{
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::Duration,
 };
 
@@ -68,7 +69,11 @@ impl Pair {
             .arg("--server-port=0")
             .arg("--agent-port=0")
             .arg("--agent-bind-address=127.0.0.1");
-        command.arg("--health-port=0").arg("--admin-port=0").arg("--health-bind-address=127.0.0.1");
+        command
+            .arg("--graceful-shutdown-timeout=30s")
+            .arg("--health-port=0")
+            .arg("--admin-port=0")
+            .arg("--health-bind-address=127.0.0.1");
         for (flag, file) in
             [("cluster-cert", "server.crt"), ("cluster-key", "server.key"), ("cluster-ca-cert", "ca.crt")]
         {
@@ -159,10 +164,12 @@ async fn target() -> Result<(SocketAddr, AbortOnDropHandle<()>)> {
 /// Sends, half-closes, and checks that all of it and the target's last word come back.
 async fn echo(stream: UnixStream, seed: u64, length: u64) -> Result<()> {
     let (mut read, mut write) = stream.into_split();
+    let (sent, got) = (AtomicU64::new(0), AtomicU64::new(0));
     let send = async {
         let mut source = Stream::new(seed, length);
         while let Some(piece) = source.next_piece() {
             write.write_all(&piece).await?;
+            sent.fetch_add(piece.len() as u64, Relaxed);
         }
         write.shutdown().await?;
         anyhow::Ok(())
@@ -175,6 +182,7 @@ async fn echo(stream: UnixStream, seed: u64, length: u64) -> Result<()> {
             let count = read.read(&mut buffer[..room]).await?;
             ensure!(count > 0, "it ended after {} of {length} bytes", checker.seen());
             checker.take(&buffer[..count]).map_err(anyhow::Error::msg)?;
+            got.store(checker.seen(), Relaxed);
         }
         let mut rest = String::new();
         read.read_to_string(&mut rest).await?;
@@ -204,12 +212,10 @@ async fn round_trips(transport: &str) -> Result<()> {
     while let Some(ended) = all.join_next().await {
         ended??;
     }
-    // Nobody listens there, and nobody is called that.
+    // Nobody listens there.
     let unused = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?.local_addr()?;
     let (status, _) = pair.connect(unused, "").await?;
     ensure!(status == 502, "a refused dial: {status}");
-    let (status, _) = pair.connect(target, "Cellway-Cluster: nobody\r\n").await?;
-    ensure!(status == 404, "an unknown member: {status}");
     Ok(())
 }
 
