@@ -218,6 +218,8 @@ struct Planner<'a> {
     deleting: bool,
     findings: Vec<Finding>,
     writes: Vec<Write>,
+    /// Objects that are to go and have not gone, as `<name> in <cluster>`.
+    leftovers: Vec<String>,
     /// By cluster: names of objects that must stay.
     keep: BTreeMap<String, BTreeSet<String>>,
 }
@@ -236,6 +238,7 @@ impl<'a> Planner<'a> {
             deleting: input.object.metadata.deletion_timestamp.is_some(),
             findings: Vec::new(),
             writes: Vec::new(),
+            leftovers: Vec::new(),
             keep: BTreeMap::new(),
         }
     }
@@ -651,6 +654,7 @@ impl<'a> Planner<'a> {
                     continue;
                 }
                 leftovers.entry(cluster.as_str()).or_default().push(name.as_str());
+                self.leftovers.push(format!("{name} in {cluster}"));
                 let going = !live.value["metadata"]["deletionTimestamp"].is_null();
                 if going || view.in_flight.contains(name) {
                     continue;
@@ -747,6 +751,13 @@ impl<'a> Planner<'a> {
             findings[0].status = "False";
             findings[0].reason = "CheckPlacement";
             findings[0].message = "see the condition PlacementInvalid".into();
+        }
+        if let (Some(first), "True") = (self.leftovers.first(), findings[0].status) {
+            let more = self.leftovers.len() - 1;
+            let more = if more == 0 { String::new() } else { format!(" and {more} more") };
+            findings[0].status = "False";
+            findings[0].reason = "Removing";
+            findings[0].message = format!("{first}{more} is to be removed");
         }
         findings.append(&mut self.findings);
         let (replicas, ready_replicas) = status::totals(self.input.of, &units);

@@ -1,0 +1,460 @@
+//! A small Kubernetes API in memory, for the hub and for members: enough verbs for the controller, a log of what was
+//! asked, and ways to make it misbehave. It knows no schemas; a Deployment is rolled out the moment it is written.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt as _, Full, StreamBody};
+use hyper::body::Frame;
+use parking_lot::Mutex;
+use serde_json::{Map, Value, json};
+use tokio::sync::broadcast;
+
+pub(crate) type Body = UnsyncBoxBody<Bytes, std::convert::Infallible>;
+type Answer = Result<Value, (StatusCode, &'static str, String)>;
+
+/// One API server.
+pub(crate) struct FakeApi {
+    state: Mutex<State>,
+    events: broadcast::Sender<Arc<Event>>,
+    /// Requests get no answer while this is set.
+    pub(crate) hangs: AtomicBool,
+    /// Resources that are not served.
+    pub(crate) unserved: Mutex<Vec<String>>,
+    /// Answers to writes of objects by name: a status code and a message.
+    pub(crate) refuses: Mutex<BTreeMap<String, (u16, String)>>,
+}
+
+#[derive(Default)]
+struct State {
+    objects: BTreeMap<Place, Value>,
+    /// What was applied last, by object: fields that are given up are removed.
+    applied: BTreeMap<Place, Value>,
+    log: Vec<Arc<Event>>,
+    version: u64,
+    uids: u64,
+    writes: Vec<String>,
+    users: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place {
+    pub(crate) resource: String,
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+}
+
+#[derive(Debug)]
+struct Event {
+    version: u64,
+    place: Place,
+    before: Option<Value>,
+    after: Option<Value>,
+}
+
+/// A request's path, read.
+struct Route {
+    /// `group/resource`, the core group empty.
+    resource: String,
+    namespace: Option<String>,
+    name: Option<String>,
+    subresource: Option<String>,
+    query: BTreeMap<String, String>,
+}
+
+// === impl FakeApi ===
+
+impl FakeApi {
+    pub(crate) fn new() -> Arc<Self> {
+        let (events, _) = broadcast::channel(4096);
+        let api = Self {
+            state: Mutex::default(),
+            events,
+            hangs: AtomicBool::new(false),
+            unserved: Mutex::default(),
+            refuses: Mutex::default(),
+        };
+        Arc::new(api)
+    }
+
+    /// An object, if it is there.
+    pub(crate) fn get(&self, resource: &str, namespace: &str, name: &str) -> Option<Value> {
+        self.state.lock().objects.get(&place(resource, namespace, name)).cloned()
+    }
+
+    /// Names of objects of a resource.
+    pub(crate) fn names(&self, resource: &str) -> Vec<String> {
+        let state = self.state.lock();
+        state
+            .objects
+            .keys()
+            .filter(|place| place.resource == resource)
+            .map(|place| place.name.clone())
+            .collect()
+    }
+
+    /// Changes an object as somebody else would.
+    pub(crate) fn edit(&self, resource: &str, namespace: &str, name: &str, change: impl FnOnce(&mut Value)) {
+        let mut state = self.state.lock();
+        let place = place(resource, namespace, name);
+        let mut value = state.objects.get(&place).unwrap_or_else(|| panic!("no {place:?}")).clone();
+        change(&mut value);
+        self.commit(&mut state, place, Some(value));
+    }
+
+    /// Puts an object there, or takes it away, as somebody else would.
+    pub(crate) fn put(&self, resource: &str, namespace: &str, name: &str, value: Option<Value>) {
+        let mut state = self.state.lock();
+        self.commit(&mut state, place(resource, namespace, name), value);
+    }
+
+    /// How many writes have come in, and which.
+    pub(crate) fn writes(&self) -> Vec<String> {
+        self.state.lock().writes.clone()
+    }
+
+    /// Whom requests came from.
+    pub(crate) fn users(&self) -> Vec<String> {
+        self.state.lock().users.clone()
+    }
+
+    pub(crate) async fn serve(self: Arc<Self>, request: Request<Bytes>) -> Response<Body> {
+        if self.hangs.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
+        let headers = request.headers();
+        let user = headers
+            .get("impersonate-user")
+            .and_then(|user| user.to_str().ok())
+            .unwrap_or_default()
+            .to_owned();
+        self.state.lock().users.push(user);
+        match request.uri().path() {
+            "/version" => return answer(Ok(json!({"gitVersion": "v1.37.0"}))),
+            "/readyz" => return Response::new(full("ok")),
+            _ => {}
+        }
+        let Some(route) = route(request.uri()) else {
+            return answer(Err((StatusCode::NOT_FOUND, "NotFound", "no such path".into())));
+        };
+        if self.unserved.lock().contains(&route.resource) {
+            return answer(Err((
+                StatusCode::NOT_FOUND,
+                "NotFound",
+                "the server could not find the resource".into(),
+            )));
+        }
+        if request.method() == Method::GET && route.query.get("watch").is_some_and(|watch| watch == "true") {
+            return self.watch(&route);
+        }
+        let kind =
+            headers.get(http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        answer(self.verb(request.method(), &route, kind, request.body()))
+    }
+
+    fn verb(&self, method: &Method, route: &Route, content: &str, body: &Bytes) -> Answer {
+        let mut state = self.state.lock();
+        let namespace = route.namespace.clone().unwrap_or_default();
+        if *method == Method::GET && route.name.is_none() {
+            let items: Vec<_> = state
+                .objects
+                .iter()
+                .filter(|(place, _)| place.resource == route.resource)
+                .filter(|(place, _)| route.namespace.is_none() || place.namespace == namespace)
+                .filter(|(_, value)| selected(route, value))
+                .map(|(_, value)| value.clone())
+                .collect();
+            let version = state.version.to_string();
+            return Ok(
+                json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": version}, "items": items}),
+            );
+        }
+        let sent: Value =
+            if body.is_empty() { Value::Null } else { serde_json::from_slice(body).expect("json") };
+        let name = route.name.clone().unwrap_or_else(|| text(&sent["metadata"]["name"]));
+        let place = Place { resource: route.resource.clone(), namespace, name };
+        if *method != Method::GET {
+            let sub = route.subresource.as_deref().unwrap_or("-");
+            state.writes.push(format!("{method} {} {} {sub}", place.resource, place.name));
+            if let Some((code, message)) = self.refuses.lock().get(&place.name) {
+                let code = StatusCode::from_u16(*code).expect("status code");
+                return Err((code, "Invalid", message.clone()));
+            }
+        }
+        let known = state.objects.get(&place).cloned();
+        let missing =
+            || (StatusCode::NOT_FOUND, "NotFound", format!("{} {:?} not found", place.resource, place.name));
+        if *method == Method::GET {
+            return known.ok_or_else(missing);
+        }
+        if *method == Method::DELETE {
+            let known = known.ok_or_else(missing)?;
+            let uid = &sent["preconditions"]["uid"];
+            if !uid.is_null() && *uid != known["metadata"]["uid"] {
+                return Err((StatusCode::CONFLICT, "Conflict", "the uid differs".into()));
+            }
+            if known["metadata"]["finalizers"].as_array().is_some_and(|finalizers| !finalizers.is_empty()) {
+                let mut going = known;
+                going["metadata"]["deletionTimestamp"] = "2026-11-21T00:00:00Z".into();
+                return Ok(self.commit(&mut state, place, Some(going)));
+            }
+            self.commit(&mut state, place, None);
+            return Ok(json!({"kind": "Status", "apiVersion": "v1", "status": "Success"}));
+        }
+        let namespaced = !place.namespace.is_empty();
+        let next = match (method, content) {
+            (&Method::POST, _) => {
+                if known.is_some() {
+                    return Err((
+                        StatusCode::CONFLICT,
+                        "AlreadyExists",
+                        format!("{:?} already exists", place.name),
+                    ));
+                }
+                sent
+            }
+            (&Method::PATCH, "application/merge-patch+json") => {
+                let mut next = known.clone().ok_or_else(missing)?;
+                let wanted = &sent["metadata"]["resourceVersion"];
+                if !wanted.is_null() && *wanted != next["metadata"]["resourceVersion"] {
+                    return Err((StatusCode::CONFLICT, "Conflict", "the object has been modified".into()));
+                }
+                let before = next.clone();
+                merge(&mut next, &sent);
+                if route.subresource.as_deref() == Some("status") {
+                    let status = next["status"].take();
+                    next = before;
+                    next["status"] = status;
+                }
+                next
+            }
+            (&Method::PATCH, "application/apply-patch+yaml") => {
+                let home = self::place("/namespaces", "", &place.namespace);
+                if namespaced && known.is_none() && !state.objects.contains_key(&home) {
+                    let message = format!("namespaces {:?} not found", place.namespace);
+                    return Err((StatusCode::NOT_FOUND, "NotFound", message));
+                }
+                let mut next = known.clone().unwrap_or_else(|| json!({}));
+                if let Some(old) = state.applied.get(&place) {
+                    give_up(&mut next, old, &sent);
+                }
+                overlay(&mut next, &sent);
+                state.applied.insert(place.clone(), sent);
+                next
+            }
+            _ => {
+                return Err((
+                    StatusCode::METHOD_NOT_ALLOWED,
+                    "MethodNotAllowed",
+                    format!("{method} {content}"),
+                ));
+            }
+        };
+        // Nothing to change is no change.
+        if known.as_ref() == Some(&next) {
+            return Ok(next);
+        }
+        let going = !next["metadata"]["deletionTimestamp"].is_null();
+        let held = next["metadata"]["finalizers"].as_array().is_some_and(|finalizers| !finalizers.is_empty());
+        if going && !held {
+            self.commit(&mut state, place, None);
+            return Ok(next);
+        }
+        Ok(self.commit(&mut state, place, Some(next)))
+    }
+
+    /// Stores a state of an object and tells watchers.
+    fn commit(&self, state: &mut State, place: Place, after: Option<Value>) -> Value {
+        state.version += 1;
+        let before = state.objects.get(&place).cloned();
+        let version = state.version;
+        let after = after.map(|mut value| {
+            if before.is_none() {
+                state.uids += 1;
+                value["metadata"]["uid"] = format!("uid-{}", state.uids).into();
+                value["metadata"]["name"] = place.name.clone().into();
+                if !place.namespace.is_empty() {
+                    value["metadata"]["namespace"] = place.namespace.clone().into();
+                }
+            }
+            value["metadata"]["resourceVersion"] = version.to_string().into();
+            let generation =
+                before.as_ref().and_then(|old| old["metadata"]["generation"].as_i64()).unwrap_or(0);
+            let changed = before.as_ref().is_none_or(|old| old["spec"] != value["spec"]);
+            let generation = generation + i64::from(changed);
+            value["metadata"]["generation"] = generation.into();
+            if place.resource == "apps/deployments" {
+                let replicas = value["spec"]["replicas"].as_i64().unwrap_or(1);
+                value["status"] = json!({"observedGeneration": generation, "replicas": replicas,
+                    "updatedReplicas": replicas, "readyReplicas": replicas, "availableReplicas": replicas});
+            }
+            value
+        });
+        match &after {
+            Some(value) => state.objects.insert(place.clone(), value.clone()),
+            None => {
+                state.applied.remove(&place);
+                state.objects.remove(&place)
+            }
+        };
+        let told = after.clone().or_else(|| before.clone()).unwrap_or_default();
+        let event = Arc::new(Event { version, place, before, after });
+        state.log.push(Arc::clone(&event));
+        // Nobody may be listening.
+        let _ = self.events.send(event);
+        told
+    }
+
+    fn watch(&self, route: &Route) -> Response<Body> {
+        let state = self.state.lock();
+        let from: u64 =
+            route.query.get("resourceVersion").and_then(|from| from.parse().ok()).unwrap_or(state.version);
+        let past: Vec<_> = state.log.iter().filter(|event| event.version > from).cloned().collect();
+        let live = self.events.subscribe();
+        drop(state);
+        let resource = route.resource.clone();
+        let namespace = route.namespace.clone();
+        let selector = route.query.get("labelSelector").cloned();
+        let live = futures::stream::unfold(live, |mut live| async move {
+            // A watcher that falls behind is cut off.
+            live.recv().await.ok().map(|event| (event, live))
+        });
+        let frames = futures::stream::iter(past).chain(live).filter_map(move |event| {
+            let line = (event.place.resource == resource
+                && namespace.as_ref().is_none_or(|namespace| *namespace == event.place.namespace))
+            .then(|| told(&event, selector.as_deref()))
+            .flatten();
+            async move { line.map(|line| Ok::<_, std::convert::Infallible>(Frame::data(Bytes::from(line)))) }
+        });
+        Response::new(StreamBody::new(frames).boxed_unsync())
+    }
+}
+
+fn told(event: &Event, selector: Option<&str>) -> Option<String> {
+    let sees = |value: &Option<Value>| value.as_ref().is_some_and(|value| matches(selector, value));
+    let (kind, mut object) = match (sees(&event.before), sees(&event.after)) {
+        (false, false) => return None,
+        (false, true) => ("ADDED", event.after.clone()?),
+        (true, true) => ("MODIFIED", event.after.clone()?),
+        (true, false) => ("DELETED", event.after.clone().or_else(|| event.before.clone())?),
+    };
+    object["metadata"]["resourceVersion"] = event.version.to_string().into();
+    Some(format!("{}\n", json!({"type": kind, "object": object})))
+}
+
+fn selected(route: &Route, value: &Value) -> bool {
+    matches(route.query.get("labelSelector").map(String::as_str), value)
+}
+
+fn matches(selector: Option<&str>, value: &Value) -> bool {
+    let Some((key, wanted)) = selector.and_then(|selector| selector.split_once('=')) else { return true };
+    value["metadata"]["labels"][key].as_str() == Some(wanted)
+}
+
+fn route(uri: &http::Uri) -> Option<Route> {
+    let mut parts = uri.path().trim_matches('/').split('/');
+    let group = match parts.next()? {
+        "api" => String::new(),
+        "apis" => parts.next()?.to_owned(),
+        _ => return None,
+    };
+    parts.next()?;
+    let rest: Vec<_> = parts.collect();
+    let (namespace, rest) = match rest.as_slice() {
+        ["namespaces", namespace, rest @ ..] if !rest.is_empty() => (Some((*namespace).to_owned()), rest),
+        rest => (None, rest),
+    };
+    let query = uri
+        .query()
+        .unwrap_or_default()
+        .split('&')
+        .filter_map(|pair| pair.split_once('='))
+        .map(|(key, value)| (key.to_owned(), value.replace("%2F", "/").replace("%3D", "=")))
+        .collect();
+    Some(Route {
+        resource: format!("{group}/{}", rest.first()?),
+        namespace,
+        name: rest.get(1).map(|name| (*name).to_owned()),
+        subresource: rest.get(2).map(|name| (*name).to_owned()),
+        query,
+    })
+}
+
+fn place(resource: &str, namespace: &str, name: &str) -> Place {
+    Place { resource: resource.into(), namespace: namespace.into(), name: name.into() }
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+fn full(text: &str) -> Body {
+    Full::new(Bytes::from(text.to_owned())).boxed_unsync()
+}
+
+fn answer(answer: Answer) -> Response<Body> {
+    let (code, value) = match answer {
+        Ok(value) => (StatusCode::OK, value),
+        Err((code, reason, message)) => {
+            let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code.as_u16(),
+                "reason": reason, "message": message});
+            (code, status)
+        }
+    };
+    let mut response = Response::new(full(&value.to_string()));
+    *response.status_mut() = code;
+    response
+}
+
+/// JSON merge patch.
+fn merge(target: &mut Value, patch: &Value) {
+    let Value::Object(patch) = patch else {
+        *target = patch.clone();
+        return;
+    };
+    if !target.is_object() {
+        *target = Value::Object(Map::new());
+    }
+    let Value::Object(target) = target else { return };
+    for (key, value) in patch {
+        if value.is_null() {
+            target.remove(key);
+        } else {
+            merge(target.entry(key.clone()).or_insert(Value::Null), value);
+        }
+    }
+}
+
+/// Lays applied fields over an object.
+fn overlay(target: &mut Value, applied: &Value) {
+    match (target, applied) {
+        (Value::Object(target), Value::Object(applied)) => {
+            for (key, value) in applied {
+                overlay(target.entry(key.clone()).or_insert(Value::Null), value);
+            }
+        }
+        (target, applied) => *target = applied.clone(),
+    }
+}
+
+/// Removes fields that were applied before and are not now.
+fn give_up(target: &mut Value, old: &Value, new: &Value) {
+    let (Value::Object(target), Value::Object(old)) = (target, old) else { return };
+    for (key, value) in old {
+        match new.get(key) {
+            None => {
+                target.remove(key);
+            }
+            Some(new) => {
+                if let Some(target) = target.get_mut(key) {
+                    give_up(target, value, new);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,384 @@
+//! The controller from end to end: a hub and members that are small APIs in memory, reached through a connector over
+//! real HTTP/1.1. Each test changes something and waits until the world is as it should be.
+
+mod fake;
+mod world;
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use federation_core::api::Phase;
+use serde_json::{Value, json};
+
+use crate::world::{CONFIG_MAPS, DEPLOYMENTS, World, condition, federated, is_true, options, template};
+
+async fn placed(units: &[&str]) -> World {
+    let world = World::start().await;
+    world.hub.put(
+        DEPLOYMENTS,
+        "shop",
+        "web",
+        Some(federated("FederatedDeployment", units, template("web:1", 2))),
+    );
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    world
+}
+
+fn image(deployment: &Value) -> &str {
+    deployment["spec"]["template"]["spec"]["containers"][0]["image"].as_str().unwrap_or_default()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn places_overrides_and_removes() {
+    let world = World::start().await;
+    let mut object = federated("FederatedDeployment", &["a", "b", "c"], template("web:1", 2));
+    object["spec"]["overrides"] =
+        json!([{"units": ["b"], "patches": [{"path": "/spec/replicas", "value": 4}]}]);
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    let status = world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    assert_eq!(status.summary.as_deref(), Some("3 units: 3 synced"));
+    assert_eq!(status.replicas, Some(8));
+    assert_eq!(world.member("x").names("apps/deployments"), ["web-a", "web-b"]);
+    assert_eq!(world.member("y").names("apps/deployments"), ["web-c"]);
+    assert_eq!(world.deployment("x", "web-b").expect("there")["spec"]["replicas"], 4);
+    // The namespace was made, and everything came from the controller's own user.
+    assert_eq!(world.member("x").names("/namespaces"), ["shop"]);
+    assert!(world.member("x").users().iter().all(|user| user == "system:cellway:federation-controller"));
+
+    world.edit(|object| object["spec"]["placement"]["units"] = json!([{"name": "a"}, {"name": "c"}]));
+    world
+        .settled(DEPLOYMENTS, "b is gone", |status| status.units.len() == 2 && is_true(status, "Propagated"))
+        .await;
+    assert_eq!(world.member("x").names("apps/deployments"), ["web-a"]);
+
+    // Nothing is written when nothing would change.
+    let writes = world.member("x").writes();
+    world.edit(|object| object["metadata"]["labels"] = json!({"unrelated": "1"}));
+    world.edit(|object| object["spec"]["placement"]["units"] = json!([{"name": "c"}, {"name": "a"}]));
+    world.settled(DEPLOYMENTS, "seen", |_| true).await;
+    assert_eq!(world.member("x").writes(), writes);
+
+    world.edit(|object| object["metadata"]["deletionTimestamp"] = "2026-11-21T00:00:00Z".into());
+    world.until("it is gone", || world.hub.get(DEPLOYMENTS, "shop", "web").is_none().then_some(())).await;
+    assert!(world.member("x").names("apps/deployments").is_empty());
+    assert!(world.member("y").names("apps/deployments").is_empty());
+    assert!(world.hub.names("types.kubefed.io/federatedrevisions").is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mask_moves_one_cell_and_heals_the_others_where_they_are() {
+    let world = placed(&["a", "b", "c"]).await;
+    world.edit(|object| {
+        object["spec"]["placementMask"] = json!({"units": ["a"]});
+        object["spec"]["template"] = template("web:2", 5);
+    });
+    let status = world
+        .settled(DEPLOYMENTS, "a has moved", |status| {
+            is_true(status, "Propagated")
+                && status.units.iter().filter(|unit| unit.phase == Phase::Masked).count() == 2
+        })
+        .await;
+    assert_eq!(status.units[0].phase, Phase::Synced);
+    assert_eq!(image(&world.deployment("x", "web-a").expect("a")), "web:2");
+    assert_eq!(image(&world.deployment("x", "web-b").expect("b")), "web:1");
+
+    // Drift in a masked unit is put right, back to its own revision.
+    world
+        .member("x")
+        .edit("apps/deployments", "shop", "web-b", |object| object["spec"]["replicas"] = 50.into());
+    world
+        .until("b is healed", || (world.deployment("x", "web-b")?["spec"]["replicas"] == 2).then_some(()))
+        .await;
+    world.member("y").put("apps/deployments", "shop", "web-c", None);
+    let again = world.until("c is back", || world.deployment("y", "web-c")).await;
+    assert_eq!((image(&again), &again["spec"]["replicas"]), ("web:1", &json!(2)));
+
+    // Scaling under the mask.
+    world.edit(|object| object["spec"]["template"]["spec"]["replicas"] = 7.into());
+    world
+        .until("a is scaled", || (world.deployment("x", "web-a")?["spec"]["replicas"] == 7).then_some(()))
+        .await;
+    assert_eq!(world.deployment("x", "web-b").expect("b")["spec"]["replicas"], 2);
+
+    world.edit(|object| {
+        object["spec"].as_object_mut().expect("spec").remove("placementMask");
+    });
+    world
+        .settled(DEPLOYMENTS, "all are synced", |status| {
+            status.summary.as_deref() == Some("3 units: 3 synced")
+        })
+        .await;
+    for (member, name) in [("x", "web-a"), ("x", "web-b"), ("y", "web-c")] {
+        let found = world.deployment(member, name).expect("there");
+        assert_eq!((image(&found), &found["spec"]["replicas"]), ("web:2", &json!(7)), "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restarted_controller_keeps_masked_units_where_they_are() {
+    let mut world = placed(&["a", "b"]).await;
+    world.stop().await;
+    world.edit(|object| {
+        object["spec"]["placementMask"] = json!({"units": ["a"]});
+        object["spec"]["template"] = template("web:2", 5);
+    });
+    world
+        .member("x")
+        .edit("apps/deployments", "shop", "web-b", |object| object["spec"]["replicas"] = 50.into());
+    world.run(options());
+    world
+        .until("b is healed", || (world.deployment("x", "web-b")?["spec"]["replicas"] == 2).then_some(()))
+        .await;
+    world.until("a has moved", || (image(&world.deployment("x", "web-a")?) == "web:2").then_some(())).await;
+    assert_eq!(image(&world.deployment("x", "web-b").expect("b")), "web:1");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn annotations_that_are_given_up_are_removed() {
+    let world = placed(&["a"]).await;
+    let config = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "PropagationConfig", "metadata": {"name": "default"},
+        "spec": {"annotations": [{"prefix": "hub/", "class": "Spec"}, {"prefix": "member/", "class": "Status", "collect": true}]}});
+    world.hub.put("policy.cellway.io/propagationconfigs", "", "default", Some(config));
+    world.edit(|object| object["metadata"]["annotations"] = json!({"hub/team": "red", "other": "1"}));
+    let annotations = || world.deployment("x", "web-a").map(|found| found["metadata"]["annotations"].clone());
+    world.until("it is set", || (annotations()?["hub/team"] == "red").then_some(())).await;
+    assert!(annotations().expect("there").get("other").is_none());
+    world.member("x").edit("apps/deployments", "shop", "web-a", |object| {
+        object["metadata"]["annotations"]["member/ip"] = "10.0.0.1".into();
+        object["metadata"]["annotations"]["hub/foreign"] = "1".into();
+    });
+    world
+        .until("the foreign one is gone", || annotations()?.get("hub/foreign").is_none().then_some(()))
+        .await;
+    world
+        .settled(DEPLOYMENTS, "the member's is collected", |status| {
+            status.units[0].annotations.get("member/ip").is_some_and(|ip| ip == "10.0.0.1")
+        })
+        .await;
+    world.edit(|object| object["metadata"]["annotations"] = json!({}));
+    world.until("it is removed", || annotations()?.get("hub/team").is_none().then_some(())).await;
+    assert_eq!(annotations().expect("there")["member/ip"], "10.0.0.1");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_tunnel_stops_nobody_and_takes_nothing_away() {
+    let world = placed(&["a", "c"]).await;
+    world.tunnel("y", false);
+    world
+        .until("y is offline", || {
+            let cluster = world.hub.get("core.kubefed.io/kubefedclusters", "kube-federation-system", "y")?;
+            let said = |type_| condition(&cluster, type_);
+            (said("TunnelConnected") == Some("False") && said("Offline") == Some("True")).then_some(())
+        })
+        .await;
+    world.edit(|object| object["spec"]["template"] = template("web:2", 2));
+    let status = world
+        .settled(DEPLOYMENTS, "a has moved", |status| {
+            status.units.iter().any(|unit| unit.name == "a" && unit.phase == Phase::Synced)
+        })
+        .await;
+    let away = &status.units[1];
+    assert_eq!((away.phase, away.reason.as_deref()), (Phase::Unreachable, Some("NoTunnel")));
+    assert_eq!(image(&world.deployment("y", "web-c").expect("stays")), "web:1");
+
+    // Held back while away: it stays when it is back. Then it may move.
+    world.edit(|object| object["spec"]["placementMask"] = json!({"units": ["a"]}));
+    world.settled(DEPLOYMENTS, "seen", |_| true).await;
+    world.tunnel("y", true);
+    world
+        .settled(DEPLOYMENTS, "c is masked", |status| {
+            status.units.iter().any(|unit| unit.phase == Phase::Masked)
+        })
+        .await;
+    assert_eq!(image(&world.deployment("y", "web-c").expect("stays")), "web:1");
+    world.edit(|object| object["spec"]["placementMask"] = Value::Null);
+    world.until("c has moved", || (image(&world.deployment("y", "web-c")?) == "web:2").then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hanging_member_slows_nobody() {
+    let world = placed(&["a", "c"]).await;
+    world.member("y").hangs.store(true, Ordering::Relaxed);
+    world.edit(|object| object["spec"]["template"] = template("web:2", 2));
+    let began = std::time::Instant::now();
+    world.until("a has moved", || (image(&world.deployment("x", "web-a")?) == "web:2").then_some(())).await;
+    assert!(began.elapsed() < options().request_timeout, "{:?}", began.elapsed());
+    world
+        .until("y is offline", || {
+            let cluster = world.hub.get("core.kubefed.io/kubefedclusters", "kube-federation-system", "y")?;
+            (condition(&cluster, "APIAnswering") == Some("False")
+                && condition(&cluster, "Offline") == Some("True"))
+            .then_some(())
+        })
+        .await;
+    world.member("y").hangs.store(false, Ordering::Relaxed);
+    world.until("c has moved", || (image(&world.deployment("y", "web-c")?) == "web:2").then_some(())).await;
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_refuses_is_one_units_failure() {
+    let world = World::start().await;
+    world.member("x").refuses.lock().insert("web-a".into(), (422, "no such image".into()));
+    world.member("y").unserved.lock().push("apps/deployments".into());
+    world.hub.put(
+        DEPLOYMENTS,
+        "shop",
+        "web",
+        Some(federated("FederatedDeployment", &["a", "b"], template("web:1", 2))),
+    );
+    let status = world
+        .settled(DEPLOYMENTS, "a has failed", |status| {
+            status.units.iter().any(|unit| unit.phase == Phase::Failed)
+                && status.units.iter().any(|unit| unit.phase == Phase::Synced)
+        })
+        .await;
+    let unit = &status.units[0];
+    assert_eq!(unit.reason.as_deref(), Some("CreationFailed"));
+    assert!(unit.message.as_deref().is_some_and(|message| message.contains("no such image")), "{unit:?}");
+    world
+        .until("an event says so", || {
+            let names = world.hub.names("events.k8s.io/events");
+            let events = names.iter().filter_map(|name| world.hub.get("events.k8s.io/events", "shop", name));
+            events.into_iter().find(|event| event["reason"] == "CreateInClusterFailed")
+        })
+        .await;
+    world.member("x").refuses.lock().clear();
+    world.settled(DEPLOYMENTS, "it is tried again", |status| is_true(status, "Ready")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_hub_did_not_create_is_left_alone() {
+    let mut world = World::start().await;
+    world.member("x").put("/namespaces", "", "shop", Some(json!({"metadata": {}})));
+    let foreign =
+        json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {}, "spec": {"replicas": 9}});
+    world.member("x").put("apps/deployments", "shop", "web-a", Some(foreign));
+    world.hub.put(
+        DEPLOYMENTS,
+        "shop",
+        "web",
+        Some(federated("FederatedDeployment", &["a"], template("web:1", 2))),
+    );
+    let status = world
+        .settled(DEPLOYMENTS, "it is a conflict", |status| {
+            status.units.iter().any(|unit| unit.phase == Phase::Conflict)
+        })
+        .await;
+    assert_eq!(status.units[0].reason.as_deref(), Some("AlreadyExists"));
+    assert_eq!(world.deployment("x", "web-a").expect("stays")["spec"]["replicas"], 9);
+    // Unless it may be adopted.
+    world.stop().await;
+    world.run(federation_controller::Options { adopt: true, ..options() });
+    world.settled(DEPLOYMENTS, "it is adopted", |status| is_true(status, "Ready")).await;
+    assert_eq!(world.deployment("x", "web-a").expect("adopted")["spec"]["replicas"], 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fight_is_given_up() {
+    let world = placed(&["a"]).await;
+    // Somebody changes it back as soon as it is put right.
+    let fighting = async {
+        loop {
+            if world.deployment("x", "web-a").is_some_and(|found| found["spec"]["replicas"] == 2) {
+                world.member("x").edit("apps/deployments", "shop", "web-a", |object| {
+                    object["spec"]["replicas"] = 3.into()
+                });
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let noticed = world.settled(DEPLOYMENTS, "the fight is given up", |status| {
+        status.units.iter().any(|unit| unit.reason.as_deref() == Some("Contended"))
+    });
+    tokio::select! {
+        () = fighting => {}
+        _ = noticed => {}
+    }
+    assert!(world.member("x").writes().len() < 20);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn config_maps_are_shared_by_the_cells_of_a_cluster() {
+    let world = World::start().await;
+    let object = federated("FederatedConfigMap", &["a", "b", "c"], json!({"data": {"k": "v"}}));
+    world.hub.put(CONFIG_MAPS, "shop", "web", Some(object));
+    world.settled(CONFIG_MAPS, "it is ready", |status| is_true(status, "Ready")).await;
+    assert_eq!(world.member("x").names("/configmaps"), ["web"]);
+    world.hub.edit(CONFIG_MAPS, "shop", "web", |object| {
+        object["spec"]["overrides"] =
+            json!([{"units": ["b"], "patches": [{"path": "/data/k", "value": "w"}]}]);
+    });
+    world
+        .settled(CONFIG_MAPS, "the cells disagree", |status| {
+            status.units.iter().filter(|unit| unit.phase == Phase::Conflict).count() == 2
+        })
+        .await;
+    assert_eq!(world.member("x").get("/configmaps", "shop", "web").expect("stays")["data"]["k"], "v");
+    world.hub.edit(CONFIG_MAPS, "shop", "web", |object| object["spec"]["naming"] = "PerUnit".into());
+    world.settled(CONFIG_MAPS, "an object each", |status| is_true(status, "Propagated")).await;
+    assert_eq!(world.member("x").names("/configmaps"), ["web-a", "web-b"]);
+    assert_eq!(world.member("y").names("/configmaps"), ["web-c"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deletion_waits_for_an_unreachable_member() {
+    let world = placed(&["a", "c"]).await;
+    world.tunnel("y", false);
+    world.edit(|object| object["metadata"]["deletionTimestamp"] = "2026-11-21T00:00:00Z".into());
+    let status = world
+        .until("x is done", || {
+            let status = world.status(DEPLOYMENTS)?;
+            (status.units.len() == 1 && status.units[0].reason.as_deref() == Some("NoTunnel"))
+                .then_some(status)
+        })
+        .await;
+    assert_eq!((status.units[0].name.as_str(), status.units[0].phase), ("c", Phase::Removing));
+    assert!(world.member("x").names("apps/deployments").is_empty());
+    world.tunnel("y", true);
+    world.until("it is gone", || world.hub.get(DEPLOYMENTS, "shop", "web").is_none().then_some(())).await;
+    assert!(world.member("y").names("apps/deployments").is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn orphans_stay() {
+    let world = placed(&["a"]).await;
+    world.edit(|object| {
+        object["metadata"]["annotations"] = json!({"kubefed.io/orphan": "true"});
+        object["metadata"]["deletionTimestamp"] = "2026-11-21T00:00:00Z".into();
+    });
+    world.until("it is gone", || world.hub.get(DEPLOYMENTS, "shop", "web").is_none().then_some(())).await;
+    let left = world.deployment("x", "web-a").expect("stays");
+    assert!(left["metadata"]["labels"].get("kubefed.io/managed").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unreadable_object_is_told_and_left_alone() {
+    let world = placed(&["a"]).await;
+    world.edit(|object| object["spec"]["placement"] = json!({"units": "all of them"}));
+    world
+        .until("it is told", || {
+            let status = world.status(DEPLOYMENTS)?;
+            status.conditions.iter().any(|condition| condition.reason == "InvalidSpec").then_some(())
+        })
+        .await;
+    assert!(world.deployment("x", "web-a").is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_objects_and_a_dead_member() {
+    let world = World::start().await;
+    world.tunnel("y", false);
+    for index in 0..40 {
+        let mut object = federated("FederatedDeployment", &["a", "c"], template("web:1", 1));
+        object["metadata"]["name"] = format!("web{index}").into();
+        world.hub.put(DEPLOYMENTS, "shop", &format!("web{index}"), Some(object));
+    }
+    world
+        .until("all are in x", || (world.member("x").names("apps/deployments").len() == 40).then_some(()))
+        .await;
+    world.tunnel("y", true);
+    world
+        .until("all are in y", || (world.member("y").names("apps/deployments").len() == 40).then_some(()))
+        .await;
+}

@@ -1,0 +1,230 @@
+//! A hub and two members in one process, with a controller between them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use federation_controller::{ConnectError, Controller, Handle, Options, connector};
+use federation_core::api::FederatedStatus;
+use http::Request;
+use http_body_util::BodyExt as _;
+use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tokio::sync::oneshot;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::fake::FakeApi;
+
+pub(crate) const DEPLOYMENTS: &str = "types.kubefed.io/federateddeployments";
+pub(crate) const CONFIG_MAPS: &str = "types.kubefed.io/federatedconfigmaps";
+const CLUSTERS: &str = "core.kubefed.io/kubefedclusters";
+const CELLS: &str = "topology.cellway.io/cells";
+
+/// Long enough for a slow machine; a test that passes never waits for it.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How often a predicate is looked at.
+const LOOK: Duration = Duration::from_millis(10);
+
+pub(crate) struct World {
+    pub(crate) hub: Arc<FakeApi>,
+    pub(crate) members: BTreeMap<String, Arc<FakeApi>>,
+    /// Members without a tunnel.
+    down: Arc<Mutex<Vec<String>>>,
+    /// Connections that are open, so that a lost tunnel can end them.
+    open: Arc<Mutex<Vec<(String, AbortOnDropHandle<()>)>>>,
+    handle: Option<Handle>,
+    running: Option<(oneshot::Sender<()>, tokio::task::JoinHandle<()>)>,
+}
+
+impl World {
+    /// Cells `a` and `b` in member `x`, `c` in `y`; the controller runs.
+    pub(crate) async fn start() -> Self {
+        let mut world = Self::stopped();
+        world.run(options());
+        for member in ["x", "y"] {
+            world
+                .until(&format!("{member} is ready"), || {
+                    let cluster = world.hub.get(CLUSTERS, "kube-federation-system", member)?;
+                    (condition(&cluster, "Ready") == Some("True")).then_some(())
+                })
+                .await;
+        }
+        world
+    }
+
+    pub(crate) fn stopped() -> Self {
+        let hub = FakeApi::new();
+        let members: BTreeMap<String, Arc<FakeApi>> =
+            ["x", "y"].map(|name| (name.to_owned(), FakeApi::new())).into();
+        for name in members.keys() {
+            let cluster = json!({"apiVersion": "core.kubefed.io/v1beta1", "kind": "KubeFedCluster",
+                "metadata": {"name": name, "namespace": "kube-federation-system"}, "spec": {}});
+            hub.put(CLUSTERS, "kube-federation-system", name, Some(cluster));
+        }
+        for (cell, cluster) in [("a", "x"), ("b", "x"), ("c", "y")] {
+            let value = json!({"apiVersion": "topology.cellway.io/v1alpha1", "kind": "Cell",
+                "metadata": {"name": cell}, "spec": {"cluster": cluster, "nodeSelector": {"zone": cell}}});
+            hub.put(CELLS, "", cell, Some(value));
+        }
+        Self { hub, members, down: Arc::default(), open: Arc::default(), handle: None, running: None }
+    }
+
+    pub(crate) fn run(&mut self, options: Options) {
+        let hub = Arc::clone(&self.hub);
+        let service = tower::service_fn(move |request: Request<kube::client::Body>| {
+            let hub = Arc::clone(&hub);
+            async move { Ok::<_, std::convert::Infallible>(serve(hub, request).await) }
+        });
+        let client = kube::Client::new(service, "default");
+        let (members, down, open) = (self.members.clone(), Arc::clone(&self.down), Arc::clone(&self.open));
+        let connector = connector(move |cluster: String| {
+            let (members, down, open) = (members.clone(), Arc::clone(&down), Arc::clone(&open));
+            async move {
+                let Some(api) = members.get(&cluster).filter(|_| !down.lock().contains(&cluster)) else {
+                    return Err(ConnectError::NoTunnel { cluster });
+                };
+                let (ours, theirs) = tokio::io::duplex(64 << 10);
+                let api = Arc::clone(api);
+                let service = hyper::service::service_fn(move |request| {
+                    let api = Arc::clone(&api);
+                    async move { Ok::<_, std::convert::Infallible>(serve(api, request).await) }
+                });
+                let serving = tokio::spawn(async move {
+                    // The client going away is how connections end here.
+                    let _ = hyper::server::conn::http1::Builder::new()
+                        .serve_connection(TokioIo::new(theirs), service)
+                        .await;
+                });
+                open.lock().push((cluster, AbortOnDropHandle::new(serving)));
+                Ok(ours)
+            }
+        });
+        let controller = Controller::new(client, connector, options);
+        self.handle = Some(controller.handle());
+        let (stop, stopped) = oneshot::channel();
+        let running = tokio::spawn(controller.run(async move {
+            let _ = stopped.await;
+        }));
+        self.running = Some((stop, running));
+    }
+
+    /// Ends the controller and waits for it.
+    pub(crate) async fn stop(&mut self) {
+        if let Some((stop, running)) = self.running.take() {
+            let _ = stop.send(());
+            running.await.expect("controller");
+        }
+    }
+
+    /// Cuts or restores a member's tunnel.
+    pub(crate) fn tunnel(&self, member: &str, up: bool) {
+        self.down.lock().retain(|name| name != member);
+        if !up {
+            self.down.lock().push(member.into());
+            self.open.lock().retain(|(name, _)| name != member);
+        }
+        self.handle.as_ref().expect("running").probe(member);
+    }
+
+    pub(crate) fn member(&self, name: &str) -> &FakeApi {
+        &self.members[name]
+    }
+
+    /// A Deployment in a member.
+    pub(crate) fn deployment(&self, member: &str, name: &str) -> Option<Value> {
+        self.member(member).get("apps/deployments", "shop", name)
+    }
+
+    pub(crate) fn status(&self, resource: &str) -> Option<FederatedStatus> {
+        let object = self.hub.get(resource, "shop", "web")?;
+        serde_json::from_value(object["status"].clone()).ok()
+    }
+
+    /// Applies a change to the federated object `web`.
+    pub(crate) fn edit(&self, change: impl FnOnce(&mut Value)) {
+        self.hub.edit(DEPLOYMENTS, "shop", "web", change);
+    }
+
+    pub(crate) async fn until<T>(&self, what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+        let waiting = async {
+            loop {
+                if let Some(found) = found() {
+                    return found;
+                }
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        match tokio::time::timeout(PATIENCE, waiting).await {
+            Ok(found) => found,
+            Err(_) => {
+                let objects: Vec<_> = [DEPLOYMENTS, CONFIG_MAPS]
+                    .iter()
+                    .filter_map(|resource| self.hub.get(resource, "shop", "web"))
+                    .collect();
+                panic!("waited in vain until {what}: {objects:#?}")
+            }
+        }
+    }
+
+    /// Waits until the status speaks of the newest generation and is as wanted.
+    pub(crate) async fn settled(
+        &self,
+        resource: &str,
+        what: &str,
+        wanted: impl Fn(&FederatedStatus) -> bool,
+    ) -> FederatedStatus {
+        self.until(what, || {
+            let object = self.hub.get(resource, "shop", "web")?;
+            let status = self.status(resource)?;
+            (status.observed_generation == object["metadata"]["generation"].as_i64() && wanted(&status))
+                .then_some(status)
+        })
+        .await
+    }
+}
+
+pub(crate) fn options() -> Options {
+    Options {
+        probe_interval: Duration::from_millis(200),
+        probe_timeout: Duration::from_millis(500),
+        request_timeout: Duration::from_secs(2),
+        ..Options::default()
+    }
+}
+
+pub(crate) fn federated(kind: &str, units: &[&str], template: Value) -> Value {
+    let units: Vec<_> = units.iter().map(|name| json!({"name": name})).collect();
+    json!({"apiVersion": "types.kubefed.io/v1beta2", "kind": kind, "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {"topologyType": "cell", "placement": {"units": units}, "template": template}})
+}
+
+pub(crate) fn template(image: &str, replicas: i64) -> Value {
+    json!({
+        "metadata": {"labels": {"app": "web"}},
+        "spec": {"replicas": replicas, "selector": {"matchLabels": {"app": "web"}}, "template": {
+            "metadata": {"labels": {"app": "web"}},
+            "spec": {"containers": [{"name": "web", "image": image}]},
+        }},
+    })
+}
+
+pub(crate) fn condition<'a>(object: &'a Value, type_: &str) -> Option<&'a str> {
+    let conditions = object["status"]["conditions"].as_array()?;
+    conditions.iter().find(|condition| condition["type"] == type_)?["status"].as_str()
+}
+
+pub(crate) fn is_true(status: &FederatedStatus, type_: &str) -> bool {
+    status.conditions.iter().any(|condition| condition.type_ == type_ && condition.status == "True")
+}
+
+async fn serve<B>(api: Arc<FakeApi>, request: Request<B>) -> http::Response<crate::fake::Body>
+where
+    B: http_body::Body<Data = Bytes>,
+    B::Error: std::fmt::Debug,
+{
+    let (parts, body) = request.into_parts();
+    let body = body.collect().await.expect("body").to_bytes();
+    api.serve(Request::from_parts(parts, body)).await
+}
