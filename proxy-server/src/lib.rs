@@ -19,6 +19,7 @@ pub mod directory;
 pub mod enrol;
 pub mod error;
 pub mod https;
+pub mod hub;
 pub mod limit;
 pub mod metrics;
 pub mod registry;

@@ -89,7 +89,9 @@ impl AdminApi {
             .route("/cellway/v1/connections", get(connections))
             .route("/cellway/v1/clusters", get(clusters))
             .route("/cellway/v1/clusters/{name}/ping", get(ping))
-            .fallback(async || status::response(StatusCode::NOT_FOUND, "NotFound", "no such page of the admin API"))
+            .fallback(async || {
+                status::response(StatusCode::NOT_FOUND, "NotFound", "no such page of the admin API")
+            })
             .layer(axum::middleware::from_fn(authorise))
             .with_state(self.clone())
     }
@@ -209,9 +211,12 @@ async fn ping_tunnel(entry: &Entry<ServerTunnel>) -> Value {
 async fn authorise(request: Request<Body>, next: Next) -> Response {
     let user = request.extensions().get::<User>();
     match user {
-        Some(user) if user.groups.iter().any(|group| READERS.contains(&group.as_str())) => next.run(request).await,
+        Some(user) if user.groups.iter().any(|group| READERS.contains(&group.as_str())) => {
+            next.run(request).await
+        }
         Some(user) => {
-            let message = format!("user \"{}\" cannot read the admin API: it is for system:masters", user.name);
+            let message =
+                format!("user \"{}\" cannot read the admin API: it is for system:masters", user.name);
             status::response(StatusCode::FORBIDDEN, "Forbidden", &message)
         }
         None => status::response(StatusCode::UNAUTHORIZED, "Unauthorized", "Unauthorized"),

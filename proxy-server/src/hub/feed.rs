@@ -75,9 +75,9 @@ fn info_of(cluster: &KubeFedCluster) -> ClusterInfo {
             SystemTime::now()
         }
     });
-    let allowed = annotation(ALLOWED_DESTINATIONS).map(str::parse::<DestinationPolicy>).unwrap_or_else(|| {
-        Ok(DestinationPolicy::default())
-    });
+    let allowed = annotation(ALLOWED_DESTINATIONS)
+        .map(str::parse::<DestinationPolicy>)
+        .unwrap_or_else(|| Ok(DestinationPolicy::default()));
     let allowed = allowed.unwrap_or_else(|error| {
         tracing::warn!(
             cluster = %cluster.name_any(), %error,
@@ -93,7 +93,8 @@ mod tests {
     use super::*;
 
     fn cluster(annotations: &[(&str, &str)]) -> KubeFedCluster {
-        let annotations: BTreeMap<_, _> = annotations.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        let annotations: BTreeMap<_, _> =
+            annotations.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
         serde_json::from_value(serde_json::json!({
             "apiVersion": "core.kubefed.io/v1beta1", "kind": "KubeFedCluster",
             "metadata": { "name": "east", "annotations": annotations, "labels": { "zone": "a" } }, "spec": {},
@@ -110,7 +111,10 @@ mod tests {
             (REVOKED_AT, "2026-11-21T10:00:00Z"),
             (ALLOWED_DESTINATIONS, "10.0.0.0/8:443 db.internal:5432"),
         ]));
-        assert_eq!(full.revoked_at, Some(SystemTime::from("2026-11-21T10:00:00Z".parse::<jiff::Timestamp>().unwrap())));
+        assert_eq!(
+            full.revoked_at,
+            Some(SystemTime::from("2026-11-21T10:00:00Z".parse::<jiff::Timestamp>().unwrap()))
+        );
         assert!(full.allows(&"db.internal:5432".parse().unwrap()));
         let broken = info_of(&cluster(&[(REVOKED_AT, "yesterday"), (ALLOWED_DESTINATIONS, "10.0.0.0/99")]));
         assert!(broken.revoked_at.is_some() && broken.allowed.is_empty());

@@ -14,7 +14,8 @@ pub mod admin_api;
 mod feed;
 mod tokens;
 
-use std::net::{IpAddr, SocketAddr};
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -23,21 +24,23 @@ use axum::Router;
 use axum::extract::Request;
 use axum::middleware::Next;
 use federation_apiserver::{ApiServer, Role, UserInfo};
-use federation_controller::connector::{ConnectError, Connector, connector};
-use federation_controller::{Controller, Handle, Options};
+use federation_controller::{ConnectError, Connector, Controller, Handle, Options, connector};
+use parking_lot::RwLock;
 use serde_json::json;
 use service::admin::Admin;
 use service::drain::DrainWatch;
 use service::duration::GoDuration;
 use service::metrics::SharedRegistry;
-use service::ready::Readiness;
-use tls::{CertificateAuthority, ClientAuth, ServerTls, TrustDomain};
+use service::ready::{Readiness, ReadyGuard};
+use tls::{CertificateAuthority, ClientAuth, ServerTls, TlsVersions, TrustDomain};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
-use tunnel::{Limits, ServerTunnel, Target};
+use tunnel::{DialError, Limits, ServerTunnel, Target};
 
-use self::admin_api::{AdminApi, HubInfo};
+use self::admin_api::{AdminApi, BoundInfo, HubInfo};
+use self::tokens::SecretTokens;
 use crate::agents::IdentityRules;
 use crate::connect::{AllowedClients, ConnectLimits};
 use crate::directory::{ClusterDirectory, Snapshot};
@@ -45,7 +48,9 @@ use crate::enrol::Enrolment;
 use crate::error::ProxyError;
 use crate::registry::{DialRequest, Frontend, Registry};
 use crate::route::{Route, Strategy, parse_cluster};
-use crate::server::{AgentsConfig, BoundServer, Parts, ServerConfig, ServerError, TlsFrontend, UdsConfig};
+use crate::server::{
+    Addresses, AgentsConfig, BoundServer, Parts, ServerConfig, ServerError, TlsFrontend, UdsConfig,
+};
 use crate::user::User;
 
 /// Where enrolment tokens are kept.
@@ -62,6 +67,9 @@ const SERVER_CERTIFICATE_TTL: Duration = Duration::from_secs(90 * 24 * 3600);
 
 /// A day: a process that runs for years never comes near the end of a certificate.
 const REISSUE_INTERVAL: Duration = Duration::from_secs(24 * 3600);
+
+/// Memory that all tunnels together may promise to agents, in bytes.
+const TUNNEL_MEMORY: usize = 2 << 30;
 
 /// The description of a running hub, in its data folder.
 const HUB_FILE: &str = "hub.json";
@@ -148,14 +156,14 @@ pub enum HubError {
     Tls(#[from] tls::TlsError),
     /// The hub API.
     #[error("failed to start the hub API")]
-    Api(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The hub API, later.
-    #[error("the hub API ended")]
-    ApiEnded(#[source] Option<Box<dyn std::error::Error + Send + Sync>>),
+    Api(#[from] federation_apiserver::BindError),
+    /// A part ended while the hub should run.
+    #[error("the {0} ended unexpectedly: see the log")]
+    Ended(&'static str),
     /// The client of the hub's own API.
-    #[error("failed to use the hub's own kubeconfig {path}")]
+    #[error("failed to make a client of the hub API from {path}")]
     Client {
-        /// Which.
+        /// The hub's own kubeconfig.
         path: PathBuf,
         /// Why.
         #[source]
@@ -168,38 +176,460 @@ pub enum HubError {
 
 /// A hub that listens and does not serve yet.
 pub struct Hub {
-    args: HubArgs,
     data_dir: PathBuf,
+    drain_timeout: Duration,
     api: federation_apiserver::Bound,
     server: BoundServer,
-    info: Arc<HubInfo>,
+    pages: AdminApi,
     client: kube::Client,
-    feed: tokio::sync::watch::Sender<Arc<Snapshot>>,
-    directory: ClusterDirectory,
-    tunnel_tls: TunnelTls,
-    readiness: Readiness,
+    feed: watch::Sender<Arc<Snapshot>>,
+    certificates: ServerCertificates,
+    dial_timeout: Duration,
+    starting: ReadyGuard,
 }
 
-/// The agents' listener's certificate, on disk so that it can be issued anew without a restart.
-struct TunnelTls {
-    ca: Arc<CertificateAuthority>,
+/// The certificates of the hub's own listeners. They lie on disk, so that they can be issued anew without a restart.
+struct ServerCertificates {
     names: Vec<String>,
-    certificate: PathBuf,
-    key: PathBuf,
-    connect: Option<ConnectTls>,
-}
-
-/// The CONNECT listener's certificate, signed by the hub API's CA.
-struct ConnectTls {
-    ca: CertificateAuthority,
-    certificate: PathBuf,
-    key: PathBuf,
+    /// For agents, signed by the tunnel CA.
+    tunnel: (Arc<CertificateAuthority>, PathBuf),
+    /// For CONNECT clients, signed by the hub API's CA, which their kubeconfig names.
+    connect: (CertificateAuthority, PathBuf),
 }
 
 // === impl Hub ===
 
+impl Hub {
+    /// Makes or loads keys, opens the store, binds every listener. Nothing is served yet.
+    ///
+    /// # Errors
+    /// Names what could not be made, read or bound.
+    pub async fn bind(args: HubArgs) -> Result<Self, HubError> {
+        let data_dir = args.data_dir.clone().ok_or(HubError::NoDataDir)?;
+        // It may be named relative to a folder that the process leaves later.
+        let unusable = |source| HubError::DataDir { path: data_dir.clone(), source };
+        std::fs::create_dir_all(&data_dir).map_err(unusable)?;
+        let data_dir = data_dir.canonicalize().map_err(unusable)?;
+        // Whoever waits for the file must not take an earlier hub's for this one's.
+        remove_if_there(&data_dir.join(HUB_FILE)).map_err(unusable)?;
+
+        let advertised_host = args.advertise_address.clone().unwrap_or_else(|| match args.bind_address {
+            ip if ip.is_unspecified() => Ipv4Addr::LOCALHOST.to_string(),
+            ip => ip.to_string(),
+        });
+        let api = bind_api(&args, &data_dir, &advertised_host).await?;
+        let tunnel_ca =
+            Arc::new(CertificateAuthority::load_or_create(&data_dir.join("tunnel-ca"), "cellway-tunnel-ca")?);
+        let certificates = ServerCertificates {
+            names: server_names(&args, &advertised_host),
+            tunnel: (tunnel_ca.clone(), data_dir.join("tunnel-tls")),
+            connect: (
+                CertificateAuthority::load_or_create(&data_dir.join("pki"), "cellway-api-ca")?,
+                data_dir.join("connect-tls"),
+            ),
+        };
+        certificates.issue()?;
+
+        let (feed, directory) = ClusterDirectory::fed();
+        let config = server_config(&args, &data_dir, &advertised_host, directory.clone(), &api)?;
+        let parts = Parts::new(&config);
+        let client = own_client(&api, &data_dir).await?;
+        let enrolment = Enrolment::new(
+            SecretTokens::new(client.clone()),
+            tunnel_ca.clone(),
+            args.trust_domain.clone(),
+            directory,
+            args.agent_certificate_ttl.0,
+            parts.metrics.clone(),
+        )?;
+
+        let metrics = SharedRegistry::new("cellway-hub");
+        metrics.with(|registry| parts.metrics.register(registry));
+        let readiness = Readiness::default();
+        let starting = readiness.register("hub API answers and clusters are known");
+        let pages = AdminApi {
+            info: Arc::new(HubInfo {
+                server_id: config.server_id.clone(),
+                started_at: SystemTime::now(),
+                trust_domain: args.trust_domain.to_string(),
+                ca_hash: tunnel_ca.public_key_hash().to_string(),
+                bound: RwLock::default(),
+            }),
+            registry: parts.registry.clone(),
+            api_proxy: parts.api_proxy.clone(),
+        };
+        let mut api = api;
+        api.mount("/clusters", with_user(parts.api_proxy.router()));
+        api.mount("/cellway/v1", with_user(pages.router()));
+
+        let admin = Admin::new(readiness, metrics).config(shown(&args, &data_dir));
+        let server = BoundServer::bind(config, parts, Some(enrolment), admin).await?;
+        let addresses = server.addresses().clone();
+        let agents_port = addresses.agents.map_or(args.agent_port, |addr| addr.port());
+        *pages.info.bound.write() = BoundInfo {
+            api: api.local_addr().to_string(),
+            advertised_agents: host_port(&advertised_host, agents_port),
+            addresses,
+        };
+        Ok(Self {
+            data_dir,
+            drain_timeout: args.graceful_shutdown_timeout.0,
+            api,
+            server,
+            pages,
+            client,
+            feed,
+            certificates,
+            dial_timeout: args.backend_dial_timeout.0,
+            starting,
+        })
+    }
+
+    /// How long whoever runs it should let streams finish.
+    pub fn drain_timeout(&self) -> Duration {
+        self.drain_timeout
+    }
+
+    /// Where the hub API listens.
+    pub fn api_addr(&self) -> SocketAddr {
+        self.api.local_addr()
+    }
+
+    /// Where everything else listens.
+    pub fn addresses(&self) -> &Addresses {
+        self.server.addresses()
+    }
+
+    /// What `hub.json` will hold.
+    pub fn description(&self) -> serde_json::Value {
+        self.pages.server()
+    }
+
+    /// Serves until the drain, and returns when everything has ended. Dropping the future cuts what is left.
+    ///
+    /// # Errors
+    /// When a part ends by itself, or `hub.json` cannot be written.
+    pub async fn run(self, drain: DrainWatch) -> Result<(), HubError> {
+        let Self { data_dir, api, server, pages, client, feed, certificates, dial_timeout, starting, .. } =
+            self;
+        let (registry, hub_file) = (pages.registry.clone(), data_dir.join(HUB_FILE));
+        let admin_kubeconfig = api.admin_kubeconfig();
+        let connector = member_connector(registry.clone(), dial_timeout);
+        let controller = Controller::new(client.clone(), connector, Options::default());
+
+        let api_stop = CancellationToken::new();
+        let mut api_task = JoinSet::new();
+        api_task.spawn(api.run(api_stop.clone()).instrument(tracing::info_span!("api")));
+        let mut background = JoinSet::new();
+        background.spawn(feed::run(client, feed).instrument(tracing::info_span!("directory")));
+        background.spawn(probe_on_change(registry.clone(), controller.handle()).in_current_span());
+        background.spawn(certificates.keep().in_current_span());
+        let mut controller_task = JoinSet::new();
+        let controller_stop = drain.token();
+        controller_task.spawn(
+            controller.run(controller_stop.cancelled_owned()).instrument(tracing::info_span!("federation")),
+        );
+        let mut server_task = JoinSet::new();
+        server_task.spawn(server.run(drain.clone()).instrument(tracing::info_span!("proxy")));
+
+        let running = async {
+            registry.directory().synced().await;
+            let mut description = pages.server();
+            description["adminKubeconfig"] = json!(admin_kubeconfig);
+            let text = serde_json::to_string_pretty(&description).unwrap_or_default();
+            tls::write_public(&hub_file, text.as_bytes())?;
+            drop(starting);
+            tracing::info!(addresses = %description["addresses"], agents = %description["advertisedAgents"], "hub is ready");
+            std::future::pending::<Result<(), HubError>>().await
+        };
+        let outcome = tokio::select! {
+            () = drain.signaled() => Ok(()),
+            failed = running => failed,
+            _ = api_task.join_next() => Err(HubError::Ended("hub API")),
+            _ = server_task.join_next() => Err(HubError::Ended("proxy server")),
+            _ = controller_task.join_next() => Err(HubError::Ended("federation controller")),
+            Some(_) = background.join_next() => Err(HubError::Ended("watch of the hub's clusters")),
+        };
+        if outcome.is_ok() {
+            while controller_task.join_next().await.is_some() {}
+            while server_task.join_next().await.is_some() {}
+        }
+        api_stop.cancel();
+        while api_task.join_next().await.is_some() {}
+        // A file that stays behind says less than nothing, but the end is an end all the same.
+        let _ = remove_if_there(&hub_file);
+        outcome
+    }
+}
+
 impl std::fmt::Debug for Hub {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Hub").field("data_dir", &self.data_dir).field("server", &self.server).finish_non_exhaustive()
+        f.debug_struct("Hub")
+            .field("data_dir", &self.data_dir)
+            .field("server", &self.server)
+            .finish_non_exhaustive()
+    }
+}
+
+async fn bind_api(
+    args: &HubArgs,
+    data_dir: &Path,
+    advertised_host: &str,
+) -> Result<federation_apiserver::Bound, HubError> {
+    let mut config = federation_apiserver::Config::new(data_dir, Role::Hub);
+    config.bind = SocketAddr::new(args.bind_address, args.api_port);
+    config.advertise = Some(advertised_host.to_owned());
+    config.token_auth_file.clone_from(&args.token_auth_file);
+    config.crds = federation_core::crds().iter().filter_map(|crd| serde_json::to_value(crd).ok()).collect();
+    let namespace =
+        |name: &str| json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name } });
+    config.bootstrap = vec![namespace(SYSTEM_NAMESPACE), namespace(FEDERATION_NAMESPACE)];
+    Ok(ApiServer::bind(config).await?)
+}
+
+fn server_config(
+    args: &HubArgs,
+    data_dir: &Path,
+    advertised_host: &str,
+    directory: ClusterDirectory,
+    api: &federation_apiserver::Bound,
+) -> Result<ServerConfig, HubError> {
+    let addr = |port| SocketAddr::new(args.bind_address, port);
+    let (certificate, key) = ServerCertificates::files(&data_dir.join("tunnel-tls"));
+    let agents_ca = data_dir.join("tunnel-ca").join("ca.crt");
+    // Optional, because agents come without one to enrol; a tunnel without one is refused by the rules below.
+    let agents_tls = ServerTls::from_files(certificate, key, Some(agents_ca), ClientAuth::Optional)?;
+    let (certificate, key) = ServerCertificates::files(&data_dir.join("connect-tls"));
+    let clients_ca = data_dir.join("connect-tls").join("clients-ca.crt");
+    tls::write_public(&clients_ca, api.ca_pem().as_bytes())?;
+    let connect_tls = ServerTls::from_files(certificate, key, Some(clients_ca), ClientAuth::Required)?
+        .with_versions(TlsVersions::From12)?;
+    let advertised = match args.agent_port {
+        // Which port it will be is not known yet; agents that were told one address keep to it.
+        0 => Vec::new(),
+        port => vec![host_port(advertised_host, port)],
+    };
+    Ok(ServerConfig {
+        server_id: uuid::Uuid::new_v4().to_string(),
+        advertised,
+        agents: AgentsConfig {
+            tcp: addr(args.agent_port),
+            quic: (!args.no_quic).then_some(addr(args.agent_port)),
+            tls: agents_tls,
+            rules: IdentityRules {
+                trust_domain: Some(args.trust_domain.clone()),
+                plain: false,
+                anonymous: false,
+            },
+            limits: Limits::default(),
+            memory: TUNNEL_MEMORY,
+        },
+        directory,
+        strategies: vec![Strategy::Default],
+        uds: Some(UdsConfig {
+            path: args.uds_name.clone().unwrap_or_else(|| data_dir.join("connect.sock")),
+            delete_existing: true,
+        }),
+        connect: Some(TlsFrontend {
+            addr: addr(args.connect_port),
+            tls: connect_tls,
+            allowed: AllowedClients::Groups(DIALERS.map(str::to_owned).to_vec()),
+        }),
+        api_proxy: None,
+        health: Some(addr(args.health_port)),
+        admin: Some(SocketAddr::new(args.admin_bind_address, args.admin_port)),
+        limits: ConnectLimits { dial_timeout: args.backend_dial_timeout.0, ..ConnectLimits::default() },
+        access_log: !args.no_access_log,
+    })
+}
+
+/// A client of the hub API in the same process: over loopback, whatever address others use.
+async fn own_client(api: &federation_apiserver::Bound, data_dir: &Path) -> Result<kube::Client, HubError> {
+    let path = data_dir.join("hub.kubeconfig");
+    api.write_kubeconfig(&path, "system:cellway:hub", &["system:cellway:controllers"])?;
+    let failed =
+        |source: Box<dyn std::error::Error + Send + Sync>| HubError::Client { path: path.clone(), source };
+    let kubeconfig = kube::config::Kubeconfig::read_from(&path).map_err(|error| failed(error.into()))?;
+    let options = kube::config::KubeConfigOptions::default();
+    let bound = api.local_addr();
+    let local = match bound.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => SocketAddr::from((Ipv4Addr::LOCALHOST, bound.port())),
+        IpAddr::V6(ip) if ip.is_unspecified() => SocketAddr::from((Ipv6Addr::LOCALHOST, bound.port())),
+        _ => bound,
+    };
+    let url =
+        format!("https://{local}").parse().map_err(|error: http::uri::InvalidUri| failed(error.into()))?;
+    let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &options)
+        .await
+        .map_err(|error| failed(error.into()))?;
+    config.cluster_url = url;
+    kube::Client::try_from(config).map_err(|error| failed(error.into()))
+}
+
+/// How the controller reaches members.
+fn member_connector(registry: Registry<ServerTunnel>, timeout: Duration) -> Connector {
+    connector(move |cluster: String| {
+        let registry = registry.clone();
+        async move {
+            let dial = async {
+                let name = parse_cluster(&cluster)?;
+                let route = Route { cluster: Some(name), target: Target::api_gateway() };
+                let request = DialRequest {
+                    route: &route,
+                    frontend: Frontend::Controller,
+                    client: "federation-controller",
+                    timeout,
+                };
+                registry.dial(request).await
+            };
+            dial.await.map_err(|error| connect_error(cluster.clone(), &error))
+        }
+    })
+}
+
+/// What the cluster's conditions tell apart.
+fn connect_error(cluster: String, error: &ProxyError) -> ConnectError {
+    match error {
+        ProxyError::NoTunnel { .. } | ProxyError::Draining | ProxyError::Starting => {
+            ConnectError::NoTunnel { cluster }
+        }
+        ProxyError::UnknownCluster { .. }
+        | ProxyError::NotAllowedAtHub { .. }
+        | ProxyError::NotAuthorised { .. } => {
+            ConnectError::Unauthorized { cluster, message: error.to_string() }
+        }
+        ProxyError::Dial { error: DialError::TunnelClosed, .. } => ConnectError::NoTunnel { cluster },
+        _ => ConnectError::NotAnswering { cluster, message: error.to_string() },
+    }
+}
+
+/// Tells the controller at once when a member's first tunnel comes or its last one goes.
+async fn probe_on_change(registry: Registry<ServerTunnel>, controller: Handle) {
+    let mut changes = registry.changes();
+    let mut connected: BTreeSet<String> = BTreeSet::new();
+    loop {
+        let now: BTreeSet<String> = registry.connected_clusters().into_iter().collect();
+        for cluster in connected.symmetric_difference(&now) {
+            controller.probe(cluster);
+        }
+        connected = now;
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Translates the hub API's user for our routers.
+fn with_user(router: Router) -> Router {
+    router.layer(axum::middleware::from_fn(async |mut request: Request, next: Next| {
+        if let Some(UserInfo { name, uid, groups, extra }) = request.extensions().get::<UserInfo>().cloned() {
+            request.extensions_mut().insert(User { name, uid, groups, extra });
+        }
+        next.run(request).await
+    }))
+}
+
+/// The configuration in effect, for `/config`. None of the flags is a secret.
+fn shown(args: &HubArgs, data_dir: &Path) -> serde_json::Value {
+    json!({
+        "data-dir": data_dir,
+        "bind-address": args.bind_address,
+        "advertise-address": args.advertise_address,
+        "api-port": args.api_port,
+        "agent-port": args.agent_port,
+        "connect-port": args.connect_port,
+        "health-port": args.health_port,
+        "admin-port": args.admin_port,
+        "admin-bind-address": args.admin_bind_address,
+        "uds-name": args.uds_name,
+        "no-quic": args.no_quic,
+        "trust-domain": args.trust_domain.as_str(),
+        "agent-certificate-ttl": args.agent_certificate_ttl,
+        "backend-dial-timeout": args.backend_dial_timeout,
+        "graceful-shutdown-timeout": args.graceful_shutdown_timeout,
+        "token-auth-file": args.token_auth_file,
+        "no-access-log": args.no_access_log,
+    })
+}
+
+/// The names that the hub's listeners answer to.
+fn server_names(args: &HubArgs, advertised_host: &str) -> Vec<String> {
+    let mut names = vec![advertised_host.to_owned()];
+    if !args.bind_address.is_unspecified() {
+        names.push(args.bind_address.to_string());
+    }
+    names.extend(["localhost", "127.0.0.1", "::1"].map(str::to_owned));
+    let mut seen = BTreeSet::new();
+    names.retain(|name| seen.insert(name.clone()));
+    names
+}
+
+fn host_port(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
+fn remove_if_there(path: &Path) -> std::io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+// === impl ServerCertificates ===
+
+impl ServerCertificates {
+    fn files(dir: &Path) -> (PathBuf, PathBuf) {
+        (dir.join("tls.crt"), dir.join("tls.key"))
+    }
+
+    /// Issues both anew. The listeners take them up by themselves; a pair that does not fit yet is looked at again.
+    fn issue(&self) -> Result<(), HubError> {
+        for (ca, dir) in [(self.tunnel.0.as_ref(), &self.tunnel.1), (&self.connect.0, &self.connect.1)] {
+            std::fs::create_dir_all(dir).map_err(|source| HubError::DataDir { path: dir.clone(), source })?;
+            let issued = ca.issue_server(&self.names, SERVER_CERTIFICATE_TTL)?;
+            let (certificate, key) = Self::files(dir);
+            tls::write_private(&key, issued.key_pem.as_bytes())?;
+            tls::write_public(&certificate, issued.certificate_pem.as_bytes())?;
+        }
+        Ok(())
+    }
+
+    /// Issues them anew for ever, so that a process that runs for years never comes near their end.
+    async fn keep(self) {
+        loop {
+            tokio::time::sleep(REISSUE_INTERVAL).await;
+            match self.issue() {
+                Ok(()) => tracing::info!("the listeners' certificates have been issued anew"),
+                Err(error) => tracing::warn!(
+                    error = %service::error_chain(&error),
+                    "failed to issue the listeners' certificates anew; trying again in {REISSUE_INTERVAL:?}"
+                ),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_controller_is_told_what_is_wrong() {
+        let kind = |error: ProxyError| match connect_error("east".to_owned(), &error) {
+            ConnectError::NoTunnel { .. } => "tunnel",
+            ConnectError::Unauthorized { .. } => "credentials",
+            ConnectError::NotAnswering { .. } => "api",
+        };
+        assert_eq!(kind(ProxyError::NoTunnel { cluster: None }), "tunnel");
+        assert_eq!(kind(ProxyError::UnknownCluster { cluster: "east".to_owned() }), "credentials");
+        let dial = |error| ProxyError::Dial { target: "x".to_owned(), error };
+        assert_eq!(kind(dial(DialError::TunnelClosed)), "tunnel");
+        assert_eq!(kind(dial(DialError::Refused)), "api");
+    }
+
+    #[test]
+    fn hosts_and_ports() {
+        assert_eq!(host_port("hub.example", 1), "hub.example:1");
+        assert_eq!(host_port("2001:db8::1", 1), "[2001:db8::1]:1");
     }
 }

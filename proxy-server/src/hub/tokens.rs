@@ -44,7 +44,9 @@ impl SecretTokens {
         match self.secrets.delete(&secret_name(&grant.id), &params).await {
             Ok(_) => Ok(()),
             // Somebody else was first, or changed it.
-            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Err(EnrolError::InvalidToken),
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {
+                Err(EnrolError::InvalidToken)
+            }
             Err(error) => {
                 tracing::warn!(error = %service::error_chain(&error), "failed to redeem an enrolment token");
                 Err(EnrolError::Unavailable)
@@ -81,7 +83,12 @@ fn grant_of(secret: &Secret, token: &EnrolmentToken, now: SystemTime) -> Result<
         (secret.type_.as_deref() == Some(SECRET_TYPE)).then_some(())?;
         let cluster = field("cluster")?.parse().ok()?;
         let expires: jiff::Timestamp = field("expires-at")?.parse().ok()?;
-        Some((cluster, field("token-hash")?, SystemTime::from(expires), secret.metadata.resource_version.clone()?))
+        Some((
+            cluster,
+            field("token-hash")?,
+            SystemTime::from(expires),
+            secret.metadata.resource_version.clone()?,
+        ))
     };
     let (cluster, hash, expires, version) = readable().ok_or(EnrolError::InvalidToken)?;
     if !token.matches(&hash) {
@@ -127,7 +134,11 @@ mod tests {
             (SECRET_TYPE, "east", "tomorrow"),
         ] {
             let bad = secret(&token, kind, cluster, expires);
-            assert_eq!(grant_of(&bad, &token, now), Err(EnrolError::InvalidToken), "{kind} {cluster} {expires}");
+            assert_eq!(
+                grant_of(&bad, &token, now),
+                Err(EnrolError::InvalidToken),
+                "{kind} {cluster} {expires}"
+            );
         }
     }
 }
