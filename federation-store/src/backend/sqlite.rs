@@ -19,11 +19,12 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt as _, TryStreamExt as _};
 use parking_lot::Mutex;
+use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow,
     SqliteSynchronous,
 };
-use sqlx::{AssertSqlSafe, ConnectOptions as _, Row as _};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Row as _, Sqlite};
 
 use super::{Backend, Listed, Logged, State};
 use crate::batch::{Decision, Operation, Record, decide};
@@ -81,10 +82,14 @@ const MIGRATIONS: &[&str] = &["
 
 const NAME: &str = "SQLite";
 
+/// Takes the write lock at once instead of at the first write, when it could fail.
+const IMMEDIATE: &str = "BEGIN IMMEDIATE";
+
 /// The store's tables in one SQLite database.
 pub(crate) struct SqliteBackend {
     writer: SqlitePool,
     readers: SqlitePool,
+    on_disk: bool,
     /// Held, and with it the database, until the backend is closed.
     lock: Mutex<Option<File>>,
 }
@@ -110,7 +115,7 @@ impl SqliteBackend {
             .connect_with(options.create_if_missing(false).read_only(true))
             .await
             .map_err(open)?;
-        Ok(Self { writer, readers, lock: Mutex::new(Some(lock)) })
+        Ok(Self { writer, readers, on_disk: true, lock: Mutex::new(Some(lock)) })
     }
 
     /// A store that lives as long as the value.
@@ -126,7 +131,7 @@ impl SqliteBackend {
             .await
             .map_err(|source| OpenError::Open { path: PathBuf::from(":memory:"), source })?;
         migrate(&writer).await?;
-        Ok(Self { readers: writer.clone(), writer, lock: Mutex::new(None) })
+        Ok(Self { readers: writer.clone(), writer, on_disk: false, lock: Mutex::new(None) })
     }
 
     async fn try_get(
@@ -229,60 +234,40 @@ impl SqliteBackend {
         Ok(Logged { state, events, upto })
     }
 
+    /// Gives the writing connection back. After an error it is closed and the next write opens another: SQLite may have
+    /// rolled back by itself (a full disk does that), which the driver does not notice, and a transaction that only one
+    /// of the two believes in would fail every write after it.
+    async fn release<T>(
+        &self,
+        connection: PoolConnection<Sqlite>,
+        outcome: Result<T, sqlx::Error>,
+    ) -> Result<T, sqlx::Error> {
+        // A database in memory would go with its connection.
+        if outcome.is_err()
+            && self.on_disk
+            && let Err(error) = connection.close().await
+        {
+            tracing::debug!(%error, "failed to close a connection after an error");
+        }
+        outcome
+    }
+
     async fn try_write(&self, operations: &[Operation]) -> Result<Decision, sqlx::Error> {
-        // Immediate: nobody writes between reading the counter and bumping it.
-        let mut transaction = self.writer.begin_with("BEGIN IMMEDIATE").await?;
-        let state = read_state(&mut transaction).await?;
-        let heads = read_heads(&mut transaction, operations).await?;
-        let decision = decide(state.revision, heads, operations);
-        let Some(last) = decision.records.last() else {
-            transaction.rollback().await?;
-            return Ok(decision);
-        };
-        append(&mut transaction, &decision.records).await?;
-        sqlx::query("UPDATE store_state SET revision = ?1 WHERE id = 1")
-            .bind(bound(Some(last.revision)))
-            .execute(&mut *transaction)
-            .await?;
-        transaction.commit().await?;
-        Ok(decision)
+        let mut connection = self.writer.acquire().await?;
+        let outcome = write_batch(&mut connection, operations).await;
+        self.release(connection, outcome).await
     }
 
     async fn try_mark_compacted(&self, revision: Revision) -> Result<State, sqlx::Error> {
-        let mut transaction = self.writer.begin_with("BEGIN IMMEDIATE").await?;
-        sqlx::query("UPDATE store_state SET compacted = MAX(compacted, MIN(revision, ?1)) WHERE id = 1")
-            .bind(bound(Some(revision)))
-            .execute(&mut *transaction)
-            .await?;
-        let state = read_state(&mut transaction).await?;
-        transaction.commit().await?;
-        Ok(state)
+        let mut connection = self.writer.acquire().await?;
+        let outcome = mark_compacted(&mut connection, revision).await;
+        self.release(connection, outcome).await
     }
 
-    /// Walks the writes between `swept` and `compacted`: what each of them replaced is unreachable, and a tombstone is
-    /// itself. So the work is proportional to the writes since the last compaction, not to the store.
     async fn try_sweep(&self) -> Result<State, sqlx::Error> {
-        let mut transaction = self.writer.begin_with("BEGIN IMMEDIATE").await?;
-        let mut state = read_state(&mut transaction).await?;
-        if state.swept >= state.compacted {
-            transaction.rollback().await?;
-            return Ok(state);
-        }
-        let from = bound(Some(state.swept));
-        state.swept = Revision(state.compacted.0.min(state.swept.0 + REVISIONS_PER_SWEEP));
-        let to = bound(Some(state.swept));
-        for statement in [
-            "DELETE FROM store_log WHERE revision IN
-                (SELECT prev_revision FROM store_log WHERE revision > ?1 AND revision <= ?2)",
-            "DELETE FROM store_head WHERE (name, revision) IN
-                (SELECT name, revision FROM store_log WHERE revision > ?1 AND revision <= ?2 AND deleted = 1)",
-            "DELETE FROM store_log WHERE revision > ?1 AND revision <= ?2 AND deleted = 1",
-            "UPDATE store_state SET swept = ?2 WHERE id = 1 AND swept = ?1",
-        ] {
-            sqlx::query(statement).bind(from).bind(to).execute(&mut *transaction).await?;
-        }
-        transaction.commit().await?;
-        Ok(state)
+        let mut connection = self.writer.acquire().await?;
+        let outcome = sweep(&mut connection).await;
+        self.release(connection, outcome).await
     }
 
     async fn try_size(&self) -> Result<u64, sqlx::Error> {
@@ -416,7 +401,7 @@ async fn migrate(pool: &SqlitePool) -> Result<(), OpenError> {
         return Err(OpenError::SchemaTooNew { found, known });
     }
     for (version, sql) in (1_i64..).zip(MIGRATIONS).filter(|(version, _)| *version > found) {
-        let mut transaction = pool.begin_with("BEGIN IMMEDIATE").await.map_err(step(version))?;
+        let mut transaction = pool.begin_with(IMMEDIATE).await.map_err(step(version))?;
         sqlx::raw_sql(*sql).execute(&mut *transaction).await.map_err(step(version))?;
         sqlx::query("INSERT INTO store_schema (version) VALUES (?1)")
             .bind(version)
@@ -437,6 +422,65 @@ async fn read_state(connection: &mut SqliteConnection) -> Result<State, sqlx::Er
     .fetch_one(connection)
     .await?;
     state_of(&row)
+}
+
+async fn write_batch(
+    connection: &mut SqliteConnection,
+    operations: &[Operation],
+) -> Result<Decision, sqlx::Error> {
+    // Immediate: nobody writes between reading the counter and bumping it.
+    let mut transaction = connection.begin_with(IMMEDIATE).await?;
+    let state = read_state(&mut transaction).await?;
+    let heads = read_heads(&mut transaction, operations).await?;
+    let decision = decide(state.revision, heads, operations);
+    let Some(last) = decision.records.last() else {
+        transaction.rollback().await?;
+        return Ok(decision);
+    };
+    append(&mut transaction, &decision.records).await?;
+    sqlx::query("UPDATE store_state SET revision = ?1 WHERE id = 1")
+        .bind(bound(Some(last.revision)))
+        .execute(&mut *transaction)
+        .await?;
+    transaction.commit().await?;
+    Ok(decision)
+}
+
+async fn mark_compacted(connection: &mut SqliteConnection, revision: Revision) -> Result<State, sqlx::Error> {
+    let mut transaction = connection.begin_with(IMMEDIATE).await?;
+    sqlx::query("UPDATE store_state SET compacted = MAX(compacted, MIN(revision, ?1)) WHERE id = 1")
+        .bind(bound(Some(revision)))
+        .execute(&mut *transaction)
+        .await?;
+    let state = read_state(&mut transaction).await?;
+    transaction.commit().await?;
+    Ok(state)
+}
+
+/// Walks the writes between `swept` and `compacted`: what each of them replaced is unreachable, and a tombstone is
+/// itself. So the work is proportional to the writes since the last compaction, not to the store.
+async fn sweep(connection: &mut SqliteConnection) -> Result<State, sqlx::Error> {
+    let mut transaction = connection.begin_with(IMMEDIATE).await?;
+    let mut state = read_state(&mut transaction).await?;
+    if state.swept >= state.compacted {
+        transaction.rollback().await?;
+        return Ok(state);
+    }
+    let from = bound(Some(state.swept));
+    state.swept = Revision(state.compacted.0.min(state.swept.0 + REVISIONS_PER_SWEEP));
+    let to = bound(Some(state.swept));
+    for statement in [
+        "DELETE FROM store_log WHERE revision IN
+            (SELECT prev_revision FROM store_log WHERE revision > ?1 AND revision <= ?2)",
+        "DELETE FROM store_head WHERE (name, revision) IN
+            (SELECT name, revision FROM store_log WHERE revision > ?1 AND revision <= ?2 AND deleted = 1)",
+        "DELETE FROM store_log WHERE revision > ?1 AND revision <= ?2 AND deleted = 1",
+        "UPDATE store_state SET swept = ?2 WHERE id = 1 AND swept = ?1",
+    ] {
+        sqlx::query(statement).bind(from).bind(to).execute(&mut *transaction).await?;
+    }
+    transaction.commit().await?;
+    Ok(state)
 }
 
 async fn count(connection: &mut SqliteConnection, range: &KeyRange, at: i64) -> Result<u64, sqlx::Error> {
@@ -572,4 +616,40 @@ fn event_of(row: &SqliteRow) -> Result<Event, sqlx::Error> {
         kv: record.event_key_value(),
         prev_kv,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Expect;
+
+    #[tokio::test]
+    async fn a_full_disk_is_survived() {
+        let folder = tempfile::tempdir().unwrap();
+        let backend = SqliteBackend::open(&folder.path().join("store.db")).await.unwrap();
+        let create = |n: u32| Operation {
+            key: Bytes::from(format!("/k/{n}")),
+            value: Some(Bytes::from(vec![0; 20_000])),
+            expect: Expect::Absent,
+        };
+        backend.write(&[create(0)]).await.unwrap();
+        // The bound belongs to the connection, as a full disk belongs to a moment.
+        sqlx::query("PRAGMA max_page_count = 40").execute(&backend.writer).await.unwrap();
+        let mut written = 1;
+        let error = loop {
+            match backend.write(&[create(written), create(written + 1000)]).await {
+                Ok(_) => written += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(
+            matches!(&error, Error::Database { source, .. } if source.to_string().contains("full")),
+            "{error:?}"
+        );
+        let state = backend.state().await.unwrap();
+        assert_eq!(state.revision.0, 2 + 2 * u64::from(written - 1), "half a batch was kept");
+        let decision = backend.write(&[create(written)]).await.unwrap();
+        assert_eq!(decision.records[0].revision, state.revision.next());
+        backend.close().await;
+    }
 }
