@@ -652,4 +652,20 @@ mod tests {
         assert_eq!(decision.records[0].revision, state.revision.next());
         backend.close().await;
     }
+
+    /// What a file system without room does to the driver; a page limit does not, it only fails the statement.
+    #[tokio::test]
+    async fn a_transaction_that_sqlite_rolled_back_is_survived() {
+        let folder = tempfile::tempdir().unwrap();
+        let backend = SqliteBackend::open(&folder.path().join("store.db")).await.unwrap();
+        let mut connection = backend.writer.acquire().await.unwrap();
+        let mut transaction = connection.begin_with(IMMEDIATE).await.unwrap();
+        sqlx::raw_sql("ROLLBACK").execute(&mut *transaction).await.unwrap();
+        drop(transaction);
+        let outcome: Result<(), _> = backend.release(connection, Err(sqlx::Error::WorkerCrashed)).await;
+        assert!(outcome.is_err());
+        let create = Operation { key: Bytes::from("k"), value: Some(Bytes::new()), expect: Expect::Absent };
+        backend.write(&[create]).await.unwrap();
+        backend.close().await;
+    }
 }
