@@ -36,7 +36,7 @@ pub(crate) async fn run(args: MemberArgs) -> Result<ExitCode> {
     config.bind = SocketAddr::new(args.bind_address, args.api_port);
     config.simulation = SimulationConfig { nodes: nodes(&args)?, ..SimulationConfig::default() };
     let api = ApiServer::bind(config).await.map_err(|error| Error::failed(&tried, chain(&error)))?;
-    let kubeconfig = data.join("admin.kubeconfig");
+    let kubeconfig = api.admin_kubeconfig();
     text_out(&format!(
         "simulated member {}: API https://{}, kubeconfig {}\n",
         args.name,
@@ -44,7 +44,8 @@ pub(crate) async fn run(args: MemberArgs) -> Result<ExitCode> {
         kubeconfig.display()
     ))?;
 
-    let agent = match agent_flags(&args, &data, &kubeconfig) {
+    // The agent's own user may impersonate and little else, as a service account would in a real member.
+    let agent = match agent_flags(&args, &data, &api.agent_kubeconfig()) {
         Some(flags) => Some(agent(flags, &tried).await?),
         None => {
             tracing::info!("no --hub given: the member runs alone");
@@ -69,9 +70,12 @@ pub(crate) async fn run(args: MemberArgs) -> Result<ExitCode> {
             Ok(())
         };
         let api = async {
-            api.run(api_stop.clone())
-                .await
-                .map_err(|error| Error::failed("keep the member's API running", chain(&error)))
+            api.run(api_stop.clone()).await;
+            if api_stop.is_cancelled() {
+                Ok(())
+            } else {
+                Err(Error::failed("keep the member's API running", "it ended"))
+            }
         };
         tokio::try_join!(agent, api).map(|_| ())
     };

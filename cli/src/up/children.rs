@@ -109,16 +109,8 @@ impl Children {
     pub(super) async fn stop(&mut self, signals: &mut Signals) {
         let mut hurry = false;
         while let Some(mut running) = self.running.pop() {
+            // The farewell: it drains and ends. A signal besides would count as the second one, which cuts.
             drop(running.input.take());
-            if let Some(pid) = running
-                .child
-                .id()
-                .and_then(|pid| i32::try_from(pid).ok())
-                .and_then(rustix::process::Pid::from_raw)
-            {
-                // A child that ended in this moment needs no signal.
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-            }
             if !hurry {
                 tokio::select! {
                     _ = running.child.wait() => continue,

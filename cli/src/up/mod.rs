@@ -138,6 +138,8 @@ async fn start_hub(
         for flag in ["--connect-port", "--health-port", "--admin-port"] {
             hub = hub.arg(flag, "0");
         }
+        // Nobody else has business with a demo, and nobody waits long for its end.
+        hub = hub.arg("--bind-address", "127.0.0.1").arg("--graceful-shutdown-timeout", "5s");
     }
     children.start(hub)?;
     let file: HubFile = wait_for_file(&folder.join("hub.json"), "hub", children).await?;
