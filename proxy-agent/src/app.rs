@@ -1,6 +1,11 @@
 //! The agent put together: configuration → bound pages → running until drained.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use serde::Serialize;
 use service::{
@@ -181,7 +186,18 @@ impl App {
 }
 
 async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, AppError> {
-    TcpListener::bind(address).await.map_err(|source| AppError::Bind { what, address, source })
+    let bound = match TcpListener::bind(address).await {
+        // "Everywhere", on a machine without IPv6.
+        Err(error)
+            if address.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED)
+                && error.kind() != io::ErrorKind::AddrInUse
+                && error.kind() != io::ErrorKind::PermissionDenied =>
+        {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        bound => bound,
+    };
+    bound.map_err(|source| AppError::Bind { what, address, source })
 }
 
 // === impl Bound ===

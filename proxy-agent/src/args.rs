@@ -5,7 +5,7 @@
 
 use std::{
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
@@ -583,7 +583,8 @@ pub(crate) fn percent_decode(text: &str) -> Option<String> {
 
 fn listen(flag: &'static str, host: &str, port: u16) -> Result<SocketAddr, ConfigError> {
     let address = match host {
-        "" => IpAddr::from([0, 0, 0, 0]),
+        // Both families; where there is no IPv6, [`crate::App::bind`] falls back to IPv4.
+        "" => IpAddr::from(Ipv6Addr::UNSPECIFIED),
         host => host.parse().map_err(|_| ConfigError::Address { flag, value: host.to_owned() })?,
     };
     Ok(SocketAddr::new(address, port))

@@ -36,6 +36,9 @@ const AGENT_FILE: &str = "agent.pem";
 /// The hub's CA, in the data folder.
 const CA_FILE: &str = "ca.crt";
 
+/// The id of the token that the agent was enrolled with, in the data folder. A start with another token enrols anew.
+const TOKEN_FILE: &str = "enrolled-with";
+
 /// How often certificates in files are looked at: a replaced file is in force within this time.
 const FILES_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -237,6 +240,14 @@ impl IdentityKeeper {
                 std::fs::create_dir_all(data_dir)
                     .map_err(|source| IdentityError::DataDir { path: data_dir.clone(), source })?;
                 match stored(data_dir)? {
+                    // A new token is an operator's word that the old identity is not wanted any more: the cluster was
+                    // revoked and added again, perhaps under another name.
+                    Some(_)
+                        if token.as_ref().is_some_and(|token| is_new(data_dir, token))
+                            && ca_hash.is_some() =>
+                    {
+                        None
+                    }
                     Some(tls) => {
                         let credentials = from_files(tls, cluster.as_ref(), None)?;
                         if let Some(configured) = agent_id.as_ref().map(AgentId::as_str)
@@ -269,6 +280,7 @@ impl IdentityKeeper {
         else {
             return self.load()?.ok_or(IdentityError::NoCaHash);
         };
+        let former = stored(data_dir)?;
         let agent_id = match agent_id {
             Some(id) => id.to_string(),
             None => uuid::Uuid::new_v4().to_string(),
@@ -293,6 +305,16 @@ impl IdentityKeeper {
                         delay = (delay * 2).min(UNREACHABLE_CAP);
                         wait
                     };
+                    if refused && let Some(tls) = &former {
+                        tracing::warn!(
+                            server,
+                            error = %error_chain(&error),
+                            "failed to enrol with the new token: the agent goes on as what it was enrolled as before"
+                        );
+                        let credentials = from_files(tls.clone(), cluster.as_ref(), None)?;
+                        self.show_expiry(&credentials.tls);
+                        return Ok(credentials);
+                    }
                     tracing::warn!(server, error = %error_chain(&error), retry.after = ?wait, "failed to enrol");
                     tokio::time::sleep(wait).await;
                 }
@@ -389,7 +411,9 @@ impl IdentityKeeper {
         {
             return Err(AttemptError::Other(identity));
         }
-        store(data_dir, &issued, &key)
+        store(data_dir, &issued, &key)?;
+        tls::write_public(&data_dir.join(TOKEN_FILE), token.id.as_bytes())?;
+        Ok(())
     }
 
     async fn renew_at(
@@ -448,6 +472,11 @@ fn stored(data_dir: &Path) -> Result<Option<ClientTls>, IdentityError> {
         );
     }
     Ok((!expired).then_some(tls))
+}
+
+/// Whether the agent was enrolled with another token than this one.
+fn is_new(data_dir: &Path, token: &EnrolmentToken) -> bool {
+    tls::read_bounded(&data_dir.join(TOKEN_FILE)).is_ok_and(|used| used != token.id.as_bytes())
 }
 
 fn store(data_dir: &Path, issued: &request::Issued, key: &AgentKey) -> Result<(), AttemptError> {

@@ -315,7 +315,6 @@ async fn serve_dial(context: Arc<Context>, dial: IncomingDial, tunnel: u64, drai
             return;
         }
     };
-    let _row = context.tables.add_connection(tunnel, target.clone());
     let report = connection.relay(LocalSocket::Tcp(socket)).await;
     tracing::info!(
         target: "access",
@@ -343,7 +342,6 @@ async fn serve_api(context: &Arc<Context>, dial: IncomingDial, tunnel: u64, drai
             return;
         }
     };
-    let _row = context.tables.add_connection(tunnel, Target::api_gateway());
     gateway.serve(connection, drain.token()).await;
     tracing::info!(
         target: "access",

@@ -1,11 +1,6 @@
 //! The live tables of tunnels and connections: what `/debug/tunnels`, `/debug/connections` and the byte counters show.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    sync::Arc,
-    time::{Instant, SystemTime},
-};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::SystemTime};
 
 use parking_lot::Mutex;
 use prometheus_client::{
@@ -15,13 +10,12 @@ use prometheus_client::{
     registry::Unit,
 };
 use serde_json::{Value, json};
-use tunnel::{AgentTunnelHandle, Carrier, Target};
+use tunnel::{AgentTunnelHandle, Carrier};
 
 /// The tables, shared by whoever adds to them and whoever shows them.
 #[derive(Default)]
 pub(crate) struct Tables {
     tunnels: Mutex<Tunnels>,
-    connections: Mutex<Connections>,
 }
 
 #[derive(Default)]
@@ -40,27 +34,8 @@ struct Tunnel {
     handle: AgentTunnelHandle,
 }
 
-#[derive(Default)]
-struct Connections {
-    next_id: u64,
-    live: BTreeMap<u64, Connection>,
-}
-
-struct Connection {
-    tunnel: u64,
-    target: Target,
-    since: Instant,
-    started: SystemTime,
-}
-
 /// A row of the tunnels' table; leaves it on drop, with its bytes added to the totals.
 pub(crate) struct TunnelRow {
-    tables: Arc<Tables>,
-    id: u64,
-}
-
-/// A row of the connections' table; leaves it on drop.
-pub(crate) struct ConnectionRow {
     tables: Arc<Tables>,
     id: u64,
 }
@@ -83,15 +58,6 @@ impl Tables {
         let tunnel = Tunnel { address, server_id, carrier, since: SystemTime::now(), handle };
         self.tunnels.lock().live.insert(id, tunnel);
         TunnelRow { tables: self.clone(), id }
-    }
-
-    pub(crate) fn add_connection(self: &Arc<Self>, tunnel: u64, target: Target) -> ConnectionRow {
-        let mut connections = self.connections.lock();
-        connections.next_id += 1;
-        let id = connections.next_id;
-        let (since, started) = (Instant::now(), SystemTime::now());
-        connections.live.insert(id, Connection { tunnel, target, since, started });
-        ConnectionRow { tables: self.clone(), id }
     }
 
     /// Tunnels whose server takes new work.
@@ -121,14 +87,17 @@ impl Tables {
     }
 
     pub(crate) fn connections(&self) -> Value {
-        let connections = self.connections.lock();
-        let rows = connections.live.iter().map(|(id, connection)| {
-            json!({
-                "id": id,
-                "tunnelId": connection.tunnel,
-                "target": connection.target.to_string(),
-                "startedAt": rfc3339(connection.started),
-                "seconds": connection.since.elapsed().as_secs_f64(),
+        let tunnels = self.tunnels.lock();
+        let rows = tunnels.live.iter().flat_map(|(id, tunnel)| {
+            tunnel.handle.connections().into_iter().map(move |connection| {
+                json!({
+                    "id": connection.id,
+                    "tunnelId": id,
+                    "target": connection.target.to_string(),
+                    "seconds": connection.opened.elapsed().as_secs_f64(),
+                    "bytesReceived": connection.bytes_received,
+                    "bytesSent": connection.bytes_sent,
+                })
             })
         });
         Value::Array(rows.collect())
@@ -150,23 +119,19 @@ impl Drop for TunnelRow {
     }
 }
 
-impl Drop for ConnectionRow {
-    fn drop(&mut self) {
-        self.tables.connections.lock().live.remove(&self.id);
-    }
-}
-
 // === impl TableCollector ===
 
 impl Collector for TableCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let tunnels = self.0.tunnels.lock();
         let (mut received, mut sent) = (tunnels.received_before, tunnels.sent_before);
+        let mut connections = 0;
         let mut by_carrier = [(Carrier::H2, 0i64), (Carrier::Quic, 0)];
         for tunnel in tunnels.live.values() {
             let stats = tunnel.handle.stats();
             received += stats.bytes_received;
             sent += stats.bytes_sent;
+            connections += stats.connections;
             for (carrier, count) in &mut by_carrier {
                 *count += i64::from(*carrier == tunnel.carrier);
             }
@@ -186,7 +151,7 @@ impl Collector for TableCollector {
             let labels = [("carrier", carrier.as_str())];
             ConstGauge::new(count).encode(family.encode_family(&labels)?)?;
         }
-        let connections = i64::try_from(self.0.connections.lock().live.len()).unwrap_or(i64::MAX);
+        let connections = i64::try_from(connections).unwrap_or(i64::MAX);
         ConstGauge::new(connections).encode(encoder.encode_descriptor(
             "connections",
             "Connections open in the member",

@@ -1,5 +1,7 @@
 //! The whole agent in process, on loopback, against the server's side of the tunnel.
 
+#![allow(clippy::unwrap_used, reason = "clippy takes helpers of a test for a program")]
+
 use std::{net::SocketAddr, path::Path, time::Duration};
 
 use proxy_agent::{App, Args, Config};

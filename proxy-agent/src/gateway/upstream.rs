@@ -154,13 +154,17 @@ enum Stream {
 // === impl UpstreamConfig ===
 
 impl UpstreamConfig {
-    /// What a pod of the member finds: the service address in the environment, token and CA in the mount.
+    /// What a pod of the member finds: the service address in the environment, token and CA in the mount. `None` when
+    /// one of them is not there (outside a cluster, or in a pod without a service account).
     pub fn in_cluster() -> Option<Self> {
         let host = env::var("KUBERNETES_SERVICE_HOST").ok().filter(|host| !host.is_empty())?;
         let port = env::var("KUBERNETES_SERVICE_PORT").ok().filter(|port| !port.is_empty());
         let port = port.unwrap_or_else(|| "443".to_owned());
         let host = if host.contains(':') { format!("[{host}]") } else { host };
         let mount = Path::new(SERVICE_ACCOUNT);
+        if !mount.join("token").exists() || !mount.join("ca.crt").exists() {
+            return None;
+        }
         Some(Self {
             server: format!("https://{host}:{port}"),
             ca: Some(Pem::File(mount.join("ca.crt"))),
@@ -240,7 +244,9 @@ impl Upstream {
         *request.headers_mut() = headers;
         request.headers_mut().insert(HOST, inner.host.clone());
         if let Some(token) = &inner.token {
-            request.headers_mut().insert(AUTHORIZATION, token.header(Instant::now()).await.map_err(UpstreamError::Token)?);
+            request
+                .headers_mut()
+                .insert(AUTHORIZATION, token.header(Instant::now()).await.map_err(UpstreamError::Token)?);
         }
         let response = inner.client.request(request).await.map_err(|error| {
             if is_timeout(&error) { UpstreamError::TimedOut } else { UpstreamError::Unreachable(error) }

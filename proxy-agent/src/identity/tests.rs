@@ -109,9 +109,13 @@ fn answer(authority: &CertificateAuthority, script: Script, body: &[u8]) -> Resp
 }
 
 fn keeper(hub: &Hub, data_dir: &Path, hash: CaHash) -> IdentityKeeper {
+    keeper_with(hub, data_dir, hash, "abc.secret")
+}
+
+fn keeper_with(hub: &Hub, data_dir: &Path, hash: CaHash, token: &str) -> IdentityKeeper {
     let config = IdentityConfig::Enrolled {
         data_dir: data_dir.to_owned(),
-        token: EnrolmentToken::parse("abc.secret"),
+        token: EnrolmentToken::parse(token),
         ca_hash: Some(hash),
         cluster: Some("prod-hz".parse().unwrap()),
         agent_id: Some("a1".parse().unwrap()),
@@ -157,6 +161,25 @@ async fn an_agent_enrols_once_and_is_itself_after_a_restart() {
     assert_ne!(credentials.tls.certificate(), before, "new tunnels use the new certificate");
     let new_key = fs::read_to_string(data_dir.join(AGENT_FILE)).unwrap();
     assert_ne!(key.split("-----END").next(), new_key.split("-----END").next());
+}
+
+#[tokio::test]
+async fn a_new_token_enrols_anew_and_a_bad_one_changes_nothing() {
+    let hub = hub().await;
+    let directory = tempfile::tempdir().unwrap();
+    let hash = hub.authority.public_key_hash();
+    let first = keeper(&hub, directory.path(), hash).enrol().await.unwrap();
+    let again = keeper_with(&hub, directory.path(), hash, "def.secret");
+    assert!(again.load().unwrap().is_none());
+    let second = again.enrol().await.unwrap();
+    assert_eq!(*hub.seen.lock(), ["Bearer abc.secret", "Bearer def.secret"]);
+    assert_ne!(first.tls.certificate(), second.tls.certificate());
+    assert!(again.load().unwrap().is_some(), "the token was used: a restart does not show it again");
+
+    *hub.script.lock() = Script::Refuses;
+    let bad = keeper_with(&hub, directory.path(), hash, "ghi.secret");
+    let third = tokio::time::timeout(PATIENCE, bad.enrol()).await.unwrap().unwrap();
+    assert_eq!(third.tls.certificate(), second.tls.certificate());
 }
 
 #[tokio::test]
