@@ -392,6 +392,8 @@ fn shorten(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn policy(text: &str) -> DestinationPolicy {
@@ -552,5 +554,23 @@ mod tests {
         assert_eq!("a ".repeat(MAX_RULES + 1).parse::<DestinationPolicy>(), Err(InvalidPolicy::TooMany));
         let ports = vec!["1"; MAX_PORT_RANGES + 1].join(",");
         assert!(format!("a:{ports}").parse::<DestinationPolicy>().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn what_parses_prints_back(text in r"[*a-f0-9.:/\[\],; -]{0,40}|\PC{0,40}") {
+            if let Ok(policy) = text.parse::<DestinationPolicy>() {
+                prop_assert_eq!(policy.to_string().parse(), Ok(policy));
+            }
+        }
+
+        #[test]
+        fn nothing_special_is_reached_through_a_star(bits in any::<u128>(), v4 in any::<u32>(), port in 1u16..) {
+            let all: DestinationPolicy = "*".parse().unwrap();
+            for addr in [IpAddr::V6(Ipv6Addr::from(bits)), IpAddr::V4(Ipv4Addr::from(v4))] {
+                prop_assert_eq!(all.allows_addr(addr, port), !is_special(addr));
+                prop_assert_eq!(all.allows_resolved("host", addr, port), !is_special(addr));
+            }
+        }
     }
 }
