@@ -45,12 +45,7 @@ pub(crate) struct Flooded {
 pub(crate) fn run(flood: &str) -> Result<()> {
     let flood: Flood = serde_json::from_str(flood).context("failed to parse what to open")?;
     let runtime = runtime::Runtime::new().context("failed to start a runtime")?;
-    runtime.block_on(async {
-        tokio::select! {
-            result = hold(&flood) => result,
-            () = process::stdin_closed() => Ok(()),
-        }
-    })
+    process::run_helper(runtime, hold(&flood))
 }
 
 async fn hold(flood: &Flood) -> Result<()> {

@@ -110,12 +110,7 @@ pub(crate) fn run(via: &str, job: &str) -> Result<()> {
     let runtime =
         runtime::Builder::new_current_thread().enable_all().build().context("failed to start a runtime")?;
     let via = Arc::new(via);
-    runtime.block_on(async {
-        tokio::select! {
-            result = dispatch(&via, job) => result,
-            () = process::stdin_closed() => Ok(()),
-        }
-    })
+    process::run_helper(runtime, async { dispatch(&via, job).await })
 }
 
 async fn dispatch(via: &Arc<Via>, job: Job) -> Result<()> {

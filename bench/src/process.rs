@@ -13,6 +13,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader, Lines},
     process::{Child, ChildStdin, ChildStdout, Command},
+    runtime::Runtime,
     time,
 };
 
@@ -197,8 +198,21 @@ pub(crate) fn say(line: &impl Serialize) -> Result<()> {
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("failed to write to the parent")
 }
 
+/// Runs a helper's work until it is done or standard input ends.
+pub(crate) fn run_helper(runtime: Runtime, work: impl Future<Output = Result<()>>) -> Result<()> {
+    let result = runtime.block_on(async {
+        tokio::select! {
+            result = work => result,
+            () = stdin_closed() => Ok(()),
+        }
+    });
+    // Standard input is read by a thread that ends only when its read does: the runtime must not wait for it.
+    runtime.shutdown_background();
+    result
+}
+
 /// Completes when standard input ends: the parent is done with this process, or gone.
-pub(crate) async fn stdin_closed() {
+async fn stdin_closed() {
     let mut stdin = tokio::io::stdin();
     let mut buffer = [0; 64];
     while let Ok(1..) = stdin.read(&mut buffer).await {}

@@ -40,13 +40,10 @@ pub(crate) fn run() -> Result<()> {
     thread.context("failed to start the thread for bulk transfers")?;
     let runtime =
         runtime::Builder::new_current_thread().enable_all().build().context("failed to start a runtime")?;
-    runtime.block_on(async {
+    process::run_helper(runtime, async {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("failed to bind a loopback port")?;
         process::say(&Ready { port: listener.local_addr()?.port() })?;
-        tokio::select! {
-            result = accept(listener, bulk) => result,
-            () = process::stdin_closed() => Ok(()),
-        }
+        accept(listener, bulk).await
     })
 }
 
