@@ -107,18 +107,8 @@ enum Refusal {
 impl Refusal {
     fn explain(self, tried: &str) -> Error {
         match self {
-            Self::Status { code, reason } => {
-                let error = Error::of_status(tried, code, &reason);
-                match code {
-                    403 => error.remedy(
-                        "open the destination at the agent (--allow) and at the hub (annotation \
-                         cellway.io/allowed-destinations on the KubeFedCluster)",
-                    ),
-                    404 => error.remedy("`cellway clusters` lists the members"),
-                    503 => error.remedy("`cellway tunnels` shows which agents are connected"),
-                    _ => error,
-                }
-            }
+            // The frontend's own text says what to do.
+            Self::Status { code, reason } => Error::of_status(tried, code, &reason),
             Self::Garbage(head) => Error::failed(tried, format!("the answer is not HTTP: {head:?}"))
                 .remedy("is that the port of the hub's CONNECT frontend?"),
             Self::Broken(error) => Error::unreachable(tried, error),

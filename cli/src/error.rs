@@ -96,7 +96,8 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "cannot {}: {}", self.tried, self.happened)?;
+        // Further lines of what happened are the other side's advice.
+        write!(f, "cannot {}: {}", self.tried, self.happened.trim_end().replace('\n', "\n  "))?;
         match &self.remedy {
             Some(remedy) => write!(f, "\n  {remedy}"),
             None => Ok(()),

@@ -136,6 +136,8 @@ impl Table {
                     text.extend(std::iter::repeat_n(' ', widths[at] - width(cell) + 3));
                 }
             }
+            // An empty last field leaves its padding behind.
+            text.truncate(text.trim_end_matches(' ').len());
             text.push('\n');
         };
         line(shown.iter().map(|index| (self.columns[*index].0.as_str(), Paint::Bold)).collect());

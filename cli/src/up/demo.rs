@@ -346,7 +346,7 @@ async fn look(
                     workload.ready, workload.image
                 ));
             }
-            if !settled(&object.data) {
+            if !settled(&object) {
                 return Err(format!("{cell}: rolling"));
             }
             found.insert((*cell).to_owned(), workload);
@@ -402,10 +402,12 @@ fn workload(object: &DynamicObject) -> Option<Workload> {
     })
 }
 
-/// Whether a roll-out has ended: what is ready is new.
-fn settled(object: &Value) -> bool {
-    let (status, wanted) = (&object["status"], object["spec"]["replicas"].as_u64());
-    status["updatedReplicas"].as_u64() == wanted && status["replicas"].as_u64() == wanted
+/// Whether a roll-out has ended: the status is of this generation, and what is ready is new.
+fn settled(object: &DynamicObject) -> bool {
+    let (status, wanted) = (&object.data["status"], object.data["spec"]["replicas"].as_u64());
+    status["observedGeneration"].as_i64() == object.metadata.generation
+        && status["updatedReplicas"].as_u64() == wanted
+        && status["replicas"].as_u64() == wanted
 }
 
 /// The config map must be in both members with the hub's data.

@@ -58,7 +58,10 @@ async fn workload(fleet: &Fleet, cell: &str, member: &str) -> Result<(String, i6
     let object = fleet.get(Some(member), &["-n", "shop", "deployment", &format!("web-{cell}")]).await?;
     let (spec, status) = (&object["spec"], &object["status"]);
     let image = spec["template"]["spec"]["containers"][0]["image"].as_str().unwrap_or_default().to_owned();
-    let ready = status["readyReplicas"] == spec["replicas"] && status["updatedReplicas"] == spec["replicas"];
+    let ready = status["observedGeneration"] == object["metadata"]["generation"]
+        && ["replicas", "updatedReplicas", "readyReplicas"]
+            .iter()
+            .all(|field| status[*field] == spec["replicas"]);
     Ok((
         object["metadata"]["uid"].as_str().context("no uid")?.to_owned(),
         object["metadata"]["generation"].as_i64().context("no generation")?,
