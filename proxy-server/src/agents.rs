@@ -202,7 +202,7 @@ impl Agents {
             Ok(identity) => identity,
             Err(rejection) => {
                 self.reject(&rejection);
-                pending.refuse(&rejection.to_string());
+                pending.refuse(&rejection.to_string()).await;
                 return;
             }
         };

@@ -488,10 +488,12 @@ impl PendingTunnel {
         })))
     }
 
-    /// Turns the agent away and tells it why.
-    pub fn refuse(self, reason: &str) {
-        let (session, _driver) = self.start();
+    /// Turns the agent away and tells it why; takes up to a second for the agent to hear it.
+    pub async fn refuse(self, reason: &str) {
+        let (session, driver) = self.start();
         session.close(CloseReason::Local(reason.to_owned()));
+        // A driver that panicked has closed its socket.
+        let _ = driver.await;
     }
 
     fn start(self) -> (Session, AbortOnDropHandle<()>) {

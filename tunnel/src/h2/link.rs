@@ -16,7 +16,7 @@ use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
 use tokio::{
-    io::{AsyncRead, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, ReadBuf},
     net::{
         TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
@@ -81,7 +81,8 @@ pub(crate) struct Link {
     pub(super) budget: Arc<Budget>,
     pub(crate) table: Arc<Table>,
     closed: watch::Sender<Option<CloseReason>>,
-    incoming: mpsc::Sender<Incoming>,
+    /// Gone when the link is closed, so that who waits for streams learns of the end.
+    incoming: Mutex<Option<mpsc::Sender<Incoming>>>,
 }
 
 /// The sending side, behind one lock.
@@ -173,6 +174,9 @@ const CREDIT_STEP: usize = 16 * 1024 * 1024;
 /// Streams that wait for the agent to take them up; more are refused.
 const INCOMING_QUEUE: usize = 1024;
 
+/// How long a closed connection waits for its peer to close too.
+const LINGER: Duration = Duration::from_secs(1);
+
 /// Batches that the driver reads before it lets other tasks run.
 const BATCHES_PER_TURN: usize = 16;
 
@@ -224,7 +228,7 @@ impl Link {
             limits: config.limits,
             table: Arc::default(),
             closed: watch::channel(None).0,
-            incoming: incoming_tx,
+            incoming: Mutex::new(Some(incoming_tx)),
         });
         link.greet();
         let driver = drive(link.clone(), read, early);
@@ -372,6 +376,7 @@ impl Link {
             stream.tunnel_closed();
         }
         self.closed.send_replace(Some(reason));
+        self.incoming.lock().take();
         self.driver.wake();
     }
 
@@ -654,6 +659,10 @@ async fn drive(link: Arc<Link>, mut socket: OwnedReadHalf, early: Early) -> Clos
             Err(error) => return link.fail(error),
         }
     }
+    // Closing a socket with unread bytes resets it, and the peer would never read why.
+    let mut rest = [0; 1024];
+    let drained = async { while socket.read(&mut rest).await.is_ok_and(|read| read > 0) {} };
+    let _ = tokio::time::timeout(LINGER, drained).await;
     let reason = link.closed.borrow().clone();
     reason.unwrap_or_else(|| CloseReason::Lost("the driver stopped".to_owned()))
 }
@@ -1022,9 +1031,11 @@ impl Link {
             Request::Attach => Incoming::Attach(connection),
             Request::Connect { target, timeout } => Incoming::Dial { connection, target, timeout },
         };
-        if let Err(mpsc::error::TrySendError::Full(incoming) | mpsc::error::TrySendError::Closed(incoming)) =
-            self.incoming.try_send(incoming)
-        {
+        let taken = match self.incoming.lock().as_ref() {
+            Some(sender) => sender.try_send(incoming),
+            None => return,
+        };
+        if let Err(mpsc::error::TrySendError::Full(incoming) | mpsc::error::TrySendError::Closed(incoming)) = taken {
             match incoming {
                 Incoming::Attach(connection) | Incoming::Dial { connection, .. } => {
                     connection.refuse(DialError::TooManyConnections)

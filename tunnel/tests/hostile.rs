@@ -1,0 +1,143 @@
+//! What strangers and broken peers can do to the agents' listener: be turned away and counted, and nothing else.
+
+mod support;
+
+use std::time::Duration;
+
+use support::{Identities, eventually};
+use tls::{CertificateAuthority, ClientTls};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use tunnel::{CarrierChoice, ConnectOptions, Limits};
+
+#[tokio::test]
+async fn garbage_is_turned_away_and_counted() {
+    let identities = Identities::new();
+    let mut listener = support::listener(&identities, Limits::default(), false).await;
+    let address = listener.local_addr();
+    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 4096], b"\x16\x03\x01\xff\xff\x01", &[0; 40_000]] {
+        let mut stranger = TcpStream::connect(address).await.unwrap();
+        // The listener may close before everything is written.
+        let _ = stranger.write_all(garbage).await;
+        let _ = stranger.shutdown().await;
+        let _ = stranger.read_to_end(&mut Vec::new()).await;
+    }
+    eventually(|| {
+        let rejected = listener.rejected();
+        rejected.tls + rejected.closed >= 4
+    })
+    .await;
+    let agent = tunnel::connect(support::options(&identities, address, CarrierChoice::H2));
+    let (agent, _server) = tokio::join!(agent, support::attach(&mut listener));
+    agent.unwrap();
+}
+
+#[tokio::test]
+async fn half_open_connections_keep_no_agent_out() {
+    let identities = Identities::new();
+    let limits = Limits { max_handshakes: 50, ..Limits::default() };
+    let mut listener = support::listener(&identities, limits, false).await;
+    let address = listener.local_addr();
+    let mut strangers = Vec::new();
+    for _ in 0..300 {
+        strangers.push(TcpStream::connect(address).await.unwrap());
+    }
+    let agent = tunnel::connect(support::options(&identities, address, CarrierChoice::H2));
+    let (agent, _server) = tokio::join!(agent, support::attach(&mut listener));
+    agent.unwrap();
+    assert!(listener.rejected().overload >= 200, "{:?}", listener.rejected());
+}
+
+#[tokio::test]
+async fn a_slow_handshake_is_cut_off() {
+    let identities = Identities::new();
+    let limits = Limits { handshake_timeout: Duration::from_millis(100), ..Limits::default() };
+    let listener = support::listener(&identities, limits, false).await;
+    let mut stranger = TcpStream::connect(listener.local_addr()).await.unwrap();
+    stranger.write_all(b"\x16").await.unwrap();
+    assert_eq!(stranger.read(&mut [0]).await.unwrap_or(0), 0, "the listener waits for ever");
+    eventually(|| listener.rejected().timed_out == 1).await;
+}
+
+#[tokio::test]
+async fn a_strangers_certificate_is_refused_over_each_carrier() {
+    support::both(|carrier| async move {
+        let identities = Identities::new();
+        let listener = support::listener(&identities, Limits::default(), true).await;
+        let stranger = CertificateAuthority::create("stranger").unwrap();
+        let hour = Duration::from_secs(3600);
+        let certificate = stranger.issue_client("agent", &[], hour).unwrap();
+        let identity = Some((certificate.certificate_pem.as_str(), certificate.key_pem.as_str()));
+        let tls = ClientTls::from_pem(identities.authority.certificate_pem(), identity).unwrap();
+        let options = ConnectOptions { tls, ..support::options(&identities, listener.local_addr(), carrier) };
+        assert!(tunnel::connect(options).await.is_err());
+        eventually(|| listener.rejected().tls >= 1).await;
+
+        // And the other way round: an agent does not attach to a server of a stranger.
+        let tls = ClientTls::from_pem(stranger.certificate_pem(), None).unwrap();
+        let options = ConnectOptions { tls, ..support::options(&identities, listener.local_addr(), carrier) };
+        assert!(tunnel::connect(options).await.is_err());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_refused_agent_is_told_why() {
+    support::both(|carrier| async move {
+        let identities = Identities::new();
+        let mut listener = support::listener(&identities, Limits::default(), true).await;
+        let connecting = tunnel::connect(support::options(&identities, listener.local_addr(), carrier));
+        let (agent, ()) = tokio::join!(connecting, async {
+            match listener.accept().await.unwrap() {
+                tunnel::Accepted::Tunnel(pending) => pending.refuse("cluster prod is revoked").await,
+                tunnel::Accepted::Https(_) => panic!("an agent came as HTTPS client"),
+            }
+        });
+        let error = agent.err().unwrap();
+        assert!(error.to_string().contains("cluster prod is revoked"), "{error}");
+    })
+    .await;
+}
+
+/// An authenticated agent that breaks the protocol loses its tunnel; the frames are written by hand.
+#[tokio::test]
+async fn an_agent_that_breaks_http2_loses_its_tunnel() {
+    let offences: [(&[u8], &str); 4] = [
+        // A DATA frame on a stream that was never opened.
+        (&[0, 0, 1, 0, 0, 0, 0, 0, 9, b'x'], "never opened"),
+        // A frame larger than allowed.
+        (&[0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1], "larger than allowed"),
+        // A window update of zero.
+        (&[0, 0, 4, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0], "zero"),
+        // A header block that HPACK cannot decode.
+        (&[0, 0, 2, 1, 4, 0, 0, 0, 1, 0xff, 0xff], "header block"),
+    ];
+    for (offence, what) in offences {
+        let identities = Identities::new();
+        let mut listener = support::listener(&identities, Limits::default(), false).await;
+        let connector = identities.agent.connector(&[b"cellway/1"]);
+        let tcp = TcpStream::connect(listener.local_addr()).await.unwrap();
+        let (tls, attached) = tokio::join!(
+            async {
+                let mut tls = connector.connect("localhost".try_into().unwrap(), tcp).await.unwrap();
+                tls.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+                tls.write_all(offence).await.unwrap();
+                let mut answer = Vec::new();
+                // GOAWAY and the end; a reset is an end as well.
+                let _ = tls.read_to_end(&mut answer).await;
+                answer
+            },
+            async {
+                match listener.accept().await.unwrap() {
+                    tunnel::Accepted::Tunnel(pending) => pending.attach(tunnel::ServerHello::default()).await,
+                    tunnel::Accepted::Https(_) => panic!("an agent came as HTTPS client"),
+                }
+            }
+        );
+        assert!(attached.is_err());
+        let told = String::from_utf8_lossy(&tls).into_owned();
+        assert!(told.contains(what), "the peer is told {told:?} instead of {what:?}");
+    }
+}
