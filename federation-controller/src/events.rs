@@ -3,11 +3,11 @@
 //! Events are for people and never hold anything up: they go through a bounded queue, and what does not fit is dropped
 //! and counted.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use prometheus_client::metrics::counter::Counter;
 use tokio::sync::mpsc;
 use tracing::debug;
 
@@ -26,6 +26,7 @@ const REPORTER: &str = "federation-controller";
 #[derive(Debug, Clone)]
 pub(crate) struct Events {
     queue: mpsc::Sender<Entry>,
+    dropped: Counter,
 }
 
 #[derive(Debug)]
@@ -41,12 +42,10 @@ pub(crate) struct Publisher {
     queue: mpsc::Receiver<Entry>,
 }
 
-static DROPPED: AtomicU64 = AtomicU64::new(0);
-
-/// A queue of events: both of its ends.
-pub(crate) fn channel() -> (Events, Publisher) {
+/// A queue of events: both of its ends. `dropped` counts what does not fit.
+pub(crate) fn channel(dropped: Counter) -> (Events, Publisher) {
     let (sender, receiver) = mpsc::channel(QUEUE);
-    (Events { queue: sender }, Publisher { queue: receiver })
+    (Events { queue: sender, dropped }, Publisher { queue: receiver })
 }
 
 // === impl Events ===
@@ -67,8 +66,8 @@ impl Events {
         }
         note.truncate(end);
         if self.queue.try_send(Entry { about: about.clone(), warning, reason, note }).is_err() {
-            let dropped = DROPPED.fetch_add(1, Ordering::Relaxed) + 1;
-            debug!(dropped, "an event was dropped: the hub takes them too slowly");
+            self.dropped.inc();
+            debug!(reason, "an event was dropped: the hub takes them too slowly");
         }
     }
 }

@@ -25,6 +25,7 @@ pub mod connector;
 mod events;
 mod hub;
 mod member;
+mod metrics;
 mod pace;
 mod queue;
 mod reconcile;
@@ -40,8 +41,10 @@ use kube::Api;
 use kube::api::DynamicObject;
 use kube::runtime::watcher;
 use parking_lot::{Mutex, RwLock};
+use prometheus_client::registry::Registry;
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::Instant;
 use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
 pub use self::client::{Identity, IdentityError, member_client};
@@ -49,6 +52,7 @@ pub use self::connector::{BoxedIo, ConnectError, Connector, Io, connector};
 use self::events::Events;
 use self::hub::{Change, HubState, ObjectKey, WatchTrouble, follow, lighten};
 use self::member::{Member, chain};
+use self::metrics::{Metrics, Outcome, PassLabels};
 use self::pace::retry_delay;
 use self::queue::WorkQueue;
 use self::reconcile::{ReconcileError, reconcile};
@@ -113,6 +117,7 @@ pub(crate) struct Shared {
     queue: WorkQueue<ObjectKey>,
     failures: Mutex<HashMap<ObjectKey, u32>>,
     events: Events,
+    metrics: Metrics,
 }
 
 // === impl Options ===
@@ -142,7 +147,8 @@ impl Controller {
     /// Makes a controller that is not running yet. `hub` needs every right on the federation's groups and the right to
     /// create Events; `connector` reaches members by cluster name.
     pub fn new(hub: kube::Client, connector: Connector, options: Options) -> Self {
-        let (events, publisher) = events::channel();
+        let metrics = Metrics::default();
+        let (events, publisher) = events::channel(metrics.events_dropped.clone());
         let shared = Shared {
             state: RwLock::new(HubState::new(options.types.len())),
             members: RwLock::default(),
@@ -150,11 +156,17 @@ impl Controller {
             queue: WorkQueue::new(),
             failures: Mutex::default(),
             events,
+            metrics,
             options,
             hub,
             connector,
         };
         Self { shared: Arc::new(shared), publisher: Arc::new(Mutex::new(Some(publisher))) }
+    }
+
+    /// Registers the controller's metrics; give the registry a prefix such as `cellway_federation`.
+    pub fn register(&self, registry: &mut Registry) {
+        self.shared.metrics.register(registry);
     }
 
     /// A handle to tell it things.
@@ -360,7 +372,16 @@ async fn work(shared: Arc<Shared>) {
         let lease = shared.queue.next().await;
         let key = lease.key();
         let span = info_span!("object", namespace = %key.namespace, name = %key.name);
-        match reconcile(&shared, key).instrument(span.clone()).await {
+        let began = Instant::now();
+        let done = reconcile(&shared, key).instrument(span.clone()).await;
+        shared.metrics.pass_duration.observe(began.elapsed().as_secs_f64());
+        let outcome = match &done {
+            Ok(()) => Outcome::Done,
+            Err(ReconcileError::Stale) => Outcome::Stale,
+            Err(_) => Outcome::Failed,
+        };
+        shared.metrics.passes.get_or_create(&PassLabels { outcome }).inc();
+        match done {
             Ok(()) => {
                 shared.failures.lock().remove(key);
             }
@@ -404,6 +425,7 @@ async fn keep_members(shared: Arc<Shared>) {
                 info!(cluster = name, "the cluster has left the federation");
                 task.abort();
                 shared.members.write().remove(name);
+                shared.metrics.forget(name);
             }
             stays
         });

@@ -41,7 +41,7 @@ pub(crate) enum ReconcileError {
         what: &'static str,
         /// What it said.
         #[source]
-        source: kube::Error,
+        source: Box<kube::Error>,
     },
     /// The hub did not answer.
     #[error("the hub did not answer within {0:?}")]
@@ -398,6 +398,6 @@ fn hub(what: &'static str, error: kube::Error) -> ReconcileError {
     match error {
         // Changed, or gone: either way the watch says so.
         kube::Error::Api(status) if matches!(status.code, 404 | 409) => ReconcileError::Stale,
-        source => ReconcileError::Hub { what, source },
+        source => ReconcileError::Hub { what, source: Box::new(source) },
     }
 }

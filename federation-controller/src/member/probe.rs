@@ -16,6 +16,7 @@ use super::Member;
 use super::health::{Probe, chain};
 use crate::Shared;
 use crate::hub;
+use crate::metrics::MemberLabels;
 
 /// A status that could not be written is written with the next probe; this many bytes of a member's own words are enough
 /// to say what is wrong with it.
@@ -66,6 +67,8 @@ fn note(member: &Member, shared: &Shared, found: Probe) {
         health.observe(found, shared.options.failure_threshold);
         (before, health.is_online(), health.trouble())
     };
+    let labels = MemberLabels { cluster: member.name.to_string() };
+    shared.metrics.online.get_or_create(&labels).set(i64::from(after));
     if before == after {
         return;
     }

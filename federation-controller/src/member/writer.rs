@@ -19,6 +19,7 @@ use super::store::{TargetKey, hash_of};
 use super::{Job, Member, chain};
 use crate::Shared;
 use crate::hub::lighten;
+use crate::metrics::{Outcome, Verb, WriteLabels};
 
 /// Why a write came to nothing.
 #[derive(Debug, Error)]
@@ -54,27 +55,20 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
         Ok(done) => done,
         Err(_) => Err(WriteError::TimedOut(limit.as_secs_f64())),
     };
-    let (verb, past) = match action {
-        Action::Apply { cause: Cause::Create, .. } => ("Create", "created"),
-        Action::Apply { cause: Cause::Update, .. } => ("Update", "updated"),
-        Action::Apply { cause: Cause::Heal, .. } => ("Update", "put right"),
-        Action::Delete { .. } => ("Delete", "deleted"),
-        Action::Orphan { .. } => ("Orphan", "let go"),
-    };
+    let verb = verb(action);
+    let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Failed };
+    let labels = WriteLabels { cluster: member.name.to_string(), verb, outcome };
+    shared.metrics.writes.get_or_create(&labels).inc();
+    let (succeeded, failed) = verb.event();
     match done {
         Ok(answer) => {
-            debug!(verb, "written");
+            debug!(?verb, "written");
             member.store.lock().succeeded(target, action, answer, Instant::now());
-            let reason = match verb {
-                "Create" => "CreateInCluster",
-                "Update" => "UpdateInCluster",
-                "Delete" => "DeleteInCluster",
-                _ => "OrphanInCluster",
-            };
-            shared.events.normal(&job.about, reason, format!("{past} {} in {}", target.name, member.name));
+            let note = format!("{} {} in {}", verb.past(), target.name, member.name);
+            shared.events.normal(&job.about, succeeded, note);
         }
         Err(error) => {
-            debug!(verb, %error, "a write failed");
+            debug!(?verb, %error, "a write failed");
             let uncertain = matches!(error, WriteError::Lost(_) | WriteError::TimedOut(_));
             let failure = failure(verb, action, &error);
             let note = format!("{} in {}: {}", target.name, member.name, failure.message);
@@ -85,13 +79,7 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
                 member.nudge();
             }
             if news {
-                let reason = match verb {
-                    "Create" => "CreateInClusterFailed",
-                    "Update" => "UpdateInClusterFailed",
-                    "Delete" => "DeleteInClusterFailed",
-                    _ => "OrphanInClusterFailed",
-                };
-                shared.events.warning(&job.about, reason, note);
+                shared.events.warning(&job.about, failed, note);
             }
             shared.queue.add_after(job.source.clone(), wait);
         }
@@ -208,22 +196,23 @@ async fn ensure_namespace(member: &Member, name: &str) -> Result<(), WriteError>
     answered(api.patch(name, &PatchParams::apply(FIELD_MANAGER), &Patch::Apply(namespace)).await).map(drop)
 }
 
-fn failure(verb: &str, action: &Action, error: &WriteError) -> WriteFailure {
+fn verb(action: &Action) -> Verb {
+    match action {
+        Action::Apply { cause: Cause::Create, .. } => Verb::Create,
+        Action::Apply { cause: Cause::Update, .. } => Verb::Update,
+        Action::Apply { cause: Cause::Heal, .. } => Verb::Heal,
+        Action::Delete { .. } => Verb::Delete,
+        Action::Orphan { .. } => Verb::Orphan,
+    }
+}
+
+fn failure(verb: Verb, action: &Action, error: &WriteError) -> WriteFailure {
+    let (failed, timed_out) = verb.failure();
     let reason = match error {
-        WriteError::Refused(refusal) => refusal.reason().to_owned(),
-        WriteError::Answered { code: 409, .. } if verb == "Create" => "AlreadyExists".to_owned(),
-        WriteError::Answered { .. } | WriteError::Lost(_) => match verb {
-            "Create" => "CreationFailed".to_owned(),
-            "Update" => "UpdateFailed".to_owned(),
-            "Delete" => "DeletionFailed".to_owned(),
-            _ => "LabelRemovalFailed".to_owned(),
-        },
-        WriteError::TimedOut(_) => match verb {
-            "Create" => "CreationTimedOut".to_owned(),
-            "Update" => "UpdateTimedOut".to_owned(),
-            "Delete" => "DeletionTimedOut".to_owned(),
-            _ => "LabelRemovalTimedOut".to_owned(),
-        },
+        WriteError::Refused(refusal) => refusal.reason(),
+        WriteError::Answered { code: 409, .. } if verb == Verb::Create => "AlreadyExists",
+        WriteError::Answered { .. } | WriteError::Lost(_) => failed,
+        WriteError::TimedOut(_) => timed_out,
     };
     /// Members choose their words; so many of them are enough.
     const LONGEST: usize = 800;
@@ -234,7 +223,7 @@ fn failure(verb: &str, action: &Action, error: &WriteError) -> WriteFailure {
     }
     message.truncate(end);
     let conflict = matches!(error, WriteError::Refused(_)) || reason == "AlreadyExists";
-    WriteFailure { hash: hash_of(action), reason, message, conflict }
+    WriteFailure { hash: hash_of(action), reason: reason.into(), message, conflict }
 }
 
 fn plain(mut object: DynamicObject) -> Result<Value, WriteError> {

@@ -1,0 +1,167 @@
+//! What the controller counts. Names carry no prefix of their own: whoever registers them gives one.
+
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+/// The controller's metrics. Cheap to clone; clones count together.
+#[derive(Debug, Clone)]
+pub(crate) struct Metrics {
+    pub(crate) passes: Family<PassLabels, Counter>,
+    pub(crate) pass_duration: Histogram,
+    pub(crate) writes: Family<WriteLabels, Counter>,
+    pub(crate) online: Family<MemberLabels, Gauge>,
+    pub(crate) events_dropped: Counter,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct PassLabels {
+    pub(crate) outcome: Outcome,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct WriteLabels {
+    pub(crate) cluster: String,
+    pub(crate) verb: Verb,
+    pub(crate) outcome: Outcome,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct MemberLabels {
+    pub(crate) cluster: String,
+}
+
+/// How something ended. `Stale`: overtaken by a change of the object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub(crate) enum Outcome {
+    Done,
+    Stale,
+    Failed,
+}
+
+/// What is done in a member.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub(crate) enum Verb {
+    Create,
+    Update,
+    Heal,
+    Delete,
+    Orphan,
+}
+
+// === impl Metrics ===
+
+impl Default for Metrics {
+    fn default() -> Self {
+        // A pass that has nothing to store takes well under a millisecond; one that waits for the hub, up to seconds.
+        let buckets = [0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0];
+        Self {
+            passes: Family::default(),
+            pass_duration: Histogram::new(buckets),
+            writes: Family::default(),
+            online: Family::default(),
+            events_dropped: Counter::default(),
+        }
+    }
+}
+
+impl Metrics {
+    pub(crate) fn register(&self, registry: &mut Registry) {
+        registry.register("reconcile", "Passes over federated objects", self.passes.clone());
+        registry.register_with_unit(
+            "reconcile_duration",
+            "Time of a pass over a federated object, without the members' part",
+            Unit::Seconds,
+            self.pass_duration.clone(),
+        );
+        registry.register("member_writes", "Writes into members", self.writes.clone());
+        registry.register(
+            "member_online",
+            "Whether a member is read and written: 1 or 0",
+            self.online.clone(),
+        );
+        registry.register(
+            "events_dropped",
+            "Kubernetes Events that were not published because the hub took them too slowly",
+            self.events_dropped.clone(),
+        );
+    }
+
+    /// Forgets a member that has left.
+    pub(crate) fn forget(&self, cluster: &str) {
+        self.online.remove(&MemberLabels { cluster: cluster.to_owned() });
+        for verb in [Verb::Create, Verb::Update, Verb::Heal, Verb::Delete, Verb::Orphan] {
+            for outcome in [Outcome::Done, Outcome::Failed] {
+                self.writes.remove(&WriteLabels { cluster: cluster.to_owned(), verb, outcome });
+            }
+        }
+    }
+}
+
+// === impl Verb ===
+
+impl Verb {
+    /// The reason of an Event about it, KubeFed's where it has one, for success and for failure.
+    pub(crate) fn event(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Create => ("CreateInCluster", "CreateInClusterFailed"),
+            Self::Update | Self::Heal => ("UpdateInCluster", "UpdateInClusterFailed"),
+            Self::Delete => ("DeleteInCluster", "DeleteInClusterFailed"),
+            Self::Orphan => ("OrphanInCluster", "OrphanInClusterFailed"),
+        }
+    }
+
+    /// The reason in a unit's status, for a failure and for an answer that did not come.
+    pub(crate) fn failure(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Create => ("CreationFailed", "CreationTimedOut"),
+            Self::Update | Self::Heal => ("UpdateFailed", "UpdateTimedOut"),
+            Self::Delete => ("DeletionFailed", "DeletionTimedOut"),
+            Self::Orphan => ("LabelRemovalFailed", "LabelRemovalTimedOut"),
+        }
+    }
+
+    /// For sentences.
+    pub(crate) fn past(self) -> &'static str {
+        match self {
+            Self::Create => "created",
+            Self::Update => "updated",
+            Self::Heal => "put right",
+            Self::Delete => "deleted",
+            Self::Orphan => "let go",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_what_the_documents_say() {
+        let metrics = Metrics::default();
+        let mut registry = Registry::with_prefix("cellway_federation");
+        metrics.register(&mut registry);
+        metrics.passes.get_or_create(&PassLabels { outcome: Outcome::Done }).inc();
+        metrics.online.get_or_create(&MemberLabels { cluster: "x".into() }).set(1);
+        let labels = WriteLabels { cluster: "x".into(), verb: Verb::Heal, outcome: Outcome::Failed };
+        metrics.writes.get_or_create(&labels).inc();
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).expect("encodes");
+        for line in [
+            "cellway_federation_reconcile_total{outcome=\"Done\"} 1",
+            "cellway_federation_member_online{cluster=\"x\"} 1",
+            "cellway_federation_member_writes_total{cluster=\"x\",verb=\"Heal\",outcome=\"Failed\"} 1",
+            "cellway_federation_events_dropped_total 0",
+        ] {
+            assert!(text.contains(line), "{line} is not in {text}");
+        }
+        metrics.forget("x");
+        text.clear();
+        prometheus_client::encoding::text::encode(&mut text, &registry).expect("encodes");
+        assert!(!text.contains("cluster=\"x\""), "{text}");
+    }
+}

@@ -1,0 +1,460 @@
+//! The controller against real API servers of ours: a hub and two simulated members in this process, over TLS, with a
+//! gateway that passes the controller's requests on as the agent's would. No tunnel: that is the e2e tests' matter.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use federation_apiserver::simulation::SimulationConfig;
+use federation_apiserver::{ApiServer, Config, Role};
+use federation_controller::{ConnectError, Controller, Handle, Options, connector};
+use federation_core::api::{
+    Cell, CellSpec, FederatedStatus, KubeFedCluster, KubeFedClusterSpec, Phase, PropagationConfig,
+    PropagationConfigSpec,
+};
+use federation_core::types;
+use http_body_util::BodyExt as _;
+use hyper_util::rt::TokioIo;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, ResourceExt as _};
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+/// Long enough for a slow machine; a test that passes never waits for it.
+const PATIENCE: Duration = Duration::from_secs(60);
+const ZONE: &str = "topology.kubernetes.io/zone";
+
+struct World {
+    hub: Client,
+    x: Client,
+    y: Client,
+    down: Arc<Mutex<Vec<String>>>,
+    open: Arc<Mutex<Vec<(String, AbortOnDropHandle<()>)>>>,
+    handle: Handle,
+    stop: CancellationToken,
+    tasks: Vec<AbortOnDropHandle<()>>,
+    _data: tempfile::TempDir,
+}
+
+impl World {
+    async fn start() -> Self {
+        let data = tempfile::tempdir().expect("directory");
+        let stop = CancellationToken::new();
+        let mut tasks = Vec::new();
+
+        let mut config = Config::new(data.path().join("hub"), Role::Hub);
+        config.in_memory = true;
+        config.crds =
+            federation_core::crds().into_iter().map(|crd| serde_json::to_value(crd).expect("crd")).collect();
+        config.bootstrap = ["shop", "kube-federation-system"]
+            .map(|name| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}))
+            .into();
+        let hub = serve(config, &stop, &mut tasks).await;
+        let hub = client(&hub).await;
+
+        let mut gateways = Vec::new();
+        let mut clients = Vec::new();
+        for (name, zones) in [("x", vec!["x-a", "x-b"]), ("y", vec!["y-a"])] {
+            let mut config = Config::new(data.path().join(name), Role::Member);
+            config.in_memory = true;
+            config.simulation = SimulationConfig::zones(name, &zones, 1);
+            serve(config, &stop, &mut tasks).await;
+            clients.push(client(&data.path().join(name).join("admin.kubeconfig")).await);
+            gateways.push((name, client(&data.path().join(name).join("agent.kubeconfig")).await));
+        }
+        let y = clients.pop().expect("y");
+        let x = clients.pop().expect("x");
+
+        let (down, open) = (
+            Arc::<Mutex<Vec<String>>>::default(),
+            Arc::<Mutex<Vec<(String, AbortOnDropHandle<()>)>>>::default(),
+        );
+        let (members, is_down, opened) = (gateways, Arc::clone(&down), Arc::clone(&open));
+        let connector = connector(move |cluster: String| {
+            let gateway = members
+                .iter()
+                .find(|(name, _)| *name == cluster && !is_down.lock().contains(&cluster))
+                .map(|(_, client)| client.clone());
+            let opened = Arc::clone(&opened);
+            async move {
+                let Some(gateway) = gateway else { return Err(ConnectError::NoTunnel { cluster }) };
+                let (ours, theirs) = tokio::io::duplex(64 << 10);
+                let serving = tokio::spawn(async move {
+                    let service =
+                        hyper::service::service_fn(move |request| pass_on(gateway.clone(), request));
+                    // The client going away is how connections end here.
+                    let _ = hyper::server::conn::http1::Builder::new()
+                        .serve_connection(TokioIo::new(theirs), service)
+                        .await;
+                });
+                opened.lock().push((cluster, AbortOnDropHandle::new(serving)));
+                Ok(ours)
+            }
+        });
+        let options = Options { probe_interval: Duration::from_millis(500), ..Options::default() };
+        let controller = Controller::new(hub.clone(), connector, options);
+        let handle = controller.handle();
+        let token = stop.clone();
+        tasks.push(AbortOnDropHandle::new(tokio::spawn(async move {
+            controller.run(token.cancelled_owned()).await
+        })));
+
+        let world = Self { hub, x, y, down, open, handle, stop, tasks, _data: data };
+        world.populate().await;
+        world
+    }
+
+    async fn populate(&self) {
+        let clusters: Api<KubeFedCluster> = Api::namespaced(self.hub.clone(), "kube-federation-system");
+        for name in ["x", "y"] {
+            let cluster = KubeFedCluster::new(name, KubeFedClusterSpec::default());
+            clusters.create(&PostParams::default(), &cluster).await.expect("cluster");
+        }
+        let cells: Api<Cell> = Api::all(self.hub.clone());
+        for (name, cluster, zone) in [("a", "x", "x-a"), ("b", "x", "x-b"), ("c", "y", "y-a")] {
+            let spec = CellSpec {
+                cluster: cluster.into(),
+                node_selector: [(ZONE.to_owned(), zone.to_owned())].into(),
+                tolerations: vec![],
+            };
+            let mut cell = Cell::new(name, spec);
+            cell.metadata.labels = Some([("member".to_owned(), cluster.to_owned())].into());
+            cells.create(&PostParams::default(), &cell).await.expect("cell");
+        }
+        for name in ["x", "y"] {
+            until(&format!("{name} is ready"), async || {
+                let cluster = clusters.get(name).await.ok()?;
+                let conditions = cluster.status?.conditions;
+                conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True").then_some(())
+            })
+            .await;
+        }
+    }
+
+    fn objects(&self, kind: usize) -> Api<DynamicObject> {
+        Api::namespaced_with(self.hub.clone(), "shop", &types::builtin()[kind].hub_resource())
+    }
+
+    async fn create(&self, kind: usize, value: Value) {
+        let object: DynamicObject = serde_json::from_value(value).expect("object");
+        self.objects(kind).create(&PostParams::default(), &object).await.expect("created");
+    }
+
+    async fn patch(&self, kind: usize, patch: Value) {
+        self.objects(kind)
+            .patch("web", &PatchParams::default(), &Patch::Merge(patch))
+            .await
+            .expect("patched");
+    }
+
+    async fn status(&self, kind: usize) -> Option<(FederatedStatus, bool)> {
+        let object = self.objects(kind).get("web").await.ok()?;
+        let status: FederatedStatus = serde_json::from_value(object.data.get("status")?.clone()).ok()?;
+        let fresh = status.observed_generation == object.metadata.generation;
+        Some((status, fresh))
+    }
+
+    async fn settled(
+        &self,
+        kind: usize,
+        what: &str,
+        wanted: impl Fn(&FederatedStatus) -> bool,
+    ) -> FederatedStatus {
+        until(what, async || {
+            let (status, fresh) = self.status(kind).await?;
+            let found = fresh && wanted(&status);
+            if !found {
+                *LAST.lock() = format!("{status:#?}");
+            }
+            found.then_some(status)
+        })
+        .await
+    }
+
+    fn tunnel(&self, member: &str, up: bool) {
+        self.down.lock().retain(|name| name != member);
+        if !up {
+            self.down.lock().push(member.into());
+            self.open.lock().retain(|(name, _)| name != member);
+        }
+        self.handle.probe(member);
+    }
+
+    async fn end(mut self) {
+        self.stop.cancel();
+        for task in self.tasks.drain(..).rev() {
+            task.await.expect("ends well");
+        }
+    }
+}
+
+/// What the last look found, for the message of a wait in vain.
+static LAST: Mutex<String> = Mutex::new(String::new());
+
+async fn until<T>(what: &str, mut found: impl AsyncFnMut() -> Option<T>) -> T {
+    let waiting = async {
+        loop {
+            if let Some(found) = found().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(30)).await;
+        }
+    };
+    match tokio::time::timeout(PATIENCE, waiting).await {
+        Ok(found) => found,
+        Err(_) => panic!("waited in vain until {what}; last seen: {}", LAST.lock()),
+    }
+}
+
+async fn serve(
+    config: Config,
+    stop: &CancellationToken,
+    tasks: &mut Vec<AbortOnDropHandle<()>>,
+) -> std::path::PathBuf {
+    let bound = ApiServer::bind(config).await.expect("bound");
+    let kubeconfig = bound.admin_kubeconfig();
+    let stop = stop.clone();
+    tasks.push(AbortOnDropHandle::new(tokio::spawn(async move { bound.run(stop).await })));
+    kubeconfig
+}
+
+async fn client(kubeconfig: &Path) -> Client {
+    let kubeconfig = Kubeconfig::read_from(kubeconfig).expect("kubeconfig");
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+        .await
+        .expect("config");
+    Client::try_from(config).expect("client")
+}
+
+/// What the agent's gateway does: the member's API sees the agent's certificate and the hub's impersonation.
+async fn pass_on(
+    client: Client,
+    request: http::Request<hyper::body::Incoming>,
+) -> Result<http::Response<kube::client::Body>, kube::Error> {
+    let (mut parts, body) = request.into_parts();
+    let path = parts.uri.path_and_query().expect("path").as_str().to_owned();
+    parts.uri = path.parse().expect("uri");
+    parts.headers.remove(http::header::HOST);
+    let body = body.collect().await.map_err(kube::Error::HyperError)?.to_bytes();
+    client.send(http::Request::from_parts(parts, body.to_vec().into())).await
+}
+
+fn template(image: &str, replicas: i64) -> Value {
+    json!({
+        "metadata": {"labels": {"app": "web"}},
+        "spec": {"replicas": replicas, "selector": {"matchLabels": {"app": "web"}}, "template": {
+            "metadata": {"labels": {"app": "web"}},
+            "spec": {"containers": [{"name": "web", "image": image, "resources": {"requests": {"cpu": "1000m"}},
+                "ports": [{"containerPort": 80}], "env": [{"name": "A", "value": "1"}]}]},
+        }},
+    })
+}
+
+fn federated(kind: &str, units: &[&str], template: Value) -> Value {
+    let units: Vec<_> = units.iter().map(|name| json!({"name": name})).collect();
+    json!({"apiVersion": "types.kubefed.io/v1beta2", "kind": kind, "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {"topologyType": "cell", "placement": {"units": units}, "template": template}})
+}
+
+fn is_true(status: &FederatedStatus, type_: &str) -> bool {
+    status.conditions.iter().any(|condition| condition.type_ == type_ && condition.status == "True")
+}
+
+fn image(deployment: &Deployment) -> &str {
+    let pod = deployment.spec.template.spec.as_ref();
+    pod.and_then(|pod| pod.containers[0].image.as_deref()).unwrap_or_default()
+}
+
+fn replicas(deployment: &Deployment) -> Option<i32> {
+    deployment.spec.replicas
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_application_by_cell_from_birth_to_death() {
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_test_writer()
+        .try_init();
+    let world = World::start().await;
+    let (x, y): (Api<Deployment>, Api<Deployment>) =
+        (Api::namespaced(world.x.clone(), "shop"), Api::namespaced(world.y.clone(), "shop"));
+
+    // Placed, with an override; pods run in the cells' zones.
+    let mut object = federated("FederatedDeployment", &["a", "b", "c"], template("web:1", 2));
+    object["spec"]["overrides"] =
+        json!([{"units": ["b"], "patches": [{"path": "/spec/replicas", "value": 3}]}]);
+    world.create(0, object).await;
+    let status = world.settled(0, "it is ready", |status| is_true(status, "Ready")).await;
+    assert_eq!(status.summary.as_deref(), Some("3 units: 3 synced"));
+    assert_eq!((status.replicas, status.ready_replicas), (Some(7), Some(7)));
+    let b = x.get("web-b").await.expect("b");
+    assert_eq!((image(&b), replicas(&b)), ("web:1", Some(3)));
+    let pods: Api<k8s_openapi::api::core::v1::Pod> = Api::namespaced(world.x.clone(), "shop");
+    let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(world.x.clone());
+    for pod in pods.list(&kube::api::ListParams::default().labels("cellway.io/cell=b")).await.expect("pods") {
+        let node = pod.spec.expect("spec").node_name.expect("scheduled");
+        assert_eq!(nodes.get(&node).await.expect("node").labels()[ZONE], "x-b");
+    }
+
+    // One cell moves; a scale reaches no other; drift goes back to the cell's own revision.
+    world
+        .patch(0, json!({"spec": {"template": template("web:2", 4), "placementMask": {"units": ["a"]}}}))
+        .await;
+    world
+        .settled(0, "a has moved", |status| {
+            is_true(status, "Propagated")
+                && is_true(status, "Ready")
+                && status.units.iter().map(|unit| unit.phase).eq([
+                    Phase::Synced,
+                    Phase::Masked,
+                    Phase::Masked,
+                ])
+        })
+        .await;
+    let a = x.get("web-a").await.expect("a");
+    assert_eq!((image(&a), replicas(&a)), ("web:2", Some(4)));
+    let b = x.get("web-b").await.expect("b");
+    assert_eq!((image(&b), replicas(&b)), ("web:1", Some(3)));
+    let generation = b.metadata.generation;
+    x.patch("web-b", &PatchParams::default(), &Patch::Merge(json!({"spec": {"replicas": 9}})))
+        .await
+        .expect("drift");
+    until("b is healed", async || {
+        let b = x.get("web-b").await.ok()?;
+        (replicas(&b) == Some(3) && b.metadata.generation > generation).then_some(())
+    })
+    .await;
+    y.delete("web-c", &DeleteParams::default()).await.expect("deleted");
+    let c = until("c is back", async || {
+        y.get("web-c").await.ok().filter(|c| c.metadata.deletion_timestamp.is_none())
+    })
+    .await;
+    assert_eq!((image(&c), replicas(&c)), ("web:1", Some(2)));
+
+    // The mask is lifted.
+    world.patch(0, json!({"spec": {"placementMask": null}})).await;
+    world
+        .settled(0, "all have moved", |status| {
+            is_true(status, "Ready") && status.summary.as_deref() == Some("3 units: 3 synced")
+        })
+        .await;
+    for (api, name, count) in [(&x, "web-a", 4), (&x, "web-b", 3), (&y, "web-c", 4)] {
+        let found = api.get(name).await.expect("there");
+        assert_eq!((image(&found), replicas(&found)), ("web:2", Some(count)), "{name}");
+    }
+
+    // Annotations are set and removed, the member's own is collected and left alone.
+    let configs: Api<PropagationConfig> = Api::all(world.hub.clone());
+    let spec: PropagationConfigSpec = serde_json::from_value(json!({"annotations": [
+        {"prefix": "hub/", "class": "Spec"}, {"prefix": "member/", "class": "Status", "collect": true},
+    ]}))
+    .expect("rules");
+    configs.create(&PostParams::default(), &PropagationConfig::new("default", spec)).await.expect("rules");
+    world.patch(0, json!({"metadata": {"annotations": {"hub/team": "red", "other": "1"}}})).await;
+    let annotations = async || x.get("web-a").await.map(|a| a.annotations().clone()).unwrap_or_default();
+    until("it is set", async || (annotations().await.get("hub/team")? == "red").then_some(())).await;
+    assert!(!annotations().await.contains_key("other"));
+    let foreign = json!({"metadata": {"annotations": {"member/ip": "10.0.0.1", "hub/foreign": "1"}}});
+    x.patch("web-a", &PatchParams::default(), &Patch::Merge(foreign)).await.expect("annotated");
+    until("the foreign one is gone", async || {
+        (!annotations().await.contains_key("hub/foreign")).then_some(())
+    })
+    .await;
+    world.settled(0, "collected", |status| status.units[0].annotations.contains_key("member/ip")).await;
+    world.patch(0, json!({"metadata": {"annotations": {"hub/team": null}}})).await;
+    until("it is removed", async || (!annotations().await.contains_key("hub/team")).then_some(())).await;
+    assert_eq!(annotations().await["member/ip"], "10.0.0.1");
+
+    // A field that is given up disappears.
+    let mut given_up = template("web:2", 4);
+    given_up["spec"]["template"]["spec"]["containers"][0]["env"] = json!([{"name": "B", "value": "2"}]);
+    world.patch(0, json!({"spec": {"template": given_up}})).await;
+    until("the variable is another", async || {
+        let a = x.get("web-a").await.ok()?;
+        let env = a.spec.template.spec?.containers[0].env.clone()?;
+        (env.len() == 1 && env[0].name == "B").then_some(())
+    })
+    .await;
+
+    // A member goes away: the other moves on, and it follows when it is back.
+    world.settled(0, "at rest", |status| is_true(status, "Ready")).await;
+    world.tunnel("y", false);
+    world.patch(0, json!({"spec": {"template": template("web:3", 1)}})).await;
+    let status = world
+        .settled(0, "a has moved", |status| {
+            status.units[0].phase == Phase::Synced && status.units[2].phase == Phase::Unreachable
+        })
+        .await;
+    assert_eq!(status.units[2].reason.as_deref(), Some("NoTunnel"));
+    assert_eq!(image(&y.get("web-c").await.expect("stays")), "web:2");
+    world.tunnel("y", true);
+    world.settled(0, "all are ready", |status| is_true(status, "Ready")).await;
+    assert_eq!(image(&y.get("web-c").await.expect("there")), "web:3");
+
+    // A cell is taken out, then everything goes.
+    world.patch(0, json!({"spec": {"placement": {"units": [{"name": "a"}, {"name": "c"}]}}})).await;
+    world.settled(0, "b is gone", |status| status.units.len() == 2 && is_true(status, "Propagated")).await;
+    assert!(x.get_opt("web-b").await.expect("answer").is_none());
+    let events: Api<k8s_openapi::api::events::v1::Event> = Api::namespaced(world.hub.clone(), "shop");
+    let events = events.list(&Default::default()).await.expect("events");
+    assert!(events.iter().any(|event| event.reason.as_deref() == Some("CreateInCluster")));
+    world.objects(0).delete("web", &DeleteParams::default()).await.expect("deleted");
+    until("it is gone", async || world.objects(0).get_opt("web").await.ok()?.is_none().then_some(())).await;
+    assert!(
+        x.get_opt("web-a").await.expect("answer").is_none_or(|a| a.metadata.deletion_timestamp.is_some())
+    );
+    assert!(
+        y.get_opt("web-c").await.expect("answer").is_none_or(|c| c.metadata.deletion_timestamp.is_some())
+    );
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn config_maps_by_selector_and_nothing_written_in_vain() {
+    let world = World::start().await;
+    let (x, y): (Api<ConfigMap>, Api<ConfigMap>) =
+        (Api::namespaced(world.x.clone(), "shop"), Api::namespaced(world.y.clone(), "shop"));
+    let mut object = federated("FederatedConfigMap", &[], json!({"data": {"k": "v"}}));
+    object["spec"]["placement"] = json!({"unitSelector": {"matchLabels": {"member": "x"}}});
+    world.create(1, object).await;
+    world.settled(1, "it is ready", |status| is_true(status, "Ready")).await;
+    let first = x.get("web").await.expect("there");
+    assert!(y.get_opt("web").await.expect("answer").is_none());
+
+    world.patch(1, json!({"spec": {"placement": {"unitSelector": {"matchLabels": null}}}})).await;
+    world.settled(1, "it is everywhere", |status| status.units.len() == 3 && is_true(status, "Ready")).await;
+    assert_eq!(y.get("web").await.expect("there").data.expect("data")["k"], "v");
+    // The hub did not touch what was right already.
+    assert_eq!(x.get("web").await.expect("there").metadata.resource_version, first.metadata.resource_version);
+
+    // Somebody else's additions stay, changes of ours do not.
+    x.patch("web", &PatchParams::default(), &Patch::Merge(json!({"data": {"k": "changed", "own": "1"}})))
+        .await
+        .expect("drift");
+    until("healed", async || {
+        let data = x.get("web").await.ok()?.data?;
+        (data["k"] == "v" && data["own"] == "1").then_some(())
+    })
+    .await;
+
+    // What somebody else made is not taken over.
+    let data = [("k".to_owned(), "mine".to_owned())].into();
+    let mut foreign = ConfigMap { data: Some(data), ..ConfigMap::default() };
+    foreign.metadata.name = Some("theirs".into());
+    x.create(&PostParams::default(), &foreign).await.expect("created");
+    let mut object = federated("FederatedConfigMap", &["a"], json!({"data": {"k": "ours"}}));
+    object["metadata"]["name"] = "theirs".into();
+    world.create(1, object).await;
+    until("it is a conflict", async || {
+        let object = world.objects(1).get("theirs").await.ok()?;
+        (object.data["status"]["units"][0]["reason"] == "AlreadyExists").then_some(())
+    })
+    .await;
+    assert_eq!(x.get("theirs").await.expect("stays").data.expect("data")["k"], "mine");
+    world.end().await;
+}
