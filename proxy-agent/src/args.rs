@@ -28,8 +28,8 @@ use crate::{
 /// Tunnels held by default: one more than is needed, so that a server may go at any time.
 const DEFAULT_TUNNELS: usize = 2;
 
-/// Look-ups and connects under way at once. Each blocks a thread while it resolves; the runtime has 512 of them.
-const DEFAULT_MAX_DIALS: usize = 256;
+/// Dials under way at once: a burst of a thousand takes a thousand descriptors, and a moment.
+const DEFAULT_MAX_DIALS: usize = 1024;
 
 /// What an agent may buffer for all its tunnels: bytes promised to servers as receive windows.
 const DEFAULT_MEMORY_MIB: usize = 1024;

@@ -18,6 +18,13 @@ use tunnel::{DialError, Target, policy::DestinationPolicy};
 /// How long one address has for itself before the next is tried beside it (RFC 8305 recommends 250 ms).
 const STAGGER: Duration = Duration::from_millis(250);
 
+/// Look-ups under way at once: each blocks a thread of the runtime's 512, which others need too.
+const MAX_LOOKUPS: usize = 128;
+
+/// How long a dial waits for one of the slots. A burst passes in this time; against destinations that never answer
+/// another agent does better, and the server tries one.
+const SLOT_WAIT: Duration = Duration::from_secs(1);
+
 /// The most addresses of one name that are tried; the deadline leaves no time for more anyway.
 const MAX_ADDRESSES: usize = 8;
 
@@ -25,8 +32,9 @@ const MAX_ADDRESSES: usize = 8;
 #[derive(Debug, Clone)]
 pub struct Dialer {
     policy: Arc<DestinationPolicy>,
-    /// Look-ups block a thread each, and each dial holds a descriptor: both are bounded here.
+    /// Dials under way: each holds a descriptor.
     slots: Arc<Semaphore>,
+    lookups: Arc<Semaphore>,
 }
 
 // === impl Dialer ===
@@ -34,7 +42,11 @@ pub struct Dialer {
 impl Dialer {
     /// A dialer that has at most `concurrent` dials under way.
     pub fn new(policy: DestinationPolicy, concurrent: usize) -> Self {
-        Self { policy: Arc::new(policy), slots: Arc::new(Semaphore::new(concurrent)) }
+        Self {
+            policy: Arc::new(policy),
+            slots: Arc::new(Semaphore::new(concurrent)),
+            lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
+        }
     }
 
     /// The policy.
@@ -47,10 +59,13 @@ impl Dialer {
     /// # Errors
     /// Says whose fault it was: policy, name, destination, path, or this agent's own limits.
     pub async fn dial(&self, target: &Target, timeout: Duration) -> Result<TcpStream, DialError> {
-        let Ok(_slot) = self.slots.try_acquire() else {
+        let deadline = Instant::now() + timeout;
+        // What no rule allows costs no slot.
+        self.check(target)?;
+        let slot = tokio::time::timeout(SLOT_WAIT.min(timeout), self.slots.acquire());
+        let Ok(Ok(_slot)) = slot.await else {
             return Err(DialError::TooManyConnections);
         };
-        let deadline = Instant::now() + timeout;
         let connect = async {
             let addresses = self.resolve(target).await?;
             connect_any(addresses).await.map_err(|error| dial_error(&error))
@@ -58,19 +73,24 @@ impl Dialer {
         tokio::time::timeout_at(deadline, connect).await.unwrap_or(Err(DialError::TimedOut))
     }
 
+    /// Whether the policy can allow this destination at all, before anybody is asked what its name means.
+    fn check(&self, Target { host, port }: &Target) -> Result<(), DialError> {
+        let allowed = match host.parse::<IpAddr>() {
+            Ok(address) => self.policy.allows_addr(address, *port),
+            Err(_) => self.policy.may_allow(host, *port),
+        };
+        if allowed { Ok(()) } else { Err(DialError::NotAllowed) }
+    }
+
     /// The addresses that may be dialled, in the order in which to try them.
     async fn resolve(&self, target: &Target) -> Result<Vec<SocketAddr>, DialError> {
         let Target { host, port } = target;
-        // An address needs no resolver, and one without a zone never sees one.
+        // An address needs no resolver, and was judged before.
         if let Ok(address) = host.parse::<IpAddr>() {
-            if !self.policy.allows_addr(address, *port) {
-                return Err(DialError::NotAllowed);
-            }
             return Ok(vec![SocketAddr::new(address, *port)]);
         }
-        if !self.policy.may_allow(host, *port) {
-            return Err(DialError::NotAllowed);
-        }
+        // The semaphore is never closed.
+        let _lookup = self.lookups.acquire().await;
         let resolved = tokio::net::lookup_host((host.as_str(), *port)).await.map_err(|error| {
             tracing::debug!(host, %error, "failed to resolve");
             DialError::UnknownHost
@@ -208,7 +228,7 @@ mod tests {
         let unknown = all.dial(&target("no-such-host.invalid", port), TIMEOUT).await.unwrap_err();
         assert_eq!(unknown, DialError::UnknownHost);
         let late = all.dial(&target("127.0.0.1", port), Duration::ZERO).await.unwrap_err();
-        assert!(matches!(late, DialError::TimedOut | DialError::Refused));
+        assert!(matches!(late, DialError::TimedOut | DialError::Refused | DialError::TooManyConnections));
         let none = Dialer::new("127.0.0.1".parse().unwrap(), 0);
         let full = none.dial(&target("127.0.0.1", port), TIMEOUT).await.unwrap_err();
         assert_eq!(full, DialError::TooManyConnections);

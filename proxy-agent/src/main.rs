@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use proxy_agent::{App, Args, Config};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use service::{drain, error_chain, exit, signals};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(exit::INIT, &error),
     };
+    raise_open_files();
     let deadline = config.drain_timeout;
     let app = App::new(config).effective(parsed.effective).log(log);
     match runtime.block_on(run(app, deadline)) {
@@ -48,6 +50,14 @@ async fn run(app: App, deadline: std::time::Duration) -> anyhow::Result<ExitCode
             ended??;
             Ok(ExitCode::from(exit::OK))
         }
+    }
+}
+
+/// Every connection takes a descriptor, and the customary soft limit is 1024; what the system allows is the hard limit.
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!(%error, ?limit, "failed to raise the limit of open files");
     }
 }
 

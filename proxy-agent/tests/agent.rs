@@ -309,7 +309,7 @@ async fn a_server_that_says_no_is_left_alone_for_a_while() {
     let hub = Hub::new();
     let mut listener = hub.listen("127.0.0.1:0").await;
     let agent = hub.agent(listener.local_addr(), &["--transport=h2"]).await;
-    pending(&mut listener).await.refuse("the cluster east was revoked");
+    pending(&mut listener).await.refuse("the cluster east was revoked").await;
     agent.until("/metrics", "cellway_agent_connects_total{outcome=\"refused\"} 1").await;
     // With 50 ms between dials there would be another one by now, were it taken for a failure.
     let again = tokio::time::timeout(Duration::from_secs(2), listener.accept()).await;

@@ -457,7 +457,7 @@ fn parameters(not_before: SystemTime, not_after: SystemTime) -> Result<Certifica
     params.not_after = not_after.into();
     let mut serial: [u8; 16] = rand::random();
     // Positive, and of full length: 0x40 keeps the first byte from being dropped.
-    serial[0] = serial[0] & 0x7f | 0x40;
+    serial[0] = (serial[0] & 0x7f) | 0x40;
     params.serial_number = Some(SerialNumber::from(serial.to_vec()));
     params.use_authority_key_identifier_extension = true;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
