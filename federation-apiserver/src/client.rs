@@ -36,7 +36,11 @@ impl LocalClient {
     }
 
     fn target_of(&self, resource: Resource, object: &Value) -> Result<Target, ApiError> {
-        self.target(resource, str_at(object, &["metadata", "namespace"]), str_at(object, &["metadata", "name"]))
+        self.target(
+            resource,
+            str_at(object, &["metadata", "namespace"]),
+            str_at(object, &["metadata", "name"]),
+        )
     }
 
     fn options(&self, subresource: &'static str) -> WriteOptions {
@@ -84,7 +88,8 @@ impl ObjectClient for LocalClient {
         &'a self,
         resource: Resource,
         resource_version: &'a str,
-    ) -> BoxFuture<'a, Result<BoxStream<'static, Result<simulation::WatchEvent, ClientError>>, ClientError>> {
+    ) -> BoxFuture<'a, Result<BoxStream<'static, Result<simulation::WatchEvent, ClientError>>, ClientError>>
+    {
         Box::pin(async move {
             let target = self.target(resource, "", "")?;
             let options = WatchOptions {

@@ -117,8 +117,7 @@ impl ApiServer {
 
         let pki = dir.join("pki");
         let certificates = |source| BindError::Certificates { path: pki.clone(), source };
-        let authority =
-            CertificateAuthority::load_or_create(&pki, "cellway-api-ca").map_err(certificates)?;
+        let authority = CertificateAuthority::load_or_create(&pki, "cellway-api-ca").map_err(certificates)?;
         let serving =
             authority.issue_server(&names(&config, address), CERTIFICATE_LIFETIME).map_err(certificates)?;
         let tls = ServerTls::from_pem(
@@ -139,8 +138,7 @@ impl ApiServer {
         let registry = Arc::new(Registry::new(store, config.role, CancellationToken::new()));
         bootstrap(&registry, &config, address).await?;
 
-        let bound =
-            Bound { listener, address, authority, tls, registry, tokens, mounts: Vec::new(), config };
+        let bound = Bound { listener, address, authority, tls, registry, tokens, mounts: Vec::new(), config };
         bound.write_kubeconfig(&bound.admin_kubeconfig(), "cellway:admin", &[MASTERS])?;
         if bound.config.role == Role::Member {
             let path = bound.agent_kubeconfig();
@@ -416,7 +414,8 @@ async fn bootstrap(registry: &Registry, config: &Config, address: SocketAddr) ->
 async fn create(registry: &Registry, object: &Value) -> Result<(), BindError> {
     let (group, version) = split_api_version(str_at(object, &["apiVersion"]));
     let kind = str_at(object, &["kind"]);
-    let (namespace, name) = (str_at(object, &["metadata", "namespace"]), str_at(object, &["metadata", "name"]));
+    let (namespace, name) =
+        (str_at(object, &["metadata", "namespace"]), str_at(object, &["metadata", "name"]));
     let failed = |source| BindError::Bootstrap { what: format!("{kind} {namespace}/{name}"), source };
     let resource =
         registry.catalog().by_kind(group, version, kind).ok_or_else(|| failed(ApiError::no_such_path()))?;

@@ -53,7 +53,8 @@ impl FieldError {
     /// The value is none of those allowed.
     pub fn not_supported(field: impl Into<String>, value: &Value, allowed: &[Value]) -> Self {
         let allowed: Vec<String> = allowed.iter().map(brief).collect();
-        let message = format!("Unsupported value: {}: supported values: {}", brief(value), allowed.join(", "));
+        let message =
+            format!("Unsupported value: {}: supported values: {}", brief(value), allowed.join(", "));
         Self { reason: "FieldValueNotSupported", field: field.into(), message }
     }
 
@@ -118,7 +119,8 @@ impl ApiError {
 
     /// 409: the object changed since it was read.
     pub fn modified(group: &str, resource: &str, name: &str) -> Self {
-        let why = "the object has been modified; please apply your changes to the latest version and try again";
+        let why =
+            "the object has been modified; please apply your changes to the latest version and try again";
         Self::conflict(group, resource, name, why)
     }
 
@@ -143,7 +145,8 @@ impl ApiError {
             .collect();
         let mut d = details(group, kind, name);
         d["causes"] = Value::Array(causes);
-        Self::new(422, "Invalid", format!("{} \"{name}\" is invalid: {text}", qualified(kind, group))).detailed(d)
+        Self::new(422, "Invalid", format!("{} \"{name}\" is invalid: {text}", qualified(kind, group)))
+            .detailed(d)
     }
 
     /// 400.
@@ -179,10 +182,8 @@ impl ApiError {
 
     /// 405.
     pub fn method_not_allowed(group: &str, resource: &str, action: &str) -> Self {
-        let message = format!(
-            "{action} is not supported on resources of kind \"{}\"",
-            qualified(resource, group)
-        );
+        let message =
+            format!("{action} is not supported on resources of kind \"{}\"", qualified(resource, group));
         Self::new(405, "MethodNotAllowed", message).detailed(json!({}))
     }
 
@@ -200,7 +201,9 @@ impl ApiError {
         Self::new(
             415,
             "UnsupportedMediaType",
-            format!("the body of the request was in an unknown format - accepted media types include: {accepted}"),
+            format!(
+                "the body of the request was in an unknown format - accepted media types include: {accepted}"
+            ),
         )
     }
 
@@ -324,7 +327,10 @@ mod tests {
 
     #[test]
     fn messages_are_those_of_kube_apiserver() {
-        assert_eq!(ApiError::not_found("apps", "deployments", "web").message(), "deployments.apps \"web\" not found");
+        assert_eq!(
+            ApiError::not_found("apps", "deployments", "web").message(),
+            "deployments.apps \"web\" not found"
+        );
         let one = ApiError::invalid("", "Pod", "p", &[FieldError::required("spec.containers", "")]);
         assert_eq!(one.message(), "Pod \"p\" is invalid: spec.containers: Required value");
         assert_eq!(one.to_status()["details"]["causes"][0]["field"], "spec.containers");

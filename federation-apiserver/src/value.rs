@@ -3,22 +3,22 @@
 use serde_json::{Map, Value};
 
 /// The value at `path`, if every step exists.
-pub fn at<'a>(value: &'a Value, path: &[&str]) -> Option<&'a Value> {
+pub(crate) fn at<'a>(value: &'a Value, path: &[&str]) -> Option<&'a Value> {
     path.iter().try_fold(value, |v, key| v.get(key))
 }
 
 /// The string at `path`, or "".
-pub fn str_at<'a>(value: &'a Value, path: &[&str]) -> &'a str {
+pub(crate) fn str_at<'a>(value: &'a Value, path: &[&str]) -> &'a str {
     at(value, path).and_then(Value::as_str).unwrap_or_default()
 }
 
 /// The integer at `path`.
-pub fn i64_at(value: &Value, path: &[&str]) -> Option<i64> {
+pub(crate) fn i64_at(value: &Value, path: &[&str]) -> Option<i64> {
     at(value, path).and_then(Value::as_i64)
 }
 
 /// Sets the value at `path`, making objects on the way (anything else found on the way is replaced by an object).
-pub fn set(value: &mut Value, path: &[&str], new: Value) {
+pub(crate) fn set(value: &mut Value, path: &[&str], new: Value) {
     let Some((last, parents)) = path.split_last() else {
         *value = new;
         return;
@@ -31,7 +31,7 @@ pub fn set(value: &mut Value, path: &[&str], new: Value) {
 }
 
 /// Removes the value at `path` and returns it.
-pub fn remove(value: &mut Value, path: &[&str]) -> Option<Value> {
+pub(crate) fn remove(value: &mut Value, path: &[&str]) -> Option<Value> {
     let (last, parents) = path.split_last()?;
     let mut node = value;
     for key in parents {
@@ -41,7 +41,7 @@ pub fn remove(value: &mut Value, path: &[&str]) -> Option<Value> {
 }
 
 /// The value as an object, made into an empty one if it is something else.
-pub fn object(value: &mut Value) -> &mut Map<String, Value> {
+pub(crate) fn object(value: &mut Value) -> &mut Map<String, Value> {
     if !value.is_object() {
         *value = Value::Object(Map::new());
     }
@@ -53,7 +53,7 @@ pub fn object(value: &mut Value) -> &mut Map<String, Value> {
 }
 
 /// Removes every null below `value` (as Go's typed decoding does).
-pub fn strip_nulls(value: &mut Value) {
+pub(crate) fn strip_nulls(value: &mut Value) {
     match value {
         Value::Object(map) => {
             map.retain(|_, v| !v.is_null());
@@ -65,7 +65,7 @@ pub fn strip_nulls(value: &mut Value) {
 }
 
 /// Equality in which numbers compare by value (1 == 1.0) and object order does not matter.
-pub fn equal(a: &Value, b: &Value) -> bool {
+pub(crate) fn equal(a: &Value, b: &Value) -> bool {
     match (a, b) {
         (Value::Number(x), Value::Number(y)) => x == y || x.as_f64() == y.as_f64(),
         (Value::Array(x), Value::Array(y)) => x.len() == y.len() && x.iter().zip(y).all(|(x, y)| equal(x, y)),
@@ -77,14 +77,16 @@ pub fn equal(a: &Value, b: &Value) -> bool {
 }
 
 /// JSON text with keys in order at every level, so that equal values have equal text.
-pub fn canonical(value: &Value) -> String {
+pub(crate) fn canonical(value: &Value) -> String {
     match value {
         Value::Object(map) => {
             let mut keys: Vec<&String> = map.keys().collect();
             keys.sort();
             let parts: Vec<String> = keys
                 .into_iter()
-                .map(|k| format!("{}:{}", Value::String(k.clone()), map.get(k).map(canonical).unwrap_or_default()))
+                .map(|k| {
+                    format!("{}:{}", Value::String(k.clone()), map.get(k).map(canonical).unwrap_or_default())
+                })
                 .collect();
             format!("{{{}}}", parts.join(","))
         }
@@ -96,6 +98,6 @@ pub fn canonical(value: &Value) -> String {
 }
 
 /// Now, in the form of `metav1.Time`: RFC 3339, whole seconds, UTC.
-pub fn timestamp() -> String {
+pub(crate) fn timestamp() -> String {
     jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }

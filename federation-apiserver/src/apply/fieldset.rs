@@ -313,7 +313,11 @@ mod tests {
         assert_eq!(set.to_fields_v1(), fields);
         assert_eq!(
             set.paths(10),
-            [".metadata.finalizers[=\"x\"]", ".spec.containers[name=\"a\"]", ".spec.containers[name=\"a\"].image"]
+            [
+                ".metadata.finalizers[=\"x\"]",
+                ".spec.containers[name=\"a\"]",
+                ".spec.containers[name=\"a\"].image"
+            ]
         );
         assert!(set.difference(&set).is_empty());
         assert_eq!(set.intersection(&set), set);

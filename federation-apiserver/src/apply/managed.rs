@@ -333,7 +333,10 @@ mod tests {
             {"name": "a", "image": "x", "env": [{"name": "F", "value": "2"}]}]}}}));
         let live = apply(ty.as_ref(), &live, &less, &writer("one"), false).expect("no conflict");
         assert_eq!(live["spec"]["replicas"], 2, "still owned by two");
-        assert_eq!(live["spec"]["template"]["spec"]["containers"][0]["env"], json!([{"name": "F", "value": "2"}]));
+        assert_eq!(
+            live["spec"]["template"]["spec"]["containers"][0]["env"],
+            json!([{"name": "F", "value": "2"}])
+        );
         let none = config(json!({}));
         let live = apply(ty.as_ref(), &live, &none, &writer("two"), false).expect("no conflict");
         assert_eq!(live["spec"].get("replicas"), None);
@@ -342,7 +345,8 @@ mod tests {
     #[test]
     fn conflicts_name_the_manager_and_force_takes_over() {
         let ty = deployment_type();
-        let live = apply(ty.as_ref(), &empty(), &config(json!({"replicas": 2})), &writer("one"), false).expect("new");
+        let live = apply(ty.as_ref(), &empty(), &config(json!({"replicas": 2})), &writer("one"), false)
+            .expect("new");
         let other = config(json!({"replicas": 3}));
         let error = apply(ty.as_ref(), &live, &other, &writer("two"), false).expect_err("conflict");
         assert_eq!(error.message, "Apply failed with 1 conflict: conflict with \"one\": .spec.replicas");
@@ -360,19 +364,32 @@ mod tests {
     #[test]
     fn updates_take_ownership_and_conflict_with_apply() {
         let ty = deployment_type();
-        let live = apply(ty.as_ref(), &empty(), &config(json!({"replicas": 2, "paused": true})), &writer("one"), false)
-            .expect("new");
+        let live = apply(
+            ty.as_ref(),
+            &empty(),
+            &config(json!({"replicas": 2, "paused": true})),
+            &writer("one"),
+            false,
+        )
+        .expect("new");
         let mut scaled = live.clone();
         scaled["spec"]["replicas"] = json!(5);
         on_update(ty.as_ref(), Some(&live), &mut scaled, &writer("kubectl"));
-        let error = apply(ty.as_ref(), &scaled, &config(json!({"replicas": 2, "paused": true})), &writer("one"), false)
-            .expect_err("kubectl owns replicas now");
+        let error = apply(
+            ty.as_ref(),
+            &scaled,
+            &config(json!({"replicas": 2, "paused": true})),
+            &writer("one"),
+            false,
+        )
+        .expect_err("kubectl owns replicas now");
         assert_eq!(
             error.message,
             "Apply failed with 1 conflict: conflict with \"kubectl\" using apps/v1 at 2026-01-01T00:00:00Z: .spec.replicas"
         );
         // Not naming it gives it up without removing it.
-        let live = apply(ty.as_ref(), &scaled, &config(json!({"paused": true})), &writer("one"), false).expect("fine");
+        let live = apply(ty.as_ref(), &scaled, &config(json!({"paused": true})), &writer("one"), false)
+            .expect("fine");
         assert_eq!(live["spec"]["replicas"], 5);
     }
 
@@ -386,15 +403,29 @@ mod tests {
     }
 
     fn json_value() -> impl Strategy<Value = Value> {
-        let leaf = prop_oneof![Just(Value::Null), any::<bool>().prop_map(Value::from), any::<i32>().prop_map(Value::from),
-            "[a-c]{0,2}".prop_map(Value::from)];
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i32>().prop_map(Value::from),
+            "[a-c]{0,2}".prop_map(Value::from)
+        ];
         leaf.prop_recursive(4, 24, 4, |inner| {
             prop_oneof![
                 prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
                 prop::collection::btree_map(
-                    prop_oneof!["[a-c]", Just("name".to_owned()), Just("spec".to_owned()), Just("containers".to_owned()),
-                        Just("template".to_owned()), Just("metadata".to_owned()), Just("ports".to_owned())],
-                    inner, 0..4).prop_map(|m| Value::Object(m.into_iter().collect())),
+                    prop_oneof![
+                        "[a-c]",
+                        Just("name".to_owned()),
+                        Just("spec".to_owned()),
+                        Just("containers".to_owned()),
+                        Just("template".to_owned()),
+                        Just("metadata".to_owned()),
+                        Just("ports".to_owned())
+                    ],
+                    inner,
+                    0..4
+                )
+                .prop_map(|m| Value::Object(m.into_iter().collect())),
             ]
         })
     }

@@ -114,7 +114,13 @@ pub fn remove_given_up(ty: TypeRef<'_>, value: &mut Value, given_up: &FieldSet, 
     remove_at(ty, value, given_up, Some(owned), 0);
 }
 
-fn remove_at(ty: TypeRef<'_>, value: &mut Value, given_up: &FieldSet, owned: Option<&FieldSet>, depth: usize) {
+fn remove_at(
+    ty: TypeRef<'_>,
+    value: &mut Value,
+    given_up: &FieldSet,
+    owned: Option<&FieldSet>,
+    depth: usize,
+) {
     if depth > MAX_DEPTH {
         return;
     }

@@ -111,7 +111,8 @@ pub fn impersonate(user: UserInfo, headers: &HeaderMap) -> Result<UserInfo, ApiE
     let mut count = 0;
     for (name, value) in headers {
         let Some(what) = name.as_str().strip_prefix("impersonate-") else { continue };
-        let value = value.to_str().map_err(|_| ApiError::bad_request("impersonation headers must be text"))?;
+        let value =
+            value.to_str().map_err(|_| ApiError::bad_request("impersonation headers must be text"))?;
         count += 1;
         if count > MAX_IMPERSONATED {
             return Err(ApiError::bad_request("too many impersonation headers"));
@@ -138,7 +139,10 @@ pub fn impersonate(user: UserInfo, headers: &HeaderMap) -> Result<UserInfo, ApiE
             "",
             "users",
             &target.name,
-            format!("User {:?} cannot impersonate resource \"users\" in API group \"\" at the cluster scope", user.name),
+            format!(
+                "User {:?} cannot impersonate resource \"users\" in API group \"\" at the cluster scope",
+                user.name
+            ),
         ));
     }
     // As kube-apiserver does for users that are not anonymous.
@@ -163,7 +167,11 @@ mod tests {
 
     #[test]
     fn only_some_may_impersonate() {
-        let asked = headers(&[("impersonate-user", "jo"), ("impersonate-group", "g"), ("impersonate-extra-a%2fb", "x")]);
+        let asked = headers(&[
+            ("impersonate-user", "jo"),
+            ("impersonate-group", "g"),
+            ("impersonate-extra-a%2fb", "x"),
+        ]);
         let agent = UserInfo::new("agent", [IMPERSONATORS.to_owned()]);
         let jo = impersonate(agent, &asked).expect("allowed");
         assert_eq!(jo.name, "jo");
@@ -171,15 +179,22 @@ mod tests {
         assert_eq!(jo.extra["a/b"], ["x"]);
         let other = UserInfo::new("x", ["dev".to_owned()]);
         assert_eq!(impersonate(other.clone(), &asked).expect_err("refused").code(), 403);
-        assert_eq!(impersonate(other, &headers(&[("impersonate-group", "g")])).expect_err("no user").code(), 400);
+        assert_eq!(
+            impersonate(other, &headers(&[("impersonate-group", "g")])).expect_err("no user").code(),
+            400
+        );
     }
 
     #[test]
     fn credentials() {
         let tokens = TokenFile::parse("s3cret,jo,1,\"a,b\"\n").expect("valid");
-        let by_token = authenticate(None, &headers(&[("authorization", "Bearer s3cret")]), &tokens).expect("known");
+        let by_token =
+            authenticate(None, &headers(&[("authorization", "Bearer s3cret")]), &tokens).expect("known");
         assert_eq!((by_token.name.as_str(), by_token.groups.len()), ("jo", 3));
-        assert_eq!(authenticate(None, &headers(&[("authorization", "Bearer no")]), &tokens).expect_err("x").code(), 401);
+        assert_eq!(
+            authenticate(None, &headers(&[("authorization", "Bearer no")]), &tokens).expect_err("x").code(),
+            401
+        );
         assert!(authenticate(None, &HeaderMap::new(), &tokens).expect("nobody").is_anonymous());
     }
 }

@@ -56,7 +56,11 @@ pub(crate) async fn refresh(registry: &Registry) -> Result<(), ApiError> {
     let mut crds = registry.list_all(&target, &Filter::default()).await?;
     // Who came first keeps its names.
     crds.sort_by_key(|c| {
-        (!is_established(c), str_at(c, &["metadata", "creationTimestamp"]).to_owned(), str_at(c, &["metadata", "name"]).to_owned())
+        (
+            !is_established(c),
+            str_at(c, &["metadata", "creationTimestamp"]).to_owned(),
+            str_at(c, &["metadata", "name"]).to_owned(),
+        )
     });
     let builtin = builtin::resources(registry.role);
     // (group, name or kind) → CRD that has it.
@@ -84,8 +88,10 @@ pub(crate) async fn refresh(registry: &Registry) -> Result<(), ApiError> {
         let updated = registry
             .modify(&one, |object| {
                 let mut changed = update_status(object, clash.as_deref(), &now);
-                let finalizers =
-                    at(object, &["metadata", "finalizers"]).and_then(Value::as_array).cloned().unwrap_or_default();
+                let finalizers = at(object, &["metadata", "finalizers"])
+                    .and_then(Value::as_array)
+                    .cloned()
+                    .unwrap_or_default();
                 if !meta::is_deleting(object) && !finalizers.contains(&json!(CUSTOM_RESOURCES)) {
                     let mut list = finalizers;
                     list.push(json!(CUSTOM_RESOURCES));
@@ -104,7 +110,8 @@ pub(crate) async fn refresh(registry: &Registry) -> Result<(), ApiError> {
 }
 
 fn names(crd: &Value) -> Vec<String> {
-    let names = ["plural", "singular", "kind", "listKind"].map(|k| str_at(crd, &["spec", "names", k]).to_owned());
+    let names =
+        ["plural", "singular", "kind", "listKind"].map(|k| str_at(crd, &["spec", "names", k]).to_owned());
     let mut list: Vec<String> = names.into_iter().filter(|n| !n.is_empty()).collect();
     list.dedup();
     list

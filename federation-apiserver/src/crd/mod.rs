@@ -52,7 +52,11 @@ pub(crate) fn validate_crd(crd: &Value) -> Vec<FieldError> {
         ));
     }
     if !group.is_empty() && (!meta::is_dns_subdomain(&group) || !group.contains('.')) {
-        errors.push(FieldError::invalid("spec.group", &json!(group), "should be a domain with at least one dot"));
+        errors.push(FieldError::invalid(
+            "spec.group",
+            &json!(group),
+            "should be a domain with at least one dot",
+        ));
     }
     for (field, v) in [("plural", &plural), ("singular", &text(&["spec", "names", "singular"]))] {
         if !v.is_empty() && !meta::is_dns_label(v) {
@@ -60,15 +64,27 @@ pub(crate) fn validate_crd(crd: &Value) -> Vec<FieldError> {
         }
     }
     if !kind.is_empty() && !meta::is_dns_label(&kind.to_lowercase()) {
-        errors.push(FieldError::invalid("spec.names.kind", &json!(kind), "may have mixed case, but should otherwise match: a DNS label"));
+        errors.push(FieldError::invalid(
+            "spec.names.kind",
+            &json!(kind),
+            "may have mixed case, but should otherwise match: a DNS label",
+        ));
     }
     let scope = text(&["spec", "scope"]);
     if !scope.is_empty() && scope != "Namespaced" && scope != "Cluster" {
-        errors.push(FieldError::not_supported("spec.scope", &json!(scope), &[json!("Cluster"), json!("Namespaced")]));
+        errors.push(FieldError::not_supported(
+            "spec.scope",
+            &json!(scope),
+            &[json!("Cluster"), json!("Namespaced")],
+        ));
     }
     let strategy = text(&["spec", "conversion", "strategy"]);
     if !strategy.is_empty() && strategy != "None" {
-        errors.push(FieldError::not_supported("spec.conversion.strategy", &json!(strategy), &[json!("None")]));
+        errors.push(FieldError::not_supported(
+            "spec.conversion.strategy",
+            &json!(strategy),
+            &[json!("None")],
+        ));
     }
     let versions = at(crd, &["spec", "versions"]).and_then(Value::as_array).cloned().unwrap_or_default();
     if versions.len() > MAX_VERSIONS {
@@ -81,15 +97,22 @@ pub(crate) fn validate_crd(crd: &Value) -> Vec<FieldError> {
         let path = format!("spec.versions[{i}]");
         let name = str_at(version, &["name"]);
         if !meta::is_dns_label(name) {
-            errors.push(FieldError::invalid(format!("{path}.name"), &json!(name), "must be a DNS-1035 label"));
+            errors.push(FieldError::invalid(
+                format!("{path}.name"),
+                &json!(name),
+                "must be a DNS-1035 label",
+            ));
         }
         if !seen.insert(name.to_owned()) {
             errors.push(FieldError::duplicate(format!("{path}.name"), &json!(name)));
         }
         storage += usize::from(version.get("storage") == Some(&json!(true)));
         match at(version, &["schema", "openAPIV3Schema"]) {
-            None => errors.push(FieldError::required(format!("{path}.schema.openAPIV3Schema"), "schemas are required")),
-            Some(schema) => errors.extend(structural::check(schema, &format!("{path}.schema.openAPIV3Schema"))),
+            None => errors
+                .push(FieldError::required(format!("{path}.schema.openAPIV3Schema"), "schemas are required")),
+            Some(schema) => {
+                errors.extend(structural::check(schema, &format!("{path}.schema.openAPIV3Schema")))
+            }
         }
         if let Some(scale) = at(version, &["subresources", "scale"]) {
             for field in ["specReplicasPath", "statusReplicasPath"] {
@@ -159,7 +182,11 @@ fn resources(crd: &Value) -> Vec<Resource> {
         let selectable = at(version, &["selectableFields"]).and_then(Value::as_array).into_iter().flatten();
         let info = CustomInfo {
             crd: text(&["metadata", "name"]),
-            columns: version.get("additionalPrinterColumns").and_then(Value::as_array).cloned().unwrap_or_default(),
+            columns: version
+                .get("additionalPrinterColumns")
+                .and_then(Value::as_array)
+                .cloned()
+                .unwrap_or_default(),
             selectable_fields: selectable.map(|f| str_at(f, &["jsonPath"]).to_owned()).collect(),
             warning,
             terminating: meta::is_deleting(crd),
@@ -169,8 +196,10 @@ fn resources(crd: &Value) -> Vec<Resource> {
             Some(ScalePaths {
                 spec_replicas: ScalePaths::parse(str_at(s, &["specReplicasPath"]))?,
                 status_replicas: ScalePaths::parse(str_at(s, &["statusReplicasPath"]))?,
-                label_selector: Some(ScalePaths::parse(str_at(s, &["labelSelectorPath"])).unwrap_or_default())
-                    .filter(|p| !p.is_empty()),
+                label_selector: Some(
+                    ScalePaths::parse(str_at(s, &["labelSelectorPath"])).unwrap_or_default(),
+                )
+                .filter(|p| !p.is_empty()),
             })
         });
         result.push(Resource {

@@ -16,25 +16,27 @@ const AGGREGATED_V2BETA1: &str = "application/json;g=apidiscovery.k8s.io;v=v2bet
 const MINOR: &str = "37";
 
 /// `/version`.
-pub fn version() -> Value {
+pub(crate) fn version() -> Value {
     let platform = format!("{}/{}", std::env::consts::OS, std::env::consts::ARCH);
     json!({"major": "1", "minor": MINOR, "gitVersion": format!("v1.{MINOR}.0-cellway.{}", env!("CARGO_PKG_VERSION")),
         "gitCommit": "", "gitTreeState": "", "buildDate": "", "goVersion": "", "compiler": "rustc", "platform": platform})
 }
 
 /// Paths that `/` lists.
-pub fn paths(catalog: &Catalog) -> Vec<String> {
+pub(crate) fn paths(catalog: &Catalog) -> Vec<String> {
     let mut list = vec!["/api".to_owned(), "/api/v1".into(), "/apis".into(), "/apis/".into()];
     for (group, versions) in catalog.groups() {
         list.push(format!("/apis/{group}"));
         list.extend(versions.iter().map(|v| format!("/apis/{group}/{v}")));
     }
-    list.extend(["/healthz", "/livez", "/openapi/v2", "/openapi/v3", "/readyz", "/version"].map(str::to_owned));
+    list.extend(
+        ["/healthz", "/livez", "/openapi/v2", "/openapi/v3", "/readyz", "/version"].map(str::to_owned),
+    );
     list
 }
 
 /// Answers a discovery path, `None` when it is none.
-pub fn answer(catalog: &Catalog, path: &str, accept: Accept) -> Option<Response<Body>> {
+pub(crate) fn answer(catalog: &Catalog, path: &str, accept: Accept) -> Option<Response<Body>> {
     let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
     let aggregated = matches!(accept.shape, Shape::AggregatedV2 | Shape::AggregatedV2Beta1);
     let value = match parts.as_slice() {
@@ -122,8 +124,10 @@ fn resource_list(catalog: &Catalog, group: &str, version: &str) -> Option<Value>
         }
     }
     for (_, _, plural, kind) in reviews::RESOURCES.iter().filter(|r| r.0 == group && r.1 == version) {
-        resources.push(json!({"name": plural, "singularName": kind.to_lowercase(), "namespaced": false, "kind": kind,
-            "verbs": ["create"]}));
+        resources.push(
+            json!({"name": plural, "singularName": kind.to_lowercase(), "namespaced": false, "kind": kind,
+            "verbs": ["create"]}),
+        );
     }
     Some(json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": api_version(group, version),
         "resources": resources}))
@@ -187,8 +191,10 @@ fn aggregated_resources(catalog: &Catalog, group: &str, version: &str) -> Vec<Va
         })
         .collect();
     for (_, _, plural, kind) in reviews::RESOURCES.iter().filter(|r| r.0 == group && r.1 == version) {
-        list.push(json!({"resource": plural, "responseKind": kind_of(group, version, kind), "scope": "Cluster",
-            "singularResource": kind.to_lowercase(), "verbs": ["create"]}));
+        list.push(
+            json!({"resource": plural, "responseKind": kind_of(group, version, kind), "scope": "Cluster",
+            "singularResource": kind.to_lowercase(), "verbs": ["create"]}),
+        );
     }
     list
 }

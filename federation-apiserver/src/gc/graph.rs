@@ -36,7 +36,8 @@ pub(super) struct Graph {
 
 impl Node {
     pub(super) fn of(object: &Value) -> Self {
-        let list = |key: &str| at(object, &["metadata", key]).and_then(Value::as_array).cloned().unwrap_or_default();
+        let list =
+            |key: &str| at(object, &["metadata", key]).and_then(Value::as_array).cloned().unwrap_or_default();
         Self {
             uid: str_at(object, &["metadata", "uid"]).to_owned(),
             owners: list("ownerReferences")
@@ -113,7 +114,8 @@ mod tests {
     fn indexes_follow() {
         let mut graph = Graph::default();
         graph.put(b"a".to_vec(), Node::of(&json!({"metadata": {"uid": "1"}})));
-        let child = json!({"metadata": {"uid": "2", "ownerReferences": [{"uid": "1", "blockOwnerDeletion": true}]}});
+        let child =
+            json!({"metadata": {"uid": "2", "ownerReferences": [{"uid": "1", "blockOwnerDeletion": true}]}});
         graph.put(b"b".to_vec(), Node::of(&child));
         assert_eq!(graph.dependents("1"), [b"b".to_vec()]);
         graph.put(b"b".to_vec(), Node::of(&json!({"metadata": {"uid": "2"}})));

@@ -21,11 +21,11 @@ use crate::value::{self, at, i64_at, set, str_at};
 use graph::{Graph, Node};
 
 /// Finalizer of a foreground deletion: dependents first.
-pub const FOREGROUND: &str = "foregroundDeletion";
+pub(crate) const FOREGROUND: &str = "foregroundDeletion";
 /// Finalizer of an orphaning deletion: dependents lose their owner.
-pub const ORPHAN: &str = "orphan";
+pub(crate) const ORPHAN: &str = "orphan";
 /// Finalizer of CRDs: custom resources first.
-pub const CUSTOM_RESOURCES: &str = "customresourcecleanup.apiextensions.k8s.io";
+pub(crate) const CUSTOM_RESOURCES: &str = "customresourcecleanup.apiextensions.k8s.io";
 
 /// Pause after a failure before starting over.
 const RETRY: Duration = Duration::from_secs(1);
@@ -134,7 +134,10 @@ fn absorb(graph: &mut Graph, event: &Event) -> Result<BTreeSet<Vec<u8>>, ApiErro
                 if !namespace.is_empty() {
                     due.insert(format!("/registry/core/namespaces/{namespace}").into_bytes());
                 }
-                due.insert(format!("/registry/apiextensions.k8s.io/customresourcedefinitions/{plural}.{group}").into_bytes());
+                due.insert(
+                    format!("/registry/apiextensions.k8s.io/customresourcedefinitions/{plural}.{group}")
+                        .into_bytes(),
+                );
             }
         }
     }
@@ -193,13 +196,16 @@ async fn settle(registry: &Registry, graph: &Graph, key: &[u8]) -> Result<bool, 
     if node.owners.is_empty() {
         return Ok(true);
     }
-    let (solid, dangling): (Vec<_>, Vec<_>) = node.owners.iter().partition(|o| graph.key_of(&o.uid).is_some());
+    let (solid, dangling): (Vec<_>, Vec<_>) =
+        node.owners.iter().partition(|o| graph.key_of(&o.uid).is_some());
     if dangling.is_empty() {
         // An owner that is being deleted in the foreground takes its dependents with it.
-        let all_waiting = node.owners.iter().all(|o| graph.by_uid(&o.uid).is_some_and(|n| n.deleting && n.has(FOREGROUND)));
+        let all_waiting =
+            node.owners.iter().all(|o| graph.by_uid(&o.uid).is_some_and(|n| n.deleting && n.has(FOREGROUND)));
         if all_waiting {
             let options = DeleteOptions {
-                propagation: Some(Propagation::Foreground).filter(|_| !graph.dependents(&node.uid).is_empty()),
+                propagation: Some(Propagation::Foreground)
+                    .filter(|_| !graph.dependents(&node.uid).is_empty()),
                 uid: Some(node.uid.clone()),
                 ..DeleteOptions::default()
             };
@@ -221,7 +227,9 @@ async fn settle(registry: &Registry, graph: &Graph, key: &[u8]) -> Result<bool, 
 async fn drop_owners(registry: &Registry, target: &Target, uids: &[String]) -> Result<(), ApiError> {
     registry
         .modify(target, |object| {
-            let Some(Value::Array(list)) = object.get_mut("metadata").and_then(|m| m.get_mut("ownerReferences")) else {
+            let Some(Value::Array(list)) =
+                object.get_mut("metadata").and_then(|m| m.get_mut("ownerReferences"))
+            else {
                 return false;
             };
             let before = list.len();
@@ -245,7 +253,12 @@ async fn orphan_dependents(registry: &Registry, graph: &Graph, node: &Node) -> R
     Ok(())
 }
 
-async fn foreground(registry: &Registry, graph: &Graph, node: &Node, target: &Target) -> Result<bool, ApiError> {
+async fn foreground(
+    registry: &Registry,
+    graph: &Graph,
+    node: &Node,
+    target: &Target,
+) -> Result<bool, ApiError> {
     let dependents = graph.dependents(&node.uid);
     let mut blocking = false;
     for key in dependents {
@@ -274,7 +287,8 @@ async fn foreground(registry: &Registry, graph: &Graph, node: &Node, target: &Ta
 async fn remove_finalizer(registry: &Registry, target: &Target, finalizer: &str) -> Result<(), ApiError> {
     registry
         .modify(target, |object| {
-            let Some(Value::Array(list)) = object.get_mut("metadata").and_then(|m| m.get_mut("finalizers")) else {
+            let Some(Value::Array(list)) = object.get_mut("metadata").and_then(|m| m.get_mut("finalizers"))
+            else {
                 return false;
             };
             let before = list.len();
@@ -300,7 +314,8 @@ async fn empty_namespace(registry: &Registry, namespace: &Target) -> Result<bool
             if meta::is_deleting(&object) {
                 continue;
             }
-            let one = Target { name: str_at(&object, &["metadata", "name"]).to_owned(), ..collection.clone() };
+            let one =
+                Target { name: str_at(&object, &["metadata", "name"]).to_owned(), ..collection.clone() };
             match registry.delete(&one, &DeleteOptions::default()).await {
                 Err(error) if !error.is_not_found() => return Err(error),
                 _ => {}

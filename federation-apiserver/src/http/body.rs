@@ -1,4 +1,4 @@
-//! Request bodies: bounded, JSON or YAML, with duplicate fields noticed.
+//! Request bodies: bounded; JSON or YAML with duplicate fields noticed, or protobuf.
 
 use std::fmt;
 
@@ -9,6 +9,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::{DeserializeSeed, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
+use super::protobuf;
 use crate::schema::defaults::MAX_DEPTH;
 use crate::status::ApiError;
 
@@ -17,7 +18,7 @@ const MAX_DUPLICATES: usize = 20;
 
 /// A decoded body.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Decoded {
+pub(crate) struct Decoded {
     /// Null for an empty body.
     pub value: Value,
     /// Paths of fields that appeared more than once; the last one counts.
@@ -25,8 +26,9 @@ pub struct Decoded {
 }
 
 /// Reads a whole body of at most `limit` bytes.
-pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<bytes::Bytes, ApiError> {
-    let declared = headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
+pub(crate) async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<bytes::Bytes, ApiError> {
+    let declared =
+        headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
     if declared.is_some_and(|n| n > limit as u64) {
         return Err(ApiError::too_large(limit));
     }
@@ -38,25 +40,28 @@ pub async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<bytes
 }
 
 /// The media type without parameters, lower case; JSON when none is given.
-pub fn media_type(headers: &HeaderMap) -> String {
+pub(crate) fn media_type(headers: &HeaderMap) -> String {
     let text = headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("application/json");
     text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
 }
 
 /// Decodes a body of an object by its media type.
-pub fn decode(media_type: &str, bytes: &[u8]) -> Result<Decoded, ApiError> {
+pub(crate) fn decode(media_type: &str, bytes: &[u8]) -> Result<Decoded, ApiError> {
     if bytes.iter().all(u8::is_ascii_whitespace) {
         return Ok(Decoded::default());
     }
     match media_type {
         "application/json" | "text/json" | "*/*" | "" => decode_json(bytes),
         "application/yaml" | "application/x-yaml" | "text/yaml" => decode_yaml(bytes),
-        _ => Err(ApiError::unsupported_media_type("application/json, application/yaml")),
+        protobuf::MEDIA_TYPE => Ok(Decoded { value: protobuf::decode(bytes)?, duplicates: Vec::new() }),
+        _ => Err(ApiError::unsupported_media_type(
+            "application/json, application/yaml, application/vnd.kubernetes.protobuf",
+        )),
     }
 }
 
 /// Decodes JSON.
-pub fn decode_json(bytes: &[u8]) -> Result<Decoded, ApiError> {
+pub(crate) fn decode_json(bytes: &[u8]) -> Result<Decoded, ApiError> {
     let mut duplicates = Vec::new();
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let seed = Seed { path: String::new(), duplicates: &mut duplicates, depth: 0 };
@@ -68,7 +73,7 @@ pub fn decode_json(bytes: &[u8]) -> Result<Decoded, ApiError> {
 }
 
 /// Decodes one YAML document.
-pub fn decode_yaml(bytes: &[u8]) -> Result<Decoded, ApiError> {
+pub(crate) fn decode_yaml(bytes: &[u8]) -> Result<Decoded, ApiError> {
     let mut duplicates = Vec::new();
     let deserializer = serde_yaml_ng::Deserializer::from_slice(bytes);
     let seed = Seed { path: String::new(), duplicates: &mut duplicates, depth: 0 };
@@ -213,7 +218,8 @@ mod tests {
     fn depth_is_bounded() {
         let deep = "[".repeat(10_000);
         assert_eq!(decode_json(deep.as_bytes()).expect_err("deep").code(), 400);
-        assert_eq!(decode("application/vnd.kubernetes.protobuf", b"k8s").expect_err("protobuf").code(), 415);
+        assert_eq!(decode("application/cbor", b"x").expect_err("cbor").code(), 415);
+        assert_eq!(decode(protobuf::MEDIA_TYPE, b"k8s").expect_err("no prefix").code(), 400);
     }
 
     proptest! {

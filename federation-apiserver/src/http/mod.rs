@@ -1,10 +1,12 @@
 //! From a request to an answer: authentication, impersonation, authorisation, dispatch.
 
-pub mod body;
-pub mod negotiate;
-pub mod path;
+pub(crate) mod body;
+pub(crate) mod negotiate;
+pub(crate) mod path;
+mod protobuf;
+mod protobuf_fields;
 mod resources;
-pub mod response;
+pub(crate) mod response;
 mod stream;
 
 use std::sync::Arc;
@@ -28,7 +30,7 @@ use path::{Path, Query};
 const PUBLIC: &[&str] = &["/livez", "/readyz", "/healthz", "/version"];
 
 /// Everything that answers requests.
-pub struct App {
+pub(crate) struct App {
     pub(crate) registry: Arc<Registry>,
     pub(crate) tokens: TokenFile,
     pub(crate) limits: Limits,
@@ -51,7 +53,7 @@ pub(crate) struct Call {
 
 impl App {
     /// Answers one request. Never fails: errors become `Status` answers.
-    pub async fn handle(self: Arc<Self>, request: Request<Body>) -> Response<Body> {
+    pub(crate) async fn handle(self: Arc<Self>, request: Request<Body>) -> Response<Body> {
         match self.try_handle(request).await {
             Ok(response) => response,
             Err(error) => {
@@ -65,7 +67,8 @@ impl App {
         let peer = request.extensions_mut().remove::<PeerIdentity>();
         let user = auth::authenticate(peer.as_ref(), request.headers(), &self.tokens)?;
         let url = request.uri().path().to_owned();
-        let public = PUBLIC.iter().any(|p| url == *p || url.strip_prefix(p).is_some_and(|r| r.starts_with('/')));
+        let public =
+            PUBLIC.iter().any(|p| url == *p || url.strip_prefix(p).is_some_and(|r| r.starts_with('/')));
         if user.is_anonymous() && !public {
             return Err(ApiError::unauthorized());
         }
@@ -113,7 +116,8 @@ impl App {
             return Err(ApiError::no_such_path());
         }
         let path = path.trim_end_matches('/');
-        if PUBLIC[..3].iter().any(|p| path == *p || path.strip_prefix(p).is_some_and(|r| r.starts_with('/'))) {
+        if PUBLIC[..3].iter().any(|p| path == *p || path.strip_prefix(p).is_some_and(|r| r.starts_with('/')))
+        {
             let ready = self.ready.load(std::sync::atomic::Ordering::Relaxed);
             return Ok(if ready || path.starts_with("/livez") {
                 response::text(StatusCode::OK, "ok")

@@ -10,7 +10,7 @@ const MAX_CLAUSES: usize = 32;
 
 /// The encoding of an answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Encoding {
+pub(crate) enum Encoding {
     #[default]
     Json,
     Yaml,
@@ -18,7 +18,7 @@ pub enum Encoding {
 
 /// What is encoded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Shape {
+pub(crate) enum Shape {
     /// Objects and lists as they are.
     #[default]
     Plain,
@@ -33,13 +33,13 @@ pub enum Shape {
 
 /// Encoding and shape.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Accept {
+pub(crate) struct Accept {
     pub encoding: Encoding,
     pub shape: Shape,
 }
 
 /// The first clause that can be served, in the client's order; quality values are ignored as in kube-apiserver.
-pub fn accept(headers: &HeaderMap) -> Result<Accept, ApiError> {
+pub(crate) fn accept(headers: &HeaderMap) -> Result<Accept, ApiError> {
     let mut any = false;
     for value in headers.get_all(ACCEPT) {
         let Ok(text) = value.to_str() else { continue };
@@ -54,7 +54,7 @@ pub fn accept(headers: &HeaderMap) -> Result<Accept, ApiError> {
 }
 
 /// Parses one clause, `None` when it is not served.
-pub fn parse_clause(clause: &str) -> Option<Accept> {
+pub(crate) fn parse_clause(clause: &str) -> Option<Accept> {
     let mut parts = clause.split(';').map(str::trim);
     let encoding = match parts.next()?.to_ascii_lowercase().as_str() {
         "application/json" | "*/*" | "application/*" | "text/json" => Encoding::Json,
@@ -99,7 +99,8 @@ mod tests {
         assert_eq!(parse(proto).expect("served"), Accept::default());
         assert_eq!(parse("application/vnd.kubernetes.protobuf").expect_err("not served").code(), 406);
         assert_eq!(parse("application/yaml").expect("served").encoding, Encoding::Yaml);
-        let discovery = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList,application/json";
+        let discovery =
+            "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList,application/json";
         assert_eq!(parse(discovery).expect("served").shape, Shape::AggregatedV2);
         assert_eq!(accept(&HeaderMap::new()).expect("default"), Accept::default());
     }

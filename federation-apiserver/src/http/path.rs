@@ -11,7 +11,7 @@ const MAX_PARAMETERS: usize = 64;
 
 /// What a URL path names.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Path {
+pub(crate) enum Path {
     /// A collection (empty name), object or subresource.
     Resource(ResourcePath),
     /// Anything else, as it is: discovery, health, OpenAPI, mounts.
@@ -20,7 +20,7 @@ pub enum Path {
 
 /// A resource's path, decoded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ResourcePath {
+pub(crate) struct ResourcePath {
     pub group: String,
     pub version: String,
     pub namespace: String,
@@ -31,17 +31,18 @@ pub struct ResourcePath {
 
 /// Decoded query parameters; of repeated ones, all values.
 #[derive(Clone, Debug, Default)]
-pub struct Query(BTreeMap<String, Vec<String>>);
+pub(crate) struct Query(BTreeMap<String, Vec<String>>);
 
 /// Parses the path of a request.
-pub fn parse(path: &str) -> Result<Path, ApiError> {
+pub(crate) fn parse(path: &str) -> Result<Path, ApiError> {
     if path.len() > MAX_URL {
         return Err(ApiError::bad_request("the request's path is too long"));
     }
     let other = || Ok(Path::Other(path.to_owned()));
     let mut parts = Vec::new();
     for part in path.trim_start_matches('/').split('/').filter(|p| !p.is_empty()) {
-        let part = percent_decode(part).ok_or_else(|| ApiError::bad_request("the request's path is not valid"))?;
+        let part =
+            percent_decode(part).ok_or_else(|| ApiError::bad_request("the request's path is not valid"))?;
         // A decoded slash or dot segment could name another object than the one that was authorised.
         if part.contains('/') || part == ".." || part == "." || part.contains('\0') {
             return Err(ApiError::bad_request("the request's path is not valid"));
@@ -67,7 +68,9 @@ pub fn parse(path: &str) -> Result<Path, ApiError> {
     };
     match rest {
         [] => other(),
-        ["namespaces", name, sub @ ("status" | "finalize")] if group.is_empty() => make("", "namespaces", name, sub),
+        ["namespaces", name, sub @ ("status" | "finalize")] if group.is_empty() => {
+            make("", "namespaces", name, sub)
+        }
         ["namespaces"] => make("", "namespaces", "", ""),
         ["namespaces", name] => make("", "namespaces", name, ""),
         ["namespaces", namespace, plural] => make(namespace, plural, "", ""),
@@ -81,7 +84,7 @@ pub fn parse(path: &str) -> Result<Path, ApiError> {
 }
 
 /// Decodes `%xx`; `None` when malformed or not UTF-8.
-pub fn percent_decode(text: &str) -> Option<String> {
+pub(crate) fn percent_decode(text: &str) -> Option<String> {
     let bytes = text.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());
     let mut i = 0;
@@ -104,7 +107,7 @@ pub fn percent_decode(text: &str) -> Option<String> {
 
 impl Query {
     /// Parses a query string.
-    pub fn parse(query: &str) -> Result<Self, ApiError> {
+    pub(crate) fn parse(query: &str) -> Result<Self, ApiError> {
         if query.len() > MAX_URL {
             return Err(ApiError::bad_request("the request's query is too long"));
         }
@@ -124,36 +127,40 @@ impl Query {
     }
 
     /// The first value, or "".
-    pub fn get(&self, key: &str) -> &str {
+    pub(crate) fn get(&self, key: &str) -> &str {
         self.0.get(key).and_then(|v| v.first()).map_or("", String::as_str)
     }
 
     /// All values.
-    pub fn all(&self, key: &str) -> &[String] {
+    pub(crate) fn all(&self, key: &str) -> &[String] {
         self.0.get(key).map_or(&[], Vec::as_slice)
     }
 
     /// Is a flag set? `true`, `1` and the bare name are.
-    pub fn flag(&self, key: &str) -> Result<bool, ApiError> {
+    pub(crate) fn flag(&self, key: &str) -> Result<bool, ApiError> {
         Ok(self.optional_flag(key)?.unwrap_or(false))
     }
 
     /// As [`Self::flag`], `None` when absent.
-    pub fn optional_flag(&self, key: &str) -> Result<Option<bool>, ApiError> {
+    pub(crate) fn optional_flag(&self, key: &str) -> Result<Option<bool>, ApiError> {
         match self.0.get(key).and_then(|v| v.first()).map(String::as_str) {
             None => Ok(None),
             Some("true" | "True" | "TRUE" | "1" | "t" | "T" | "") => Ok(Some(true)),
             Some("false" | "False" | "FALSE" | "0" | "f" | "F") => Ok(Some(false)),
-            Some(other) => Err(ApiError::bad_request(format!("invalid value {other:?} for {key}: must be a boolean"))),
+            Some(other) => {
+                Err(ApiError::bad_request(format!("invalid value {other:?} for {key}: must be a boolean")))
+            }
         }
     }
 
     /// A number, `None` when absent.
-    pub fn number(&self, key: &str) -> Result<Option<u64>, ApiError> {
+    pub(crate) fn number(&self, key: &str) -> Result<Option<u64>, ApiError> {
         match self.get(key) {
             "" => Ok(None),
             text => text.parse().map(Some).map_err(|_| {
-                ApiError::bad_request(format!("invalid value {text:?} for {key}: must be a non-negative integer"))
+                ApiError::bad_request(format!(
+                    "invalid value {text:?} for {key}: must be a non-negative integer"
+                ))
             }),
         }
     }

@@ -28,12 +28,17 @@ use crate::value::str_at;
 const MAX_LIMIT: u64 = 100_000;
 
 /// Answers a request for a resource.
-pub(super) async fn handle(app: &Arc<App>, path: ResourcePath, call: Call) -> Result<Response<Body>, ApiError> {
+pub(super) async fn handle(
+    app: &Arc<App>,
+    path: ResourcePath,
+    call: Call,
+) -> Result<Response<Body>, ApiError> {
     if reviews::GROUPS.contains(&(&path.group, &path.version)) {
         return review(app, &path, call).await;
     }
     let catalog = app.registry.catalog();
-    let resource = catalog.get(&path.group, &path.version, &path.plural).ok_or_else(ApiError::no_such_path)?;
+    let resource =
+        catalog.get(&path.group, &path.version, &path.plural).ok_or_else(ApiError::no_such_path)?;
     if resource.namespaced && path.namespace.is_empty() && !path.name.is_empty() {
         return Err(ApiError::no_such_path());
     }
@@ -87,7 +92,9 @@ pub(super) async fn handle(app: &Arc<App>, path: ResourcePath, call: Call) -> Re
             let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201});
             Ok(response::value(StatusCode::CREATED, &status, accept.encoding))
         }
-        ("finalize", "update") if target.resource.plural == "namespaces" => finalize(app, &target, call, accept).await,
+        ("finalize", "update") if target.resource.plural == "namespaces" => {
+            finalize(app, &target, call, accept).await
+        }
         (known @ ("" | "status" | "scale" | "log"), _) => {
             tracing::trace!(subresource = known, "method is not served there");
             Err(ApiError::method_not_allowed(&target.resource.group, &target.resource.plural, verb))
@@ -122,10 +129,8 @@ fn denied(resource: &Resource, path: &ResourcePath, verb: &str, user: &str) -> A
     } else {
         format!("in the namespace {:?}", path.namespace)
     };
-    let why = format!(
-        "User {user:?} cannot {verb} resource {plural:?} in API group {:?} {place}",
-        resource.group
-    );
+    let why =
+        format!("User {user:?} cannot {verb} resource {plural:?} in API group {:?} {place}", resource.group);
     ApiError::forbidden(&resource.group, &resource.plural, &path.name, why)
 }
 
@@ -145,9 +150,17 @@ async fn review(app: &Arc<App>, path: &ResourcePath, call: Call) -> Result<Respo
 }
 
 /// The object in the shape that was asked for.
-fn shaped(code: StatusCode, resource: &Resource, object: Value, accept: Accept, query: &Query) -> Response<Body> {
+fn shaped(
+    code: StatusCode,
+    resource: &Resource,
+    object: Value,
+    accept: Accept,
+    query: &Query,
+) -> Response<Body> {
     let value = match accept.shape {
-        Shape::Table => table::of_objects(resource, std::slice::from_ref(&object), query.get("includeObject"), true, None),
+        Shape::Table => {
+            table::of_objects(resource, std::slice::from_ref(&object), query.get("includeObject"), true, None)
+        }
         Shape::Metadata => table::metadata_only(&object),
         _ => object,
     };
@@ -163,7 +176,12 @@ fn filter_of(query: &Query, target: &Target) -> Result<Filter, ApiError> {
     Ok(Filter { labels: LabelSelector::parse(query.get("labelSelector"))?, fields })
 }
 
-async fn list(app: &Arc<App>, target: &Target, query: &Query, accept: Accept) -> Result<Response<Body>, ApiError> {
+async fn list(
+    app: &Arc<App>,
+    target: &Target,
+    query: &Query,
+    accept: Accept,
+) -> Result<Response<Body>, ApiError> {
     let limit = query.number("limit")?.filter(|l| *l > 0).map(|l| l.min(MAX_LIMIT));
     let options = ListOptions {
         filter: filter_of(query, target)?,
@@ -182,9 +200,13 @@ async fn list(app: &Arc<App>, target: &Target, query: &Query, accept: Accept) ->
         meta["remainingItemCount"] = json!(remaining);
     }
     let value = match accept.shape {
-        Shape::Table => table::of_objects(resource, &page.items, query.get("includeObject"), true, Some(meta)),
-        Shape::Metadata => json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": meta,
-            "items": page.items.iter().map(table::metadata_only).collect::<Vec<_>>()}),
+        Shape::Table => {
+            table::of_objects(resource, &page.items, query.get("includeObject"), true, Some(meta))
+        }
+        Shape::Metadata => {
+            json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": meta,
+            "items": page.items.iter().map(table::metadata_only).collect::<Vec<_>>()})
+        }
         _ => {
             let mut items = page.items;
             if !resource.is_custom() {
@@ -202,7 +224,12 @@ async fn list(app: &Arc<App>, target: &Target, query: &Query, accept: Accept) ->
     Ok(response::value(StatusCode::OK, &value, accept.encoding))
 }
 
-async fn watch(app: &Arc<App>, target: &Target, query: &Query, accept: Accept) -> Result<Response<Body>, ApiError> {
+async fn watch(
+    app: &Arc<App>,
+    target: &Target,
+    query: &Query,
+    accept: Accept,
+) -> Result<Response<Body>, ApiError> {
     let options = WatchOptions {
         filter: filter_of(query, target)?,
         resource_version: query.get("resourceVersion").to_owned(),
@@ -244,7 +271,14 @@ fn write_options(call: &Call, subresource: &'static str) -> Result<WriteOptions,
     if manager.is_empty() {
         manager = "unknown".into();
     }
-    Ok(WriteOptions { manager, dry_run, validation, subresource, force: query.flag("force")?, duplicates: Vec::new() })
+    Ok(WriteOptions {
+        manager,
+        dry_run,
+        validation,
+        subresource,
+        force: query.flag("force")?,
+        duplicates: Vec::new(),
+    })
 }
 
 async fn object_body(app: &Arc<App>, call: Call) -> Result<Decoded, ApiError> {
@@ -261,7 +295,12 @@ fn written(target: &Target, result: Written, accept: Accept, query: &Query) -> R
     answer
 }
 
-async fn create(app: &Arc<App>, target: &Target, call: Call, accept: Accept) -> Result<Response<Body>, ApiError> {
+async fn create(
+    app: &Arc<App>,
+    target: &Target,
+    call: Call,
+    accept: Accept,
+) -> Result<Response<Body>, ApiError> {
     if target.resource.namespaced && target.namespace.is_empty() {
         return Err(ApiError::method_not_allowed(&target.resource.group, &target.resource.plural, "create"));
     }
@@ -298,7 +337,11 @@ async fn write(
     Ok(written(target, result, accept, &query))
 }
 
-async fn patch_body(app: &Arc<App>, call: Call, options: &mut WriteOptions) -> Result<(PatchKind, Decoded), ApiError> {
+async fn patch_body(
+    app: &Arc<App>,
+    call: Call,
+    options: &mut WriteOptions,
+) -> Result<(PatchKind, Decoded), ApiError> {
     const KINDS: &str = "application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json, application/apply-patch+yaml";
     let media = body::media_type(call.request.headers());
     let kind = match media.as_str() {
@@ -318,18 +361,26 @@ async fn patch_body(app: &Arc<App>, call: Call, options: &mut WriteOptions) -> R
     }
     let (parts, body) = call.request.into_parts();
     let bytes = body::read(&parts.headers, body, app.limits.body).await?;
-    let decoded = if kind == PatchKind::Apply { body::decode_yaml(&bytes)? } else { body::decode_json(&bytes)? };
+    let decoded =
+        if kind == PatchKind::Apply { body::decode_yaml(&bytes)? } else { body::decode_json(&bytes)? };
     if kind == PatchKind::Apply {
         for field in ["apiVersion", "kind"] {
             if str_at(&decoded.value, &[field]).is_empty() {
-                return Err(ApiError::bad_request(format!("error decoding YAML: Object '{field}' is missing")));
+                return Err(ApiError::bad_request(format!(
+                    "error decoding YAML: Object '{field}' is missing"
+                )));
             }
         }
     }
     Ok((kind, decoded))
 }
 
-async fn scale(app: &Arc<App>, target: &Target, call: Call, accept: Accept) -> Result<Response<Body>, ApiError> {
+async fn scale(
+    app: &Arc<App>,
+    target: &Target,
+    call: Call,
+    accept: Accept,
+) -> Result<Response<Body>, ApiError> {
     let mut options = write_options(&call, "scale")?;
     let result = if call.method == Method::PUT {
         let decoded = object_body(app, call).await?;
@@ -341,9 +392,15 @@ async fn scale(app: &Arc<App>, target: &Target, call: Call, accept: Accept) -> R
     Ok(response::value(StatusCode::OK, &result.object, accept.encoding))
 }
 
-async fn finalize(app: &Arc<App>, target: &Target, call: Call, accept: Accept) -> Result<Response<Body>, ApiError> {
+async fn finalize(
+    app: &Arc<App>,
+    target: &Target,
+    call: Call,
+    accept: Accept,
+) -> Result<Response<Body>, ApiError> {
     let decoded = object_body(app, call).await?;
-    let finalizers = crate::value::at(&decoded.value, &["spec", "finalizers"]).cloned().unwrap_or_else(|| json!([]));
+    let finalizers =
+        crate::value::at(&decoded.value, &["spec", "finalizers"]).cloned().unwrap_or_else(|| json!([]));
     let object = app
         .registry
         .modify(target, |object| {
@@ -368,7 +425,12 @@ fn delete_options(query: &Query) -> Result<DeleteOptions, ApiError> {
     Ok(options)
 }
 
-async fn delete(app: &Arc<App>, target: &Target, call: Call, accept: Accept) -> Result<Response<Body>, ApiError> {
+async fn delete(
+    app: &Arc<App>,
+    target: &Target,
+    call: Call,
+    accept: Accept,
+) -> Result<Response<Body>, ApiError> {
     let mut options = delete_options(&call.query)?;
     let decoded = object_body(app, call).await?;
     options.read(&decoded.value)?;
@@ -410,12 +472,17 @@ async fn log(app: &Arc<App>, target: &Target, query: &Query) -> Result<Response<
     let container = Some(query.get("container").to_owned()).filter(|c| !c.is_empty());
     let names: Vec<&str> = ["containers", "initContainers"]
         .iter()
-        .flat_map(|list| crate::value::at(&pod, &["spec", list]).and_then(Value::as_array).into_iter().flatten())
+        .flat_map(|list| {
+            crate::value::at(&pod, &["spec", list]).and_then(Value::as_array).into_iter().flatten()
+        })
         .map(|c| str_at(c, &["name"]))
         .collect();
     match &container {
         Some(name) if !names.contains(&name.as_str()) => {
-            return Err(ApiError::bad_request(format!("container {name} is not valid for pod {}", target.name)));
+            return Err(ApiError::bad_request(format!(
+                "container {name} is not valid for pod {}",
+                target.name
+            )));
         }
         None if names.len() > 1 => {
             return Err(ApiError::bad_request(format!(

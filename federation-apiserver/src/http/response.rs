@@ -13,7 +13,7 @@ const MAX_WARNINGS: usize = 16;
 const MAX_WARNING: usize = 1024;
 
 /// An answer with a JSON value.
-pub fn value(code: StatusCode, value: &Value, encoding: Encoding) -> Response<Body> {
+pub(crate) fn value(code: StatusCode, value: &Value, encoding: Encoding) -> Response<Body> {
     let (body, media) = match encoding {
         Encoding::Json => (value.to_string(), "application/json"),
         Encoding::Yaml => (serde_yaml_ng::to_string(value).unwrap_or_default(), "application/yaml"),
@@ -22,7 +22,7 @@ pub fn value(code: StatusCode, value: &Value, encoding: Encoding) -> Response<Bo
 }
 
 /// An answer with a `Status` for an error.
-pub fn error(error: &ApiError) -> Response<Body> {
+pub(crate) fn error(error: &ApiError) -> Response<Body> {
     let code = StatusCode::from_u16(error.code()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = value(code, &error.to_status(), Encoding::Json);
     if code == StatusCode::UNAUTHORIZED {
@@ -35,12 +35,12 @@ pub fn error(error: &ApiError) -> Response<Body> {
 }
 
 /// An answer with text.
-pub fn text(code: StatusCode, body: impl Into<Body>) -> Response<Body> {
+pub(crate) fn text(code: StatusCode, body: impl Into<Body>) -> Response<Body> {
     with_type(code, body, "text/plain; charset=utf-8")
 }
 
 /// An answer with a body of some media type.
-pub fn with_type(code: StatusCode, body: impl Into<Body>, media: &'static str) -> Response<Body> {
+pub(crate) fn with_type(code: StatusCode, body: impl Into<Body>, media: &'static str) -> Response<Body> {
     let mut response = Response::new(body.into());
     *response.status_mut() = code;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(media));
@@ -48,7 +48,7 @@ pub fn with_type(code: StatusCode, body: impl Into<Body>, media: &'static str) -
 }
 
 /// Adds `Warning: 299 - "…"` headers.
-pub fn warn(response: &mut Response<Body>, warnings: &[String]) {
+pub(crate) fn warn(response: &mut Response<Body>, warnings: &[String]) {
     for text in warnings.iter().take(MAX_WARNINGS) {
         let mut quoted = String::with_capacity(text.len() + 10);
         for c in text.chars().take(MAX_WARNING).filter(|c| c.is_ascii() && !c.is_ascii_control()) {

@@ -18,7 +18,12 @@ use crate::registry::watch::{Watch, WatchEvent};
 use crate::table;
 
 /// A watch as a stream of JSON lines.
-pub(super) fn watch(watch: Watch, resource: Arc<Resource>, accept: Accept, include: String) -> Response<Body> {
+pub(super) fn watch(
+    watch: Watch,
+    resource: Arc<Resource>,
+    accept: Accept,
+    include: String,
+) -> Response<Body> {
     // Column definitions are sent with the first table only, as kube-apiserver does.
     let state = (watch, resource, true);
     let lines = futures::stream::unfold(state, move |(mut watch, resource, mut first)| {
@@ -38,19 +43,27 @@ fn encode(event: &WatchEvent, resource: &Resource, accept: Accept, include: &str
         WatchEvent::Bookmark(object) => match accept.shape {
             Shape::Table => {
                 let with_columns = std::mem::take(first);
-                table::of_objects(resource, std::slice::from_ref(object), "Metadata", with_columns, Some(json!({})))
+                table::of_objects(
+                    resource,
+                    std::slice::from_ref(object),
+                    "Metadata",
+                    with_columns,
+                    Some(json!({})),
+                )
             }
             Shape::Metadata => table::metadata_only(object),
             _ => object.clone(),
         },
-        WatchEvent::Added(object) | WatchEvent::Modified(object) | WatchEvent::Deleted(object) => match accept.shape {
-            Shape::Table => {
-                let with_columns = std::mem::take(first);
-                table::of_objects(resource, std::slice::from_ref(object), include, with_columns, None)
+        WatchEvent::Added(object) | WatchEvent::Modified(object) | WatchEvent::Deleted(object) => {
+            match accept.shape {
+                Shape::Table => {
+                    let with_columns = std::mem::take(first);
+                    table::of_objects(resource, std::slice::from_ref(object), include, with_columns, None)
+                }
+                Shape::Metadata => table::metadata_only(object),
+                _ => object.clone(),
             }
-            Shape::Metadata => table::metadata_only(object),
-            _ => object.clone(),
-        },
+        }
     };
     let mut line = json!({"type": event.kind(), "object": object}).to_string();
     line.push('\n');

@@ -21,7 +21,7 @@ use crate::status::ApiError;
 
 /// The documents of the newest catalog that was asked for.
 #[derive(Default)]
-pub struct Cache(Mutex<Option<(Arc<Catalog>, Arc<Documents>)>>);
+pub(crate) struct Cache(Mutex<Option<(Arc<Catalog>, Arc<Documents>)>>);
 
 /// All documents of one catalog.
 struct Documents {
@@ -104,7 +104,8 @@ impl Documents {
         groups.dedup();
         let mut all = BTreeMap::new();
         for (group, version) in groups {
-            let key = if group.is_empty() { format!("api/{version}") } else { format!("apis/{group}/{version}") };
+            let key =
+                if group.is_empty() { format!("api/{version}") } else { format!("apis/{group}/{version}") };
             let document = v3::document(catalog, &group, &version);
             all.insert(key, document);
         }
@@ -112,7 +113,9 @@ impl Documents {
         let v3: BTreeMap<String, (Bytes, String)> = all.iter().map(|(k, d)| (k.clone(), packed(d))).collect();
         let paths: serde_json::Map<String, Value> = v3
             .iter()
-            .map(|(k, (_, hash))| (k.clone(), json!({"serverRelativeURL": format!("/openapi/v3/{k}?hash={hash}")})))
+            .map(|(k, (_, hash))| {
+                (k.clone(), json!({"serverRelativeURL": format!("/openapi/v3/{k}?hash={hash}")}))
+            })
             .collect();
         Self { root: Bytes::from(json!({ "paths": paths }).to_string()), v3, v2 }
     }

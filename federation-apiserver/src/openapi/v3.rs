@@ -58,8 +58,10 @@ fn object_schema(resource: &Resource, name: &str) -> Value {
             if let Some(map) = schema.as_object_mut() {
                 let properties = map.entry("properties").or_insert_with(|| json!({}));
                 let describe = |text: &str| json!({"type": "string", "description": text});
-                properties["apiVersion"] = describe("APIVersion defines the versioned schema of this representation of an object.");
-                properties["kind"] = describe("Kind is a string value representing the REST resource this object represents.");
+                properties["apiVersion"] =
+                    describe("APIVersion defines the versioned schema of this representation of an object.");
+                properties["kind"] =
+                    describe("Kind is a string value representing the REST resource this object represents.");
                 properties["metadata"] = json!({"description": "Standard object's metadata.",
                     "allOf": [{"$ref": format!("{PREFIX}{}", builtin::OBJECT_META)}]});
             }
@@ -96,7 +98,11 @@ pub(super) fn publish(schema: &Value) -> Value {
             }
             if map.get("x-kubernetes-int-or-string") == Some(&json!(true)) && !map.contains_key("type") {
                 out.remove("x-kubernetes-int-or-string");
-                let other = if map.get("description").and_then(Value::as_str).is_some_and(|d| d.starts_with("Quantity")) {
+                let other = if map
+                    .get("description")
+                    .and_then(Value::as_str)
+                    .is_some_and(|d| d.starts_with("Quantity"))
+                {
                     "number"
                 } else {
                     out.insert("format".into(), json!("int-or-string"));
@@ -154,17 +160,35 @@ fn query(name: &str, kind: &str, description: &str) -> Value {
 
 fn write_parameters() -> Vec<Value> {
     vec![
-        query("dryRun", "string", "When present, indicates that modifications should not be persisted. Valid values are: All."),
-        query("fieldManager", "string", "fieldManager is a name associated with the actor or entity that is making these changes."),
-        query("fieldValidation", "string", "fieldValidation instructs the server on how to handle objects in the request containing unknown or duplicate fields. Valid values are: Ignore, Warn, Strict."),
+        query(
+            "dryRun",
+            "string",
+            "When present, indicates that modifications should not be persisted. Valid values are: All.",
+        ),
+        query(
+            "fieldManager",
+            "string",
+            "fieldManager is a name associated with the actor or entity that is making these changes.",
+        ),
+        query(
+            "fieldValidation",
+            "string",
+            "fieldValidation instructs the server on how to handle objects in the request containing unknown or duplicate fields. Valid values are: Ignore, Warn, Strict.",
+        ),
     ]
 }
 
 fn list_parameters() -> Vec<Value> {
     [
-        ("allowWatchBookmarks", "boolean"), ("continue", "string"), ("fieldSelector", "string"),
-        ("labelSelector", "string"), ("limit", "integer"), ("resourceVersion", "string"),
-        ("resourceVersionMatch", "string"), ("sendInitialEvents", "boolean"), ("timeoutSeconds", "integer"),
+        ("allowWatchBookmarks", "boolean"),
+        ("continue", "string"),
+        ("fieldSelector", "string"),
+        ("labelSelector", "string"),
+        ("limit", "integer"),
+        ("resourceVersion", "string"),
+        ("resourceVersionMatch", "string"),
+        ("sendInitialEvents", "boolean"),
+        ("timeoutSeconds", "integer"),
         ("watch", "boolean"),
     ]
     .iter()
@@ -173,8 +197,10 @@ fn list_parameters() -> Vec<Value> {
 }
 
 fn body(reference: &str, media: &[&str]) -> Value {
-    let content: Map<String, Value> =
-        media.iter().map(|m| ((*m).to_owned(), json!({"schema": {"$ref": format!("{PREFIX}{reference}")}}))).collect();
+    let content: Map<String, Value> = media
+        .iter()
+        .map(|m| ((*m).to_owned(), json!({"schema": {"$ref": format!("{PREFIX}{reference}")}})))
+        .collect();
     Value::Object(content)
 }
 
@@ -247,7 +273,13 @@ fn path_parameters(resource: &Resource, named: bool) -> Vec<Value> {
     list
 }
 
-fn operation(resource: &Resource, action: &str, answer: &str, sent: Option<Value>, parameters: Vec<Value>) -> Value {
+fn operation(
+    resource: &Resource,
+    action: &str,
+    answer: &str,
+    sent: Option<Value>,
+    parameters: Vec<Value>,
+) -> Value {
     let mut value = json!({
         "tags": [resource.group], "x-kubernetes-action": action,
         "x-kubernetes-group-version-kind": gvk(resource, &resource.kind),
@@ -268,7 +300,9 @@ mod tests {
     #[test]
     fn every_reference_is_there() {
         let catalog = Catalog::new(crate::registry::builtin::resources(Role::Member));
-        for (group, version) in [("", "v1"), ("apps", "v1"), ("apiextensions.k8s.io", "v1"), ("events.k8s.io", "v1")] {
+        for (group, version) in
+            [("", "v1"), ("apps", "v1"), ("apiextensions.k8s.io", "v1"), ("events.k8s.io", "v1")]
+        {
             let document = document(&catalog, group, version);
             let mut found = Vec::new();
             references(&document, &mut found);
@@ -283,7 +317,8 @@ mod tests {
     fn patch_metadata_is_published() {
         let catalog = Catalog::new(crate::registry::builtin::resources(Role::Member));
         let document = document(&catalog, "apps", "v1");
-        let containers = &document["components"]["schemas"]["io.k8s.api.core.v1.PodSpec"]["properties"]["containers"];
+        let containers =
+            &document["components"]["schemas"]["io.k8s.api.core.v1.PodSpec"]["properties"]["containers"];
         assert_eq!(containers["x-kubernetes-patch-merge-key"], "name");
         assert_eq!(containers["x-kubernetes-list-map-keys"], json!(["name"]));
     }

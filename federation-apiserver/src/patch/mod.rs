@@ -27,8 +27,11 @@ pub fn json_patch(object: &Value, patch: &Value) -> Result<Value, ApiError> {
                 return Err(ApiError::too_large(MAX_COPIED));
             }
         }
-        json_patch::patch(&mut result, std::slice::from_ref(&operation))
-            .map_err(|e| ApiError::unprocessable(format!("the server rejected our request due to an error in our request: {e}")))?;
+        json_patch::patch(&mut result, std::slice::from_ref(&operation)).map_err(|e| {
+            ApiError::unprocessable(format!(
+                "the server rejected our request due to an error in our request: {e}"
+            ))
+        })?;
     }
     Ok(result)
 }

@@ -239,8 +239,11 @@ mod tests {
             json!({"spec": {"volumes": [{"name": "v", "$retainKeys": ["name", "hostPath"], "hostPath": {"path": "/x"}}]}}),
             json!({"spec": {"volumes": [{"name": "v", "hostPath": {"path": "/x"}}]}}),
         );
-        check(json!({"metadata": {"labels": {"a": "1", "b": "2"}}}), json!({"metadata": {"labels": {"a": null}}}),
-            json!({"metadata": {"labels": {"b": "2"}}}));
+        check(
+            json!({"metadata": {"labels": {"a": "1", "b": "2"}}}),
+            json!({"metadata": {"labels": {"a": null}}}),
+            json!({"metadata": {"labels": {"b": "2"}}}),
+        );
     }
 
     proptest! {

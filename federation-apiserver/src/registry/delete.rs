@@ -63,9 +63,8 @@ impl DeleteOptions {
         } else if let Some(orphan) = body.get("orphanDependents").and_then(Value::as_bool) {
             self.propagation = Some(if orphan { Propagation::Orphan } else { Propagation::Background });
         }
-        let precondition = |key: &str| {
-            Some(str_at(body, &["preconditions", key]).to_owned()).filter(|v| !v.is_empty())
-        };
+        let precondition =
+            |key: &str| Some(str_at(body, &["preconditions", key]).to_owned()).filter(|v| !v.is_empty());
         self.uid = precondition("uid").or(self.uid.take());
         self.resource_version = precondition("resourceVersion").or(self.resource_version.take());
         if body.get("dryRun").and_then(Value::as_array).is_some_and(|d| !d.is_empty()) {
@@ -117,13 +116,25 @@ impl Registry {
         Err(target.modified())
     }
 
-    fn check_preconditions(&self, target: &Target, current: &Stored, options: &DeleteOptions) -> Result<(), ApiError> {
+    fn check_preconditions(
+        &self,
+        target: &Target,
+        current: &Stored,
+        options: &DeleteOptions,
+    ) -> Result<(), ApiError> {
         let check = |wanted: &Option<String>, key: &str, what: &str| {
             let found = str_at(&current.object, &["metadata", key]);
             match wanted {
                 Some(wanted) if wanted != found => {
-                    let why = format!("Precondition failed: {what} in precondition: {wanted}, {what} in object meta: {found}");
-                    Err(ApiError::conflict(&target.resource.group, &target.resource.plural, &target.name, &why))
+                    let why = format!(
+                        "Precondition failed: {what} in precondition: {wanted}, {what} in object meta: {found}"
+                    );
+                    Err(ApiError::conflict(
+                        &target.resource.group,
+                        &target.resource.plural,
+                        &target.name,
+                        &why,
+                    ))
                 }
                 _ => Ok(()),
             }
@@ -151,7 +162,8 @@ impl Registry {
             if options.dry_run {
                 return Ok(Some(Deleted::Removed(object)));
             }
-            let outcome = self.store.delete(target.key(), Some(current.revision)).await.map_err(store_error)?;
+            let outcome =
+                self.store.delete(target.key(), Some(current.revision)).await.map_err(store_error)?;
             return match outcome {
                 WriteOutcome::Applied { kv, .. } => {
                     self.after_removal(target, &object).await;

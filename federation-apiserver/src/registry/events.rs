@@ -44,7 +44,10 @@ mod tests {
         let core = json!({"involvedObject": {"name": "a"}, "message": "m", "count": 2, "reason": "R"});
         let mut event = core.clone();
         to_new(&mut event);
-        assert_eq!(event, json!({"regarding": {"name": "a"}, "note": "m", "deprecatedCount": 2, "reason": "R"}));
+        assert_eq!(
+            event,
+            json!({"regarding": {"name": "a"}, "note": "m", "deprecatedCount": 2, "reason": "R"})
+        );
         to_core(&mut event);
         assert_eq!(event, core);
     }

@@ -34,10 +34,7 @@ pub fn is_dns_subdomain(text: &str) -> bool {
     (1..=253).contains(&text.len())
         && text.split('.').all(|part| {
             let b = part.as_bytes();
-            !b.is_empty()
-                && b.iter().all(|&c| alnum(c) || c == b'-')
-                && alnum(b[0])
-                && alnum(b[b.len() - 1])
+            !b.is_empty() && b.iter().all(|&c| alnum(c) || c == b'-') && alnum(b[0]) && alnum(b[b.len() - 1])
         })
 }
 
@@ -170,7 +167,9 @@ mod tests {
     fn names() {
         assert!(is_dns_label("a-1") && !is_dns_label("A") && !is_dns_label("-a") && !is_dns_label(""));
         assert!(is_dns_subdomain("a.b-c") && !is_dns_subdomain("a..b"));
-        assert!(is_qualified_name("example.com/Name_x") && !is_qualified_name("/x") && !is_qualified_name("a b"));
+        assert!(
+            is_qualified_name("example.com/Name_x") && !is_qualified_name("/x") && !is_qualified_name("a b")
+        );
         assert!(is_label_value("") && is_label_value("V1.2") && !is_label_value("-"));
         let name = generate_name("web-");
         assert!(name.starts_with("web-") && name.len() == 9 && is_dns_label(&name));

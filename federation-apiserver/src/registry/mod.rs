@@ -181,6 +181,8 @@ pub(crate) fn parse_revision(text: &str) -> Result<u64, ApiError> {
         return Ok(0);
     }
     text.parse().map_err(|_| {
-        ApiError::bad_request(format!("Invalid value: {text:?}: resourceVersion must be a non-negative integer"))
+        ApiError::bad_request(format!(
+            "Invalid value: {text:?}: resourceVersion must be a non-negative integer"
+        ))
     })
 }

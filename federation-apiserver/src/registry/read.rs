@@ -78,7 +78,9 @@ impl Registry {
                         "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"",
                     ));
                 }
-                other => return Err(ApiError::bad_request(format!("resourceVersionMatch {other:?} is not known"))),
+                other => {
+                    return Err(ApiError::bad_request(format!("resourceVersionMatch {other:?} is not known")));
+                }
             }
         }
         let mut items = Vec::new();

@@ -16,12 +16,19 @@ pub const RESOURCES: &[(&str, &str, &str, &str)] = &[
 ];
 
 /// Answers a POST, `None` when the resource is not one of these.
-pub fn answer(group: &str, version: &str, plural: &str, user: &UserInfo, body: &Value) -> Option<Result<Value, ApiError>> {
+pub fn answer(
+    group: &str,
+    version: &str,
+    plural: &str,
+    user: &UserInfo,
+    body: &Value,
+) -> Option<Result<Value, ApiError>> {
     let kind = RESOURCES.iter().find(|r| (r.0, r.1, r.2) == (group, version, plural))?.3;
     let mut review = json!({"apiVersion": format!("{group}/{version}"), "kind": kind,
         "metadata": {"creationTimestamp": value::timestamp()}});
     if kind == "SelfSubjectReview" {
-        let extra: serde_json::Map<String, Value> = user.extra.iter().map(|(k, v)| (k.clone(), json!(v))).collect();
+        let extra: serde_json::Map<String, Value> =
+            user.extra.iter().map(|(k, v)| (k.clone(), json!(v))).collect();
         let mut info = json!({"username": user.name, "groups": user.groups});
         if !user.uid.is_empty() {
             info["uid"] = json!(user.uid);

@@ -32,7 +32,11 @@ impl Registry {
         if kind == "ExternalName" {
             return Ok(());
         }
-        let owner = format!("{}/{}", str_at(object, &["metadata", "namespace"]), str_at(object, &["metadata", "name"]));
+        let owner = format!(
+            "{}/{}",
+            str_at(object, &["metadata", "namespace"]),
+            str_at(object, &["metadata", "name"])
+        );
         let wanted = str_at(object, &["spec", "clusterIP"]).to_owned();
         if wanted.is_empty() {
             let ip = self.free_ip(&owner, dry_run).await?;

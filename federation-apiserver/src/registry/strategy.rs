@@ -56,7 +56,8 @@ pub fn default_object(resource: &Resource, object: &mut Value) {
         return;
     }
     if is_workload(resource) {
-        if let Some(spec) = object.get_mut("spec").and_then(|s| s.get_mut("template")).and_then(|t| t.get_mut("spec"))
+        if let Some(spec) =
+            object.get_mut("spec").and_then(|s| s.get_mut("template")).and_then(|t| t.get_mut("spec"))
         {
             default_pod_spec(spec);
         }
@@ -206,7 +207,11 @@ pub fn prepare_create(resource: &Resource, object: &mut Value) {
             json!({"currentNumberScheduled": 0, "numberMisscheduled": 0, "desiredNumberScheduled": 0, "numberReady": 0}),
         ),
         "customresourcedefinitions" => {
-            set(object, &["status"], json!({"conditions": [], "acceptedNames": {"plural": "", "kind": ""}, "storedVersions": []}));
+            set(
+                object,
+                &["status"],
+                json!({"conditions": [], "acceptedNames": {"plural": "", "kind": ""}, "storedVersions": []}),
+            );
         }
         _ => {}
     }
@@ -303,16 +308,28 @@ fn same(a: Option<&Value>, b: Option<&Value>) -> bool {
 fn validate_workload(new: &Value, errors: &mut Vec<FieldError>) {
     for field in ["replicas", "minReadySeconds", "revisionHistoryLimit", "progressDeadlineSeconds"] {
         if let Some(n) = i64_at(new, &["spec", field]).filter(|n| *n < 0) {
-            errors.push(FieldError::invalid(format!("spec.{field}"), &json!(n), "must be greater than or equal to 0"));
+            errors.push(FieldError::invalid(
+                format!("spec.{field}"),
+                &json!(n),
+                "must be greater than or equal to 0",
+            ));
         }
     }
     let selector = at(new, &["spec", "selector"]);
     let empty = selector.is_some_and(|s| {
-        let none = |key: &str| s.get(key).is_none_or(|v| v.as_object().is_none_or(serde_json::Map::is_empty) && v.as_array().is_none_or(Vec::is_empty));
+        let none = |key: &str| {
+            s.get(key).is_none_or(|v| {
+                v.as_object().is_none_or(serde_json::Map::is_empty) && v.as_array().is_none_or(Vec::is_empty)
+            })
+        };
         none("matchLabels") && none("matchExpressions")
     });
     if let (Some(selector), true) = (selector, empty) {
-        errors.push(FieldError::invalid("spec.selector", selector, "empty selector is invalid for deployment"));
+        errors.push(FieldError::invalid(
+            "spec.selector",
+            selector,
+            "empty selector is invalid for deployment",
+        ));
     } else if let Some(selector) = selector {
         let labels = at(new, &["spec", "template", "metadata", "labels"]);
         if !label_selector_matches(selector, labels) {
@@ -432,7 +449,13 @@ fn validate_pod_update(old: &Value, new: &Value, errors: &mut Vec<FieldError>) {
                 value::remove(c, &["image"]);
             }
         }
-        for key in ["activeDeadlineSeconds", "tolerations", "terminationGracePeriodSeconds", "schedulingGates", "ephemeralContainers"] {
+        for key in [
+            "activeDeadlineSeconds",
+            "tolerations",
+            "terminationGracePeriodSeconds",
+            "schedulingGates",
+            "ephemeralContainers",
+        ] {
             value::remove(&mut spec, &[key]);
         }
         if str_at(old, &["spec", "nodeName"]).is_empty() {
@@ -475,8 +498,16 @@ fn validate_service(old: Option<&Value>, new: &Value, errors: &mut Vec<FieldErro
     }
     if let Some(old) = old {
         let before = str_at(old, &["spec", "clusterIP"]);
-        if !before.is_empty() && before != cluster_ip && kind != "ExternalName" && str_at(old, &["spec", "type"]) != "ExternalName" {
-            errors.push(FieldError::invalid("spec.clusterIPs[0]", &json!(cluster_ip), "may not change once set"));
+        if !before.is_empty()
+            && before != cluster_ip
+            && kind != "ExternalName"
+            && str_at(old, &["spec", "type"]) != "ExternalName"
+        {
+            errors.push(FieldError::invalid(
+                "spec.clusterIPs[0]",
+                &json!(cluster_ip),
+                "may not change once set",
+            ));
         }
     }
 }

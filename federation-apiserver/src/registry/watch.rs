@@ -78,10 +78,16 @@ impl Registry {
     pub async fn watch(&self, target: &Target, options: WatchOptions) -> Result<Watch, ApiError> {
         let asked = parse_revision(&options.resource_version)?;
         if options.send_initial.is_some() && options.version_match != "NotOlderThan" {
-            return Err(forbidden_options("resourceVersionMatch", "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan"));
+            return Err(forbidden_options(
+                "resourceVersionMatch",
+                "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan",
+            ));
         }
         if options.send_initial.is_none() && !options.version_match.is_empty() {
-            return Err(forbidden_options("resourceVersionMatch", "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided"));
+            return Err(forbidden_options(
+                "resourceVersionMatch",
+                "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
+            ));
         }
         let wants_list = options.send_initial.unwrap_or(asked == 0);
         let mut initial = VecDeque::new();

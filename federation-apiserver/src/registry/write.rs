@@ -90,7 +90,12 @@ impl WriteOptions {
 
 impl Registry {
     /// Creates an object. The target's name may be empty: the object has it, or a `generateName`.
-    pub async fn create(&self, target: &Target, mut object: Value, options: &WriteOptions) -> Result<Written, ApiError> {
+    pub async fn create(
+        &self,
+        target: &Target,
+        mut object: Value,
+        options: &WriteOptions,
+    ) -> Result<Written, ApiError> {
         options.check()?;
         let resource = target.resource.clone();
         self.identify(target, &mut object)?;
@@ -145,7 +150,8 @@ impl Registry {
         if options.dry_run {
             return Ok(Written { object, created: true, warnings });
         }
-        let outcome = self.store.create(target.key(), to_stored(resource, &object)?).await.map_err(store_error)?;
+        let outcome =
+            self.store.create(target.key(), to_stored(resource, &object)?).await.map_err(store_error)?;
         match outcome {
             WriteOutcome::Applied { kv, .. } => {
                 Ok(Written { object: to_api(resource, &kv)?, created: true, warnings })
@@ -160,7 +166,12 @@ impl Registry {
     }
 
     /// Replaces an object (or its status).
-    pub async fn update(&self, target: &Target, mut object: Value, options: &WriteOptions) -> Result<Written, ApiError> {
+    pub async fn update(
+        &self,
+        target: &Target,
+        mut object: Value,
+        options: &WriteOptions,
+    ) -> Result<Written, ApiError> {
         options.check()?;
         self.identify(target, &mut object)?;
         let resource = &target.resource;
@@ -170,7 +181,8 @@ impl Registry {
         }
         let sent = str_at(&object, &["metadata", "resourceVersion"]).to_owned();
         if resource.is_custom() && sent.is_empty() {
-            let error = FieldError::invalid("metadata.resourceVersion", &json!(0), "must be specified for an update");
+            let error =
+                FieldError::invalid("metadata.resourceVersion", &json!(0), "must be specified for an update");
             return Err(ApiError::invalid(&resource.group, &resource.kind, name, &[error]));
         }
         for _ in 0..PATCH_ATTEMPTS {
@@ -239,7 +251,12 @@ impl Registry {
         Err(target.modified())
     }
 
-    async fn apply(&self, target: &Target, config: &Value, options: &WriteOptions) -> Result<Written, ApiError> {
+    async fn apply(
+        &self,
+        target: &Target,
+        config: &Value,
+        options: &WriteOptions,
+    ) -> Result<Written, ApiError> {
         let resource = target.resource.clone();
         let mut config = config.clone();
         self.identify(target, &mut config)?;
@@ -278,7 +295,12 @@ impl Registry {
                             "uid mismatch: the provided object specified uid {}, and no existing object was found",
                             str_at(&config, &["metadata", "uid"])
                         );
-                        return Err(ApiError::conflict(&resource.group, &resource.plural, &target.name, &why));
+                        return Err(ApiError::conflict(
+                            &resource.group,
+                            &resource.plural,
+                            &target.name,
+                            &why,
+                        ));
                     }
                     self.check_namespace(target).await?;
                     let mut empty = json!({"apiVersion": api_version, "kind": resource.kind,
@@ -286,7 +308,8 @@ impl Registry {
                     if resource.namespaced {
                         set(&mut empty, &["metadata", "namespace"], json!(target.namespace));
                     }
-                    let mut new = apply::apply(ty, &empty, &config, &writer, options.force).map_err(conflict)?;
+                    let mut new =
+                        apply::apply(ty, &empty, &config, &writer, options.force).map_err(conflict)?;
                     value::remove(&mut new, &["metadata", "resourceVersion"]);
                     strategy::prepare_create(&resource, &mut new);
                     match self.write_new(target, new, options, Ownership::Applied).await {
@@ -397,7 +420,8 @@ impl Registry {
             return Ok(Some(Written { object: new, created: false, warnings }));
         }
         if gc::is_finished(resource, &new) {
-            let outcome = self.store.delete(target.key(), Some(current.revision)).await.map_err(store_error)?;
+            let outcome =
+                self.store.delete(target.key(), Some(current.revision)).await.map_err(store_error)?;
             return match outcome {
                 WriteOutcome::Applied { .. } => {
                     self.after_removal(target, &new).await;
@@ -459,8 +483,9 @@ impl Registry {
         if at(object, &["metadata"]).is_some_and(|m| !m.is_object() && !m.is_null()) {
             return Err(ApiError::bad_request("metadata must be an object"));
         }
-        if let Some(bad) =
-            ["name", "namespace", "generateName", "uid", "resourceVersion"].iter().find(|k| at(object, &["metadata", k]).is_some_and(|v| !v.is_string() && !v.is_null()))
+        if let Some(bad) = ["name", "namespace", "generateName", "uid", "resourceVersion"]
+            .iter()
+            .find(|k| at(object, &["metadata", k]).is_some_and(|v| !v.is_string() && !v.is_null()))
         {
             return Err(ApiError::bad_request(format!("metadata.{bad} must be a string")));
         }
@@ -491,7 +516,12 @@ impl Registry {
     }
 
     /// Unknown and duplicate fields: refused, warned about or dropped; wrong types: refused.
-    fn admit_fields(&self, target: &Target, object: &mut Value, options: &WriteOptions) -> Result<Vec<String>, ApiError> {
+    fn admit_fields(
+        &self,
+        target: &Target,
+        object: &mut Value,
+        options: &WriteOptions,
+    ) -> Result<Vec<String>, ApiError> {
         let resource = &target.resource;
         let ty = resource.schema.as_ref();
         if !resource.is_custom() {
@@ -554,7 +584,12 @@ impl Registry {
         if errors.is_empty() {
             return Ok(warnings);
         }
-        Err(ApiError::invalid(&resource.group, &resource.kind, str_at(object, &["metadata", "name"]), &errors))
+        Err(ApiError::invalid(
+            &resource.group,
+            &resource.kind,
+            str_at(object, &["metadata", "name"]),
+            &errors,
+        ))
     }
 
     /// The namespace of a new object has to exist and to stay.
@@ -569,7 +604,12 @@ impl Registry {
                 "unable to create new content in namespace {} because it is being terminated",
                 target.namespace
             );
-            return Err(ApiError::forbidden(&target.resource.group, &target.resource.plural, &target.name, why));
+            return Err(ApiError::forbidden(
+                &target.resource.group,
+                &target.resource.plural,
+                &target.name,
+                why,
+            ));
         }
         Ok(())
     }
@@ -623,7 +663,8 @@ impl Registry {
             };
             let replicas = at(&new_scale, &["spec", "replicas"]).cloned().unwrap_or(json!(0));
             if !replicas.as_i64().is_some_and(|n| (0..=i64::from(i32::MAX)).contains(&n)) {
-                let error = FieldError::invalid("spec.replicas", &replicas, "must be greater than or equal to 0");
+                let error =
+                    FieldError::invalid("spec.replicas", &replicas, "must be greater than or equal to 0");
                 return Err(ApiError::invalid("autoscaling", "Scale", &target.name, &[error]));
             }
             let mut object = current.object.clone();
@@ -634,7 +675,8 @@ impl Registry {
                 set(&mut object, &["metadata", "resourceVersion"], json!(version));
             }
             let options = WriteOptions { subresource: "scale", ..options.clone() };
-            if let Some(written) = self.replace(target, &current, object, &options, Ownership::Update).await? {
+            if let Some(written) = self.replace(target, &current, object, &options, Ownership::Update).await?
+            {
                 return Ok(Written { object: self.scale_of(target, &written.object)?, ..written });
             }
         }
@@ -642,7 +684,12 @@ impl Registry {
     }
 
     /// `pods/binding`: assigns a node.
-    pub async fn bind_pod(&self, target: &Target, binding: &Value, options: &WriteOptions) -> Result<(), ApiError> {
+    pub async fn bind_pod(
+        &self,
+        target: &Target,
+        binding: &Value,
+        options: &WriteOptions,
+    ) -> Result<(), ApiError> {
         let node = str_at(binding, &["target", "name"]);
         if node.is_empty() {
             return Err(ApiError::bad_request("target.name: Required value"));

@@ -41,7 +41,9 @@ fn add<T: JsonSchema>(generator: &mut SchemaGenerator) {
 }
 
 fn load() -> BTreeMap<String, Value> {
-    use k8s_openapi::api::{apps, authentication, authorization, autoscaling, coordination, core, discovery, events};
+    use k8s_openapi::api::{
+        apps, authentication, authorization, autoscaling, coordination, core, discovery, events,
+    };
     use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
     use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
 
@@ -80,7 +82,8 @@ fn load() -> BTreeMap<String, Value> {
         }
     }
     if let Some(quantity) = all.get_mut(QUANTITY) {
-        quantity["description"] = json!("Quantity is a fixed-point representation of a number, such as 500m, 1.5Gi or 2.");
+        quantity["description"] =
+            json!("Quantity is a fixed-point representation of a number, such as 500m, 1.5Gi or 2.");
     }
     for (definition, field, keys, patch_key) in LISTS {
         let Some(list) = property(&mut all, definition, field) else { continue };
@@ -124,7 +127,11 @@ fn load() -> BTreeMap<String, Value> {
     all
 }
 
-fn property<'a>(all: &'a mut BTreeMap<String, Value>, definition: &str, field: &str) -> Option<&'a mut Value> {
+fn property<'a>(
+    all: &'a mut BTreeMap<String, Value>,
+    definition: &str,
+    field: &str,
+) -> Option<&'a mut Value> {
     all.get_mut(definition)?.get_mut("properties")?.get_mut(field)
 }
 
@@ -166,7 +173,12 @@ const LISTS: &[ListRow] = &[
     ("io.k8s.api.core.v1.PodSpec", "initContainers", &["name"], "name"),
     ("io.k8s.api.core.v1.PodSpec", "resourceClaims", &["name"], "name"),
     ("io.k8s.api.core.v1.PodSpec", "schedulingGates", &["name"], "name"),
-    ("io.k8s.api.core.v1.PodSpec", "topologySpreadConstraints", &["topologyKey", "whenUnsatisfiable"], "topologyKey"),
+    (
+        "io.k8s.api.core.v1.PodSpec",
+        "topologySpreadConstraints",
+        &["topologyKey", "whenUnsatisfiable"],
+        "topologyKey",
+    ),
     ("io.k8s.api.core.v1.PodSpec", "volumes", &["name"], "name"),
     ("io.k8s.api.core.v1.PodStatus", "conditions", &["type"], "type"),
     ("io.k8s.api.core.v1.PodStatus", "podIPs", &["ip"], "ip"),
@@ -208,7 +220,6 @@ const ATOMIC: &[&str] = &[
     "io.k8s.api.core.v1.ObjectReference",
     "io.k8s.api.core.v1.ResourceFieldSelector",
     "io.k8s.api.core.v1.SecretKeySelector",
-    "io.k8s.api.core.v1.SecretReference",
     "io.k8s.api.core.v1.TypedLocalObjectReference",
     "io.k8s.api.discovery.v1.EndpointPort",
     "io.k8s.apimachinery.pkg.apis.meta.v1.LabelSelector",
@@ -276,7 +287,8 @@ mod tests {
             let list = property(&mut all, definition, field);
             assert_eq!(list.map(|l| l["type"].clone()), Some(json!("array")), "{definition}.{field}");
         }
-        let fields = STRATEGIES.iter().map(|(d, f, _)| (d, f)).chain(ATOMIC_FIELDS.iter().map(|(d, f)| (d, f)));
+        let fields =
+            STRATEGIES.iter().map(|(d, f, _)| (d, f)).chain(ATOMIC_FIELDS.iter().map(|(d, f)| (d, f)));
         for (definition, field) in fields.chain(DEFAULTS.iter().map(|(d, f, _)| (d, f))) {
             assert!(property(&mut all, definition, field).is_some(), "{definition}.{field}");
         }

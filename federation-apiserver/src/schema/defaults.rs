@@ -165,9 +165,11 @@ mod tests {
 
     #[test]
     fn defaults_reach_into_lists_and_maps() {
-        let root = custom_root(Some(&json!({"type": "object", "properties": {"spec": {"type": "object", "default": {},
+        let root = custom_root(Some(
+            &json!({"type": "object", "properties": {"spec": {"type": "object", "default": {},
             "properties": {"n": {"type": "integer", "default": 3},
-                "l": {"type": "array", "items": {"type": "object", "properties": {"p": {"type": "string", "default": "x"}}}}}}}})));
+                "l": {"type": "array", "items": {"type": "object", "properties": {"p": {"type": "string", "default": "x"}}}}}}}}),
+        ));
         let mut value = json!({"spec": {"l": [{}, {"p": "y"}]}});
         apply_defaults(root.as_ref(), &mut value);
         assert_eq!(value, json!({"spec": {"n": 3, "l": [{"p": "x"}, {"p": "y"}]}}));
@@ -180,7 +182,8 @@ mod tests {
     fn pruning_tells_what_it_removed() {
         let root = custom_root(Some(&json!({"type": "object", "properties": {"spec": {"type": "object",
             "properties": {"free": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}}}}})));
-        let mut value = json!({"metadata": {"name": "a", "odd": 1}, "spec": {"free": {"x": {"y": 1}}, "no": 1}, "z": 1});
+        let mut value =
+            json!({"metadata": {"name": "a", "odd": 1}, "spec": {"free": {"x": {"y": 1}}, "no": 1}, "z": 1});
         let mut removed = prune(root.as_ref(), &mut value);
         removed.sort();
         assert_eq!(removed, ["metadata.odd", "spec.no", "z"]);

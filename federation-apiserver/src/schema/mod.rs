@@ -178,9 +178,9 @@ impl Node {
             .get("$ref")
             .or_else(|| value.get("allOf").and_then(|a| a.get(0)).and_then(|v| v.get("$ref")))
             .and_then(Value::as_str);
-        let extended = value.as_object().is_some_and(|map| {
-            map.keys().any(|k| k.starts_with("x-kubernetes-") || k == "default")
-        });
+        let extended = value
+            .as_object()
+            .is_some_and(|map| map.keys().any(|k| k.starts_with("x-kubernetes-") || k == "default"));
         match reference {
             Some(path) if !extended => Self::Ref(Arc::from(path.rsplit('/').next().unwrap_or(path))),
             Some(path) => {

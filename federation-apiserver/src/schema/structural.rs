@@ -39,14 +39,23 @@ fn node(schema: &Value, path: &str, in_logic: bool, depth: usize, errors: &mut V
     let flag = |key: &str| map.get(key).and_then(Value::as_bool).unwrap_or(false);
     let typed = map.get("type").and_then(Value::as_str).unwrap_or_default();
     if !in_logic {
-        if typed.is_empty() && !flag("x-kubernetes-int-or-string") && !flag("x-kubernetes-preserve-unknown-fields") {
-            errors.push(FieldError::required(format!("{path}.type"), "must not be empty for specified object fields"));
+        if typed.is_empty()
+            && !flag("x-kubernetes-int-or-string")
+            && !flag("x-kubernetes-preserve-unknown-fields")
+        {
+            errors.push(FieldError::required(
+                format!("{path}.type"),
+                "must not be empty for specified object fields",
+            ));
         }
     } else {
         for key in ["type", "default", "additionalProperties", "nullable", "description", "title"] {
             // Inside int-or-string's own anyOf a type is the idiom.
             if map.contains_key(key) && !(key == "type" && map.len() == 1) {
-                errors.push(FieldError::forbidden(format!("{path}.{key}"), "must be undefined to be structural"));
+                errors.push(FieldError::forbidden(
+                    format!("{path}.{key}"),
+                    "must be undefined to be structural",
+                ));
             }
         }
     }
@@ -158,12 +167,27 @@ mod tests {
         let object = |p: Value| json!({"type": "object", "properties": {"spec": p}});
         assert_eq!(count(object(json!({"type": "string"}))), 0);
         assert_eq!(count(object(json!({}))), 1);
-        assert_eq!(count(object(json!({"x-kubernetes-int-or-string": true, "anyOf": [{"type": "integer"}, {"type": "string"}]}))), 0);
+        assert_eq!(
+            count(object(
+                json!({"x-kubernetes-int-or-string": true, "anyOf": [{"type": "integer"}, {"type": "string"}]})
+            )),
+            0
+        );
         assert_eq!(count(object(json!({"type": "array"}))), 1);
         assert_eq!(count(object(json!({"type": "string", "pattern": "("}))), 1);
-        assert_eq!(count(object(json!({"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": {"type": "string"}}))), 1);
+        assert_eq!(
+            count(object(
+                json!({"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": {"type": "string"}})
+            )),
+            1
+        );
         assert_eq!(count(json!({"type": "string"})), 1);
-        assert_eq!(count(object(json!({"type": "array", "items": {"type": "object", "properties": {"k": {"type": "string"}}},
-            "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["z"]}))), 1);
+        assert_eq!(
+            count(object(
+                json!({"type": "array", "items": {"type": "object", "properties": {"k": {"type": "string"}}},
+            "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["z"]})
+            )),
+            1
+        );
     }
 }

@@ -202,8 +202,22 @@ impl Rules {
                 .unwrap_or_default()
         };
         const KEYS: &[&str] = &[
-            "enum", "minimum", "maximum", "multipleOf", "minLength", "maxLength", "pattern", "minItems", "maxItems",
-            "uniqueItems", "minProperties", "maxProperties", "allOf", "anyOf", "oneOf", "not",
+            "enum",
+            "minimum",
+            "maximum",
+            "multipleOf",
+            "minLength",
+            "maxLength",
+            "pattern",
+            "minItems",
+            "maxItems",
+            "uniqueItems",
+            "minProperties",
+            "maxProperties",
+            "allOf",
+            "anyOf",
+            "oneOf",
+            "not",
         ];
         if !map.keys().any(|k| KEYS.contains(&k.as_str())) {
             return None;
@@ -304,17 +318,27 @@ impl Rules {
             errors.extend(run(schema));
         }
         if !self.any_of.is_empty() && !self.any_of.iter().any(|s| run(s).is_empty()) {
-            errors.push(FieldError::invalid(path, value, format!("{path} in body must validate at least one schema (anyOf)")));
+            errors.push(FieldError::invalid(
+                path,
+                value,
+                format!("{path} in body must validate at least one schema (anyOf)"),
+            ));
         }
         if !self.one_of.is_empty() {
             let matched = self.one_of.iter().filter(|s| run(s).is_empty()).count();
             if matched != 1 {
-                let detail = format!("{path} in body must validate one and only one schema (oneOf). Found {matched} valid alternatives");
+                let detail = format!(
+                    "{path} in body must validate one and only one schema (oneOf). Found {matched} valid alternatives"
+                );
                 errors.push(FieldError::invalid(path, value, detail));
             }
         }
         if self.not.as_ref().is_some_and(|s| run(s).is_empty()) {
-            errors.push(FieldError::invalid(path, value, format!("{path} in body must not validate the schema (not)")));
+            errors.push(FieldError::invalid(
+                path,
+                value,
+                format!("{path} in body must not validate the schema (not)"),
+            ));
         }
     }
 }
@@ -342,12 +366,24 @@ mod tests {
             (json!({"type": "string", "pattern": "^a+$"}), json!("aa"), 0),
             (json!({"type": "string", "pattern": "^a+$"}), json!("ab"), 1),
             (json!({"type": "string", "enum": ["a", "b"]}), json!("c"), 1),
-            (json!({"type": "object", "required": ["x"], "properties": {"x": {"type": "string"}}}), json!({}), 1),
+            (
+                json!({"type": "object", "required": ["x"], "properties": {"x": {"type": "string"}}}),
+                json!({}),
+                1,
+            ),
             (json!({"x-kubernetes-int-or-string": true}), json!("25%"), 0),
             (json!({"x-kubernetes-int-or-string": true}), json!(true), 1),
-            (json!({"type": "array", "x-kubernetes-list-type": "set", "items": {"type": "string"}}), json!(["a", "a"]), 1),
-            (json!({"type": "object", "oneOf": [{"required": ["a"]}, {"required": ["b"]}],
-                    "properties": {"a": {"type": "string"}, "b": {"type": "string"}}}), json!({"a": "1", "b": "2"}), 1),
+            (
+                json!({"type": "array", "x-kubernetes-list-type": "set", "items": {"type": "string"}}),
+                json!(["a", "a"]),
+                1,
+            ),
+            (
+                json!({"type": "object", "oneOf": [{"required": ["a"]}, {"required": ["b"]}],
+                    "properties": {"a": {"type": "string"}, "b": {"type": "string"}}}),
+                json!({"a": "1", "b": "2"}),
+                1,
+            ),
             (json!({"type": "string", "nullable": true}), Value::Null, 0),
             (json!({"type": "string"}), Value::Null, 1),
         ];

@@ -53,17 +53,25 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
         text("Ready", |o, _| json!(format!("{}/{}", n(o, "readyReplicas"), wanted(o)))),
         number("Up-to-date", |o, _| json!(n(o, "updatedReplicas"))),
         number("Available", |o, _| json!(n(o, "availableReplicas"))),
-        AGE, CONTAINERS, IMAGES, SELECTOR,
+        AGE,
+        CONTAINERS,
+        IMAGES,
+        SELECTOR,
     ];
     const REPLICASETS: &[Builtin] = &[
         number("Desired", |o, _| json!(wanted(o))),
         number("Current", |o, _| json!(n(o, "replicas"))),
         number("Ready", |o, _| json!(n(o, "readyReplicas"))),
-        AGE, CONTAINERS, IMAGES, SELECTOR,
+        AGE,
+        CONTAINERS,
+        IMAGES,
+        SELECTOR,
     ];
     const STATEFULSETS: &[Builtin] = &[
         text("Ready", |o, _| json!(format!("{}/{}", n(o, "readyReplicas"), wanted(o)))),
-        AGE, CONTAINERS, IMAGES,
+        AGE,
+        CONTAINERS,
+        IMAGES,
     ];
     const DAEMONSETS: &[Builtin] = &[
         number("Desired", |o, _| json!(n(o, "desiredNumberScheduled"))),
@@ -72,7 +80,10 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
         number("Up-to-date", |o, _| json!(n(o, "updatedNumberScheduled"))),
         number("Available", |o, _| json!(n(o, "numberAvailable"))),
         text("Node Selector", |o, _| json!(labels(at(o, &["spec", "template", "spec", "nodeSelector"])))),
-        AGE, CONTAINERS, IMAGES, SELECTOR,
+        AGE,
+        CONTAINERS,
+        IMAGES,
+        SELECTOR,
     ];
     const SERVICES: &[Builtin] = &[
         text("Type", |o, _| json!(str_at(o, &["spec", "type"]))),
@@ -91,14 +102,19 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
         wide("External-IP", |o, _| json!(node_address(o, "ExternalIP"))),
         wide("OS-Image", |o, _| or_unknown(str_at(o, &["status", "nodeInfo", "osImage"]))),
         wide("Kernel-Version", |o, _| or_unknown(str_at(o, &["status", "nodeInfo", "kernelVersion"]))),
-        wide("Container-Runtime", |o, _| or_unknown(str_at(o, &["status", "nodeInfo", "containerRuntimeVersion"]))),
+        wide("Container-Runtime", |o, _| {
+            or_unknown(str_at(o, &["status", "nodeInfo", "containerRuntimeVersion"]))
+        }),
     ];
     const EVENTS: &[Builtin] = &[
         text("Last Seen", |o, now| {
             let when = ["lastTimestamp", "deprecatedLastTimestamp", "eventTime"]
                 .iter()
                 .map(|k| str_at(o, &[k]))
-                .chain([str_at(o, &["series", "lastObservedTime"]), str_at(o, &["metadata", "creationTimestamp"])])
+                .chain([
+                    str_at(o, &["series", "lastObservedTime"]),
+                    str_at(o, &["metadata", "creationTimestamp"]),
+                ])
                 .find(|t| !t.is_empty());
             json!(when.map_or_else(|| "<unknown>".to_owned(), |t| since(t, now)))
         }),
@@ -128,28 +144,41 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
     const NAMESPACES: &[Builtin] = &[text("Status", |o, _| json!(str_at(o, &["status", "phase"]))), AGE];
     const CONFIGMAPS: &[Builtin] =
         &[number("Data", |o, _| json!(entries(o, "data") + entries(o, "binaryData"))), AGE];
-    const SECRETS: &[Builtin] =
-        &[text("Type", |o, _| json!(str_at(o, &["type"]))), number("Data", |o, _| json!(entries(o, "data"))), AGE];
+    const SECRETS: &[Builtin] = &[
+        text("Type", |o, _| json!(str_at(o, &["type"]))),
+        number("Data", |o, _| json!(entries(o, "data"))),
+        AGE,
+    ];
     const SERVICEACCOUNTS: &[Builtin] = &[number("Secrets", |o, _| json!(list(o, &["secrets"]).len())), AGE];
     const LEASES: &[Builtin] = &[text("Holder", |o, _| json!(str_at(o, &["spec", "holderIdentity"]))), AGE];
     const ENDPOINTS: &[Builtin] = &[text("Endpoints", |o, _| json!(endpoints(o))), AGE];
     const SLICES: &[Builtin] = &[
         text("AddressType", |o, _| json!(str_at(o, &["addressType"]))),
         text("Ports", |o, _| {
-            let ports: Vec<String> =
-                list(o, &["ports"]).iter().filter_map(|p| i64_at(p, &["port"])).map(|p| p.to_string()).collect();
+            let ports: Vec<String> = list(o, &["ports"])
+                .iter()
+                .filter_map(|p| i64_at(p, &["port"]))
+                .map(|p| p.to_string())
+                .collect();
             json!(if ports.is_empty() { "<unset>".into() } else { ports.join(",") })
         }),
         text("Endpoints", |o, _| {
             let all: Vec<String> = list(o, &["endpoints"])
                 .iter()
-                .flat_map(|e| list(e, &["addresses"]).iter().filter_map(Value::as_str).map(str::to_owned).collect::<Vec<_>>())
+                .flat_map(|e| {
+                    list(e, &["addresses"])
+                        .iter()
+                        .filter_map(Value::as_str)
+                        .map(str::to_owned)
+                        .collect::<Vec<_>>()
+                })
                 .collect();
             json!(shorten(&all, "<unset>"))
         }),
         AGE,
     ];
-    const CRDS: &[Builtin] = &[text("Created At", |o, _| json!(str_at(o, &["metadata", "creationTimestamp"])))];
+    const CRDS: &[Builtin] =
+        &[text("Created At", |o, _| json!(str_at(o, &["metadata", "creationTimestamp"])))];
     const OTHERS: &[Builtin] = &[AGE];
     match plural {
         "pods" => (true, PODS),
@@ -188,7 +217,8 @@ pub(super) fn since(when: &str, now: jiff::Timestamp) -> String {
 /// `HumanDuration` of apimachinery.
 fn human_duration(seconds: i64) -> String {
     let (minutes, hours) = (seconds / 60, seconds / 3600);
-    let both = |a: i64, u: &str, b: i64, v: &str| if b == 0 { format!("{a}{u}") } else { format!("{a}{u}{b}{v}") };
+    let both =
+        |a: i64, u: &str, b: i64, v: &str| if b == 0 { format!("{a}{u}") } else { format!("{a}{u}{b}{v}") };
     match seconds {
         ..-1 => "<invalid>".into(),
         -1 => "0s".into(),
@@ -299,12 +329,15 @@ fn external_ip(service: &Value) -> String {
     match str_at(service, &["spec", "type"]) {
         "ExternalName" => str_at(service, &["spec", "externalName"]).to_owned(),
         "LoadBalancer" => {
-            let ips: Vec<&str> =
-                list(service, &["status", "loadBalancer", "ingress"]).iter().map(|i| str_at(i, &["ip"])).collect();
+            let ips: Vec<&str> = list(service, &["status", "loadBalancer", "ingress"])
+                .iter()
+                .map(|i| str_at(i, &["ip"]))
+                .collect();
             if ips.is_empty() { "<pending>".into() } else { ips.join(",") }
         }
         _ => {
-            let ips: Vec<&str> = list(service, &["spec", "externalIPs"]).iter().filter_map(Value::as_str).collect();
+            let ips: Vec<&str> =
+                list(service, &["spec", "externalIPs"]).iter().filter_map(Value::as_str).collect();
             if ips.is_empty() { "<none>".into() } else { ips.join(",") }
         }
     }
@@ -356,8 +389,17 @@ mod tests {
 
     #[test]
     fn durations_read_as_kubectl_prints_them() {
-        let cases = [(5, "5s"), (119, "119s"), (125, "2m5s"), (660, "11m"), (3 * 3600 + 60, "3h1m"), (9 * 3600, "9h"),
-            (50 * 3600, "2d2h"), (10 * 86400, "10d"), (-5, "<invalid>")];
+        let cases = [
+            (5, "5s"),
+            (119, "119s"),
+            (125, "2m5s"),
+            (660, "11m"),
+            (3 * 3600 + 60, "3h1m"),
+            (9 * 3600, "9h"),
+            (50 * 3600, "2d2h"),
+            (10 * 86400, "10d"),
+            (-5, "<invalid>"),
+        ];
         for (seconds, text) in cases {
             assert_eq!(human_duration(seconds), text);
         }

@@ -9,14 +9,14 @@ use crate::registry::resource::{Origin, Resource};
 use crate::value::{at, str_at};
 
 /// The metadata of an object as `PartialObjectMetadata`.
-pub fn metadata_only(object: &Value) -> Value {
+pub(crate) fn metadata_only(object: &Value) -> Value {
     json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1",
         "metadata": object.get("metadata").cloned().unwrap_or_else(|| json!({}))})
 }
 
 /// A table of objects. `include` is `None`, `Object` or `Metadata` (the default); `list_meta` replaces the metadata,
 /// which is that of the object otherwise.
-pub fn of_objects(
+pub(crate) fn of_objects(
     resource: &Resource,
     objects: &[Value],
     include: &str,
@@ -39,7 +39,8 @@ pub fn of_objects(
         })
         .collect();
     let meta = list_meta.unwrap_or_else(|| {
-        let version = objects.first().map(|o| str_at(o, &["metadata", "resourceVersion"])).unwrap_or_default();
+        let version =
+            objects.first().map(|o| str_at(o, &["metadata", "resourceVersion"])).unwrap_or_default();
         json!({ "resourceVersion": version })
     });
     let definitions: Vec<Value> =
