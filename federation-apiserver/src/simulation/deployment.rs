@@ -60,7 +60,7 @@ impl Deployments {
         if selector.is_empty() {
             let message = "This deployment is selecting all pods. A non-empty selector is required.";
             let subject = (Resource::DEPLOYMENTS, &*deployment);
-            self.recorder.warning(Component::Deployments, subject, "SelectingAll", message).await;
+            self.recorder.warning(Component::Deployments, subject, "SelectingAll", message.to_owned());
             return Ok(None);
         }
         let sets = self.claim(&deployment, &selector).await?;
@@ -167,9 +167,7 @@ impl Deployments {
                     let message = format!("Failed to create new replica set: {}", error.message);
                     rollout.set_progress("False", "ReplicaSetCreateError", &message, &now);
                     let subject = (Resource::DEPLOYMENTS, &*rollout.deployment);
-                    self.recorder
-                        .warning(Component::Deployments, subject, "ReplicaSetCreateError", &message)
-                        .await;
+                    self.recorder.warning(Component::Deployments, subject, "ReplicaSetCreateError", message);
                     return Err(error);
                 }
             };
@@ -177,7 +175,7 @@ impl Deployments {
             rollout.set_progress("True", "NewReplicaSetCreated", &message, &now);
             let grown = object::replicas(&new);
             if grown > 0 {
-                self.tell_scaled(&rollout.deployment, &new, 0, grown).await;
+                self.tell_scaled(&rollout.deployment, &new, 0, grown);
             }
             rollout.new = Some(new);
         }
@@ -366,16 +364,16 @@ impl Deployments {
         }
         let updated = self.cluster.update(Resource::REPLICA_SETS, updated).await?;
         if before != size {
-            self.tell_scaled(&rollout.deployment, &updated, before, size).await;
+            self.tell_scaled(&rollout.deployment, &updated, before, size);
         }
         Ok(updated)
     }
 
-    async fn tell_scaled(&self, deployment: &Value, set: &Value, from: i64, to: i64) {
+    fn tell_scaled(&self, deployment: &Value, set: &Value, from: i64, to: i64) {
         let direction = if to > from { "up" } else { "down" };
         let message = format!("Scaled {direction} replica set {} from {from} to {to}", object::name(set));
         let subject = (Resource::DEPLOYMENTS, deployment);
-        self.recorder.normal(Component::Deployments, subject, "ScalingReplicaSet", &message).await;
+        self.recorder.normal(Component::Deployments, subject, "ScalingReplicaSet", message);
     }
 
     /// Deletes old sets beyond the history limit.

@@ -1,6 +1,8 @@
 //! What kubelets would do to pods, without running anything: they start, become ready, restart when their image
 //! changes in place, and end.
 //!
+//! One worker runs for each node, as one kubelet would, so pods of several nodes come up at the same time.
+//!
 //! How far a pod has come is kept in memory with the runtime's clock, which is finer than the seconds of the API. After
 //! a restart of the simulation a running pod is taken as it was.
 
@@ -137,13 +139,13 @@ impl Kubelet {
         let status = self.status(pod, &life, node, fault, ready);
         self.lives.lock().insert(object::uid(pod).to_owned(), life);
         for container in begun {
-            self.tell_begun(pod, &container).await;
+            self.tell_begun(pod, &container);
         }
         if fault == Some(Fault::ImagePull) {
             let message = "Back-off pulling image (simulated fault)";
             let subject = (Resource::PODS, pod);
             if !pod["status"]["containerStatuses"].is_array() {
-                self.recorder.warning(Component::Kubelet, subject, "BackOff", message).await;
+                self.recorder.warning(Component::Kubelet, subject, "BackOff", message.to_owned());
             }
         }
         self.write_status(pod, status).await?;
@@ -195,7 +197,7 @@ impl Kubelet {
         if first && ran {
             for container in images_of(pod).keys() {
                 let message = format!("Stopping container {container}");
-                self.recorder.normal(Component::Kubelet, (Resource::PODS, pod), "Killing", &message).await;
+                self.recorder.normal(Component::Kubelet, (Resource::PODS, pod), "Killing", message);
             }
         }
         if now < deleted + delay {
@@ -213,7 +215,7 @@ impl Kubelet {
         Ok(None)
     }
 
-    async fn tell_begun(&self, pod: &Value, container: &str) {
+    fn tell_begun(&self, pod: &Value, container: &str) {
         let image = images_of(pod).remove(container).unwrap_or_default();
         let subject = (Resource::PODS, pod);
         for (reason, message) in [
@@ -221,7 +223,7 @@ impl Kubelet {
             ("Created", format!("Container created: {container}")),
             ("Started", format!("Container started: {container}")),
         ] {
-            self.recorder.normal(Component::Kubelet, subject, reason, &message).await;
+            self.recorder.normal(Component::Kubelet, subject, reason, message);
         }
     }
 

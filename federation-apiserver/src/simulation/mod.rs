@@ -70,6 +70,12 @@ const HEARTBEAT: Duration = Duration::from_secs(10);
 /// How often a simulated container says something.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Kubelets that work at the same time. They share the machine's processors with the API server.
+const MAX_KUBELETS: usize = 16;
+
+/// How long changes of pods are gathered before those who sum them up look: many pods change together.
+const GATHER: Duration = Duration::from_millis(40);
+
 /// What a simulated cluster is made of, and how fast it is.
 #[derive(Debug, Clone)]
 pub struct SimulationConfig {
@@ -102,16 +108,20 @@ struct Queues {
     stateful_sets: Arc<WorkQueue>,
     daemon_sets: Arc<WorkQueue>,
     pods_to_place: Arc<WorkQueue>,
-    pods_to_run: Arc<WorkQueue>,
+    /// One for each kubelet; nodes beyond the last share them.
+    pods_to_run: Vec<Arc<WorkQueue>>,
     services: Arc<WorkQueue>,
 }
 
 /// Starts a simulation of a cluster whose API is `client`. Must be called in a runtime.
 pub fn start(client: Arc<dyn ObjectClient>, config: SimulationConfig) -> Simulation {
     let cluster = Arc::new(Cluster::new(client, config.clock));
-    let recorder = Arc::new(Recorder::new(Arc::clone(&cluster)));
-    let queues = Arc::new(Queues::default());
-    subscribe(&cluster, &queues);
+    let (recorder, events) = Recorder::new(Arc::clone(&cluster));
+    let recorder = Arc::new(recorder);
+    let kubelets = config.nodes.len().clamp(1, MAX_KUBELETS);
+    let pods_to_run = (0..kubelets).map(|_| Arc::default()).collect();
+    let queues = Arc::new(Queues { pods_to_run, ..Queues::default() });
+    subscribe(&cluster, &queues, &config.nodes);
     let mut simulation = Simulation {
         logs: SimulatedLogs::new(Arc::clone(&cluster), config.log_interval),
         stop: CancellationToken::new(),
@@ -122,6 +132,8 @@ pub fn start(client: Arc<dyn ObjectClient>, config: SimulationConfig) -> Simulat
         let span = tracing::info_span!("simulation.cache", resource = resource.plural);
         simulation.tasks.spawn(reflect.instrument(span));
     }
+    let events = events.run(simulation.stop.clone());
+    simulation.tasks.spawn(events.instrument(tracing::info_span!("simulation.events")));
     let parts = (&cluster, &recorder);
     let (c, r) = (Arc::clone(parts.0), Arc::clone(parts.1));
     let deployments = Arc::new(Deployments { cluster: c, recorder: r });
@@ -160,10 +172,13 @@ pub fn start(client: Arc<dyn ObjectClient>, config: SimulationConfig) -> Simulat
         delays: config.delays,
         lives: Mutex::new(HashMap::new()),
     });
-    simulation.control("kubelet", &cluster, &queues.pods_to_run, move |key| {
+    for queue in &queues.pods_to_run {
         let kubelet = Arc::clone(&kubelet);
-        async move { kubelet.reconcile(key).await }
-    });
+        simulation.control("kubelet", &cluster, queue, move |key| {
+            let kubelet = Arc::clone(&kubelet);
+            async move { kubelet.reconcile(key).await }
+        });
+    }
     let endpoints = Arc::new(Endpoints { cluster: Arc::clone(&cluster) });
     simulation.control("endpoints", &cluster, &queues.services, move |key| {
         let endpoints = Arc::clone(&endpoints);
@@ -260,7 +275,7 @@ impl Simulation {
 }
 
 /// Says which change makes which controller look at what.
-fn subscribe(cluster: &Arc<Cluster>, queues: &Arc<Queues>) {
+fn subscribe(cluster: &Arc<Cluster>, queues: &Arc<Queues>, nodes: &[NodeConfig]) {
     let itself = |queue: &Arc<WorkQueue>| -> Handler {
         let queue = Arc::clone(queue);
         Box::new(move |old, new| {
@@ -279,7 +294,7 @@ fn subscribe(cluster: &Arc<Cluster>, queues: &Arc<Queues>) {
         Box::new(move |old, new| {
             for set in [old, new].into_iter().flatten() {
                 if let Some(owner) = object::controller_key(set, Resource::DEPLOYMENTS) {
-                    queues.deployments.add(owner);
+                    queues.deployments.add_after(owner, GATHER);
                 } else if let Some(cluster) = cluster.upgrade() {
                     // An orphan: whoever selects it may adopt it.
                     add_selecting(&cluster, Resource::DEPLOYMENTS, set, &queues.deployments);
@@ -302,7 +317,7 @@ fn subscribe(cluster: &Arc<Cluster>, queues: &Arc<Queues>) {
                     {
                         queues.deployments.add(key);
                     }
-                    queues.replica_sets.add(owner);
+                    queues.replica_sets.add_after(owner, GATHER);
                 } else if let Some(owner) = object::controller_key(pod, Resource::STATEFUL_SETS) {
                     queues.stateful_sets.add(owner);
                 } else if let Some(owner) = object::controller_key(pod, Resource::DAEMON_SETS) {
@@ -315,7 +330,7 @@ fn subscribe(cluster: &Arc<Cluster>, queues: &Arc<Queues>) {
                     !selector.is_empty() && selector.matches(object::labels(pod))
                 });
                 for service in services {
-                    queues.services.add(Key::of(&service));
+                    queues.services.add_after(Key::of(&service), GATHER);
                 }
             }
         })
@@ -332,7 +347,18 @@ fn subscribe(cluster: &Arc<Cluster>, queues: &Arc<Queues>) {
             _ => {}
         })
     };
-    cluster.subscribe(Resource::PODS, vec![itself(&queues.pods_to_run), owner_of_pod, places]);
+    let runs: Handler = {
+        let queues = Arc::clone(queues);
+        let names: Vec<String> = nodes.iter().map(|node| node.name.clone()).collect();
+        Box::new(move |old, new| {
+            let Some(pod) = new.or(old) else { return };
+            let node = names.iter().position(|name| pod["spec"]["nodeName"] == name.as_str());
+            if let Some(node) = node {
+                queues.pods_to_run[node % queues.pods_to_run.len()].add(Key::of(pod));
+            }
+        })
+    };
+    cluster.subscribe(Resource::PODS, vec![runs, owner_of_pod, places]);
 
     let nodes: Handler = {
         let (cluster, queues) = (Arc::downgrade(cluster), Arc::clone(queues));
@@ -360,14 +386,21 @@ fn subscribe(cluster: &Arc<Cluster>, queues: &Arc<Queues>) {
     cluster.subscribe(Resource::NODES, vec![nodes]);
 
     // What somebody else does to endpoints is put right.
-    let endpoints = itself(&queues.services);
+    let endpoints: Handler = {
+        let queues = Arc::clone(queues);
+        Box::new(move |old, new| {
+            if let Some(endpoints) = new.or(old) {
+                queues.services.add_after(Key::of(endpoints), GATHER);
+            }
+        })
+    };
     cluster.subscribe(Resource::ENDPOINTS, vec![endpoints]);
     let slices: Handler = {
         let queues = Arc::clone(queues);
         Box::new(move |old, new| {
             let Some(slice) = new.or(old) else { return };
             if let Some(service) = object::labels(slice)["kubernetes.io/service-name"].as_str() {
-                queues.services.add(Key::new(object::namespace(slice), service));
+                queues.services.add_after(Key::new(object::namespace(slice), service), GATHER);
             }
         })
     };

@@ -91,16 +91,12 @@ impl ReplicaSets {
                 match self.cluster.create(Resource::PODS, object::namespace(set), pod).await {
                     Ok(pod) => {
                         let message = format!("Created pod: {}", object::name(&pod));
-                        self.recorder
-                            .normal(Component::ReplicaSets, subject, "SuccessfulCreate", &message)
-                            .await;
+                        self.recorder.normal(Component::ReplicaSets, subject, "SuccessfulCreate", message);
                         active.push(pod);
                     }
                     Err(error) => {
                         let message = format!("Error creating: {}", error.message);
-                        self.recorder
-                            .warning(Component::ReplicaSets, subject, "FailedCreate", &message)
-                            .await;
+                        self.recorder.warning(Component::ReplicaSets, subject, "FailedCreate", message);
                         return Err(error);
                     }
                 }
@@ -110,7 +106,7 @@ impl ReplicaSets {
             for pod in active.drain(..(active.len() - wanted).min(BURST)) {
                 self.cluster.delete(Resource::PODS, &pod, None).await?;
                 let message = format!("Deleted pod: {}", object::name(&pod));
-                self.recorder.normal(Component::ReplicaSets, subject, "SuccessfulDelete", &message).await;
+                self.recorder.normal(Component::ReplicaSets, subject, "SuccessfulDelete", message);
             }
         }
         Ok(())

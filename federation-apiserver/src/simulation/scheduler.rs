@@ -60,7 +60,7 @@ impl Scheduler {
                 let bound = self.cluster.update(Resource::PODS, bound).await?;
                 let message = format!("Successfully assigned {key} to {node}");
                 let subject = (Resource::PODS, &*bound);
-                self.recorder.normal(Component::Scheduler, subject, "Scheduled", &message).await;
+                self.recorder.normal(Component::Scheduler, subject, "Scheduled", message);
             }
             Err(message) => self.tell_unschedulable(&pod, &message).await?,
         }
@@ -86,7 +86,7 @@ impl Scheduler {
         object::set_condition(status, condition, &self.cluster.clock.time());
         self.cluster.update_status(Resource::PODS, updated).await?;
         let subject = (Resource::PODS, pod);
-        self.recorder.warning(Component::Scheduler, subject, "FailedScheduling", message).await;
+        self.recorder.warning(Component::Scheduler, subject, "FailedScheduling", message.to_owned());
         Ok(())
     }
 }

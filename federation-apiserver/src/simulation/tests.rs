@@ -118,9 +118,8 @@ async fn a_deployment_becomes_ready_and_scales() {
         nodes.insert(pod["spec"]["nodeName"].to_string());
     }
     assert_eq!((addresses.len(), nodes.len()), (3, 3), "addresses are unique and pods are spread");
-    let told = reasons(&client);
     for reason in ["ScalingReplicaSet", "SuccessfulCreate", "Scheduled", "Pulled", "Started"] {
-        assert!(told.iter().any(|told| told == reason), "no event {reason} in {told:?}");
+        client.until(reason, |c| reasons(c).iter().any(|told| told == reason)).await;
     }
 
     client.edit(Resource::DEPLOYMENTS, "web", |d| d["spec"]["replicas"] = json!(1)).await;
@@ -276,7 +275,7 @@ async fn pods_without_a_matching_node_wait_for_one() {
     };
     client.until("unschedulable", |c| pods(c).len() == 2 && pods(c).iter().all(told)).await;
     assert!(pods(&client).iter().all(|pod| pod["status"]["phase"] == "Pending"));
-    assert!(reasons(&client).iter().any(|reason| reason == "FailedScheduling"));
+    client.until("an event", |c| reasons(c).iter().any(|reason| reason == "FailedScheduling")).await;
     let mut node = client.one(Resource::NODES, "", "m-node-3").unwrap();
     node["metadata"]["labels"]["topology.kubernetes.io/zone"] = json!("hz-c");
     client.update(Resource::NODES, node).await.unwrap();
@@ -340,7 +339,7 @@ async fn refused_pods_are_tried_again() {
     client.refuse_pods(3);
     create(&client, Resource::DEPLOYMENTS, deployment("web", 2)).await;
     client.until("ready after all", |c| rolled_out(c, "web")).await;
-    assert!(reasons(&client).iter().any(|reason| reason == "FailedCreate"));
+    client.until("an event", |c| reasons(c).iter().any(|reason| reason == "FailedCreate")).await;
     let set = client.all(Resource::REPLICA_SETS).remove(0);
     assert!(object::condition(&set["status"], "ReplicaFailure").is_none());
     simulation.shutdown().await;

@@ -138,7 +138,7 @@ impl StatefulSets {
         self.cluster.create(Resource::PODS, object::namespace(set), pod).await?;
         let message = format!("create Pod {name} in StatefulSet {} successful", object::name(set));
         let subject = (Resource::STATEFUL_SETS, set);
-        self.recorder.normal(Component::StatefulSets, subject, "SuccessfulCreate", &message).await;
+        self.recorder.normal(Component::StatefulSets, subject, "SuccessfulCreate", message);
         Ok(())
     }
 
@@ -147,7 +147,7 @@ impl StatefulSets {
         let name = object::name(pod);
         let message = format!("delete Pod {name} in StatefulSet {} successful", object::name(set));
         let subject = (Resource::STATEFUL_SETS, set);
-        self.recorder.normal(Component::StatefulSets, subject, "SuccessfulDelete", &message).await;
+        self.recorder.normal(Component::StatefulSets, subject, "SuccessfulDelete", message);
         Ok(())
     }
 }
@@ -209,7 +209,7 @@ impl DaemonSets {
             *object::member(&mut pod, &["spec", "nodeName"]) = json!(name);
             let pod = self.cluster.create(Resource::PODS, object::namespace(set), pod).await?;
             let message = format!("Created pod: {}", object::name(&pod));
-            self.recorder.normal(Component::DaemonSets, subject, "SuccessfulCreate", &message).await;
+            self.recorder.normal(Component::DaemonSets, subject, "SuccessfulCreate", message);
         }
         let rolling = set["spec"]["updateStrategy"]["type"] != "OnDelete";
         let settled = pods.iter().all(|pod| object::is_pod_active(pod) && object::is_pod_ready(pod));
@@ -230,7 +230,7 @@ impl DaemonSets {
         self.cluster.delete(Resource::PODS, pod, None).await?;
         let message = format!("Deleted pod: {}", object::name(pod));
         let subject = (Resource::DAEMON_SETS, set);
-        self.recorder.normal(Component::DaemonSets, subject, "SuccessfulDelete", &message).await;
+        self.recorder.normal(Component::DaemonSets, subject, "SuccessfulDelete", message);
         Ok(())
     }
 }
