@@ -135,8 +135,9 @@ pub(crate) async fn revoke(args: RevokeArgs) -> Result<()> {
     cluster_name(&args.name)?;
     let hub = Hub::open(&args.hub).await?;
     let clusters = hub.objects(Kind::KubeFedCluster, Some(FEDERATION_NAMESPACE));
+    // Whole seconds, as in certificates, and never in the future: one issued a moment later must be good.
     let now = jiff::Timestamp::now();
-    let revoked_at = now.round(jiff::Unit::Second).unwrap_or(now).to_string();
+    let revoked_at = jiff::Timestamp::from_second(now.as_second()).unwrap_or(now).to_string();
     let patch = json!({"metadata": {"annotations": {"cellway.io/revoked-at": revoked_at}}});
     clusters
         .patch(&args.name, &PatchParams::default(), &Patch::Merge(&patch))

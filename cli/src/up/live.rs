@@ -15,12 +15,33 @@ use crate::{
 
 const REFRESH: Duration = Duration::from_secs(1);
 
+/// While it lives, the terminal cuts long lines instead of wrapping them, so that a picture's height is known.
+struct NoWrap;
+
+impl NoWrap {
+    fn set(on: bool) {
+        let mut out = io::stdout().lock();
+        // A terminal that has gone away needs nothing restored.
+        let _ = out.write_all(if on { b"\x1b[?7l" } else { b"\x1b[?7h" }).and_then(|()| out.flush());
+    }
+}
+
+impl Drop for NoWrap {
+    fn drop(&mut self) {
+        Self::set(false);
+    }
+}
+
 /// Runs until a child ends or the caller stops it.
 pub(super) async fn run(hub: &Hub, children: &mut Children, demo: bool) -> Result<()> {
     let terminal = on_terminal();
     if !terminal {
         text_out("running; SIGINT or SIGTERM ends it\n")?;
     }
+    let _no_wrap = terminal.then(|| {
+        NoWrap::set(true);
+        NoWrap
+    });
     let mut tick = tokio::time::interval(REFRESH);
     let mut lines = 0;
     loop {

@@ -201,7 +201,11 @@ async fn those_who_may_not_are_refused() -> Result<()> {
     .await?;
     fleet.wait_for_member("east", LIMIT).await?;
     ensure!(fleet.tunnels("west").await?.is_empty(), "a revoked member came back");
-    Ok(())
+
+    // A new token is a new beginning.
+    fleet.member("west")?.process.kill().await?;
+    fleet.enrol("west").await?;
+    fleet.wait_for_member("west", START_LIMIT).await
 }
 
 /// Starts a member with the token and gives back what it says when it is turned away.

@@ -216,6 +216,15 @@ async fn kubectl_works_against_a_member_through_the_hub() -> Result<()> {
     ensure!(nodes.contains("Ready"), "{nodes}");
     ensure!(fleet.kubectl_member("west", &["version"], None).await?.contains("Server Version"));
 
+    // Typed commands send protobuf for the kinds that Kubernetes has.
+    fleet.kubectl_member("west", &["create", "namespace", "made"], None).await?;
+    fleet
+        .kubectl_member("west", &["-n", "made", "create", "configmap", "made", "--from-literal=a=b"], None)
+        .await?;
+    let made = fleet.get(Some("west"), &["-n", "made", "configmap", "made"]).await?;
+    ensure!(made["data"]["a"] == "b", "{made}");
+    fleet.kubectl_member("west", &["delete", "namespace", "made", "--timeout=60s"], None).await?;
+
     // A watch sees what happens after it began.
     let mut watch = Process::spawn(
         "watch",
