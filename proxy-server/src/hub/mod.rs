@@ -343,6 +343,8 @@ impl Hub {
             std::future::pending::<Result<(), HubError>>().await
         };
         let outcome = tokio::select! {
+            // First: parts that end because of the drain have not failed.
+            biased;
             () = drain.signaled() => Ok(()),
             failed = running => failed,
             _ = api_task.join_next() => Err(HubError::Ended("hub API")),

@@ -1,0 +1,266 @@
+//! The hub in one process: enrolment with a token, the API proxy through a tunnel, ping, revocation, drain. The member
+//! is a tunnel with a scripted gateway.
+
+use std::convert::Infallible;
+use std::time::{Duration, SystemTime};
+
+use clap::Parser;
+use http::{Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper_util::rt::TokioIo;
+use proxy_server::enrol::{EnrolmentToken, PATH};
+use proxy_server::hub::{Hub, HubArgs};
+use serde_json::{Value, json};
+use tls::{AgentKey, ClientTls};
+use tokio::net::TcpStream;
+use tokio_util::task::AbortOnDropHandle;
+use tunnel::{Budget, CarrierChoice, ConnectOptions, DialError, Hello, Limits};
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    hub: HubArgs,
+}
+
+struct Setup {
+    client: kube::Client,
+    server: Value,
+    signal: service::drain::DrainSignal,
+    hub: AbortOnDropHandle<()>,
+    dir: tempfile::TempDir,
+}
+
+/// What an agent has after its enrolment.
+struct Enrolled {
+    certificate: String,
+    key: AgentKey,
+    ca: String,
+}
+
+async fn start() -> Setup {
+    if let Ok(filter) = std::env::var("CELLWAY_LOG") {
+        let _ = service::log::LogArgs { filter: Some(filter), ..Default::default() }.init();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let data_dir = dir.path().join("hub");
+    let mut argv = vec!["hub".to_owned(), "--bind-address=127.0.0.1".to_owned()];
+    argv.push(format!("--data-dir={}", data_dir.display()));
+    argv.extend(["api", "agent", "connect", "health", "admin"].map(|name| format!("--{name}-port=0")));
+    let hub = Hub::bind(Args::parse_from(argv).hub).await.unwrap();
+    let (signal, drain) = service::drain::channel();
+    let hub = AbortOnDropHandle::new(tokio::spawn(async move { hub.run(drain).await.unwrap() }));
+    let file = data_dir.join("hub.json");
+    let server: Value = until("hub.json", || {
+        let text = std::fs::read(&file).ok();
+        async move { serde_json::from_slice(&text?).ok() }
+    })
+    .await;
+    let kubeconfig = kube::config::Kubeconfig::read_from(data_dir.join("admin.kubeconfig")).unwrap();
+    let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default()).await.unwrap();
+    // A 503 is an answer here, not a reason to ask again for a minute.
+    config.default_retry = false;
+    Setup { client: kube::Client::try_from(config).unwrap(), server, signal, hub, dir }
+}
+
+/// Asks again until there is an answer.
+async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl FnMut() -> F) -> T {
+    let asking = async {
+        let mut tick = tokio::time::interval(Duration::from_millis(20));
+        loop {
+            tick.tick().await;
+            if let Some(answer) = ask().await {
+                return answer;
+            }
+        }
+    };
+    tokio::time::timeout(LIMIT, asking).await.unwrap_or_else(|_| panic!("no {what} within {LIMIT:?}"))
+}
+
+impl Setup {
+    async fn get(&self, path: &str) -> Result<Value, kube::Error> {
+        self.client.request(Request::get(path).body(Vec::new()).unwrap()).await
+    }
+
+    async fn status(&self, path: &str) -> (u16, String) {
+        match self.get(path).await {
+            Ok(_) => (200, String::new()),
+            Err(kube::Error::Api(status)) => (status.code, status.message),
+            Err(error) => panic!("{path}: {error}"),
+        }
+    }
+
+    async fn post(&self, path: &str, object: Value) {
+        let request = Request::post(path).header("content-type", "application/json");
+        self.client.request::<Value>(request.body(object.to_string().into_bytes()).unwrap()).await.unwrap();
+    }
+
+    async fn add_cluster(&self, name: &str) {
+        self.post(
+            "/apis/core.kubefed.io/v1beta1/namespaces/kube-federation-system/kubefedclusters",
+            json!({ "apiVersion": "core.kubefed.io/v1beta1", "kind": "KubeFedCluster",
+                    "metadata": { "name": name }, "spec": {} }),
+        )
+        .await;
+        // The directory follows by a watch.
+        until("cluster in the directory", || async move {
+            let clusters = self.get("/cellway/v1/clusters").await.unwrap();
+            clusters["items"].as_array().unwrap().iter().any(|row| row["name"] == name).then_some(())
+        })
+        .await;
+    }
+
+    async fn add_token(&self, cluster: &str, life: i64) -> EnrolmentToken {
+        let token = EnrolmentToken::generate();
+        let expires = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(life);
+        self.post(
+            "/api/v1/namespaces/cellway-system/secrets",
+            json!({ "apiVersion": "v1", "kind": "Secret", "type": "cellway.io/enrolment-token",
+                    "metadata": { "name": format!("enrolment-{}", token.id) },
+                    "stringData": { "cluster": cluster, "token-hash": token.hash(), "expires-at": expires.to_string() } }),
+        )
+        .await;
+        token
+    }
+
+    fn agents(&self) -> &str {
+        self.server["advertisedAgents"].as_str().unwrap()
+    }
+
+    async fn request_certificate(
+        &self,
+        token: &EnrolmentToken,
+        agent: &str,
+    ) -> Result<Enrolled, (StatusCode, Value)> {
+        let key = AgentKey::generate().unwrap();
+        let hash = self.server["caHash"].as_str().unwrap().parse().unwrap();
+        let tls = ClientTls::with_ca_hash(hash, None).unwrap();
+        let tcp = TcpStream::connect(self.agents()).await.unwrap();
+        let name = tls::ServerName::try_from("127.0.0.1").unwrap();
+        let stream = tls.connector(&[b"http/1.1"]).connect(name, tcp).await.unwrap();
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        let _driver = AbortOnDropHandle::new(tokio::spawn(async move { drop(connection.await) }));
+        let body = json!({ "csr": key.certificate_request().unwrap(), "agentId": agent });
+        let request = Request::post(PATH)
+            .header("host", "hub")
+            .header("authorization", format!("Bearer {}", token.reveal()))
+            .body(Full::new(Bytes::from(body.to_string())))
+            .unwrap();
+        let response = sender.send_request(request).await.unwrap();
+        let status = response.status();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        let body: Value = serde_json::from_slice(&body).unwrap();
+        if status != 200 {
+            return Err((status, body));
+        }
+        let text = |name: &str| body[name].as_str().unwrap().to_owned();
+        Ok(Enrolled { certificate: text("certificate"), ca: text("ca"), key })
+    }
+
+    /// Holds a tunnel whose gateway tells who asks for what.
+    async fn agent(
+        &self,
+        enrolled: &Enrolled,
+        cluster: &str,
+        agent: &str,
+    ) -> (tunnel::AgentTunnelHandle, AbortOnDropHandle<()>) {
+        let identity = (enrolled.certificate.as_str(), enrolled.key.to_pem());
+        let mut tunnel = tunnel::connect(ConnectOptions {
+            address: self.agents().to_owned(),
+            server_name: "127.0.0.1".to_owned(),
+            tls: ClientTls::from_pem(&enrolled.ca, Some((identity.0, &identity.1))).unwrap(),
+            carrier: CarrierChoice::H2,
+            egress_proxy: None,
+            hello: Hello { cluster: cluster.to_owned(), agent_id: agent.to_owned(), ..Hello::default() },
+            limits: Limits::default(),
+            budget: Budget::new(1 << 30),
+        })
+        .await
+        .unwrap();
+        let handle = tunnel.handle();
+        let task = tokio::spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
+            while let Some(dial) = tunnel.accept().await {
+                connections.spawn(async move {
+                    if !dial.target().is_api_gateway() {
+                        return dial.refuse(DialError::NotAllowed).await;
+                    }
+                    if let Ok(connection) = dial.accept().await {
+                        let service = hyper::service::service_fn(gateway);
+                        let http = hyper::server::conn::http1::Builder::new();
+                        let _ = http.serve_connection(TokioIo::new(connection), service).await;
+                    }
+                });
+            }
+        });
+        (handle, AbortOnDropHandle::new(task))
+    }
+}
+
+async fn gateway(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+    let user =
+        request.headers().get("impersonate-user").and_then(|user| user.to_str().ok()).unwrap_or("nobody");
+    let body = match request.uri().path() {
+        "/version" => json!({ "gitVersion": "v1.37.0-test" }),
+        path => json!({ "path": path, "user": user }),
+    };
+    Ok(Response::builder()
+        .header("content-type", "application/json")
+        .body(Full::new(Bytes::from(body.to_string())))
+        .unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn from_token_to_revocation() {
+    let setup = start().await;
+    assert_eq!(setup.get("/cellway/v1/server").await.unwrap()["caHash"], setup.server["caHash"]);
+    assert_eq!(setup.status("/clusters/east/version").await.0, 404);
+    setup.add_cluster("east").await;
+    assert_eq!(setup.status("/clusters/east/version").await.0, 503);
+    assert_eq!(setup.status("/cellway/v1/clusters/east/ping").await.0, 503);
+    assert_eq!(setup.status("/cellway/v1/clusters/north/ping").await.0, 404);
+
+    let expired = setup.add_token("east", -5).await;
+    let (status, body) = setup.request_certificate(&expired, "a1").await.err().unwrap();
+    assert!(status == 401 && body["message"].as_str().unwrap().contains("expired"), "{body}");
+    let token = setup.add_token("east", 600).await;
+    let enrolled = setup.request_certificate(&token, "a1").await.map_err(|(_, body)| body).unwrap();
+    assert_eq!(setup.request_certificate(&token, "a2").await.err().unwrap().0, 401, "a token works once");
+
+    let (handle, _task) = setup.agent(&enrolled, "east", "a1").await;
+    let answer =
+        until("answer of the member", || async { setup.get("/clusters/east/api/v1/pods").await.ok() }).await;
+    assert_eq!(answer, json!({ "path": "/api/v1/pods", "user": "cellway:admin" }));
+    let ping = setup.get("/cellway/v1/clusters/east/ping").await.unwrap();
+    assert_eq!(
+        (&ping["api"]["ok"], &ping["api"]["version"]),
+        (&json!(true), &json!("v1.37.0-test")),
+        "{ping}"
+    );
+    assert!(ping["tunnels"][0]["rttMillis"].as_f64().is_some(), "{ping}");
+    let tunnels = setup.get("/cellway/v1/tunnels?cluster=east").await.unwrap();
+    assert_eq!(tunnels["items"][0]["agentId"], "a1");
+    assert!(tunnels["items"][0]["certificateNotAfter"].is_string());
+
+    let now = jiff::Timestamp::try_from(SystemTime::now() + Duration::from_secs(1)).unwrap();
+    let patch = json!({ "metadata": { "annotations": { "cellway.io/revoked-at": now.to_string() } } });
+    let request = Request::patch(
+        "/apis/core.kubefed.io/v1beta1/namespaces/kube-federation-system/kubefedclusters/east",
+    )
+    .header("content-type", "application/merge-patch+json")
+    .body(patch.to_string().into_bytes())
+    .unwrap();
+    setup.client.request::<Value>(request).await.unwrap();
+    tokio::time::timeout(LIMIT, handle.closed()).await.unwrap();
+    until("end of the tunnel", || async {
+        (setup.status("/clusters/east/version").await.0 == 503).then_some(())
+    })
+    .await;
+
+    tokio::time::timeout(LIMIT, setup.signal.drain()).await.unwrap();
+    tokio::time::timeout(LIMIT, setup.hub).await.unwrap().unwrap();
+    assert!(!setup.dir.path().join("hub").join("hub.json").exists());
+}
