@@ -36,9 +36,11 @@ use crate::{
 /// The protocol's name in the TLS handshake.
 pub(crate) const ALPN: &[u8] = b"cellway-quic/1";
 
-/// The receive window of one stream: 100 MiB/s at 10 ms of round trip. quinn does not grow windows, so this is also
-/// what each connection takes from the budget.
-const STREAM_WINDOW: usize = 1024 * 1024;
+/// The receive window of one stream: 400 MiB/s at 10 ms of round trip. quinn does not grow windows.
+const STREAM_WINDOW: usize = 4 * 1024 * 1024;
+
+/// Buffers of the UDP socket: bursts of a whole window would overflow the usual 208 KiB.
+const SOCKET_BUFFER: usize = 4 * 1024 * 1024;
 
 /// A `Dial`: a target of at most 260 bytes and a number.
 const MAX_DIAL: usize = 1024;
@@ -89,7 +91,7 @@ pub(crate) struct QuicConnection {
     recv: quinn::RecvStream,
     sent_end: bool,
     place: Option<Place>,
-    _reservation: Reservation,
+    _reservation: Option<Reservation>,
     link: Arc<QuicLink>,
 }
 
@@ -103,9 +105,9 @@ pub(crate) fn bind(address: SocketAddr, config: quinn::ServerConfig) -> io::Resu
 
 fn endpoint(socket: std::net::UdpSocket, server: Option<quinn::ServerConfig>) -> io::Result<quinn::Endpoint> {
     let buffers = socket2::SockRef::from(&socket);
-    // Bursts of a whole window would overflow the usual 208 KiB; the kernel gives what it is allowed to.
-    let _ = buffers.set_recv_buffer_size(4 * STREAM_WINDOW);
-    let _ = buffers.set_send_buffer_size(4 * STREAM_WINDOW);
+    // The kernel gives what it is allowed to.
+    let _ = buffers.set_recv_buffer_size(SOCKET_BUFFER);
+    let _ = buffers.set_send_buffer_size(SOCKET_BUFFER);
     let mut config = quinn::EndpointConfig::default();
     config
         .max_udp_payload_size(MAX_PACKET)
@@ -153,9 +155,9 @@ fn transport(limits: &Limits, streams: usize) -> TransportConfig {
         .max_concurrent_bidi_streams(VarInt::from_u32(u32::try_from(streams).unwrap_or(u32::MAX)))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW as u32))
-        // Only the streams' own windows count: a stalled reader must not use up what the others share.
-        .receive_window(VarInt::MAX)
-        .send_window(16 * STREAM_WINDOW as u64)
+        // Grows with the connections, see `QuicLink::reserve`.
+        .receive_window(VarInt::from_u32(STREAM_WINDOW as u32))
+        .send_window(4 * STREAM_WINDOW as u64)
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(Some(mtu))
         .keep_alive_interval(Some(limits.keepalive_interval))
@@ -247,7 +249,7 @@ impl QuicLink {
             let _ = (send.reset(code::CANCELLED), recv.stop(code::CANCELLED));
             return None;
         };
-        let Some(reservation) = self.budget.reserve(STREAM_WINDOW) else {
+        let Ok(reservation) = self.reserve() else {
             let result = v1::DialResult { error: DialError::TooManyConnections.code().to_owned() };
             let _ = write_framed(&mut send, &result).await;
             let _ = send.finish();
@@ -279,6 +281,19 @@ impl QuicLink {
         }
     }
 
+    /// Takes a stream's window from the budget, and opens the connection's window as wide as all that is taken: as
+    /// long as the budget lasts a stalled reader uses up its own window only. Behind that streams share what there
+    /// is, so that the memory stays bounded; refused is a connection only when there is nothing to share.
+    fn reserve(&self) -> Result<Option<Reservation>, DialError> {
+        let reservation = self.budget.reserve(STREAM_WINDOW);
+        let promised = self.budget.used();
+        if promised == 0 {
+            return Err(DialError::TooManyConnections);
+        }
+        self.connection.set_receive_window(VarInt::from_u64(promised as u64).unwrap_or(VarInt::MAX));
+        Ok(reservation)
+    }
+
     pub(crate) async fn open_control(self: &Arc<Self>) -> Result<QuicConnection, TunnelError> {
         let refused =
             |error: DialError| TunnelError::Protocol(format!("the control stream was refused: {error}"));
@@ -303,7 +318,7 @@ impl QuicLink {
         if self.table.len() >= self.limits.max_connections {
             return Err(DialError::TooManyConnections);
         }
-        let reservation = self.budget.reserve(STREAM_WINDOW).ok_or(DialError::TooManyConnections)?;
+        let reservation = self.reserve()?;
         let (send, recv) = self.connection.open_bi().await.map_err(|_| DialError::TunnelClosed)?;
         let id = send.id().index();
         let place = target.map(|target| self.table.enter(id, target.clone()));

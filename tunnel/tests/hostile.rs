@@ -17,7 +17,8 @@ async fn garbage_is_turned_away_and_counted() {
     let identities = Identities::new();
     let mut listener = support::listener(&identities, Limits::default(), false).await;
     let address = listener.local_addr();
-    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 4096], b"\x16\x03\x01\xff\xff\x01", &[0; 40_000]] {
+    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 4096], b"\x16\x03\x01\xff\xff\x01", &[0; 40_000]]
+    {
         let mut stranger = TcpStream::connect(address).await.unwrap();
         // The listener may close before everything is written.
         let _ = stranger.write_all(garbage).await;

@@ -85,12 +85,19 @@ async fn our_server_with_a_stock_agent() {
                 if request.method() == http::Method::POST {
                     assert_eq!(request.uri().path(), "/cellway.tunnel.v1.Tunnel/Attach");
                     assert_eq!(request.headers()["content-type"], "application/grpc");
-                    let response = http::Response::builder().header("content-type", "application/grpc").body(()).unwrap();
+                    let response = http::Response::builder()
+                        .header("content-type", "application/grpc")
+                        .body(())
+                        .unwrap();
                     let mut control = respond.send_response(response, false).unwrap();
                     let mut body = request.into_body();
                     let hello: v1::ServerMessage = message(&mut body).await;
                     assert!(matches!(hello.message, Some(v1::server_message::Message::Hello(_))));
-                    let hello = v1::AgentHello { cluster: "prod".to_owned(), labels: BTreeMap::from([("a".to_owned(), "b".to_owned())]), ..Default::default() };
+                    let hello = v1::AgentHello {
+                        cluster: "prod".to_owned(),
+                        labels: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
+                        ..Default::default()
+                    };
                     let hello = v1::AgentMessage { message: Some(v1::agent_message::Message::Hello(hello)) };
                     control.send_data(framed(&hello), false).unwrap();
                     // Held open: its end would be the tunnel's.
@@ -101,7 +108,11 @@ async fn our_server_with_a_stock_agent() {
                 let authority = request.uri().authority().unwrap().to_string();
                 assert!(request.headers().contains_key("cellway-timeout-ms"));
                 if authority == "refused.internal:1" {
-                    let response = http::Response::builder().status(502).header("cellway-error", "refused").body(()).unwrap();
+                    let response = http::Response::builder()
+                        .status(502)
+                        .header("cellway-error", "refused")
+                        .body(())
+                        .unwrap();
                     respond.send_response(response, true).unwrap();
                     return;
                 }
@@ -168,13 +179,25 @@ async fn our_agent_with_a_stock_server() {
     });
     let (tcp, _) = listener.accept().await.unwrap();
     let tls = acceptor.accept(tcp).await.unwrap();
-    let (mut http, connection) =
-        client::Builder::new().initial_window_size(30_000).max_frame_size(17_000).handshake::<_, Bytes>(tls).await.unwrap();
+    let (mut http, connection) = client::Builder::new()
+        .initial_window_size(30_000)
+        .max_frame_size(17_000)
+        .handshake::<_, Bytes>(tls)
+        .await
+        .unwrap();
     let driver = Arc::new(tokio::spawn(connection));
-    let attach = http::Request::post("https://agent/cellway.tunnel.v1.Tunnel/Attach").header("content-type", "application/grpc").body(()).unwrap();
+    let attach = http::Request::post("https://agent/cellway.tunnel.v1.Tunnel/Attach")
+        .header("content-type", "application/grpc")
+        .body(())
+        .unwrap();
     let (response, mut control) = http.send_request(attach, false).unwrap();
     let hello = v1::ServerHello { server_id: "stock".to_owned(), ..Default::default() };
-    control.send_data(framed(&v1::ServerMessage { message: Some(v1::server_message::Message::Hello(hello)) }), false).unwrap();
+    control
+        .send_data(
+            framed(&v1::ServerMessage { message: Some(v1::server_message::Message::Hello(hello)) }),
+            false,
+        )
+        .unwrap();
     let mut body = response.await.unwrap().into_body();
     let hello: v1::AgentMessage = message(&mut body).await;
     let Some(v1::agent_message::Message::Hello(hello)) = hello.message else { panic!("no hello") };
@@ -183,7 +206,10 @@ async fn our_agent_with_a_stock_server() {
     let connect = |authority: &str| http::Request::connect(authority).body(()).unwrap();
     let (response, _stream) = http.send_request(connect("refused.internal:1"), false).unwrap();
     let response = response.await.unwrap();
-    assert_eq!((response.status().as_u16(), response.headers()["cellway-error"].as_bytes()), (502, &b"refused"[..]));
+    assert_eq!(
+        (response.status().as_u16(), response.headers()["cellway-error"].as_bytes()),
+        (502, &b"refused"[..])
+    );
     for length in [5, 2_000_000] {
         let (response, mut stream) = http.send_request(connect("echo.internal:7"), false).unwrap();
         let response = response.await.unwrap();
@@ -194,7 +220,8 @@ async fn our_agent_with_a_stock_server() {
         assert!(heard == bytes, "{} of {length} bytes came back", heard.len());
     }
     // A request that is neither is refused without harm to the rest.
-    let (response, _stream) = http.send_request(http::Request::get("https://agent/").body(()).unwrap(), true).unwrap();
+    let (response, _stream) =
+        http.send_request(http::Request::get("https://agent/").body(()).unwrap(), true).unwrap();
     assert!(response.await.is_err());
     let (response, _stream) = http.send_request(connect("refused.internal:1"), false).unwrap();
     assert_eq!(response.await.unwrap().status(), 502);

@@ -1035,7 +1035,9 @@ impl Link {
             Some(sender) => sender.try_send(incoming),
             None => return,
         };
-        if let Err(mpsc::error::TrySendError::Full(incoming) | mpsc::error::TrySendError::Closed(incoming)) = taken {
+        if let Err(mpsc::error::TrySendError::Full(incoming) | mpsc::error::TrySendError::Closed(incoming)) =
+            taken
+        {
             match incoming {
                 Incoming::Attach(connection) | Incoming::Dial { connection, .. } => {
                     connection.refuse(DialError::TooManyConnections)

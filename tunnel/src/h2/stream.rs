@@ -337,7 +337,8 @@ impl H2Connection {
         })
         .await;
         let sink = self.stream.recv.lock().sink.take();
-        if failure.is_some() {
+        // What was received to its end and passed on must still reach the local peer: no reset then.
+        if failure.is_some() && receiving {
             reader.abort();
             sink.into_iter().for_each(LocalWriter::forget);
         }
@@ -389,7 +390,7 @@ impl H2Connection {
         }
         // The sink is there as long as the relay runs.
         let Some(sink) = &recv.sink else { return Poll::Ready(Ok(())) };
-        if self.stream.state() & RESET != 0 {
+        if self.stream.state() & RESET != 0 && !recv.ended {
             return Poll::Ready(Err(RelayOutcome::RemoteReset));
         }
         while !recv.backlog.is_empty() {
@@ -439,7 +440,9 @@ impl AsyncRead for H2Connection {
     ) -> Poll<io::Result<()>> {
         self.stream.recv_waker.register(cx.waker());
         let mut recv = self.stream.recv.lock();
+        // A reset after the peer's orderly end takes nothing back.
         if self.stream.state() & RESET != 0
+            && !recv.ended
             && let Some(error) = self.stream.dead()
         {
             return Poll::Ready(Err(error));

@@ -153,7 +153,7 @@ impl Pair {
     pub fn idle_promise(&self) -> usize {
         match self.server.carrier() {
             tunnel::Carrier::H2 => 256 * 1024,
-            tunnel::Carrier::Quic => 1024 * 1024,
+            tunnel::Carrier::Quic => 4 * 1024 * 1024,
         }
     }
 }
