@@ -31,7 +31,7 @@ use http::{
 use http_body_util::{BodyExt, BodyStream, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument;
 
@@ -40,8 +40,13 @@ pub use upstream::{Pem, Token, Upstream, UpstreamConfig, UpstreamError};
 
 use crate::metrics::{GatewayLabels, Metrics};
 
-/// A head is complete within this time, or the connection ends: the hub sends it in one piece.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a connection may be idle, and a head incomplete, before it ends. Longer than the hub keeps idle
+/// connections, so that it is not this side that closes one just as it is used.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// After the last answer on a connection, how long to wait for the client to end it, and how much to read meanwhile.
+const LINGER: Duration = Duration::from_secs(5);
+const MAX_LINGER_BYTES: usize = 64 << 10;
 
 /// The largest head, in bytes. Go's server takes 1 MiB; users with very many groups come near 64 KiB.
 const MAX_HEAD: usize = 256 << 10;
@@ -142,7 +147,7 @@ impl Gateway {
             let serving = serving.clone();
             async move { Ok::<_, Infallible>(serving.handle(request).await) }
         });
-        let connection = hyper::server::conn::http1::Builder::new()
+        let mut connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIMEOUT)
             .max_buf_size(MAX_HEAD)
@@ -150,16 +155,22 @@ impl Gateway {
             .half_close(true)
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades();
-        let mut connection = std::pin::pin!(connection);
         let ended = tokio::select! {
-            ended = connection.as_mut() => ended,
+            ended = &mut connection => ended,
             () = drain.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                connection.await
+                std::pin::Pin::new(&mut connection).graceful_shutdown();
+                (&mut connection).await
             }
         };
-        if let Err(error) = ended {
-            tracing::debug!(error = %service::error_chain(&error), "gateway connection ended");
+        match ended {
+            Ok(()) => {
+                if let Some(parts) = connection.into_parts() {
+                    linger(parts.io.into_inner()).await;
+                }
+            }
+            Err(error) => {
+                tracing::debug!(error = %service::error_chain(&error), "gateway connection ended");
+            }
         }
         upgraded.close();
         upgraded.wait().await;
@@ -264,6 +275,21 @@ impl Serving {
 }
 
 // === helpers ===
+
+/// Waits for the client to end its side too (RFC 9112, 9.6): a connection that is dropped before is reset, and the reset
+/// may overtake the end of the last answer.
+async fn linger(mut io: impl AsyncRead + Unpin) {
+    let read = async {
+        let mut bytes = [0; 1024];
+        let mut left = MAX_LINGER_BYTES;
+        while let Ok(read @ 1..) = io.read(&mut bytes).await
+            && read <= left
+        {
+            left -= read;
+        }
+    };
+    let _ = tokio::time::timeout(LINGER, read).await;
+}
 
 fn check_request(method: &Method, headers: &HeaderMap, allow_masters: bool) -> Result<(), Refusal> {
     if *method == Method::CONNECT {
