@@ -275,7 +275,9 @@ impl Default for Fnv {
 
 impl Hasher for Fnv {
     fn finish(&self) -> u64 {
-        self.0
+        // Mixed once more, or similar inputs would have similar ends.
+        let mixed = (self.0 ^ (self.0 >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+        mixed ^ (mixed >> 33)
     }
 
     fn write(&mut self, bytes: &[u8]) {

@@ -10,7 +10,8 @@
 //! ```
 
 use std::collections::HashMap;
-use std::fs::{File, TryLockError};
+use std::fs::{DirBuilder, File, TryLockError};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,7 +30,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Row as _, Sqlite
 use super::{Backend, Listed, Logged, State};
 use crate::batch::{Decision, Operation, Record, decide};
 use crate::error::{Error, OpenError};
-use crate::types::{Event, EventKind, KeyRange, KeyValue, Revision};
+use crate::types::{Event, EventKind, KeyRange, KeyValue, MAX_KEY_BYTES, Revision};
 
 /// Connections that read. Each is a thread; a read is short, and SQLite readers do not block each other.
 const READERS: u32 = 4;
@@ -46,6 +47,12 @@ const EVENT_BYTES_PER_READ: usize = 8 * 1024 * 1024;
 
 /// Revisions looked at in one step of the sweep: a step takes some milliseconds, writes get in between.
 const REVISIONS_PER_SWEEP: u64 = 1000;
+
+/// A page of a list: from, to (excluded), the revision, the limit.
+const LIST: &str = "SELECT l.* FROM store_head h CROSS JOIN store_log l ON l.revision =
+                    (SELECT MAX(r.revision) FROM store_log r WHERE r.name = h.name AND r.revision <= ?3)
+              WHERE h.name >= ?1 AND h.name < ?2 AND l.deleted = 0
+              ORDER BY h.name LIMIT ?4";
 
 /// The largest number of rows in one statement, a power of two. Statements exist for powers of two only, so that all
 /// of them stay prepared.
@@ -164,18 +171,13 @@ impl SqliteBackend {
         let state = read_state(&mut snapshot).await?;
         let at = bound(Some(at.unwrap_or(state.revision)));
         let wanted = limit.map_or(-1, |limit| i64::try_from(limit).unwrap_or(i64::MAX));
-        let rows = sqlx::query(
-            "SELECT l.* FROM store_head h CROSS JOIN store_log l ON l.revision =
-                    (SELECT MAX(r.revision) FROM store_log r WHERE r.name = h.name AND r.revision <= ?3)
-              WHERE h.name >= ?1 AND (?2 IS NULL OR h.name < ?2) AND l.deleted = 0
-              ORDER BY h.name LIMIT ?4",
-        )
-        .bind(range.start().as_ref())
-        .bind(range.end().map(Bytes::as_ref))
-        .bind(at)
-        .bind(wanted)
-        .fetch_all(&mut *snapshot)
-        .await?;
+        let rows = sqlx::query(LIST)
+            .bind(range.start().as_ref())
+            .bind(end_of(range))
+            .bind(at)
+            .bind(wanted)
+            .fetch_all(&mut *snapshot)
+            .await?;
         let items = rows
             .iter()
             .map(|row| Ok(record_of(row)?.event_key_value()))
@@ -207,12 +209,12 @@ impl SqliteBackend {
         let mut rows = sqlx::query(
             "SELECT l.*, p.create_revision AS p_create_revision, p.version AS p_version, p.value AS p_value
                FROM store_log l LEFT JOIN store_log p ON p.revision = l.prev_revision AND p.deleted = 0
-              WHERE l.revision > ?1 AND +l.name >= ?2 AND (?3 IS NULL OR +l.name < ?3)
+              WHERE l.revision > ?1 AND +l.name >= ?2 AND +l.name < ?3
               ORDER BY l.revision LIMIT ?4",
         )
         .bind(bound(Some(after)))
         .bind(range.start().as_ref())
-        .bind(range.end().map(Bytes::as_ref))
+        .bind(end_of(range))
         .bind(EVENTS_PER_READ)
         .fetch(&mut *snapshot);
         let mut whole = true;
@@ -364,23 +366,29 @@ fn pool(connections: u32) -> SqlitePoolOptions {
 /// Takes the lock file beside the database. The system drops it with the process, however that ends.
 fn lock(path: &Path) -> Result<File, OpenError> {
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        std::fs::create_dir_all(folder)
-            .map_err(|source| OpenError::Prepare { path: folder.to_owned(), source })?;
+        let prepare = |source| OpenError::Prepare { path: folder.to_owned(), source };
+        DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(prepare)?;
     }
     let mut lock_path = path.as_os_str().to_owned();
     lock_path.push(".lock");
     let lock_path = PathBuf::from(lock_path);
-    let file = File::options()
-        .create(true)
-        .write(true)
-        .truncate(false)
-        .open(&lock_path)
-        .map_err(|source| OpenError::Prepare { path: lock_path.clone(), source })?;
+    let file = open_private(&lock_path)?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => {
+            // SQLite takes an empty file for a new database, and its other files get the same permissions.
+            open_private(path)?;
+            Ok(file)
+        }
         Err(TryLockError::WouldBlock) => Err(OpenError::InUse { path: path.to_owned() }),
         Err(TryLockError::Error(source)) => Err(OpenError::Prepare { path: lock_path, source }),
     }
+}
+
+/// Opens a file; makes it, for its owner alone, when it is missing: there are secrets in the store.
+fn open_private(path: &Path) -> Result<File, OpenError> {
+    let mut options = File::options();
+    options.create(true).write(true).truncate(false).mode(0o600);
+    options.open(path).map_err(|source| OpenError::Prepare { path: path.to_owned(), source })
 }
 
 async fn migrate(pool: &SqlitePool) -> Result<(), OpenError> {
@@ -486,12 +494,12 @@ async fn sweep(connection: &mut SqliteConnection) -> Result<State, sqlx::Error> 
 async fn count(connection: &mut SqliteConnection, range: &KeyRange, at: i64) -> Result<u64, sqlx::Error> {
     let row = sqlx::query(
         "SELECT COUNT(*) FROM store_head h
-          WHERE h.name >= ?1 AND (?2 IS NULL OR h.name < ?2)
+          WHERE h.name >= ?1 AND h.name < ?2
             AND 0 = (SELECT r.deleted FROM store_log r WHERE r.name = h.name AND r.revision <= ?3
                       ORDER BY r.revision DESC LIMIT 1)",
     )
     .bind(range.start().as_ref())
-    .bind(range.end().map(Bytes::as_ref))
+    .bind(end_of(range))
     .bind(at)
     .fetch_one(connection)
     .await?;
@@ -563,6 +571,14 @@ async fn append(connection: &mut SqliteConnection, records: &[Record]) -> Result
         query.execute(&mut *connection).await?;
     }
     Ok(())
+}
+
+/// The end of a range. There always is one: a condition that may be absent would keep the planner from seeking to it, and
+/// every list would walk to the end of the table.
+fn end_of(range: &KeyRange) -> &[u8] {
+    // Longer than any key can be, so greater than all of them.
+    const AFTER_ALL: &[u8] = &[u8::MAX; MAX_KEY_BYTES + 1];
+    range.end().map_or(AFTER_ALL, Bytes::as_ref)
 }
 
 /// A revision as SQL has it; none is after all of them.
@@ -666,6 +682,30 @@ mod tests {
         assert!(outcome.is_err());
         let create = Operation { key: Bytes::from("k"), value: Some(Bytes::new()), expect: Expect::Absent };
         backend.write(&[create]).await.unwrap();
+        backend.close().await;
+    }
+
+    #[tokio::test]
+    async fn lists_seek_and_files_are_private() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sub/store.db");
+        let backend = SqliteBackend::open(&path).await.unwrap();
+        for entry in std::fs::read_dir(path.parent().unwrap()).unwrap() {
+            let entry = entry.unwrap();
+            let mode = std::os::unix::fs::PermissionsExt::mode(&entry.metadata().unwrap().permissions());
+            assert_eq!(mode & 0o777, 0o600, "{:?}", entry.path());
+        }
+        let plan = sqlx::query(AssertSqlSafe(format!("EXPLAIN QUERY PLAN {LIST}")))
+            .bind(&b"a"[..])
+            .bind(&b"b"[..])
+            .bind(9_i64)
+            .bind(-1_i64)
+            .fetch_all(&backend.readers)
+            .await
+            .unwrap();
+        let steps: Vec<String> = plan.iter().map(|row| row.get("detail")).collect();
+        assert!(steps[0].contains("name>? AND name<?"), "a list walks past its range: {steps:?}");
+        assert!(!steps.iter().any(|step| step.contains("SCAN") || step.contains("TEMP B-TREE")), "{steps:?}");
         backend.close().await;
     }
 }
