@@ -149,7 +149,8 @@ impl HubState {
     /// Takes in what the hub answered to a write of ours.
     pub(crate) fn learn(&mut self, kind: usize, object: DynamicObject) {
         let key = ObjectKey::of(kind, &object);
-        if self.objects.contains_key(&key) {
+        // It may be gone by now, or be another of the same name: then the watch knows better.
+        if self.objects.get(&key).is_some_and(|known| known.metadata.uid == object.metadata.uid) {
             self.keep_newer(&key, object);
         }
     }
@@ -270,10 +271,12 @@ pub(crate) fn is_older(one: &Option<String>, other: &Option<String>) -> bool {
     matches!((number(one), number(other)), (Some(one), Some(other)) if one < other)
 }
 
-/// Follows one sort of object for ever: lists, watches, lists again after a gap. `on_trouble` may end it.
+/// Follows one sort of object for ever: lists, watches, lists again after a gap. It ends when `admit` refuses an object
+/// of a listing (of which it is told the number of those before it), or when one of the others returns false.
 pub(crate) async fn follow<K>(
     api: Api<K>,
     config: watcher::Config,
+    mut admit: impl FnMut(&K, usize) -> bool,
     mut on_change: impl FnMut(Change<K>) -> bool,
     mut on_trouble: impl FnMut(WatchTrouble) -> bool,
 ) where
@@ -290,8 +293,9 @@ pub(crate) async fn follow<K>(
                 true
             }
             Ok(watcher::Event::InitApply(object)) => {
+                let admitted = admit(&object, listing.len());
                 listing.push(object);
-                true
+                admitted
             }
             Ok(watcher::Event::InitDone) => {
                 failures = 0;
@@ -326,6 +330,11 @@ pub(crate) async fn follow<K>(
 /// Objects as they are kept: without the bookkeeping of field managers, which is the largest part of many.
 pub(crate) fn lighten(object: &mut DynamicObject) {
     object.metadata.managed_fields = None;
+}
+
+/// The hub's own objects are bounded by the hub.
+pub(crate) fn admit_all<K>(_: &K, _: usize) -> bool {
+    true
 }
 
 /// Where clusters live.

@@ -50,7 +50,7 @@ use tracing::{Instrument as _, debug, error, info, info_span, warn};
 pub use self::client::{Identity, IdentityError, member_client};
 pub use self::connector::{BoxedIo, ConnectError, Connector, Io, connector};
 use self::events::Events;
-use self::hub::{Change, HubState, ObjectKey, WatchTrouble, follow, lighten};
+use self::hub::{Change, HubState, ObjectKey, WatchTrouble, admit_all, follow, lighten};
 use self::member::{Member, chain};
 use self::metrics::{Metrics, Outcome, PassLabels};
 use self::pace::retry_delay;
@@ -217,6 +217,7 @@ impl Controller {
             follow(
                 cells,
                 config(),
+                admit_all,
                 move |change| {
                     let listed = matches!(change, Change::Replace(_));
                     let changed = at.state.write().change_cells(change);
@@ -232,6 +233,7 @@ impl Controller {
             follow(
                 hub::clusters(hub.clone()),
                 config(),
+                admit_all,
                 move |change| {
                     let changed = at.state.write().change_clusters(change);
                     if changed {
@@ -250,6 +252,7 @@ impl Controller {
             follow(
                 configs,
                 config(),
+                admit_all,
                 move |change| {
                     let listed = matches!(change, Change::Replace(_));
                     let changed = at.state.write().change_configs(change);
@@ -266,6 +269,7 @@ impl Controller {
             follow(
                 revisions,
                 config(),
+                admit_all,
                 move |change| {
                     let listed = matches!(change, Change::Replace(_));
                     at.state.write().change_revisions(change);
@@ -283,6 +287,7 @@ impl Controller {
                 follow(
                     objects,
                     config(),
+                    admit_all,
                     move |change| {
                         // The last listing of all completes the picture: then everything is looked at.
                         let listed = matches!(change, Change::Replace(_));

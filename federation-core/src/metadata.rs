@@ -5,6 +5,12 @@ use std::collections::BTreeMap;
 use crate::api::{KeyClass, KeyRule, PropagationConfig};
 use crate::names::is_reserved;
 
+/// Most keys that are collected from one member object.
+const MAX_COLLECTED: usize = 32;
+/// Longest collected value, in bytes. With [`MAX_COLLECTED`] it keeps what one member may add to a hub object well under
+/// what an object may hold.
+const MAX_COLLECTED_VALUE: usize = 256;
+
 /// Every rule of every `PropagationConfig`, ready to be asked.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PropagationRules {
@@ -81,14 +87,16 @@ impl KeyRules {
         self.verdict(key).is_some_and(|verdict| verdict.class == KeyClass::Spec)
     }
 
-    /// The member's keys that are to be shown at the hub.
+    /// The member's keys that are to be shown at the hub: the first few, long values cut.
     pub fn collect(&self, found: &BTreeMap<String, String>) -> BTreeMap<String, String> {
         found
             .iter()
             .filter(|(key, _)| {
                 self.verdict(key).is_some_and(|verdict| verdict.class == KeyClass::Status && verdict.collect)
             })
-            .map(|(key, value)| (key.clone(), value.clone()))
+            .filter(|(key, _)| key.len() <= MAX_COLLECTED_VALUE)
+            .take(MAX_COLLECTED)
+            .map(|(key, value)| (key.clone(), cut(value)))
             .collect()
     }
 
@@ -103,6 +111,18 @@ impl KeyRules {
             }
         }
     }
+}
+
+fn cut(value: &str) -> String {
+    let mut end = value.len().min(MAX_COLLECTED_VALUE);
+    while !value.is_char_boundary(end) {
+        end -= 1;
+    }
+    let mut text = value[..end].to_owned();
+    if end < value.len() {
+        text.push('…');
+    }
+    text
 }
 
 #[cfg(test)]
@@ -158,5 +178,15 @@ mod tests {
             .map(|key| (key.to_owned(), "v".to_owned()))
             .into();
         assert_eq!(rules().collect(&found).into_keys().collect::<Vec<_>>(), ["example.com/status-ip"]);
+    }
+
+    #[test]
+    fn a_member_cannot_flood_the_hub() {
+        let found = (0..500).map(|index| (format!("example.com/status-{index}"), "ü".repeat(5000))).collect();
+        let collected = rules().collect(&found);
+        assert_eq!(collected.len(), MAX_COLLECTED);
+        assert!(
+            collected.values().all(|value| value.len() < MAX_COLLECTED_VALUE + 4 && value.ends_with('…'))
+        );
     }
 }

@@ -15,6 +15,11 @@
 //!      └───────────────────────────────────┴──────────► {rev: A} or {rev: B}
 //! ```
 //!
+//! ## What a mask does not hold
+//!
+//! What belongs to the cell and not to the revision: its node selector and tolerations, and its place in the placement.
+//! A cell that is taken out of the placement loses its object, masked or not.
+//!
 //! ## What is never done
 //!
 //! Nothing is written or deleted in a member that is not seen whole (reachable, with its objects listed). A unit whose
@@ -165,6 +170,8 @@ pub enum Action {
         hash: String,
         /// Why it is written.
         cause: Cause,
+        /// Whether it has been seen. What has not been seen may still be there, unmarked, and somebody else's.
+        exists: bool,
         /// Annotations that are the hub's and are not asked for.
         remove_annotations: Vec<String>,
         /// Labels that are the hub's and are not asked for.
@@ -185,11 +192,11 @@ pub enum Action {
 /// Why an object is applied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
-    /// It is not there.
+    /// It is not there, and was not before.
     Create,
     /// Something else is asked for than before.
     Update,
-    /// The same is asked for, and the object differs.
+    /// The same is asked for as before, and the object differs or is gone.
     Heal,
 }
 
@@ -413,6 +420,8 @@ impl<'a> Planner<'a> {
             .filter_map(|name| view.objects.get(name))
             .filter(|live| drift::belongs_to(&live.value, &self.source))
             .filter_map(|live| live.value["metadata"]["annotations"][REVISION_ANNOTATION].as_str())
+            // It came from a member: what cannot be a revision's name is none.
+            .filter(|revision| revision.len() <= names::MAX_OBJECT_NAME)
             .collect();
         draft.base = pinned(&draft.status, &seen);
         draft.status.revision = draft.base.clone();
@@ -478,13 +487,29 @@ impl<'a> Planner<'a> {
     /// Brings the units of one object together, decides what is written, and says where each unit stands.
     fn settle(&mut self, drafts: &mut [Draft<'_>], current: &str) {
         let mut groups: BTreeMap<(String, String), Vec<usize>> = BTreeMap::new();
+        // Objects of units that are somewhere, but it cannot be told any more what that looks like.
+        let mut undetermined: BTreeSet<(String, String)> = BTreeSet::new();
         for (index, draft) in drafts.iter().enumerate() {
             if let Some((_, rendered)) = &draft.target {
                 groups.entry((draft.unit.cluster.clone(), rendered.name.clone())).or_default().push(index);
+            } else if draft.base.is_some() {
+                let names = self.names_of(draft.unit);
+                undetermined.extend(names.into_iter().map(|name| (draft.unit.cluster.clone(), name)));
             }
         }
         for ((cluster, object), members) in groups {
             self.keep.entry(cluster.clone()).or_default().insert(object.clone());
+            if undetermined.contains(&(cluster.clone(), object.clone())) {
+                for index in members {
+                    conflict(
+                        &mut drafts[index],
+                        "HeldByFailedCell",
+                        &object,
+                        "a cell of this cluster that has failed may",
+                    );
+                }
+                continue;
+            }
             let Some((revision, rendered)) = agree(drafts, &members) else {
                 for index in members {
                     conflict(&mut drafts[index], "UnitsDisagree", &object, "the cells of this cluster");
@@ -536,7 +561,20 @@ impl<'a> Planner<'a> {
         }) && remove_annotations.is_empty()
             && remove_labels.is_empty();
         let failure = view.failures.get(object).filter(|failure| failure.hash == rendered.hash);
-        let contended = view.contended.get(object);
+        let known = |draft: &Draft<'_>| {
+            draft.target.as_ref().is_some_and(|(target, _)| draft.status.revision.as_ref() == Some(target))
+        };
+        let cause = match live {
+            None if units.iter().any(|index| known(&drafts[*index])) => Cause::Heal,
+            None => Cause::Create,
+            Some(live) => {
+                let annotations = &live.value["metadata"]["annotations"];
+                let same = annotations[names::RENDERED_ANNOTATION].as_str() == Some(&rendered.hash);
+                if same { Cause::Heal } else { Cause::Update }
+            }
+        };
+        // What is new goes out all the same: only putting right over and over again is a fight.
+        let contended = view.contended.get(object).filter(|_| cause == Cause::Heal);
 
         for index in units {
             let draft = &mut drafts[*index];
@@ -595,16 +633,9 @@ impl<'a> Planner<'a> {
         }
 
         if verdict.is_ok() && !right && !going && contended.is_none() {
-            let cause = match live {
-                None => Cause::Create,
-                Some(live) => {
-                    let annotations = &live.value["metadata"]["annotations"];
-                    let same = annotations[names::RENDERED_ANNOTATION].as_str() == Some(&rendered.hash);
-                    if same { Cause::Heal } else { Cause::Update }
-                }
-            };
             let hash = rendered.hash.clone();
-            let action = Action::Apply { desired, hash, cause, remove_annotations, remove_labels };
+            let exists = live.is_some();
+            let action = Action::Apply { desired, hash, cause, exists, remove_annotations, remove_labels };
             self.writes.push(Write { cluster: cluster.to_owned(), object: object.to_owned(), action });
         }
     }

@@ -50,10 +50,12 @@ pub fn observe(of: &FederatedType, live: &Value) -> (bool, Option<Map<String, Va
                 && count("replicas") == wanted
                 && count("updatedReplicas") >= wanted
                 && count("availableReplicas") >= wanted;
+            // It came from a member: numbers only, and no greater than the API's.
+            let number = |value: i64| Value::from(value.clamp(0, i64::from(i32::MAX)));
             let observed = OBSERVED_REPLICAS
                 .iter()
-                .filter_map(|field| Some(((*field).to_owned(), status.get(field)?.clone())))
-                .chain([("desiredReplicas".to_owned(), wanted.into())])
+                .filter_map(|field| Some(((*field).to_owned(), number(status.get(field)?.as_i64()?))))
+                .chain([("desiredReplicas".to_owned(), number(wanted))])
                 .collect();
             (ready, Some(observed))
         }

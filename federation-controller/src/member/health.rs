@@ -13,6 +13,9 @@ use federation_core::api::{ClusterCondition, KubeFedClusterStatus};
 use crate::client::connect_error;
 use crate::connector::ConnectError;
 
+/// Longest message that comes from a member, in bytes.
+const LONGEST_MESSAGE: usize = 500;
+
 /// What one probe found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Probe {
@@ -71,10 +74,12 @@ impl Probe {
         }
         match error {
             kube::Error::Api(status) if matches!(status.code, 401 | 403) => {
-                Self::Unauthorized { message: format!("the member refuses the hub: {}", status.message) }
+                let message = shortened(format!("the member refuses the hub: {}", status.message));
+                Self::Unauthorized { message }
             }
             kube::Error::Api(status) => {
-                Self::NoAnswer { message: format!("the member answers {}: {}", status.code, status.message) }
+                let message = shortened(format!("the member answers {}: {}", status.code, status.message));
+                Self::NoAnswer { message }
             }
             error => Self::NoAnswer { message: chain(error) },
         }
@@ -223,6 +228,16 @@ pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
         }
         next = cause.source();
     }
+    shortened(text)
+}
+
+/// Members choose their words; the first of them are enough to say what is wrong.
+pub(super) fn shortened(mut text: String) -> String {
+    let mut end = text.len().min(LONGEST_MESSAGE);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
     text
 }
 

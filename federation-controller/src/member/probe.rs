@@ -13,14 +13,11 @@ use tokio::time::{Instant, timeout};
 use tracing::{debug, info, warn};
 
 use super::Member;
-use super::health::{Probe, chain};
+use super::health::{Probe, chain, shortened};
 use crate::Shared;
 use crate::hub;
 use crate::metrics::MemberLabels;
 
-/// A status that could not be written is written with the next probe; this many bytes of a member's own words are enough
-/// to say what is wrong with it.
-const LONGEST_MESSAGE: usize = 500;
 /// Nudges closer together than this are one.
 const LEAST_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -121,13 +118,4 @@ async fn tell(member: &Member, shared: &Shared) {
         Ok(Err(error)) => debug!(error = chain(&error), "cannot write the cluster's status"),
         Err(_) => debug!("writing the cluster's status took too long"),
     }
-}
-
-fn shortened(mut text: String) -> String {
-    let mut end = text.len().min(LONGEST_MESSAGE);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text.truncate(end);
-    text
 }

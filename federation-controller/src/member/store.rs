@@ -16,6 +16,9 @@ use crate::pace::{FightGuard, fight_message, retry_delay};
 /// Most objects of one kind that a member may have the hub keep: a hub with ten thousand federated objects over ten
 /// cells in one cluster needs as many.
 pub(crate) const MAX_OBJECTS: usize = 100_000;
+/// Most bytes of objects of one kind that a member may have the hub keep, as [`weight`] counts them: ten thousand
+/// objects of 25 KiB, which is large for a Deployment.
+pub(crate) const MAX_BYTES: usize = 256 << 20;
 /// How long a failure is remembered beyond its retry, so that the number of failures in a row is not forgotten.
 const FAILURE_MEMORY: Duration = Duration::from_secs(600);
 
@@ -32,7 +35,7 @@ pub(crate) struct TargetKey {
 pub(super) struct Store {
     kinds: Vec<Kind>,
     jobs: HashMap<TargetKey, Job>,
-    in_flight: HashMap<TargetKey, ObjectKey>,
+    in_flight: HashMap<TargetKey, Begun>,
     failures: HashMap<TargetKey, Failure>,
     fights: HashMap<TargetKey, FightGuard>,
 }
@@ -42,6 +45,7 @@ struct Kind {
     state: Listing,
     namespaces: HashMap<Arc<str>, BTreeMap<Arc<str>, Known>>,
     count: usize,
+    bytes: usize,
 }
 
 /// How far the objects of one kind are known.
@@ -58,6 +62,16 @@ pub(super) enum Listing {
 struct Known {
     value: Value,
     baseline: Option<Baseline>,
+}
+
+/// A write under way.
+#[derive(Debug)]
+struct Begun {
+    source: ObjectKey,
+    /// The state of the object that it began from.
+    version: Option<String>,
+    /// The object has gone from sight since, in this state.
+    gone: Option<Option<String>>,
 }
 
 #[derive(Debug)]
@@ -117,7 +131,7 @@ impl Store {
             in_flight: self
                 .in_flight
                 .iter()
-                .filter(|(_, of)| *of == key)
+                .filter(|(_, begun)| begun.source == *key)
                 .map(|(target, _)| target.name.to_string())
                 .collect(),
             failures: self
@@ -159,6 +173,7 @@ impl Store {
                 // Objects that are gone are found by their federated objects, which are all looked at after a listing.
                 let old = std::mem::take(&mut of.namespaces);
                 of.count = 0;
+                of.bytes = 0;
                 of.state = Listing::Synced;
                 for value in all {
                     let (namespace, name) = place(&value);
@@ -185,6 +200,10 @@ impl Store {
             }
             Change::Delete(value) => {
                 let (namespace, name) = place(&value);
+                let target = TargetKey { kind, namespace: Arc::clone(&namespace), name: Arc::clone(&name) };
+                if let Some(begun) = self.in_flight.get_mut(&target) {
+                    begun.gone = Some(resource_version(&value));
+                }
                 let before = of.get(&namespace, &name);
                 if before.is_some_and(|before| before.value["metadata"]["uid"] != value["metadata"]["uid"]) {
                     return Vec::new();
@@ -205,7 +224,7 @@ impl Store {
     }
 
     pub(super) fn is_full(&self, kind: usize) -> bool {
-        self.kinds.get(kind).is_some_and(|kind| kind.count >= MAX_OBJECTS)
+        self.kinds.get(kind).is_some_and(|kind| kind.count > MAX_OBJECTS || kind.bytes > MAX_BYTES)
     }
 
     /// Everything may be old: it counts as not listed until it is listed again.
@@ -239,10 +258,12 @@ impl Store {
         self.jobs.retain(|_, job| job.source != *source);
     }
 
-    /// Begins a write, if it has not been taken back. Says whether the live object is known.
+    /// Begins a write, if it has not been taken back.
     pub(super) fn begin(&mut self, target: &TargetKey) -> Option<Job> {
         let job = self.jobs.remove(target)?;
-        self.in_flight.insert(target.clone(), job.source.clone());
+        let known = self.kinds.get(target.kind).and_then(|kind| kind.get(&target.namespace, &target.name));
+        let version = known.and_then(|known| resource_version(&known.value));
+        self.in_flight.insert(target.clone(), Begun { source: job.source.clone(), version, gone: None });
         Some(job)
     }
 
@@ -254,16 +275,21 @@ impl Store {
         answer: Option<Value>,
         now: Instant,
     ) {
-        self.in_flight.remove(target);
+        let (began, gone) =
+            self.in_flight.remove(target).map(|begun| (begun.version, begun.gone)).unwrap_or_default();
         self.failures.remove(target);
         let Some(of) = self.kinds.get_mut(target.kind) else { return };
         let before = of.get(&target.namespace, &target.name);
         match (action, answer) {
             (Action::Apply { desired, hash, cause, .. }, Some(answer)) => {
-                let moved =
-                    before.is_some_and(|before| resource_version(&before.value) != resource_version(&answer));
-                if *cause == Cause::Heal && moved {
+                // Against what it began from: the watch may have brought our own write already.
+                let version = resource_version(&answer);
+                if *cause == Cause::Heal && began != version {
                     self.fights.entry(target.clone()).or_default().healed(now);
+                }
+                // Written, seen, and gone again before the answer came: there is nothing to remember.
+                if gone.is_some_and(|gone| !is_older(&gone, &version)) {
+                    return;
                 }
                 let baseline = Some(federation_core::drift::baseline(&answer, desired, hash));
                 // Should the watch have been faster with something newer, that stays, and is compared with the answer.
@@ -319,19 +345,35 @@ impl Kind {
     }
 
     fn insert(&mut self, namespace: Arc<str>, name: Arc<str>, known: Known) {
-        if self.namespaces.entry(namespace).or_default().insert(name, known).is_none() {
-            self.count += 1;
+        self.bytes += weight(&known.value);
+        match self.namespaces.entry(namespace).or_default().insert(name, known) {
+            Some(before) => self.bytes = self.bytes.saturating_sub(weight(&before.value)),
+            None => self.count += 1,
         }
     }
 
     fn remove(&mut self, namespace: &Arc<str>, name: &Arc<str>) {
         if let Some(objects) = self.namespaces.get_mut(namespace) {
-            if objects.remove(name).is_some() {
+            if let Some(before) = objects.remove(name) {
                 self.count -= 1;
+                self.bytes = self.bytes.saturating_sub(weight(&before.value));
             }
             if objects.is_empty() {
                 self.namespaces.remove(namespace);
             }
+        }
+    }
+}
+
+/// About how many bytes a value takes.
+pub(super) fn weight(value: &Value) -> usize {
+    const SLOT: usize = size_of::<Value>();
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => SLOT,
+        Value::String(text) => SLOT + text.len(),
+        Value::Array(items) => SLOT + items.iter().map(weight).sum::<usize>(),
+        Value::Object(map) => {
+            SLOT + map.iter().map(|(key, value)| key.len() + SLOT + weight(value)).sum::<usize>()
         }
     }
 }
@@ -396,6 +438,7 @@ mod tests {
             desired: json!({"metadata": {"name": "web-a"}}),
             hash: hash.into(),
             cause,
+            exists: cause != Cause::Create,
             remove_annotations: vec![],
             remove_labels: vec![],
         }
@@ -489,6 +532,36 @@ mod tests {
         store.change(0, Change::Apply(live("web-a", "1", 8)));
         store.succeeded(&target, &apply("one", Cause::Update), Some(live("web-a", "1", 7)), now);
         assert_eq!(view(&mut store).objects["web-a"].value["metadata"]["resourceVersion"], "8");
+    }
+
+    #[test]
+    fn what_is_gone_before_the_answer_is_not_remembered() {
+        for (gone_at, remembered) in [(6, true), (7, false), (9, false)] {
+            let mut store = Store::new(1);
+            let now = Instant::now();
+            store.change(0, Change::Replace(vec![live("web-a", "1", 5)]));
+            let target = store.submit(job("one"), now).expect("taken");
+            store.begin(&target).expect("begun");
+            store.change(0, Change::Delete(live("web-a", "1", gone_at)));
+            store.succeeded(&target, &apply("one", Cause::Update), Some(live("web-a", "2", 7)), now);
+            assert_eq!(view(&mut store).objects.len(), usize::from(remembered), "{gone_at}");
+        }
+    }
+
+    #[test]
+    fn objects_are_counted_and_weighed() {
+        let mut store = Store::new(1);
+        store.change(0, Change::Replace(vec![live("a", "1", 1), live("b", "2", 2)]));
+        store.change(0, Change::Apply(live("a", "1", 3)));
+        let weight = |names: &[&str]| names.iter().map(|name| weight(&live(name, "1", 1))).sum::<usize>();
+        assert_eq!((store.kinds[0].count, store.kinds[0].bytes), (2, weight(&["a", "b"])));
+        store.change(0, Change::Delete(live("b", "2", 4)));
+        assert_eq!((store.kinds[0].count, store.kinds[0].bytes), (1, weight(&["a"])));
+        assert!(!store.is_full(0));
+        let mut large = live("a", "1", 5);
+        large["data"] = "x".repeat(MAX_BYTES).into();
+        store.change(0, Change::Apply(large));
+        assert!(store.is_full(0));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use kube::runtime::watcher;
 use serde_json::Value;
 use tracing::{debug, warn};
 
-use super::store::{Listing, MAX_OBJECTS};
+use super::store::{Listing, MAX_BYTES, MAX_OBJECTS, weight};
 use super::{Member, chain};
 use crate::Shared;
 use crate::hub::{Change, ObjectKey, WatchTrouble, follow, lighten};
@@ -37,17 +37,28 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>, kind: usize) {
                 .labels(&format!("{MANAGED_LABEL}=true"))
                 .page_size(PAGE)
                 .timeout(WATCH_SECONDS);
+            let mut bytes = 0;
+            let admit = |object: &DynamicObject, before: usize| {
+                bytes =
+                    if before == 0 { 0 } else { bytes } + weight(&object.data) + annotations_weight(object);
+                before < MAX_OBJECTS && bytes < MAX_BYTES
+            };
             let watching = follow(
                 api,
                 config,
+                admit,
                 |change| take(&member, &shared, kind, change),
                 |trouble| on_trouble(&member, &shared, kind, &trouble),
             );
             tokio::select! {
                 () = watching => {
                     // It holds more than may be kept: looked at again when the member comes back or is distrusted.
-                    warn!(kind = of.target.kind, limit = MAX_OBJECTS, "the member has too many managed objects");
-                    let message = format!("the member has more than {MAX_OBJECTS} managed {}", of.target.plural);
+                    warn!(kind = of.target.kind, "the member has too many managed objects, or too large ones");
+                    let message = format!(
+                        "the member has more than {MAX_OBJECTS} managed {}, or more than {} MiB of them",
+                        of.target.plural,
+                        MAX_BYTES >> 20
+                    );
                     member.store.lock().set_listing(kind, Listing::Failing(message));
                     shared.enqueue_all();
                     if epoch.changed().await.is_err() { return }
@@ -67,7 +78,6 @@ fn take(member: &Member, shared: &Shared, kind: usize, change: Change<DynamicObj
         serde_json::to_value(object).ok()
     };
     let change = match change {
-        Change::Replace(all) if all.len() > MAX_OBJECTS => return false,
         Change::Replace(all) => Change::Replace(all.into_iter().filter_map(value).collect()),
         Change::Apply(object) => {
             let Some(value) = value(object) else { return true };
@@ -123,4 +133,11 @@ fn on_trouble(member: &Member, shared: &Shared, kind: usize, trouble: &WatchTrou
         shared.enqueue_kind(kind);
     }
     true
+}
+
+fn annotations_weight(object: &DynamicObject) -> usize {
+    let of = |map: &Option<std::collections::BTreeMap<String, String>>| -> usize {
+        map.iter().flatten().map(|(key, value)| key.len() + value.len()).sum()
+    };
+    of(&object.metadata.annotations) + of(&object.metadata.labels)
 }

@@ -15,6 +15,7 @@ use thiserror::Error;
 use tokio::time::{Instant, timeout};
 use tracing::{Instrument as _, debug, debug_span};
 
+use super::health::shortened;
 use super::store::{TargetKey, hash_of};
 use super::{Job, Member, chain};
 use crate::Shared;
@@ -105,8 +106,8 @@ async fn perform(
     let api: Api<DynamicObject> = Api::namespaced_with(member.client.clone(), &target.namespace, &resource);
     let name = target.name.as_ref();
     match &job.write.action {
-        Action::Apply { desired, cause, remove_annotations, remove_labels, .. } => {
-            let mut exists = *cause != Cause::Create;
+        Action::Apply { desired, exists, remove_annotations, remove_labels, .. } => {
+            let mut exists = *exists;
             if !exists {
                 // Unseen is not absent: objects without the hub's label are not watched.
                 match optional(api.get_opt(name).await)? {
@@ -210,18 +211,13 @@ fn failure(verb: Verb, action: &Action, error: &WriteError) -> WriteFailure {
     let (failed, timed_out) = verb.failure();
     let reason = match error {
         WriteError::Refused(refusal) => refusal.reason(),
-        WriteError::Answered { code: 409, .. } if verb == Verb::Create => "AlreadyExists",
+        WriteError::Answered { code: 409, .. } if matches!(action, Action::Apply { exists: false, .. }) => {
+            "AlreadyExists"
+        }
         WriteError::Answered { .. } | WriteError::Lost(_) => failed,
         WriteError::TimedOut(_) => timed_out,
     };
-    /// Members choose their words; so many of them are enough.
-    const LONGEST: usize = 800;
-    let mut message = error.to_string();
-    let mut end = message.len().min(LONGEST);
-    while !message.is_char_boundary(end) {
-        end -= 1;
-    }
-    message.truncate(end);
+    let message = shortened(error.to_string());
     let conflict = matches!(error, WriteError::Refused(_)) || reason == "AlreadyExists";
     WriteFailure { hash: hash_of(action), reason: reason.into(), message, conflict }
 }

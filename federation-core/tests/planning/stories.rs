@@ -121,6 +121,8 @@ fn a_masked_unit_heals_to_its_own_revision() {
 
     // Gone altogether: made again at its own revision.
     world.members.get_mut("x").expect("x").objects.remove("web-b");
+    let plan = world.plan();
+    assert!(matches!(&plan.writes[0].action, Action::Apply { cause: Cause::Heal, exists: false, .. }));
     world.settle();
     assert_eq!(world.live("x", "web-b")["spec"], before["spec"]);
 
@@ -510,6 +512,37 @@ fn a_contended_object_is_left_alone_for_a_while() {
     let plan = world.plan();
     assert!(plan.writes.is_empty());
     assert_eq!(plan.status.units[0].reason.as_deref(), Some("Contended"));
+    // Something new goes out all the same.
+    world.object.spec.template = deployment("web:2", 2);
+    assert_eq!(world.plan().writes.len(), 1);
+}
+
+#[test]
+fn a_shared_object_waits_for_a_cell_that_cannot_be_told() {
+    let mut world = World::new(1, json!({"data": {"k": "v"}}));
+    world.place(&["a", "b"]).settle();
+    world.object.spec.template = json!({"data": {"k": "w"}});
+    world.mask(Some(&["a"]));
+    world.revisions.clear();
+    world.settle();
+    assert_eq!(world.live("x", "web")["data"]["k"], "v");
+    assert_eq!(world.unit("b").reason.as_deref(), Some("RevisionMissing"));
+    assert_eq!(world.unit("a").reason.as_deref(), Some("HeldByFailedCell"));
+    world.mask(None).settle();
+    assert_eq!(world.live("x", "web")["data"]["k"], "w");
+}
+
+#[test]
+fn what_a_member_says_is_taken_with_care() {
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    let live = world.live_mut("x", "web-a");
+    live["status"]["replicas"] = i64::MAX.into();
+    live["status"]["readyReplicas"] = json!({"long": "x".repeat(1000)});
+    live["metadata"]["annotations"]["cellway.io/revision"] = "x".repeat(100_000).into();
+    let status = world.plan().status;
+    assert_eq!(status.replicas, Some(i64::from(i32::MAX)));
+    assert!(serde_json::to_string(&status).expect("status").len() < 2000);
 }
 
 #[test]
