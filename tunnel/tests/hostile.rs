@@ -142,3 +142,34 @@ async fn an_agent_that_breaks_http2_loses_its_tunnel() {
         assert!(told.contains(what), "the peer is told {told:?} instead of {what:?}");
     }
 }
+
+/// A peer that makes us answer and never reads costs a bounded backlog, then its tunnel.
+#[tokio::test]
+async fn an_agent_that_never_reads_loses_its_tunnel() {
+    let identities = Identities::new();
+    let mut listener = support::listener(&identities, Limits::default(), false).await;
+    let connector = identities.agent.connector(&[b"cellway/1"]);
+    let tcp = TcpStream::connect(listener.local_addr()).await.unwrap();
+    let (mut tls, accepted) = tokio::join!(
+        async { connector.connect("localhost".try_into().unwrap(), tcp).await.unwrap() },
+        listener.accept()
+    );
+    let tunnel::Accepted::Tunnel(pending) = accepted.unwrap() else {
+        panic!("an agent came as HTTPS client")
+    };
+    let attaching = pending.attach(tunnel::ServerHello::default());
+    let flood = async {
+        tls.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+        let ping = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+        let pings = ping.repeat(4096);
+        // 64 MiB of pings want as much of answers; the server must give up long before.
+        for _ in 0..1000 {
+            if tls.write_all(&pings).await.is_err() {
+                return true;
+            }
+        }
+        false
+    };
+    let (attached, cut_off) = tokio::join!(attaching, flood);
+    assert!(cut_off && attached.is_err());
+}

@@ -8,7 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
-    task::{Context, Poll, Waker},
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
@@ -94,8 +94,8 @@ struct Outgoing {
     /// Encrypted bytes that the socket did not take, from `sent` on.
     unsent: Vec<u8>,
     sent: usize,
-    /// Connections that wait for `unsent` to shrink or for the connection's window to open.
-    waiting: Vec<Waker>,
+    /// Streams that wait for `unsent` to shrink or for the connection's window to open, each once.
+    waiting: Vec<Arc<Stream>>,
     last_send: Instant,
     failed: Option<io::Error>,
     closed: bool,
@@ -365,7 +365,7 @@ impl Link {
             outgoing.closed = true;
             // Connections may hold the link a while longer; the peer is to see the end now.
             let _ = socket2::SockRef::from(outgoing.socket.as_ref()).shutdown(std::net::Shutdown::Write);
-            outgoing.waiting.drain(..).for_each(Waker::wake);
+            outgoing.wake_waiting();
         }
         let open = {
             let mut streams = self.streams.lock();
@@ -404,7 +404,7 @@ impl Link {
 
     /// How many bytes `stream` may send now, at most `wanted`; they are taken from both windows. What is not used has
     /// to be given back with [`Link::give_back`].
-    pub(super) fn poll_take(&self, cx: &mut Context<'_>, stream: &Stream, wanted: usize) -> Poll<usize> {
+    pub(super) fn poll_take(&self, cx: &mut Context<'_>, stream: &Arc<Stream>, wanted: usize) -> Poll<usize> {
         let wanted = wanted.min(MAX_DATA).min(self.peer.max_frame.load(Ordering::Relaxed) as usize) as i64;
         loop {
             let mut window = stream.send_window.load(Ordering::Acquire);
@@ -418,11 +418,14 @@ impl Link {
             if self.backlog.load(Ordering::Acquire) >= BACKLOG_HIGH
                 || self.window.load(Ordering::Acquire) <= 0
             {
+                stream.send_waker.register(cx.waker());
                 let mut outgoing = self.outgoing.lock();
                 let full = outgoing.unsent.len() - outgoing.sent >= BACKLOG_HIGH
                     || self.window.load(Ordering::Acquire) <= 0;
                 if full && !outgoing.closed {
-                    outgoing.waiting.push(cx.waker().clone());
+                    if !stream.waiting.swap(true, Ordering::AcqRel) {
+                        outgoing.waiting.push(stream.clone());
+                    }
                     return Poll::Pending;
                 }
                 if outgoing.closed {
@@ -452,7 +455,7 @@ impl Link {
     fn open_window(&self, bytes: i64) {
         let before = self.window.fetch_add(bytes, Ordering::AcqRel);
         if before <= 0 {
-            self.outgoing.lock().waiting.drain(..).for_each(Waker::wake);
+            self.outgoing.lock().wake_waiting();
         }
     }
 
@@ -501,7 +504,7 @@ impl Link {
         }
         self.flush_locked(&mut outgoing);
         outgoing.encrypt(Some(frame));
-        self.after_write(&outgoing);
+        self.after_write(&mut outgoing);
     }
 
     /// Adds a frame that goes out with the next flush.
@@ -526,10 +529,14 @@ impl Link {
     }
 
     /// Tells the driver, and those that look at the backlog, how the socket took a write.
-    fn after_write(&self, outgoing: &Outgoing) {
+    fn after_write(&self, outgoing: &mut Outgoing) {
         let backlog = outgoing.unsent.len() - outgoing.sent;
+        if backlog > BACKLOG_MAX && outgoing.failed.is_none() {
+            outgoing.failed = Some(io::Error::other("the peer makes us answer and does not read"));
+        }
         self.backlog.store(backlog, Ordering::Release);
-        if (backlog > 0 || outgoing.failed.is_some()) && !self.blocked.swap(true, Ordering::AcqRel) {
+        let broken = outgoing.failed.is_some();
+        if (backlog > 0 || broken) && (!self.blocked.swap(true, Ordering::AcqRel) || broken) {
             self.driver.wake();
         }
     }
@@ -545,15 +552,12 @@ impl Link {
             return Err(error.into());
         }
         let backlog = outgoing.unsent.len() - outgoing.sent;
-        if backlog > BACKLOG_MAX {
-            return Err(TunnelError::Protocol("the peer makes us answer and does not read".to_owned()));
-        }
         self.backlog.store(backlog, Ordering::Release);
         if backlog == 0 {
             self.blocked.store(false, Ordering::Release);
         }
         if backlog < BACKLOG_HIGH / 2 {
-            outgoing.waiting.drain(..).for_each(Waker::wake);
+            outgoing.wake_waiting();
         }
         Ok(())
     }
@@ -562,6 +566,13 @@ impl Link {
 // === impl Outgoing ===
 
 impl Outgoing {
+    fn wake_waiting(&mut self) {
+        for stream in self.waiting.drain(..) {
+            stream.waiting.store(false, Ordering::Release);
+            stream.send_waker.wake();
+        }
+    }
+
     /// Encrypts `frame`, or else all pending frames, and writes as much as the socket takes.
     fn encrypt(&mut self, frame: Option<&[u8]>) {
         ENCRYPTED.with_borrow_mut(|output| {
@@ -725,6 +736,9 @@ impl Reader {
             return Poll::Ready(Ok(Turn::Closed));
         }
         while link.blocked.load(Ordering::Acquire) {
+            if let Some(error) = link.outgoing.lock().failed.take() {
+                return Poll::Ready(Err(TunnelError::Io(error).into()));
+            }
             match socket.as_ref().poll_write_ready(cx) {
                 Poll::Ready(Ok(())) => link.write_more()?,
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(TunnelError::Io(error).into())),
@@ -778,7 +792,7 @@ impl Reader {
                 let done = outgoing.records.decrypt(&mut cipher[..have + read], plain, out)?;
                 if !out.bytes().is_empty() {
                     outgoing.write(out.bytes());
-                    link.after_write(&outgoing);
+                    link.after_write(&mut outgoing);
                 }
                 done
             };

@@ -11,7 +11,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicI64, AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU8, Ordering},
     },
     task::{Context, Poll, ready},
     time::{Duration, Instant},
@@ -46,6 +46,8 @@ pub(crate) struct Stream {
     /// What the peer still takes.
     pub(super) send_window: AtomicI64,
     pub(super) send_waker: AtomicWaker,
+    /// Whether it stands in the link's queue of those that wait to send.
+    pub(super) waiting: AtomicBool,
     recv_waker: AtomicWaker,
     state: AtomicU8,
     recv: Mutex<Recv>,
@@ -108,6 +110,7 @@ impl Stream {
             id,
             send_window: AtomicI64::new(send_window),
             send_waker: AtomicWaker::new(),
+            waiting: AtomicBool::new(false),
             recv_waker: AtomicWaker::new(),
             state: AtomicU8::new(0),
             recv: Mutex::new(Recv {
