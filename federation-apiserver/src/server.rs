@@ -229,6 +229,8 @@ impl Bound {
         let mut tasks = JoinSet::new();
         tasks.spawn(crd::run(self.registry.clone()).instrument(tracing::info_span!("crd")));
         tasks.spawn(gc::run(self.registry.clone()).instrument(tracing::info_span!("gc")));
+        let events = gc::run_events(self.registry.clone());
+        tasks.spawn(events.instrument(tracing::info_span!("events")));
         let simulated = match self.config.role {
             Role::Hub => None,
             Role::Member => {

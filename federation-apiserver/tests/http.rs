@@ -7,6 +7,7 @@ use federation_apiserver::{Config, Role, UserInfo};
 use serde_json::{Value, json};
 
 const CM: &str = "/api/v1/namespaces/default/configmaps";
+const SECRETS: &str = "/api/v1/namespaces/default/secrets";
 const DEPLOY: &str = "/apis/apps/v1/namespaces/default/deployments";
 
 fn cm(name: &str, labels: Value) -> Value {
@@ -105,6 +106,13 @@ async fn wrong_requests_get_the_right_status() {
         ("POST", CM, "application/json", "{\"metadata\": {\"name\": \"a\", \"namespace\": \"b\"}}", 400),
         ("POST", CM, "application/json", "{\"metadata\": {\"name\": \"a\"}, \"data\": 1}", 400),
         ("POST", DEPLOY, "application/json", "{\"metadata\": {\"name\": \"a\"}}", 422),
+        (
+            "POST",
+            SECRETS,
+            "application/json",
+            "{\"metadata\": {\"name\": \"a\"}, \"data\": {\"k\": \"?\"}}",
+            400,
+        ),
         ("PUT", CM, "application/json", "{}", 405),
         ("PATCH", "/api/v1/namespaces/default/configmaps/none", "application/merge-patch+json", "{}", 404),
         ("PATCH", "/api/v1/namespaces/default/configmaps/none", "application/json", "{}", 415),
@@ -229,8 +237,9 @@ async fn watches_tell_every_change_once() {
     // Watches end with their timeout and with the server.
     let mut short = server.watch(&format!("{CM}?watch=1&timeoutSeconds=1&resourceVersion={version}")).await;
     while short.next().await.is_some() {}
-    server.stop().await;
+    server.begin_stop();
     assert!(from_start.next().await.is_none());
+    server.stop().await;
 }
 
 #[tokio::test]
@@ -506,4 +515,73 @@ async fn garbage_harms_only_its_sender() {
     }
     assert_eq!(server.get(CM).await.code, 200);
     server.stop().await;
+}
+
+#[tokio::test]
+async fn both_apis_of_events_show_the_same_events() {
+    let server = Server::hub().await;
+    const NEW: &str = "/apis/events.k8s.io/v1/namespaces/default/events";
+    const OLD: &str = "/api/v1/namespaces/default/events";
+    let event = json!({"apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": {"name": "e"},
+        "eventTime": "2026-01-01T00:00:00.000000Z", "reportingController": "test", "reportingInstance": "t-1",
+        "action": "Testing", "reason": "Tested", "type": "Normal", "note": "hello",
+        "regarding": {"kind": "ConfigMap", "name": "a", "namespace": "default"}});
+    let made = server.call("POST", NEW, Some(&event)).await;
+    assert_eq!((made.code, made.body["note"].as_str()), (201, Some("hello")), "{}", made.text);
+    let old = server.get(&format!("{OLD}?fieldSelector=involvedObject.name%3Da,type%3DNormal")).await.body;
+    assert_eq!(old["items"][0]["message"], "hello");
+    assert_eq!(old["items"][0]["reportingComponent"], "test");
+    let mut core = json!({"metadata": {"name": "f"}, "involvedObject": {"name": "b", "namespace": "default"},
+        "message": "world", "reason": "R", "count": 2});
+    assert_eq!(server.call("POST", OLD, Some(&core)).await.code, 201);
+    let new = server.get(&format!("{NEW}/f")).await.body;
+    assert_eq!((new["note"].as_str(), new["deprecatedCount"].as_i64()), (Some("world"), Some(2)));
+    core["involvedObject"]["namespace"] = json!("other");
+    core["metadata"]["name"] = json!("g");
+    assert_eq!(server.call("POST", OLD, Some(&core)).await.code, 422);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn racing_writers_lose_nothing() {
+    let server = std::sync::Arc::new(Server::hub().await);
+    server.call("POST", CM, Some(&cm("counter", json!({})))).await;
+    let mut events = server.watch(&format!("{CM}?watch=1&fieldSelector=metadata.name%3Dcounter")).await;
+    events.brief().await;
+    let mut writers = tokio::task::JoinSet::new();
+    const WRITERS: usize = 8;
+    const ROUNDS: usize = 5;
+    for writer in 0..WRITERS {
+        let server = server.clone();
+        writers.spawn(async move {
+            for round in 0..ROUNDS {
+                // A merge patch is tried again by the server until it is applied to the newest object.
+                let key = format!("w{writer}-{round}");
+                let mut answer;
+                loop {
+                    answer = server
+                        .call("PATCH", &format!("{CM}/counter"), Some(&json!({"data": {key.clone(): "x"}})))
+                        .await;
+                    if answer.code != 409 {
+                        break;
+                    }
+                }
+                assert_eq!(answer.code, 200, "{}", answer.text);
+            }
+        });
+    }
+    while let Some(ended) = writers.join_next().await {
+        ended.expect("the writer ends");
+    }
+    let last = server.get(&format!("{CM}/counter")).await.body;
+    assert_eq!(last["data"].as_object().map(serde_json::Map::len), Some(WRITERS * ROUNDS + 1));
+    let mut previous = 0;
+    for _ in 0..WRITERS * ROUNDS {
+        let (kind, object) = events.next().await.expect("an event");
+        let version: u64 =
+            object["metadata"]["resourceVersion"].as_str().expect("text").parse().expect("a number");
+        assert!(kind == "MODIFIED" && version > previous, "every write is told once, in order");
+        previous = version;
+    }
+    std::sync::Arc::into_inner(server).expect("the last handle").stop().await;
 }

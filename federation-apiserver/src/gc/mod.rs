@@ -27,6 +27,10 @@ pub(crate) const ORPHAN: &str = "orphan";
 /// Finalizer of CRDs: custom resources first.
 pub(crate) const CUSTOM_RESOURCES: &str = "customresourcecleanup.apiextensions.k8s.io";
 
+/// How long events are kept, as kube-apiserver's `--event-ttl`.
+const EVENT_TTL: Duration = Duration::from_secs(3600);
+/// How often old events are looked for.
+const EVENT_SWEEP: Duration = Duration::from_secs(300);
 /// Pause after a failure before starting over.
 const RETRY: Duration = Duration::from_secs(1);
 /// Objects read at once at start.
@@ -70,6 +74,52 @@ pub(crate) async fn run(registry: Arc<Registry>) {
             () = tokio::time::sleep(RETRY) => {}
         }
     }
+}
+
+/// Removes events that have had their time. Runs until the registry shuts down.
+pub(crate) async fn run_events(registry: Arc<Registry>) {
+    loop {
+        tokio::select! {
+            () = registry.shutdown.cancelled() => return,
+            () = tokio::time::sleep(EVENT_SWEEP) => {}
+        }
+        match sweep_events(&registry, jiff::Timestamp::now()).await {
+            Ok(0) => {}
+            Ok(count) => tracing::debug!(count, "old events removed"),
+            Err(error) => tracing::warn!(%error, "failed to remove old events, trying again later"),
+        }
+    }
+}
+
+/// Removes events last seen longer than [`EVENT_TTL`] before `now`.
+pub(crate) async fn sweep_events(registry: &Registry, now: jiff::Timestamp) -> Result<usize, ApiError> {
+    let ttl = i64::try_from(EVENT_TTL.as_secs()).unwrap_or(i64::MAX);
+    let events = registry.core("events", "", "")?;
+    let mut count = 0;
+    for event in registry.list_all(&events, &Filter::default()).await? {
+        let seen = ["lastTimestamp", "eventTime"]
+            .iter()
+            .map(|key| str_at(&event, &[key]))
+            .chain([
+                str_at(&event, &["series", "lastObservedTime"]),
+                str_at(&event, &["metadata", "creationTimestamp"]),
+            ])
+            .filter_map(|text| text.parse::<jiff::Timestamp>().ok())
+            .max();
+        if seen.is_some_and(|seen| now.as_second() - seen.as_second() < ttl) {
+            continue;
+        }
+        let one = Target {
+            name: str_at(&event, &["metadata", "name"]).to_owned(),
+            namespace: str_at(&event, &["metadata", "namespace"]).to_owned(),
+            ..events.clone()
+        };
+        match registry.delete(&one, &DeleteOptions::default()).await {
+            Err(error) if !error.is_not_found() => return Err(error),
+            _ => count += 1,
+        }
+    }
+    Ok(count)
 }
 
 async fn follow(registry: &Registry) -> Result<(), ApiError> {
@@ -365,4 +415,37 @@ async fn remove_custom_resources(registry: &Registry, crd: &Target) -> Result<bo
     }
     remove_finalizer(registry, crd, CUSTOM_RESOURCES).await?;
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use federation_store::{Store, StoreConfig};
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::config::Role;
+    use crate::registry::write::WriteOptions;
+
+    #[tokio::test]
+    async fn old_events_are_swept() {
+        let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
+        let registry = Registry::new(store, Role::Hub, CancellationToken::new());
+        let options = WriteOptions::by("test");
+        let namespace = registry.core("namespaces", "", "").expect("served");
+        let object = json!({"metadata": {"name": "default"}});
+        registry.create(&namespace, object, &options).await.expect("a namespace");
+        let events = registry.core("events", "default", "").expect("served");
+        for (name, seen) in [("old", "2026-01-01T00:00:00Z"), ("new", "2026-01-01T02:00:00Z")] {
+            let event = json!({"metadata": {"name": name, "creationTimestamp": seen}, "lastTimestamp": seen,
+                "involvedObject": {"namespace": "default"}});
+            registry.create(&events, event, &options).await.expect("an event");
+        }
+        let count =
+            sweep_events(&registry, "2026-01-01T02:30:00Z".parse().expect("a time")).await.expect("swept");
+        // The creation is now, which is later than both: nothing is old yet.
+        assert_eq!(count, 0);
+        let later = jiff::Timestamp::now().checked_add(EVENT_TTL).expect("in range");
+        let later = later.checked_add(Duration::from_secs(2)).expect("in range");
+        assert_eq!(sweep_events(&registry, later).await.expect("swept"), 2);
+    }
 }

@@ -180,9 +180,8 @@ fn move_string_data(object: &mut Value) {
 
 /// State that a new object begins with, whatever the client sent.
 pub fn prepare_create(resource: &Resource, object: &mut Value) {
-    if resource.status && !resource.is_custom() && resource.plural != "nodes" {
-        value::remove(object, &["status"]);
-    } else if resource.is_custom() && resource.status {
+    // Nodes come with a status: whoever registers one knows it best.
+    if resource.status && (resource.is_custom() || resource.plural != "nodes") {
         value::remove(object, &["status"]);
     }
     if resource.is_custom() {

@@ -124,6 +124,9 @@ fn check(ty: TypeRef<'_>, value: &Value, path: &str, mode: Mode, depth: usize, e
         errors.push(FieldError::type_invalid(path, value, detail));
         return;
     }
+    if let Some(detail) = format_error(ty, value) {
+        errors.push(FieldError::invalid(path, value, detail));
+    }
     match value {
         Value::Object(map) => {
             if mode == Mode::Full {
@@ -157,6 +160,55 @@ fn check(ty: TypeRef<'_>, value: &Value, path: &str, mode: Mode, depth: usize, e
     {
         rules.check(ty, value, path, depth, errors);
     }
+}
+
+/// What is wrong with a value whose JSON type is right: ranges of integers, times, base64, quantities. Other formats are
+/// documentation.
+fn format_error(ty: TypeRef<'_>, value: &Value) -> Option<String> {
+    match (ty.schema().format.as_deref(), value) {
+        (Some("int32"), Value::Number(n)) if n.as_i64().is_none_or(|n| i32::try_from(n).is_err()) => {
+            Some("must be a 32-bit integer".into())
+        }
+        (Some("date-time"), Value::String(s)) if !is_date_time(s) => {
+            Some("must be a date and time as in RFC 3339, like 2006-01-02T15:04:05Z".into())
+        }
+        (Some("byte"), Value::String(s)) => {
+            use base64::Engine as _;
+            let ignored: String = s.chars().filter(|c| *c != '\n' && *c != '\r').collect();
+            let wrong = base64::engine::general_purpose::STANDARD.decode(ignored).is_err();
+            wrong.then(|| "illegal base64 data".into())
+        }
+        _ if ty.name() == super::builtin::QUANTITY => match value {
+            Value::String(s) if !is_quantity(s) => {
+                Some("quantities must be a number with a unit, like 500m or 2Gi".into())
+            }
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// RFC 3339, in the stricter form that Go reads.
+fn is_date_time(text: &str) -> bool {
+    text.contains('T') && text.parse::<jiff::Timestamp>().is_ok()
+}
+
+/// `[+-]digits[.digits][suffix]`, suffix `m`, `Ki`, `k`, `e3` and so on.
+fn is_quantity(text: &str) -> bool {
+    let text = text.strip_prefix(['+', '-']).unwrap_or(text);
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, suffix) = text.split_at(end);
+    let digits = number.bytes().filter(u8::is_ascii_digit).count();
+    let dots = number.len() - digits;
+    const UNITS: &[&str] =
+        &["", "n", "u", "m", "k", "M", "G", "T", "P", "E", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
+    let exponent = || {
+        suffix.strip_prefix(['e', 'E']).is_some_and(|e| {
+            let e = e.strip_prefix(['+', '-']).unwrap_or(e);
+            !e.is_empty() && e.len() <= 3 && e.bytes().all(|b| b.is_ascii_digit())
+        })
+    };
+    digits > 0 && dots <= 1 && (UNITS.contains(&suffix) || exponent())
 }
 
 fn unique_keys(ty: TypeRef<'_>, items: &[Value], path: &str, errors: &mut Vec<FieldError>) {
@@ -357,6 +409,16 @@ mod tests {
     }
 
     #[test]
+    fn quantities() {
+        for good in ["1", "500m", "1.5Gi", "-2", "1e3", "12E", "0.1", ".5", "2Ki"] {
+            assert!(is_quantity(good), "{good}");
+        }
+        for bad in ["", "m", "1x", "1.2.3", "1 Gi", "e3", "1e", "Gi1"] {
+            assert!(!is_quantity(bad), "{bad}");
+        }
+    }
+
+    #[test]
     fn rules() {
         let cases = [
             (json!({"type": "integer", "minimum": 1}), json!(1), 0),
@@ -384,6 +446,10 @@ mod tests {
                 json!({"a": "1", "b": "2"}),
                 1,
             ),
+            (json!({"type": "integer", "format": "int32"}), json!(1_i64 << 40), 1),
+            (json!({"type": "string", "format": "date-time"}), json!("2026-01-01T00:00:00Z"), 0),
+            (json!({"type": "string", "format": "date-time"}), json!("yesterday"), 1),
+            (json!({"type": "string", "format": "byte"}), json!("a b"), 1),
             (json!({"type": "string", "nullable": true}), Value::Null, 0),
             (json!({"type": "string"}), Value::Null, 1),
         ];

@@ -87,6 +87,11 @@ impl Server {
         }
     }
 
+    /// Tells the server to stop; clients' connections stay as they are.
+    pub(crate) fn begin_stop(&self) {
+        self.shutdown.cancel();
+    }
+
     pub(crate) async fn stop(mut self) {
         self.shutdown.cancel();
         while let Some(ended) = self.tasks.join_next().await {
