@@ -258,6 +258,11 @@ impl Store {
         self.jobs.retain(|_, job| job.source != *source);
     }
 
+    /// Forgets a write that has not begun.
+    pub(super) fn discard(&mut self, target: &TargetKey) {
+        self.jobs.remove(target);
+    }
+
     /// Begins a write, if it has not been taken back.
     pub(super) fn begin(&mut self, target: &TargetKey) -> Option<Job> {
         let job = self.jobs.remove(target)?;

@@ -41,6 +41,11 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
         let lease = member.jobs.next().await;
         let wait = member.bucket.lock().take(Instant::now());
         tokio::time::sleep(wait).await;
+        if !member.epoch.borrow().online {
+            // Whatever it was, it is planned anew when the member is back.
+            member.store.lock().discard(lease.key());
+            continue;
+        }
         let begun = member.store.lock().begin(lease.key());
         if let Some(job) = begun {
             let span = debug_span!("write", object = %lease.key().name, namespace = %lease.key().namespace);
