@@ -39,6 +39,7 @@ use tracing::Instrument;
 use tunnel::{ServerTunnel, Target};
 
 use crate::error::ProxyError;
+use crate::limit::{ClientPlace, ConcurrencyLimiter};
 use crate::metrics::DialLabels;
 use crate::registry::{DialRequest, Dialed, Frontend, Registry, Tunnel};
 use crate::route::{Route, parse_cluster};
@@ -60,6 +61,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Requests under way at one time, watches and upgrades included. Each holds some 20 KiB of buffers.
 const MAX_REQUESTS: usize = 8192;
+
+/// Of one user: a controller with a watch per kind and namespace stays below.
+const MAX_USER_REQUESTS: usize = 2048;
 
 /// The copy buffer of each direction of an upgraded connection.
 const COPY_BUFFER: usize = 32 * 1024;
@@ -85,6 +89,7 @@ struct Inner<T: Tunnel> {
     /// `None` once draining: dropping the client closes its idle connections.
     client: Mutex<Option<GatewayClient<T>>>,
     permits: Arc<Semaphore>,
+    users: Arc<ConcurrencyLimiter<String>>,
     upgraded: TaskTracker,
     cut: CancellationToken,
     access_log: bool,
@@ -125,6 +130,7 @@ impl<T: Tunnel> ApiProxy<T> {
             registry,
             client: Mutex::new(Some(client)),
             permits: Arc::new(Semaphore::new(MAX_REQUESTS)),
+            users: ConcurrencyLimiter::new(MAX_USER_REQUESTS),
             upgraded: TaskTracker::new(),
             cut: CancellationToken::new(),
             access_log,
@@ -179,6 +185,7 @@ impl<T: Tunnel> ApiProxy<T> {
     ) -> Result<Response<Body>, ProxyError> {
         let permit =
             self.0.permits.clone().try_acquire_owned().map_err(|_| ProxyError::TooManyConnections)?;
+        let place = (permit, self.0.users.enter(&user.name).ok_or(ProxyError::RateLimited)?);
         let upgrade = upgrade_protocol(request.headers());
         let client_side = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
         // Nothing that the client's connection or its authenticator left there goes further.
@@ -204,14 +211,14 @@ impl<T: Tunnel> ApiProxy<T> {
         let (parts, body) = response.into_parts();
         match (client_side, member_side) {
             (Some(client_side), Some(member_side)) => {
-                self.relay_upgraded(client_side, member_side, permit);
+                self.relay_upgraded(client_side, member_side, place);
                 Ok(Response::from_parts(parts, Body::empty()))
             }
             (None, Some(_)) => Err(ProxyError::Dial {
                 target: "the member's API".to_owned(),
                 error: tunnel::DialError::Failed,
             }),
-            _ => Ok(Response::from_parts(parts, Body::new(Held { body, _permit: permit }))),
+            _ => Ok(Response::from_parts(parts, Body::new(Held { body, _place: place }))),
         }
     }
 
@@ -237,10 +244,10 @@ impl<T: Tunnel> ApiProxy<T> {
         Err(client_error(&error))
     }
 
-    fn relay_upgraded(&self, client_side: OnUpgrade, member_side: OnUpgrade, permit: OwnedSemaphorePermit) {
+    fn relay_upgraded(&self, client_side: OnUpgrade, member_side: OnUpgrade, place: RequestPlace) {
         let cut = self.0.cut.clone();
         let relay = async move {
-            let _permit = permit;
+            let _place = place;
             let (client, member) = match tokio::try_join!(client_side, member_side) {
                 Ok(both) => both,
                 Err(error) => {
@@ -272,8 +279,11 @@ impl<T: Tunnel> Drop for Inner<T> {
 /// A response body that keeps its place among the requests under way until it ends.
 struct Held {
     body: Incoming,
-    _permit: OwnedSemaphorePermit,
+    _place: RequestPlace,
 }
+
+/// Among all requests, and among the user's.
+type RequestPlace = (OwnedSemaphorePermit, ClientPlace<String>);
 
 impl http_body::Body for Held {
     type Data = bytes::Bytes;
@@ -458,10 +468,9 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
 /// A redirect within the member stays within the member.
 fn rewrite_location(headers: &mut HeaderMap, cluster: &ClusterName) {
     let Some(location) = headers.get(header::LOCATION).and_then(|value| value.to_str().ok()) else { return };
-    if location.starts_with('/') && !location.starts_with("//") {
-        if let Ok(value) = HeaderValue::from_str(&format!("{PREFIX}{cluster}{location}")) {
-            headers.insert(header::LOCATION, value);
-        }
+    let local = location.starts_with('/') && !location.starts_with("//");
+    if local && let Ok(value) = HeaderValue::from_str(&format!("{PREFIX}{cluster}{location}")) {
+        headers.insert(header::LOCATION, value);
     }
 }
 

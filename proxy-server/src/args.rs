@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Parser, ValueEnum};
 use service::duration::GoDuration;
+use service::flags::Effective;
 use service::log::LogArgs;
 use tls::{ClientAuth, ServerTls, TlsError, TlsVersions, TrustDomain};
 use tunnel::Limits;
@@ -27,6 +28,24 @@ const DEFAULT_MEMORY_MIB: usize = 2048;
 
 /// How long streams may take to finish after the first signal.
 const DEFAULT_DRAIN: &str = "0s";
+
+/// Upstream's flags that are accepted and change nothing.
+const WITHOUT_EFFECT: [&str; 14] = [
+    "frontend-keepalive-time",
+    "enable-profiling",
+    "enable-contention-profiling",
+    "server-count",
+    "kubeconfig",
+    "kubeconfig-qps",
+    "kubeconfig-burst",
+    "kube-api-content-type",
+    "cipher-suites",
+    "xfr-channel-size",
+    "enable-lease-controller",
+    "lease-namespace",
+    "lease-label",
+    "warn-on-channel-limit",
+];
 
 /// Holds members' tunnels and reaches back through them.
 #[derive(Debug, Clone, Parser)]
@@ -338,6 +357,15 @@ impl Args {
         })
     }
 
+    /// Flags that somebody set and that change nothing.
+    pub fn without_effect(effective: &Effective) -> Vec<String> {
+        effective
+            .changed()
+            .map(|flag| flag.name.clone())
+            .filter(|name| WITHOUT_EFFECT.contains(&name.as_str()))
+            .collect()
+    }
+
     fn check_unsupported(&self) -> Result<(), ConfigError> {
         if self.mode == Mode::Grpc {
             let instead = "use --mode=http-connect (kube-apiserver: proxyProtocol: HTTPConnect)";
@@ -446,6 +474,16 @@ mod tests {
         ]);
         assert_eq!(args.proxy_strategies, [Strategy::DestHost, Strategy::DefaultRoute]);
         assert!(args.enable_profiling && !args.log.logtostderr);
+    }
+
+    #[test]
+    fn what_changes_nothing_is_said() {
+        let argv = ["proxy-server", "--xfr-channel-size=150", "--agent-port=1"];
+        let effective = service::flags::try_parse::<Args>(argv).unwrap().effective;
+        assert_eq!(Args::without_effect(&effective), ["xfr-channel-size"]);
+        for name in WITHOUT_EFFECT {
+            assert!(effective.0.iter().any(|flag| flag.name == name), "{name} is no flag");
+        }
     }
 
     #[test]

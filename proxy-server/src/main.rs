@@ -28,10 +28,15 @@ async fn run(parsed: flags::Parsed<Args>) -> anyhow::Result<ExitCode> {
     let (deadline, ready_file) = (args.graceful_shutdown_timeout.0, args.ready_file.clone());
     tracing::info!(version = tunnel::VERSION, changed = ?effective.changed().collect::<Vec<_>>(), "starting");
 
+    let ignored = Args::without_effect(&effective);
+    if !ignored.is_empty() {
+        tracing::info!(flags = ?ignored, "flags of upstream's server that have no effect here");
+    }
+
     let config = args.into_config()?;
     let parts = Parts::new(&config);
     let metrics = SharedRegistry::new("proxy-server");
-    metrics.with(|registry| parts.metrics.register(registry));
+    parts.register(&metrics);
     let readiness = Readiness::default();
     let tunnels = parts.registry.clone();
     readiness.check("agents", move || match tunnels.tunnel_count() {

@@ -137,7 +137,7 @@ pub struct Entry<T> {
     /// The tunnel.
     pub tunnel: T,
     /// Whose it is.
-    pub member: Member,
+    pub member: Arc<Member>,
     active: AtomicUsize,
     /// Dials in a row that ran out of time. A silently dead path is passed over before keep-alive finds it.
     timeouts: AtomicU32,
@@ -194,10 +194,8 @@ pub struct LiveConnection {
     pub tunnel_id: u64,
     /// Within the tunnel.
     pub stream_id: u64,
-    /// The member.
-    pub cluster: String,
-    /// Which of its agents.
-    pub agent_id: String,
+    /// The member and the agent.
+    pub member: Arc<Member>,
     /// Where it leads.
     pub target: Target,
     /// Where it entered.
@@ -296,7 +294,7 @@ impl<T: Tunnel> Registry<T> {
         let entry = Arc::new(Entry {
             id: self.0.next_id.fetch_add(1, Ordering::Relaxed),
             tunnel,
-            member,
+            member: Arc::new(member),
             active: AtomicUsize::new(0),
             timeouts: AtomicU32::new(0),
             counters,
@@ -480,8 +478,7 @@ impl<T: Tunnel> Registry<T> {
             id: self.0.next_connection.fetch_add(1, Ordering::Relaxed),
             tunnel_id: entry.id,
             stream_id: connection.id(),
-            cluster: entry.member.cluster.clone(),
-            agent_id: entry.member.agent_id.clone(),
+            member: entry.member.clone(),
             target: request.route.target.clone(),
             frontend: request.frontend,
             client: request.client.to_owned(),

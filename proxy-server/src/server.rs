@@ -12,6 +12,7 @@ use axum::Router;
 use serde::Serialize;
 use service::admin::Admin;
 use service::drain::DrainWatch;
+use service::metrics::SharedRegistry;
 use tls::ServerTls;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
@@ -182,6 +183,13 @@ struct Listeners {
 // === impl Parts ===
 
 impl Parts {
+    /// Registers the metrics, and keeps the byte counters up to date at each scrape.
+    pub fn register(&self, metrics: &SharedRegistry) {
+        metrics.with(|registry| self.metrics.register(registry));
+        let registry = self.registry.clone();
+        metrics.before_scrape(move || registry.sample());
+    }
+
     /// The shared parts of a server with this configuration.
     pub fn new(config: &ServerConfig) -> Self {
         let metrics = ServerMetrics::default();
@@ -216,6 +224,7 @@ impl BoundServer {
         enrolment: Option<Arc<Enrolment>>,
         admin: Admin,
     ) -> Result<Self, ServerError> {
+        service::process::raise_open_files();
         let mut reloads = vec![config.agents.tls.clone()];
         let listener = TunnelListener::bind(ListenerConfig {
             tcp: config.agents.tcp,
@@ -374,7 +383,6 @@ async fn observe_rtt(registry: Registry<ServerTunnel>) {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        registry.sample();
         for entry in registry.tunnels() {
             if let Some(rtt) = entry.tunnel.rtt() {
                 let labels = ClusterLabels { cluster: entry.member.cluster.clone() };

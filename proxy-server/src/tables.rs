@@ -61,14 +61,14 @@ pub fn connections<T: Tunnel>(registry: &Registry<T>, cluster: Option<&str>) -> 
     let rows: Vec<Value> = registry
         .connections()
         .iter()
-        .filter(|live| cluster.is_none_or(|cluster| cluster == live.cluster))
+        .filter(|live| cluster.is_none_or(|cluster| cluster == live.member.cluster))
         .map(|live| {
             let (received, sent) = bytes.get(&(live.tunnel_id, live.stream_id)).copied().unwrap_or_default();
             json!({
                 "id": live.id,
                 "tunnelId": live.tunnel_id,
-                "cluster": live.cluster,
-                "agentId": live.agent_id,
+                "cluster": live.member.cluster,
+                "agentId": live.member.agent_id,
                 "target": live.target.to_string(),
                 "frontend": live.frontend.as_str(),
                 "client": live.client,

@@ -1,6 +1,9 @@
 //! The hub in one process: enrolment with a token, the API proxy through a tunnel, ping, revocation, drain. The member
 //! is a tunnel with a scripted gateway.
 
+// What helps a test is a test.
+#![allow(clippy::unwrap_used)]
+
 use std::convert::Infallible;
 use std::time::{Duration, SystemTime};
 

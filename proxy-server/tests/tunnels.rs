@@ -1,5 +1,8 @@
 //! The whole server on loopback, with agents made of the tunnel library: admission, CONNECT, revocation, drain.
 
+// What helps a test is a test.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -31,6 +34,7 @@ struct Setup {
     ca: CertificateAuthority,
     agents: SocketAddr,
     connect: SocketAddr,
+    api_proxy: SocketAddr,
     health: SocketAddr,
     uds: PathBuf,
     registry: Registry,
@@ -46,6 +50,10 @@ struct Agent {
 }
 
 async fn start() -> Setup {
+    start_with(ConnectLimits { dial_timeout: Duration::from_secs(3), ..ConnectLimits::default() }).await
+}
+
+async fn start_with(limits: ConnectLimits) -> Setup {
     let dir = tempfile::tempdir().unwrap();
     let ca = CertificateAuthority::create("test").unwrap();
     let server = ca.issue_server(&["localhost".to_owned()], HOUR).unwrap();
@@ -75,15 +83,19 @@ async fn start() -> Setup {
             tls: tls(ClientAuth::Required),
             allowed: AllowedClients::Groups(vec!["dialers".to_owned()]),
         }),
-        api_proxy: None,
+        api_proxy: Some(TlsFrontend {
+            addr: any,
+            tls: tls(ClientAuth::Required),
+            allowed: AllowedClients::Any,
+        }),
         health: Some(any),
         admin: None,
-        limits: ConnectLimits { dial_timeout: Duration::from_secs(3), ..ConnectLimits::default() },
+        limits,
         access_log: true,
     };
     let parts = Parts::new(&config);
     let metrics = SharedRegistry::new("test");
-    metrics.with(|registry| parts.metrics.register(registry));
+    parts.register(&metrics);
     let bound =
         BoundServer::bind(config, parts, None, Admin::new(Readiness::default(), metrics)).await.unwrap();
     let addresses = bound.addresses().clone();
@@ -93,6 +105,7 @@ async fn start() -> Setup {
         ca,
         agents: addresses.agents.unwrap(),
         connect: addresses.connect.unwrap(),
+        api_proxy: addresses.api_proxy.unwrap(),
         health: addresses.health.unwrap(),
         uds,
         registry,
@@ -144,6 +157,12 @@ impl Setup {
             let mut relays = tokio::task::JoinSet::new();
             while let Some(dial) = tunnel.accept().await {
                 relays.spawn(async move {
+                    if dial.target().is_api_gateway() {
+                        if let Ok(connection) = dial.accept().await {
+                            serve_gateway(connection).await;
+                        }
+                        return;
+                    }
                     let target = dial.target().clone();
                     match (target.host.as_str(), target.port) {
                         ("127.0.0.1", port) => match TcpStream::connect(("127.0.0.1", port)).await {
@@ -152,9 +171,9 @@ impl Setup {
                                     connection.relay(LocalSocket::Tcp(stream)).await;
                                 }
                             }
-                            Err(error) => drop(dial.refuse(DialError::from(&error)).await),
+                            Err(error) => dial.refuse(DialError::from(&error)).await,
                         },
-                        _ => drop(dial.refuse(DialError::UnknownHost).await),
+                        _ => dial.refuse(DialError::UnknownHost).await,
                     }
                 });
             }
@@ -174,6 +193,16 @@ impl Setup {
         });
     }
 
+    async fn tls_client(&self, addr: SocketAddr, groups: &[&str]) -> tls::client::TlsStream<TcpStream> {
+        let groups: Vec<String> = groups.iter().map(|group| (*group).to_owned()).collect();
+        let issued = self.ca.issue_client("jane", &groups, HOUR).unwrap();
+        let identity = Some((issued.certificate_pem.as_str(), issued.key_pem.as_str()));
+        let client = ClientTls::from_pem(self.ca.certificate_pem(), identity).unwrap();
+        let tcp = TcpStream::connect(addr).await.unwrap();
+        let name = tls::ServerName::try_from("localhost").unwrap();
+        client.connector(&[b"http/1.1"]).connect(name, tcp).await.unwrap()
+    }
+
     async fn agent(&self, cluster: &str, agent: &str, carrier: CarrierChoice) -> Agent {
         let before = self.registry.tunnel_count();
         let tls = self.agent_tls(cluster, agent);
@@ -181,6 +210,19 @@ impl Setup {
         self.tunnels(before + 1).await;
         agent
     }
+}
+
+/// An API gateway that tells who asks.
+async fn serve_gateway(connection: tunnel::Connection) {
+    let service = hyper::service::service_fn(async |request: http::Request<hyper::body::Incoming>| {
+        let user = request.headers()["impersonate-user"].to_str().unwrap_or_default();
+        let text = format!("{} as {user}", request.uri());
+        Ok::<_, std::convert::Infallible>(http::Response::new(http_body_util::Full::new(bytes::Bytes::from(
+            text,
+        ))))
+    });
+    let io = hyper_util::rt::TokioIo::new(connection);
+    let _ = hyper::server::conn::http1::Builder::new().serve_connection(io, service).await;
 }
 
 /// `*` does not reach loopback.
@@ -233,13 +275,7 @@ async fn connect_over_both_carriers_and_both_frontends() {
     for carrier in [CarrierChoice::H2, CarrierChoice::Quic] {
         let agent = setup.agent("east", "a1", carrier).await;
         shout(UnixStream::connect(&setup.uds).await.unwrap(), "east", target).await;
-        let issued = setup.ca.issue_client("jane", &["dialers".to_owned()], HOUR).unwrap();
-        let client =
-            ClientTls::from_pem(setup.ca.certificate_pem(), Some((&issued.certificate_pem, &issued.key_pem)))
-                .unwrap();
-        let tcp = TcpStream::connect(setup.connect).await.unwrap();
-        let name = tls::ServerName::try_from("localhost").unwrap();
-        shout(client.connector(&[b"http/1.1"]).connect(name, tcp).await.unwrap(), "east", target).await;
+        shout(setup.tls_client(setup.connect, &["dialers"]).await, "east", target).await;
         drop(agent);
         setup.tunnels(0).await;
     }
@@ -270,13 +306,7 @@ async fn the_five_errors_over_a_real_tunnel() {
 #[tokio::test]
 async fn only_dialers_use_the_tls_frontend() {
     let setup = start().await;
-    let issued = setup.ca.issue_client("mallory", &["others".to_owned()], HOUR).unwrap();
-    let client =
-        ClientTls::from_pem(setup.ca.certificate_pem(), Some((&issued.certificate_pem, &issued.key_pem)))
-            .unwrap();
-    let tcp = TcpStream::connect(setup.connect).await.unwrap();
-    let name = tls::ServerName::try_from("localhost").unwrap();
-    let mut stream = client.connector(&[b"http/1.1"]).connect(name, tcp).await.unwrap();
+    let mut stream = setup.tls_client(setup.connect, &["others"]).await;
     let head = ask(&mut stream, "east", "db:1").await;
     assert!(head.starts_with("HTTP/1.1 403 ") && head.contains("not-authorised"), "{head}");
 }
@@ -342,4 +372,63 @@ async fn fetch(addr: SocketAddr, path: &str) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
     answer
+}
+
+#[tokio::test]
+async fn the_api_proxy_on_its_own_listener() {
+    let setup = start().await;
+    let _west = setup.agent("west", "a1", CarrierChoice::H2).await;
+    let ask = async |path: &str| {
+        let mut stream = setup.tls_client(setup.api_proxy, &["devs"]).await;
+        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    };
+    let answer = ask("/clusters/west/api/v1/pods?limit=5").await;
+    assert!(
+        answer.starts_with("HTTP/1.1 200") && answer.ends_with("/api/v1/pods?limit=5 as jane"),
+        "{answer}"
+    );
+    assert!(ask("/clusters/east/api").await.starts_with("HTTP/1.1 503"));
+    // Not even who may dial anything may speak to the gateway by itself.
+    let mut stream = UnixStream::connect(&setup.uds).await.unwrap();
+    let head = crate::ask(&mut stream, "west", "kube-apiserver.gateway.cellway:80").await;
+    assert!(head.starts_with("HTTP/1.1 403 "), "{head}");
+}
+
+#[tokio::test]
+async fn a_flood_harms_only_who_makes_it() {
+    let limits = ConnectLimits { client_dial_rate: 3, max_half_open: 4, ..ConnectLimits::default() };
+    let setup = start_with(limits).await;
+    let (target, _task) = shouting_target().await;
+    let _east = setup.agent("east", "a1", CarrierChoice::H2).await;
+    // A burst of twice the rate, then 429 until time has passed.
+    let mut statuses = Vec::new();
+    for _ in 0..12 {
+        let mut stream = setup.tls_client(setup.connect, &["dialers"]).await;
+        let head = ask(&mut stream, "east", &target.to_string()).await;
+        statuses.push(head.split(' ').nth(1).unwrap().to_owned());
+    }
+    assert!(statuses[..6].iter().all(|status| status == "200"), "{statuses:?}");
+    assert!(statuses.iter().any(|status| status == "429"), "{statuses:?}");
+    // The Unix socket is another client.
+    shout(UnixStream::connect(&setup.uds).await.unwrap(), "east", target).await;
+    // Connections that never begin their handshake take the places; the rest is closed at once.
+    let mut idle = Vec::new();
+    for _ in 0..5 {
+        idle.push(TcpStream::connect(setup.connect).await.unwrap());
+    }
+    let mut byte = [0];
+    let closed = idle.last_mut().unwrap().read(&mut byte);
+    assert!(matches!(tokio::time::timeout(LIMIT, closed).await.unwrap(), Ok(0) | Err(_)));
+    let metrics = fetch(setup.health, "/metrics").await;
+    for line in [
+        "cellway_server_rejected_requests_total{frontend=\"connect\",reason=\"rate-limited\"}",
+        "cellway_server_rejected_requests_total{frontend=\"connect\",reason=\"half-open\"} 1",
+        "cellway_server_proxied_bytes_total{cluster=\"east\",direction=\"received\"} 5",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in\n{metrics}");
+    }
 }

@@ -11,6 +11,7 @@ pub mod flags;
 pub mod http;
 pub mod log;
 pub mod metrics;
+pub mod process;
 pub mod ready;
 pub mod signals;
 

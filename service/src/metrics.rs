@@ -21,7 +21,12 @@ const KIB: i64 = 1024;
 
 /// One registry for a whole program. Clones share it.
 #[derive(Clone)]
-pub struct SharedRegistry(Arc<Mutex<Registry>>);
+pub struct SharedRegistry {
+    registry: Arc<Mutex<Registry>>,
+    refreshes: Arc<Mutex<Vec<Refresh>>>,
+}
+
+type Refresh = Arc<dyn Fn() + Send + Sync>;
 
 // === impl SharedRegistry ===
 
@@ -32,19 +37,29 @@ impl SharedRegistry {
         let build = Info::new(vec![("program", program), ("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("cellway_build", "The program and its version", build);
         registry.register_collector(Box::new(ProcessCollector));
-        Self(Arc::new(Mutex::new(registry)))
+        Self { registry: Arc::new(Mutex::new(registry)), refreshes: Arc::default() }
     }
 
     /// Lends the registry for registrations.
     pub fn with<T>(&self, f: impl FnOnce(&mut Registry) -> T) -> T {
-        f(&mut self.0.lock())
+        f(&mut self.registry.lock())
+    }
+
+    /// Calls `refresh` before each scrape, to bring up to date what is counted elsewhere. Keep it cheap.
+    pub fn before_scrape(&self, refresh: impl Fn() + Send + Sync + 'static) {
+        self.refreshes.lock().push(Arc::new(refresh));
     }
 
     /// Everything registered, in the OpenMetrics text format.
     pub fn encode(&self) -> String {
+        // The refreshes are the program's code and run without our locks.
+        let refreshes = self.refreshes.lock().clone();
+        for refresh in refreshes {
+            refresh();
+        }
         let mut text = String::with_capacity(8 * 1024);
         // Writing to a `String` fails only when a metric's own encoder does; what came before is still of use.
-        if let Err(error) = prometheus_client::encoding::text::encode(&mut text, &self.0.lock()) {
+        if let Err(error) = prometheus_client::encoding::text::encode(&mut text, &self.registry.lock()) {
             tracing::error!(%error, "failed to encode the metrics");
         }
         text
@@ -122,7 +137,14 @@ mod tests {
 
     #[test]
     fn process_figures_are_there() {
-        let text = SharedRegistry::new("test").encode();
+        let registry = SharedRegistry::new("test");
+        let counter = prometheus_client::metrics::counter::Counter::<u64>::default();
+        registry.with(|r| r.register("scrapes", "Scrapes", counter.clone()));
+        registry.before_scrape(move || {
+            counter.inc();
+        });
+        let text = registry.encode();
+        assert!(text.contains("scrapes_total 1"), "{text}");
         for name in [
             "cellway_build_info{",
             "process_resident_memory_bytes ",

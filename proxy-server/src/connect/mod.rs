@@ -212,22 +212,19 @@ impl<T: Tunnel> ConnectFrontend<T> {
 
     async fn handle_unix(&self, mut stream: UnixStream) {
         let key = ClientKey::Local;
-        let Some((dialed, early, _held)) =
-            self.negotiate(&mut stream, Frontend::ConnectUds, &key, "unix").await
-        else {
-            return;
-        };
-        let started = Instant::now();
+        // Boxed, because a connection that is established should not keep the space of its negotiation.
+        let negotiation = Box::pin(self.negotiate(&mut stream, Frontend::ConnectUds, &key, "unix"));
+        let Some((dialed, early, _held)) = negotiation.await else { return };
         let Dialed { mut connection, place } = dialed;
+        let mut line = AccessLine::begin(self.access_log, &place.live);
         let forwarded = early.len() as u64;
         if !early.is_empty() && connection.write_all(&early).await.is_err() {
-            self.log_end(&place.live, started, &Relayed { outcome: "aborted".into(), ..Relayed::default() });
+            line.relayed.outcome = "aborted".into();
             return;
         }
         drop(early);
-        let mut relayed = connection.relay_unix(stream).await;
-        relayed.bytes_sent += forwarded;
-        self.log_end(&place.live, started, &relayed);
+        line.relayed = connection.relay_unix(stream).await;
+        line.relayed.bytes_sent += forwarded;
     }
 
     async fn handle_tls(
@@ -269,13 +266,10 @@ impl<T: Tunnel> ConnectFrontend<T> {
         }
         let client = if user.is_empty() { remote.to_string() } else { format!("{user} at {remote}") };
         let key = ClientKey::Remote(remote.ip(), user.into());
-        let Some((mut dialed, early, _held)) = self.negotiate(&mut stream, frontend, &key, &client).await
-        else {
-            return;
-        };
-        let started = Instant::now();
+        let negotiation = Box::pin(self.negotiate(&mut stream, frontend, &key, &client));
+        let Some((mut dialed, early, _held)) = negotiation.await else { return };
+        let mut line = AccessLine::begin(self.access_log, &dialed.place.live);
         let forwarded = early.len() as u64;
-        let mut relayed = Relayed::default();
         let copied = match dialed.write_all(&early).await {
             Ok(()) => {
                 tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut dialed, COPY_BUFFER, COPY_BUFFER)
@@ -285,15 +279,14 @@ impl<T: Tunnel> ConnectFrontend<T> {
         };
         match copied {
             Ok((sent, received)) => {
-                relayed = Relayed {
+                line.relayed = Relayed {
                     bytes_sent: sent + forwarded,
                     bytes_received: received,
                     outcome: "closed".into(),
                 };
             }
-            Err(error) => relayed.outcome = format!("aborted: {error}").into(),
+            Err(error) => line.relayed.outcome = format!("aborted: {error}").into(),
         }
-        self.log_end(&dialed.place.live, started, &relayed);
     }
 
     /// Reads the head, dials and answers. `None`: the client has been told, or is gone.
@@ -360,29 +353,44 @@ impl<T: Tunnel> ConnectFrontend<T> {
         stream.flush().await.map_err(|_| Refusal::Gone)?;
         Ok((dialed, early, connection_place))
     }
-
-    fn log_end(&self, live: &LiveConnection, started: Instant, relayed: &Relayed) {
-        if self.access_log {
-            tracing::info!(
-                target: "access",
-                frontend = live.frontend.as_str(),
-                client = %live.client,
-                cluster = %live.cluster,
-                agent.id = %live.agent_id,
-                target = %live.target,
-                bytes_sent = relayed.bytes_sent,
-                bytes_received = relayed.bytes_received,
-                seconds = started.elapsed().as_secs_f64(),
-                outcome = %relayed.outcome,
-                "connection ended"
-            );
-        }
-    }
 }
 
 impl<T: Tunnel> std::fmt::Debug for ConnectFrontend<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ConnectFrontend").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+/// The access log's line of one connection, written when it ends, also when its task is cut.
+struct AccessLine {
+    live: Option<Arc<LiveConnection>>,
+    started: Instant,
+    relayed: Relayed,
+}
+
+impl AccessLine {
+    fn begin(wanted: bool, live: &Arc<LiveConnection>) -> Self {
+        let relayed = Relayed { outcome: "cut".into(), ..Relayed::default() };
+        Self { live: wanted.then(|| live.clone()), started: Instant::now(), relayed }
+    }
+}
+
+impl Drop for AccessLine {
+    fn drop(&mut self) {
+        let Some(live) = &self.live else { return };
+        tracing::info!(
+            target: "access",
+            frontend = live.frontend.as_str(),
+            client = %live.client,
+            cluster = %live.member.cluster,
+            agent.id = %live.member.agent_id,
+            target = %live.target,
+            bytes_sent = self.relayed.bytes_sent,
+            bytes_received = self.relayed.bytes_received,
+            seconds = self.started.elapsed().as_secs_f64(),
+            outcome = %self.relayed.outcome,
+            "connection ended"
+        );
     }
 }
 

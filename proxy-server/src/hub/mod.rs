@@ -184,7 +184,7 @@ pub struct Hub {
     client: kube::Client,
     feed: watch::Sender<Arc<Snapshot>>,
     certificates: ServerCertificates,
-    dial_timeout: Duration,
+    controller: Controller,
     starting: ReadyGuard,
 }
 
@@ -244,7 +244,10 @@ impl Hub {
         )?;
 
         let metrics = SharedRegistry::new("cellway-hub");
-        metrics.with(|registry| parts.metrics.register(registry));
+        parts.register(&metrics);
+        let connector = member_connector(parts.registry.clone(), args.backend_dial_timeout.0);
+        let controller = Controller::new(client.clone(), connector, Options::default());
+        metrics.with(|registry| controller.register(registry.sub_registry_with_prefix("cellway_federation")));
         let readiness = Readiness::default();
         let starting = readiness.register("hub API answers and clusters are known");
         let pages = AdminApi {
@@ -280,7 +283,7 @@ impl Hub {
             client,
             feed,
             certificates,
-            dial_timeout: args.backend_dial_timeout.0,
+            controller,
             starting,
         })
     }
@@ -310,12 +313,10 @@ impl Hub {
     /// # Errors
     /// When a part ends by itself, or `hub.json` cannot be written.
     pub async fn run(self, drain: DrainWatch) -> Result<(), HubError> {
-        let Self { data_dir, api, server, pages, client, feed, certificates, dial_timeout, starting, .. } =
+        let Self { data_dir, api, server, pages, client, feed, certificates, controller, starting, .. } =
             self;
         let (registry, hub_file) = (pages.registry.clone(), data_dir.join(HUB_FILE));
         let admin_kubeconfig = api.admin_kubeconfig();
-        let connector = member_connector(registry.clone(), dial_timeout);
-        let controller = Controller::new(client.clone(), connector, Options::default());
 
         let api_stop = CancellationToken::new();
         let mut api_task = JoinSet::new();
@@ -356,6 +357,8 @@ impl Hub {
             while controller_task.join_next().await.is_some() {}
             while server_task.join_next().await.is_some() {}
         }
+        // The watches end before what they watch does.
+        background.shutdown().await;
         api_stop.cancel();
         while api_task.join_next().await.is_some() {}
         // A file that stays behind says less than nothing, but the end is an end all the same.
