@@ -88,6 +88,18 @@ pub struct Fleet {
 impl Fleet {
     /// A fleet whose members are enrolled and answer.
     pub async fn start(needs: Needs, members: &[&str], options: Options) -> Result<Self> {
+        let mut fleet = Self::hub_only(needs, members, options).await?;
+        for name in members {
+            fleet.enrol(name).await?;
+        }
+        for name in members {
+            fleet.wait_for_member(name, START_LIMIT).await?;
+        }
+        Ok(fleet)
+    }
+
+    /// A hub, and the members' namespaces with nothing in them yet.
+    pub async fn hub_only(needs: Needs, members: &[&str], options: Options) -> Result<Self> {
         let turn = turn().await;
         let star = Star::new(members)?;
         let mut fleet = Self {
@@ -102,12 +114,6 @@ impl Fleet {
             _turn: turn,
         };
         fleet.start_hub().await?;
-        for name in members {
-            fleet.enrol(name).await?;
-        }
-        for name in members {
-            fleet.wait_for_member(name, START_LIMIT).await?;
-        }
         Ok(fleet)
     }
 

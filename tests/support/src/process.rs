@@ -110,6 +110,17 @@ impl Process {
         self.child.id()
     }
 
+    /// Its resident memory in KiB.
+    pub fn resident_kib(&self) -> Result<u64> {
+        let pid = self.pid().with_context(|| format!("{} has ended", self.name))?;
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))
+            .with_context(|| format!("cannot read the memory of {}", self.name))?;
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.trim().parse().ok())
+            .with_context(|| format!("no resident memory of {} in {status:?}", self.name))
+    }
+
     /// The captured lines that are still in memory.
     pub fn lines(&self) -> Vec<String> {
         self.captured.lock().lines.iter().cloned().collect()

@@ -71,6 +71,18 @@ pub fn root() -> Result<(), Missing> {
     }
 }
 
+/// Lets this process hold `wanted` descriptors, if it may; the reason when not.
+pub fn descriptors(wanted: u64) -> Result<(), Missing> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_none_or(|current| current >= wanted) {
+        return Ok(());
+    }
+    let raised = Rlimit { current: Some(wanted), maximum: limit.maximum };
+    setrlimit(Resource::Nofile, raised)
+        .map_err(|error| Missing::new(format!("{wanted} descriptors are more than allowed here: {error}")))
+}
+
 fn named(variable: &str, program: &str, remedy: &str) -> Result<PathBuf, Missing> {
     if let Some(path) = std::env::var_os(variable) {
         let path = PathBuf::from(path);

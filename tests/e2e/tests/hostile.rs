@@ -1,0 +1,233 @@
+//! Bad input at a running hub: garbage, slow and endless heads, thousands of half-open connections, a flood of dials.
+//! The offender is turned away and counted; a member that works keeps working; memory stays bounded.
+
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use e2e_tests::{LIMIT, START_LIMIT, errors, run};
+use serde_json::Value;
+use test_support::{TestDir, process::Process, require, tools, wait_until};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    net::{TcpStream, UdpSocket, UnixStream},
+    process::Command,
+    task::JoinSet,
+};
+
+/// Half-open connections at once, as many as the issue of the day brings.
+const HALF_OPEN: usize = 10_000;
+/// What all of it together may add to the hub's memory.
+const MAX_GROWTH_KIB: u64 = 256 * 1024;
+/// A slow head or handshake is not waited for longer than this.
+const MAX_PATIENCE: Duration = Duration::from_secs(75);
+
+struct Site {
+    member: Process,
+    hub: Process,
+    cellway: PathBuf,
+    addresses: Value,
+    dir: TestDir,
+}
+
+impl Site {
+    async fn start(cellway: PathBuf) -> Result<Self> {
+        let dir = TestDir::new("hostile")?;
+        let (hub_dir, member_dir) = (dir.join("hub"), dir.join("member"));
+        let mut command = Command::new(&cellway);
+        command.arg("hub").arg("--data-dir").arg(&hub_dir).args(["--bind-address", "127.0.0.1"]);
+        for port in ["api", "agent", "connect", "health", "admin"] {
+            command.args([&format!("--{port}-port"), "0"]);
+        }
+        let hub = Process::spawn("hub", command, &dir.join("hub.log"))?;
+        let file = hub_dir.join("hub.json");
+        let described: Value = wait_until(
+            || async { anyhow::Ok(serde_json::from_slice(&std::fs::read(&file)?)?) },
+            START_LIMIT,
+            "the hub to be ready",
+        )
+        .await
+        .with_context(|| hub.tail(30))?;
+        let mut command = Command::new(&cellway);
+        command.args(["cluster", "add", "good", "-o", "json", "--data-dir"]).arg(&hub_dir);
+        let added = run(command, None).await?;
+        ensure!(added.status.success(), "{}", errors(&added));
+        let added: Value = serde_json::from_slice(&added.stdout)?;
+        let text = |field: &str| added[field].as_str().map(str::to_owned).context("a field is missing");
+        let mut command = Command::new(&cellway);
+        command.args(["dev", "member", "good", "--hub", &text("hub")?, "--ca-hash", &text("caHash")?]);
+        command.args(["--enrolment-token", &text("token")?, "--data-dir"]).arg(&member_dir);
+        let member = Process::spawn("good", command, &dir.join("good.log"))?;
+        let site = Self { member, hub, cellway, addresses: described["addresses"].clone(), dir };
+        site.works(START_LIMIT).await?;
+        Ok(site)
+    }
+
+    fn address(&self, name: &str) -> Result<SocketAddr> {
+        Ok(self.addresses[name].as_str().with_context(|| format!("no address {name}"))?.parse()?)
+    }
+
+    async fn uds(&self) -> Result<UnixStream> {
+        let path = self.addresses["connectUds"].as_str().context("no socket")?;
+        UnixStream::connect(path).await.context("cannot connect to the socket")
+    }
+
+    /// The member answers through its tunnel.
+    async fn works(&self, limit: Duration) -> Result<()> {
+        wait_until(
+            || async {
+                let mut command = Command::new(&self.cellway);
+                command.args(["ping", "good", "--data-dir"]).arg(self.dir.join("hub"));
+                let output = run(command, None).await?;
+                ensure!(output.status.success(), "{}", errors(&output));
+                anyhow::Ok(())
+            },
+            limit,
+            "the good member to answer",
+        )
+        .await
+        .with_context(|| format!("{}\n{}", self.hub.tail(20), self.member.tail(20)))
+    }
+
+    /// The sum of the counters whose name contains `name`.
+    async fn counted(&self, name: &str) -> Result<f64> {
+        let mut stream = TcpStream::connect(self.address("health")?).await?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: hub\r\nConnection: close\r\n\r\n").await?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await?;
+        let values = text
+            .lines()
+            .filter(|line| !line.starts_with('#') && line.contains(name))
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+        Ok(values.sum())
+    }
+}
+
+/// Writes, then reads until the other side ends it; how long that took. Errors are ends too.
+async fn until_ended<S: AsyncRead + AsyncWrite + Unpin>(
+    mut stream: S,
+    first: &[u8],
+) -> Result<(Duration, Vec<u8>)> {
+    let began = Instant::now();
+    let mut answer = Vec::new();
+    let _ = stream.write_all(first).await;
+    tokio::time::timeout(MAX_PATIENCE, async {
+        let mut buffer = [0; 4096];
+        while let Ok(count) = stream.read(&mut buffer).await {
+            if count == 0 || answer.len() > 1024 * 1024 {
+                break;
+            }
+            answer.extend_from_slice(&buffer[..count]);
+        }
+    })
+    .await
+    .context("the hub keeps an offender's connection")?;
+    Ok((began.elapsed(), answer))
+}
+
+fn garbage(seed: u64, length: u64) -> Vec<u8> {
+    test_support::stream::Stream::new(seed, length).next_piece().unwrap_or_default()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn offenders_are_turned_away_and_nobody_else_notices() -> Result<()> {
+    let cellway = require!(tools::program("cellway"));
+    require!(tools::descriptors(HALF_OPEN as u64 + 2_000));
+    let mut site = Site::start(cellway).await?;
+    let memory = site.hub.resident_kib()?;
+
+    // Garbage at every door: an end, soon.
+    for door in ["api", "agents", "connect"] {
+        let stream = TcpStream::connect(site.address(door)?).await?;
+        let (took, _) = until_ended(stream, &garbage(1, 60_000)).await.with_context(|| door.to_owned())?;
+        println!("garbage at {door}: ended after {took:?}");
+    }
+    let (took, answer) = until_ended(site.uds().await?, &garbage(2, 60_000)).await?;
+    println!(
+        "garbage at the socket: ended after {took:?} with {:?}",
+        String::from_utf8_lossy(&answer[..answer.len().min(30)])
+    );
+    let quic = UdpSocket::bind("127.0.0.1:0").await?;
+    quic.connect(site.address("agentsQuic")?).await?;
+    for seed in 0..2_000 {
+        let _ = quic.send(&garbage(seed, 1_200)).await;
+    }
+    site.works(LIMIT).await?;
+
+    // A head without an end, and one that never goes on.
+    let mut endless = b"CONNECT db:1 HTTP/1.1\r\n".to_vec();
+    for number in 0..20_000 {
+        endless.extend_from_slice(format!("x-{number}: {number}\r\n").as_bytes());
+    }
+    let (took, _) = until_ended(site.uds().await?, &endless).await.context("an endless head")?;
+    println!("an endless head: ended after {took:?}");
+    let (took, _) = until_ended(site.uds().await?, b"CONNECT db:1 HT").await.context("a slow head")?;
+    println!("a slow head: ended after {took:?}");
+
+    // A flood of dials to where nobody may: each is answered, and the member still answers others.
+    let mut flood = JoinSet::new();
+    for _ in 0..50 {
+        let path = site.addresses["connectUds"].as_str().context("no socket")?.to_owned();
+        flood.spawn(async move {
+            let mut answers = 0;
+            for _ in 0..40 {
+                let Ok(mut stream) = UnixStream::connect(&path).await else { continue };
+                let request = b"CONNECT forbidden:1 HTTP/1.1\r\nHost: f\r\nCellway-Cluster: good\r\n\r\n";
+                if stream.write_all(request).await.is_ok() {
+                    let mut answer = Vec::new();
+                    let _ = stream.read_to_end(&mut answer).await;
+                    ensure!(!answer.starts_with(b"HTTP/1.1 200"), "a forbidden destination was connected");
+                    answers +=
+                        usize::from(answer.starts_with(b"HTTP/1.1 4") || answer.starts_with(b"HTTP/1.1 5"));
+                }
+            }
+            anyhow::Ok(answers)
+        });
+    }
+    site.works(LIMIT).await?;
+    let mut answers = 0;
+    while let Some(ended) = flood.join_next().await {
+        answers += ended??;
+    }
+    ensure!(answers > 0, "no dial of the flood was answered");
+    println!("a flood of 2000 dials: {answers} answered with an error");
+
+    // Thousands of connections at the agents' port that say nothing.
+    let agents = site.address("agents")?;
+    let mut held = Vec::with_capacity(HALF_OPEN);
+    let mut opening = JoinSet::new();
+    for _ in 0..HALF_OPEN {
+        while opening.len() >= 256 {
+            if let Some(Ok(Ok(Ok(stream)))) = opening.join_next().await {
+                held.push(stream);
+            }
+        }
+        // One that is not taken in time is turned away as well.
+        opening.spawn(tokio::time::timeout(Duration::from_secs(5), TcpStream::connect(agents)));
+    }
+    while let Some(opened) = opening.join_next().await {
+        if let Ok(Ok(Ok(stream))) = opened {
+            held.push(stream);
+        }
+    }
+    println!("{} of {HALF_OPEN} half-open connections", held.len());
+    site.works(LIMIT).await.context("beside thousands of half-open connections")?;
+    let grown = site.hub.resident_kib()?.saturating_sub(memory);
+    println!("the hub grew by {grown} KiB");
+    ensure!(grown < MAX_GROWTH_KIB, "the hub grew by {grown} KiB");
+    drop(held);
+
+    let rejected = site.counted("reject").await?;
+    println!("rejections counted: {rejected}");
+    ensure!(rejected > 0.0, "nothing was counted");
+    ensure!(site.hub.ended()?.is_none(), "the hub ended");
+    ensure!(
+        !site.hub.lines().iter().any(|line| line.contains("panicked")),
+        "the hub panicked\n{}",
+        site.hub.tail(40)
+    );
+    site.works(LIMIT).await
+}
