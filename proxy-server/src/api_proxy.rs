@@ -544,5 +544,7 @@ impl<T: Tunnel> Connection for Dialed<T> {
     }
 }
 
+#[doc(hidden)]
+pub mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -427,5 +427,7 @@ impl EnrolError {
     }
 }
 
+#[doc(hidden)]
+pub mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -18,6 +18,7 @@ pub mod connect;
 pub mod directory;
 pub mod enrol;
 pub mod error;
+mod fuzz;
 pub mod https;
 pub mod hub;
 pub mod limit;
@@ -28,3 +29,11 @@ pub mod server;
 pub mod status;
 pub mod tables;
 pub mod user;
+
+/// What fuzz targets call: the parsers of peer input, as plain functions.
+#[doc(hidden)]
+pub mod fuzzing {
+    pub use crate::api_proxy::fuzz::api_request;
+    pub use crate::enrol::fuzz::enrolment;
+    pub use crate::fuzz::{connect_head, route};
+}

@@ -159,3 +159,20 @@ async fn a_file_in_the_way_is_never_deleted() {
     assert_eq!(mode & 0o777, 0o770);
     drop(BoundUnix::bind(&path, true).unwrap());
 }
+
+#[tokio::test]
+async fn an_idle_connection_is_small() {
+    let (near, _far) = UnixStream::pair().unwrap();
+    let frontend = ConnectFrontend::new(
+        Registry::<tunnel::ServerTunnel>::new(
+            crate::directory::ClusterDirectory::open(Default::default()),
+            Vec::new(),
+            crate::metrics::ServerMetrics::default(),
+        ),
+        ConnectLimits::default(),
+        true,
+    );
+    let size = std::mem::size_of_val(&frontend.handle_unix(near));
+    // Two thousand idle connections are a usual load; the negotiation's space must not stay with them.
+    assert!(size <= 2048, "the task of a connection takes {size} bytes");
+}
