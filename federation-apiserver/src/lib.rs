@@ -27,6 +27,7 @@ mod client;
 mod config;
 mod crd;
 mod discovery;
+mod fuzz;
 mod gc;
 mod http;
 mod logs;
@@ -45,3 +46,12 @@ pub use client::LocalClient;
 pub use config::{Config, Limits, Role};
 pub use logs::{LogOptions, LogSource};
 pub use server::{ApiServer, BindError, Bound};
+
+/// What fuzz targets call: the parsers of peer input, as plain functions.
+#[doc(hidden)]
+pub mod fuzzing {
+    pub use crate::fuzz::{
+        apply, continue_token, crd, headers, json, json_patch, jsonpath, merge_patch, object, protobuf,
+        selectors, url, yaml,
+    };
+}

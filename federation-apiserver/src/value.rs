@@ -64,6 +64,15 @@ pub(crate) fn strip_nulls(value: &mut Value) {
     }
 }
 
+/// Is the value nested at most `depth` levels deep? A scalar has none, an empty object has one.
+pub(crate) fn is_within(value: &Value, depth: usize) -> bool {
+    match value {
+        Value::Object(map) => depth > 0 && map.values().all(|v| is_within(v, depth - 1)),
+        Value::Array(items) => depth > 0 && items.iter().all(|v| is_within(v, depth - 1)),
+        _ => true,
+    }
+}
+
 /// Equality in which numbers compare by value (1 == 1.0) and object order does not matter.
 pub(crate) fn equal(a: &Value, b: &Value) -> bool {
     match (a, b) {

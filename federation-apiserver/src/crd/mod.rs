@@ -152,7 +152,7 @@ fn condition<'a>(crd: &'a Value, kind: &str) -> &'a str {
 }
 
 /// The resources that a CRD makes served, one per served version.
-fn resources(crd: &Value) -> Vec<Resource> {
+pub(crate) fn resources(crd: &Value) -> Vec<Resource> {
     let text = |path: &[&str]| str_at(crd, path).to_owned();
     let list = |value: Option<&Value>| -> Vec<String> {
         let items = value.and_then(Value::as_array).into_iter().flatten();

@@ -15,6 +15,12 @@ use crate::status::ApiError;
 
 /// As many duplicate fields as one answer tells.
 const MAX_DUPLICATES: usize = 20;
+/// Longest path of a field, in bytes of names. Validation and pruning spell paths out for each value, so a long one
+/// above a long list would cost the product of both. Paths into the schema of a large CRD take 1 KiB.
+const MAX_PATH: usize = 8192;
+/// How much larger than its text a YAML document may be, in values and bytes of text. Without aliases it is at most 3
+/// (a value and a byte of text per byte, escapes that grow); with them it would be the square of its length.
+const YAML_EXPANSION: usize = 4;
 
 /// A decoded body.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -64,7 +70,8 @@ pub(crate) fn decode(media_type: &str, bytes: &[u8]) -> Result<Decoded, ApiError
 pub(crate) fn decode_json(bytes: &[u8]) -> Result<Decoded, ApiError> {
     let mut duplicates = Vec::new();
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-    let seed = Seed { path: String::new(), duplicates: &mut duplicates, depth: 0 };
+    let mut left = usize::MAX;
+    let seed = Seed { path: &Path::Root, length: 0, duplicates: &mut duplicates, left: &mut left, depth: 0 };
     let value = seed
         .deserialize(&mut deserializer)
         .and_then(|v| deserializer.end().map(|()| v))
@@ -76,7 +83,8 @@ pub(crate) fn decode_json(bytes: &[u8]) -> Result<Decoded, ApiError> {
 pub(crate) fn decode_yaml(bytes: &[u8]) -> Result<Decoded, ApiError> {
     let mut duplicates = Vec::new();
     let deserializer = serde_yaml_ng::Deserializer::from_slice(bytes);
-    let seed = Seed { path: String::new(), duplicates: &mut duplicates, depth: 0 };
+    let mut left = bytes.len().saturating_mul(YAML_EXPANSION).saturating_add(1024);
+    let seed = Seed { path: &Path::Root, length: 0, duplicates: &mut duplicates, left: &mut left, depth: 0 };
     let value = seed
         .deserialize(deserializer)
         .map_err(|e| ApiError::bad_request(format!("error converting YAML to JSON: {e}")))?;
@@ -84,18 +92,49 @@ pub(crate) fn decode_yaml(bytes: &[u8]) -> Result<Decoded, ApiError> {
 }
 
 struct Seed<'a> {
-    path: String,
+    path: &'a Path<'a>,
+    /// Bytes of the names in the path.
+    length: usize,
     duplicates: &'a mut Vec<String>,
+    /// Values and bytes of text that may still come.
+    left: &'a mut usize,
     depth: usize,
+}
+
+/// Where a value is. Text is made of it only for a duplicate: made for each value, one long key above a long list
+/// would take the product of both.
+enum Path<'a> {
+    Root,
+    Field(&'a Path<'a>, &'a str),
+    Item(&'a Path<'a>, usize),
+}
+
+impl Path<'_> {
+    fn text(&self) -> String {
+        match self {
+            Self::Root => String::new(),
+            Self::Field(above, key) => crate::schema::defaults::join(&above.text(), key),
+            Self::Item(above, index) => format!("{}[{index}]", above.text()),
+        }
+    }
+}
+
+impl Seed<'_> {
+    fn spend<E: serde::de::Error>(&mut self, cost: usize) -> Result<(), E> {
+        *self.left =
+            self.left.checked_sub(cost).ok_or_else(|| E::custom("aliases make the document too large"))?;
+        Ok(())
+    }
 }
 
 impl<'de> DeserializeSeed<'de> for Seed<'_> {
     type Value = Value;
 
-    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+    fn deserialize<D: serde::Deserializer<'de>>(mut self, deserializer: D) -> Result<Value, D::Error> {
         if self.depth > MAX_DEPTH {
             return Err(D::Error::custom("exceeded max depth"));
         }
+        self.spend(1)?;
         deserializer.deserialize_any(self)
     }
 }
@@ -123,11 +162,13 @@ impl<'de> Visitor<'de> for Seed<'_> {
         Number::from_f64(v).map(Value::Number).ok_or_else(|| E::custom("numbers must be finite"))
     }
 
-    fn visit_str<E>(self, v: &str) -> Result<Value, E> {
+    fn visit_str<E: serde::de::Error>(mut self, v: &str) -> Result<Value, E> {
+        self.spend(v.len())?;
         Ok(v.into())
     }
 
-    fn visit_string<E>(self, v: String) -> Result<Value, E> {
+    fn visit_string<E: serde::de::Error>(mut self, v: String) -> Result<Value, E> {
+        self.spend(v.len())?;
         Ok(v.into())
     }
 
@@ -142,8 +183,14 @@ impl<'de> Visitor<'de> for Seed<'_> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
         let mut items = Vec::new();
         loop {
-            let path = format!("{}[{}]", self.path, items.len());
-            let seed = Seed { path, duplicates: self.duplicates, depth: self.depth + 1 };
+            let path = Path::Item(self.path, items.len());
+            let seed = Seed {
+                path: &path,
+                length: self.length,
+                duplicates: &mut *self.duplicates,
+                left: &mut *self.left,
+                depth: self.depth + 1,
+            };
             match seq.next_element_seed(seed)? {
                 Some(item) => items.push(item),
                 None => return Ok(Value::Array(items)),
@@ -151,15 +198,27 @@ impl<'de> Visitor<'de> for Seed<'_> {
         }
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(mut self, mut access: A) -> Result<Value, A::Error> {
         let mut map = Map::new();
         while let Some(key) = access.next_key::<Key>()? {
-            let path = crate::schema::defaults::join(&self.path, &key.0);
-            let seed = Seed { path: path.clone(), duplicates: self.duplicates, depth: self.depth + 1 };
-            let value = access.next_value_seed(seed)?;
-            if map.insert(key.0, value).is_some() && self.duplicates.len() < MAX_DUPLICATES {
-                self.duplicates.push(path);
+            self.spend(key.0.len())?;
+            let length = self.length + key.0.len();
+            if length > MAX_PATH {
+                return Err(A::Error::custom(format_args!("a field's path is longer than {MAX_PATH} bytes")));
             }
+            let path = Path::Field(self.path, &key.0);
+            let seed = Seed {
+                path: &path,
+                length,
+                duplicates: &mut *self.duplicates,
+                left: &mut *self.left,
+                depth: self.depth + 1,
+            };
+            let value = access.next_value_seed(seed)?;
+            if self.duplicates.len() < MAX_DUPLICATES && map.contains_key(&key.0) {
+                self.duplicates.push(path.text());
+            }
+            map.insert(key.0, value);
         }
         Ok(Value::Object(map))
     }
@@ -212,6 +271,24 @@ mod tests {
         assert_eq!(decoded.duplicates, ["b.c", "a"]);
         let yaml = decode_yaml(b"a: [1, x]\nb: {c: true}\n1: y\n").expect("valid");
         assert_eq!(yaml.value, json!({"a": [1, "x"], "b": {"c": true}, "1": "y"}));
+    }
+
+    #[test]
+    fn aliases_are_bounded() {
+        let bomb = format!("a: &a [{}]\nb: [{}]\n", "x, ".repeat(5_000), "*a, ".repeat(5_000));
+        assert_eq!(decode_yaml(bomb.as_bytes()).expect_err("25 million values").code(), 400);
+        let long = format!("a: &a {}\nb: [{}]\n", "x".repeat(100_000), "*a, ".repeat(5_000));
+        assert_eq!(decode_yaml(long.as_bytes()).expect_err("500 megabytes").code(), 400);
+        let fair = decode_yaml(b"a: &a {x: 1}\nb: *a\nc: *a\n").expect("valid");
+        assert_eq!(fair.value, json!({"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1}}));
+    }
+
+    #[test]
+    fn a_long_name_above_a_long_list_takes_no_product() {
+        let text = format!("{{{:?}: [{}1]}}", "k".repeat(MAX_PATH), "1,".repeat(500_000));
+        assert!(decode_json(text.as_bytes()).is_ok());
+        let text = format!("{{{:?}: 1}}", "k".repeat(MAX_PATH + 1));
+        assert_eq!(decode_json(text.as_bytes()).expect_err("too long").code(), 400);
     }
 
     #[test]

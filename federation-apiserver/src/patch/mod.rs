@@ -4,12 +4,16 @@ pub mod strategic;
 
 use serde_json::Value;
 
+use crate::schema::defaults::MAX_DEPTH;
 use crate::status::ApiError;
 
 /// Operations that one JSON patch may have, as in kube-apiserver.
 const MAX_OPERATIONS: usize = 10_000;
 /// Bytes that one JSON patch may copy: `copy` can double a document with each step.
 const MAX_COPIED: usize = 3 << 20;
+
+/// Values that are looked at to see how deep what one JSON patch moves and copies is.
+const MAX_VISITED: usize = 1 << 22;
 
 /// Applies a JSON patch.
 pub fn json_patch(object: &Value, patch: &Value) -> Result<Value, ApiError> {
@@ -19,13 +23,27 @@ pub fn json_patch(object: &Value, patch: &Value) -> Result<Value, ApiError> {
         return Err(ApiError::too_large(MAX_OPERATIONS));
     }
     let mut result = object.clone();
-    let mut copied = 0;
+    let (mut copied, mut left) = (0, MAX_VISITED);
     for operation in patch.0 {
-        if let json_patch::PatchOperation::Copy(copy) = &operation {
-            copied += copy.from.resolve(&result).map(|v| v.to_string().len()).unwrap_or_default();
-            if copied > MAX_COPIED {
-                return Err(ApiError::too_large(MAX_COPIED));
+        // Where a value comes from that is already in the object, and what it counts against the limit.
+        let placed = match &operation {
+            json_patch::PatchOperation::Copy(copy) => {
+                let value = copy.from.resolve(&result).ok();
+                copied += value.map(|v| v.to_string().len()).unwrap_or_default();
+                value
             }
+            json_patch::PatchOperation::Move(moved) => moved.from.resolve(&result).ok(),
+            _ => None,
+        };
+        if copied > MAX_COPIED {
+            return Err(ApiError::too_large(MAX_COPIED));
+        }
+        // Each of thousands of operations can nest by one level more, and what walks or frees an object is recursive.
+        let above = operation.path().count();
+        if above > MAX_DEPTH || placed.is_some_and(|v| !within(v, MAX_DEPTH - above, &mut left)) {
+            return Err(ApiError::unprocessable(format!(
+                "the patch nests more than {MAX_DEPTH} levels deep, or moves too much"
+            )));
         }
         json_patch::patch(&mut result, std::slice::from_ref(&operation)).map_err(|e| {
             ApiError::unprocessable(format!(
@@ -34,6 +52,17 @@ pub fn json_patch(object: &Value, patch: &Value) -> Result<Value, ApiError> {
         })?;
     }
     Ok(result)
+}
+
+/// Is the value nested at most `depth` levels deep? `left` is how many values may still be looked at.
+fn within(value: &Value, depth: usize, left: &mut usize) -> bool {
+    *left = left.saturating_sub(1);
+    *left > 0
+        && match value {
+            Value::Object(map) => depth > 0 && map.values().all(|v| within(v, depth - 1, left)),
+            Value::Array(items) => depth > 0 && items.iter().all(|v| within(v, depth - 1, left)),
+            _ => true,
+        }
 }
 
 /// Applies a merge patch.
@@ -81,6 +110,23 @@ mod tests {
         operations.extend((0..40).map(|i| json!({"op": "copy", "from": "", "path": format!("/c{i}")})));
         let error = json_patch(&json!({}), &Value::Array(operations)).expect_err("too much");
         assert_eq!(error.code(), 413);
+    }
+
+    #[test]
+    fn nesting_is_bounded() {
+        let keys = 0..5_000;
+        let object: Value =
+            keys.clone().map(|i| (i.to_string(), json!({}))).collect::<serde_json::Map<_, _>>().into();
+        let moves: Vec<Value> = keys
+            .clone()
+            .skip(1)
+            .map(|i| json!({"op": "move", "from": format!("/{}", i - 1), "path": format!("/{i}/x")}))
+            .collect();
+        assert_eq!(json_patch(&object, &Value::Array(moves)).expect_err("too deep").code(), 422);
+        let copies = keys.map(|_| json!({"op": "copy", "from": "", "path": "/a"})).collect();
+        assert_eq!(json_patch(&json!({}), &Value::Array(copies)).expect_err("too deep").code(), 422);
+        let deep = json!([{"op": "add", "path": "/a".repeat(MAX_DEPTH + 1), "value": 1}]);
+        assert_eq!(json_patch(&json!({}), &deep).expect_err("too deep").code(), 422);
     }
 
     proptest! {

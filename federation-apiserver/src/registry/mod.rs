@@ -139,6 +139,9 @@ pub(crate) fn to_api(resource: &Resource, kv: &KeyValue) -> Result<Value, ApiErr
     Ok(object)
 }
 
+/// The deepest object that is stored: serde_json reads no deeper one.
+const MAX_STORED_DEPTH: usize = 127;
+
 /// The stored form of an object.
 pub(crate) fn to_stored(resource: &Resource, object: &Value) -> Result<Vec<u8>, ApiError> {
     let mut object = object.clone();
@@ -147,6 +150,12 @@ pub(crate) fn to_stored(resource: &Resource, object: &Value) -> Result<Vec<u8>, 
     }
     value::set(&mut object, &["apiVersion"], Value::String(resource.storage_api_version.clone()));
     value::remove(&mut object, &["metadata", "resourceVersion"]);
+    // Patches and managedFields can nest deeper than any request; deeper ones could not be read from the store again.
+    if !value::is_within(&object, MAX_STORED_DEPTH) {
+        return Err(ApiError::unprocessable(format!(
+            "the object is nested more than {MAX_STORED_DEPTH} levels deep, with what is kept about its fields"
+        )));
+    }
     let bytes = serde_json::to_vec(&object).map_err(ApiError::internal)?;
     if bytes.len() > federation_store::MAX_VALUE_BYTES {
         return Err(ApiError::too_large(federation_store::MAX_VALUE_BYTES));
