@@ -535,9 +535,13 @@ impl Link {
             outgoing.failed = Some(io::Error::other("the peer makes us answer and does not read"));
         }
         self.backlog.store(backlog, Ordering::Release);
+        // A driver that waits already learns of more to write by the socket, of a failure only from here.
         let broken = outgoing.failed.is_some();
-        if (backlog > 0 || broken) && (!self.blocked.swap(true, Ordering::AcqRel) || broken) {
-            self.driver.wake();
+        if broken || backlog > 0 {
+            let waits = self.blocked.swap(true, Ordering::AcqRel);
+            if broken || !waits {
+                self.driver.wake();
+            }
         }
     }
 
