@@ -225,7 +225,7 @@ pub(crate) fn resources(crd: &Value) -> Vec<Resource> {
 }
 
 /// Does any version have CEL rules?
-fn has_cel(crd: &Value) -> bool {
+pub(crate) fn has_cel(crd: &Value) -> bool {
     fn look(value: &Value, depth: usize) -> bool {
         if depth > defaults::MAX_DEPTH {
             return false;

@@ -13,6 +13,7 @@ pub mod reviews;
 pub mod selectors;
 pub mod services;
 pub mod strategy;
+mod subresources;
 pub mod watch;
 pub mod write;
 

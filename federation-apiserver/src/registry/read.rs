@@ -79,7 +79,9 @@ impl Registry {
                     ));
                 }
                 other => {
-                    return Err(ApiError::bad_request(format!("resourceVersionMatch {other:?} is not known")));
+                    return Err(ApiError::bad_request(format!(
+                        "resourceVersionMatch {other:?} is not known"
+                    )));
                 }
             }
         }

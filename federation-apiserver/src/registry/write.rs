@@ -11,7 +11,7 @@ use crate::value::{self, at, set, str_at};
 use crate::{gc, patch};
 
 /// Times that a patch is tried again when the object changes under it.
-const PATCH_ATTEMPTS: usize = 8;
+pub(super) const PATCH_ATTEMPTS: usize = 8;
 /// Longest field manager's name, as in Kubernetes.
 const MAX_MANAGER: usize = 128;
 
@@ -58,7 +58,7 @@ pub struct Written {
 }
 
 /// How managedFields come about.
-enum Ownership {
+pub(super) enum Ownership {
     /// Compare with what was there.
     Update,
     /// The object carries them already.
@@ -348,7 +348,7 @@ impl Registry {
     }
 
     /// Writes `new` over `current`. `None`: somebody else was faster.
-    async fn replace(
+    pub(super) async fn replace(
         &self,
         target: &Target,
         current: &Stored,
@@ -581,6 +581,9 @@ impl Registry {
         {
             warnings.push(info.warning.clone());
         }
+        if resource.plural == "customresourcedefinitions" && crate::crd::has_cel(object) {
+            warnings.push("x-kubernetes-validations are stored but not evaluated by this server yet".into());
+        }
         if errors.is_empty() {
             return Ok(warnings);
         }
@@ -612,106 +615,6 @@ impl Registry {
             ));
         }
         Ok(())
-    }
-
-    /// The scale subresource of an object.
-    pub fn scale_of(&self, target: &Target, object: &Value) -> Result<Value, ApiError> {
-        let paths = target.resource.scale.as_ref().ok_or_else(ApiError::no_such_path)?;
-        let get = |path: &[String]| {
-            let keys: Vec<&str> = path.iter().map(String::as_str).collect();
-            at(object, &keys).cloned()
-        };
-        let selector = match &paths.label_selector {
-            Some(path) => get(path).and_then(|v| v.as_str().map(str::to_owned)),
-            None => at(object, &["spec", "selector"]).map(selector_text),
-        };
-        let mut meta = json!({});
-        for key in ["name", "namespace", "uid", "resourceVersion", "creationTimestamp"] {
-            if let Some(v) = at(object, &["metadata", key]) {
-                meta[key] = v.clone();
-            }
-        }
-        let mut scale = json!({"apiVersion": "autoscaling/v1", "kind": "Scale", "metadata": meta,
-            "spec": {"replicas": get(&paths.spec_replicas).unwrap_or(json!(0))},
-            "status": {"replicas": get(&paths.status_replicas).unwrap_or(json!(0))}});
-        if let Some(selector) = selector.filter(|s| !s.is_empty()) {
-            scale["status"]["selector"] = json!(selector);
-        }
-        Ok(scale)
-    }
-
-    /// Writes a scale: a PUT body, or a patch of the current scale.
-    pub async fn write_scale(
-        &self,
-        target: &Target,
-        kind: Option<PatchKind>,
-        body: &Value,
-        options: &WriteOptions,
-    ) -> Result<Written, ApiError> {
-        let paths = target.resource.scale.clone().ok_or_else(ApiError::no_such_path)?;
-        for _ in 0..PATCH_ATTEMPTS {
-            let current = self.get(target).await?;
-            let scale = self.scale_of(target, &current.object)?;
-            let new_scale = match kind {
-                None => body.clone(),
-                Some(PatchKind::Json) => patch::json_patch(&scale, body)?,
-                Some(_) => {
-                    let mut s = scale.clone();
-                    patch::merge_patch(&mut s, body);
-                    s
-                }
-            };
-            let replicas = at(&new_scale, &["spec", "replicas"]).cloned().unwrap_or(json!(0));
-            if !replicas.as_i64().is_some_and(|n| (0..=i64::from(i32::MAX)).contains(&n)) {
-                let error =
-                    FieldError::invalid("spec.replicas", &replicas, "must be greater than or equal to 0");
-                return Err(ApiError::invalid("autoscaling", "Scale", &target.name, &[error]));
-            }
-            let mut object = current.object.clone();
-            let keys: Vec<&str> = paths.spec_replicas.iter().map(String::as_str).collect();
-            set(&mut object, &keys, replicas);
-            let version = str_at(&new_scale, &["metadata", "resourceVersion"]);
-            if !version.is_empty() {
-                set(&mut object, &["metadata", "resourceVersion"], json!(version));
-            }
-            let options = WriteOptions { subresource: "scale", ..options.clone() };
-            if let Some(written) = self.replace(target, &current, object, &options, Ownership::Update).await?
-            {
-                return Ok(Written { object: self.scale_of(target, &written.object)?, ..written });
-            }
-        }
-        Err(target.modified())
-    }
-
-    /// `pods/binding`: assigns a node.
-    pub async fn bind_pod(
-        &self,
-        target: &Target,
-        binding: &Value,
-        options: &WriteOptions,
-    ) -> Result<(), ApiError> {
-        let node = str_at(binding, &["target", "name"]);
-        if node.is_empty() {
-            return Err(ApiError::bad_request("target.name: Required value"));
-        }
-        for _ in 0..PATCH_ATTEMPTS {
-            let current = self.get(target).await?;
-            if !str_at(&current.object, &["spec", "nodeName"]).is_empty() {
-                let why = format!("pod {} is already assigned to a node", target.name);
-                return Err(ApiError::conflict("", "pods/binding", &target.name, &why));
-            }
-            let mut pod = current.object.clone();
-            set(&mut pod, &["spec", "nodeName"], json!(node));
-            let now = value::timestamp();
-            let condition = json!({"type": "PodScheduled", "status": "True", "lastProbeTime": null,
-                "lastTransitionTime": now});
-            set(&mut pod, &["status", "conditions"], json!([condition]));
-            let options = WriteOptions { subresource: "binding", ..options.clone() };
-            if self.replace(target, &current, pod, &options, Ownership::Update).await?.is_some() {
-                return Ok(());
-            }
-        }
-        Err(target.modified())
     }
 
     /// Writes an object as the server's own controllers do: no validation of what did not change, no lost updates.
@@ -845,25 +748,4 @@ fn conflict(conflict: apply::ApplyConflict) -> ApiError {
 
 fn writer_of<'a>(api_version: &'a str, options: &'a WriteOptions, time: &'a str) -> Writer<'a> {
     Writer { manager: &options.manager, api_version, subresource: options.subresource, time }
-}
-
-/// `a=b,c in (d)`: the text form of a `LabelSelector` object.
-fn selector_text(selector: &Value) -> String {
-    let mut parts: Vec<String> = Vec::new();
-    for (k, v) in selector.get("matchLabels").and_then(Value::as_object).into_iter().flatten() {
-        parts.push(format!("{k}={}", v.as_str().unwrap_or_default()));
-    }
-    parts.sort();
-    for e in selector.get("matchExpressions").and_then(Value::as_array).into_iter().flatten() {
-        let key = str_at(e, &["key"]);
-        let values = e.get("values").and_then(Value::as_array);
-        let values: Vec<&str> = values.into_iter().flatten().filter_map(Value::as_str).collect();
-        parts.push(match str_at(e, &["operator"]) {
-            "In" => format!("{key} in ({})", values.join(",")),
-            "NotIn" => format!("{key} notin ({})", values.join(",")),
-            "DoesNotExist" => format!("!{key}"),
-            _ => key.to_owned(),
-        });
-    }
-    parts.join(",")
 }
