@@ -5,7 +5,7 @@ use std::{io, time::Duration};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use http::Uri;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
 use tunnel::Target;
@@ -76,7 +76,7 @@ async fn dial(target: &Target) -> io::Result<TcpStream> {
 }
 
 /// Reads the head byte by byte: what follows it belongs to TLS, and there is nowhere to put it back.
-async fn read_answer(stream: &mut TcpStream) -> io::Result<()> {
+async fn read_answer(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         if head.len() == MAX_ANSWER {
@@ -90,6 +90,18 @@ async fn read_answer(stream: &mut TcpStream) -> io::Result<()> {
     match (words.next(), words.next()) {
         (Some(version), Some(code)) if version.starts_with("HTTP/1.") && code.starts_with('2') => Ok(()),
         _ => Err(io::Error::other(format!("the egress proxy refused: {line}"))),
+    }
+}
+
+pub(crate) mod fuzz {
+    use futures::FutureExt;
+
+    /// Reads `input` as a proxy's answer to CONNECT: only a 2xx status line grants.
+    pub fn egress_answer(input: &[u8]) {
+        // A slice is always ready, so the first poll is the last.
+        if let Some(Ok(())) = super::read_answer(&mut &*input).now_or_never() {
+            assert!(input.trim_ascii_start().starts_with(b"HTTP/1."));
+        }
     }
 }
 

@@ -13,6 +13,7 @@
 //!   connections (exec, attach, port-forward). A client that goes away ends its request at the kube-apiserver.
 //! - An error of the gateway itself is a Kubernetes `Status` and says that it comes from the gateway.
 
+pub(crate) mod fuzz;
 mod kubeconfig;
 mod upstream;
 

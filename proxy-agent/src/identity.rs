@@ -10,6 +10,7 @@
 //! by it and the single-use token, and gets a short-lived certificate. Each renewal has a new key. Key and certificate
 //! lie in one file (`agent.pem`, 0600), replaced at once, so that a restart never finds one without the other.
 
+pub(crate) mod fuzz;
 mod request;
 
 use std::{

@@ -31,3 +31,11 @@ pub use identity::{
 };
 pub use metrics::Metrics;
 pub use servers::{Backoff, Failure, ServerSet, Verdict, Wanted};
+
+/// What fuzz targets call: the parsers of peer input, as plain functions.
+#[doc(hidden)]
+pub mod fuzzing {
+    pub use crate::{
+        egress::fuzz::egress_answer, gateway::fuzz::gateway_request, identity::fuzz::enrolment_answer,
+    };
+}

@@ -470,16 +470,25 @@ fn read_text(path: &Path) -> Result<String, FileError> {
 }
 
 fn to_pem(certificate: &[u8]) -> String {
+    pem(certificate, "CERTIFICATE")
+}
+
+/// A certificate request in PEM.
+pub(crate) fn request_to_pem(request: &[u8]) -> String {
+    pem(request, "CERTIFICATE REQUEST")
+}
+
+fn pem(content: &[u8], label: &str) -> String {
     use base64::{Engine, prelude::BASE64_STANDARD};
 
-    let text = BASE64_STANDARD.encode(certificate);
-    let mut pem = String::from("-----BEGIN CERTIFICATE-----\n");
+    let text = BASE64_STANDARD.encode(content);
+    let mut pem = format!("-----BEGIN {label}-----\n");
     for line in text.as_bytes().chunks(64) {
         // Base64 is ASCII.
         pem.extend(line.iter().map(|byte| char::from(*byte)));
         pem.push('\n');
     }
-    pem.push_str("-----END CERTIFICATE-----\n");
+    pem.push_str(&format!("-----END {label}-----\n"));
     pem
 }
 
@@ -641,7 +650,7 @@ mod tests {
         // Within the signature's second half: the lengths stay true.
         let at = end - 20;
         forged[at..end].copy_from_slice(&other[at..end]);
-        let forged = to_pem(&forged).replace("CERTIFICATE", "CERTIFICATE REQUEST");
+        let forged = request_to_pem(&forged);
         assert!(matches!(sign(&forged), Err(AuthorityError::RequestSignature)));
 
         let key = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();

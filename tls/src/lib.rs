@@ -14,6 +14,7 @@ mod authority;
 mod certificate;
 mod config;
 mod files;
+mod fuzz;
 mod identity;
 
 pub use authority::{AgentKey, AuthorityError, CertificateAuthority, IssuedCertificate};
@@ -27,3 +28,9 @@ pub use identity::{AgentId, AgentIdentity, ClusterName, InvalidIdentity, TrustDo
 pub use rustls::{ClientConfig, ServerConfig};
 pub use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 pub use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream, client, server};
+
+/// What fuzz targets call: the parsers of peer input, as plain functions.
+#[doc(hidden)]
+pub mod fuzzing {
+    pub use crate::fuzz::{certificate, certificate_bundle, certificate_request, identity};
+}

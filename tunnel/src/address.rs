@@ -56,7 +56,12 @@ impl FromStr for Target {
         let valid = !host.is_empty()
             && host.len() <= MAX_HOST
             && if bracketed {
-                host.split('%').next().is_some_and(|address| address.parse::<std::net::Ipv6Addr>().is_ok())
+                let (address, zone) = host.split_once('%').unwrap_or((host, "eth0"));
+                address.parse::<std::net::Ipv6Addr>().is_ok()
+                    && !zone.is_empty()
+                    && zone
+                        .bytes()
+                        .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b'~'))
             } else {
                 // Underscores occur in real DNS names (SRV owners, docker networks).
                 host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'))

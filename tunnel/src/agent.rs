@@ -248,13 +248,16 @@ async fn dial_through(proxy: &EgressProxy, address: &str) -> Result<TcpStream, C
         }
         answer.extend_from_slice(&byte);
     }
+    granted(&answer).map(|()| tcp).map_err(refused)
+}
+
+/// Whether a proxy's answer to CONNECT is a 2xx; else its status line, fit to be printed.
+pub(crate) fn granted(answer: &[u8]) -> Result<(), String> {
     let line =
         String::from_utf8_lossy(answer.split(|byte| *byte == b'\r').next().unwrap_or_default()).into_owned();
     match line.split(' ').nth(1) {
-        Some(status) if line.starts_with("HTTP/1.") && status.len() == 3 && status.starts_with('2') => {
-            Ok(tcp)
-        }
-        _ => Err(refused(crate::control::printable(&line))),
+        Some(status) if line.starts_with("HTTP/1.") && status.len() == 3 && status.starts_with('2') => Ok(()),
+        _ => Err(crate::control::printable(&line)),
     }
 }
 

@@ -21,6 +21,7 @@ mod agent;
 mod connection;
 mod control;
 mod error;
+mod fuzz;
 mod h2;
 mod hello;
 mod limits;
@@ -50,6 +51,7 @@ pub use table::{ConnectionInfo, TunnelStats};
 #[doc(hidden)]
 pub mod fuzzing {
     pub use crate::control::fuzz::messages;
+    pub use crate::fuzz::{egress_answer, frames_in_pieces, policy, target};
     pub use crate::h2::fuzz::{frames, header_block};
     pub use crate::quic::fuzz::dial;
 }

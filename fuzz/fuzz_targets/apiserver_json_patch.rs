@@ -1,0 +1,4 @@
+//! JSON patches.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| federation_apiserver::fuzzing::json_patch(input));

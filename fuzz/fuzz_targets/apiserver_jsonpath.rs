@@ -1,0 +1,4 @@
+//! Paths of printer columns.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| federation_apiserver::fuzzing::jsonpath(input));

@@ -1,0 +1,4 @@
+//! Kubernetes' protobuf bodies.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| federation_apiserver::fuzzing::protobuf(input));

@@ -1,0 +1,4 @@
+//! Label and field selectors.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| federation_apiserver::fuzzing::selectors(input));

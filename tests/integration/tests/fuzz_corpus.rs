@@ -1,0 +1,185 @@
+//! The fuzz targets without a fuzzer: every target's body over its committed corpus and seeded mutations of it, so that
+//! an ordinary test run notices what a fuzzer would notice first. `fuzz/README.md` says how to really fuzz.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+
+/// Mutations of each target's corpus: some seconds for all targets together in a debug build.
+const MUTATIONS: u64 = 4_000;
+
+/// The longest input: mutations that splice would grow without end.
+const LONGEST: usize = 16 << 10;
+
+/// What means something in one of the formats.
+const WORDS: &[&[u8]] = &[
+    b"\r\n",
+    b"\r\n\r\n",
+    b"\n",
+    b"\0",
+    b"%",
+    b"%2f",
+    b"..",
+    b"/",
+    b":",
+    b"=",
+    b"==",
+    b"!=",
+    b",",
+    b"(",
+    b")",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b"\"",
+    b"\\",
+    b"null",
+    b"{}",
+    b"[]",
+    b"-1",
+    b"1e999",
+    b"18446744073709551616",
+    b"*",
+    b"&a ",
+    b"*a",
+    b"<<: *a",
+    b"\xff\xff\xff\xff",
+    b"\x80",
+    b"\xc3\x28",
+    b"$patch",
+    b"$retainKeys",
+    b"metadata",
+    b"spec",
+    b"managedFields",
+    b"fieldsV1",
+    b"k:{\"name\":\"a\"}",
+    b"connection: impersonate-user",
+    b".cellway",
+    b"[::1]:1",
+];
+
+type Body = fn(&[u8]);
+
+/// Every target by the name of its file in `fuzz/fuzz_targets`.
+const TARGETS: &[(&str, Body)] = &[
+    ("tunnel_frames", tunnel::fuzzing::frames_in_pieces),
+    ("tunnel_header_block", tunnel::fuzzing::header_block),
+    ("tunnel_dial", tunnel::fuzzing::dial),
+    ("tunnel_messages", tunnel::fuzzing::messages),
+    ("tunnel_target", tunnel::fuzzing::target),
+    ("tunnel_egress_answer", tunnel::fuzzing::egress_answer),
+    ("tunnel_policy", tunnel::fuzzing::policy),
+    ("tls_identity", tls::fuzzing::identity),
+    ("tls_certificate", tls::fuzzing::certificate),
+    ("tls_certificate_bundle", tls::fuzzing::certificate_bundle),
+    ("tls_certificate_request", tls::fuzzing::certificate_request),
+    ("server_connect_head", proxy_server::fuzzing::connect_head),
+    ("server_route", proxy_server::fuzzing::route),
+    ("server_enrolment", proxy_server::fuzzing::enrolment),
+    ("server_api_request", proxy_server::fuzzing::api_request),
+    ("agent_gateway_request", proxy_agent::fuzzing::gateway_request),
+    ("agent_enrolment_answer", proxy_agent::fuzzing::enrolment_answer),
+    ("agent_egress_answer", proxy_agent::fuzzing::egress_answer),
+    ("apiserver_url", federation_apiserver::fuzzing::url),
+    ("apiserver_headers", federation_apiserver::fuzzing::headers),
+    ("apiserver_selectors", federation_apiserver::fuzzing::selectors),
+    ("apiserver_continue_token", federation_apiserver::fuzzing::continue_token),
+    ("apiserver_json", federation_apiserver::fuzzing::json),
+    ("apiserver_yaml", federation_apiserver::fuzzing::yaml),
+    ("apiserver_protobuf", federation_apiserver::fuzzing::protobuf),
+    ("apiserver_json_patch", federation_apiserver::fuzzing::json_patch),
+    ("apiserver_merge_patch", federation_apiserver::fuzzing::merge_patch),
+    ("apiserver_apply", federation_apiserver::fuzzing::apply),
+    ("apiserver_object", federation_apiserver::fuzzing::object),
+    ("apiserver_crd", federation_apiserver::fuzzing::crd),
+    ("apiserver_jsonpath", federation_apiserver::fuzzing::jsonpath),
+];
+
+fn folder(below: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz").join(below)
+}
+
+/// The names in a folder, and what they are the names of.
+fn entries(folder: &Path) -> BTreeMap<String, PathBuf> {
+    let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+    let paths = entries.map(|entry| entry.expect("readable").path());
+    paths.map(|path| (path.file_stem().unwrap_or_default().to_string_lossy().into_owned(), path)).collect()
+}
+
+fn corpus(target: &str) -> Vec<Vec<u8>> {
+    let files = entries(&folder("corpus").join(target));
+    files.values().map(|path| fs::read(path).expect("readable")).collect()
+}
+
+/// One step away from one input, or between two.
+fn mutated(corpus: &[Vec<u8>], rng: &mut StdRng) -> Vec<u8> {
+    let mut input = corpus.choose(rng).cloned().unwrap_or_default();
+    for _ in 0..rng.random_range(1..=4) {
+        let at = rng.random_range(0..=input.len());
+        match rng.random_range(0..6) {
+            0 if at < input.len() => input[at] ^= 1 << rng.random_range(0..8),
+            1 if at < input.len() => input[at] = rng.random(),
+            2 => input.truncate(at),
+            3 => {
+                let end = rng.random_range(at..=input.len());
+                let piece = input[at..end].to_vec();
+                if rng.random() {
+                    input.drain(at..end);
+                } else {
+                    input.splice(at..at, piece);
+                }
+            }
+            4 => {
+                let other = corpus.choose(rng).map_or(&[][..], Vec::as_slice);
+                let from = rng.random_range(0..=other.len());
+                input.splice(at.., other[from..].iter().copied());
+            }
+            _ => {
+                let word = WORDS.choose(rng).copied().unwrap_or_default();
+                input.splice(at..at, word.iter().copied());
+            }
+        }
+        input.truncate(LONGEST);
+    }
+    input
+}
+
+fn run(name: &str, body: Body, input: &[u8], what: &str) {
+    if catch_unwind(AssertUnwindSafe(|| body(input))).is_err() {
+        panic!("{name} fails on {what}: {:?}", String::from_utf8_lossy(input));
+    }
+}
+
+#[test]
+fn every_target_is_in_the_list_and_has_a_corpus() {
+    let listed: BTreeSet<String> = TARGETS.iter().map(|(name, _)| (*name).to_owned()).collect();
+    let files: BTreeSet<String> = entries(&folder("fuzz_targets")).into_keys().collect();
+    let folders: BTreeSet<String> = entries(&folder("corpus")).into_keys().collect();
+    assert_eq!(listed, files, "TARGETS and fuzz/fuzz_targets differ");
+    assert_eq!(listed, folders, "TARGETS and fuzz/corpus differ");
+    let manifest = fs::read_to_string(folder("Cargo.toml")).expect("readable");
+    for name in &listed {
+        assert!(manifest.contains(&format!("name = \"{name}\"")), "{name} is not in fuzz/Cargo.toml");
+        assert!(!corpus(name).is_empty(), "{name} has no corpus");
+    }
+}
+
+#[test]
+fn no_target_fails_on_its_corpus_or_near_it() {
+    for (name, body) in TARGETS {
+        let corpus = corpus(name);
+        for input in &corpus {
+            run(name, *body, input, "an input of its corpus");
+        }
+        for seed in 0..MUTATIONS {
+            let input = mutated(&corpus, &mut StdRng::seed_from_u64(seed));
+            run(name, *body, &input, &format!("mutation {seed}"));
+        }
+    }
+}
