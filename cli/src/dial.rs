@@ -70,7 +70,7 @@ pub(crate) async fn run(args: DialArgs) -> Result<()> {
     let answer = handshake(&mut stream, &args.cluster, &args.target);
     tokio::time::timeout(ANSWER_TIMEOUT, answer)
         .await
-        .unwrap_or_else(|_| Err(Refusal::Silence))
+        .unwrap_or(Err(Refusal::Silence))
         .map_err(|refusal| refusal.explain(&tried))?;
     splice(stream)
         .await

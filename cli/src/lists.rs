@@ -264,7 +264,7 @@ mod tests {
         .unwrap();
         let cluster = join(&object, &live);
         assert_eq!((cluster.ready, cluster.tunnels, cluster.rtt_millis), (Some(false), 2, Some(0.5)));
-        let text = clusters_table(&[cluster.clone()]).render(true, false);
+        let text = clusters_table(std::slice::from_ref(&cluster)).render(true, false);
         assert!(text.contains("Ready: no tunnel; TunnelConnected:"), "{text}");
         let gone = Cluster { tunnels: 0, ..cluster };
         assert!(clusters_table(&[gone]).render(false, false).contains("revoked"));

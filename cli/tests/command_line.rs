@@ -1,5 +1,7 @@
 //! The command as scripts see it: exit codes, what goes to which stream, formats.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 use std::process::{Command, Output};
 
 fn cellway(args: &[&str]) -> Output {

@@ -1,6 +1,8 @@
 //! Long transfers through the tunnel, each way over each carrier, every byte checked; also while certificates are
 //! renewed.
 
+#![allow(clippy::print_stdout, reason = "a test's output is its report")]
+
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
