@@ -43,6 +43,12 @@ pub fn crds_for(types: &[FederatedType]) -> Vec<CustomResourceDefinition> {
     all
 }
 
+/// What fuzz targets call: the parsers of what users write, as plain functions.
+#[doc(hidden)]
+pub mod fuzzing {
+    pub use crate::overrides::fuzz::patches;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

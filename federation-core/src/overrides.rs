@@ -21,6 +21,10 @@ const FORBIDDEN: [&str; 8] = [
     "/status",
 ];
 
+/// Steps of one path. Values come no deeper than a request is (127 levels); with paths of any length thousands of
+/// overrides could nest by that much each, and what walks a document is recursive.
+const MAX_STEPS: usize = 64;
+
 /// Why an override cannot be applied to a unit.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum OverrideError {
@@ -76,7 +80,7 @@ pub fn complaints(overrides: &[Override], topology: TopologyType, known: &Topolo
             }
         }
         for patch in &entry.patches {
-            if let Some(path) = forbidden(&patch.path) {
+            if let Some(path) = forbidden(patch) {
                 complaints.push(format!("overrides[{index}]: path {path:?} is not allowed"));
             }
         }
@@ -97,7 +101,7 @@ fn selects(entry: &Override, unit: &Unit) -> Result<bool, OverrideError> {
 }
 
 fn apply_patch(document: &mut Value, patch: &Patch) -> Result<(), OverrideError> {
-    if forbidden(&patch.path).is_some() {
+    if forbidden(patch).is_some() {
         return Err(OverrideError::Forbidden { path: patch.path.clone() });
     }
     let op = match patch.op {
@@ -106,6 +110,9 @@ fn apply_patch(document: &mut Value, patch: &Patch) -> Result<(), OverrideError>
         PatchOp::Remove => "remove",
     };
     let failed = |reason: String| OverrideError::NotApplicable { op, path: patch.path.clone(), reason };
+    if patch.path.matches('/').count() > MAX_STEPS {
+        return Err(failed(format!("the path has more than {MAX_STEPS} steps")));
+    }
     let operation = match patch.op {
         PatchOp::Remove => json!([{"op": op, "path": patch.path}]),
         PatchOp::Add | PatchOp::Replace => {
@@ -118,12 +125,23 @@ fn apply_patch(document: &mut Value, patch: &Patch) -> Result<(), OverrideError>
     if document.is_object() { Ok(()) } else { Err(failed("it would replace the whole object".into())) }
 }
 
-fn forbidden(path: &str) -> Option<&str> {
+fn forbidden(patch: &Patch) -> Option<&str> {
+    let path = patch.path.as_str();
     let whole = path.is_empty() || path == "/metadata";
     let under = FORBIDDEN.iter().any(|forbidden| {
         path == *forbidden || path.strip_prefix(forbidden).is_some_and(|rest| rest.starts_with('/'))
     });
-    (whole || under || reserved_key(path)).then_some(path)
+    (whole || under || reserved_key(path) || reserved_keys(patch)).then_some(path)
+}
+
+/// Whether all labels or annotations are replaced by ones among which are cellway's own.
+fn reserved_keys(patch: &Patch) -> bool {
+    matches!(patch.path.as_str(), "/metadata/labels" | "/metadata/annotations")
+        && patch
+            .value
+            .as_ref()
+            .and_then(Value::as_object)
+            .is_some_and(|map| map.keys().any(|key| crate::names::is_reserved(key)))
 }
 
 /// Whether the path goes to a label or annotation that is cellway's own.
@@ -144,6 +162,43 @@ pub fn document(template: &Value, labels: Map<String, Value>, annotations: Map<S
     Value::Object(document)
 }
 
+pub(crate) mod fuzz {
+    use super::*;
+
+    /// Applies the second line of `input`, patches, to the first, a template: the object stays one whose identity is
+    /// cellway's, and gets no deeper than the limits say.
+    pub fn patches(input: &[u8]) {
+        let (template, patches) = match input.iter().position(|byte| *byte == b'\n') {
+            Some(end) => (&input[..end], &input[end + 1..]),
+            None => (input, &[][..]),
+        };
+        let Ok(template) = serde_json::from_slice::<Value>(template) else { return };
+        let Ok(patches) = serde_json::from_slice::<Vec<Patch>>(patches) else { return };
+        let mut document = document(&template, Map::new(), Map::new());
+        let before = [document.get("apiVersion").cloned(), document.get("kind").cloned()];
+        if !patches.iter().all(|patch| apply_patch(&mut document, patch).is_ok()) {
+            return;
+        }
+        assert_eq!([document.get("apiVersion").cloned(), document.get("kind").cloned()], before);
+        for key in ["name", "namespace", "generateName", "ownerReferences", "finalizers"] {
+            assert!(document["metadata"].get(key).is_none(), "{key}");
+        }
+        for map in ["labels", "annotations"] {
+            let keys = document["metadata"][map].as_object().into_iter().flat_map(Map::keys);
+            assert!(!keys.into_iter().any(|key| crate::names::is_reserved(key)), "{document}");
+        }
+        assert!(depth(&document) <= MAX_STEPS + 128);
+    }
+
+    fn depth(value: &Value) -> usize {
+        match value {
+            Value::Object(map) => 1 + map.values().map(depth).max().unwrap_or(0),
+            Value::Array(items) => 1 + items.iter().map(depth).max().unwrap_or(0),
+            _ => 0,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -155,6 +210,18 @@ mod tests {
             labels: [("zone".to_owned(), "1".to_owned())].into(),
             cell: None,
         }
+    }
+
+    #[test]
+    fn nesting_and_reserved_keys_are_refused() {
+        let deep = json!([{"op": "add", "path": "/spec".to_owned() + &"/a".repeat(MAX_STEPS), "value": 1}]);
+        check(deep, Err("more than 64 steps"));
+        let labels = json!({"cellway.io/cell": "other"});
+        check(json!([{"op": "replace", "path": "/metadata/labels", "value": labels}]), Err("not allowed"));
+        check(
+            json!([{"op": "replace", "path": "/metadata/labels", "value": {"a": "b"}}]),
+            Ok(json!({"replicas": 2, "list": ["a"]})),
+        );
     }
 
     fn check(patches: Value, expect: Result<Value, &str>) {

@@ -99,6 +99,7 @@ const TARGETS: &[(&str, Body)] = &[
     ("apiserver_object", federation_apiserver::fuzzing::object),
     ("apiserver_crd", federation_apiserver::fuzzing::crd),
     ("apiserver_jsonpath", federation_apiserver::fuzzing::jsonpath),
+    ("core_overrides", federation_core::fuzzing::patches),
 ];
 
 fn folder(below: &str) -> PathBuf {
