@@ -544,7 +544,6 @@ impl<T: Tunnel> Connection for Dialed<T> {
     }
 }
 
-#[doc(hidden)]
-pub mod fuzz;
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -427,7 +427,6 @@ impl EnrolError {
     }
 }
 
-#[doc(hidden)]
-pub mod fuzz;
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -7,14 +7,14 @@ use super::*;
 pub fn api_request(input: &[u8]) {
     let mut lines = input.split(|byte| *byte == b'\n');
     let line = lines.next().unwrap_or_default();
-    if let Ok(uri) = Uri::try_from(line) {
-        if let Some((name, path)) = split_path(&uri) {
-            assert!(path.path().starts_with('/'), "{path}");
-            if let Ok(cluster) = parse_cluster(&name) {
-                let uri = gateway_uri(&cluster, Some(path.clone()));
-                assert_eq!(uri.host(), Some(cluster.as_str()));
-                assert_eq!(uri.path_and_query(), Some(&path));
-            }
+    if let Ok(uri) = Uri::try_from(line)
+        && let Some((name, path)) = split_path(&uri)
+    {
+        assert!(path.path().starts_with('/'), "{path}");
+        if let Ok(cluster) = parse_cluster(&name) {
+            let uri = gateway_uri(&cluster, Some(path.clone()));
+            assert_eq!(uri.host(), Some(cluster.as_str()));
+            assert_eq!(uri.path_and_query(), Some(&path));
         }
     }
     let mut headers = HeaderMap::new();
