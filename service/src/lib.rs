@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod process;
 pub mod ready;
 pub mod signals;
+pub mod socket;
 
 /// The whole chain of an error on one line, outermost first, for logs and for the last line of a program.
 ///
