@@ -203,16 +203,31 @@ pub(crate) async fn run<S: Side>(
     mut commands: mpsc::Receiver<Command>,
     limits: Limits,
 ) {
-    let reason = match exchange::<S>(&mut control, &session, &shared, &mut commands, &limits).await {
-        Ok(reason) => reason,
-        Err(error) => CloseReason::from(&error),
+    let reason = tokio::select! {
+        ended = exchange::<S>(&mut control, &shared, &mut commands, &limits) => match ended {
+            Ok(reason) => reason,
+            Err(error) => CloseReason::from(&error),
+        },
+        // Apart from the exchange, which may itself wait for a path that takes nothing any more.
+        () = dead(&session, &limits) => CloseReason::KeepAlive,
     };
     session.close(reason);
 }
 
+/// Resolves when nothing was heard for the keep-alive time.
+async fn dead(session: &Session, limits: &Limits) {
+    let limit = limits.keepalive_interval + limits.keepalive_timeout;
+    loop {
+        let silence = session.silence();
+        if silence >= limit {
+            return;
+        }
+        tokio::time::sleep(limit - silence).await;
+    }
+}
+
 async fn exchange<S: Side>(
     control: &mut Control,
-    session: &Session,
     shared: &Shared,
     commands: &mut mpsc::Receiver<Command>,
     limits: &Limits,
@@ -221,9 +236,6 @@ async fn exchange<S: Side>(
     let mut next_id = 1u64;
     let mut next_ping = Instant::now();
     loop {
-        let dead_at = Instant::now()
-            + (limits.keepalive_interval + limits.keepalive_timeout).saturating_sub(session.silence());
-        let wake_at = next_ping.min(dead_at);
         tokio::select! {
             message = control.recv::<S::Recv>() => {
                 let Some(message) = message? else {
@@ -269,15 +281,10 @@ async fn exchange<S: Side>(
                 }
                 None => return Ok(CloseReason::Local("nobody holds the tunnel any more".to_owned())),
             },
-            () = tokio::time::sleep_until(wake_at) => {
-                if session.silence() >= limits.keepalive_interval + limits.keepalive_timeout {
-                    return Ok(CloseReason::KeepAlive);
-                }
-                if Instant::now() >= next_ping {
-                    pings.retain(|_, (sent, waiting)| waiting.is_some() && sent.elapsed() < limits.keepalive_timeout);
-                    ping::<S>(control, shared, &mut pings, &mut next_id, None).await?;
-                    next_ping = Instant::now() + limits.keepalive_interval;
-                }
+            () = tokio::time::sleep_until(next_ping) => {
+                pings.retain(|_, (sent, waiting)| waiting.is_some() && sent.elapsed() < limits.keepalive_timeout);
+                ping::<S>(control, shared, &mut pings, &mut next_id, None).await?;
+                next_ping = Instant::now() + limits.keepalive_interval;
             }
         }
     }

@@ -20,7 +20,7 @@ pub struct Limits {
     pub keepalive_interval: Duration,
     /// …and the tunnel is given up when nothing was heard for this long after it. Together under 30 s.
     pub keepalive_timeout: Duration,
-    /// Connections open at once in one tunnel; more are refused.
+    /// Connections open at once in one tunnel; more are refused. At 256 KiB each they take the whole budget.
     pub max_connections: usize,
     /// The receive windows of one tunnel's connections together, in bytes; at it, new connections are refused.
     pub memory_per_tunnel: usize,
@@ -33,7 +33,7 @@ impl Default for Limits {
             max_handshakes: 512,
             keepalive_interval: Duration::from_secs(10),
             keepalive_timeout: Duration::from_secs(15),
-            max_connections: 16_384,
+            max_connections: 4096,
             memory_per_tunnel: 1 << 30,
         }
     }
@@ -99,6 +99,19 @@ impl Budget {
         true
     }
 
+    /// Takes what is a convenience: only from the first half of every budget, so that there is always room for new
+    /// connections.
+    fn take_spare(&self, bytes: usize) -> bool {
+        let mut level = Some(self);
+        while let Some(budget) = level {
+            if budget.used() + bytes > budget.limit / 2 {
+                return false;
+            }
+            level = budget.parent.as_deref();
+        }
+        self.take(bytes)
+    }
+
     fn give_back(&self, bytes: usize) {
         self.used.fetch_sub(bytes, Ordering::Relaxed);
         if let Some(parent) = &self.parent {
@@ -110,13 +123,20 @@ impl Budget {
 // === impl Reservation ===
 
 impl Reservation {
-    /// Takes `bytes` more; false and nothing taken when the budget is used up.
+    /// Takes `bytes` more; false and nothing taken when half of the budget is used.
     pub(crate) fn grow(&mut self, bytes: usize) -> bool {
-        let grown = self.budget.take(bytes);
+        let grown = self.budget.take_spare(bytes);
         if grown {
             self.bytes += bytes;
         }
         grown
+    }
+
+    /// Gives `bytes` of it back.
+    pub(crate) fn shrink(&mut self, bytes: usize) {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        self.budget.give_back(bytes);
     }
 }
 
@@ -134,12 +154,15 @@ mod tests {
     fn a_child_never_exceeds_its_parent_and_gives_everything_back() {
         let process = Budget::new(100);
         let (one, two) = (process.child(80), process.child(80));
-        let mut held = one.reserve(60).unwrap();
-        assert!(!held.grow(30), "over the tunnel's own limit");
-        assert!(two.reserve(50).is_none(), "over the process's limit");
+        let mut held = one.reserve(30).unwrap();
+        assert!(!held.grow(30), "growing leaves half for new connections");
+        assert!(held.grow(10));
+        held.shrink(5);
+        assert_eq!(process.used(), 35);
+        assert!(one.reserve(50).is_none(), "over the tunnel's own limit");
+        assert!(two.reserve(70).is_none(), "over the process's limit");
         assert_eq!(two.used(), 0, "a refused reservation leaves nothing behind");
-        assert!(held.grow(20));
-        assert_eq!(process.used(), 80);
+        assert!(two.reserve(60).is_some());
         drop(held);
         assert_eq!((process.used(), one.used()), (0, 0));
     }

@@ -36,8 +36,12 @@ use crate::{
 /// The protocol's name in the TLS handshake.
 pub(crate) const ALPN: &[u8] = b"cellway-quic/1";
 
-/// The receive window of one stream: 400 MiB/s at 10 ms of round trip. quinn does not grow windows.
-const STREAM_WINDOW: usize = 4 * 1024 * 1024;
+/// The receive window of one stream: 100 MiB/s at 10 ms of round trip. quinn does not grow windows, so this is also
+/// what each connection takes from the budget.
+const STREAM_WINDOW: usize = 1024 * 1024;
+
+/// Bytes that a tunnel has sent and that are not acknowledged: 80 MiB/s at 100 ms of round trip.
+const SEND_WINDOW: u64 = 8 * 1024 * 1024;
 
 /// Buffers of the UDP socket: bursts of a whole window would overflow the usual 208 KiB.
 const SOCKET_BUFFER: usize = 4 * 1024 * 1024;
@@ -91,7 +95,7 @@ pub(crate) struct QuicConnection {
     recv: quinn::RecvStream,
     sent_end: bool,
     place: Option<Place>,
-    _reservation: Option<Reservation>,
+    _reservation: Reservation,
     link: Arc<QuicLink>,
 }
 
@@ -155,9 +159,10 @@ fn transport(limits: &Limits, streams: usize) -> TransportConfig {
         .max_concurrent_bidi_streams(VarInt::from_u32(u32::try_from(streams).unwrap_or(u32::MAX)))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW as u32))
-        // Grows with the connections, see `QuicLink::reserve`.
-        .receive_window(VarInt::from_u32(STREAM_WINDOW as u32))
-        .send_window(4 * STREAM_WINDOW as u64)
+        // What the budget can promise at most; below it only the streams' own windows count, so that a stalled reader
+        // uses up nobody else's.
+        .receive_window(VarInt::from_u64(limits.memory_per_tunnel as u64).unwrap_or(VarInt::MAX))
+        .send_window(SEND_WINDOW)
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(Some(mtu))
         .keep_alive_interval(Some(limits.keepalive_interval))
@@ -249,7 +254,7 @@ impl QuicLink {
             let _ = (send.reset(code::CANCELLED), recv.stop(code::CANCELLED));
             return None;
         };
-        let Ok(reservation) = self.reserve() else {
+        let Some(reservation) = self.budget.reserve(STREAM_WINDOW) else {
             let result = v1::DialResult { error: DialError::TooManyConnections.code().to_owned() };
             let _ = write_framed(&mut send, &result).await;
             let _ = send.finish();
@@ -281,19 +286,6 @@ impl QuicLink {
         }
     }
 
-    /// Takes a stream's window from the budget, and opens the connection's window as wide as all that is taken: as
-    /// long as the budget lasts a stalled reader uses up its own window only. Behind that streams share what there
-    /// is, so that the memory stays bounded; refused is a connection only when there is nothing to share.
-    fn reserve(&self) -> Result<Option<Reservation>, DialError> {
-        let reservation = self.budget.reserve(STREAM_WINDOW);
-        let promised = self.budget.used();
-        if promised == 0 {
-            return Err(DialError::TooManyConnections);
-        }
-        self.connection.set_receive_window(VarInt::from_u64(promised as u64).unwrap_or(VarInt::MAX));
-        Ok(reservation)
-    }
-
     pub(crate) async fn open_control(self: &Arc<Self>) -> Result<QuicConnection, TunnelError> {
         let refused =
             |error: DialError| TunnelError::Protocol(format!("the control stream was refused: {error}"));
@@ -318,7 +310,7 @@ impl QuicLink {
         if self.table.len() >= self.limits.max_connections {
             return Err(DialError::TooManyConnections);
         }
-        let reservation = self.reserve()?;
+        let reservation = self.budget.reserve(STREAM_WINDOW).ok_or(DialError::TooManyConnections)?;
         let (send, recv) = self.connection.open_bi().await.map_err(|_| DialError::TunnelClosed)?;
         let id = send.id().index();
         let place = target.map(|target| self.table.enter(id, target.clone()));
@@ -407,6 +399,11 @@ impl QuicConnection {
                         writer.shutdown();
                         receiving = false;
                     }
+                    // The local peer reads no more; what it has still to say goes on.
+                    Poll::Ready(Err(RelayOutcome::LocalReset)) => {
+                        failure = Some(RelayOutcome::LocalReset);
+                        receiving = false;
+                    }
                     Poll::Ready(Err(outcome)) => {
                         failure = Some(outcome);
                         return Poll::Ready(());
@@ -418,9 +415,14 @@ impl QuicConnection {
                 match self.poll_up(cx, &mut reader, &mut up) {
                     Poll::Ready(Ok(true)) => {}
                     Poll::Ready(Ok(false)) => sending = false,
-                    Poll::Ready(Err(outcome)) => {
-                        failure = Some(outcome);
+                    Poll::Ready(Err(RelayOutcome::LocalReset)) => {
+                        failure = Some(RelayOutcome::LocalReset);
                         return Poll::Ready(());
+                    }
+                    // The peer takes no more; what it has still to say is delivered.
+                    Poll::Ready(Err(outcome)) => {
+                        failure.get_or_insert(outcome);
+                        sending = false;
                     }
                     Poll::Pending => break,
                 }
@@ -428,7 +430,8 @@ impl QuicConnection {
             if sending || receiving { Poll::Pending } else { Poll::Ready(()) }
         })
         .await;
-        if failure.is_some() {
+        // What was received to its end and passed on must still reach the local peer: no reset then.
+        if failure.is_some() && receiving {
             reader.abort();
             writer.forget();
         }

@@ -132,6 +132,68 @@ async fn a_reset_after_the_end_takes_nothing_back() {
     .await;
 }
 
+/// A server that answers before the upload is over and closes: HTTP's 413.
+#[tokio::test]
+async fn an_early_answer_reaches_a_client_that_still_writes() {
+    both(|carrier| async move {
+        let mut pair = Pair::new(carrier).await;
+        let (near, far) = pair.connection().await;
+        let (client, client_end) = support::tcp_pair().await;
+        let (mut target, target_end) = support::tcp_pair().await;
+        let near = tokio::spawn(near.relay(LocalSocket::Tcp(client_end)));
+        let far = tokio::spawn(far.relay(LocalSocket::Tcp(target_end)));
+        let (mut reader, mut writer) = client.into_split();
+        let upload = tokio::spawn(async move {
+            let chunk = pattern(64 * 1024);
+            while writer.write_all(&chunk).await.is_ok() {}
+        });
+        target.read_exact(&mut [0; 1000]).await.unwrap();
+        let answer = pattern(100_000);
+        target.write_all(&answer).await.unwrap();
+        target.shutdown().await.unwrap();
+        let mut heard = Vec::new();
+        reader.read_to_end(&mut heard).await.unwrap();
+        assert!(heard == answer, "{} of {} bytes arrived", heard.len(), answer.len());
+        drop(target);
+        upload.await.unwrap();
+        assert_ne!(near.await.unwrap().outcome, tunnel::RelayOutcome::Complete);
+        assert_ne!(far.await.unwrap().outcome, tunnel::RelayOutcome::Complete);
+    })
+    .await;
+}
+
+/// A path that silently takes nothing any more, in the middle of a transfer.
+#[tokio::test]
+async fn keep_alive_finds_a_dead_path_under_load() {
+    support::both(|carrier| async move {
+        let limits = Limits {
+            keepalive_interval: Duration::from_millis(300),
+            keepalive_timeout: Duration::from_millis(700),
+            ..Limits::default()
+        };
+        let path = support::Path::start().await;
+        let Some(mut pair) = Pair::over(&path, carrier, limits).await else {
+            println!("not run over {carrier}: the path carries TCP only, and QUIC has an idle timer of its own");
+            return;
+        };
+        let mut writers = tokio::task::JoinSet::new();
+        let mut held = Vec::new();
+        for _ in 0..8 {
+            let (mut near, far) = pair.connection().await;
+            held.push(far);
+            writers.spawn(async move {
+                let chunk = pattern(256 * 1024);
+                while near.write_all(&chunk).await.is_ok() {}
+            });
+        }
+        path.stop();
+        let closed = tokio::time::timeout(Duration::from_secs(10), pair.server.closed()).await;
+        assert_eq!(closed.unwrap(), tunnel::CloseReason::KeepAlive);
+        while writers.join_next().await.is_some() {}
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_relay_resets_its_tcp_client_when_the_tunnel_dies() {
     both(|carrier| async move {
@@ -243,12 +305,8 @@ async fn budgets_refuse_and_recover() {
         near.write_all(b"again").await.unwrap();
         let mut buffer = [0; 5];
         far.read_exact(&mut buffer).await.unwrap();
-        if carrier == CarrierChoice::Quic {
-            // Its streams share the budget's window instead: the memory is bounded by flow control.
-            return;
-        }
         // Before this one comes the memory budget.
-        let small = Limits { memory_per_tunnel: 3 * 1024 * 1024, ..Limits::default() };
+        let small = Limits { memory_per_tunnel: 4 * 1024 * 1024, ..Limits::default() };
         let mut pair = Pair::with(carrier, small).await;
         let mut held = Vec::new();
         let refused = loop {

@@ -260,7 +260,10 @@ impl Link {
         block: &[u8],
         target: Option<&Target>,
     ) -> Result<(H2Connection, oneshot::Receiver<Result<(), DialError>>), DialError> {
-        let reservation = self.budget.reserve(INITIAL_WINDOW).ok_or(DialError::TooManyConnections)?;
+        let reservation = match target {
+            Some(_) => Some(self.budget.reserve(INITIAL_WINDOW).ok_or(DialError::TooManyConnections)?),
+            None => None,
+        };
         let (answer, answered) = oneshot::channel();
         let mut streams = self.streams.lock();
         if streams.closed {
@@ -274,7 +277,12 @@ impl Link {
         }
         let id = streams.next;
         if id > i32::MAX as u32 {
-            // Stream identifiers are used up (RFC 9113 §5.1.1): the agent's other tunnels go on, this one must be renewed.
+            // Stream identifiers are used up (RFC 9113 §5.1.1): the agent dials a new tunnel once this one is idle.
+            let idle = streams.open.len() <= 1;
+            drop(streams);
+            if idle {
+                self.close(CloseReason::Local("its stream identifiers are used up".to_owned()));
+            }
             return Err(DialError::Draining);
         }
         streams.next += 2;
@@ -410,28 +418,34 @@ impl Link {
             let mut window = stream.send_window.load(Ordering::Acquire);
             if window <= 0 {
                 stream.send_waker.register(cx.waker());
+                // Looked at again: either may have changed before the waker was there.
+                if stream.is_dead() {
+                    return Poll::Ready(0);
+                }
                 window = stream.send_window.load(Ordering::Acquire);
                 if window <= 0 {
                     return Poll::Pending;
                 }
             }
-            if self.backlog.load(Ordering::Acquire) >= BACKLOG_HIGH
+            let limit = if stream.urgent { BACKLOG_MAX } else { BACKLOG_HIGH };
+            if self.backlog.load(Ordering::Acquire) >= limit
                 || self.window.load(Ordering::Acquire) <= 0
             {
                 stream.send_waker.register(cx.waker());
                 let mut outgoing = self.outgoing.lock();
-                let full = outgoing.unsent.len() - outgoing.sent >= BACKLOG_HIGH
+                let full = outgoing.unsent.len() - outgoing.sent >= limit
                     || self.window.load(Ordering::Acquire) <= 0;
-                if full && !outgoing.closed {
+                if stream.is_dead() || outgoing.closed {
+                    // The caller finds its stream ended before it sends.
+                    return Poll::Ready(0);
+                }
+                if full {
                     if !stream.waiting.swap(true, Ordering::AcqRel) {
                         outgoing.waiting.push(stream.clone());
                     }
                     return Poll::Pending;
                 }
-                if outgoing.closed {
-                    // The caller finds its stream ended before it sends.
-                    return Poll::Ready(0);
-                }
+                
             }
             let taken = self.window.fetch_update(Ordering::AcqRel, Ordering::Acquire, |connection| {
                 let take = wanted.min(window).min(connection);
@@ -720,7 +734,13 @@ impl Reader {
         if !self.carry.is_empty() {
             let mut carry = std::mem::take(&mut self.carry);
             let (mut plain, mut out) = (Vec::new(), Output::default());
-            let done = link.outgoing.lock().records.decrypt(&mut carry, &mut plain, &mut out)?;
+            let done = {
+                let mut outgoing = link.outgoing.lock();
+                let done = outgoing.records.decrypt(&mut carry, &mut plain, &mut out)?;
+                outgoing.write(out.bytes());
+                link.after_write(&mut outgoing);
+                done
+            };
             carry.drain(..done.consumed);
             self.carry = carry;
             self.frames(link, &plain)?;
@@ -1021,8 +1041,12 @@ impl Link {
             bytes.extend_from_slice(&frame::reset(id, Code::NoError));
             self.queue(&bytes);
         };
-        let Some(reservation) = self.budget.reserve(INITIAL_WINDOW) else {
-            return refuse(DialError::TooManyConnections);
+        let reservation = match &request {
+            Request::Attach => None,
+            Request::Connect { .. } => match self.budget.reserve(INITIAL_WINDOW) {
+                None => return refuse(DialError::TooManyConnections),
+                reserved => reserved,
+            },
         };
         let window = i64::from(self.peer.initial_window.load(Ordering::Relaxed));
         let place = match &request {

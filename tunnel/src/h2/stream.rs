@@ -40,12 +40,17 @@ use crate::{
 /// A window that was used up within this time is doubled: its connection is limited by it.
 const GROW_WITHIN: Duration = Duration::from_millis(500);
 
+/// A window that took this long to be half used is halved: its connection does not need it.
+const SHRINK_AFTER: Duration = Duration::from_secs(5);
+
 /// The stream's state, shared by the driver and the connection's task.
 pub(crate) struct Stream {
     pub(super) id: u32,
     /// What the peer still takes.
     pub(super) send_window: AtomicI64,
     pub(super) send_waker: AtomicWaker,
+    /// The control stream: it goes ahead of connections' data, and is in no budget, since its task reads at once.
+    pub(super) urgent: bool,
     /// Whether it stands in the link's queue of those that wait to send.
     pub(super) waiting: AtomicBool,
     recv_waker: AtomicWaker,
@@ -68,7 +73,7 @@ struct Recv {
     /// Taken by the sink or the reader and not yet given back to the peer.
     consumed: usize,
     credited: Instant,
-    reservation: Reservation,
+    reservation: Option<Reservation>,
     ended: bool,
     sink_error: Option<io::Error>,
 }
@@ -102,7 +107,7 @@ impl Stream {
     pub(super) fn new(
         id: u32,
         send_window: i64,
-        reservation: Reservation,
+        reservation: Option<Reservation>,
         answer: Option<oneshot::Sender<Result<(), DialError>>>,
         place: Option<&Place>,
     ) -> Self {
@@ -110,6 +115,7 @@ impl Stream {
             id,
             send_window: AtomicI64::new(send_window),
             send_waker: AtomicWaker::new(),
+            urgent: place.is_none(),
             waiting: AtomicBool::new(false),
             recv_waker: AtomicWaker::new(),
             state: AtomicU8::new(0),
@@ -227,6 +233,11 @@ impl Stream {
         self.state.load(Ordering::Acquire)
     }
 
+    /// Whether nothing can be sent any more.
+    pub(super) fn is_dead(&self) -> bool {
+        self.state() & (RESET | TUNNEL_CLOSED) != 0
+    }
+
     fn dead(&self) -> Option<io::Error> {
         let state = self.state();
         if state & RESET != 0 {
@@ -253,16 +264,22 @@ impl Recv {
         }
         let now = Instant::now();
         let mut increment = std::mem::take(&mut self.consumed);
-        if self.size < MAX_WINDOW
-            && now.duration_since(self.credited) < GROW_WITHIN
-            && self.reservation.grow(self.size)
-        {
-            increment += self.size;
-            self.size *= 2;
+        let took = now.duration_since(self.credited);
+        if let Some(reservation) = &mut self.reservation {
+            if self.size < MAX_WINDOW && took < GROW_WITHIN && reservation.grow(self.size) {
+                increment += self.size;
+                self.size *= 2;
+            } else if self.size > INITIAL_WINDOW && took > SHRINK_AFTER {
+                // Half of the window is in hand here and is simply not given back to the peer.
+                let half = (self.size / 2).min(increment);
+                reservation.shrink(half);
+                increment -= half;
+                self.size -= half;
+            }
         }
         self.credited = now;
         self.window += increment;
-        Some(increment as u32)
+        (increment > 0).then_some(increment as u32)
     }
 }
 
@@ -314,6 +331,11 @@ impl H2Connection {
             if receiving {
                 match self.poll_drain(cx) {
                     Poll::Ready(Ok(())) => receiving = false,
+                    // The local peer reads no more; what it has still to say goes on.
+                    Poll::Ready(Err(RelayOutcome::LocalReset)) => {
+                        failure = Some(RelayOutcome::LocalReset);
+                        receiving = false;
+                    }
                     Poll::Ready(Err(outcome)) => {
                         failure = Some(outcome);
                         return Poll::Ready(());

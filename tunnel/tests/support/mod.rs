@@ -107,6 +107,15 @@ impl Pair {
         Self::connect(CarrierChoice::Auto, Limits::default(), true, Some(proxy)).await
     }
 
+    /// A tunnel over `path`, which carries TCP only.
+    pub async fn over(path: &Path, carrier: CarrierChoice, limits: Limits) -> Option<Self> {
+        if carrier != CarrierChoice::H2 {
+            return None;
+        }
+        let proxy = tunnel::EgressProxy { address: path.address().to_string(), credentials: None };
+        Some(Self::connect(carrier, limits, false, Some(proxy)).await.unwrap())
+    }
+
     async fn connect(
         carrier: CarrierChoice,
         limits: Limits,
@@ -149,11 +158,11 @@ impl Pair {
         }
     }
 
-    /// What is promised to the peer when no connection is open: the control stream's window.
+    /// What is promised to the peer when no connection is open; over QUIC the control stream's window.
     pub fn idle_promise(&self) -> usize {
         match self.server.carrier() {
-            tunnel::Carrier::H2 => 256 * 1024,
-            tunnel::Carrier::Quic => 4 * 1024 * 1024,
+            tunnel::Carrier::H2 => 0,
+            tunnel::Carrier::Quic => 1024 * 1024,
         }
     }
 }
@@ -239,6 +248,61 @@ impl EgressProxy {
 }
 
 impl Drop for EgressProxy {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// An HTTP proxy as a path that can stop without a word: it holds its connections and moves nothing.
+pub struct Path {
+    address: SocketAddr,
+    stopped: std::sync::Arc<tokio::sync::watch::Sender<bool>>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Path {
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let stopped = std::sync::Arc::new(tokio::sync::watch::channel(false).0);
+        let stop = stopped.clone();
+        let task = tokio::spawn(async move {
+            let mut serving = tokio::task::JoinSet::new();
+            while let Ok((mut client, _)) = listener.accept().await {
+                let mut stop = stop.subscribe();
+                serving.spawn(async move {
+                    let mut head = Vec::new();
+                    while !head.ends_with(b"\r\n\r\n") {
+                        head.push(client.read_u8().await.unwrap());
+                    }
+                    let head = String::from_utf8(head).unwrap();
+                    let mut server = TcpStream::connect(head.split(' ').nth(1).unwrap()).await.unwrap();
+                    client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+                    let stopped = tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut client, &mut server) => false,
+                        stopped = stop.wait_for(|stopped| *stopped) => stopped.is_ok(),
+                    };
+                    if stopped {
+                        // Both sockets stay open.
+                        std::future::pending::<()>().await;
+                    }
+                });
+            }
+        });
+        Self { address, stopped, task }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// From now on nothing moves and nothing is closed.
+    pub fn stop(&self) {
+        self.stopped.send_replace(true);
+    }
+}
+
+impl Drop for Path {
     fn drop(&mut self) {
         self.task.abort();
     }
