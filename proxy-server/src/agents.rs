@@ -116,6 +116,31 @@ pub enum Rejection {
     TooManyTunnels(String),
 }
 
+impl Rejection {
+    /// Ends a tunnel that was attached already.
+    fn turn_away(&self, tunnel: &ServerTunnel) {
+        match self.kind() {
+            tunnel::RefusalKind::Temporary => tunnel.close(&self.to_string()),
+            tunnel::RefusalKind::Lasting => tunnel.refuse(&self.to_string()),
+        }
+    }
+
+    /// Whether the agent may try again soon.
+    fn kind(&self) -> tunnel::RefusalKind {
+        match self {
+            Self::Starting | Self::TooManyTunnels(_) => tunnel::RefusalKind::Temporary,
+            Self::NoCertificate
+            | Self::NotAnAgent
+            | Self::BadCertificate(_)
+            | Self::TrustDomain(_)
+            | Self::UnknownCluster(_)
+            | Self::Revoked(_)
+            | Self::WrongCluster { .. }
+            | Self::WrongAgent { .. } => tunnel::RefusalKind::Lasting,
+        }
+    }
+}
+
 /// Admits agents and keeps their tunnels.
 #[derive(Debug)]
 pub struct Agents {
@@ -202,7 +227,7 @@ impl Agents {
             Ok(identity) => identity,
             Err(rejection) => {
                 self.reject(&rejection);
-                pending.refuse(&rejection.to_string()).await;
+                pending.refuse(&rejection.to_string(), rejection.kind()).await;
                 return;
             }
         };
@@ -219,7 +244,7 @@ impl Agents {
         let hello = tunnel.hello().clone();
         if let Err(rejection) = self.check_hello(&identity, &hello) {
             self.reject(&rejection);
-            tunnel.close(&rejection.to_string());
+            rejection.turn_away(&tunnel);
             return;
         }
         let member = Member {
@@ -244,7 +269,7 @@ impl Agents {
             reason = tunnel.closed() => reason.to_string(),
             rejection = self.revocation(&identity) => {
                 self.reject(&rejection);
-                tunnel.close(&rejection.to_string());
+                rejection.turn_away(&tunnel);
                 rejection.to_string()
             }
             () = drain.signaled() => {

@@ -42,6 +42,15 @@ pub enum TunnelError {
     Protocol(String),
 }
 
+/// Whether it makes sense for a peer that was turned away to come again soon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefusalKind {
+    /// It may be taken in a moment: the server is starting, or has no room.
+    Temporary,
+    /// It will not be taken until somebody changes something.
+    Lasting,
+}
+
 /// How a tunnel ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CloseReason {
@@ -49,6 +58,8 @@ pub enum CloseReason {
     Local(String),
     /// The other side said why it closed.
     Remote(String),
+    /// The other side turned this one away for a reason that will not pass by itself, such as a revoked certificate.
+    Refused(String),
     /// The connection ended without a word, or broke.
     Lost(String),
     /// Nothing was heard for the keep-alive time.
@@ -117,7 +128,7 @@ impl CloseReason {
     /// What the peer is told.
     pub(crate) fn to_peer(&self) -> String {
         match self {
-            Self::Local(reason) => reason.clone(),
+            Self::Local(reason) | Self::Refused(reason) => reason.clone(),
             other => other.to_string(),
         }
     }
@@ -128,6 +139,7 @@ impl fmt::Display for CloseReason {
         match self {
             Self::Local(reason) => write!(f, "closed here: {reason}"),
             Self::Remote(reason) => write!(f, "closed by the peer: {reason}"),
+            Self::Refused(reason) => write!(f, "refused: {reason}"),
             Self::Lost(reason) => write!(f, "lost: {reason}"),
             Self::KeepAlive => f.write_str("lost: nothing heard for the keep-alive time"),
             Self::Protocol(reason) => write!(f, "the peer broke the protocol: {reason}"),

@@ -37,7 +37,7 @@ pub use agent::{
     AgentTunnel, AgentTunnelHandle, ConnectError, ConnectOptions, EgressProxy, IncomingDial, connect,
 };
 pub use connection::Connection;
-pub use error::{CloseReason, DialError, TunnelError};
+pub use error::{CloseReason, DialError, RefusalKind, TunnelError};
 pub use hello::{Carrier, CarrierChoice, Hello, ServerHello};
 pub use limits::{Budget, Limits};
 pub use relay::{LocalSocket, RelayOutcome, RelayReport};

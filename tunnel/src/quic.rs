@@ -67,6 +67,8 @@ mod code {
     use quinn::VarInt;
 
     pub(super) const CLOSED: VarInt = VarInt::from_u32(0);
+    /// A lasting refusal of the peer itself.
+    pub(super) const REFUSED: VarInt = VarInt::from_u32(1);
     pub(super) const CANCELLED: VarInt = VarInt::from_u32(8);
 }
 
@@ -190,8 +192,10 @@ pub(crate) fn connection_error(error: &quinn::ConnectionError) -> TunnelError {
 fn close_reason(error: &quinn::ConnectionError) -> CloseReason {
     match error {
         quinn::ConnectionError::ApplicationClosed(close) => {
-            CloseReason::Remote(printable(&String::from_utf8_lossy(&close.reason)))
+            let reason = printable(&String::from_utf8_lossy(&close.reason));
+            if close.error_code == code::REFUSED { CloseReason::Refused(reason) } else { CloseReason::Remote(reason) }
         }
+
         quinn::ConnectionError::TimedOut => CloseReason::KeepAlive,
         quinn::ConnectionError::LocallyClosed => CloseReason::Local("closed".to_owned()),
         other => CloseReason::Lost(other.to_string()),
@@ -340,9 +344,10 @@ impl QuicLink {
 
     pub(crate) fn close(&self, reason: CloseReason) {
         let text = reason.to_peer();
+        let code = if matches!(reason, CloseReason::Refused(_)) { code::REFUSED } else { code::CLOSED };
         // What the peer said first counts more than how its silence looks from here.
         self.ended(self.connection.close_reason().map_or(reason, |error| close_reason(&error)));
-        self.connection.close(code::CLOSED, text.as_bytes());
+        self.connection.close(code, text.as_bytes());
     }
 
     pub(crate) fn closed(&self) -> watch::Receiver<Option<CloseReason>> {

@@ -30,7 +30,7 @@ use crate::{
     address::Target,
     connection::Connection,
     control::{Command, Control, ServerSide},
-    error::{CloseReason, DialError, TunnelError},
+    error::{CloseReason, DialError, RefusalKind, TunnelError},
     h2::{Early, Link, LinkConfig, Records, Role},
     hello::{Carrier, Hello, ServerHello},
     limits::{Budget, Limits},
@@ -489,9 +489,12 @@ impl PendingTunnel {
     }
 
     /// Turns the agent away and tells it why; takes up to a second for the agent to hear it.
-    pub async fn refuse(self, reason: &str) {
+    pub async fn refuse(self, reason: &str, kind: RefusalKind) {
         let (session, driver) = self.start();
-        session.close(CloseReason::Local(reason.to_owned()));
+        session.close(match kind {
+            RefusalKind::Temporary => CloseReason::Local(reason.to_owned()),
+            RefusalKind::Lasting => CloseReason::Refused(reason.to_owned()),
+        });
         // A driver that panicked has closed its socket.
         let _ = driver.await;
     }
@@ -585,6 +588,11 @@ impl ServerTunnel {
     /// Ends the tunnel and every connection on it at once, telling the agent why.
     pub fn close(&self, reason: &str) {
         self.0.attached.session.close(CloseReason::Local(reason.to_owned()));
+    }
+
+    /// [`ServerTunnel::close`] for a reason that will not pass by itself, such as a revoked certificate.
+    pub fn refuse(&self, reason: &str) {
+        self.0.attached.session.close(CloseReason::Refused(reason.to_owned()));
     }
 
     /// Waits for the end.

@@ -30,7 +30,9 @@ pub(crate) struct Attached {
     pub(crate) session: Session,
     pub(crate) shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
-    _tasks: [AbortOnDropHandle<()>; 2],
+    /// Ends by itself once the session is closed, a second later at most.
+    driver: Option<AbortOnDropHandle<()>>,
+    _control: AbortOnDropHandle<()>,
 }
 
 // === impl Session ===
@@ -136,7 +138,7 @@ impl Attached {
         let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
         let task = control::run::<S>(control, session.clone(), shared.clone(), receiver, limits);
         let task = AbortOnDropHandle::new(tokio::spawn(task.in_current_span()));
-        Self { session, shared, commands, _tasks: [driver, task] }
+        Self { session, shared, commands, driver: Some(driver), _control: task }
     }
 
     /// Asks the control task for something; when it cannot take it, the tunnel is ending anyway or it is flooded.
@@ -165,5 +167,9 @@ impl Attached {
 impl Drop for Attached {
     fn drop(&mut self) {
         self.session.close(CloseReason::Local("nobody holds the tunnel any more".to_owned()));
+        // It lets the peer read to the end: stopped now, the socket would close on unread bytes and reset.
+        if let Some(driver) = self.driver.take() {
+            drop(driver.detach());
+        }
     }
 }

@@ -92,12 +92,13 @@ async fn a_refused_agent_is_told_why() {
         let connecting = tunnel::connect(support::options(&identities, listener.local_addr(), carrier));
         let (agent, ()) = tokio::join!(connecting, async {
             match listener.accept().await.unwrap() {
-                tunnel::Accepted::Tunnel(pending) => pending.refuse("cluster prod is revoked").await,
+                tunnel::Accepted::Tunnel(pending) => pending.refuse("cluster prod is revoked", tunnel::RefusalKind::Lasting).await,
                 tunnel::Accepted::Https(_) => panic!("an agent came as HTTPS client"),
             }
         });
         let error = agent.err().unwrap();
-        assert!(error.to_string().contains("cluster prod is revoked"), "{error}");
+        let refused = tunnel::CloseReason::Refused("cluster prod is revoked".to_owned());
+        assert!(matches!(&error, tunnel::ConnectError::Refused(reason) if *reason == refused), "{error:?}");
     })
     .await;
 }

@@ -48,6 +48,8 @@ pub(crate) enum Code {
     Cancel = 8,
     Compression = 9,
     EnhanceYourCalm = 11,
+    /// INADEQUATE_SECURITY: how a lasting refusal of the peer itself is said.
+    Refused = 12,
 }
 
 /// What a peer did wrong at the level of frames; always the end of its connection.

@@ -341,7 +341,8 @@ impl Link {
 
     /// Closes the connection with a word of why.
     pub(crate) fn close(&self, reason: CloseReason) {
-        self.finish(reason, Code::NoError);
+        let code = if matches!(reason, CloseReason::Refused(_)) { Code::Refused } else { Code::NoError };
+        self.finish(reason, code);
     }
 
     /// Resolves when the connection has ended.
@@ -872,7 +873,8 @@ impl Reader {
                 let debug =
                     String::from_utf8_lossy(&debug).chars().filter(|c| !c.is_control()).collect::<String>();
                 let reason = if debug.is_empty() { format!("code {code}") } else { debug };
-                return Err(Failure::Remote(CloseReason::Remote(reason)));
+                let refused = code == Code::Refused as u32;
+                return Err(Failure::Remote(if refused { CloseReason::Refused(reason) } else { CloseReason::Remote(reason) }));
             }
             Event::WindowUpdate { stream: 0, increment } => {
                 if link.window.load(Ordering::Acquire) + i64::from(increment) > frame::MAX_WINDOW {
