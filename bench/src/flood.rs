@@ -1,6 +1,6 @@
 //! Many tunnels from one process: what a server that holds thousands of agents costs.
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result, bail};
 use futures::{StreamExt, TryStreamExt, stream};
@@ -17,7 +17,7 @@ const AT_ONCE: usize = 32;
 /// Tries for each tunnel before the flood is given up: a busy server may turn one away.
 const TRIES: usize = 5;
 
-/// What the tunnels together may promise as receive windows. Nothing is sent here.
+/// What each tunnel may promise as receive windows, as if it were an agent of its own. Nothing is sent here.
 const BUDGET: usize = 1 << 30;
 
 /// What to open, and where.
@@ -53,10 +53,9 @@ async fn hold(flood: &Flood) -> Result<()> {
         ClientTls::from_files(&flood.authority, Some(flood.certificate.clone()), Some(flood.key.clone()))
             .context("failed to load the agents' certificate")?;
     let carrier: CarrierChoice = flood.transport.parse().map_err(anyhow::Error::msg)?;
-    let budget = Budget::new(BUDGET);
     let begun = Instant::now();
     let tunnels: Vec<AgentTunnel> = stream::iter(0..flood.tunnels)
-        .map(|number| open(flood, number, carrier, &tls, &budget))
+        .map(|number| open(flood, number, carrier, &tls))
         .buffer_unordered(AT_ONCE)
         .try_collect()
         .await?;
@@ -71,13 +70,7 @@ async fn hold(flood: &Flood) -> Result<()> {
     }
 }
 
-async fn open(
-    flood: &Flood,
-    number: usize,
-    carrier: CarrierChoice,
-    tls: &ClientTls,
-    budget: &Arc<Budget>,
-) -> Result<AgentTunnel> {
+async fn open(flood: &Flood, number: usize, carrier: CarrierChoice, tls: &ClientTls) -> Result<AgentTunnel> {
     let agent = format!("flood-{number}");
     let mut tries = 1;
     loop {
@@ -94,7 +87,7 @@ async fn open(
                 ..Hello::default()
             },
             limits: Limits::default(),
-            budget: budget.clone(),
+            budget: Budget::new(BUDGET),
         };
         match tunnel::connect(options).await {
             Ok(tunnel) => return Ok(tunnel),
