@@ -10,7 +10,8 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
-/// Mutations of each target's corpus: some seconds for all targets together in a debug build.
+/// Mutations of each target's corpus: some seconds for all targets together in a debug build. `CELLWAY_FUZZ_MUTATIONS`
+/// sets another number.
 const MUTATIONS: u64 = 4_000;
 
 /// The longest input: mutations that splice would grow without end.
@@ -173,12 +174,13 @@ fn every_target_is_in_the_list_and_has_a_corpus() {
 
 #[test]
 fn no_target_fails_on_its_corpus_or_near_it() {
+    let mutations = std::env::var("CELLWAY_FUZZ_MUTATIONS").ok().and_then(|number| number.parse().ok());
     for (name, body) in TARGETS {
         let corpus = corpus(name);
         for input in &corpus {
             run(name, *body, input, "an input of its corpus");
         }
-        for seed in 0..MUTATIONS {
+        for seed in 0..mutations.unwrap_or(MUTATIONS) {
             let input = mutated(&corpus, &mut StdRng::seed_from_u64(seed));
             run(name, *body, &input, &format!("mutation {seed}"));
         }
