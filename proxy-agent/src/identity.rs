@@ -14,7 +14,8 @@ pub(crate) mod fuzz;
 mod request;
 
 use std::{
-    fmt,
+    fmt, fs, io,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -175,6 +176,12 @@ enum AttemptError {
     File(#[from] tls::FileError),
 }
 
+/// What a token was spent on.
+struct NewIdentity {
+    issued: request::Issued,
+    key: AgentKey,
+}
+
 /// Gets and keeps the identity.
 pub(crate) struct IdentityKeeper {
     config: IdentityConfig,
@@ -238,7 +245,7 @@ impl IdentityKeeper {
                 Some(from_files(tls, cluster.as_ref(), agent_id.as_deref())?)
             }
             IdentityConfig::Enrolled { data_dir, token, ca_hash, cluster, agent_id } => {
-                std::fs::create_dir_all(data_dir)
+                private_folder(data_dir)
                     .map_err(|source| IdentityError::DataDir { path: data_dir.clone(), source })?;
                 match stored(data_dir)? {
                     // A new token is an operator's word that the old identity is not wanted any more: the cluster was
@@ -289,10 +296,11 @@ impl IdentityKeeper {
         let mut delay = Duration::from_secs(1);
         for attempt in 0.. {
             let server = self.server(attempt);
-            let outcome = self.enrol_at(&server, data_dir, token, *hash, cluster.as_ref(), &agent_id).await;
+            let outcome = self.enrol_at(&server, token, *hash, cluster.as_ref(), &agent_id).await;
             self.count(&outcome);
             match outcome {
-                Ok(()) => {
+                Ok(identity) => {
+                    keep_new(data_dir, token, &identity).await;
                     tracing::info!(server, agent.id = agent_id, "enrolled");
                     break;
                 }
@@ -321,7 +329,9 @@ impl IdentityKeeper {
                 }
             }
         }
-        self.load()?.ok_or_else(|| IdentityError::NotEnrolled(data_dir.clone()))
+        let tls = stored(data_dir)?.ok_or_else(|| IdentityError::NotEnrolled(data_dir.clone()))?;
+        self.show_expiry(&tls);
+        from_files(tls, cluster.as_ref(), None)
     }
 
     /// Keeps the credentials current for as long as it is polled: follows the files, or renews the certificate.
@@ -389,15 +399,15 @@ impl IdentityKeeper {
         }
     }
 
+    /// Shows the token, once, and gives back what the hub has issued.
     async fn enrol_at(
         &self,
         server: &str,
-        data_dir: &Path,
         token: &EnrolmentToken,
         hash: CaHash,
         cluster: Option<&ClusterName>,
         agent_id: &str,
-    ) -> Result<(), AttemptError> {
+    ) -> Result<NewIdentity, AttemptError> {
         let key = AgentKey::generate()?;
         let tls = ClientTls::with_ca_hash(hash, None)?;
         let bearer = token.bearer();
@@ -412,9 +422,7 @@ impl IdentityKeeper {
         {
             return Err(AttemptError::Other(identity));
         }
-        store(data_dir, &issued, &key)?;
-        tls::write_public(&data_dir.join(TOKEN_FILE), token.id.as_bytes())?;
-        Ok(())
+        Ok(NewIdentity { issued, key })
     }
 
     async fn renew_at(
@@ -444,7 +452,7 @@ impl IdentityKeeper {
         servers.get(attempt % servers.len().max(1)).cloned().unwrap_or_default()
     }
 
-    fn count(&self, outcome: &Result<(), AttemptError>) {
+    fn count<T>(&self, outcome: &Result<T, AttemptError>) {
         let outcome = if outcome.is_ok() { RequestOutcome::issued } else { RequestOutcome::failed };
         self.metrics.certificate_requests.get_or_create(&RequestLabels { outcome }).inc();
     }
@@ -478,6 +486,42 @@ fn stored(data_dir: &Path) -> Result<Option<ClientTls>, IdentityError> {
 /// Whether the agent was enrolled with another token than this one.
 fn is_new(data_dir: &Path, token: &EnrolmentToken) -> bool {
     tls::read_bounded(&data_dir.join(TOKEN_FILE)).is_ok_and(|used| used != token.id.as_bytes())
+}
+
+/// Writes down what was enrolled for. The token is spent, so the hub is not asked again when a write fails: the agent
+/// waits for its disk, with the certificate in hand.
+async fn keep_new(data_dir: &Path, token: &EnrolmentToken, identity: &NewIdentity) {
+    let mut delay = Duration::from_secs(1);
+    while let Err(error) = store(data_dir, &identity.issued, &identity.key) {
+        tracing::error!(
+            error = %error_chain(&error),
+            retry.after = ?delay,
+            "the agent is enrolled, but its certificate cannot be kept: the token is used up, so leave the agent running \
+             and make room"
+        );
+        tokio::time::sleep(delay).await;
+        delay = (delay * 2).min(UNREACHABLE_CAP);
+    }
+    let file = data_dir.join(TOKEN_FILE);
+    if let Err(error) = tls::write_public(&file, token.id.as_bytes()) {
+        // Without the note no token counts as new, and the stored certificate is used. A note of a former token would
+        // make the next start show this one again.
+        let stale = fs::remove_file(&file).is_err() && file.exists();
+        tracing::warn!(error = %error_chain(&error), stale, "failed to note which token the agent was enrolled with");
+    }
+}
+
+/// Creates a folder that only its owner may enter, or makes it one.
+fn private_folder(path: &Path) -> io::Result<()> {
+    fs::create_dir_all(path)?;
+    match fs::set_permissions(path, fs::Permissions::from_mode(0o700)) {
+        // A volume that is mounted for the agent may belong to somebody else. The key's own file is 0600.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            tracing::warn!(folder = %path.display(), "the data folder belongs to another user: its mode stays");
+            Ok(())
+        }
+        set => set,
+    }
 }
 
 fn store(data_dir: &Path, issued: &request::Issued, key: &AgentKey) -> Result<(), AttemptError> {

@@ -1,6 +1,6 @@
 //! Enrolment and renewal against a scripted hub on loopback.
 
-use std::{fs, os::unix::fs::PermissionsExt, sync::Arc};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
@@ -126,15 +126,10 @@ fn keeper_with(hub: &Hub, data_dir: &Path, hash: CaHash, token: &str) -> Identit
 }
 
 /// One attempt, as `enrol` makes them.
-async fn attempt(
-    hub: &Hub,
-    keeper: &IdentityKeeper,
-    data_dir: &Path,
-    hash: CaHash,
-) -> Result<(), AttemptError> {
+async fn attempt(hub: &Hub, keeper: &IdentityKeeper, hash: CaHash) -> Result<(), AttemptError> {
     let token = EnrolmentToken::parse("abc.secret").unwrap();
     let cluster = "prod-hz".parse().unwrap();
-    keeper.enrol_at(&hub.address, data_dir, &token, hash, Some(&cluster), "a1").await
+    keeper.enrol_at(&hub.address, &token, hash, Some(&cluster), "a1").await.map(drop)
 }
 
 #[tokio::test]
@@ -147,8 +142,9 @@ async fn an_agent_enrols_once_and_is_itself_after_a_restart() {
     let credentials = keeper.enrol().await.unwrap();
     assert_eq!((credentials.cluster.as_str(), credentials.agent_id.as_str()), ("prod-hz", "a1"));
     assert_eq!(*hub.seen.lock(), ["Bearer abc.secret"]);
-    let mode = fs::metadata(data_dir.join(AGENT_FILE)).unwrap().permissions().mode();
-    assert_eq!(mode & 0o777, 0o600);
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&data_dir.join(AGENT_FILE)), 0o600);
+    assert_eq!(mode(&data_dir), 0o700);
 
     let again = self::keeper(&hub, &data_dir, hub.authority.public_key_hash()).load().unwrap().unwrap();
     assert_eq!(again.tls.certificate(), credentials.tls.certificate());
@@ -183,6 +179,50 @@ async fn a_new_token_enrols_anew_and_a_bad_one_changes_nothing() {
 }
 
 #[tokio::test]
+async fn a_token_is_shown_once_whatever_the_disk_does() {
+    let hub = hub().await;
+    let hash = hub.authority.public_key_hash();
+
+    // Which token it was cannot be noted: the agent is enrolled all the same, and is so after a restart.
+    let directory = tempfile::tempdir().unwrap();
+    fs::create_dir_all(directory.path().join(TOKEN_FILE).join("in-the-way")).unwrap();
+    let keeper = self::keeper(&hub, directory.path(), hash);
+    tokio::time::timeout(PATIENCE, keeper.enrol()).await.unwrap().unwrap();
+    assert_eq!(hub.seen.lock().len(), 1);
+    assert!(keeper.load().unwrap().is_some());
+
+    // The certificate cannot be kept: it waits for the disk, and does not ask again.
+    let directory = tempfile::tempdir().unwrap();
+    let in_the_way = directory.path().join(AGENT_FILE);
+    fs::create_dir_all(in_the_way.join("in-the-way")).unwrap();
+    let keeper = self::keeper(&hub, directory.path(), hash);
+    let make_room = async {
+        // The CA is written before the certificate.
+        while !directory.path().join(CA_FILE).exists() {
+            tokio::task::yield_now().await;
+        }
+        fs::remove_dir_all(&in_the_way).unwrap();
+    };
+    let (enrolled, ()) =
+        tokio::time::timeout(PATIENCE, async { tokio::join!(keeper.enrol(), make_room) }).await.unwrap();
+    enrolled.unwrap();
+    assert_eq!(hub.seen.lock().len(), 2);
+}
+
+#[test]
+fn a_data_folder_becomes_private() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("agent");
+    fs::create_dir(&path).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    private_folder(&path).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+    private_folder(&path.join("a/b")).unwrap();
+    fs::write(directory.path().join("file"), "").unwrap();
+    private_folder(&directory.path().join("file")).unwrap_err();
+}
+
+#[tokio::test]
 async fn nothing_is_kept_of_a_bad_answer() {
     let hub = hub().await;
     let directory = tempfile::tempdir().unwrap();
@@ -196,7 +236,7 @@ async fn nothing_is_kept_of_a_bad_answer() {
         (Script::Garbage, false),
     ] {
         *hub.script.lock() = script;
-        let error = attempt(&hub, &keeper, data_dir, hash).await.unwrap_err();
+        let error = attempt(&hub, &keeper, hash).await.unwrap_err();
         let refused = matches!(&error, AttemptError::Request(error) if error.is_refusal());
         assert_eq!(refused, refusal, "{error}");
         if refused {
@@ -208,7 +248,7 @@ async fn nothing_is_kept_of_a_bad_answer() {
     *hub.script.lock() = Script::Good;
     let asked = hub.seen.lock().len();
     let other = CertificateAuthority::create("other").unwrap().public_key_hash();
-    let error = attempt(&hub, &keeper, data_dir, other).await.unwrap_err();
+    let error = attempt(&hub, &keeper, other).await.unwrap_err();
     assert!(matches!(error, AttemptError::Request(RequestError::Connect { .. })));
     assert_eq!(hub.seen.lock().len(), asked);
 }
