@@ -127,7 +127,8 @@ pub struct Args {
     /// The kube-apiserver, https://host:port. Unset: the kubeconfig's, or that of the cluster this runs in.
     #[arg(long, value_name = "URL")]
     pub kube_apiserver: Option<String>,
-    /// A kubeconfig whose current context names the kube-apiserver and the gateway's credential.
+    /// A kubeconfig whose current context names the kube-apiserver and the gateway's credential. A plain konnectivity
+    /// agent has no gateway and does not read it.
     #[arg(long, default_value = "", value_name = "FILE")]
     pub kubeconfig: String,
     /// The CA of the kube-apiserver.
@@ -369,6 +370,12 @@ pub enum ConfigError {
     /// The gateway is wanted and nothing says where the API is.
     #[error("--gateway=on needs a kube-apiserver: give --kubeconfig or --kube-apiserver, or run in a pod")]
     NoKubeApiserver,
+    /// The gateway is wanted where nothing says whose word to impersonate users counts.
+    #[error(
+        "--{0} is for agents of a cluster: the API gateway believes the hub, and in plain konnectivity mode there is none; \
+         give --cluster-name, or leave it out"
+    )]
+    PlainGateway(&'static str),
 }
 
 // === impl Args ===
@@ -483,6 +490,16 @@ fn gateway(args: &Args, plain: bool) -> Result<Option<GatewayConfig>, ConfigErro
     if args.gateway == GatewayMode::Off {
         return Ok(None);
     }
+    // Whoever may dial through a plain server may dial anything. What the gateway is told about users must come from a
+    // hub, which lets nobody but its own frontends speak to it.
+    if plain {
+        return match (args.gateway, &args.kube_apiserver) {
+            (GatewayMode::On, _) => Err(ConfigError::PlainGateway("gateway=on")),
+            (_, Some(_)) => Err(ConfigError::PlainGateway("kube-apiserver")),
+            // Upstream's agents are given a kubeconfig to count leases with: theirs start here as well.
+            _ => Ok(None),
+        };
+    }
     let upstream = if args.kubeconfig.is_empty() {
         match &args.kube_apiserver {
             Some(server) => Some(UpstreamConfig {
@@ -492,8 +509,6 @@ fn gateway(args: &Args, plain: bool) -> Result<Option<GatewayConfig>, ConfigErro
                 identity: None,
                 token: None,
             }),
-            // In plain konnectivity mode nobody has asked for more than upstream's agent does.
-            None if plain && args.gateway == GatewayMode::Auto => None,
             None => UpstreamConfig::in_cluster(),
         }
     } else {
@@ -594,7 +609,8 @@ fn listen(flag: &'static str, host: &str, port: u16) -> Result<SocketAddr, Confi
 
 impl fmt::Debug for EgressProxyUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.split_once('@') {
+        // The last one: a password may hold an '@' of its own.
+        match self.0.rsplit_once('@') {
             Some((_, host)) => write!(f, "http://(hidden)@{host}"),
             None => f.write_str(&self.0),
         }
@@ -692,6 +708,24 @@ mod tests {
     }
 
     #[test]
+    fn a_plain_agent_has_no_gateway() {
+        let with = |flag: &'static str| config(&[&FILES[..], &[flag]].concat());
+        for flag in ["--gateway=on", "--kube-apiserver=https://192.0.2.1:6443"] {
+            let error = service::error_chain(&with(flag).unwrap_err());
+            assert!(flag.contains(error.split(' ').next().unwrap()), "{flag}: {error}");
+        }
+        for flag in ["--kubeconfig=/etc/kubernetes/konnectivity.conf", "--gateway=off", "--gateway=auto"] {
+            assert!(with(flag).unwrap().gateway.is_none(), "{flag}");
+        }
+        let off = [&FILES[..], &["--gateway=off", "--kube-apiserver=https://192.0.2.1:6443"]].concat();
+        assert!(config(&off).unwrap().gateway.is_none());
+        // One of a cluster is served.
+        let cluster =
+            [&FILES[..], &["--cluster-name=east", "--kube-apiserver=https://192.0.2.1:6443"]].concat();
+        assert!(config(&cluster).unwrap().gateway.is_some());
+    }
+
+    #[test]
     fn port_lists_survive_in_rules() {
         let mut flags =
             vec!["--allow=10.0.0.0/8:443,8443", "--allow", "db.internal:5432 *.svc.cluster.local:80-90"];
@@ -735,5 +769,7 @@ mod tests {
     fn the_password_of_the_proxy_is_hidden() {
         let proxy = checked_proxy("http://user:hunter2@proxy:3128".to_owned()).unwrap();
         assert_eq!(format!("{proxy:?}"), "http://(hidden)@proxy:3128");
+        let odd = EgressProxyUrl("http://user:p@ss@proxy:3128".to_owned());
+        assert_eq!(format!("{odd:?}"), "http://(hidden)@proxy:3128");
     }
 }
