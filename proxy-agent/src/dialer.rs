@@ -12,6 +12,7 @@ use std::{
 };
 
 use futures::{StreamExt, stream::FuturesUnordered};
+use service::socket;
 use tokio::{net::TcpStream, sync::Semaphore, time::Instant};
 use tunnel::{DialError, Target, policy::DestinationPolicy};
 
@@ -159,8 +160,9 @@ async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
 
 async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let stream = TcpStream::connect(address).await?;
-    // The tunnel has gathered what belongs together; waiting for more only adds delay.
-    stream.set_nodelay(true)?;
+    // A destination that vanishes must not hold its connection for ever. And the tunnel has gathered what belongs
+    // together: waiting for more only adds delay.
+    socket::keep_alive(&stream);
     Ok(stream)
 }
 
@@ -249,6 +251,18 @@ mod tests {
         assert_eq!(stream.peer_addr().unwrap(), good);
         assert_eq!(connect_any(vec![dead]).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
         connect_any(vec![]).await.unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn a_destination_that_vanishes_is_noticed() {
+        use rustix::net::sockopt;
+        let (_listener, port) = listener().await;
+        let stream = dialer("127.0.0.1").dial(&target("127.0.0.1", port), TIMEOUT).await.unwrap();
+        assert!(sockopt::socket_keepalive(&stream).unwrap());
+        assert_eq!(sockopt::tcp_keepidle(&stream).unwrap(), socket::KEEPALIVE_IDLE);
+        assert!(stream.nodelay().unwrap());
+        // One that is alive may stop reading for as long as it likes.
+        assert_eq!(sockopt::tcp_user_timeout(&stream).unwrap(), 0);
     }
 
     #[test]

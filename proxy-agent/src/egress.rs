@@ -71,7 +71,7 @@ async fn dial(target: &Target) -> io::Result<TcpStream> {
     let connect = TcpStream::connect((target.host.as_str(), target.port));
     let timed_out = |_| io::Error::new(io::ErrorKind::TimedOut, "no connection within 10 s");
     let stream = tokio::time::timeout(TIMEOUT, connect).await.map_err(timed_out)??;
-    stream.set_nodelay(true)?;
+    service::socket::keep_alive(&stream);
     Ok(stream)
 }
 

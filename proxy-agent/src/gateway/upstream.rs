@@ -340,7 +340,8 @@ impl Connector {
     async fn connect(self) -> io::Result<TokioIo<Stream>> {
         let connect = async {
             let tcp = TcpStream::connect((self.host.as_str(), self.port)).await?;
-            tcp.set_nodelay(true)?;
+            // A watch is silent for minutes, also when the API server has vanished.
+            service::socket::keep_alive(&tcp);
             Ok(match self.tls {
                 None => Stream::Plain(tcp),
                 Some((tls, name)) => {
