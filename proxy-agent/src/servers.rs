@@ -186,13 +186,7 @@ impl<R: Rng> ServerSet<R> {
     /// A dial has come to nothing. Returns how long this address is left alone.
     pub fn failed(&mut self, address: &str, failure: Failure, now: Instant) -> Duration {
         let failures = self.find(address).map_or(0, |known| known.failures);
-        let delay = match failure {
-            Failure::Transient => self.delay(self.backoff.base, self.backoff.cap, failures),
-            // Half of it is certain: a small draw must not turn a refusal into a storm.
-            Failure::Refused => {
-                REFUSED_BASE / 2 + self.delay(REFUSED_BASE, REFUSED_CAP.max(self.backoff.cap), failures) / 2
-            }
-        };
+        let delay = self.pause(failure, failures);
         if let Some(known) = self.find(address) {
             known.connecting = false;
             known.failures = known.failures.saturating_add(1);
@@ -202,13 +196,24 @@ impl<R: Rng> ServerSet<R> {
         delay
     }
 
-    /// A tunnel has ended, for whatever reason.
-    pub fn lost(&mut self, id: u64, now: Instant) {
+    fn pause(&mut self, failure: Failure, failures: u32) -> Duration {
+        match failure {
+            Failure::Transient => self.delay(self.backoff.base, self.backoff.cap, failures),
+            // Half of it is certain: a small draw must not turn a refusal into a storm.
+            Failure::Refused => {
+                REFUSED_BASE / 2 + self.delay(REFUSED_BASE, REFUSED_CAP.max(self.backoff.cap), failures) / 2
+            }
+        }
+    }
+
+    /// A tunnel has ended, for whatever reason: `failure` says whether the server turned the agent away for good.
+    pub fn lost(&mut self, id: u64, failure: Failure, now: Instant) {
         let Some(index) = self.held.iter().position(|held| held.id == id) else { return };
         let held = self.held.swap_remove(index);
-        let stable = held.draining || now.saturating_duration_since(held.since) >= STABLE_AFTER;
+        let stable = failure == Failure::Transient
+            && (held.draining || now.saturating_duration_since(held.since) >= STABLE_AFTER);
         let failures = self.find(&held.address).map_or(0, |known| if stable { 0 } else { known.failures });
-        let delay = self.delay(self.backoff.base, self.backoff.cap, failures);
+        let delay = self.pause(failure, failures);
         if let Some(known) = self.find(&held.address) {
             known.failures = if stable { 0 } else { known.failures.saturating_add(1) };
             // While it was held, another tunnel may have been dialled at the same address (drain).
@@ -434,7 +439,7 @@ mod tests {
             let address = set.next(now).unwrap();
             let id = kept(set.connected(&address, "s1", now));
             now += STABLE_AFTER;
-            set.lost(id, now);
+            set.lost(id, Failure::Transient, now);
             let due = set.next_due().unwrap();
             assert!(due <= now + BACKOFF.base);
             now = due;
@@ -444,7 +449,7 @@ mod tests {
             let address = set.next(now).unwrap();
             // Attached, and thrown out at once: that is no success.
             let id = kept(set.connected(&address, "s1", now));
-            set.lost(id, now);
+            set.lost(id, Failure::Transient, now);
             longest = longest.max(set.next_due().unwrap() - now);
             now = set.next_due().unwrap();
         }
@@ -462,9 +467,9 @@ mod tests {
         assert_eq!(set.next(now).as_deref(), Some("lb:1"));
         let second = kept(set.connected("lb:1", "s2", now));
         assert_eq!(set.serving(), 1);
-        set.lost(first, now + Duration::from_secs(5));
+        set.lost(first, Failure::Transient, now + Duration::from_secs(5));
         assert_eq!(set.next(now + Duration::from_secs(60)), None);
-        set.lost(second, now + Duration::from_secs(60));
+        set.lost(second, Failure::Transient, now + Duration::from_secs(60));
         assert!(set.next_due().is_some());
     }
 
@@ -479,7 +484,7 @@ mod tests {
         assert_eq!(set.next(now), None);
         let due = set.next_due().unwrap();
         assert!(due > now && due <= now + DUPLICATE_CAP);
-        set.lost(id, now);
+        set.lost(id, Failure::Transient, now);
         assert!(set.next_due().unwrap() <= now + BACKOFF.base);
     }
 
@@ -500,7 +505,7 @@ mod tests {
         assert_eq!(set.known().collect::<Vec<_>>(), ["a:1", "b:1", "c:1"], "a tunnel is held to it");
         set.learned(&[], now);
         assert!(set.known().any(|known| known == "c:1"), "silence changes nothing");
-        set.lost(id, now);
+        set.lost(id, Failure::Transient, now);
         assert_eq!(set.known().collect::<Vec<_>>(), ["a:1", "c:1"]);
         let many: Vec<String> = (0..10_000).map(|port| format!("s:{}", port + 1)).collect();
         set.learned(&many, now);

@@ -15,8 +15,8 @@ use tokio::{
 };
 use tracing::Instrument;
 use tunnel::{
-    AgentTunnel, AgentTunnelHandle, Budget, CarrierChoice, ConnectError, ConnectOptions, DialError,
-    EgressProxy, Hello, IncomingDial, Limits, LocalSocket, Target,
+    AgentTunnel, AgentTunnelHandle, Budget, CarrierChoice, CloseReason, ConnectError, ConnectOptions,
+    DialError, EgressProxy, Hello, IncomingDial, Limits, LocalSocket, Target,
 };
 
 use crate::{
@@ -33,6 +33,9 @@ const EVENT_QUEUE: usize = 64;
 
 /// After a tunnel has ended, how long its connections have to write their last log line before they are dropped.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What an operator reads when a server wants nothing of this agent.
+const TURNED_AWAY: &str = "the server refuses this agent: is the cluster known to the hub, and not revoked?";
 
 /// What every session needs.
 pub(crate) struct Context {
@@ -72,7 +75,7 @@ enum End {
     /// The server had a tunnel already.
     Duplicate,
     /// The tunnel has ended.
-    Lost,
+    Lost(Failure),
 }
 
 /// What the set's task knows of a session's task.
@@ -142,13 +145,14 @@ pub(crate) async fn run(
                 };
                 let Some(slot) = slots.remove(&task) else { continue };
                 match (slot.tunnel, end) {
-                    (Some(tunnel), _) => set.lost(tunnel, now()),
+                    (Some(tunnel), End::Lost(failure)) => set.lost(tunnel, failure, now()),
+                    (Some(tunnel), _) => set.lost(tunnel, Failure::Transient, now()),
                     (None, End::NotConnected(failure)) => {
                         let delay = set.failed(&slot.address, failure, now());
                         tracing::debug!(server.addr = slot.address, retry.after = ?delay, "not connected");
                     }
                     (None, End::Duplicate) => {}
-                    (None, End::Lost) => { set.failed(&slot.address, Failure::Transient, now()); }
+                    (None, End::Lost(failure)) => { set.failed(&slot.address, failure, now()); }
                 }
             }
         }
@@ -180,10 +184,7 @@ async fn session(
                     context.metrics.connect_outcome(ConnectOutcome::failed);
                 }
                 Failure::Refused => {
-                    tracing::error!(
-                        error = %error_chain(&error),
-                        "the server refuses this agent: is the cluster known to the hub, and not revoked?"
-                    );
+                    tracing::error!(error = %error_chain(&error), "{TURNED_AWAY}");
                     context.metrics.connect_outcome(ConnectOutcome::refused);
                 }
             }
@@ -195,14 +196,18 @@ async fn session(
     // The set's task outlives its sessions; without it there is nothing to serve for.
     let task = tokio::task::id();
     if events.send(Event::Connected { task, server_id: server_id.clone(), answer }).await.is_err() {
-        return End::Lost;
+        return End::Lost(Failure::Transient);
     }
     match verdict.await {
         Ok(Verdict::Keep(id)) => {
             context.metrics.connect_outcome(ConnectOutcome::connected);
-            serve(&context, tunnel, id, address, server_id, events, drain).await;
+            let reason = serve(&context, tunnel, id, address, server_id, events, drain).await;
             context.metrics.tunnels_lost.inc();
-            End::Lost
+            let failure = failure_of_close(&reason);
+            if failure == Failure::Refused {
+                tracing::error!(%reason, "{TURNED_AWAY}");
+            }
+            End::Lost(failure)
         }
         Ok(Verdict::Duplicate) => {
             context.metrics.connect_outcome(ConnectOutcome::duplicate);
@@ -211,11 +216,11 @@ async fn session(
             tunnel.handle().closed().await;
             End::Duplicate
         }
-        Err(_) => End::Lost,
+        Err(_) => End::Lost(Failure::Transient),
     }
 }
 
-/// Serves an established tunnel until it ends.
+/// Serves an established tunnel until it ends, and says why it did.
 async fn serve(
     context: &Arc<Context>,
     mut tunnel: AgentTunnel,
@@ -224,7 +229,7 @@ async fn serve(
     server_id: String,
     events: mpsc::Sender<Event>,
     drain: DrainWatch,
-) {
+) -> CloseReason {
     let handle = tunnel.handle();
     let carrier = tunnel.carrier();
     tracing::info!(server.id = server_id, carrier = carrier.as_str(), tunnel.id = id, "tunnel established");
@@ -235,7 +240,7 @@ async fn serve(
     // What the hello said; later lists come as changes.
     let listed = servers.borrow_and_update().clone();
     if events.send(Event::Servers(listed)).await.is_err() {
-        return;
+        return CloseReason::Local("the agent ends".to_owned());
     }
     let (mut asked, mut told) = (false, false);
     loop {
@@ -282,16 +287,18 @@ async fn serve(
             break;
         }
     }
-    end(handle, dials, id).await;
+    let reason = end(handle, dials, id).await;
     drop(row);
+    reason
 }
 
-async fn end(handle: AgentTunnelHandle, mut dials: JoinSet<()>, id: u64) {
+async fn end(handle: AgentTunnelHandle, mut dials: JoinSet<()>, id: u64) -> CloseReason {
     let reason = handle.closed().await;
     // The connections have ended with the tunnel; each says so in its last line. Dials under way are dropped.
     let last_words = async { while dials.join_next().await.is_some() {} };
     let _ = tokio::time::timeout(LAST_WORDS, last_words).await;
     tracing::info!(tunnel.id = id, %reason, "tunnel ended");
+    reason
 }
 
 /// One dial of a server: policy, connection, relay, and one line in the access log.
@@ -372,15 +379,26 @@ fn millis(duration: Duration) -> u64 {
 /// Whether a failed attempt is a no that will last.
 fn failure_of(error: &ConnectError) -> Failure {
     match error {
-        // A server that drains says no too, and another one takes its place in a moment.
-        ConnectError::Refused(reason) if reason.to_string().contains("drain") => Failure::Transient,
-        ConnectError::Refused(_)
-        | ConnectError::Address(_)
-        | ConnectError::ServerName(_)
-        | ConnectError::QuicThroughProxy => Failure::Refused,
+        ConnectError::Refused(reason) => failure_of_close(reason),
+        ConnectError::Address(_) | ConnectError::ServerName(_) | ConnectError::QuicThroughProxy => {
+            Failure::Refused
+        }
         ConnectError::Unreachable { .. } | ConnectError::Proxy { .. } | ConnectError::Tunnel(_) => {
             Failure::Transient
         }
+    }
+}
+
+/// The same of a tunnel that was ended: the server's code says it, never its words.
+fn failure_of_close(reason: &CloseReason) -> Failure {
+    match reason {
+        CloseReason::Refused(_) => Failure::Refused,
+        // A server that starts or drains, or has no room, takes this agent in a moment.
+        CloseReason::Remote(_)
+        | CloseReason::Local(_)
+        | CloseReason::Lost(_)
+        | CloseReason::KeepAlive
+        | CloseReason::Protocol(_) => Failure::Transient,
     }
 }
 

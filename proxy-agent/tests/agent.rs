@@ -14,8 +14,8 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 use tunnel::{
-    Accepted, Budget, Carrier, DialError, Limits, ListenerConfig, PendingTunnel, ServerHello, ServerTunnel,
-    Target, TunnelListener,
+    Accepted, Budget, Carrier, DialError, Limits, ListenerConfig, PendingTunnel, RefusalKind, ServerHello,
+    ServerTunnel, Target, TunnelListener,
 };
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -304,15 +304,37 @@ async fn servers_tell_of_each_other_and_two_of_them_are_held() {
     drop((one, three));
 }
 
+/// With 50 ms between dials there would be another one within this time, were a refusal taken for a failure.
+const QUIET: Duration = Duration::from_secs(2);
+
 #[tokio::test]
 async fn a_server_that_says_no_is_left_alone_for_a_while() {
     let hub = Hub::new();
     let mut listener = hub.listen("127.0.0.1:0").await;
     let agent = hub.agent(listener.local_addr(), &["--transport=h2"]).await;
-    pending(&mut listener).await.refuse("the cluster east was revoked").await;
+    // What counts is the code, not a word that another refusal has too.
+    let reason = "the cluster drain-1 was revoked";
+    pending(&mut listener).await.refuse(reason, RefusalKind::Lasting).await;
     agent.until("/metrics", "cellway_agent_connects_total{outcome=\"refused\"} 1").await;
-    // With 50 ms between dials there would be another one by now, were it taken for a failure.
-    let again = tokio::time::timeout(Duration::from_secs(2), listener.accept()).await;
+    let again = tokio::time::timeout(QUIET, listener.accept()).await;
+    assert!(again.is_err());
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_ready_is_tried_again_at_once() {
+    let hub = Hub::new();
+    let mut listener = hub.listen("127.0.0.1:0").await;
+    let address = listener.local_addr();
+    let agent = hub.agent(address, &["--transport=h2"]).await;
+    pending(&mut listener).await.refuse("the hub is starting: try again", RefusalKind::Temporary).await;
+    let tunnel = attach(&mut listener, "s1", &[address]).await;
+    agent.until("/metrics", "cellway_agent_connects_total{outcome=\"failed\"} 1").await;
+
+    // Turned away for good later, it keeps away.
+    agent.until("/metrics", "cellway_agent_tunnels{carrier=\"h2\"} 1").await;
+    tunnel.refuse("the cluster east was revoked");
+    agent.until("/metrics", "cellway_agent_tunnels{carrier=\"h2\"} 0").await;
+    let again = tokio::time::timeout(QUIET, listener.accept()).await;
     assert!(again.is_err());
 }
 
