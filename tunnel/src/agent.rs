@@ -274,7 +274,9 @@ async fn attach(options: ConnectOptions, carried: Carried) -> Result<AgentTunnel
             // The server may have said why, for example that this cluster is revoked.
             let reason = session.closed().borrow().clone();
             return Err(match reason {
-                Some(reason @ (CloseReason::Remote(_) | CloseReason::Refused(_))) => ConnectError::Refused(reason),
+                Some(reason @ (CloseReason::Remote(_) | CloseReason::Refused(_))) => {
+                    ConnectError::Refused(reason)
+                }
                 _ => error.into(),
             });
         }

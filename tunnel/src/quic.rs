@@ -97,7 +97,8 @@ pub(crate) struct QuicConnection {
     recv: quinn::RecvStream,
     sent_end: bool,
     place: Option<Place>,
-    _reservation: Reservation,
+    /// The control stream has none: its task reads at once, and thousands of idle tunnels must fit.
+    _reservation: Option<Reservation>,
     link: Arc<QuicLink>,
 }
 
@@ -193,7 +194,11 @@ fn close_reason(error: &quinn::ConnectionError) -> CloseReason {
     match error {
         quinn::ConnectionError::ApplicationClosed(close) => {
             let reason = printable(&String::from_utf8_lossy(&close.reason));
-            if close.error_code == code::REFUSED { CloseReason::Refused(reason) } else { CloseReason::Remote(reason) }
+            if close.error_code == code::REFUSED {
+                CloseReason::Refused(reason)
+            } else {
+                CloseReason::Remote(reason)
+            }
         }
 
         quinn::ConnectionError::TimedOut => CloseReason::KeepAlive,
@@ -258,12 +263,14 @@ impl QuicLink {
             let _ = (send.reset(code::CANCELLED), recv.stop(code::CANCELLED));
             return None;
         };
-        let Some(reservation) = self.budget.reserve(STREAM_WINDOW) else {
+        let control = dial.target.is_empty();
+        let reservation = if control { None } else { self.budget.reserve(STREAM_WINDOW) };
+        if reservation.is_none() && !control {
             let result = v1::DialResult { error: DialError::TooManyConnections.code().to_owned() };
             let _ = write_framed(&mut send, &result).await;
             let _ = send.finish();
             return None;
-        };
+        }
         let id = send.id().index();
         let connection = |place| QuicConnection {
             send,
@@ -273,7 +280,7 @@ impl QuicLink {
             _reservation: reservation,
             link: self.clone(),
         };
-        if dial.target.is_empty() {
+        if control {
             return Some(Incoming::Attach(connection(None)));
         }
         let timeout =
@@ -314,7 +321,10 @@ impl QuicLink {
         if self.table.len() >= self.limits.max_connections {
             return Err(DialError::TooManyConnections);
         }
-        let reservation = self.budget.reserve(STREAM_WINDOW).ok_or(DialError::TooManyConnections)?;
+        let reservation = match target {
+            Some(_) => Some(self.budget.reserve(STREAM_WINDOW).ok_or(DialError::TooManyConnections)?),
+            None => None,
+        };
         let (send, recv) = self.connection.open_bi().await.map_err(|_| DialError::TunnelClosed)?;
         let id = send.id().index();
         let place = target.map(|target| self.table.enter(id, target.clone()));

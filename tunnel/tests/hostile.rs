@@ -92,7 +92,9 @@ async fn a_refused_agent_is_told_why() {
         let connecting = tunnel::connect(support::options(&identities, listener.local_addr(), carrier));
         let (agent, ()) = tokio::join!(connecting, async {
             match listener.accept().await.unwrap() {
-                tunnel::Accepted::Tunnel(pending) => pending.refuse("cluster prod is revoked", tunnel::RefusalKind::Lasting).await,
+                tunnel::Accepted::Tunnel(pending) => {
+                    pending.refuse("cluster prod is revoked", tunnel::RefusalKind::Lasting).await
+                }
                 tunnel::Accepted::Https(_) => panic!("an agent came as HTTPS client"),
             }
         });

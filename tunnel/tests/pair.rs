@@ -173,7 +173,9 @@ async fn keep_alive_finds_a_dead_path_under_load() {
         };
         let path = support::Path::start().await;
         let Some(mut pair) = Pair::over(&path, carrier, limits).await else {
-            println!("not run over {carrier}: the path carries TCP only, and QUIC has an idle timer of its own");
+            println!(
+                "not run over {carrier}: the path carries TCP only, and QUIC has an idle timer of its own"
+            );
             return;
         };
         let mut writers = tokio::task::JoinSet::new();
@@ -408,11 +410,7 @@ async fn many_small_connections_at_once() {
             done.unwrap();
         }
         support::eventually(|| pair.server.stats().connections == 0).await;
-        assert_eq!(
-            pair.server.stats().buffered,
-            pair.idle_promise(),
-            "windows of ended connections are given back"
-        );
+        assert_eq!(pair.server.stats().buffered, 0, "windows of ended connections are given back");
     })
     .await;
 }

@@ -429,9 +429,7 @@ impl Link {
                 }
             }
             let limit = if stream.urgent { BACKLOG_MAX } else { BACKLOG_HIGH };
-            if self.backlog.load(Ordering::Acquire) >= limit
-                || self.window.load(Ordering::Acquire) <= 0
-            {
+            if self.backlog.load(Ordering::Acquire) >= limit || self.window.load(Ordering::Acquire) <= 0 {
                 stream.send_waker.register(cx.waker());
                 let mut outgoing = self.outgoing.lock();
                 let full = outgoing.unsent.len() - outgoing.sent >= limit
@@ -446,7 +444,6 @@ impl Link {
                     }
                     return Poll::Pending;
                 }
-                
             }
             let taken = self.window.fetch_update(Ordering::AcqRel, Ordering::Acquire, |connection| {
                 let take = wanted.min(window).min(connection);
@@ -874,7 +871,11 @@ impl Reader {
                     String::from_utf8_lossy(&debug).chars().filter(|c| !c.is_control()).collect::<String>();
                 let reason = if debug.is_empty() { format!("code {code}") } else { debug };
                 let refused = code == Code::Refused as u32;
-                return Err(Failure::Remote(if refused { CloseReason::Refused(reason) } else { CloseReason::Remote(reason) }));
+                return Err(Failure::Remote(if refused {
+                    CloseReason::Refused(reason)
+                } else {
+                    CloseReason::Remote(reason)
+                }));
             }
             Event::WindowUpdate { stream: 0, increment } => {
                 if link.window.load(Ordering::Acquire) + i64::from(increment) > frame::MAX_WINDOW {

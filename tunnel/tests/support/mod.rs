@@ -157,14 +157,6 @@ impl Pair {
             }
         }
     }
-
-    /// What is promised to the peer when no connection is open; over QUIC the control stream's window.
-    pub fn idle_promise(&self) -> usize {
-        match self.server.carrier() {
-            tunnel::Carrier::H2 => 0,
-            tunnel::Carrier::Quic => 1024 * 1024,
-        }
-    }
 }
 
 pub async fn listener(identities: &Identities, limits: Limits, quic: bool) -> TunnelListener {
