@@ -1,6 +1,5 @@
 //! The running server: certificates, listener, connections, background tasks, shutdown.
 
-use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,14 +9,10 @@ use axum::Router;
 use axum::body::Body;
 use base64::Engine as _;
 use federation_store::{Store, StoreConfig};
-use hyper::body::Incoming;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::GracefulShutdown;
 use serde_json::{Value, json};
+use service::http::{Entrance, Gate};
 use tls::{CertificateAuthority, ClientAuth, ServerTls, TlsVersions};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
@@ -248,16 +243,16 @@ impl Bound {
             ready: std::sync::atomic::AtomicBool::new(true),
         });
         tracing::info!(address = %self.address, role = ?self.config.role, "API server is listening");
-        let graceful = GracefulShutdown::new();
-        let slots = Arc::new(Semaphore::new(self.config.limits.connections));
+        let draining = CancellationToken::new();
+        let gate = Gate::new(self.config.limits.connections);
         let mut connections: JoinSet<()> = JoinSet::new();
         loop {
             let accepted = tokio::select! {
                 () = shutdown.cancelled() => break,
                 Some(_) = connections.join_next(), if !connections.is_empty() => continue,
-                accepted = accept(&self.listener, &slots) => accepted,
+                accepted = self.listener.accept() => accepted,
             };
-            let (stream, remote, permit) = match accepted {
+            let (stream, remote) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     tracing::warn!(%error, "failed to accept a connection");
@@ -265,21 +260,17 @@ impl Bound {
                     continue;
                 }
             };
-            let serve = serve(stream, self.tls.clone(), app.clone(), graceful.watcher());
+            let serve = serve(stream, self.tls.clone(), app.clone(), gate.enter(), draining.clone());
             let span = tracing::debug_span!("connection", client.addr = %remote);
-            connections.spawn(
-                async move {
-                    serve.await;
-                    drop(permit);
-                }
-                .instrument(span),
-            );
+            connections.spawn(serve.instrument(span));
         }
         app.ready.store(false, std::sync::atomic::Ordering::Relaxed);
         drop(self.listener);
         // Ends watches and logs; they would otherwise hold their connections for as long as they like.
         self.registry.shutdown.cancel();
-        if tokio::time::timeout(app.limits.shutdown_grace, graceful.shutdown()).await.is_err() {
+        draining.cancel();
+        let ended = async { while connections.join_next().await.is_some() {} };
+        if tokio::time::timeout(app.limits.shutdown_grace, ended).await.is_err() {
             tracing::info!("connections still open after the grace period are closed");
         }
         connections.shutdown().await;
@@ -292,34 +283,27 @@ impl Bound {
     }
 }
 
-async fn accept(
-    listener: &TcpListener,
-    slots: &Arc<Semaphore>,
-) -> std::io::Result<(TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
-    let permit = slots.clone().acquire_owned().await.map_err(std::io::Error::other)?;
-    let (stream, remote) = listener.accept().await?;
-    Ok((stream, remote, permit))
-}
-
 async fn serve(
     stream: TcpStream,
     tls: ServerTls,
     app: Arc<App>,
-    watcher: hyper_util::server::graceful::Watcher,
+    mut entrance: Entrance,
+    draining: CancellationToken,
 ) {
-    // Answers are written in one piece; waiting for more would only delay watches.
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "connection ended before it began");
-        return;
-    }
+    service::socket::keep_alive(&stream);
     let handshake = tls.acceptor(&[b"h2", b"http/1.1"]).accept(stream);
-    let stream = match tokio::time::timeout(app.limits.handshake_timeout, handshake).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => {
+    let handshake = tokio::time::timeout(app.limits.handshake_timeout, handshake);
+    let stream = match entrance.before(handshake).await {
+        Some(Ok(Ok(stream))) => stream,
+        Some(Ok(Err(error))) => {
             tracing::debug!(%error, "TLS handshake failed");
             return;
         }
-        Err(_) => {
+        None => {
+            tracing::debug!("closed during its handshake to make room");
+            return;
+        }
+        Some(Err(_)) => {
             tracing::debug!("TLS handshake took too long");
             return;
         }
@@ -334,28 +318,24 @@ async fn serve(
             }
         },
     };
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(app.limits.handshake_timeout);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(app.limits.streams)
-        .keep_alive_interval(Some(Duration::from_secs(30)))
-        .keep_alive_timeout(Duration::from_secs(20));
-    let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
+    let limits = service::http::Limits {
+        header_timeout: app.limits.handshake_timeout,
+        max_connections: app.limits.connections,
+        max_streams: app.limits.streams,
+        // A client that has closed its side of a watch has gone.
+        half_close: false,
+        ..service::http::Limits::default()
+    };
+    let handler = move |mut request: http::Request<Body>| {
         let (app, peer) = (app.clone(), peer.clone());
         async move {
-            let mut request = request.map(Body::new);
             if let Some(peer) = peer {
                 request.extensions_mut().insert(peer);
             }
-            Ok::<_, Infallible>(app.handle(request).await)
+            app.handle(request).await
         }
-    });
-    let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
-    if let Err(error) = watcher.watch(connection.into_owned()).await {
-        tracing::debug!(%error, "connection ended with an error");
-    }
+    };
+    service::http::serve_handler(stream, handler, &limits, entrance, draining.cancelled()).await;
 }
 
 /// Names and addresses of the serving certificate.

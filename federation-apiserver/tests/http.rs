@@ -593,3 +593,24 @@ async fn racing_writers_lose_nothing() {
     }
     std::sync::Arc::into_inner(server).expect("the last handle").stop().await;
 }
+
+#[tokio::test]
+async fn silent_clients_hold_nothing() {
+    let server = Server::start(
+        Role::Hub,
+        |config| {
+            config.limits.connections = 8;
+            // No clock helps those that ask.
+            config.limits.handshake_timeout = std::time::Duration::from_secs(3600);
+        },
+        |_| {},
+    )
+    .await;
+    let (mut silent, mut greeted) = (Vec::new(), Vec::new());
+    for _ in 0..40 {
+        silent.push(tokio::net::TcpStream::connect(server.address).await.expect("a connection"));
+        greeted.push(server.handshake().await);
+    }
+    assert_eq!(server.get("/version").await.code, 200);
+    drop((silent, greeted));
+}

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use service::drain::DrainWatch;
+use service::http::{Entrance, Gate};
 use tls::{CertificateDer, CertificateError, TrustDomain};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::Instrument;
 use tunnel::{
@@ -22,6 +22,7 @@ use tunnel::{
 
 use crate::directory::{ClusterDirectory, Lookup};
 use crate::enrol::Enrolment;
+use crate::limit::{ClientPlace, ConcurrencyLimiter};
 use crate::metrics::RejectLabels;
 use crate::registry::{Member, Registry};
 use crate::route::Identifiers;
@@ -32,7 +33,8 @@ const MAX_TUNNELS_PER_CLUSTER: usize = 256;
 /// Tunnels of agents without a cluster: a konnectivity fleet has one on every node.
 const MAX_PLAIN_TUNNELS: usize = 16 * 1024;
 
-/// Enrolment connections at one time; each lives for at most [`ENROLMENT_TIMEOUT`].
+/// Enrolment requests at one time, and as many connections that have not asked yet, of which the oldest makes room;
+/// each lives for at most [`ENROLMENT_TIMEOUT`].
 const MAX_ENROLMENTS: usize = 128;
 
 /// One request and its answer.
@@ -152,6 +154,16 @@ pub struct Agents {
     pub hello: ServerHello,
     /// Serves enrolment on the agents' port, when there is a CA to enrol with.
     pub enrolment: Option<Arc<Enrolment>>,
+    /// How many tunnels one member may hold.
+    pub places: TunnelPlaces,
+}
+
+/// The places of tunnels, those of hellos under way included. By the certificate's cluster, so that one member's agents
+/// take nothing from another's.
+#[derive(Debug)]
+pub struct TunnelPlaces {
+    members: Arc<ConcurrencyLimiter<String>>,
+    plain: Arc<ConcurrencyLimiter<String>>,
 }
 
 // === impl Agents ===
@@ -159,7 +171,7 @@ pub struct Agents {
 impl Agents {
     /// Accepts agents until the drain; then tells every agent, and returns when the last tunnel has ended.
     pub async fn serve(self: Arc<Self>, mut listener: TunnelListener, drain: DrainWatch) {
-        let enrolments = Arc::new(Semaphore::new(MAX_ENROLMENTS));
+        let enrolments = Gate::new(MAX_ENROLMENTS);
         let mut tasks = JoinSet::new();
         let mut sample = tokio::time::interval(REJECTIONS_INTERVAL);
         let mut counted = Rejections::default();
@@ -185,18 +197,12 @@ impl Agents {
                         self.registry.metrics().reject_handshake("no-enrolment");
                         continue;
                     };
-                    let Ok(place) = enrolments.clone().try_acquire_owned() else {
-                        self.registry.metrics().reject_handshake("enrolments-full");
-                        continue;
-                    };
+                    let entrance = enrolments.enter();
                     let span = tracing::info_span!("enrolment", agent.addr = %connection.remote_addr);
                     let drain = drain.clone();
                     tasks.spawn(
-                        async move {
-                            let _place = place;
-                            serve_enrolment(&enrolment, connection, drain).await;
-                        }
-                        .instrument(span),
+                        async move { serve_enrolment(&enrolment, connection, entrance, drain).await }
+                            .instrument(span),
                     );
                 }
             }
@@ -231,6 +237,13 @@ impl Agents {
                 return;
             }
         };
+        // Taken before the hellos: they take time, and a count that is looked at after them would not hold.
+        let Some(_place) = self.places.enter(&identity.cluster) else {
+            let rejection = Rejection::TooManyTunnels(identity.cluster.clone());
+            self.reject(&rejection);
+            pending.refuse(&rejection.to_string(), rejection.kind()).await;
+            return;
+        };
         let carrier = pending.carrier();
         let remote_addr = pending.remote_addr();
         let tunnel = match pending.attach(self.hello.clone()).await {
@@ -242,7 +255,7 @@ impl Agents {
             }
         };
         let hello = tunnel.hello().clone();
-        if let Err(rejection) = self.check_hello(&identity, &hello) {
+        if let Err(rejection) = compare_hello(&identity, &hello) {
             self.reject(&rejection);
             rejection.turn_away(&tunnel);
             return;
@@ -267,15 +280,13 @@ impl Agents {
         );
         let reason = tokio::select! {
             reason = tunnel.closed() => reason.to_string(),
-            rejection = self.revocation(&identity) => {
-                self.reject(&rejection);
-                rejection.turn_away(&tunnel);
-                rejection.to_string()
-            }
+            rejection = self.revocation(&identity) => self.end(&tunnel, &rejection),
             () = drain.signaled() => {
                 tunnel.drain();
                 tokio::select! {
                     reason = tunnel.closed() => reason.to_string(),
+                    // A drain may take as long as its deadline says; a revocation does not wait for it.
+                    rejection = self.revocation(&identity) => self.end(&tunnel, &rejection),
                     () = idle(&registration) => {
                         tunnel.close("the server has drained");
                         "drained".to_owned()
@@ -301,15 +312,6 @@ impl Agents {
         Ok(identity)
     }
 
-    fn check_hello(&self, identity: &PeerIdentity, hello: &Hello) -> Result<(), Rejection> {
-        compare_hello(identity, hello)?;
-        let limit = if identity.cluster.is_empty() { MAX_PLAIN_TUNNELS } else { MAX_TUNNELS_PER_CLUSTER };
-        if self.registry.tunnels_of(&identity.cluster).len() >= limit {
-            return Err(Rejection::TooManyTunnels(identity.cluster.clone()));
-        }
-        Ok(())
-    }
-
     /// Returns when the directory no longer admits this agent.
     async fn revocation(&self, identity: &PeerIdentity) -> Rejection {
         let directory = self.registry.directory();
@@ -327,6 +329,13 @@ impl Agents {
         std::future::pending().await
     }
 
+    /// Ends an established tunnel; gives the reason in words.
+    fn end(&self, tunnel: &ServerTunnel, rejection: &Rejection) -> String {
+        self.reject(rejection);
+        rejection.turn_away(tunnel);
+        rejection.to_string()
+    }
+
     fn reject(&self, rejection: &Rejection) {
         self.registry.metrics().reject_handshake(rejection.code());
         // Agents try again for ever: the operator sees the counter and one line each time.
@@ -334,11 +343,16 @@ impl Agents {
     }
 }
 
-async fn serve_enrolment(enrolment: &Arc<Enrolment>, connection: HttpsConnection, drain: DrainWatch) {
+async fn serve_enrolment(
+    enrolment: &Arc<Enrolment>,
+    connection: HttpsConnection,
+    entrance: Entrance,
+    drain: DrainWatch,
+) {
     let HttpsConnection { stream, peer_certificates, remote_addr } = connection;
     let router = enrolment.router(peer_certificates.first().cloned());
     let limits = service::http::Limits::default();
-    let serving = service::http::serve_connection(stream, remote_addr, router, &limits, drain);
+    let serving = service::http::serve_connection(stream, remote_addr, router, &limits, entrance, drain);
     if tokio::time::timeout(ENROLMENT_TIMEOUT, serving).await.is_err() {
         tracing::debug!("enrolment connection cut: it was open for too long");
     }
@@ -426,6 +440,25 @@ pub fn compare_hello(identity: &PeerIdentity, hello: &Hello) -> Result<(), Rejec
     }
 }
 
+// === impl TunnelPlaces ===
+
+impl TunnelPlaces {
+    /// At most so many tunnels for each member, and for all agents without a cluster together.
+    pub fn new(per_member: usize, plain: usize) -> Self {
+        Self { members: ConcurrencyLimiter::new(per_member), plain: ConcurrencyLimiter::new(plain) }
+    }
+
+    fn enter(&self, cluster: &String) -> Option<ClientPlace<String>> {
+        if cluster.is_empty() { self.plain.enter(cluster) } else { self.members.enter(cluster) }
+    }
+}
+
+impl Default for TunnelPlaces {
+    fn default() -> Self {
+        Self::new(MAX_TUNNELS_PER_CLUSTER, MAX_PLAIN_TUNNELS)
+    }
+}
+
 // === impl Rejection ===
 
 impl Rejection {
@@ -507,5 +540,19 @@ mod tests {
             let seen = compare_hello(identity, &hello).err().map(|rejection| rejection.code());
             assert_eq!(seen, expect, "{hello:?}");
         }
+    }
+
+    #[test]
+    fn a_member_has_its_own_places() {
+        let places = TunnelPlaces::new(2, 3);
+        let enter = |cluster: &str| places.enter(&cluster.to_owned());
+        let one = enter("east");
+        let _two = enter("east");
+        assert!(one.is_some() && enter("east").is_none());
+        assert!(enter("west").is_some());
+        let plain = [enter(""), enter(""), enter("")];
+        assert!(plain.iter().all(Option::is_some) && enter("").is_none());
+        drop(one);
+        assert!(enter("east").is_some());
     }
 }

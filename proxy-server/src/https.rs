@@ -1,14 +1,13 @@
-//! An HTTPS listener: bounded handshakes, then `service`'s HTTP server with a router made for the client.
+//! An HTTPS listener: timed handshakes that make room for newer ones, then `service`'s HTTP server with a router made for the client.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use service::drain::DrainWatch;
-use service::http::Limits;
+use service::http::{Gate, Limits};
 use tls::{CertificateDer, ServerTls};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::Instrument;
 
@@ -16,9 +15,6 @@ use crate::metrics::ServerMetrics;
 
 /// A client has this long for its handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Handshakes under way at one time; more clients are closed at once.
-const MAX_HANDSHAKES: usize = 1024;
 
 /// Serves until the drain, then lets requests in flight finish.
 ///
@@ -32,8 +28,7 @@ pub async fn serve(
     metrics: ServerMetrics,
     drain: DrainWatch,
 ) {
-    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
-    let open = Arc::new(Semaphore::new(limits.max_connections));
+    let gate = Gate::new(limits.max_connections);
     let (router_for, limits) = (Arc::new(router_for), Arc::new(limits));
     let mut connections = JoinSet::new();
     loop {
@@ -49,32 +44,73 @@ pub async fn serve(
                 }
             },
         };
-        let (Ok(handshake), Ok(place)) =
-            (handshakes.clone().try_acquire_owned(), open.clone().try_acquire_owned())
-        else {
-            metrics.reject(frontend, "half-open");
-            continue;
-        };
-        let _ = stream.set_nodelay(true);
+        service::socket::keep_alive(&stream);
+        let mut entrance = gate.enter();
         let acceptor = tls.acceptor(&[b"h2", b"http/1.1"]);
         let (router_for, limits, metrics, drain) =
             (router_for.clone(), limits.clone(), metrics.clone(), drain.clone());
         let serving = async move {
-            let _place = place;
-            let stream = match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => stream,
-                Ok(Err(error)) => {
+            let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream));
+            let stream = match entrance.before(handshake).await {
+                None => return metrics.reject(frontend, "half-open"),
+                Some(Ok(Ok(stream))) => stream,
+                Some(Ok(Err(error))) => {
                     tracing::debug!(%error, "TLS handshake failed");
                     return metrics.reject(frontend, "tls");
                 }
-                Err(_) => return metrics.reject(frontend, "tls-timeout"),
+                Some(Err(_)) => return metrics.reject(frontend, "tls-timeout"),
             };
-            drop(handshake);
             let router = router_for(stream.get_ref().1.peer_certificates().and_then(<[_]>::first));
-            service::http::serve_connection(stream, remote, router, &limits, drain).await;
+            service::http::serve_connection(stream, remote, router, &limits, entrance, drain).await;
         };
         connections.spawn(serving.instrument(tracing::debug_span!("https", frontend, client.addr = %remote)));
     }
     drop(listener);
     while connections.join_next().await.is_some() {}
+}
+
+#[cfg(test)]
+mod tests {
+    use tls::{CertificateAuthority, ClientAuth, ClientTls};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn silent_clients_make_room() {
+        let hour = Duration::from_secs(3600);
+        let ca = CertificateAuthority::create("test").unwrap();
+        let issued = ca.issue_server(&["localhost".to_owned()], hour).unwrap();
+        let (certificate, key) = (&issued.certificate_pem, &issued.key_pem);
+        let auth = ClientAuth::Optional;
+        let server = ServerTls::from_pem(certificate, key, Some(ca.certificate_pem()), auth).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let (_signal, drain) = service::drain::channel();
+        let router = |_: Option<&CertificateDer<'static>>| {
+            Router::new().route("/", axum::routing::get(async || "here"))
+        };
+        // No clock helps the one that asks.
+        let limits = Limits { max_connections: 4, header_timeout: hour, ..Limits::default() };
+        let metrics = ServerMetrics::default();
+        let _server = tokio::spawn(serve(listener, server, "test", router, limits, metrics, drain));
+        let client = ClientTls::from_pem(ca.certificate_pem(), None).unwrap();
+        let connect = async || {
+            let tcp = TcpStream::connect(addr).await.unwrap();
+            let name = tls::ServerName::try_from("localhost").unwrap();
+            client.connector(&[b"http/1.1"]).connect(name, tcp).await.unwrap()
+        };
+        // Some never begin their handshake, some say nothing after it.
+        let (mut silent, mut greeted) = (Vec::new(), Vec::new());
+        for _ in 0..40 {
+            silent.push(TcpStream::connect(addr).await.unwrap());
+            greeted.push(connect().await);
+        }
+        let mut stream = connect().await;
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("here"), "{answer}");
+    }
 }

@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use tracing::Instrument;
 use tunnel::{Budget, Limits, ListenerConfig, ServerHello, ServerTunnel, TunnelListener};
 
-use crate::agents::{Agents, IdentityRules};
+use crate::agents::{Agents, IdentityRules, TunnelPlaces};
 use crate::api_proxy::ApiProxy;
 use crate::connect::{AllowedClients, BindUnixError, BoundUnix, ConnectFrontend, ConnectLimits};
 use crate::directory::ClusterDirectory;
@@ -269,6 +269,7 @@ impl BoundServer {
                 capabilities: Vec::new(),
             },
             enrolment,
+            places: TunnelPlaces::default(),
         });
         Ok(Self {
             config: Listeners {

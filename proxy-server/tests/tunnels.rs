@@ -365,6 +365,25 @@ async fn a_drain_lets_streams_finish() {
     tokio::time::timeout(LIMIT, setup.server).await.unwrap().unwrap();
 }
 
+#[tokio::test]
+async fn a_revocation_does_not_wait_for_a_drain() {
+    let setup = start().await;
+    let (target, _task) = shouting_target().await;
+    let agent = setup.agent("east", "a1", CarrierChoice::H2).await;
+    let mut stream = UnixStream::connect(&setup.uds).await.unwrap();
+    assert!(ask(&mut stream, "east", &target.to_string()).await.starts_with("HTTP/1.1 200 "));
+    let mut draining = agent.handle.server_draining();
+    setup.signal.start();
+    tokio::time::timeout(LIMIT, draining.wait_for(|draining| *draining)).await.unwrap().unwrap();
+    // The stream is open and would hold the drain for as long as its client likes.
+    let revoked = ClusterInfo { revoked_at: Some(SystemTime::now() + HOUR), ..ClusterInfo::default() };
+    setup.know([("east", revoked)]);
+    tokio::time::timeout(LIMIT, agent.handle.closed()).await.unwrap();
+    setup.tunnels(0).await;
+    tokio::time::timeout(LIMIT, setup.server).await.unwrap().unwrap();
+    drop(stream);
+}
+
 async fn fetch(addr: SocketAddr, path: &str) -> String {
     let mut stream = TcpStream::connect(addr).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");

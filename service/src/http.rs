@@ -1,36 +1,59 @@
-//! A small, bounded HTTP server for admin pages and API routers: header timeouts, connection limits, graceful end.
+//! A small, bounded HTTP server for admin pages and API routers: limits of time and number, graceful end.
+//!
+//! ```text
+//! accept ─▶ Gate::enter ─▶ waiting (no request yet: timed, and the oldest makes room) ─▶ first request ─▶ a place
+//!                                                             at the limit: 503 ◀─┘
+//! ```
+//!
+//! A client that has asked for nothing holds nothing that another could need: silent connections stand in a queue of
+//! their own, in which the oldest is closed when a new one finds it full.
 
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::ConnectInfo;
+use axum::response::IntoResponse;
+use http::{Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt;
 use tracing::Instrument;
 
 use crate::drain::DrainWatch;
+use crate::socket;
 
 /// What one peer may cost.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// How long a peer may take to send a request's head.
+    /// How long a peer may take to send a request's head, the first one included.
     pub header_timeout: Duration,
+    /// How long a connection may be without a request under way.
+    pub idle_timeout: Duration,
     /// The largest head (HTTP/1.1: read buffer; HTTP/2: header list).
     pub max_header_bytes: usize,
-    /// Connections at one time; more wait in the kernel's queue.
+    /// Connections with requests at one time; more are answered with 503. As many more may not have asked yet.
     pub max_connections: usize,
     /// HTTP/2 streams on one connection.
     pub max_streams: u32,
     /// HTTP/2 keep-alive: how often to ask a silent peer, and for how long to wait for its answer.
     pub keepalive: Duration,
+    /// HTTP/1.1: whether a client that has closed its sending half still gets its answer. Otherwise that counts as
+    /// having gone, and ends its request.
+    pub half_close: bool,
 }
 
 impl Default for Limits {
@@ -38,32 +61,46 @@ impl Default for Limits {
         Self {
             // Slow networks send a head in a second; only an attacker needs ten.
             header_timeout: Duration::from_secs(10),
+            // What kube-apiserver allows, so that clients made for it end their idle connections first.
+            idle_timeout: Duration::from_secs(90),
             // kubectl's heads with impersonation and long tokens stay well below.
             max_header_bytes: 64 * 1024,
             max_connections: 4096,
             // What kube-apiserver allows.
             max_streams: 250,
             keepalive: Duration::from_secs(30),
+            half_close: true,
         }
     }
 }
 
+/// Lets connections in, and keeps those that have not asked for anything from standing in the way of those that do.
+#[derive(Debug)]
+pub struct Gate {
+    places: Arc<Semaphore>,
+    /// Connections without a request yet, oldest first. Dropping a sender ends its connection.
+    waiting: Mutex<VecDeque<oneshot::Sender<Infallible>>>,
+    max_waiting: usize,
+}
+
+/// A connection that was let in. Dropping it gives back what it holds.
+#[derive(Debug)]
+pub struct Entrance {
+    gate: Arc<Gate>,
+    evicted: oneshot::Receiver<Infallible>,
+}
+
 /// Serves `router` on `listener` until the drain, then lets requests in flight finish.
 pub async fn serve(listener: TcpListener, router: Router, limits: Limits, drain: DrainWatch) {
-    let permits = Arc::new(Semaphore::new(limits.max_connections));
+    let gate = Gate::new(limits.max_connections);
     let limits = Arc::new(limits);
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
             () = drain.signaled() => break,
             Some(_) = connections.join_next(), if !connections.is_empty() => continue,
-            accepted = async {
-                // The semaphore is never closed, so a permit always comes.
-                let permit = permits.clone().acquire_owned().await;
-                (permit, listener.accept().await)
-            } => accepted,
+            accepted = listener.accept() => accepted,
         };
-        let (permit, accepted) = accepted;
         let (stream, remote) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -73,14 +110,12 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, drain:
                 continue;
             }
         };
-        let _ = stream.set_nodelay(true);
+        socket::keep_alive(&stream);
+        let entrance = gate.enter();
         let (router, limits, drain) = (router.clone(), limits.clone(), drain.clone());
         connections.spawn(
-            async move {
-                let _permit = permit;
-                serve_connection(stream, remote, router, &limits, drain).await;
-            }
-            .instrument(tracing::debug_span!("http", client.addr = %remote)),
+            async move { serve_connection(stream, remote, router, &limits, entrance, drain).await }
+                .instrument(tracing::debug_span!("http", client.addr = %remote)),
         );
     }
     drop(listener);
@@ -98,13 +133,46 @@ pub async fn serve_connection<I>(
     remote: SocketAddr,
     router: Router,
     limits: &Limits,
+    entrance: Entrance,
     drain: DrainWatch,
 ) where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let service = hyper::service::service_fn(move |mut request: http::Request<Incoming>| {
+    let handler = move |mut request: Request<Body>| {
         request.extensions_mut().insert(ConnectInfo(remote));
-        router.clone().oneshot(request.map(axum::body::Body::new))
+        let router = router.clone();
+        async move { router.oneshot(request).await.unwrap_or_else(|error| match error {}) }
+    };
+    serve_handler(io, handler, limits, entrance, async move { drain.signaled().await }).await;
+}
+
+/// As [`serve_connection`], with a plain handler; `drain` returns when requests in flight are the last ones.
+pub async fn serve_handler<I, H, F>(
+    io: I,
+    handler: H,
+    limits: &Limits,
+    entrance: Entrance,
+    drain: impl Future<Output = ()>,
+) where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    H: Fn(Request<Body>) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    let Entrance { gate, evicted } = entrance;
+    let activity = Arc::new(watch::channel(Activity::default()).0);
+    let watched = activity.subscribe();
+    let place = Arc::new(OnceLock::new());
+    let admitted = place.clone();
+    let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+        let answer = gate.admit(&admitted).then(|| {
+            let under_way = UnderWay::begin(activity.clone());
+            (handler(request.map(Body::new)), under_way)
+        });
+        async move {
+            let Some((answer, under_way)) = answer else { return Ok::<_, Infallible>(full()) };
+            let response = answer.await;
+            Ok(response.map(|body| Body::new(Held { body, _under_way: under_way })))
+        }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
@@ -112,7 +180,7 @@ pub async fn serve_connection<I>(
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_timeout)
         .max_buf_size(limits.max_header_bytes.max(8 * 1024))
-        .half_close(true);
+        .half_close(limits.half_close);
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -124,13 +192,188 @@ pub async fn serve_connection<I>(
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        () = drain.signaled() => {
+        quiet = quiet(watched.clone(), evicted, limits) => match quiet {
+            // Nothing is owed to who has asked for nothing.
+            Quiet::Silent => {
+                tracing::debug!("closed: no request came in time");
+                return;
+            }
+            Quiet::Idle => {
+                connection.as_mut().graceful_shutdown();
+                tokio::select! {
+                    ended = connection.as_mut() => ended,
+                    // A request that crossed the farewell is still answered; a peer that ignores it is cut.
+                    () = idle(watched, limits.header_timeout) => return,
+                }
+            }
+        },
+        () = drain => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            tokio::select! {
+                ended = connection.as_mut() => ended,
+                () = idle(watched, limits.header_timeout) => return,
+            }
         }
     };
     if let Err(error) = ended {
         tracing::debug!(error = %error, "connection ended");
+    }
+}
+
+/// What a connection is doing.
+#[derive(Debug, Default)]
+struct Activity {
+    /// It has had a place and a request.
+    asked: bool,
+    /// Requests whose answer has not ended.
+    under_way: usize,
+}
+
+/// Why a connection without a request is ended.
+enum Quiet {
+    /// It never had one.
+    Silent,
+    /// Its last one ended long ago.
+    Idle,
+}
+
+/// Returns when the connection has been quiet for too long, or must make room before its first request.
+async fn quiet(
+    mut activity: watch::Receiver<Activity>,
+    evicted: oneshot::Receiver<Infallible>,
+    limits: &Limits,
+) -> Quiet {
+    tokio::select! {
+        biased;
+        _ = activity.wait_for(|activity| activity.asked) => {}
+        _ = evicted => return Quiet::Silent,
+        () = tokio::time::sleep(limits.header_timeout) => return Quiet::Silent,
+    }
+    idle(activity, limits.idle_timeout).await;
+    Quiet::Idle
+}
+
+/// Returns when no request has been under way for as long as `limit`.
+async fn idle(mut activity: watch::Receiver<Activity>, limit: Duration) {
+    loop {
+        // An error means that the connection has ended, which its owner sees for itself.
+        if activity.wait_for(|activity| activity.under_way == 0).await.is_err() {
+            return std::future::pending().await;
+        }
+        if tokio::time::timeout(limit, activity.changed()).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn full() -> Response<Body> {
+    let message = "too many connections: try again later\n";
+    (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], message).into_response()
+}
+
+/// A request, until its answer's last byte.
+struct UnderWay(Arc<watch::Sender<Activity>>);
+
+/// A body that says when it has ended.
+struct Held {
+    body: Body,
+    _under_way: UnderWay,
+}
+
+// === impl Gate ===
+
+impl Gate {
+    /// A gate with `max_connections` places, and as many for connections without a request.
+    pub fn new(max_connections: usize) -> Arc<Self> {
+        Arc::new(Self {
+            places: Arc::new(Semaphore::new(max_connections)),
+            waiting: Mutex::default(),
+            max_waiting: max_connections.max(1),
+        })
+    }
+
+    /// Lets a new connection in; the oldest one that has not asked for anything goes when there are too many.
+    pub fn enter(self: &Arc<Self>) -> Entrance {
+        let (waiting, evicted) = oneshot::channel();
+        let mut queue = self.waiting.lock();
+        if queue.len() >= self.max_waiting {
+            // Those that have asked, or gone, wait no more.
+            queue.retain(|waiting| !waiting.is_closed());
+            if queue.len() >= self.max_waiting {
+                queue.pop_front();
+            }
+        }
+        queue.push_back(waiting);
+        drop(queue);
+        Entrance { gate: self.clone(), evicted }
+    }
+
+    /// Whether the connection has a place, or gets one now.
+    fn admit(&self, place: &OnceLock<OwnedSemaphorePermit>) -> bool {
+        if place.get().is_some() {
+            return true;
+        }
+        match self.places.clone().try_acquire_owned() {
+            // A second one at the same moment gives its place back at once.
+            Ok(permit) => {
+                let _ = place.set(permit);
+                true
+            }
+            Err(_) => false,
+        }
+    }
+}
+
+// === impl Entrance ===
+
+impl Entrance {
+    /// Runs what comes before the first request, such as a handshake; `None` when the connection must make room.
+    pub async fn before<T>(&mut self, preparing: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            biased;
+            prepared = preparing => Some(prepared),
+            _ = &mut self.evicted => None,
+        }
+    }
+}
+
+// === impl UnderWay ===
+
+impl UnderWay {
+    fn begin(activity: Arc<watch::Sender<Activity>>) -> Self {
+        activity.send_modify(|activity| {
+            activity.asked = true;
+            activity.under_way += 1;
+        });
+        Self(activity)
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.send_modify(|activity| activity.under_way -= 1);
+    }
+}
+
+// === impl Held ===
+
+impl hyper::body::Body for Held {
+    type Data = <Body as hyper::body::Body>::Data;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<hyper::body::Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -174,5 +417,92 @@ mod tests {
         let mut reply = Vec::new();
         // Whether hyper answers 408 or just closes, the connection must end.
         stream.read_to_end(&mut reply).await.unwrap();
+    }
+
+    async fn ask(stream: &mut TcpStream) -> String {
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        let mut reply = Vec::new();
+        while !reply.ends_with(b"\r\n\r\n") {
+            reply.push(stream.read_u8().await.unwrap());
+        }
+        String::from_utf8(reply).unwrap()
+    }
+
+    #[tokio::test]
+    async fn silent_clients_make_room() {
+        // Long enough that only the queue, and not the clock, can help the one that asks.
+        let limits =
+            Limits { header_timeout: Duration::from_secs(3600), max_connections: 8, ..Limits::default() };
+        let (addr, _signal, _server) = start(limits).await;
+        let mut silent = Vec::new();
+        for byte in [&b""[..], b"P", b"G", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"].iter().cycle().take(200) {
+            let mut stream = TcpStream::connect(addr).await.unwrap();
+            // The server may have closed an old one; what is written to it does not matter.
+            let _ = stream.write_all(byte).await;
+            silent.push(stream);
+        }
+        for _ in 0..20 {
+            let mut stream = TcpStream::connect(addr).await.unwrap();
+            assert!(ask(&mut stream).await.starts_with("HTTP/1.1 200"));
+        }
+        // The oldest were closed.
+        let mut rest = Vec::new();
+        let _ = silent[0].read_to_end(&mut rest).await;
+    }
+
+    #[tokio::test]
+    async fn silence_is_cut_in_every_form() {
+        let limits = Limits { header_timeout: Duration::from_millis(50), ..Limits::default() };
+        let (addr, _signal, _server) = start(limits).await;
+        // The last one is a complete HTTP/2 opening: preface and empty settings.
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
+        for opening in [&b""[..], b"P", b"PRI * HT", b"G", preface] {
+            let mut stream = TcpStream::connect(addr).await.unwrap();
+            stream.write_all(opening).await.unwrap();
+            let mut reply = Vec::new();
+            // A reset is an end as well.
+            let _ = stream.read_to_end(&mut reply).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn at_the_limit_requests_are_answered_with_503() {
+        let limits = Limits { max_connections: 2, ..Limits::default() };
+        let (addr, _signal, _server) = start(limits).await;
+        let mut first = TcpStream::connect(addr).await.unwrap();
+        let mut second = TcpStream::connect(addr).await.unwrap();
+        assert!(ask(&mut first).await.starts_with("HTTP/1.1 200"));
+        assert!(ask(&mut second).await.starts_with("HTTP/1.1 200"));
+        let mut third = TcpStream::connect(addr).await.unwrap();
+        assert!(ask(&mut third).await.starts_with("HTTP/1.1 503"));
+    }
+
+    #[tokio::test]
+    async fn an_idle_connection_is_closed_and_a_busy_one_is_not() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let (_signal, watch) = crate::drain::channel();
+        let release = Arc::new(tokio::sync::Notify::new());
+        let slow = release.clone();
+        let router = Router::new().route("/", get(async || "x")).route(
+            "/slow",
+            get(async move || {
+                slow.notified().await;
+                "slow"
+            }),
+        );
+        let limits = Limits { idle_timeout: Duration::from_millis(50), ..Limits::default() };
+        let _server = tokio::spawn(serve(listener, router, limits, watch));
+        let mut busy = TcpStream::connect(addr).await.unwrap();
+        busy.write_all(b"GET /slow HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+        let mut quiet = TcpStream::connect(addr).await.unwrap();
+        assert!(ask(&mut quiet).await.starts_with("HTTP/1.1 200"));
+        let mut rest = Vec::new();
+        quiet.read_to_end(&mut rest).await.unwrap();
+        // By now the busy one has been open for longer than the idle limit too.
+        release.notify_one();
+        let mut reply = String::new();
+        busy.read_to_string(&mut reply).await.unwrap();
+        assert!(reply.ends_with("slow"), "{reply}");
     }
 }

@@ -151,6 +151,14 @@ impl Server {
         Answer { code, body: serde_json::from_str(&text).unwrap_or_default(), text, headers }
     }
 
+    /// A TLS connection without a certificate, on which nothing has been said yet.
+    pub(crate) async fn handshake(&self) -> tls::client::TlsStream<TcpStream> {
+        let tls = tls::ClientTls::from_pem(&self.ca, None).expect("client TLS");
+        let tcp = TcpStream::connect(self.address).await.expect("the server listens");
+        let name = tls::ServerName::try_from("localhost").expect("a name");
+        tls.connector(&[b"http/1.1"]).connect(name, tcp).await.expect("a handshake")
+    }
+
     /// A request whose body is read by the caller.
     pub(crate) async fn open(
         &self,
