@@ -338,7 +338,7 @@ async fn handle<T: Tunnel>(State(proxy): State<ApiProxy<T>>, request: Request<Bo
             (error.code(), status::of_error(&error))
         }
     };
-    let cluster = if label == "unknown-cluster" { String::new() } else { name.clone() };
+    let cluster = proxy.0.registry.label_of(&name);
     proxy.0.registry.metrics().api_requests.get_or_create(&DialLabels { cluster, outcome: label }).inc();
     if proxy.0.access_log {
         // The query is left out: people put tokens and commands there.

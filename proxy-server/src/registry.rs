@@ -315,6 +315,15 @@ impl<T: Tunnel> Registry<T> {
         self.0.tunnels.read().get(cluster).cloned().unwrap_or_default()
     }
 
+    /// A member's name as a metric's label; empty for a name that is no member's here. Clients write names, and one
+    /// that anybody can make up must not become a label, whatever the error.
+    pub fn label_of(&self, cluster: &str) -> String {
+        // A directory without a hub API knows no names: there, members are those that are connected.
+        let member = self.0.tunnels.read().contains_key(cluster)
+            || self.0.directory.snapshot().clusters.contains_key(cluster);
+        if member { cluster.to_owned() } else { String::new() }
+    }
+
     /// How many tunnels there are.
     pub fn tunnel_count(&self) -> usize {
         self.0.tunnels.read().values().map(Vec::len).sum()
@@ -363,11 +372,8 @@ impl<T: Tunnel> Registry<T> {
     pub async fn dial(&self, request: DialRequest<'_>) -> Result<Dialed<T>, ProxyError> {
         let outcome = self.dial_inner(&request).await;
         if let Err(error) = &outcome {
-            // Names that do not exist must not become label values: anybody can make them up.
-            let cluster = match (error, &request.route.cluster) {
-                (ProxyError::UnknownCluster { .. }, _) | (_, None) => String::new(),
-                (_, Some(cluster)) => cluster.to_string(),
-            };
+            let cluster = request.route.cluster.as_ref().map_or("", |cluster| cluster.as_str());
+            let cluster = self.label_of(cluster);
             self.0.metrics.dials.get_or_create(&DialLabels { cluster, outcome: error.code() }).inc();
         }
         outcome
@@ -394,6 +400,7 @@ impl<T: Tunnel> Registry<T> {
             }
             // Counted from before the answer, so that a burst spreads over the agents.
             let load = Load::take(entry.clone());
+            let dialled = Instant::now();
             match entry.tunnel.dial(target, left).await {
                 Ok(connection) => {
                     entry.timeouts.store(0, Ordering::Relaxed);
@@ -402,7 +409,9 @@ impl<T: Tunnel> Registry<T> {
                     return Ok(self.enter(request, load, connection));
                 }
                 Err(error) => {
-                    if error == DialError::TimedOut {
+                    // Only our own deadline says that the tunnel is silent. An agent that answers sooner that its target
+                    // has timed out is well, and whoever dials a black hole must not steer others away from it.
+                    if error == DialError::TimedOut && dialled.elapsed() >= left {
                         entry.timeouts.fetch_add(1, Ordering::Relaxed);
                     }
                     let failed = ProxyError::Dial { target: target.to_string(), error };
@@ -418,15 +427,19 @@ impl<T: Tunnel> Registry<T> {
     }
 
     fn authorise(&self, request: &DialRequest<'_>) -> Result<(), ProxyError> {
+        let target = &request.route.target;
+        // Behind the gateway a client is whoever it says: only our own frontends may speak there, and those always name
+        // the member.
+        if target.is_api_gateway() && (!request.frontend.is_ours() || request.route.cluster.is_none()) {
+            let cluster = request.route.cluster.as_ref().map(ToString::to_string).unwrap_or_default();
+            return Err(ProxyError::NotAllowedAtHub { cluster, target: target.to_string() });
+        }
         let Some(cluster) = &request.route.cluster else {
-            // Only agents without a cluster serve such requests, and those allow everything, as upstream does.
+            // Only agents without a cluster serve such requests, and those allow everything else, as upstream does.
             return Ok(());
         };
-        let target = &request.route.target;
-        let allowed = self.0.directory.lookup(cluster.as_str(), |info| {
-            // Behind the gateway a client is whoever it says: only our own frontends may speak there.
-            if target.is_api_gateway() { request.frontend.is_ours() } else { info.allows(target) }
-        });
+        let allowed =
+            self.0.directory.lookup(cluster.as_str(), |info| target.is_api_gateway() || info.allows(target));
         match allowed {
             Lookup::Known(true) => Ok(()),
             Lookup::Known(false) => {

@@ -310,6 +310,9 @@ async fn a_request_without_a_member_never_reaches_one() {
     assert_eq!(dial(&registry, None, "db:1").await, Err("no-tunnel"));
     let plain = registry.register(mk_member("", "b"), FakeTunnel::default());
     assert_eq!(dial(&registry, None, "db:1").await, Ok(plain.entry.id));
+    // Nor the gateway of an agent without a cluster, behind which the client could be anybody.
+    assert_eq!(dial(&registry, None, &Target::api_gateway().to_string()).await, Err("not-allowed"));
+    assert_eq!(plain.entry.tunnel.dialled(), ["db:1"]);
     let mut node = mk_member("", "c");
     node.identifiers.hosts.push("node-1".to_owned());
     let node = registry.register(node, FakeTunnel::default());
@@ -317,6 +320,33 @@ async fn a_request_without_a_member_never_reaches_one() {
         assert_eq!(dial(&registry, None, "node-1:10250").await, Ok(node.entry.id));
     }
     assert!(member.dialled().is_empty());
+}
+
+#[tokio::test]
+async fn an_agent_that_answers_is_not_silent() {
+    let registry = mk_registry();
+    let answering = FakeTunnel::answering([Answer::Fail(DialError::TimedOut)]);
+    let place = registry.register(mk_member("east", "a"), answering);
+    assert_eq!(dial(&registry, Some("east"), "black-hole:1").await, Err("timed-out"));
+    assert_eq!(place.entry.timeouts.load(Ordering::Relaxed), 0, "its target is silent, it is not");
+}
+
+#[tokio::test]
+async fn names_that_clients_make_up_are_no_labels() {
+    let everything = ClusterInfo { allowed: "*".parse().unwrap(), ..ClusterInfo::default() };
+    let directory = ClusterDirectory::open(everything.allowed);
+    let registry: Registry<FakeTunnel> = Registry::new(directory, Vec::new(), ServerMetrics::default());
+    let _held = registry.register(mk_member("east", "a"), FakeTunnel::default());
+    for n in 0..100 {
+        assert_eq!(dial(&registry, Some(&format!("made-up-{n}")), "db:1").await, Err("no-tunnel"));
+    }
+    assert_eq!(dial(&registry, Some("east"), &Target::api_gateway().to_string()).await, Err("not-allowed"));
+    let count = |cluster: &str, outcome| {
+        let labels = DialLabels { cluster: cluster.to_owned(), outcome };
+        registry.metrics().dials.get_or_create(&labels).get()
+    };
+    assert_eq!((count("", "no-tunnel"), count("east", "not-allowed")), (100, 1));
+    assert_eq!(registry.label_of("made-up-1"), "");
 }
 
 #[test]
