@@ -17,7 +17,7 @@ use tunnel::Limits;
 use tunnel::policy::{DestinationPolicy, InvalidPolicy};
 
 use crate::agents::IdentityRules;
-use crate::connect::{AllowedClients, ConnectLimits};
+use crate::connect::{AllowedClients, ConnectLimits, client_share};
 use crate::directory::ClusterDirectory;
 use crate::registry::DEFAULT_DIAL_TIMEOUT;
 use crate::route::Strategy;
@@ -92,9 +92,10 @@ pub struct Args {
     /// Dials a second of one mTLS client; 0 for no limit.
     #[arg(long, default_value_t = 2000, help_heading = "Clients")]
     pub client_dial_rate: u32,
-    /// Connections of one client at one time; 0 for no limit.
-    #[arg(long, default_value_t = 32 * 1024, help_heading = "Clients")]
-    pub max_client_connections: usize,
+    /// Connections of one client at one time; 0 for no limit [default: a quarter of those for which --tunnel-memory
+    /// suffices].
+    #[arg(long, help_heading = "Clients")]
+    pub max_client_connections: Option<usize>,
     /// Handshakes and request heads under way at one time.
     #[arg(long, default_value_t = 4096, help_heading = "Clients")]
     pub max_half_open: usize,
@@ -349,7 +350,9 @@ impl Args {
             limits: ConnectLimits {
                 dial_timeout,
                 client_dial_rate: self.client_dial_rate,
-                max_client_connections: self.max_client_connections,
+                max_client_connections: self
+                    .max_client_connections
+                    .unwrap_or_else(|| client_share(self.tunnel_memory.saturating_mul(1024 * 1024))),
                 max_half_open: self.max_half_open.max(1),
                 ..ConnectLimits::default()
             },

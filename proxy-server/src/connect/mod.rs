@@ -47,6 +47,12 @@ const COPY_BUFFER: usize = 32 * 1024;
 /// How long to wait for a refused client to read its answer and close.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// What the receive window of a new connection takes of the tunnels' memory, in bytes.
+const CONNECTION_MEMORY: usize = 256 * 1024;
+
+/// One client may hold this fraction of the connections for which there is memory: the rest is for the others.
+const CLIENT_FRACTION: usize = 4;
+
 /// What clients may cost. Every bound is per server.
 #[derive(Debug, Clone)]
 pub struct ConnectLimits {
@@ -60,7 +66,7 @@ pub struct ConnectLimits {
     pub dial_timeout: Duration,
     /// Dials under way for one client at one time.
     pub max_client_dials: usize,
-    /// Connections of one client at one time.
+    /// Connections of one client at one time: see [`client_share`].
     pub max_client_connections: usize,
     /// Dials a second of one mTLS client; 0 is no limit. Over a Unix socket the file's mode is the admission.
     pub client_dial_rate: u32,
@@ -74,10 +80,17 @@ impl Default for ConnectLimits {
             max_half_open: 4096,
             dial_timeout: crate::registry::DEFAULT_DIAL_TIMEOUT,
             max_client_dials: 4096,
-            max_client_connections: 32 * 1024,
+            max_client_connections: client_share(2 << 30),
             client_dial_rate: 2000,
         }
     }
+}
+
+/// The connections that one client may hold where all tunnels together have `memory` bytes.
+pub const fn client_share(memory: usize) -> usize {
+    let share = memory / CONNECTION_MEMORY / CLIENT_FRACTION;
+    // 0 would be no limit.
+    if share == 0 { 1 } else { share }
 }
 
 /// Who may use the mTLS listener.
@@ -241,7 +254,7 @@ impl<T: Tunnel> ConnectFrontend<T> {
             metrics.reject(frontend.as_str(), "half-open");
             return;
         };
-        let _ = stream.set_nodelay(true);
+        service::socket::keep_alive(&stream);
         let handshake = tls.acceptor(&[b"http/1.1"]).accept(stream);
         let mut stream = match tokio::time::timeout(self.limits.handshake_timeout, handshake).await {
             Ok(Ok(stream)) => stream,

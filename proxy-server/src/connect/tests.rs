@@ -176,3 +176,18 @@ async fn an_idle_connection_is_small() {
     // Two thousand idle connections are a usual load; the negotiation's space must not stay with them.
     assert!(size <= 2048, "the task of a connection takes {size} bytes");
 }
+
+#[tokio::test]
+async fn one_client_has_its_share() {
+    assert_eq!(client_share(2 << 30), 2048);
+    assert_eq!(client_share(1), 1, "never no limit");
+    let limits = ConnectLimits { max_client_connections: client_share(2 << 20), ..ConnectLimits::default() };
+    let server = start(&FakeTunnel::default(), limits);
+    let request = "CONNECT db:1 HTTP/1.1\r\nCellway-Cluster: east\r\n\r\n";
+    let (_first, head) = ask(&server, request).await;
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    let (_second, head) = ask(&server, request).await;
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    let (_third, head) = ask(&server, request).await;
+    assert!(head.contains("cellway-error: too-many-connections\r\n"), "{head}");
+}

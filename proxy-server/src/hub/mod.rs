@@ -42,7 +42,7 @@ use tunnel::{DialError, Limits, ServerTunnel, Target};
 use self::admin_api::{AdminApi, BoundInfo, HubInfo};
 use self::tokens::SecretTokens;
 use crate::agents::IdentityRules;
-use crate::connect::{AllowedClients, ConnectLimits};
+use crate::connect::{AllowedClients, ConnectLimits, client_share};
 use crate::directory::{ClusterDirectory, Snapshot};
 use crate::enrol::Enrolment;
 use crate::error::ProxyError;
@@ -208,7 +208,7 @@ impl Hub {
         let data_dir = args.data_dir.clone().ok_or(HubError::NoDataDir)?;
         // It may be named relative to a folder that the process leaves later.
         let unusable = |source| HubError::DataDir { path: data_dir.clone(), source };
-        std::fs::create_dir_all(&data_dir).map_err(unusable)?;
+        private_dir(&data_dir).map_err(unusable)?;
         let data_dir = data_dir.canonicalize().map_err(unusable)?;
         // Whoever waits for the file must not take an earlier hub's for this one's.
         remove_if_there(&data_dir.join(HUB_FILE)).map_err(unusable)?;
@@ -443,7 +443,11 @@ fn server_config(
         api_proxy: None,
         health: Some(addr(args.health_port)),
         admin: Some(SocketAddr::new(args.admin_bind_address, args.admin_port)),
-        limits: ConnectLimits { dial_timeout: args.backend_dial_timeout.0, ..ConnectLimits::default() },
+        limits: ConnectLimits {
+            dial_timeout: args.backend_dial_timeout.0,
+            max_client_connections: client_share(TUNNEL_MEMORY),
+            ..ConnectLimits::default()
+        },
         access_log: !args.no_access_log,
     })
 }
@@ -569,6 +573,13 @@ fn server_names(args: &HubArgs, advertised_host: &str) -> Vec<String> {
     names
 }
 
+/// Makes a folder that only its owner may enter. One that is there already keeps the mode that its owner gave it; the
+/// keys in it are private in any case.
+fn private_dir(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
 fn host_port(host: &str, port: u16) -> String {
     if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
 }
@@ -590,7 +601,7 @@ impl ServerCertificates {
     /// Issues both anew. The listeners take them up by themselves; a pair that does not fit yet is looked at again.
     fn issue(&self) -> Result<(), HubError> {
         for (ca, dir) in [(self.tunnel.0.as_ref(), &self.tunnel.1), (&self.connect.0, &self.connect.1)] {
-            std::fs::create_dir_all(dir).map_err(|source| HubError::DataDir { path: dir.clone(), source })?;
+            private_dir(dir).map_err(|source| HubError::DataDir { path: dir.clone(), source })?;
             let issued = ca.issue_server(&self.names, SERVER_CERTIFICATE_TTL)?;
             let (certificate, key) = Self::files(dir);
             tls::write_private(&key, issued.key_pem.as_bytes())?;
@@ -630,6 +641,17 @@ mod tests {
         let dial = |error| ProxyError::Dial { target: "x".to_owned(), error };
         assert_eq!(kind(dial(DialError::TunnelClosed)), "tunnel");
         assert_eq!(kind(dial(DialError::Refused)), "api");
+    }
+
+    #[test]
+    fn new_folders_are_private() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hub").join("keys");
+        private_dir(&path).unwrap();
+        private_dir(&path).unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&path), mode(&dir.path().join("hub"))), (0o700, 0o700));
     }
 
     #[test]
