@@ -198,6 +198,14 @@ impl Hub {
         self.client.request(request).await.map_err(explain(tried))
     }
 
+    /// Has the admin API do something.
+    pub(crate) async fn admin_post<T: DeserializeOwned>(&self, path: &str, tried: &str) -> Result<T> {
+        let request = http::Request::post(format!("/cellway/v1/{path}"))
+            .body(Vec::new())
+            .map_err(|error| Error::usage(tried, error))?;
+        self.client.request(request).await.map_err(explain(tried))
+    }
+
     pub(crate) async fn server(&self) -> Result<Server> {
         self.admin("server", "ask the hub about itself").await
     }

@@ -59,6 +59,8 @@ pub struct Grant {
     pub id: String,
     /// The member.
     pub cluster: ClusterName,
+    /// When the token was made: one from before the cluster's revocation is worth nothing any more.
+    pub issued_at: SystemTime,
     /// The record's version when it was read: redeeming anything else fails.
     pub version: String,
 }
@@ -77,7 +79,7 @@ pub enum EnrolError {
     /// The certificate or token is for a cluster that the hub does not have.
     #[error("cluster '{0}' is not known to this hub: add it with `cellway cluster add`")]
     UnknownCluster(String),
-    /// The certificate begins before the cluster's revocation.
+    /// The certificate or the token is from before the cluster's revocation.
     #[error("cluster '{0}' has been revoked: enrol it again with a new token")]
     Revoked(String),
     /// Neither token nor certificate.
@@ -223,7 +225,7 @@ impl Enrolment {
     ) -> Result<CertificateResponse, EnrolError> {
         let grant = self.authority.check(token, now).await?;
         let identity = AgentIdentity::new(self.trust_domain.clone(), grant.cluster.clone(), agent);
-        self.admit(&identity, now)?;
+        self.admit(&identity, grant.issued_at)?;
         self.rehearsal
             .sign_agent(csr, &identity, self.ttl)
             .map_err(|error| EnrolError::BadRequest(service::error_chain(&error)))?;
@@ -259,8 +261,9 @@ impl Enrolment {
         self.sign(&identity, csr)
     }
 
-    fn admit(&self, identity: &AgentIdentity, not_before: SystemTime) -> Result<(), EnrolError> {
-        match self.directory.admits(identity.cluster.as_str(), not_before) {
+    /// Whether what was issued to the agent at `issued_at` is still good.
+    fn admit(&self, identity: &AgentIdentity, issued_at: SystemTime) -> Result<(), EnrolError> {
+        match self.directory.admits(identity.cluster.as_str(), issued_at) {
             Lookup::Known(true) => Ok(()),
             Lookup::Known(false) => Err(EnrolError::Revoked(identity.cluster.to_string())),
             Lookup::Unknown => Err(EnrolError::UnknownCluster(identity.cluster.to_string())),

@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::convert::Infallible;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use clap::Parser;
 use http::{Request, Response, StatusCode};
@@ -248,20 +248,31 @@ async fn from_token_to_revocation() {
     assert_eq!(tunnels["items"][0]["agentId"], "a1");
     assert!(tunnels["items"][0]["certificateNotAfter"].is_string());
 
-    let now = jiff::Timestamp::try_from(SystemTime::now() + Duration::from_secs(1)).unwrap();
-    let patch = json!({ "metadata": { "annotations": { "cellway.io/revoked-at": now.to_string() } } });
-    let request = Request::patch(
-        "/apis/core.kubefed.io/v1beta1/namespaces/kube-federation-system/kubefedclusters/east",
-    )
-    .header("content-type", "application/merge-patch+json")
-    .body(patch.to_string().into_bytes())
-    .unwrap();
-    setup.client.request::<Value>(request).await.unwrap();
+    // Tokens that nobody has used yet go with the certificates; those of others stay.
+    setup.add_cluster("west").await;
+    let (leaked, other) = (setup.add_token("east", 600).await, setup.add_token("west", 600).await);
+    let revoke = async |name: &str| {
+        let path = format!("/cellway/v1/clusters/{name}/revoke");
+        setup.client.request::<Value>(Request::post(path).body(Vec::new()).unwrap()).await
+    };
+    assert!(matches!(revoke("north").await, Err(kube::Error::Api(status)) if status.code == 404));
+    let before = jiff::Timestamp::now().as_second();
+    let revoked = revoke("east").await.unwrap();
+    let at: jiff::Timestamp = revoked["revokedAt"].as_str().unwrap().parse().unwrap();
+    assert!(
+        at.as_second() >= before && revoked["tokensRemoved"] == 2,
+        "the leaked one and the expired one: {revoked}"
+    );
     tokio::time::timeout(LIMIT, handle.closed()).await.unwrap();
     until("end of the tunnel", || async {
         (setup.status("/clusters/east/version").await.0 == 503).then_some(())
     })
     .await;
+    assert_eq!(setup.request_certificate(&leaked, "a3").await.err().unwrap().0, 401);
+    assert!(setup.request_certificate(&other, "w1").await.is_ok());
+    // What is made after the answer works.
+    let fresh = setup.add_token("east", 600).await;
+    assert!(setup.request_certificate(&fresh, "a4").await.is_ok());
 
     tokio::time::timeout(LIMIT, setup.signal.drain()).await.unwrap();
     tokio::time::timeout(LIMIT, setup.hub).await.unwrap().unwrap();

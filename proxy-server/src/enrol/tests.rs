@@ -28,7 +28,12 @@ impl EnrolmentAuthority for Tokens {
             if now > *expires {
                 return Err(EnrolError::Expired);
             }
-            Ok(Grant { id: token.id.clone(), cluster: cluster.clone(), version: "1".to_owned() })
+            Ok(Grant {
+                id: token.id.clone(),
+                cluster: cluster.clone(),
+                issued_at: SystemTime::now(),
+                version: "1".to_owned(),
+            })
         })
     }
 
@@ -162,6 +167,24 @@ async fn renewal_needs_the_agents_own_unrevoked_certificate() {
     let (status, answer) = setup.post(None, Some(certificate), json!({ "csr": csr() })).await;
     assert_eq!(status, 403);
     assert!(answer["message"].as_str().unwrap().contains("revoked"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_token_from_before_the_revocation_is_refused() {
+    let setup = Setup::new();
+    let token = setup.token("east", HOUR).reveal();
+    let revoke = |revoked_at| {
+        let info = ClusterInfo { revoked_at: Some(revoked_at), ..ClusterInfo::default() };
+        let clusters = [("east".to_owned(), info)].into();
+        setup.feed.send_replace(Arc::new(Snapshot { synced: true, clusters }));
+    };
+    revoke(SystemTime::now() + HOUR);
+    let (status, answer) = setup.post(Some(&token), None, json!({ "csr": csr(), "agentId": "a" })).await;
+    assert_eq!(status, 403);
+    assert!(answer["message"].as_str().unwrap().contains("revoked"), "{answer}");
+    revoke(SystemTime::now() - HOUR);
+    let (status, answer) = setup.post(Some(&token), None, json!({ "csr": csr(), "agentId": "a" })).await;
+    assert_eq!(status, 200, "{answer}");
 }
 
 #[test]

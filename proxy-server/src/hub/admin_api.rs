@@ -1,4 +1,5 @@
-//! The hub's admin API, `/cellway/v1/…`: what the `cellway` command shows. JSON, GET only, for administrators.
+//! The hub's admin API, `/cellway/v1/…`: what the `cellway` command shows, and the one thing that it must not do by its own
+//! clock: revoking a cluster. JSON, for administrators.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -9,9 +10,12 @@ use axum::body::Body;
 use axum::extract::{Path, Query, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
+use federation_core::api::KubeFedCluster;
 use http::{Request, StatusCode};
+use kube::Api;
+use kube::api::{Patch, PatchParams};
 use parking_lot::RwLock;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -26,6 +30,11 @@ use crate::server::Addresses;
 use crate::tables::{self, millis, rfc3339};
 use crate::user::User;
 use crate::{error, status};
+
+use super::{FEDERATION_NAMESPACE, feed, tokens};
+
+/// Who may revoke.
+const REVOKERS: &str = "system:masters";
 
 /// Who may read it. What it shows concerns all members at once.
 const READERS: [&str; 2] = ["system:masters", "system:cellway:controllers"];
@@ -71,6 +80,14 @@ pub struct AdminApi {
     pub registry: Registry<ServerTunnel>,
     /// For pings of members' APIs.
     pub api_proxy: ApiProxy<ServerTunnel>,
+    /// Of the hub API, for revocations.
+    pub client: kube::Client,
+}
+
+/// Why a cluster was not revoked.
+enum RevokeError {
+    Proxy(ProxyError),
+    Api(kube::Error),
 }
 
 #[derive(Deserialize)]
@@ -89,6 +106,10 @@ impl AdminApi {
             .route("/cellway/v1/connections", get(connections))
             .route("/cellway/v1/clusters", get(clusters))
             .route("/cellway/v1/clusters/{name}/ping", get(ping))
+            .route(
+                "/cellway/v1/clusters/{name}/revoke",
+                post(revoke).layer(axum::middleware::from_fn(authorise_revoker)),
+            )
             .fallback(async || {
                 status::response(StatusCode::NOT_FOUND, "NotFound", "no such page of the admin API")
             })
@@ -149,6 +170,36 @@ impl AdminApi {
             })
             .collect();
         json!({ "items": rows })
+    }
+
+    /// Revokes what the cluster's agents hold: certificates by the annotation, which the directory reads, and tokens that
+    /// nobody has redeemed yet. The time is this hub's, as that of certificates and of tokens is; an administrator's
+    /// clock may say anything.
+    async fn revoke(&self, name: &str) -> Result<Value, RevokeError> {
+        parse_cluster(name).map_err(RevokeError::Proxy)?;
+        let clusters: Api<KubeFedCluster> = Api::namespaced(self.client.clone(), FEDERATION_NAMESPACE);
+        // Whole seconds, as in certificates.
+        let now = jiff::Timestamp::now();
+        let revoked_at = jiff::Timestamp::from_second(now.as_second()).unwrap_or(now);
+        let patch = json!({ "metadata": { "annotations": { feed::REVOKED_AT: revoked_at.to_string() } } });
+        match clusters.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await {
+            Ok(_) => {}
+            Err(kube::Error::Api(status)) if status.code == 404 => {
+                return Err(RevokeError::Proxy(ProxyError::UnknownCluster { cluster: name.to_owned() }));
+            }
+            Err(error) => return Err(RevokeError::Api(error)),
+        }
+        let removed = tokens::remove_of(self.client.clone(), name, revoked_at.into());
+        let removed = removed.await.map_err(RevokeError::Api)?;
+        tracing::info!(cluster = name, %revoked_at, tokens = removed, "cluster revoked");
+        // What is made within this very second counts as older. Once it is over, a token that is made after this answer
+        // works.
+        let over = SystemTime::from(revoked_at) + Duration::from_secs(1);
+        tokio::time::sleep(
+            over.duration_since(SystemTime::now()).unwrap_or_default().min(Duration::from_secs(1)),
+        )
+        .await;
+        Ok(json!({ "cluster": name, "revokedAt": revoked_at.to_string(), "tokensRemoved": removed }))
     }
 
     async fn ping(&self, name: &str) -> Result<Value, ProxyError> {
@@ -243,6 +294,27 @@ async fn ping(State(api): State<AdminApi>, Path(name): Path<String>) -> Response
     match api.ping(&name).await {
         Ok(report) => Json(report).into_response(),
         Err(error) => error_response(&error),
+    }
+}
+
+/// Reading is for more than one; this is not.
+async fn authorise_revoker(request: Request<Body>, next: Next) -> Response {
+    let user = request.extensions().get::<User>();
+    if user.is_some_and(|user| user.groups.iter().any(|group| group == REVOKERS)) {
+        return next.run(request).await;
+    }
+    status::response(StatusCode::FORBIDDEN, "Forbidden", "only system:masters may revoke a cluster")
+}
+
+async fn revoke(State(api): State<AdminApi>, Path(name): Path<String>) -> Response {
+    match api.revoke(&name).await {
+        Ok(report) => Json(report).into_response(),
+        Err(RevokeError::Proxy(error)) => error_response(&error),
+        Err(RevokeError::Api(error)) => {
+            tracing::warn!(cluster = name, error = %service::error_chain(&error), "failed to revoke a cluster");
+            let message = format!("the cluster may not be revoked in full; try again: {error}");
+            status::response(StatusCode::INTERNAL_SERVER_ERROR, "InternalError", &message)
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use super::FEDERATION_NAMESPACE;
 use crate::directory::{ClusterInfo, Snapshot};
 
 /// RFC 3339: certificates that begin at or before this moment are refused.
-const REVOKED_AT: &str = "cellway.io/revoked-at";
+pub(super) const REVOKED_AT: &str = "cellway.io/revoked-at";
 
 /// What may be dialled besides the member's own API.
 const ALLOWED_DESTINATIONS: &str = "cellway.io/allowed-destinations";

@@ -260,6 +260,7 @@ impl Hub {
             }),
             registry: parts.registry.clone(),
             api_proxy: parts.api_proxy.clone(),
+            client: client.clone(),
         };
         let mut api = api;
         api.mount("/clusters", with_user(parts.api_proxy.router()));
@@ -322,6 +323,7 @@ impl Hub {
         let mut api_task = JoinSet::new();
         api_task.spawn(api.run(api_stop.clone()).instrument(tracing::info_span!("api")));
         let mut background = JoinSet::new();
+        background.spawn(tokens::keep_clean(client.clone()).instrument(tracing::info_span!("tokens")));
         background.spawn(feed::run(client, feed).instrument(tracing::info_span!("directory")));
         background.spawn(probe_on_change(registry.clone(), controller.handle()).in_current_span());
         background.spawn(certificates.keep().in_current_span());

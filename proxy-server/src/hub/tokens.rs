@@ -1,17 +1,24 @@
-//! Enrolment tokens as Secrets of the hub API: looked up by name, redeemed by a delete that only one can win.
+//! Enrolment tokens as Secrets of the hub API: looked up by name, redeemed by a delete that only one can win, removed when
+//! their cluster is revoked or their time is over.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use futures::future::BoxFuture;
 use k8s_openapi::api::core::v1::Secret;
-use kube::api::{DeleteParams, Preconditions};
-use kube::{Api, Client};
+use kube::api::{DeleteParams, ListParams, Preconditions};
+use kube::{Api, Client, ResourceExt};
 
 use super::SYSTEM_NAMESPACE;
 use crate::enrol::{EnrolError, EnrolmentAuthority, EnrolmentToken, Grant};
 
 /// The type that such a Secret has: no other Secret is ever taken for a token.
 const SECRET_TYPE: &str = "cellway.io/enrolment-token";
+
+/// How often expired tokens are removed.
+const CLEANING_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// How long an expired token stays, so that whoever comes late is told so rather than that there never was one.
+const KEPT_EXPIRED: Duration = Duration::from_secs(24 * 3600);
 
 /// Tokens in the hub API.
 pub(super) struct SecretTokens {
@@ -69,16 +76,70 @@ impl EnrolmentAuthority for SecretTokens {
     }
 }
 
+/// Removes the tokens of `cluster` that were made at or before `until`; gives their number.
+pub(super) async fn remove_of(client: Client, cluster: &str, until: SystemTime) -> kube::Result<usize> {
+    remove(client, |secret| {
+        text(secret, "cluster").as_deref() == Some(cluster) && issued_at(secret).is_none_or(|at| at <= until)
+    })
+    .await
+}
+
+/// Removes expired tokens for ever.
+pub(super) async fn keep_clean(client: Client) {
+    let mut tick = tokio::time::interval(CLEANING_INTERVAL);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        match remove(client.clone(), |secret| is_over(secret, SystemTime::now())).await {
+            Ok(0) => {}
+            Ok(count) => tracing::info!(count, "expired enrolment tokens removed"),
+            Err(error) => {
+                tracing::warn!(error = %service::error_chain(&error), "failed to remove expired enrolment tokens");
+            }
+        }
+    }
+}
+
+/// Whether a token expired long ago. One that cannot be read is left for its owner to look at.
+fn is_over(secret: &Secret, now: SystemTime) -> bool {
+    let expires = text(secret, "expires-at").and_then(|text| text.parse::<jiff::Timestamp>().ok());
+    expires.is_some_and(|expires| now >= SystemTime::from(expires) + KEPT_EXPIRED)
+}
+
+async fn remove(client: Client, which: impl Fn(&Secret) -> bool) -> kube::Result<usize> {
+    let secrets: Api<Secret> = Api::namespaced(client, SYSTEM_NAMESPACE);
+    let mut removed = 0;
+    for secret in secrets.list(&ListParams::default()).await? {
+        if secret.type_.as_deref() != Some(SECRET_TYPE) || !which(&secret) {
+            continue;
+        }
+        match secrets.delete(&secret.name_any(), &DeleteParams::default()).await {
+            Ok(_) => removed += 1,
+            // Redeemed or removed in between.
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(removed)
+}
+
+fn text(secret: &Secret, field: &str) -> Option<String> {
+    let bytes = &secret.data.as_ref()?.get(field)?.0;
+    std::str::from_utf8(bytes).ok().map(|text| text.trim().to_owned())
+}
+
+/// When the hub took the token in, by the hub's own clock.
+fn issued_at(secret: &Secret) -> Option<SystemTime> {
+    secret.metadata.creation_timestamp.as_ref().map(|time| SystemTime::from(time.0))
+}
+
 fn secret_name(id: &str) -> String {
     format!("enrolment-{id}")
 }
 
 /// What this Secret grants the bearer of `token`. A record that cannot be read grants nothing.
 fn grant_of(secret: &Secret, token: &EnrolmentToken, now: SystemTime) -> Result<Grant, EnrolError> {
-    let field = |name: &str| {
-        let bytes = &secret.data.as_ref()?.get(name)?.0;
-        std::str::from_utf8(bytes).ok().map(|text| text.trim().to_owned())
-    };
+    let field = |name: &str| text(secret, name);
     let readable = || {
         (secret.type_.as_deref() == Some(SECRET_TYPE)).then_some(())?;
         let cluster = field("cluster")?.parse().ok()?;
@@ -87,10 +148,11 @@ fn grant_of(secret: &Secret, token: &EnrolmentToken, now: SystemTime) -> Result<
             cluster,
             field("token-hash")?,
             SystemTime::from(expires),
+            issued_at(secret)?,
             secret.metadata.resource_version.clone()?,
         ))
     };
-    let (cluster, hash, expires, version) = readable().ok_or(EnrolError::InvalidToken)?;
+    let (cluster, hash, expires, issued_at, version) = readable().ok_or(EnrolError::InvalidToken)?;
     if !token.matches(&hash) {
         return Err(EnrolError::InvalidToken);
     }
@@ -98,7 +160,7 @@ fn grant_of(secret: &Secret, token: &EnrolmentToken, now: SystemTime) -> Result<
     if now >= expires {
         return Err(EnrolError::Expired);
     }
-    Ok(Grant { id: token.id.clone(), cluster, version })
+    Ok(Grant { id: token.id.clone(), cluster, issued_at, version })
 }
 
 #[cfg(test)]
@@ -111,7 +173,8 @@ mod tests {
         let base64 = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
         serde_json::from_value(serde_json::json!({
             "apiVersion": "v1", "kind": "Secret", "type": kind,
-            "metadata": { "name": secret_name(&token.id), "resourceVersion": "7" },
+            "metadata": { "name": secret_name(&token.id), "resourceVersion": "7",
+                          "creationTimestamp": "2026-11-21T09:30:00Z" },
             "data": { "cluster": base64(cluster), "token-hash": base64(&token.hash()), "expires-at": base64(expires) },
         }))
         .unwrap()
@@ -124,6 +187,10 @@ mod tests {
         let good = secret(&token, SECRET_TYPE, "east", "2026-11-21T11:00:00Z");
         let grant = grant_of(&good, &token, now).unwrap();
         assert_eq!((grant.cluster.as_str(), grant.version.as_str()), ("east", "7"));
+        assert_eq!(grant.issued_at, now - Duration::from_secs(1800));
+        let hour = Duration::from_secs(3600);
+        assert!(!is_over(&good, now + 2 * hour), "whoever comes late is told so");
+        assert!(is_over(&good, now + 25 * hour));
         assert_eq!(grant_of(&good, &token, now + Duration::from_secs(3600)), Err(EnrolError::Expired));
         let mut other = EnrolmentToken::generate();
         other.id.clone_from(&token.id);
