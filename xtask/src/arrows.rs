@@ -35,7 +35,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     ("test-support", &[]),
     ("integration-tests", &[]),
-    ("e2e-tests", &["test-support"]),
+    ("e2e-tests", &["test-support", "tunnel", "tls"]),
     ("bench", &["tunnel", "tls", "service"]),
     ("xtask", &[]),
 ];

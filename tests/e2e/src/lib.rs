@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Output, Stdio},
     sync::Arc,
@@ -326,6 +327,29 @@ impl Fleet {
         Ok(listed["items"].as_array().cloned().unwrap_or_default())
     }
 
+    /// The hub's metrics, as Prometheus reads them.
+    pub async fn metrics(&self) -> Result<String> {
+        let file: Value = serde_json::from_slice(&std::fs::read(self.hub_dir().join("hub.json"))?)?;
+        let address: SocketAddr = text(&file["addresses"], "health")?.parse()?;
+        let address = SocketAddr::new(HUB.into(), address.port());
+        let mut command = self.star.hub().command(tools::program("e2e-probe")?);
+        command.args(["get", &address.to_string(), "/metrics"]);
+        let output = run(command, None).await?;
+        if !output.status.success() {
+            bail!("no metrics: {}", errors(&output));
+        }
+        String::from_utf8(output.stdout).context("the metrics are no text")
+    }
+
+    /// Dials the hub from the member's place, with the member's certificate and a hello that claims `cluster`.
+    pub fn probe(&self, member: &str, cluster: &str, instance: &str, carrier: &str) -> Result<Process> {
+        let member_data = &self.members.get(member).with_context(|| format!("{member} does not run"))?.data;
+        let mut command = self.star.member(self.index(member)?).command(tools::program("e2e-probe")?);
+        command.args(["attach", &format!("{HUB}:8091")]).arg(member_data.join("agent"));
+        command.args([cluster, instance, carrier]);
+        Process::spawn("probe", command, &self.dir.join(format!("{instance}.log")))
+    }
+
     /// A connection through the hub's CONNECT frontend on its Unix socket: the answer's status and head, and the stream.
     pub async fn connect(&self, member: &str, target: &str) -> Result<(u16, String, UnixStream)> {
         let file: Value = serde_json::from_slice(&std::fs::read(self.hub_dir().join("hub.json"))?)?;
@@ -387,6 +411,16 @@ pub fn errors(output: &Output) -> String {
 
 fn text(value: &Value, field: &str) -> Result<String> {
     value[field].as_str().map(str::to_owned).with_context(|| format!("no {field} in {value}"))
+}
+
+/// The sum of a counter over the series that have all of these labels, written `name="value"`.
+pub fn counter(metrics: &str, name: &str, labels: &[&str]) -> f64 {
+    metrics
+        .lines()
+        .filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])))
+        .filter(|line| labels.iter().all(|label| line.contains(label)))
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        .sum()
 }
 
 /// Asks the target for a stream and checks all of it.

@@ -125,6 +125,7 @@ async fn certificates_are_renewed_under_load() -> Result<()> {
         return Ok(());
     };
     let files = fleet.member("west")?.data.clone();
+    let first_end = newest_end(&fleet).await?;
     let before = certificates(&files)?;
     ensure!(!before.is_empty(), "no certificate in {}", files.display());
     // An echo that never pauses, until the certificate on disk has changed twice.
@@ -145,10 +146,29 @@ async fn certificates_are_renewed_under_load() -> Result<()> {
             seen.push(now);
         }
     }
-    // New connections work with whatever certificate their tunnel has.
+    // The tunnel that is there keeps its certificate, and serves on.
     let mut stream = fleet.connected("west", &target).await?;
     download(&mut stream, 32, 1_000_000).await?;
-    fleet.wait_for_member("west", LIMIT).await
+    ensure!(newest_end(&fleet).await? == first_end, "the tunnel changed during the transfer");
+    // The next tunnel is dialled with the certificate that was renewed last, and the hub takes it.
+    fleet.kill_hub().await?;
+    fleet.start_hub().await?;
+    fleet.wait_for_member("west", LIMIT).await?;
+    let end = newest_end(&fleet).await?;
+    ensure!(
+        end > first_end,
+        "the new tunnel's certificate ends at {end}, the first one's did at {first_end}"
+    );
+    let mut stream =
+        wait_until(|| fleet.connected("west", &target), LIMIT, "the destination to be open again").await?;
+    download(&mut stream, 33, 1_000_000).await
+}
+
+/// When the certificate of the member's newest tunnel ends, as the hub says; RFC 3339, so texts compare as times do.
+async fn newest_end(fleet: &Fleet) -> Result<String> {
+    let tunnels = fleet.tunnels("west").await?;
+    let ends = tunnels.iter().filter_map(|tunnel| tunnel["certificateNotAfter"].as_str());
+    Ok(ends.max().context("no tunnel says when its certificate ends")?.to_owned())
 }
 
 /// The certificates under a folder, without keys: what changes at a renewal.
