@@ -45,7 +45,7 @@ pub struct Config {
 pub struct Limits {
     /// Bytes of a request body; kube-apiserver's own limit.
     pub body: usize,
-    /// Connections with requests at once; more are answered with 503. As many more may not have asked yet.
+    /// Connections with requests under way at once; more are answered with 503. As many more may be silent or idle.
     pub connections: usize,
     /// Streams of one HTTP/2 connection, kube-apiserver's default.
     pub streams: u32,

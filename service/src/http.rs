@@ -1,19 +1,20 @@
 //! A small, bounded HTTP server for admin pages and API routers: limits of time and number, graceful end.
 //!
 //! ```text
-//! accept ─▶ Gate::enter ─▶ waiting (no request yet: timed, and the oldest makes room) ─▶ first request ─▶ a place
-//!                                                             at the limit: 503 ◀─┘
+//! accept ─▶ Gate::enter ─▶ waiting (timed, and the longest there makes room) ─▶ a request ─▶ a place, until its answer
+//!                            ▲                            at the limit: 503 ◀─┘                         has ended
+//!                            └───────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! A client that has asked for nothing holds nothing that another could need: silent connections stand in a queue of
-//! their own, in which the oldest is closed when a new one finds it full.
+//! A client that is asking for nothing holds nothing that another could need: silent and idle connections stand in a
+//! queue of their own, in which the one that has been there longest is closed when another finds it full.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -45,7 +46,7 @@ pub struct Limits {
     pub idle_timeout: Duration,
     /// The largest head (HTTP/1.1: read buffer; HTTP/2: header list).
     pub max_header_bytes: usize,
-    /// Connections with requests at one time; more are answered with 503. As many more may not have asked yet.
+    /// Connections with requests under way at one time; more are answered with 503. As many more may be silent or idle.
     pub max_connections: usize,
     /// HTTP/2 streams on one connection.
     pub max_streams: u32,
@@ -74,11 +75,11 @@ impl Default for Limits {
     }
 }
 
-/// Lets connections in, and keeps those that have not asked for anything from standing in the way of those that do.
+/// Lets connections in, and keeps those that ask for nothing from standing in the way of those that do.
 #[derive(Debug)]
 pub struct Gate {
     places: Arc<Semaphore>,
-    /// Connections without a request yet, oldest first. Dropping a sender ends its connection.
+    /// Connections without a request, the longest waiting first. Dropping a sender ends its connection.
     waiting: Mutex<VecDeque<oneshot::Sender<Infallible>>>,
     max_waiting: usize,
 }
@@ -161,13 +162,10 @@ pub async fn serve_handler<I, H, F>(
     let Entrance { gate, evicted } = entrance;
     let activity = Arc::new(watch::channel(Activity::default()).0);
     let watched = activity.subscribe();
-    let place = Arc::new(OnceLock::new());
-    let admitted = place.clone();
+    let places = gate.clone();
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-        let answer = gate.admit(&admitted).then(|| {
-            let under_way = UnderWay::begin(activity.clone());
-            (handler(request.map(Body::new)), under_way)
-        });
+        let under_way = UnderWay::begin(&activity, &places);
+        let answer = under_way.map(|under_way| (handler(request.map(Body::new)), under_way));
         async move {
             let Some((answer, under_way)) = answer else { return Ok::<_, Infallible>(full()) };
             let response = answer.await;
@@ -192,7 +190,7 @@ pub async fn serve_handler<I, H, F>(
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        quiet = quiet(watched.clone(), evicted, limits) => match quiet {
+        quiet = quiet(watched.clone(), &gate, evicted, limits) => match quiet {
             // Nothing is owed to who has asked for nothing.
             Quiet::Silent => {
                 tracing::debug!("closed: no request came in time");
@@ -223,34 +221,49 @@ pub async fn serve_handler<I, H, F>(
 /// What a connection is doing.
 #[derive(Debug, Default)]
 struct Activity {
-    /// It has had a place and a request.
-    asked: bool,
-    /// Requests whose answer has not ended.
+    /// Requests that had a place.
+    requests: u64,
+    /// Those whose answer has not ended.
     under_way: usize,
+    /// Held while there are any.
+    place: Option<OwnedSemaphorePermit>,
 }
 
 /// Why a connection without a request is ended.
 enum Quiet {
     /// It never had one.
     Silent,
-    /// Its last one ended long ago.
+    /// Its last one has ended.
     Idle,
 }
 
-/// Returns when the connection has been quiet for too long, or must make room before its first request.
+/// Returns when the connection has been quiet for too long, or must make room for another.
 async fn quiet(
     mut activity: watch::Receiver<Activity>,
-    evicted: oneshot::Receiver<Infallible>,
+    gate: &Gate,
+    mut evicted: oneshot::Receiver<Infallible>,
     limits: &Limits,
 ) -> Quiet {
-    tokio::select! {
-        biased;
-        _ = activity.wait_for(|activity| activity.asked) => {}
-        _ = evicted => return Quiet::Silent,
-        () = tokio::time::sleep(limits.header_timeout) => return Quiet::Silent,
+    let mut seen = 0;
+    loop {
+        let limit = if seen == 0 { limits.header_timeout } else { limits.idle_timeout };
+        let ended = if seen == 0 { Quiet::Silent } else { Quiet::Idle };
+        tokio::select! {
+            biased;
+            _ = activity.wait_for(|activity| activity.requests != seen) => {}
+            _ = &mut evicted => return ended,
+            () = tokio::time::sleep(limit) => return ended,
+        }
+        // Leaves the queue while it has requests.
+        drop(evicted);
+        let idle = activity.wait_for(|activity| activity.under_way == 0).await.map(|now| now.requests);
+        let Ok(requests) = idle else {
+            // The connection has ended, which its owner sees for itself.
+            return std::future::pending().await;
+        };
+        seen = requests;
+        evicted = gate.wait();
     }
-    idle(activity, limits.idle_timeout).await;
-    Quiet::Idle
 }
 
 /// Returns when no request has been under way for as long as `limit`.
@@ -292,35 +305,24 @@ impl Gate {
         })
     }
 
-    /// Lets a new connection in; the oldest one that has not asked for anything goes when there are too many.
+    /// Lets a new connection in; the one that has waited longest goes when there are too many.
     pub fn enter(self: &Arc<Self>) -> Entrance {
+        Entrance { gate: self.clone(), evicted: self.wait() }
+    }
+
+    /// A place at the end of the queue, left by dropping it. It ends with an error when it is lost.
+    fn wait(&self) -> oneshot::Receiver<Infallible> {
         let (waiting, evicted) = oneshot::channel();
         let mut queue = self.waiting.lock();
         if queue.len() >= self.max_waiting {
-            // Those that have asked, or gone, wait no more.
+            // Those that have a request now, or have gone, wait no more.
             queue.retain(|waiting| !waiting.is_closed());
             if queue.len() >= self.max_waiting {
                 queue.pop_front();
             }
         }
         queue.push_back(waiting);
-        drop(queue);
-        Entrance { gate: self.clone(), evicted }
-    }
-
-    /// Whether the connection has a place, or gets one now.
-    fn admit(&self, place: &OnceLock<OwnedSemaphorePermit>) -> bool {
-        if place.get().is_some() {
-            return true;
-        }
-        match self.places.clone().try_acquire_owned() {
-            // A second one at the same moment gives its place back at once.
-            Ok(permit) => {
-                let _ = place.set(permit);
-                true
-            }
-            Err(_) => false,
-        }
+        evicted
     }
 }
 
@@ -340,18 +342,32 @@ impl Entrance {
 // === impl UnderWay ===
 
 impl UnderWay {
-    fn begin(activity: Arc<watch::Sender<Activity>>) -> Self {
-        activity.send_modify(|activity| {
-            activity.asked = true;
-            activity.under_way += 1;
-        });
-        Self(activity)
+    /// `None`: the connection has no place, and there is none left.
+    fn begin(activity: &Arc<watch::Sender<Activity>>, gate: &Gate) -> Option<Self> {
+        activity
+            .send_if_modified(|activity| {
+                if activity.place.is_none() {
+                    activity.place = gate.places.clone().try_acquire_owned().ok();
+                }
+                if activity.place.is_none() {
+                    return false;
+                }
+                activity.requests += 1;
+                activity.under_way += 1;
+                true
+            })
+            .then(|| Self(activity.clone()))
     }
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        self.0.send_modify(|activity| activity.under_way -= 1);
+        self.0.send_modify(|activity| {
+            activity.under_way -= 1;
+            if activity.under_way == 0 {
+                activity.place = None;
+            }
+        });
     }
 }
 
@@ -466,13 +482,44 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn at_the_limit_requests_are_answered_with_503() {
-        let limits = Limits { max_connections: 2, ..Limits::default() };
+    async fn idle_clients_make_room() {
+        let limits =
+            Limits { max_connections: 4, idle_timeout: Duration::from_secs(3600), ..Limits::default() };
         let (addr, _signal, _server) = start(limits).await;
-        let mut first = TcpStream::connect(addr).await.unwrap();
-        let mut second = TcpStream::connect(addr).await.unwrap();
-        assert!(ask(&mut first).await.starts_with("HTTP/1.1 200"));
-        assert!(ask(&mut second).await.starts_with("HTTP/1.1 200"));
+        let mut idle = Vec::new();
+        for _ in 0..40 {
+            let mut stream = TcpStream::connect(addr).await.unwrap();
+            assert!(ask(&mut stream).await.starts_with("HTTP/1.1 200"));
+            idle.push(stream);
+        }
+        let mut rest = Vec::new();
+        // The one that waited longest was closed.
+        let _ = idle[0].read_to_end(&mut rest).await;
+    }
+
+    #[tokio::test]
+    async fn at_the_limit_requests_are_answered_with_503() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let (_signal, watch) = crate::drain::channel();
+        let arrived = Arc::new(tokio::sync::Semaphore::new(0));
+        let seen = arrived.clone();
+        let router = Router::new().route("/", get(async || "x")).route(
+            "/slow",
+            get(async move || {
+                seen.add_permits(1);
+                std::future::pending::<&'static str>().await
+            }),
+        );
+        let limits = Limits { max_connections: 2, ..Limits::default() };
+        let _server = tokio::spawn(serve(listener, router, limits, watch));
+        let mut busy = Vec::new();
+        for _ in 0..2 {
+            let mut stream = TcpStream::connect(addr).await.unwrap();
+            stream.write_all(b"GET /slow HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+            busy.push(stream);
+        }
+        let _both = arrived.acquire_many(2).await.unwrap();
         let mut third = TcpStream::connect(addr).await.unwrap();
         assert!(ask(&mut third).await.starts_with("HTTP/1.1 503"));
     }
