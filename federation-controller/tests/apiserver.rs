@@ -34,6 +34,7 @@ struct World {
     x: Client,
     y: Client,
     down: Arc<Mutex<Vec<String>>>,
+    #[allow(clippy::type_complexity)] // said once, here
     open: Arc<Mutex<Vec<(String, AbortOnDropHandle<()>)>>>,
     handle: Handle,
     stop: CancellationToken,

@@ -240,7 +240,7 @@ mod tests {
         );
         check(&[a(Failed, None)], [("False", "CheckUnits"), ("False", "UnitsNotReady")]);
         let not_started = UnitStatus { revision: None, ..a(Masked, None) };
-        check(&[not_started.clone()], [("True", "HeldByMask"), ("False", "NoUnits")]);
+        check(std::slice::from_ref(&not_started), [("True", "HeldByMask"), ("False", "NoUnits")]);
         check(&[not_started, a(Synced, Some(true))], [("True", "HeldByMask"), ("True", "Ready")]);
     }
 

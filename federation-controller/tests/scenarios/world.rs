@@ -33,6 +33,7 @@ pub(crate) struct World {
     /// Members without a tunnel.
     down: Arc<Mutex<Vec<String>>>,
     /// Connections that are open, so that a lost tunnel can end them.
+    #[allow(clippy::type_complexity)] // said once, here
     open: Arc<Mutex<Vec<(String, AbortOnDropHandle<()>)>>>,
     handle: Option<Handle>,
     running: Option<(oneshot::Sender<()>, tokio::task::JoinHandle<()>)>,

@@ -11,6 +11,7 @@ use super::*;
 use crate::directory::{ClusterInfo, Snapshot};
 
 #[derive(Clone, Default)]
+#[allow(clippy::type_complexity)] // said once, here
 struct Tokens(Arc<Mutex<BTreeMap<String, (String, ClusterName, SystemTime)>>>);
 
 impl EnrolmentAuthority for Tokens {

@@ -331,7 +331,7 @@ impl Fleet {
     pub async fn metrics(&self) -> Result<String> {
         let file: Value = serde_json::from_slice(&std::fs::read(self.hub_dir().join("hub.json"))?)?;
         let address: SocketAddr = text(&file["addresses"], "health")?.parse()?;
-        let address = SocketAddr::new(HUB.into(), address.port());
+        let address = SocketAddr::new(HUB, address.port());
         let mut command = self.star.hub().command(tools::program("e2e-probe")?);
         command.args(["get", &address.to_string(), "/metrics"]);
         let output = run(command, None).await?;

@@ -1,6 +1,8 @@
 //! The two programs `proxy-server` and `proxy-agent` with certificates from files, as a plain konnectivity pair:
 //! client → HTTP CONNECT on a Unix socket → server → tunnel → agent → target.
 
+#![allow(clippy::print_stdout)] // what was not run is said
+
 use std::{
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},

@@ -1,6 +1,7 @@
 //! Two ends of a tunnel on loopback, and small helpers for the tests of this crate.
 
-#![allow(dead_code, unreachable_pub)] // each test file uses its part
+// Each test file uses its part; a helper that fails fails the test.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::{net::SocketAddr, time::Duration};
 
