@@ -450,10 +450,7 @@ impl QuicConnection {
             reader.abort();
             writer.forget();
         }
-        let (sent, received) = self.place.as_ref().map_or((0, 0), |place| {
-            use std::sync::atomic::Ordering::Relaxed;
-            (place.entry.sent.load(Relaxed), place.entry.received.load(Relaxed))
-        });
+        let (sent, received) = self.place.as_ref().map_or((0, 0), Place::bytes);
         RelayReport {
             bytes_sent: sent,
             bytes_received: received,

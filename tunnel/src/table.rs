@@ -116,6 +116,13 @@ impl Table {
     }
 }
 
+impl Place {
+    /// Bytes sent into the tunnel and received from it so far.
+    pub(crate) fn bytes(&self) -> (u64, u64) {
+        (self.entry.sent.load(Ordering::Relaxed), self.entry.received.load(Ordering::Relaxed))
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         let mut open = self.table.open.lock();

@@ -367,9 +367,7 @@ impl H2Connection {
             reader.abort();
             sink.into_iter().for_each(LocalWriter::forget);
         }
-        let (sent, received) = self.place.as_ref().map_or((0, 0), |place| {
-            (place.entry.sent.load(Ordering::Relaxed), place.entry.received.load(Ordering::Relaxed))
-        });
+        let (sent, received) = self.place.as_ref().map_or((0, 0), Place::bytes);
         RelayReport {
             bytes_sent: sent,
             bytes_received: received,
