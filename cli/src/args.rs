@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 use service::duration::GoDuration;
 
-use crate::{kubeconfig::HubArgs, output::OutputArgs};
+use crate::{federate::FederateCommand, kubeconfig::HubArgs, output::OutputArgs};
 
 /// Joins Kubernetes clusters that nobody can dial into to one hub, and places applications in them by cell.
 #[derive(Debug, Parser)]
@@ -35,6 +35,9 @@ pub(crate) enum Command {
     /// Add and revoke members.
     #[command(subcommand)]
     Cluster(ClusterCommand),
+    /// Say which resources are federated.
+    #[command(subcommand)]
+    Federate(FederateCommand),
     /// List the live tunnels.
     Tunnels(FilteredListArgs),
     /// List the live proxied connections.

@@ -182,6 +182,11 @@ impl Hub {
         client_for(&self.kubeconfig, Some(cluster)).await
     }
 
+    /// The hub's API.
+    pub(crate) fn client(&self) -> &Client {
+        &self.client
+    }
+
     pub(crate) fn kubeconfig(&self) -> &std::path::Path {
         &self.kubeconfig
     }

@@ -3,6 +3,7 @@
 mod args;
 mod dial;
 mod error;
+mod federate;
 mod hub;
 mod kubeconfig;
 mod lists;
@@ -21,6 +22,7 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 use crate::{
     args::{Args, ClusterCommand, Command, DevCommand},
     error::{Error, Result},
+    federate::FederateCommand,
 };
 
 fn main() -> ExitCode {
@@ -53,6 +55,9 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Clusters(args) => lists::clusters(args).await,
         Command::Cluster(ClusterCommand::Add(args)) => membership::add(args).await,
         Command::Cluster(ClusterCommand::Revoke(args)) => membership::revoke(args).await,
+        Command::Federate(FederateCommand::Types(args)) => federate::list(args).await,
+        Command::Federate(FederateCommand::Enable(args)) => federate::enable(args).await,
+        Command::Federate(FederateCommand::Disable(args)) => federate::disable(args).await,
         Command::Tunnels(args) => lists::tunnels(args).await,
         Command::Connections(args) => lists::connections(args).await,
         Command::Ping(args) => lists::ping(args).await,

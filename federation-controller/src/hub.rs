@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use federation_core::api::{Cell, FederatedRevision, KubeFedCluster, PropagationConfig};
+use federation_core::api::{Cell, FederatedRevision, FederatedTypeConfig, KubeFedCluster, PropagationConfig};
 use federation_core::metadata::PropagationRules;
 use federation_core::names;
 use federation_core::topology::Topology;
@@ -17,7 +17,7 @@ use tracing::{debug, warn};
 
 use crate::pace::retry_delay;
 
-/// A federated object: which type (its place in the options), and where.
+/// A federated object: which type (its slot), and where.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct ObjectKey {
     pub(crate) kind: usize,
@@ -32,6 +32,7 @@ pub(crate) struct HubState {
     cells: BTreeMap<String, Cell>,
     clusters: BTreeMap<String, Arc<KubeFedCluster>>,
     configs: BTreeMap<String, PropagationConfig>,
+    type_configs: BTreeMap<String, FederatedTypeConfig>,
     /// By namespace and source mark, then by name.
     revisions: HashMap<(String, String), BTreeMap<String, Arc<FederatedRevision>>>,
     topology: Arc<Topology>,
@@ -71,17 +72,34 @@ impl ObjectKey {
 
 impl HubState {
     /// A state in which nothing has been listed.
-    pub(crate) fn new(kinds: usize) -> Self {
-        Self {
-            unlisted: [CELLS, CLUSTERS, CONFIGS, REVISIONS].into(),
-            unlisted_kinds: (0..kinds).collect(),
-            ..Self::default()
-        }
+    pub(crate) fn new() -> Self {
+        Self { unlisted: [CELLS, CLUSTERS, CONFIGS, REVISIONS, TYPES].into(), ..Self::default() }
     }
 
-    /// Whether everything has been listed.
-    pub(crate) fn is_complete(&self) -> bool {
-        self.unlisted.is_empty() && self.unlisted_kinds.is_empty()
+    /// Whether everything that concerns objects of a type has been listed.
+    pub(crate) fn is_complete(&self, kind: usize) -> bool {
+        self.unlisted.is_empty() && !self.unlisted_kinds.contains(&kind)
+    }
+
+    /// A type is followed from now on.
+    pub(crate) fn add_kind(&mut self, kind: usize) {
+        self.unlisted_kinds.insert(kind);
+    }
+
+    /// A type is not followed any more.
+    pub(crate) fn drop_kind(&mut self, kind: usize) {
+        self.unlisted_kinds.insert(kind);
+        self.objects.retain(|key, _| key.kind != kind);
+    }
+
+    /// The type configurations, once they have been listed.
+    pub(crate) fn type_configs(&self) -> Option<Vec<FederatedTypeConfig>> {
+        (!self.unlisted.contains(TYPES)).then(|| self.type_configs.values().cloned().collect())
+    }
+
+    /// Takes type configurations in.
+    pub(crate) fn change_type_configs(&mut self, change: Change<FederatedTypeConfig>) {
+        change_map(&mut self.type_configs, change, &mut self.unlisted, TYPES);
     }
 
     pub(crate) fn object(&self, key: &ObjectKey) -> Option<Arc<DynamicObject>> {
@@ -242,6 +260,7 @@ const CELLS: &str = "cells";
 const CLUSTERS: &str = "clusters";
 const CONFIGS: &str = "propagationconfigs";
 const REVISIONS: &str = "revisions";
+const TYPES: &str = "federatedtypeconfigs";
 
 fn change_map<K: Resource>(
     map: &mut BTreeMap<String, K>,
@@ -358,7 +377,7 @@ mod tests {
 
     #[test]
     fn an_older_state_does_not_replace_a_newer_one() {
-        let mut state = HubState::new(1);
+        let mut state = HubState::new();
         state.change_objects(0, Change::Replace(vec![object("web", "u", "10")]));
         state.learn(0, object("web", "u", "12"));
         assert!(state.change_objects(0, Change::Apply(object("web", "u", "11"))).is_empty());
@@ -376,7 +395,7 @@ mod tests {
 
     #[test]
     fn a_relist_names_what_is_gone_too() {
-        let mut state = HubState::new(1);
+        let mut state = HubState::new();
         state.change_objects(0, Change::Replace(vec![object("a", "1", "1"), object("b", "2", "2")]));
         let touched = state.change_objects(0, Change::Replace(vec![object("b", "2", "2")]));
         assert_eq!(touched.len(), 2);
@@ -385,19 +404,25 @@ mod tests {
 
     #[test]
     fn nothing_is_complete_before_all_is_listed() {
-        let mut state = HubState::new(1);
+        let mut state = HubState::new();
+        state.add_kind(0);
+        state.add_kind(1);
         state.change_objects(0, Change::Replace(vec![]));
         state.change_cells(Change::Replace(vec![]));
         state.change_configs(Change::Replace(vec![]));
         state.change_revisions(Change::Replace(vec![]));
-        assert!(!state.is_complete());
+        assert!(state.type_configs().is_none());
+        state.change_type_configs(Change::Replace(vec![]));
+        assert!(!state.is_complete(0));
         assert!(state.change_clusters(Change::Replace(vec![])));
-        assert!(state.is_complete());
+        assert!(state.is_complete(0) && !state.is_complete(1));
+        state.drop_kind(0);
+        assert!(!state.is_complete(0));
     }
 
     #[test]
     fn a_clusters_status_is_no_change() {
-        let mut state = HubState::new(0);
+        let mut state = HubState::new();
         let mut cluster = KubeFedCluster::new("x", KubeFedClusterSpec::default());
         assert!(state.change_clusters(Change::Replace(vec![cluster.clone()])));
         cluster.status = Some(KubeFedClusterStatus::default());

@@ -29,6 +29,7 @@ mod metrics;
 mod pace;
 mod queue;
 mod reconcile;
+mod types;
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -36,7 +37,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use federation_core::api::{Cell, FederatedRevision, PropagationConfig};
-use federation_core::types::{self, FederatedType};
+use federation_core::types::FederatedType;
 use kube::Api;
 use kube::api::DynamicObject;
 use kube::runtime::watcher;
@@ -56,6 +57,7 @@ use self::metrics::{Metrics, Outcome, PassLabels};
 use self::pace::retry_delay;
 use self::queue::WorkQueue;
 use self::reconcile::{ReconcileError, reconcile};
+use self::types::Types;
 
 /// A member's changes come in flocks (a rollout changes a Deployment's status many times a second); they are gathered
 /// for so long before the object is looked at.
@@ -66,8 +68,8 @@ const STALE_RETRY: Duration = Duration::from_millis(100);
 /// How the controller works. Every default says what it trades.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The federated types. The hub must serve them.
-    pub types: Vec<FederatedType>,
+    /// The types that are enabled on a hub that has no `FederatedTypeConfig` at all, as at its first start.
+    pub default_types: Vec<FederatedType>,
     /// Whether objects in members that the hub did not create may be taken over. Off: a name clash is reported, not won.
     pub adopt: bool,
     /// Who the controller is towards members.
@@ -112,6 +114,9 @@ pub(crate) struct Shared {
     connector: Connector,
     state: RwLock<HubState>,
     members: RwLock<BTreeMap<String, Arc<Member>>>,
+    types: Types,
+    /// The set of type configurations has changed.
+    types_changed: Notify,
     /// The set of clusters has changed.
     clusters_changed: Notify,
     queue: WorkQueue<ObjectKey>,
@@ -122,10 +127,17 @@ pub(crate) struct Shared {
 
 // === impl Options ===
 
+impl Options {
+    /// The definition of a federated type as the hub is to have it.
+    fn hub_crd(&self, of: &FederatedType) -> serde_json::Value {
+        types::definition(of)
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {
-            types: types::builtin(),
+            default_types: federation_core::types::builtin(),
             adopt: false,
             identity: Identity::default(),
             workers: 4,
@@ -150,8 +162,10 @@ impl Controller {
         let metrics = Metrics::default();
         let (events, publisher) = events::channel(metrics.events_dropped.clone());
         let shared = Shared {
-            state: RwLock::new(HubState::new(options.types.len())),
+            state: RwLock::new(HubState::new()),
             members: RwLock::default(),
+            types: Types::new(),
+            types_changed: Notify::new(),
             clusters_changed: Notify::new(),
             queue: WorkQueue::new(),
             failures: Mutex::default(),
@@ -188,7 +202,7 @@ impl Controller {
         for _ in 0..shared.options.workers.max(1) {
             tasks.spawn(work(Arc::clone(shared)).instrument(info_span!("reconcile")));
         }
-        info!(types = shared.options.types.len(), "the federation controller runs");
+        info!("the federation controller runs");
         let mut shutdown = std::pin::pin!(shutdown);
         loop {
             tokio::select! {
@@ -280,26 +294,7 @@ impl Controller {
             .instrument(info_span!("watch", kind = "FederatedRevision")),
         );
 
-        for (kind, of) in self.shared.options.types.iter().enumerate() {
-            let at = shared();
-            let objects: Api<DynamicObject> = Api::all_with(hub.clone(), &of.hub_resource());
-            tasks.spawn(
-                follow(
-                    objects,
-                    config(),
-                    admit_all,
-                    move |change| {
-                        // The last listing of all completes the picture: then everything is looked at.
-                        let listed = matches!(change, Change::Replace(_));
-                        let touched = at.state.write().change_objects(kind, lightened(change));
-                        touched.into_iter().for_each(|key| at.queue.add(key));
-                        at.after(listed)
-                    },
-                    hub_trouble("federated objects"),
-                )
-                .instrument(info_span!("watch", kind = of.kind)),
-            );
-        }
+        tasks.spawn(types::keep(shared()).instrument(info_span!("types")));
     }
 }
 
@@ -348,7 +343,7 @@ pub(crate) fn now() -> String {
     jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
-fn lightened(change: Change<DynamicObject>) -> Change<DynamicObject> {
+pub(crate) fn lightened(change: Change<DynamicObject>) -> Change<DynamicObject> {
     let light = |mut object: DynamicObject| {
         lighten(&mut object);
         object
@@ -360,7 +355,7 @@ fn lightened(change: Change<DynamicObject>) -> Change<DynamicObject> {
     }
 }
 
-fn hub_trouble(what: &'static str) -> impl FnMut(WatchTrouble) -> bool {
+pub(crate) fn hub_trouble(what: &'static str) -> impl FnMut(WatchTrouble) -> bool {
     /// A hub that is just starting fails a few times, and that is nobody's business.
     const QUIET: u32 = 3;
     move |trouble| {

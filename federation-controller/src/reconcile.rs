@@ -58,10 +58,11 @@ pub(crate) async fn reconcile(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(
 }
 
 async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileError> {
-    let Some(of) = shared.options.types.get(key.kind) else { return Ok(()) };
+    let Some(of) = shared.types.get(key.kind) else { return Ok(()) };
+    let of = of.as_ref();
     let (object, topology, rules) = {
         let state = shared.state.read();
-        if !state.is_complete() {
+        if !state.is_complete(key.kind) {
             // Everything is looked at once everything is listed.
             return Ok(());
         }
@@ -72,8 +73,12 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
         shared,
         key,
         of,
-        api: Api::namespaced_with(shared.hub.clone(), &key.namespace, &of.hub_resource()),
-        revisions: Api::namespaced(shared.hub.clone(), &key.namespace),
+        api: if of.namespaced() {
+            Api::namespaced_with(shared.hub.clone(), &key.namespace, &of.hub_resource())
+        } else {
+            Api::all_with(shared.hub.clone(), &of.hub_resource())
+        },
+        revisions: Api::namespaced(shared.hub.clone(), of.revision_namespace(&key.namespace)),
         about: reference(of, &object),
     };
 
@@ -95,9 +100,10 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
     for (name, member) in &members {
         // What has not begun is planned anew; what has begun is in the view.
         member.cancel(key);
-        views.insert(name.clone(), member.view(key, &mark));
+        let cells = topology.cells_in(name);
+        views.insert(name.clone(), member.view(key, of, &mark, cells));
     }
-    let stored = shared.state.read().revisions(&key.namespace, &mark);
+    let stored = shared.state.read().revisions(of.revision_namespace(&key.namespace), &mark);
     let revisions: Vec<&FederatedRevision> = stored.iter().map(AsRef::as_ref).collect();
     let made = plan(&PlanInput {
         of,
@@ -124,7 +130,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
     }
     for write in made.writes {
         if let Some(member) = members.get(&write.cluster) {
-            member.submit(shared, key, &pass.about, write);
+            member.submit(shared, key, of, &pass.about, write);
         }
     }
     for name in &made.surplus {
@@ -184,7 +190,7 @@ impl Pass<'_> {
                 .map_err(|error| hub("renumber a revision", error))?
         } else {
             let mut revision = FederatedRevision::new(&write.name, write.spec.clone());
-            revision.metadata.namespace = Some(self.key.namespace.to_string());
+            revision.metadata.namespace = Some(self.of.revision_namespace(&self.key.namespace).to_owned());
             revision.metadata.owner_references = Some(vec![self.owner(object)]);
             match self.revisions.create(&PostParams::default(), &revision).await {
                 Ok(stored) => stored,

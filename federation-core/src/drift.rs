@@ -133,7 +133,7 @@ fn project(live: &Value, desired: &Value) -> Value {
 }
 
 /// Whether everything in `desired` is in `live`.
-fn covers(live: &Value, desired: &Value) -> bool {
+pub fn covers(live: &Value, desired: &Value) -> bool {
     match (live, desired) {
         (Value::Object(live), Value::Object(desired)) => {
             desired.iter().all(|(key, wanted)| match live.get(key) {

@@ -10,6 +10,7 @@
 //! should be), [`plan`] (all of it together), [`status`].
 
 pub mod api;
+pub mod conversion;
 pub mod drift;
 pub mod metadata;
 pub mod names;
@@ -35,6 +36,7 @@ pub fn crds() -> Vec<CustomResourceDefinition> {
 pub fn crds_for(types: &[FederatedType]) -> Vec<CustomResourceDefinition> {
     let mut all = vec![
         api::KubeFedCluster::crd(),
+        api::FederatedTypeConfig::crd(),
         api::Cell::crd(),
         api::PropagationConfig::crd(),
         api::FederatedRevision::crd(),
@@ -61,11 +63,23 @@ mod tests {
             names,
             [
                 "kubefedclusters.core.kubefed.io",
+                "federatedtypeconfigs.core.kubefed.io",
                 "cells.topology.cellway.io",
                 "propagationconfigs.policy.cellway.io",
                 "federatedrevisions.types.kubefed.io",
                 "federateddeployments.types.kubefed.io",
                 "federatedconfigmaps.types.kubefed.io",
+                "federatednamespaces.types.kubefed.io",
+                "federatedsecrets.types.kubefed.io",
+                "federatedservices.types.kubefed.io",
+                "federatedserviceaccounts.types.kubefed.io",
+                "federatedreplicasets.types.kubefed.io",
+                "federatedstatefulsets.types.kubefed.io",
+                "federateddaemonsets.types.kubefed.io",
+                "federatedjobs.types.kubefed.io",
+                "federatedingresses.types.kubefed.io",
+                "federatedclusterroles.types.kubefed.io",
+                "federatedcustomresourcedefinitions.types.kubefed.io",
             ]
         );
         for crd in &crds {
@@ -78,7 +92,7 @@ mod tests {
                 assert!(!text.contains("\"anyOf\""), "{}: {text}", crd.spec.names.kind);
             }
         }
-        let deployment = serde_json::to_value(&crds[4]).expect("serialises");
+        let deployment = serde_json::to_value(&crds[5]).expect("serialises");
         assert_eq!(deployment["spec"]["scope"], "Namespaced");
         assert_eq!(
             deployment["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]

@@ -27,6 +27,7 @@
 //! object that might be its own.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -104,9 +105,9 @@ pub enum MemberState {
 #[derive(Debug, Clone, PartialEq)]
 pub struct LiveObject {
     /// The whole object.
-    pub value: Value,
+    pub value: Arc<Value>,
     /// What the member answered to the last apply, if that is remembered.
-    pub baseline: Option<Baseline>,
+    pub baseline: Option<Arc<Baseline>>,
 }
 
 /// A write that failed.
@@ -557,7 +558,7 @@ impl<'a> Planner<'a> {
         let remove_annotations = unwanted("annotations", &input.rules.annotations);
         let remove_labels = unwanted("labels", &input.rules.labels);
         let right = live.is_some_and(|live| {
-            drift::up_to_date(&live.value, &desired, &rendered.hash, live.baseline.as_ref())
+            drift::up_to_date(&live.value, &desired, &rendered.hash, live.baseline.as_deref())
         }) && remove_annotations.is_empty()
             && remove_labels.is_empty();
         let failure = view.failures.get(object).filter(|failure| failure.hash == rendered.hash);

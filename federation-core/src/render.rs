@@ -4,6 +4,7 @@
 //! cell adds its node selector, tolerations and label, which no override can take away; last come the names and the
 //! marks of ownership.
 
+use base64::Engine as _;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
@@ -14,7 +15,7 @@ use crate::names::{
 use crate::overrides::{self, OverrideError};
 use crate::revision::hash;
 use crate::topology::{CellTraits, Unit};
-use crate::types::FederatedType;
+use crate::types::{FederatedType, Workload};
 
 /// Digits of the rendered hash: enough that a change is never mistaken for no change.
 const RENDERED_HASH_DIGITS: usize = 20;
@@ -64,7 +65,7 @@ pub fn object_name(
     unit: &Unit,
     naming: Naming,
 ) -> Result<String, NameError> {
-    let own = unit.cell.is_some() && (of.target.workload || naming == Naming::PerUnit);
+    let own = unit.cell.is_some() && of.per_cell(naming);
     if own { names::per_unit(object, &unit.name) } else { Ok(object.to_owned()) }
 }
 
@@ -77,7 +78,7 @@ pub fn render(
     unit: &Unit,
 ) -> Result<Rendered, RenderError> {
     let name = object_name(of, object, unit, snapshot.naming)?;
-    let own = unit.cell.is_some() && (of.target.workload || snapshot.naming == Naming::PerUnit);
+    let own = unit.cell.is_some() && of.per_cell(snapshot.naming);
     let text = |map: &std::collections::BTreeMap<String, String>| -> Map<String, Value> {
         map.iter().map(|(key, value)| (key.clone(), Value::String(value.clone()))).collect()
     };
@@ -90,8 +91,8 @@ pub fn render(
         if unit.name.len() > names::MAX_CELL_NAME {
             return Err(RenderError::CellName { cell: unit.name.clone() });
         }
-        if of.target.workload {
-            decorate(&mut document, &unit.name, cell)?;
+        if let Some(workload) = of.target.workload {
+            decorate(&mut document, workload, &unit.name, cell)?;
         }
     }
 
@@ -112,8 +113,13 @@ pub fn render(
 
     document["apiVersion"] = of.target.api_version().into();
     document["kind"] = of.target.kind.clone().into();
-    document["metadata"] =
-        json!({ "name": name, "namespace": namespace, "labels": labels, "annotations": annotations });
+    document["metadata"] = json!({ "name": name, "labels": labels, "annotations": annotations });
+    if of.target.namespaced {
+        document["metadata"]["namespace"] = namespace.into();
+    }
+    if of.target.group.is_empty() && of.target.kind == "Secret" {
+        encode_string_data(&mut document)?;
+    }
     strip_nulls(&mut document);
 
     let mut digest = hash(&document);
@@ -134,14 +140,29 @@ impl Rendered {
 }
 
 /// Adds what the cell adds to a workload.
-fn decorate(document: &mut Value, cell_name: &str, cell: &CellTraits) -> Result<(), RenderError> {
-    let spec = object_at(document, "spec", "spec")?;
-    let selector = object_at(spec, "selector", "spec.selector")?;
-    let match_labels = object_at(selector, "matchLabels", "spec.selector.matchLabels")?;
-    if match_labels.as_object().is_none_or(Map::is_empty) {
-        return Err(RenderError::NoSelector);
+fn decorate(
+    document: &mut Value,
+    workload: Workload,
+    cell_name: &str,
+    cell: &CellTraits,
+) -> Result<(), RenderError> {
+    let mut spec = object_at(document, "spec", "spec")?;
+    match workload {
+        Workload::Selected => {
+            let selector = object_at(spec, "selector", "spec.selector")?;
+            let match_labels = object_at(selector, "matchLabels", "spec.selector.matchLabels")?;
+            if match_labels.as_object().is_none_or(Map::is_empty) {
+                return Err(RenderError::NoSelector);
+            }
+            match_labels[CELL_LABEL] = cell_name.into();
+        }
+        // Its API server makes a selector that no other object has.
+        Workload::Generated => {}
+        Workload::JobTemplate => {
+            spec = object_at(spec, "jobTemplate", "spec.jobTemplate")?;
+            spec = object_at(spec, "spec", "spec.jobTemplate.spec")?;
+        }
     }
-    match_labels[CELL_LABEL] = cell_name.into();
 
     let template = object_at(spec, "template", "spec.template")?;
     let metadata = object_at(template, "metadata", "spec.template.metadata")?;
@@ -182,8 +203,22 @@ fn object_at<'a>(parent: &'a mut Value, key: &str, path: &'static str) -> Result
     if child.is_object() { Ok(child) } else { Err(RenderError::NotAnObject { path }) }
 }
 
+/// A Secret's `stringData` as `data`: an API server turns it into that, and what is not there afterwards would read as a
+/// difference.
+fn encode_string_data(document: &mut Value) -> Result<(), RenderError> {
+    let Some(map) = document.as_object_mut() else { return Ok(()) };
+    let Some(Value::Object(texts)) = map.remove("stringData") else { return Ok(()) };
+    let data = object_at(document, "data", "data")?;
+    for (key, text) in texts {
+        if let Value::String(text) = text {
+            data[key] = base64::engine::general_purpose::STANDARD.encode(text).into();
+        }
+    }
+    Ok(())
+}
+
 /// A null in an applied object means the same as its absence, but reads as a difference for ever.
-fn strip_nulls(value: &mut Value) {
+pub fn strip_nulls(value: &mut Value) {
     match value {
         Value::Object(map) => {
             map.retain(|_, value| !value.is_null());

@@ -22,6 +22,17 @@ pub const OVERRIDES_INVALID: &str = "OverridesInvalid";
 const OBSERVED_REPLICAS: [&str; 5] =
     ["replicas", "updatedReplicas", "readyReplicas", "availableReplicas", "unavailableReplicas"];
 
+/// The same of a DaemonSet.
+const OBSERVED_DAEMONS: [&str; 5] = [
+    "desiredNumberScheduled",
+    "currentNumberScheduled",
+    "updatedNumberScheduled",
+    "numberReady",
+    "numberAvailable",
+];
+/// Largest status of a member object that is shown whole: a hub object holds those of hundreds of units.
+const MAX_COLLECTED_STATUS: usize = 2048;
+
 /// A condition before it is known when it came about.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
@@ -37,34 +48,65 @@ pub struct Finding {
 
 /// Whether a member's object is ready, and what it reports of itself.
 pub fn observe(of: &FederatedType, live: &Value) -> (bool, Option<Map<String, Value>>) {
-    match of.readiness {
+    let status = &live["status"];
+    let condition = |name: &str| {
+        let all = status["conditions"].as_array();
+        all.into_iter().flatten().find(|found| found["type"] == name).map(|found| found["status"] == "True")
+    };
+    let (ready, observed) = match of.readiness {
         Readiness::Exists => (true, None),
-        Readiness::Replicas => {
-            let status = &live["status"];
+        Readiness::Condition(name) => (condition(name).unwrap_or(false), None),
+        Readiness::IfCondition(name) => (condition(name).unwrap_or(true), None),
+        Readiness::Phase(phase) => (status["phase"] == phase, None),
+        Readiness::Daemon => {
+            let count = |field: &str| status[field].as_i64().unwrap_or(0);
+            let wanted = count("desiredNumberScheduled");
+            let ready = caught_up(live)
+                && count("updatedNumberScheduled") >= wanted
+                && count("numberAvailable") >= wanted;
+            (ready, Some(numbers(status, &OBSERVED_DAEMONS).collect()))
+        }
+        Readiness::Replicas | Readiness::Available => {
             let count = |field: &str| status[field].as_i64().unwrap_or(0);
             // The API's default, should the server not have filled it in.
             let wanted = live["spec"]["replicas"].as_i64().unwrap_or(1);
-            let caught_up = status["observedGeneration"].as_i64().unwrap_or(0)
-                >= live["metadata"]["generation"].as_i64().unwrap_or(0);
-            let ready = caught_up
+            let ready = caught_up(live)
                 && count("replicas") == wanted
-                && count("updatedReplicas") >= wanted
+                && (of.readiness == Readiness::Available || count("updatedReplicas") >= wanted)
                 && count("availableReplicas") >= wanted;
-            // It came from a member: numbers only, and no greater than the API's.
-            let number = |value: i64| Value::from(value.clamp(0, i64::from(i32::MAX)));
-            let observed = OBSERVED_REPLICAS
-                .iter()
-                .filter_map(|field| Some(((*field).to_owned(), number(status.get(field)?.as_i64()?))))
+            let observed = numbers(status, &OBSERVED_REPLICAS)
                 .chain([("desiredReplicas".to_owned(), number(wanted))])
                 .collect();
             (ready, Some(observed))
         }
+    };
+    if of.collect_status
+        && let Value::Object(map) = status
+        && status.to_string().len() <= MAX_COLLECTED_STATUS
+    {
+        return (ready, Some(map.clone()));
     }
+    (ready, observed)
+}
+
+/// Whether the object's controller has seen its newest state.
+fn caught_up(live: &Value) -> bool {
+    live["status"]["observedGeneration"].as_i64().unwrap_or(0)
+        >= live["metadata"]["generation"].as_i64().unwrap_or(0)
+}
+
+/// It came from a member: numbers only, and no greater than the API's.
+fn number(value: i64) -> Value {
+    Value::from(value.clamp(0, i64::from(i32::MAX)))
+}
+
+fn numbers<'a>(status: &'a Value, fields: &'a [&str]) -> impl Iterator<Item = (String, Value)> + 'a {
+    fields.iter().filter_map(|field| Some(((*field).to_owned(), number(status.get(field)?.as_i64()?))))
 }
 
 /// Replicas and ready replicas over all units; `None` for kinds without replicas.
 pub fn totals(of: &FederatedType, units: &[UnitStatus]) -> (Option<i64>, Option<i64>) {
-    if of.readiness != Readiness::Replicas {
+    if !of.has_replicas() {
         return (None, None);
     }
     let sum = |field: &str| {

@@ -36,6 +36,8 @@ pub struct CellTraits {
 pub struct Topology {
     cells: BTreeMap<String, Unit>,
     clusters: BTreeMap<String, Unit>,
+    /// Names of cells by cluster.
+    by_cluster: BTreeMap<String, BTreeSet<String>>,
 }
 
 /// What a placement comes to.
@@ -85,7 +87,13 @@ impl Topology {
                 tolerations: cell.spec.tolerations.clone(),
             }),
         };
-        self.cells.insert(name, unit);
+        self.by_cluster.entry(unit.cluster.clone()).or_default().insert(name.clone());
+        if let Some(before) = self.cells.insert(name.clone(), unit)
+            && before.cluster != cell.spec.cluster
+            && let Some(cells) = self.by_cluster.get_mut(&before.cluster)
+        {
+            cells.remove(&name);
+        }
     }
 
     /// Adds or replaces a cluster.
@@ -103,6 +111,12 @@ impl Topology {
     /// Whether a cluster is registered.
     pub fn has_cluster(&self, name: &str) -> bool {
         self.clusters.contains_key(name)
+    }
+
+    /// Names of the cells of a cluster.
+    pub fn cells_in<'a>(&'a self, cluster: &'a str) -> impl Iterator<Item = &'a str> {
+        let names = self.by_cluster.get(cluster).into_iter().flatten();
+        names.map(String::as_str)
     }
 
     /// Whether a unit of this topology exists.

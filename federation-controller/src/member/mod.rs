@@ -12,6 +12,7 @@ mod writer;
 use std::sync::Arc;
 
 use federation_core::plan::{MemberView, Write};
+use federation_core::types::FederatedType;
 use k8s_openapi::api::core::v1::ObjectReference;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch as cell};
@@ -52,6 +53,8 @@ struct Epoch {
 #[derive(Debug, Clone)]
 struct Job {
     source: ObjectKey,
+    /// The namespace of the object in the member.
+    home: Arc<str>,
     about: ObjectReference,
     write: Write,
 }
@@ -65,7 +68,7 @@ impl Member {
             name: name.into(),
             client,
             health: Mutex::default(),
-            store: Mutex::new(Store::new(options.types.len())),
+            store: Mutex::new(Store::default()),
             jobs: WorkQueue::new(),
             bucket: Mutex::new(Bucket::new(options.member_rate, options.member_burst, Instant::now())),
             nudge: Notify::new(),
@@ -77,17 +80,22 @@ impl Member {
     pub(crate) async fn run(self: Arc<Self>, shared: Arc<Shared>) {
         let mut tasks = JoinSet::new();
         tasks.spawn(probe::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
-        for kind in 0..shared.options.types.len() {
-            tasks.spawn(watch::run(Arc::clone(&self), Arc::clone(&shared), kind).in_current_span());
-        }
         for _ in 0..shared.options.member_writers.max(1) {
             tasks.spawn(writer::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
         }
-        while let Some(ended) = tasks.join_next().await {
-            if let Err(error) = ended
-                && error.is_panic()
-            {
-                tracing::error!(%error, "a task of the member failed; the member stands still until it is started anew");
+        let mut types = shared.types.count();
+        let mut watched = 0;
+        loop {
+            let count = *types.borrow_and_update();
+            for kind in watched..count {
+                tasks.spawn(watch::run(Arc::clone(&self), Arc::clone(&shared), kind).in_current_span());
+            }
+            watched = count;
+            tokio::select! {
+                Some(ended) = tasks.join_next() => if let Err(error) = ended && error.is_panic() {
+                    tracing::error!(%error, "a task of the member failed; the member stands still until it is started anew");
+                },
+                changed = types.changed() => if changed.is_err() { return },
             }
         }
     }
@@ -98,12 +106,19 @@ impl Member {
     }
 
     /// What is seen of the member, as far as one object is concerned.
-    pub(crate) fn view(&self, key: &ObjectKey, source: &str) -> MemberView {
+    pub(crate) fn view<'a>(
+        &self,
+        key: &ObjectKey,
+        of: &FederatedType,
+        source: &str,
+        cells: impl Iterator<Item = &'a str>,
+    ) -> MemberView {
         let offline = {
             let health = self.health.lock();
             (health.is_known() && !health.is_online()).then(|| health.trouble())
         };
-        self.store.lock().view(key, source, offline, Instant::now())
+        let home = of.target_namespace(&key.namespace);
+        self.store.lock().view(key, home, source, cells, offline, Instant::now())
     }
 
     /// Takes back the writes for an object that no worker has begun.
@@ -112,8 +127,16 @@ impl Member {
     }
 
     /// Hands a write over, unless the same write failed a short while ago; then the object is looked at again in time.
-    pub(crate) fn submit(&self, shared: &Shared, source: &ObjectKey, about: &ObjectReference, write: Write) {
-        let job = Job { source: source.clone(), about: about.clone(), write };
+    pub(crate) fn submit(
+        &self,
+        shared: &Shared,
+        source: &ObjectKey,
+        of: &FederatedType,
+        about: &ObjectReference,
+        write: Write,
+    ) {
+        let home = of.target_namespace(&source.namespace).into();
+        let job = Job { source: source.clone(), home, about: about.clone(), write };
         match self.store.lock().submit(job, Instant::now()) {
             Ok(target) => self.jobs.add(target),
             Err(wait) => shared.queue.add_after(source.clone(), wait),

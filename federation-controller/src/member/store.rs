@@ -1,10 +1,10 @@
 //! What is known of a member's objects, and of the writes on their way to it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use federation_core::drift::{Baseline, belongs_to};
+use federation_core::drift::Baseline;
 use federation_core::plan::{Action, Cause, LiveObject, MemberState, MemberView, WriteFailure};
 use serde_json::Value;
 use tokio::time::Instant;
@@ -31,7 +31,7 @@ pub(crate) struct TargetKey {
 }
 
 /// Everything about one member's objects.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Store {
     kinds: Vec<Kind>,
     jobs: HashMap<TargetKey, Job>,
@@ -40,10 +40,15 @@ pub(super) struct Store {
     fights: HashMap<TargetKey, FightGuard>,
 }
 
+/// A namespace and a source mark.
+type Marked = (Arc<str>, Arc<str>);
+
 #[derive(Debug, Default)]
 struct Kind {
     state: Listing,
-    namespaces: HashMap<Arc<str>, BTreeMap<Arc<str>, Known>>,
+    namespaces: HashMap<Arc<str>, HashMap<Arc<str>, Known>>,
+    /// Names of objects by namespace and source mark.
+    sources: HashMap<Marked, BTreeSet<Arc<str>>>,
     count: usize,
     bytes: usize,
 }
@@ -60,8 +65,8 @@ pub(super) enum Listing {
 
 #[derive(Debug)]
 struct Known {
-    value: Value,
-    baseline: Option<Baseline>,
+    value: Arc<Value>,
+    baseline: Option<Arc<Baseline>>,
 }
 
 /// A write under way.
@@ -84,26 +89,36 @@ struct Failure {
 // === impl Store ===
 
 impl Store {
-    pub(super) fn new(kinds: usize) -> Self {
-        Self {
-            kinds: (0..kinds).map(|_| Kind::default()).collect(),
-            jobs: HashMap::new(),
-            in_flight: HashMap::new(),
-            failures: HashMap::new(),
-            fights: HashMap::new(),
+    /// The slot's objects; slots come into being as types are enabled.
+    fn kind(&mut self, kind: usize) -> &mut Kind {
+        if kind >= self.kinds.len() {
+            self.kinds.resize_with(kind + 1, Kind::default);
         }
+        &mut self.kinds[kind]
     }
 
-    /// What one federated object needs to know. `offline`: why the member cannot be reached.
-    pub(super) fn view(
+    /// Forgets a type that is federated no more.
+    pub(super) fn drop_kind(&mut self, kind: usize) {
+        *self.kind(kind) = Kind::default();
+        self.jobs.retain(|target, _| target.kind != kind);
+        self.failures.retain(|target, _| target.kind != kind);
+        self.fights.retain(|target, _| target.kind != kind);
+    }
+
+    /// What one federated object needs to know of what lies in `home`. `cells`: the member's; `offline`: why the member
+    /// cannot be reached.
+    pub(super) fn view<'a>(
         &mut self,
         key: &ObjectKey,
+        home: &str,
         source: &str,
+        cells: impl Iterator<Item = &'a str>,
         offline: Option<(&'static str, String)>,
         now: Instant,
     ) -> MemberView {
         self.forget(now);
-        let Some(kind) = self.kinds.get(key.kind) else { return MemberView::default() };
+        self.kind(key.kind);
+        let kind = &self.kinds[key.kind];
         let state = match (offline, &kind.state) {
             (Some((reason, message)), _) => MemberState::Unreachable { reason: reason.into(), message },
             (None, Listing::Syncing) => MemberState::Syncing,
@@ -113,18 +128,27 @@ impl Store {
                 MemberState::Unreachable { reason: "WatchFailing".into(), message: message.clone() }
             }
         };
+        let home: Arc<str> = home.into();
         // By mark, and by the names that its units' objects may have.
-        let prefix = format!("{}-", key.name);
-        let concerns = |name: &str| name == &*key.name || name.starts_with(&prefix);
-        let objects = kind.namespaces.get(&key.namespace).into_iter().flatten();
-        let objects = objects
-            .filter(|(name, known)| concerns(name) || belongs_to(&known.value, source))
-            .map(|(name, known)| {
-                let live = LiveObject { value: known.value.clone(), baseline: known.baseline.clone() };
-                (name.to_string(), live)
+        let mut names: BTreeSet<Arc<str>> =
+            cells.map(|cell| Arc::from(format!("{}-{cell}", key.name))).collect();
+        names.insert(Arc::clone(&key.name));
+        names.extend(kind.sources.get(&(Arc::clone(&home), source.into())).into_iter().flatten().cloned());
+        let objects = names
+            .iter()
+            .filter_map(|name| {
+                let known = kind.get(&home, name)?;
+                let live = LiveObject { value: Arc::clone(&known.value), baseline: known.baseline.clone() };
+                Some((name.to_string(), live))
             })
             .collect();
-        let ours = |target: &TargetKey| target.kind == key.kind && target.namespace == key.namespace;
+        let targets = || {
+            names.iter().map(|name| TargetKey {
+                kind: key.kind,
+                namespace: Arc::clone(&home),
+                name: Arc::clone(name),
+            })
+        };
         MemberView {
             state,
             objects,
@@ -134,44 +158,35 @@ impl Store {
                 .filter(|(_, begun)| begun.source == *key)
                 .map(|(target, _)| target.name.to_string())
                 .collect(),
-            failures: self
-                .failures
-                .iter()
-                .filter(|(target, _)| ours(target) && concerns(&target.name))
-                .map(|(target, failure)| (target.name.to_string(), failure.failure.clone()))
+            failures: targets()
+                .filter_map(|target| {
+                    let failure = self.failures.get(&target)?.failure.clone();
+                    Some((target.name.to_string(), failure))
+                })
                 .collect(),
-            contended: self
-                .fights
-                .iter_mut()
-                .filter(|(target, _)| ours(target) && concerns(&target.name))
-                .filter_map(|(target, guard)| {
-                    guard.rest(now).map(|_| (target.name.to_string(), fight_message(&target.name)))
+            contended: targets()
+                .filter_map(|target| {
+                    self.fights.get_mut(&target)?.rest(now)?;
+                    Some((target.name.to_string(), fight_message(&target.name)))
                 })
                 .collect(),
         }
     }
 
-    /// When a contended object of `key` may be written again, if one is.
-    pub(super) fn rest(&mut self, key: &ObjectKey, now: Instant) -> Option<Duration> {
-        let prefix = format!("{}-", key.name);
-        self.fights
-            .iter_mut()
-            .filter(|(target, _)| {
-                target.kind == key.kind
-                    && target.namespace == key.namespace
-                    && (target.name == key.name || target.name.starts_with(&prefix))
-            })
-            .filter_map(|(_, guard)| guard.rest(now))
-            .min()
+    /// When an object may be written again, if it is contended.
+    pub(super) fn rest(&mut self, target: &TargetKey, now: Instant) -> Option<Duration> {
+        self.fights.get_mut(target)?.rest(now)
     }
 
     /// Takes objects in; returns the marks and namespaces of federated objects that are to be looked at.
     pub(super) fn change(&mut self, kind: usize, change: Change<Value>) -> Vec<(String, Arc<str>)> {
-        let Some(of) = self.kinds.get_mut(kind) else { return Vec::new() };
+        self.kind(kind);
+        let of = &mut self.kinds[kind];
         match change {
             Change::Replace(all) => {
                 // Objects that are gone are found by their federated objects, which are all looked at after a listing.
                 let old = std::mem::take(&mut of.namespaces);
+                of.sources.clear();
                 of.count = 0;
                 of.bytes = 0;
                 of.state = Listing::Synced;
@@ -181,7 +196,7 @@ impl Store {
                     let baseline = known
                         .filter(|known| known.value["metadata"]["uid"] == value["metadata"]["uid"])
                         .and_then(|known| known.baseline.clone());
-                    of.insert(namespace, name, Known { value, baseline });
+                    of.insert(namespace, name, Known { value: Arc::new(value), baseline });
                 }
                 Vec::new()
             }
@@ -194,8 +209,8 @@ impl Store {
                 let same =
                     before.filter(|before| before.value["metadata"]["uid"] == value["metadata"]["uid"]);
                 let baseline = same.and_then(|before| before.baseline.clone());
-                let marks = marks(&namespace, [Some(&value), before.map(|before| &before.value)]);
-                of.insert(namespace, name, Known { value, baseline });
+                let marks = marks(&namespace, [Some(&value), before.map(|before| &*before.value)]);
+                of.insert(namespace, name, Known { value: Arc::new(value), baseline });
                 marks
             }
             Change::Delete(value) => {
@@ -208,7 +223,7 @@ impl Store {
                 if before.is_some_and(|before| before.value["metadata"]["uid"] != value["metadata"]["uid"]) {
                     return Vec::new();
                 }
-                let marks = marks(&namespace, [Some(&value), before.map(|before| &before.value)]);
+                let marks = marks(&namespace, [Some(&value), before.map(|before| &*before.value)]);
                 of.remove(&namespace, &name);
                 marks
             }
@@ -217,7 +232,7 @@ impl Store {
 
     /// Sets how far a kind is known; returns whether that changed.
     pub(super) fn set_listing(&mut self, kind: usize, listing: Listing) -> bool {
-        let Some(of) = self.kinds.get_mut(kind) else { return false };
+        let of = self.kind(kind);
         let changed = of.state != listing;
         of.state = listing;
         changed
@@ -240,7 +255,7 @@ impl Store {
     pub(super) fn submit(&mut self, job: Job, now: Instant) -> Result<TargetKey, Duration> {
         let target = TargetKey {
             kind: job.source.kind,
-            namespace: Arc::clone(&job.source.namespace),
+            namespace: Arc::clone(&job.home),
             name: job.write.object.as_str().into(),
         };
         if let Some(failure) = self.failures.get(&target)
@@ -296,17 +311,17 @@ impl Store {
                 if gone.is_some_and(|gone| !is_older(&gone, &version)) {
                     return;
                 }
-                let baseline = Some(federation_core::drift::baseline(&answer, desired, hash));
+                let baseline = Some(Arc::new(federation_core::drift::baseline(&answer, desired, hash)));
                 // Should the watch have been faster with something newer, that stays, and is compared with the answer.
                 let value = match before {
-                    Some(before) if is_older_value(&answer, &before.value) => before.value.clone(),
-                    _ => answer,
+                    Some(before) if is_older_value(&answer, &before.value) => Arc::clone(&before.value),
+                    _ => Arc::new(answer),
                 };
                 of.insert(Arc::clone(&target.namespace), Arc::clone(&target.name), Known { value, baseline });
             }
             (_, Some(answer)) => {
                 if before.is_some_and(|before| !is_older_value(&answer, &before.value)) {
-                    let known = Known { value: answer, baseline: None };
+                    let known = Known { value: Arc::new(answer), baseline: None };
                     of.insert(Arc::clone(&target.namespace), Arc::clone(&target.name), known);
                 }
             }
@@ -351,20 +366,44 @@ impl Kind {
 
     fn insert(&mut self, namespace: Arc<str>, name: Arc<str>, known: Known) {
         self.bytes += weight(&known.value);
-        match self.namespaces.entry(namespace).or_default().insert(name, known) {
-            Some(before) => self.bytes = self.bytes.saturating_sub(weight(&before.value)),
+        if let Some(mark) = mark(&known.value) {
+            self.sources.entry((Arc::clone(&namespace), mark)).or_default().insert(Arc::clone(&name));
+        }
+        let now = mark(&known.value);
+        let objects = self.namespaces.entry(Arc::clone(&namespace)).or_default();
+        match objects.insert(Arc::clone(&name), known) {
+            Some(before) => {
+                self.bytes = self.bytes.saturating_sub(weight(&before.value));
+                if let Some(mark) = mark(&before.value).filter(|mark| Some(mark) != now.as_ref()) {
+                    self.unmark(namespace, mark, &name);
+                }
+            }
             None => self.count += 1,
+        }
+    }
+
+    fn unmark(&mut self, namespace: Arc<str>, mark: Arc<str>, name: &Arc<str>) {
+        let key = (namespace, mark);
+        if let Some(names) = self.sources.get_mut(&key) {
+            names.remove(name);
+            if names.is_empty() {
+                self.sources.remove(&key);
+            }
         }
     }
 
     fn remove(&mut self, namespace: &Arc<str>, name: &Arc<str>) {
         if let Some(objects) = self.namespaces.get_mut(namespace) {
-            if let Some(before) = objects.remove(name) {
-                self.count -= 1;
-                self.bytes = self.bytes.saturating_sub(weight(&before.value));
-            }
+            let before = objects.remove(name);
             if objects.is_empty() {
                 self.namespaces.remove(namespace);
+            }
+            if let Some(before) = before {
+                self.count -= 1;
+                self.bytes = self.bytes.saturating_sub(weight(&before.value));
+                if let Some(mark) = mark(&before.value) {
+                    self.unmark(Arc::clone(namespace), mark, name);
+                }
             }
         }
     }
@@ -394,6 +433,11 @@ pub(super) fn hash_of(action: &Action) -> String {
 fn place(value: &Value) -> (Arc<str>, Arc<str>) {
     let text = |field: &str| value["metadata"][field].as_str().unwrap_or_default().into();
     (text("namespace"), text("name"))
+}
+
+/// An object's source mark.
+fn mark(value: &Value) -> Option<Arc<str>> {
+    value["metadata"]["annotations"][federation_core::names::SOURCE_ANNOTATION].as_str().map(Into::into)
 }
 
 fn marks<'a>(
@@ -451,16 +495,16 @@ mod tests {
 
     fn job(hash: &str) -> Job {
         let write = Write { cluster: "x".into(), object: "web-a".into(), action: apply(hash, Cause::Create) };
-        Job { source: key(), about: ObjectReference::default(), write }
+        Job { source: key(), home: "shop".into(), about: ObjectReference::default(), write }
     }
 
     fn view(store: &mut Store) -> MemberView {
-        store.view(&key(), "federateddeployments/web", None, Instant::now())
+        store.view(&key(), "shop", "federateddeployments/web", ["a"].into_iter(), None, Instant::now())
     }
 
     #[test]
     fn a_view_shows_what_concerns_the_object() {
-        let mut store = Store::new(1);
+        let mut store = Store::default();
         assert_eq!(view(&mut store).state, MemberState::Syncing);
         let mut other = live("other", "2", 2);
         other["metadata"]["annotations"] = json!({});
@@ -468,7 +512,14 @@ mod tests {
         let seen = view(&mut store);
         assert_eq!(seen.state, MemberState::Synced);
         assert_eq!(Vec::from_iter(seen.objects.keys()), ["renamed", "web-a"]);
-        let offline = store.view(&key(), "", Some(("NoTunnel", "m".into())), Instant::now());
+        let offline = store.view(
+            &key(),
+            "shop",
+            "",
+            std::iter::empty(),
+            Some(("NoTunnel", "m".into())),
+            Instant::now(),
+        );
         assert!(matches!(offline.state, MemberState::Unreachable { .. }));
         store.distrust();
         assert_eq!(view(&mut store).state, MemberState::Syncing);
@@ -476,7 +527,7 @@ mod tests {
 
     #[test]
     fn changes_name_whom_they_concern() {
-        let mut store = Store::new(1);
+        let mut store = Store::default();
         store.change(0, Change::Replace(vec![live("web-a", "1", 5)]));
         assert_eq!(store.change(0, Change::Apply(live("web-a", "1", 6))).len(), 1);
         assert!(store.change(0, Change::Apply(live("web-a", "1", 4))).is_empty(), "older");
@@ -487,7 +538,7 @@ mod tests {
 
     #[test]
     fn the_latest_write_replaces_one_that_has_not_begun() {
-        let mut store = Store::new(1);
+        let mut store = Store::default();
         let now = Instant::now();
         let target = store.submit(job("one"), now).expect("taken");
         store.submit(job("two"), now).expect("taken");
@@ -503,7 +554,7 @@ mod tests {
 
     #[test]
     fn a_failed_write_waits_and_another_does_not() {
-        let mut store = Store::new(1);
+        let mut store = Store::default();
         let now = Instant::now();
         let target = store.submit(job("one"), now).expect("taken");
         store.begin(&target).expect("begun");
@@ -529,7 +580,7 @@ mod tests {
 
     #[test]
     fn a_faster_watch_wins_over_an_answer() {
-        let mut store = Store::new(1);
+        let mut store = Store::default();
         let now = Instant::now();
         store.change(0, Change::Replace(vec![live("web-a", "1", 5)]));
         let target = store.submit(job("one"), now).expect("taken");
@@ -542,7 +593,7 @@ mod tests {
     #[test]
     fn what_is_gone_before_the_answer_is_not_remembered() {
         for (gone_at, remembered) in [(6, true), (7, false), (9, false)] {
-            let mut store = Store::new(1);
+            let mut store = Store::default();
             let now = Instant::now();
             store.change(0, Change::Replace(vec![live("web-a", "1", 5)]));
             let target = store.submit(job("one"), now).expect("taken");
@@ -555,7 +606,7 @@ mod tests {
 
     #[test]
     fn objects_are_counted_and_weighed() {
-        let mut store = Store::new(1);
+        let mut store = Store::default();
         store.change(0, Change::Replace(vec![live("a", "1", 1), live("b", "2", 2)]));
         store.change(0, Change::Apply(live("a", "1", 3)));
         let weight = |names: &[&str]| names.iter().map(|name| weight(&live(name, "1", 1))).sum::<usize>();
@@ -571,7 +622,7 @@ mod tests {
 
     #[test]
     fn fights_are_noticed() {
-        let mut store = Store::new(1);
+        let mut store = Store::default();
         let now = Instant::now();
         for round in 0..6u64 {
             store.change(0, Change::Apply(live("web-a", "1", 10 + 2 * round)));
@@ -580,13 +631,14 @@ mod tests {
             let answer = live("web-a", "1", 11 + 2 * round);
             store.succeeded(&target, &apply("one", Cause::Heal), Some(answer), now);
         }
+        let target = TargetKey { kind: 0, namespace: "shop".into(), name: "web-a".into() };
         assert!(view(&mut store).contended.contains_key("web-a"));
-        assert_eq!(store.rest(&key(), now), Some(Duration::from_secs(60)));
+        assert_eq!(store.rest(&target, now), Some(Duration::from_secs(60)));
     }
 
     #[test]
     fn a_deletion_takes_only_the_object_that_was_meant() {
-        let mut store = Store::new(1);
+        let mut store = Store::default();
         let target = TargetKey { kind: 0, namespace: "shop".into(), name: "web-a".into() };
         store.change(0, Change::Replace(vec![live("web-a", "2", 5)]));
         store.succeeded(&target, &Action::Delete { uid: Some("1".into()) }, None, Instant::now());

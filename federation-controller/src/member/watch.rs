@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use federation_core::names::{MANAGED_LABEL, parse_source};
+use federation_core::types::FederatedType;
 use kube::Api;
 use kube::api::DynamicObject;
 use kube::runtime::watcher;
@@ -16,6 +17,7 @@ use super::store::{Listing, MAX_BYTES, MAX_OBJECTS, weight};
 use super::{Member, chain};
 use crate::Shared;
 use crate::hub::{Change, ObjectKey, WatchTrouble, follow, lighten};
+use crate::types::Stage;
 
 /// Objects in one page of a list; bounds what one response of a member holds.
 const PAGE: u32 = 100;
@@ -26,7 +28,19 @@ const TOLERATED_FAILURES: u32 = 3;
 
 /// Watches for ever.
 pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>, kind: usize) {
-    let Some(of) = shared.options.types.get(kind) else { return };
+    let Some((of, mut stage)) = shared.types.follow(kind) else { return };
+    let mut passes = async |wanted: fn(Stage) -> bool| stage.wait_for(|stage| wanted(*stage)).await.is_ok();
+    // Until there is an object of the type, members need not be watched for it.
+    if !passes(|stage| stage != Stage::Idle).await {
+        return;
+    }
+    tokio::select! {
+        _ = passes(|stage| stage == Stage::Retired) => member.store.lock().drop_kind(kind),
+        () = follow_kind(&member, &shared, kind, &of) => {}
+    }
+}
+
+async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of: &FederatedType) {
     let resource = of.target.resource();
     let mut epoch = member.epoch.subscribe();
     loop {
@@ -47,8 +61,8 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>, kind: usize) {
                 api,
                 config,
                 admit,
-                |change| take(&member, &shared, kind, change),
-                |trouble| on_trouble(&member, &shared, kind, &trouble),
+                |change| take(member, shared, kind, of, change),
+                |trouble| on_trouble(member, shared, kind, &trouble),
             );
             tokio::select! {
                 () = watching => {
@@ -71,7 +85,13 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>, kind: usize) {
     }
 }
 
-fn take(member: &Member, shared: &Shared, kind: usize, change: Change<DynamicObject>) -> bool {
+fn take(
+    member: &Member,
+    shared: &Shared,
+    kind: usize,
+    of: &FederatedType,
+    change: Change<DynamicObject>,
+) -> bool {
     let value = |mut object: DynamicObject| -> Option<Value> {
         lighten(&mut object);
         // It came as JSON a moment ago.
@@ -101,9 +121,10 @@ fn take(member: &Member, shared: &Shared, kind: usize, change: Change<DynamicObj
     }
     for (mark, namespace) in marks {
         if let Some((plural, name)) = parse_source(&mark)
-            && shared.options.types.get(kind).is_some_and(|of| of.plural == plural)
+            && of.plural == plural
         {
-            shared.queue.add_after(ObjectKey::new(kind, &namespace, name), crate::SETTLE);
+            let namespace = of.hub_namespace(&namespace, name);
+            shared.queue.add_after(ObjectKey::new(kind, namespace, name), crate::SETTLE);
         }
     }
     true

@@ -90,7 +90,7 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
             shared.queue.add_after(job.source.clone(), wait);
         }
     }
-    if let Some(wait) = member.store.lock().rest(&job.source, Instant::now()) {
+    if let Some(wait) = member.store.lock().rest(target, Instant::now()) {
         shared.queue.add_after(job.source.clone(), wait);
     }
     shared.queue.add(job.source);
@@ -103,12 +103,15 @@ async fn perform(
     target: &TargetKey,
     job: &Job,
 ) -> Result<Option<Value>, WriteError> {
-    // The type is one of the options': keys are made from them.
-    let Some(of) = shared.options.types.get(target.kind) else {
-        return Err(WriteError::Lost("the type is not known any more".into()));
+    let Some(of) = shared.types.get(target.kind) else {
+        return Err(WriteError::Lost("the type is federated no more".into()));
     };
     let resource = of.target.resource();
-    let api: Api<DynamicObject> = Api::namespaced_with(member.client.clone(), &target.namespace, &resource);
+    let api: Api<DynamicObject> = if of.target.namespaced {
+        Api::namespaced_with(member.client.clone(), &target.namespace, &resource)
+    } else {
+        Api::all_with(member.client.clone(), &resource)
+    };
     let name = target.name.as_ref();
     match &job.write.action {
         Action::Apply { desired, exists, remove_annotations, remove_labels, .. } => {
@@ -121,7 +124,8 @@ async fn perform(
                         admit(&plain(found)?, &source, shared.options.adopt)?;
                         exists = true;
                     }
-                    None => ensure_namespace(member, &target.namespace).await?,
+                    None if of.target.namespaced => ensure_namespace(member, &target.namespace).await?,
+                    None => {}
                 }
             }
             let mut params = PatchParams::apply(FIELD_MANAGER);

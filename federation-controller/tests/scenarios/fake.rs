@@ -288,6 +288,9 @@ impl FakeApi {
             let changed = before.as_ref().is_none_or(|old| old["spec"] != value["spec"]);
             let generation = generation + i64::from(changed);
             value["metadata"]["generation"] = generation.into();
+            if place.resource == "apiextensions.k8s.io/customresourcedefinitions" {
+                value["status"] = json!({"conditions": [{"type": "Established", "status": "True"}]});
+            }
             if place.resource == "apps/deployments" {
                 let replicas = value["spec"]["replicas"].as_i64().unwrap_or(1);
                 value["status"] = json!({"observedGeneration": generation, "replicas": replicas,

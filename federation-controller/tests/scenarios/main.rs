@@ -1,6 +1,7 @@
 //! The controller from end to end: a hub and members that are small APIs in memory, reached through a connector over
 //! real HTTP/1.1. Each test changes something and waits until the world is as it should be.
 
+mod any_type;
 mod fake;
 mod world;
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::schema::{any_object, any_value};
-use crate::types::{FEDERATED_GROUP, FederatedType, Readiness};
+use crate::types::FederatedType;
 
 /// What a federated object asks for.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -36,6 +36,7 @@ pub struct FederatedSpec {
     #[serde(default)]
     pub topology_type: TopologyType,
     /// The member object without apiVersion, kind, name and namespace. Of its metadata, labels and annotations count.
+    #[serde(default)]
     #[schemars(schema_with = "any_object")]
     pub template: Value,
     /// Where it goes.
@@ -66,7 +67,7 @@ pub enum TopologyType {
 }
 
 /// `Shared`: one object per cluster for all its cells. `PerUnit`: an object of its own, `<name>-<cell>`, for each cell.
-/// Workloads are always per cell.
+/// Workloads are always per cell; namespaces and CRDs, whose name says what they are, never.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Naming {
     #[default]
@@ -254,13 +255,15 @@ pub enum Phase {
 /// The CustomResourceDefinition of one federated type.
 pub fn federated_crd(of: &FederatedType) -> CustomResourceDefinition {
     let mut crd = FederatedObject::crd();
-    crd.metadata.name = Some(format!("{}.{FEDERATED_GROUP}", of.plural));
+    crd.metadata.name = Some(of.crd_name());
+    crd.spec.group = of.group.clone();
+    crd.spec.scope = if of.namespaced() { "Namespaced" } else { "Cluster" }.into();
     crd.spec.names.kind = of.kind.clone();
     crd.spec.names.list_kind = Some(format!("{}List", of.kind));
     crd.spec.names.plural = of.plural.clone();
     crd.spec.names.singular = Some(of.kind.to_lowercase());
     crd.spec.names.short_names = (!of.short_names.is_empty()).then(|| of.short_names.clone());
-    if of.readiness == Readiness::Replicas {
+    if of.has_replicas() {
         for version in &mut crd.spec.versions {
             if let Some(subresources) = &mut version.subresources {
                 subresources.scale = Some(CustomResourceSubresourceScale {

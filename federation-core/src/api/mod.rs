@@ -6,6 +6,7 @@ mod federated;
 mod propagation;
 mod revision;
 mod schema;
+mod type_config;
 
 pub use self::cell::{Cell, CellSpec};
 pub use self::cluster::{
@@ -17,3 +18,7 @@ pub use self::federated::{
 };
 pub use self::propagation::{KeyClass, KeyRule, PropagationConfig, PropagationConfigSpec};
 pub use self::revision::{FederatedRevision, FederatedRevisionSpec, Snapshot};
+pub use self::type_config::{
+    ApiResourceSpec, ControllerState, FederatedTypeConfig, FederatedTypeConfigSpec,
+    FederatedTypeConfigStatus, Mode, Scope,
+};

@@ -85,7 +85,7 @@ fn make(world: &mut World, change: &Change) {
 fn asked_for(world: &World, cell: u8) -> Option<Value> {
     let name = format!("web-{}", CELLS[usize::from(cell)]);
     let live = world.members[cluster(cell)].objects.get(&name)?;
-    let mut value = live.value.clone();
+    let mut value = Value::clone(&live.value);
     value.as_object_mut().expect("object").remove("status");
     for field in ["uid", "generation"] {
         value["metadata"].as_object_mut().expect("object").remove(field);

@@ -2,6 +2,7 @@
 //! applied to them, so that plans can be carried out and made again.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use federation_core::api::{
     Cell, CellSpec, FederatedObject, FederatedRevision, FederatedSpec, FederatedStatus, KubeFedCluster,
@@ -138,17 +139,18 @@ impl World {
         let view = self.members.get_mut(cluster).expect("member");
         match action {
             Action::Apply { desired, remove_annotations, remove_labels, .. } => {
-                let old = view.objects.remove(name).map(|live| live.value);
+                let old = view.objects.remove(name).map(|live| Arc::unwrap_or_clone(live.value));
                 let answer = merged(old, desired, remove_annotations, remove_labels, &mut self.uids);
-                view.objects.insert(name.into(), LiveObject { value: answer, baseline: None });
+                view.objects.insert(name.into(), LiveObject { value: Arc::new(answer), baseline: None });
             }
             Action::Delete { .. } => {
                 view.objects.remove(name);
             }
             Action::Orphan { .. } => {
                 let live = view.objects.get_mut(name).expect("object");
-                live.value["metadata"]["annotations"] = json!({});
-                live.value["metadata"]["labels"] = json!({});
+                let value = Arc::make_mut(&mut live.value);
+                value["metadata"]["annotations"] = json!({});
+                value["metadata"]["labels"] = json!({});
             }
         }
     }
@@ -158,7 +160,8 @@ impl World {
     }
 
     pub(crate) fn live_mut(&mut self, cluster: &str, name: &str) -> &mut Value {
-        &mut self.members.get_mut(cluster).expect("member").objects.get_mut(name).expect("object").value
+        let objects = &mut self.members.get_mut(cluster).expect("member").objects;
+        Arc::make_mut(&mut objects.get_mut(name).expect("object").value)
     }
 
     pub(crate) fn names(&self, cluster: &str) -> BTreeSet<&str> {

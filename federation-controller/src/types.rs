@@ -1,0 +1,407 @@
+//! The federated types that are enabled, and what follows when one comes or goes.
+//!
+//! Each type that was ever enabled has a slot with a number of its own, which keys carry. A slot is retired when its
+//! configuration goes, is disabled or says something else; enabling the type again takes a new slot, with everything
+//! listed anew.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use federation_core::api::{
+    Condition, ControllerState, FederatedTypeConfig, FederatedTypeConfigStatus, Mode, federated_crd,
+};
+use federation_core::drift;
+use federation_core::names::{FEDERATION_NAMESPACE, FIELD_MANAGER};
+use federation_core::types::FederatedType;
+use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{DynamicObject, Patch, PatchParams, PostParams};
+use kube::runtime::watcher;
+use kube::{Api, ResourceExt as _};
+use parking_lot::RwLock;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
+use tracing::{Instrument as _, info, info_span, warn};
+
+use crate::Shared;
+use crate::hub::{Change, admit_all, follow};
+use crate::member::chain;
+
+/// Types that may be enabled at once: each costs a watch at the hub and, once used, one in every member.
+const MAX_TYPES: usize = 512;
+/// Wait before what failed about types is tried again.
+const RETRY: Duration = Duration::from_secs(2);
+/// Longest wait for a new definition to be served; its watch is begun all the same.
+const ESTABLISHING: Duration = Duration::from_secs(5);
+/// How often a new definition is looked at meanwhile.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// How far a type is followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// There has been no object of it yet: members are not watched for it.
+    Idle,
+    /// Members are watched for it.
+    Used,
+    /// It is not federated any more.
+    Retired,
+}
+
+/// The slots.
+#[derive(Debug)]
+pub(crate) struct Types {
+    slots: RwLock<Vec<Slot>>,
+    count: watch::Sender<usize>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    of: Arc<FederatedType>,
+    stage: watch::Sender<Stage>,
+}
+
+/// A type that is followed.
+struct Running {
+    kind: usize,
+    of: Arc<FederatedType>,
+    watch: AbortHandle,
+}
+
+// === impl Types ===
+
+impl Types {
+    pub(crate) fn new() -> Self {
+        Self { slots: RwLock::default(), count: watch::Sender::new(0) }
+    }
+
+    /// The type in a slot, while it is enabled.
+    pub(crate) fn get(&self, kind: usize) -> Option<Arc<FederatedType>> {
+        let slots = self.slots.read();
+        let slot = slots.get(kind)?;
+        let stage = *slot.stage.borrow();
+        (stage != Stage::Retired).then(|| Arc::clone(&slot.of))
+    }
+
+    /// Tells how many slots there are.
+    pub(crate) fn count(&self) -> watch::Receiver<usize> {
+        self.count.subscribe()
+    }
+
+    /// A slot's type and the stages that it goes through.
+    pub(crate) fn follow(&self, kind: usize) -> Option<(Arc<FederatedType>, watch::Receiver<Stage>)> {
+        let slots = self.slots.read();
+        let slot = slots.get(kind)?;
+        Some((Arc::clone(&slot.of), slot.stage.subscribe()))
+    }
+
+    /// There is an object of it.
+    pub(crate) fn mark_used(&self, kind: usize) {
+        if let Some(slot) = self.slots.read().get(kind) {
+            slot.stage.send_if_modified(|stage| {
+                let first = *stage == Stage::Idle;
+                if first {
+                    *stage = Stage::Used;
+                }
+                first
+            });
+        }
+    }
+
+    pub(crate) fn add(&self, of: Arc<FederatedType>) -> usize {
+        let mut slots = self.slots.write();
+        slots.push(Slot { of, stage: watch::Sender::new(Stage::Idle) });
+        let count = slots.len();
+        drop(slots);
+        self.count.send_replace(count);
+        count - 1
+    }
+
+    fn retire(&self, kind: usize) {
+        if let Some(slot) = self.slots.read().get(kind) {
+            slot.stage.send_replace(Stage::Retired);
+        }
+    }
+}
+
+/// Follows the configurations for ever.
+pub(crate) async fn keep(shared: Arc<Shared>) {
+    let mut tasks = JoinSet::new();
+    let at = Arc::clone(&shared);
+    tasks.spawn(
+        follow(
+            configs(shared.hub.clone()),
+            watcher::Config::default(),
+            admit_all,
+            move |change| {
+                at.state.write().change_type_configs(change);
+                at.types_changed.notify_one();
+                true
+            },
+            crate::hub_trouble("type configurations"),
+        )
+        .instrument(info_span!("watch", kind = "FederatedTypeConfig")),
+    );
+    let mut running: HashMap<String, Running> = HashMap::new();
+    loop {
+        shared.types_changed.notified().await;
+        let Some(configs) = shared.state.read().type_configs() else { continue };
+        if configs.is_empty() {
+            // The first start of all: what comes enabled is enabled. An emptied list fills up again; `propagation:
+            // Disabled` is what lasts.
+            enable_defaults(&shared).await;
+            continue;
+        }
+        let wanted = sorted(configs);
+        running.retain(|name, run| {
+            let stays = wanted.get(name).is_some_and(|(_, of)| of.as_ref() == Ok(&*run.of));
+            if !stays {
+                info!(kind = run.of.kind, "the type is federated no more");
+                run.watch.abort();
+                shared.types.retire(run.kind);
+                shared.state.write().drop_kind(run.kind);
+            }
+            stays
+        });
+        let mut again = false;
+        for (name, (config, of)) in wanted {
+            let state = match of {
+                Err(reason) => Err(reason),
+                Ok(of) => {
+                    if let Entry::Vacant(slot) = running.entry(name) {
+                        if let Err(error) = define(&shared, &of).await {
+                            warn!(
+                                kind = of.kind,
+                                error = chain(&error),
+                                "cannot define the type at the hub; its watch is tried all the same"
+                            );
+                            again = true;
+                        }
+                        info!(kind = of.kind, "the type is federated");
+                        let of = Arc::new(of);
+                        let kind = shared.types.add(Arc::clone(&of));
+                        shared.state.write().add_kind(kind);
+                        let watch = tasks.spawn(watch_objects(Arc::clone(&shared), kind, Arc::clone(&of)));
+                        slot.insert(Running { kind, of, watch });
+                    }
+                    Ok(())
+                }
+            };
+            if let Err(error) = report(&shared, &config, state).await {
+                warn!(config = config.name_any(), error = chain(&error), "cannot write a type's status");
+                again = true;
+            }
+        }
+        while tasks.try_join_next().is_some() {}
+        if again {
+            let at = Arc::clone(&shared);
+            tasks.spawn(async move {
+                tokio::time::sleep(RETRY).await;
+                at.types_changed.notify_one();
+            });
+        }
+    }
+}
+
+async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>) {
+    let objects: Api<DynamicObject> = Api::all_with(shared.hub.clone(), &of.hub_resource());
+    let span = info_span!("watch", kind = of.kind);
+    let at = shared;
+    let on_change = move |change: Change<DynamicObject>| {
+        // The last listing of all completes the picture: then everything is looked at.
+        let listed = matches!(change, Change::Replace(_));
+        let touched = at.state.write().change_objects(kind, crate::lightened(change));
+        if !touched.is_empty() {
+            at.types.mark_used(kind);
+        }
+        touched.into_iter().for_each(|key| at.queue.add(key));
+        if listed {
+            at.enqueue_kind(kind);
+        }
+        true
+    };
+    follow(
+        objects,
+        watcher::Config::default(),
+        admit_all,
+        on_change,
+        crate::hub_trouble("federated objects"),
+    )
+    .instrument(span)
+    .await;
+}
+
+/// What each configuration asks for, or why it makes no type. Of two that clash the older one counts.
+#[allow(clippy::type_complexity)] // said once, here
+fn sorted(
+    mut configs: Vec<FederatedTypeConfig>,
+) -> BTreeMap<String, (FederatedTypeConfig, Result<FederatedType, (&'static str, String)>)> {
+    configs.sort_by_key(|config| (config.metadata.creation_timestamp.clone(), config.name_any()));
+    let mut taken: BTreeSet<String> = BTreeSet::new();
+    let mut all = BTreeMap::new();
+    for config in configs {
+        let of = if config.spec.propagation == Mode::Disabled {
+            Err(("Disabled", "spec.propagation is Disabled: everything stays where it is".to_owned()))
+        } else if all.len() >= MAX_TYPES {
+            Err(("TooMany", format!("more than {MAX_TYPES} types cannot be federated")))
+        } else {
+            FederatedType::from_config(&config).map_err(|error| ("Invalid", error.to_string()))
+        };
+        let of = of.and_then(|of| {
+            let names = [of.crd_name(), format!("target {}", of.config_name())];
+            if let Some(clash) = names.iter().find(|name| taken.contains(*name)) {
+                return Err(("Conflict", format!("{clash} is used by an older FederatedTypeConfig already")));
+            }
+            taken.extend(names);
+            Ok(of)
+        });
+        all.insert(config.name_any(), (config, of));
+    }
+    all
+}
+
+async fn enable_defaults(shared: &Shared) {
+    let api = configs(shared.hub.clone());
+    for of in &shared.options.default_types {
+        match api.create(&PostParams::default(), &of.to_config()).await {
+            Ok(_) => {}
+            Err(kube::Error::Api(status)) if status.code == 409 => {}
+            Err(error) => {
+                warn!(kind = of.kind, error = chain(&error), "cannot enable a type");
+                tokio::time::sleep(RETRY).await;
+                shared.types_changed.notify_one();
+                return;
+            }
+        }
+    }
+}
+
+/// Sees to it that the hub serves the federated kind.
+async fn define(shared: &Shared, of: &FederatedType) -> Result<(), kube::Error> {
+    let api: Api<CustomResourceDefinition> = Api::all(shared.hub.clone());
+    let name = of.crd_name();
+    let wanted = shared.options.hub_crd(of);
+    if let Some(found) = api.get_opt(&name).await? {
+        let found = serde_json::to_value(&found).unwrap_or_default();
+        if drift::covers(&found["spec"], &wanted["spec"]) {
+            return Ok(());
+        }
+    }
+    let params = PatchParams::apply(FIELD_MANAGER).force();
+    api.patch(&name, &params, &Patch::Apply(wanted)).await?;
+    let established = async {
+        loop {
+            let found = api.get_opt(&name).await?;
+            let conditions = found.and_then(|found| found.status).and_then(|status| status.conditions);
+            let served = conditions
+                .into_iter()
+                .flatten()
+                .any(|condition| condition.type_ == "Established" && condition.status == "True");
+            if served {
+                return Ok(());
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    };
+    tokio::time::timeout(ESTABLISHING, established).await.unwrap_or(Ok(()))
+}
+
+/// Writes a configuration's status, when it changed.
+async fn report(
+    shared: &Shared,
+    config: &FederatedTypeConfig,
+    state: Result<(), (&'static str, String)>,
+) -> Result<(), kube::Error> {
+    let before = config.status.clone().unwrap_or_default();
+    let (running, status, reason, message) = match state {
+        Ok(()) => {
+            (ControllerState::Running, "True", "Running", "objects of the type are propagated".to_owned())
+        }
+        Err((reason, message)) => (ControllerState::NotRunning, "False", reason, message),
+    };
+    let old = before.conditions.iter().find(|old| old.type_ == "Ready" && old.status == status);
+    let since = old.and_then(|old| old.last_transition_time.clone()).unwrap_or_else(crate::now);
+    let wanted = FederatedTypeConfigStatus {
+        observed_generation: config.metadata.generation.unwrap_or_default(),
+        propagation_controller: running,
+        status_controller: config.spec.status_collection.map(|_| running),
+        conditions: vec![Condition {
+            type_: "Ready".into(),
+            status: status.into(),
+            observed_generation: config.metadata.generation,
+            last_transition_time: Some(since),
+            reason: reason.into(),
+            message: message.clone(),
+        }],
+    };
+    if config.status.as_ref() == Some(&wanted) {
+        return Ok(());
+    }
+    let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+    let patch = Patch::Merge(json!({ "status": wanted }));
+    match configs(shared.hub.clone()).patch_status(&config.name_any(), &params, &patch).await {
+        Ok(_) => {}
+        Err(kube::Error::Api(status)) if status.code == 404 => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    if matches!(reason, "Invalid" | "Conflict" | "TooMany") {
+        let about = ObjectReference {
+            api_version: Some("core.kubefed.io/v1beta1".into()),
+            kind: Some("FederatedTypeConfig".into()),
+            namespace: config.namespace(),
+            name: Some(config.name_any()),
+            uid: config.uid(),
+            ..ObjectReference::default()
+        };
+        shared.events.warning(&about, "TypeNotFederated", message);
+    }
+    Ok(())
+}
+
+/// The definition as it is applied: without the nulls that typed sources leave.
+pub(crate) fn definition(of: &FederatedType) -> Value {
+    let mut wanted = serde_json::to_value(federated_crd(of)).unwrap_or_default();
+    federation_core::render::strip_nulls(&mut wanted);
+    if let Some(object) = wanted.as_object_mut() {
+        object.remove("status");
+    }
+    wanted
+}
+
+fn configs(client: kube::Client) -> Api<FederatedTypeConfig> {
+    Api::namespaced(client, FEDERATION_NAMESPACE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_older_of_two_clashing_configurations_counts() {
+        let one = FederatedType::of("example.com", "v1", "Widget", "widgets", true).to_config();
+        let mut two = one.clone();
+        two.metadata.name = Some("z-second".into());
+        let mut three = one.clone();
+        three.metadata.name = Some("a-disabled".into());
+        three.spec.propagation = Mode::Disabled;
+        let all = sorted(vec![two, one, three]);
+        let said: Vec<_> =
+            all.values().map(|(_, of)| of.as_ref().map_or_else(|error| error.0, |_| "ok")).collect();
+        assert_eq!(said, ["Disabled", "ok", "Conflict"]);
+    }
+
+    #[test]
+    fn a_retired_slot_is_not_used_again() {
+        let types = Types::new();
+        let of = Arc::new(federation_core::types::builtin().remove(0));
+        let first = types.add(Arc::clone(&of));
+        types.mark_used(first);
+        types.retire(first);
+        types.mark_used(first);
+        assert!(types.get(first).is_none());
+        assert_eq!(types.add(of), 1);
+        assert!(types.get(1).is_some() && types.get(7).is_none());
+    }
+}

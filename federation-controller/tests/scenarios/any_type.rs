@@ -1,0 +1,167 @@
+//! Types that are enabled while the controller runs, and kinds that are not workloads in a namespace.
+
+use federation_core::api::{FederatedTypeConfig, Phase};
+use federation_core::types::{self, FederatedType};
+use serde_json::{Value, json};
+
+use crate::world::{World, condition, is_true};
+
+const CONFIGS: &str = "core.kubefed.io/federatedtypeconfigs";
+const HOME: &str = "kube-federation-system";
+const WIDGETS: &str = "types.kubefed.io/federatedwidgets";
+
+fn widgets() -> FederatedTypeConfig {
+    FederatedType::of("example.com", "v1", "Widget", "widgets", true).to_config()
+}
+
+fn put(world: &World, config: &FederatedTypeConfig) {
+    let name = config.metadata.name.clone().expect("named");
+    world.hub.put(CONFIGS, HOME, &name, Some(serde_json::to_value(config).expect("config")));
+}
+
+fn object(kind: &str, namespace: Option<&str>, name: &str, spec: Value) -> Value {
+    let mut metadata = json!({"name": name});
+    if let Some(namespace) = namespace {
+        metadata["namespace"] = namespace.into();
+    }
+    json!({"apiVersion": "types.kubefed.io/v1beta2", "kind": kind, "metadata": metadata, "spec": spec})
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kubefeds_sample_types_come_enabled() {
+    let mut world = World::start().await;
+    world
+        .until("all run", || {
+            let running = types::builtin().iter().all(|of| {
+                world
+                    .hub
+                    .get(CONFIGS, HOME, &of.config_name())
+                    .is_some_and(|config| config["status"]["propagationController"] == "Running")
+            });
+            running.then_some(())
+        })
+        .await;
+    // What somebody removed stays removed, as long as one is left.
+    world.stop().await;
+    world.hub.put(CONFIGS, HOME, "jobs.batch", None);
+    world.run(crate::world::options());
+    let mark = types::known("services").expect("known").config_name();
+    world
+        .until("it runs again", || {
+            (world.hub.get(CONFIGS, HOME, &mark)?["status"]["propagationController"] == "Running")
+                .then_some(())
+        })
+        .await;
+    assert!(world.hub.get(CONFIGS, HOME, "jobs.batch").is_none());
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_type_is_enabled_disabled_and_enabled_again_while_running() {
+    let mut world = World::start().await;
+    put(&world, &widgets());
+    world
+        .until("the definition is there", || {
+            let crds = "apiextensions.k8s.io/customresourcedefinitions";
+            world.hub.get(crds, "", "federatedwidgets.types.kubefed.io")
+        })
+        .await;
+    let spec = json!({"topologyType": "cluster", "placement": {"units": [{"name": "x"}]}, "template": {"spec": {"size": 1}}});
+    world.hub.put(WIDGETS, "shop", "web", Some(object("FederatedWidget", Some("shop"), "web", spec)));
+    world.settled(WIDGETS, "it is propagated", |status| is_true(status, "Propagated")).await;
+    let live = world.member("x").get("example.com/widgets", "shop", "web").expect("there");
+    assert_eq!((&live["kind"], &live["spec"]["size"]), (&json!("Widget"), &json!(1)));
+
+    let size = || {
+        world.member("x").get("example.com/widgets", "shop", "web").map(|live| live["spec"]["size"].clone())
+    };
+    let mode = |mode: &str| {
+        world
+            .hub
+            .edit(CONFIGS, HOME, "widgets.example.com", |config| config["spec"]["propagation"] = mode.into());
+    };
+    mode("Disabled");
+    world
+        .until("it runs no more", || {
+            let config = world.hub.get(CONFIGS, HOME, "widgets.example.com")?;
+            (config["status"]["propagationController"] == "NotRunning").then_some(())
+        })
+        .await;
+    world.hub.edit(WIDGETS, "shop", "web", |object| object["spec"]["template"]["spec"]["size"] = 2.into());
+    assert_eq!(size(), Some(json!(1)));
+    mode("Enabled");
+    world.until("it follows", || (size()? == 2).then_some(())).await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_configuration_that_makes_no_type_says_why() {
+    let mut world = World::start().await;
+    let mut wrong = widgets();
+    wrong.spec.target_type.group = "topology.cellway.io".into();
+    put(&world, &wrong);
+    let config = world
+        .until("it is told", || {
+            let name = wrong.metadata.name.as_deref()?;
+            let config = world.hub.get(CONFIGS, HOME, name)?;
+            (condition(&config, "Ready") == Some("False")).then_some(config)
+        })
+        .await;
+    assert_eq!(config["status"]["conditions"][0]["reason"], "Invalid");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kinds_without_a_namespace() {
+    let mut world = World::start().await;
+    let roles = "types.kubefed.io/federatedclusterroles";
+    let spec = json!({"topologyType": "cell", "placement": {"units": [{"name": "a"}, {"name": "b"}, {"name": "c"}]},
+        "template": {"rules": [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]}]}});
+    world.hub.put(roles, "", "reader", Some(object("FederatedClusterRole", None, "reader", spec)));
+    let synced = |resource: &str, namespace: &str, name: &str| {
+        let object = world.hub.get(resource, namespace, name)?;
+        (condition(&object, "Propagated") == Some("True")).then_some(object)
+    };
+    let reader = world.until("the role is everywhere", || synced(roles, "", "reader")).await;
+    assert_eq!(reader["status"]["units"].as_array().map(Vec::len), Some(3));
+    for member in ["x", "y"] {
+        let role = world.member(member).get("rbac.authorization.k8s.io/clusterroles", "", "reader");
+        assert_eq!(role.expect("there")["rules"][0]["verbs"], json!(["get"]));
+    }
+    let revision = reader["status"]["currentRevision"].as_str().expect("revision");
+    assert!(world.hub.get("types.kubefed.io/federatedrevisions", HOME, revision).is_some());
+
+    // A namespace's federated object lies in the namespace, and an edit in a member comes back to it.
+    let namespaces = "types.kubefed.io/federatednamespaces";
+    let spec = json!({"topologyType": "cluster", "placement": {"units": [{"name": "y"}]},
+        "template": {"metadata": {"labels": {"team": "red"}}}});
+    world.hub.put(namespaces, "bank", "bank", Some(object("FederatedNamespace", Some("bank"), "bank", spec)));
+    world.until("the namespace is there", || synced(namespaces, "bank", "bank")).await;
+    let team =
+        || Some(world.member("y").get("/namespaces", "", "bank")?["metadata"]["labels"]["team"].clone());
+    assert_eq!(team(), Some(json!("red")));
+    world
+        .member("y")
+        .edit("/namespaces", "", "bank", |live| live["metadata"]["labels"]["team"] = "blue".into());
+    world.until("it is put right", || (team()? == "red").then_some(())).await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_without_the_type_stops_nobody_else() {
+    let mut world = World::start().await;
+    world.member("x").unserved.lock().push("example.com/widgets".into());
+    put(&world, &widgets());
+    let spec = json!({"topologyType": "cluster", "placement": {"units": [{"name": "x"}, {"name": "y"}]},
+        "template": {"spec": {"size": 1}}});
+    world.hub.put(WIDGETS, "shop", "web", Some(object("FederatedWidget", Some("shop"), "web", spec)));
+    let status = world
+        .settled(WIDGETS, "y has it and x cannot", |status| {
+            status.units.len() == 2
+                && status.units[0].phase == Phase::Failed
+                && status.units[1].phase == Phase::Synced
+        })
+        .await;
+    assert_eq!(status.units[0].reason.as_deref(), Some("TypeNotServed"));
+    world.stop().await;
+}
