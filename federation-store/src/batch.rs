@@ -1,99 +1,171 @@
-//! Deciding a batch of writes: pure, so that every backend decides alike and tables can test it.
+//! Deciding a batch of transactions: pure, so that every backend decides alike and tables can test it.
 //!
-//! A batch is decided in its order against the newest record of every key it names. Each write sees what the writes
+//! A batch is decided in its order against the newest record of every key it names. Each transaction sees what those
 //! before it did; one that does not fit is answered with a conflict and leaves no trace.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 use bytes::Bytes;
 
-use crate::types::{Event, EventKind, KeyValue, Revision, WriteOutcome};
+use crate::types::{Event, EventKind, Expect, KeyValue, Revision, Transaction, TransactionOutcome, Write};
 
-/// One requested write.
-#[derive(Debug, Clone)]
-pub(crate) struct Operation {
-    pub(crate) key: Bytes,
-    /// The new value; `None` deletes.
-    pub(crate) value: Option<Bytes>,
-    pub(crate) expect: Expect,
-}
-
-/// What a write expects of its key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Expect {
-    /// It does not exist.
-    Absent,
-    /// It exists.
-    Present,
-    /// It exists and was last written by this revision.
-    At(Revision),
-}
+/// Where a record is in the log: its revision, and its number among the records of that revision. One number, so that
+/// it can be a primary key in any database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub(crate) struct Place(u64);
 
 /// One row of the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Record {
-    pub(crate) revision: Revision,
+    pub(crate) place: Place,
     pub(crate) key: Bytes,
     /// The record of the same key that this one supersedes, be it a tombstone; zero when there is none.
-    pub(crate) prev_revision: Revision,
+    pub(crate) prev: Place,
     /// Zero in a tombstone.
     pub(crate) create_revision: Revision,
     /// Zero in a tombstone.
     pub(crate) version: u64,
+    pub(crate) lease: i64,
     /// Empty in a tombstone.
     pub(crate) value: Bytes,
     /// A tombstone.
     pub(crate) deleted: bool,
 }
 
+/// What a batch is decided on, read in its transaction.
+#[derive(Debug, Default)]
+pub(crate) struct Basis {
+    pub(crate) revision: Revision,
+    pub(crate) compacted: Revision,
+    /// The newest records of all keys that the batch names.
+    pub(crate) heads: HashMap<Bytes, Record>,
+    /// The newest write to each range of `unchanged`, in the order of the batch.
+    pub(crate) newest: Vec<Revision>,
+}
+
 /// What a batch comes to.
 #[derive(Debug, Default)]
 pub(crate) struct Decision {
-    /// Rows to append, in the order of their revisions, which follow each other without holes.
+    /// The counter afterwards.
+    pub(crate) revision: Revision,
+    /// Rows to append, in the order of their places.
     pub(crate) records: Vec<Record>,
     /// One for each record.
     pub(crate) events: Vec<Event>,
-    /// One for each operation.
-    pub(crate) outcomes: Vec<WriteOutcome>,
+    /// One for each transaction.
+    pub(crate) outcomes: Vec<Outcome>,
 }
 
-/// Decides `operations` on a store at `revision` whose newest records of the keys concerned are `heads`.
-pub(crate) fn decide(
-    revision: Revision,
-    mut heads: HashMap<Bytes, Record>,
-    operations: &[Operation],
-) -> Decision {
+/// What one transaction comes to.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Applied {
+        revision: Revision,
+        /// Which of the decision's events are the transaction's.
+        events: Range<usize>,
+    },
+    Conflict {
+        revision: Revision,
+        current: Option<KeyValue>,
+    },
+}
+
+/// Decides `transactions`.
+pub(crate) fn decide(basis: Basis, transactions: &[Transaction]) -> Decision {
+    let Basis { revision: mut at, compacted, mut heads, newest } = basis;
+    let mut newest = newest.into_iter();
     let mut decision = Decision::default();
-    let mut at = revision;
-    for operation in operations {
-        let head = heads.get(&operation.key);
-        let current = head.and_then(Record::key_value);
-        if !operation.expect.holds(current.as_ref()) {
-            decision.outcomes.push(WriteOutcome::Conflict { current, revision: at });
+    for transaction in transactions {
+        let ranges: Vec<Revision> = newest.by_ref().take(transaction.unchanged.len()).collect();
+        if let Some(current) = conflict(transaction, &ranges, compacted, &heads, &decision.records) {
+            decision.outcomes.push(Outcome::Conflict { revision: at, current });
             continue;
         }
-        at = at.next();
-        let record = Record::successor(head, at, operation);
-        let kv = record.event_key_value();
-        decision.events.push(Event {
-            kind: if record.deleted { EventKind::Delete } else { EventKind::Put },
-            revision: at,
-            kv: kv.clone(),
-            prev_kv: current.clone(),
-        });
-        decision.outcomes.push(WriteOutcome::Applied { kv, previous: current });
-        heads.insert(operation.key.clone(), record.clone());
-        decision.records.push(record);
+        let begin = decision.events.len();
+        for write in &transaction.writes {
+            let head = heads.get(&write.key);
+            let current = head.and_then(Record::key_value);
+            if write.value.is_none() && current.is_none() {
+                continue;
+            }
+            let place = Place::new(at.next(), decision.events.len() - begin);
+            let record = Record::successor(head, place, write);
+            decision.events.push(Event {
+                kind: if record.deleted { EventKind::Delete } else { EventKind::Put },
+                revision: at.next(),
+                kv: record.event_key_value(),
+                prev_kv: current,
+            });
+            heads.insert(write.key.clone(), record.clone());
+            decision.records.push(record);
+        }
+        if decision.events.len() > begin {
+            at = at.next();
+        }
+        decision.outcomes.push(Outcome::Applied { revision: at, events: begin..decision.events.len() });
     }
+    decision.revision = at;
     decision
 }
 
-// === impl Operation ===
+/// The key that keeps the transaction from being applied, if one does.
+#[allow(clippy::option_option)]
+fn conflict(
+    transaction: &Transaction,
+    ranges: &[Revision],
+    compacted: Revision,
+    heads: &HashMap<Bytes, Record>,
+    written: &[Record],
+) -> Option<Option<KeyValue>> {
+    let writes = transaction.writes.iter().map(|write| (&write.key, write.expect));
+    for (key, expect) in writes.chain(transaction.expects.iter().map(|(key, expect)| (key, *expect))) {
+        let current = heads.get(key).and_then(Record::key_value);
+        if !expect.holds(current.as_ref()) {
+            return Some(current);
+        }
+    }
+    // Where rows may be gone there is no telling whether a key was deleted.
+    let unchanged = transaction.unchanged.iter().zip(ranges).all(|((range, since), newest)| {
+        newest <= since && compacted <= *since && !written.iter().any(|record| range.contains(&record.key))
+    });
+    if unchanged { None } else { Some(None) }
+}
 
-impl Operation {
-    /// How much of the queue's memory the write takes, in bytes.
-    pub(crate) fn weight(&self) -> usize {
-        self.key.len() + self.value.as_ref().map_or(0, Bytes::len)
+// === impl Place ===
+
+impl Place {
+    /// Room for a million records in a revision and for 8 * 10^12 revisions in a signed 64-bit number.
+    const BITS: u32 = 20;
+
+    /// The last revision that has places.
+    const MAX_REVISION: u64 = (i64::MAX as u64 >> Self::BITS) - 1;
+
+    /// Before everything.
+    pub(crate) const ZERO: Self = Self(0);
+
+    fn new(revision: Revision, number: usize) -> Self {
+        // A transaction has fewer writes than there is room for.
+        debug_assert!(number < 1 << Self::BITS);
+        Self((revision.0 << Self::BITS) | number as u64)
+    }
+
+    pub(crate) fn revision(self) -> Revision {
+        Revision(self.0 >> Self::BITS)
+    }
+
+    /// The place after the last of `revision`.
+    pub(crate) fn after(revision: Revision) -> Self {
+        Self((revision.0.min(Self::MAX_REVISION) + 1) << Self::BITS)
+    }
+
+    /// As SQL has it.
+    pub(crate) fn sql(self) -> i64 {
+        self.0 as i64
+    }
+
+    pub(crate) fn from_sql(place: u64) -> Self {
+        Self(place)
     }
 }
 
@@ -102,31 +174,56 @@ impl Operation {
 impl Expect {
     fn holds(self, current: Option<&KeyValue>) -> bool {
         match (self, current) {
-            (Self::Absent, None) | (Self::Present, Some(_)) => true,
+            (Self::Any, _) | (Self::Absent, None) | (Self::Present, Some(_)) => true,
             (Self::At(revision), Some(current)) => current.mod_revision == revision,
             (Self::Absent, Some(_)) | (Self::Present | Self::At(_), None) => false,
         }
     }
 }
 
+// === impl Decision ===
+
+impl Decision {
+    /// The newest record of each key that was written.
+    pub(crate) fn heads(&self) -> Vec<&Record> {
+        let heads: BTreeMap<&Bytes, &Record> =
+            self.records.iter().map(|record| (&record.key, record)).collect();
+        heads.into_values().collect()
+    }
+
+    /// What the askers are told, in their order.
+    pub(crate) fn answers(&self) -> impl Iterator<Item = TransactionOutcome> {
+        self.outcomes.iter().map(|outcome| match outcome {
+            Outcome::Applied { revision, events } => TransactionOutcome::Applied {
+                revision: *revision,
+                events: self.events[events.clone()].to_vec(),
+            },
+            Outcome::Conflict { revision, current } => {
+                TransactionOutcome::Conflict { revision: *revision, current: current.clone() }
+            }
+        })
+    }
+}
+
 // === impl Record ===
 
 impl Record {
-    fn successor(head: Option<&Self>, revision: Revision, operation: &Operation) -> Self {
+    fn successor(head: Option<&Self>, place: Place, write: &Write) -> Self {
         let living = head.filter(|head| !head.deleted);
-        let (create_revision, version) = match (&operation.value, living) {
+        let (create_revision, version) = match (&write.value, living) {
             (None, _) => (Revision::ZERO, 0),
             (Some(_), Some(head)) => (head.create_revision, head.version + 1),
-            (Some(_), None) => (revision, 1),
+            (Some(_), None) => (place.revision(), 1),
         };
         Self {
-            revision,
-            key: operation.key.clone(),
-            prev_revision: head.map_or(Revision::ZERO, |head| head.revision),
+            place,
+            key: write.key.clone(),
+            prev: head.map_or(Place::ZERO, |head| head.place),
             create_revision,
             version,
-            value: operation.value.clone().unwrap_or_default(),
-            deleted: operation.value.is_none(),
+            lease: if write.value.is_some() { write.lease } else { 0 },
+            value: write.value.clone().unwrap_or_default(),
+            deleted: write.value.is_none(),
         }
     }
 
@@ -141,8 +238,9 @@ impl Record {
             key: self.key.clone(),
             value: self.value.clone(),
             create_revision: self.create_revision,
-            mod_revision: self.revision,
+            mod_revision: self.place.revision(),
             version: self.version,
+            lease: self.lease,
         }
     }
 }
@@ -150,45 +248,93 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::KeyRange;
 
-    fn put(key: &'static str, value: &'static str, expect: Expect) -> Operation {
-        Operation { key: Bytes::from(key), value: Some(Bytes::from(value)), expect }
+    fn put(key: &'static str, value: &'static str, expect: Expect) -> Write {
+        Write { key: Bytes::from(key), value: Some(Bytes::from(value)), lease: 0, expect }
     }
 
-    fn delete(key: &'static str, expect: Expect) -> Operation {
-        Operation { key: Bytes::from(key), value: None, expect }
+    fn delete(key: &'static str, expect: Expect) -> Write {
+        Write { key: Bytes::from(key), value: None, lease: 0, expect }
+    }
+
+    fn at(revision: u64) -> Basis {
+        Basis { revision: Revision(revision), ..Basis::default() }
     }
 
     #[test]
     fn a_batch_sees_its_own_writes() {
-        let decision = decide(
-            Revision(7),
-            HashMap::new(),
-            &[
-                put("a", "1", Expect::Absent),
-                put("a", "2", Expect::Absent),
-                put("a", "3", Expect::At(Revision(8))),
-                put("a", "4", Expect::At(Revision(8))),
-                delete("a", Expect::Present),
-                delete("a", Expect::Present),
-                put("a", "5", Expect::Absent),
-            ],
-        );
-        let applied: Vec<bool> = decision.outcomes.iter().map(|o| !o.is_conflict()).collect();
-        assert_eq!(applied, [true, false, true, false, true, false, true]);
+        let writes = [
+            put("a", "1", Expect::Absent),
+            put("a", "2", Expect::Absent),
+            put("a", "3", Expect::At(Revision(8))),
+            put("a", "4", Expect::At(Revision(8))),
+            delete("a", Expect::Present),
+            delete("a", Expect::Present),
+            put("a", "5", Expect::Absent),
+            delete("b", Expect::Any),
+        ];
+        let decision = decide(at(7), &writes.map(Transaction::single));
+        let applied: Vec<bool> =
+            decision.outcomes.iter().map(|o| matches!(o, Outcome::Applied { .. })).collect();
+        assert_eq!(applied, [true, false, true, false, true, false, true, true]);
         let chain: Vec<(u64, u64, u64, u64)> = decision
             .records
             .iter()
-            .map(|r| (r.revision.0, r.prev_revision.0, r.create_revision.0, r.version))
+            .map(|r| (r.place.revision().0, r.prev.revision().0, r.create_revision.0, r.version))
             .collect();
         assert_eq!(chain, [(8, 0, 8, 1), (9, 8, 8, 2), (10, 9, 0, 0), (11, 10, 11, 1)]);
         assert!(matches!(
             &decision.outcomes[1],
-            WriteOutcome::Conflict { current: Some(kv), revision: Revision(8) } if kv.value == "1"
+            Outcome::Conflict { current: Some(kv), revision: Revision(8) } if kv.value == "1"
         ));
-        assert!(matches!(&decision.outcomes[5], WriteOutcome::Conflict { current: None, .. }));
+        assert!(matches!(&decision.outcomes[5], Outcome::Conflict { current: None, .. }));
+        assert!(
+            matches!(&decision.outcomes[7], Outcome::Applied { revision: Revision(11), events } if events.is_empty())
+        );
         assert_eq!(decision.events[2].kind, EventKind::Delete);
         assert_eq!(decision.events[2].prev_kv.as_ref().map(|kv| kv.value.clone()), Some(Bytes::from("3")));
         assert_eq!(decision.events[3].prev_kv, None);
+        assert_eq!(decision.heads().len(), 1);
+        assert_eq!(decision.revision, Revision(11));
+    }
+
+    #[test]
+    fn a_transaction_is_one_revision_or_nothing() {
+        let all = vec![put("a", "1", Expect::Any), put("b", "1", Expect::Absent), delete("c", Expect::Any)];
+        let stale = vec![put("c", "1", Expect::Any), put("b", "2", Expect::Absent)];
+        let range = KeyRange::prefix("a");
+        let transaction = |writes, unchanged| Transaction { writes, unchanged, expects: Vec::new() };
+        let basis =
+            Basis { newest: vec![Revision(6), Revision(6), Revision(5)], compacted: Revision(5), ..at(7) };
+        let decision = decide(
+            basis,
+            &[
+                transaction(all, vec![(range.clone(), Revision(6))]),
+                transaction(stale, Vec::new()),
+                // The first one has written there.
+                transaction(vec![put("d", "1", Expect::Any)], vec![(range, Revision(7))]),
+                // Who knows what was there.
+                transaction(vec![put("d", "1", Expect::Any)], vec![(KeyRange::prefix("x"), Revision(4))]),
+                Transaction {
+                    expects: vec![(Bytes::from("b"), Expect::At(Revision(8)))],
+                    ..Transaction::default()
+                },
+            ],
+        );
+        let answers: Vec<_> = decision.answers().collect();
+        assert!(
+            matches!(&answers[0], TransactionOutcome::Applied { revision: Revision(8), events } if events.len() == 2)
+        );
+        assert!(
+            matches!(&answers[1], TransactionOutcome::Conflict { current: Some(kv), .. } if kv.key == "b")
+        );
+        for conflict in &answers[2..4] {
+            assert!(matches!(conflict, TransactionOutcome::Conflict { current: None, .. }), "{conflict:?}");
+        }
+        assert!(matches!(&answers[4], TransactionOutcome::Applied { events, .. } if events.is_empty()));
+        let places: Vec<Place> = decision.records.iter().map(|record| record.place).collect();
+        assert_eq!(places, [Place::new(Revision(8), 0), Place::new(Revision(8), 1)]);
+        assert!(places[1] < Place::after(Revision(8)));
     }
 }

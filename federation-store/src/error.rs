@@ -39,7 +39,32 @@ pub enum Error {
     /// The store was closed while or before the operation ran.
     #[error("the store is closed")]
     Closed,
-    /// The database failed. Whether a write took place is then unknown: read the key to find out.
+    /// A transaction that cannot be.
+    #[error("the transaction is refused: {reason}")]
+    InvalidTransaction {
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The connection broke while a write was being committed, and the database could not be asked in time whether it
+    /// was. Read the key to find out.
+    #[error("it is not known whether the write was committed: the {backend} database was lost meanwhile")]
+    Unresolved {
+        /// Which kind of database.
+        backend: &'static str,
+        /// What the driver said.
+        #[source]
+        source: Arc<sqlx::Error>,
+    },
+    /// The database no longer has revisions that this store had already shown: a backup was restored under it, or it
+    /// failed over to a copy that was behind. List again.
+    #[error("the database went back to revision {revision}, {seen} had been seen: list again")]
+    WentBack {
+        /// The newest revision that the database has.
+        revision: Revision,
+        /// The newest revision that it had.
+        seen: Revision,
+    },
+    /// The database failed. Nothing of a write was kept.
     #[error("failed to {action} in the {backend} database")]
     Database {
         /// What was tried.
@@ -55,6 +80,17 @@ pub enum Error {
 /// Why a store could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
+    /// The connection URL says nothing that could be opened.
+    #[error(
+        "the store {url} is refused: {reason}; give sqlite:///path/to/file, postgres://user@host/database or \
+         mysql://user@host/database"
+    )]
+    Url {
+        /// What was given, without a password.
+        url: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The folder of the database or its lock file cannot be made.
     #[error("failed to prepare {path}: give a folder that this process may write to")]
     Prepare {
@@ -64,20 +100,28 @@ pub enum OpenError {
         #[source]
         source: std::io::Error,
     },
-    /// Another process has the database open.
+    /// A restore has the database for itself.
     #[error("{path} is in use by another process: stop it, or use another data folder")]
     InUse {
         /// The database.
         path: PathBuf,
     },
     /// The database cannot be opened.
-    #[error("failed to open the database {path}")]
+    #[error("failed to open the database {database}")]
     Open {
-        /// The database.
-        path: PathBuf,
+        /// The database, without a password.
+        database: String,
         /// What the driver said.
         #[source]
         source: sqlx::Error,
+    },
+    /// The database is set up so that a store cannot work on it.
+    #[error("the database {database} cannot hold a store: {reason}")]
+    Unsuitable {
+        /// The database, without a password.
+        database: String,
+        /// What to change.
+        reason: String,
     },
     /// A step of the schema failed; nothing of it was kept.
     #[error("failed to bring the schema to version {version}")]
@@ -105,10 +149,47 @@ impl Error {
     /// Whether the same operation may succeed later without a change by the caller.
     pub fn retryable(&self) -> bool {
         match self {
-            Self::FutureRevision { .. } | Self::Database { .. } => true,
-            Self::InvalidKey { .. } | Self::ValueTooLarge { .. } | Self::Compacted { .. } | Self::Closed => {
-                false
+            Self::FutureRevision { .. } | Self::Database { .. } | Self::Unresolved { .. } => true,
+            Self::InvalidKey { .. }
+            | Self::ValueTooLarge { .. }
+            | Self::InvalidTransaction { .. }
+            | Self::Compacted { .. }
+            | Self::WentBack { .. }
+            | Self::Closed => false,
+        }
+    }
+
+    /// Whether it may well have passed when the same is tried again in a moment, by the store itself.
+    pub(crate) fn passes(&self) -> bool {
+        let Self::Database { source, .. } = self else { return false };
+        match &**source {
+            sqlx::Error::Io(_)
+            | sqlx::Error::Protocol(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::WorkerCrashed
+            | sqlx::Error::BeginFailed => true,
+            sqlx::Error::Database(error) => {
+                let code = error.code().unwrap_or_default();
+                // PostgreSQL: connection failures, shutdown and start, deadlock, serialization, lock timeout, too many
+                // connections. MySQL: deadlock (40001), and by their numbers below.
+                let class = ["08", "57P", "40"].iter().any(|class| code.starts_with(class));
+                class || matches!(&*code, "55P03" | "53300") || {
+                    let number = error.try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>();
+                    // Too many connections, shutting down, lock wait timeout, deadlock, query interrupted, killed.
+                    number.is_some_and(|error| {
+                        matches!(error.number(), 1040 | 1053 | 1205 | 1213 | 1317 | 1927)
+                    })
+                }
             }
+            _ => false,
+        }
+    }
+
+    /// The same for a write that may have been committed.
+    pub(crate) fn unresolved(self) -> Self {
+        match self {
+            Self::Database { backend, source, .. } => Self::Unresolved { backend, source },
+            error => error,
         }
     }
 }

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::types::{Event, KeyRange, Revision};
 
 /// Recent events kept, by number and by weight. A watcher that is a few seconds behind at full speed still fits.
-const RING_EVENTS: usize = 8192;
+pub(crate) const RING_EVENTS: usize = 8192;
 const RING_BYTES: usize = 32 * 1024 * 1024;
 
 /// Events that a watcher takes out at once: it holds the ring's lock for as long as that takes.
@@ -27,6 +27,8 @@ pub(crate) struct Hub {
     revision: watch::Sender<Revision>,
     compacted: AtomicU64,
     swept: AtomicU64,
+    /// How often the database went back, and to where the last time.
+    back: Mutex<(u64, Revision)>,
     watchers: Mutex<Watchers>,
     pub(crate) closed: CancellationToken,
     pub(crate) counters: Counters,
@@ -40,6 +42,9 @@ pub(crate) struct Counters {
     pub(crate) conflicts: AtomicU64,
     pub(crate) failures: AtomicU64,
     pub(crate) log_reads: AtomicU64,
+    pub(crate) retries: AtomicU64,
+    pub(crate) resolved: AtomicU64,
+    pub(crate) foreign: AtomicU64,
 }
 
 /// What the ring has for a watcher.
@@ -61,6 +66,8 @@ struct Ring {
     events: VecDeque<Arc<Event>>,
     /// The revision before the first event.
     before: Revision,
+    /// The revision of the last event, or the one that it will follow.
+    newest: Revision,
     bytes: usize,
 }
 
@@ -75,8 +82,9 @@ struct Watchers {
 impl Hub {
     pub(crate) fn new(revision: Revision, compacted: Revision, swept: Revision) -> Self {
         Self {
-            ring: Mutex::new(Ring { events: VecDeque::new(), before: revision, bytes: 0 }),
+            ring: Mutex::new(Ring { events: VecDeque::new(), before: revision, newest: revision, bytes: 0 }),
             revision: watch::Sender::new(revision),
+            back: Mutex::new((0, Revision::ZERO)),
             compacted: AtomicU64::new(compacted.0),
             swept: AtomicU64::new(swept.0),
             watchers: Mutex::default(),
@@ -85,25 +93,61 @@ impl Hub {
         }
     }
 
-    /// Makes committed events known. They follow each other; if they do not follow what the ring has, the ring starts
-    /// anew and the watchers find the rest in the database.
+    /// Makes committed events known, whole revisions of them. Those that are known already are passed over. If they do
+    /// not follow what the ring has, the ring starts anew and the watchers find the rest in the database.
     pub(crate) fn publish(&self, events: Vec<Event>) {
-        let Some(last) = events.last().map(|event| event.revision) else { return };
-        self.ring.lock().push(events);
-        self.revision.send_replace(last);
+        let newest = {
+            let mut ring = self.ring.lock();
+            ring.push(events);
+            ring.newest
+        };
+        self.advance(newest);
     }
 
     /// Goes to a revision whose events only the database has.
     pub(crate) fn skip_to(&self, revision: Revision) {
-        if self.revision() < revision {
-            self.ring.lock().restart(revision);
-            self.revision.send_replace(revision);
+        {
+            let mut ring = self.ring.lock();
+            if ring.newest >= revision {
+                return;
+            }
+            ring.restart(revision);
         }
+        self.advance(revision);
+    }
+
+    /// The database has less than was shown. Watchers fail; new ones begin at what there is.
+    pub(crate) fn go_back(&self, revision: Revision) {
+        {
+            let mut back = self.back.lock();
+            *back = (back.0 + 1, revision);
+        }
+        self.ring.lock().restart(revision);
+        self.revision.send_replace(revision);
+    }
+
+    /// How often the database went back, and to where the last time.
+    pub(crate) fn back(&self) -> (u64, Revision) {
+        *self.back.lock()
+    }
+
+    /// The newest event in memory.
+    pub(crate) fn last(&self) -> Option<Arc<Event>> {
+        self.ring.lock().events.back().cloned()
+    }
+
+    fn advance(&self, newest: Revision) {
+        self.revision.send_if_modified(|revision| {
+            let moved = *revision < newest;
+            *revision = newest.max(*revision);
+            moved
+        });
     }
 
     pub(crate) fn set_compacted(&self, compacted: Revision, swept: Revision) {
-        self.compacted.store(compacted.0, Ordering::Release);
-        self.swept.store(swept.0, Ordering::Release);
+        // Several tasks tell of it, not in order.
+        self.compacted.fetch_max(compacted.0, Ordering::AcqRel);
+        self.swept.fetch_max(swept.0, Ordering::AcqRel);
     }
 
     pub(crate) fn revision(&self) -> Revision {
@@ -168,42 +212,48 @@ impl Drop for Position {
 // === impl Ring ===
 
 impl Ring {
-    fn newest(&self) -> Revision {
-        Revision(self.before.0 + self.events.len() as u64)
-    }
-
     fn restart(&mut self, at: Revision) {
         self.events.clear();
         self.bytes = 0;
         self.before = at;
+        self.newest = at;
     }
 
     fn push(&mut self, events: Vec<Event>) {
-        for event in events {
-            if event.revision != self.newest().next() {
-                self.restart(Revision(event.revision.0.saturating_sub(1)));
+        let known = self.newest;
+        for event in events.into_iter().filter(|event| event.revision > known) {
+            if event.revision > self.newest.next() {
+                self.restart(event.revision.previous());
             }
+            self.newest = event.revision;
             self.bytes += event.weight();
             self.events.push_back(Arc::new(event));
         }
+        // Whole revisions go.
         while self.events.len() > RING_EVENTS || self.bytes > RING_BYTES {
-            let Some(oldest) = self.events.pop_front() else { break };
-            self.bytes -= oldest.weight();
-            self.before = oldest.revision;
+            let Some(oldest) = self.events.front().map(|event| event.revision) else { break };
+            while let Some(event) = self.events.pop_front_if(|event| event.revision == oldest) {
+                self.bytes -= event.weight();
+            }
+            self.before = oldest;
         }
     }
 
     fn read(&self, range: &KeyRange, after: Revision) -> Recent {
-        let Some(skip) = after.0.checked_sub(self.before.0) else { return Recent::Gone };
+        if after < self.before {
+            return Recent::Gone;
+        }
         let mut upto = after;
-        let mut events = Vec::new();
-        for event in self.events.iter().skip(usize::try_from(skip).unwrap_or(usize::MAX)) {
+        let mut events: Vec<Arc<Event>> = Vec::new();
+        let begin = self.events.partition_point(|event| event.revision <= after);
+        for event in self.events.iter().skip(begin) {
+            // Never a part of a revision.
+            if events.len() >= EVENTS_PER_READ && event.revision != upto {
+                return Recent::Read { events, upto };
+            }
             upto = event.revision;
             if range.contains(&event.kv.key) {
                 events.push(Arc::clone(event));
-                if events.len() >= EVENTS_PER_READ {
-                    break;
-                }
             }
         }
         Recent::Read { events, upto }
@@ -227,6 +277,7 @@ mod tests {
                 create_revision: Revision(revision),
                 mod_revision: Revision(revision),
                 version: 1,
+                lease: 0,
             },
             prev_kv: None,
         }
@@ -246,6 +297,27 @@ mod tests {
         hub.publish(vec![event(10, "a", 0)]);
         assert!(matches!(hub.read(&all, Revision(8)), Recent::Gone));
         assert_eq!(hub.revision(), Revision(10));
+    }
+
+    #[test]
+    fn revisions_stay_whole_and_known_events_are_passed_over() {
+        let hub = Hub::new(Revision(5), Revision::ZERO, Revision::ZERO);
+        let all = KeyRange::prefix("a");
+        hub.publish((0..300).map(|_| event(6, "a", 0)).collect());
+        hub.publish(vec![event(6, "a", 0), event(7, "a", 0)]);
+        let Recent::Read { events, upto } = hub.read(&all, Revision(5)) else { panic!("gone") };
+        assert_eq!((events.len(), upto), (300, Revision(6)));
+        let Recent::Read { events, upto } = hub.read(&all, upto) else { panic!("gone") };
+        assert_eq!((events.len(), upto), (1, Revision(7)));
+        hub.publish((0..RING_EVENTS).map(|_| event(8, "a", 0)).collect());
+        assert!(matches!(hub.read(&all, Revision(6)), Recent::Gone));
+        assert!(matches!(hub.read(&all, Revision(7)), Recent::Read { upto: Revision(8), .. }));
+        // What another replica wrote may be heard of twice, and late.
+        hub.skip_to(Revision(7));
+        assert_eq!(hub.revision(), Revision(8));
+        hub.go_back(Revision(3));
+        assert_eq!((hub.revision(), hub.back()), (Revision(3), (1, Revision(3))));
+        assert!(hub.last().is_none());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A revisioned key-value log over SQL.
 //!
-//! One [`Store`] is one ordered log of writes. Every applied write has its own [`Revision`]; revisions have no holes,
+//! One [`Store`] is one ordered log of writes. Every applied write has its own [`Revision`], all writes of a
+//! [`Transaction`] the same; revisions have no holes,
 //! and the order of commits is the order of revisions, because the revision is a counter row that is bumped in the
 //! same transaction as the writes it numbers, never an auto-increment id (ids hop and roll back).
 //!
@@ -21,22 +22,35 @@
 //!
 //! What it leaves to the caller: what keys mean, encryption of values, retries.
 //!
-//! The parts that differ between databases are behind `backend::Backend`; SQLite is the only one yet. A database file
-//! belongs to one process at a time, which a lock file beside it enforces.
+//! - **Replicas.** Several processes may have the same database open, each through its own [`Store`]: writes of all of
+//!   them are ordered by the counter row, and the watchers of each see the writes of all.
+//! - **Faults.** While the database is away, reads fail and writes are tried again for some seconds. A commit whose
+//!   answer was lost is looked up; a write is answered as applied, as failed (nothing was kept), or, when that could not
+//!   be found out, as [`Error::Unresolved`].
+//!
+//! What it cannot do: notice that the whole database was replaced by an older copy and then written to past the newest
+//! revision that a *client* knows. Watchers that were running do notice ([`Error::WentBack`]).
+//!
+//! The parts that differ between databases (SQLite, PostgreSQL, MySQL with MariaDB and OceanBase) are behind
+//! `backend::Backend`; [`Location`] says how they are named.
 
 mod backend;
 mod batch;
 mod error;
+mod follower;
 mod hub;
+mod location;
 mod store;
 mod types;
 mod watcher;
 mod writer;
 
 pub use self::error::{Error, OpenError};
+pub use self::location::Location;
 pub use self::store::{Compaction, Store, StoreConfig, StoreMetrics};
 pub use self::types::{
-    Event, EventKind, KeyRange, KeyValue, ListRequest, ListResponse, MAX_KEY_BYTES, MAX_VALUE_BYTES,
-    Revision, WriteOutcome,
+    Event, EventKind, Expect, KeyRange, KeyValue, ListRequest, ListResponse, MAX_KEY_BYTES,
+    MAX_TRANSACTION_BYTES, MAX_TRANSACTION_KEYS, MAX_VALUE_BYTES, Revision, Transaction, TransactionOutcome,
+    Write, WriteOutcome,
 };
 pub use self::watcher::Watcher;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -11,11 +12,14 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument as _;
 
 use crate::backend::Backend;
-use crate::backend::sqlite::SqliteBackend;
-use crate::batch::{Expect, Operation};
 use crate::error::{Error, OpenError};
+use crate::follower::Follower;
 use crate::hub::Hub;
-use crate::types::{KeyRange, KeyValue, ListRequest, ListResponse, Revision, WriteOutcome, check};
+use crate::location::Location;
+use crate::types::{
+    Expect, KeyRange, KeyValue, ListRequest, ListResponse, MAX_TRANSACTION_BYTES, Revision, Transaction,
+    TransactionOutcome, Write, WriteOutcome,
+};
 use crate::watcher::Watcher;
 use crate::writer::{Request, Writer};
 
@@ -29,8 +33,8 @@ const DEFAULT_RETAIN: u64 = 20_000;
 /// Where a store is and how much history it keeps.
 #[derive(Debug, Clone)]
 pub struct StoreConfig {
-    /// The SQLite file; it and its folder are made when missing. `:memory:` is a store that dies with its handles.
-    pub path: PathBuf,
+    /// The database.
+    pub location: Location,
     /// When history goes.
     pub compaction: Compaction,
 }
@@ -42,6 +46,14 @@ pub enum Compaction {
     Manual,
     /// By itself: at least the newest so many revisions are kept, at most one and a half times as many.
     Retain(u64),
+    /// By itself, at a steady pace: what is older than `interval` goes, at most one `interval` later, but for the newest
+    /// `keep` revisions.
+    Every {
+        /// How long history is kept at least.
+        interval: Duration,
+        /// How many revisions are kept at least.
+        keep: u64,
+    },
 }
 
 /// A revisioned key-value log. Cheap to clone; all clones are the same store.
@@ -85,6 +97,12 @@ pub struct StoreMetrics {
     pub watcher_lag: u64,
     /// How often a watcher had to read the database.
     pub watcher_log_reads: u64,
+    /// Transactions that were tried again because the database was away or busy.
+    pub retries: u64,
+    /// Commits whose answer was lost and whose outcome was found out.
+    pub resolved: u64,
+    /// Revisions that other processes wrote.
+    pub foreign: u64,
 }
 
 struct Inner {
@@ -92,60 +110,105 @@ struct Inner {
     backend: Arc<dyn Backend>,
     requests: mpsc::Sender<Request>,
     memory: Arc<Semaphore>,
-    writer: Mutex<Option<AbortOnDropHandle<()>>>,
+    follower: Arc<Follower>,
+    tasks: Mutex<Option<Tasks>>,
+}
+
+struct Tasks {
+    writer: AbortOnDropHandle<()>,
+    /// None where nobody else can write.
+    follower: Option<AbortOnDropHandle<()>>,
 }
 
 // === impl StoreConfig ===
 
 impl StoreConfig {
-    /// A store in `path` that keeps a default amount of history.
+    /// A SQLite file that keeps a default amount of history; it and its folder are made when missing. `:memory:` is a
+    /// store that dies with its handles.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), compaction: Compaction::Retain(DEFAULT_RETAIN) }
+        Self { location: Location::sqlite(path), compaction: Compaction::Retain(DEFAULT_RETAIN) }
     }
 
     /// A store in memory that keeps a default amount of history.
     pub fn in_memory() -> Self {
         Self::new(":memory:")
     }
+
+    /// A store at a connection URL, see [`Location`], that keeps a default amount of history.
+    pub fn from_url(url: &str) -> Result<Self, OpenError> {
+        Ok(Self { location: Location::parse(url)?, compaction: Compaction::Retain(DEFAULT_RETAIN) })
+    }
+}
+
+// === impl Compaction ===
+
+impl Compaction {
+    pub(crate) fn ticks(self) -> Option<tokio::time::Interval> {
+        let Self::Every { interval, .. } = self else { return None };
+        // A timer cannot go at no interval at all.
+        let interval = interval.max(Duration::from_millis(1));
+        let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + interval, interval);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        Some(ticks)
+    }
 }
 
 // === impl Store ===
 
 impl Store {
-    /// Opens the store, and with it the task that writes.
+    /// Opens the store, and with it the tasks that write and follow other processes.
     pub async fn open(config: StoreConfig) -> Result<Self, OpenError> {
-        let backend: Arc<dyn Backend> = if config.path.as_os_str() == ":memory:" {
-            Arc::new(SqliteBackend::in_memory().await?)
-        } else {
-            Arc::new(SqliteBackend::open(&config.path).await?)
-        };
+        let location = config.location.to_string();
+        let backend = config.location.open().await?;
         let state = backend.state().await.map_err(OpenError::State)?;
         let hub = Arc::new(Hub::new(state.revision, state.compacted, state.swept));
+        let follower = Arc::new(Follower::new(Arc::clone(&hub), Arc::clone(&backend)));
         let (requests, queue) = mpsc::channel(MAX_QUEUE);
         let writer = Writer {
             hub: Arc::clone(&hub),
             backend: Arc::clone(&backend),
             requests: queue,
+            follower: Arc::clone(&follower),
             compaction: config.compaction,
+            batch: 0,
         };
-        let span = tracing::info_span!("store", path = %config.path.display());
-        let writer = AbortOnDropHandle::new(tokio::spawn(writer.run().instrument(span)));
+        let span = tracing::info_span!("store", %location);
+        let tasks = Tasks {
+            writer: AbortOnDropHandle::new(tokio::spawn(writer.run().instrument(span.clone()))),
+            follower: backend
+                .shared()
+                .then(|| AbortOnDropHandle::new(tokio::spawn(Arc::clone(&follower).run().instrument(span)))),
+        };
         tracing::debug!(
             backend = backend.name(),
-            path = %config.path.display(),
+            location,
             revision = state.revision.0,
             compacted = state.compacted.0,
             "store opened"
         );
         let memory = Arc::new(Semaphore::new(MAX_QUEUE_KIB));
         Ok(Self {
-            inner: Arc::new(Inner { hub, backend, requests, memory, writer: Mutex::new(Some(writer)) }),
+            inner: Arc::new(Inner {
+                hub,
+                backend,
+                requests,
+                memory,
+                follower,
+                tasks: Mutex::new(Some(tasks)),
+            }),
         })
     }
 
-    /// The newest revision.
+    /// The newest revision that this process has seen. Others may have written since: [`Self::sync`] knows.
     pub fn revision(&self) -> Revision {
         self.inner.hub.revision()
+    }
+
+    /// The newest revision of the database. When it is answered, [`Self::revision`] and the watchers of this process
+    /// have come to it: for reads from a cache that are as fresh as reads from the database.
+    pub async fn sync(&self) -> Result<Revision, Error> {
+        self.alive()?;
+        self.inner.follower.catch_up().await
     }
 
     /// Follows the newest revision.
@@ -233,12 +296,41 @@ impl Store {
         self.write(key.into(), None, expected.map_or(Expect::Present, Expect::At)).await
     }
 
+    /// Writes one key if `expect` holds for it, attached to a lease or (0) not.
+    pub async fn put(
+        &self,
+        key: impl Into<Bytes>,
+        value: impl Into<Bytes>,
+        lease: i64,
+        expect: Expect,
+    ) -> Result<WriteOutcome, Error> {
+        self.write_one(Write { key: key.into(), value: Some(value.into()), lease, expect }).await
+    }
+
+    /// Writes several keys at one revision, or none.
+    pub async fn transact(&self, transaction: Transaction) -> Result<TransactionOutcome, Error> {
+        transaction.check()?;
+        // At least one, so that the number of waiting callers with an empty value is bounded as well. A transaction is
+        // smaller than the whole, so this cannot wait for ever.
+        const { assert!(MAX_QUEUE_KIB * 1024 > 2 * MAX_TRANSACTION_BYTES) };
+        let kib = u32::try_from(transaction.weight().div_ceil(1024).max(1)).unwrap_or(u32::MAX);
+        let memory = Arc::clone(&self.inner.memory);
+        let permit = memory.acquire_many_owned(kib).await.map_err(|_| Error::Closed)?;
+        let (answer, answered) = oneshot::channel();
+        self.send(Request::Write { transaction, permit, answer }).await?;
+        answered.await.map_err(|_| Error::Closed)?
+    }
+
     /// Follows a range: all events with revisions **after** `from`. To follow from a list, pass its revision; to follow
-    /// from now, [`Self::revision`].
+    /// from now, [`Self::revision`]. A revision that this process has not seen yet is waited for: another one may have
+    /// answered with it. Whether it exists at all, [`Self::sync`] knows.
     pub fn watch(&self, range: KeyRange, from: Revision) -> Result<Watcher, Error> {
         self.alive()?;
         let hub = &self.inner.hub;
-        readable(Some(from), hub.revision(), hub.compacted())?;
+        let compacted = hub.compacted();
+        if from < compacted {
+            return Err(Error::Compacted { requested: from, compacted });
+        }
         Ok(Watcher::new(Arc::clone(hub), Arc::clone(&self.inner.backend), range, from))
     }
 
@@ -270,6 +362,9 @@ impl Store {
             watchers,
             watcher_lag,
             watcher_log_reads: hub.counters.log_reads.load(Ordering::Relaxed),
+            retries: hub.counters.retries.load(Ordering::Relaxed),
+            resolved: hub.counters.resolved.load(Ordering::Relaxed),
+            foreign: hub.counters.foreign.load(Ordering::Relaxed),
         }
     }
 
@@ -283,25 +378,28 @@ impl Store {
     /// closed. Returns when it is.
     pub async fn close(&self) {
         self.inner.hub.closed.cancel();
-        let writer = self.inner.writer.lock().take();
-        if let Some(writer) = writer
-            && let Err(error) = writer.await
-        {
-            tracing::error!(%error, "the store's writer did not end in order");
+        let Some(Tasks { writer, follower }) = self.inner.tasks.lock().take() else { return };
+        for task in follower.into_iter().chain([writer]) {
+            if let Err(error) = task.await {
+                tracing::error!(%error, "a task of the store did not end in order");
+            }
         }
     }
 
     async fn write(&self, key: Bytes, value: Option<Bytes>, expect: Expect) -> Result<WriteOutcome, Error> {
-        check(&key, value.as_deref())?;
-        let operation = Operation { key, value, expect };
-        // At least one, so that the number of waiting callers with an empty value is bounded as well. A write is far
-        // smaller than the whole, so this cannot wait for ever.
-        let kib = u32::try_from(operation.weight().div_ceil(1024).max(1)).unwrap_or(u32::MAX);
-        let memory = Arc::clone(&self.inner.memory);
-        let permit = memory.acquire_many_owned(kib).await.map_err(|_| Error::Closed)?;
-        let (answer, answered) = oneshot::channel();
-        self.send(Request::Write { operation, permit, answer }).await?;
-        answered.await.map_err(|_| Error::Closed)?
+        self.write_one(Write { key, value, lease: 0, expect }).await
+    }
+
+    async fn write_one(&self, write: Write) -> Result<WriteOutcome, Error> {
+        Ok(match self.transact(Transaction::single(write)).await? {
+            TransactionOutcome::Applied { revision, events } => match events.into_iter().next() {
+                Some(event) => WriteOutcome::Applied { kv: event.kv, previous: event.prev_kv },
+                None => WriteOutcome::Conflict { current: None, revision },
+            },
+            TransactionOutcome::Conflict { revision, current } => {
+                WriteOutcome::Conflict { current, revision }
+            }
+        })
     }
 
     async fn send(&self, request: Request) -> Result<(), Error> {

@@ -14,7 +14,8 @@ pub const MAX_KEY_BYTES: usize = 1024;
 /// fields, encryption) has the rest.
 pub const MAX_VALUE_BYTES: usize = 4 * 1024 * 1024;
 
-/// A position in the log: how many writes were applied up to and including it, counted from 1 (the empty store).
+/// A position in the log: how many writes (a transaction counts as one) were applied up to and including it, counted
+/// from 1 (the empty store).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Revision(pub u64);
 
@@ -31,6 +32,8 @@ pub struct KeyValue {
     pub mod_revision: Revision,
     /// How many writes the key has had since its creation, which is 1. 0 in the `kv` of a delete event.
     pub version: u64,
+    /// The lease that the last write attached the key to; 0: none. The store only keeps it.
+    pub lease: i64,
 }
 
 /// Whether an event wrote or removed a key.
@@ -47,7 +50,7 @@ pub enum EventKind {
 pub struct Event {
     /// What happened.
     pub kind: EventKind,
-    /// The revision of the write; each revision has exactly one event.
+    /// The revision of the write. Only the writes of one [`crate::Transaction`] share a revision.
     pub revision: Revision,
     /// The key after the write.
     pub kv: KeyValue,
@@ -74,6 +77,71 @@ pub enum WriteOutcome {
         revision: Revision,
     },
 }
+
+/// What a write expects of a key's last write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Expect {
+    /// Nothing.
+    Any,
+    /// The key does not exist.
+    Absent,
+    /// It exists.
+    Present,
+    /// It exists and was last written by this revision.
+    At(Revision),
+}
+
+/// One write to one key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Write {
+    /// The key.
+    pub key: Bytes,
+    /// The new value; `None` deletes.
+    pub value: Option<Bytes>,
+    /// The lease that the key is attached to; 0: none.
+    pub lease: i64,
+    /// What must hold, or nothing of the whole transaction is written.
+    pub expect: Expect,
+}
+
+/// Writes that happen together, at one revision, or not at all.
+///
+/// Whoever has to decide by more than the expectations can say reads at one revision, decides, and names what was read
+/// in `expects` and `unchanged`; a conflict means that it has to be read again.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Transaction {
+    /// Keys that are compared and not written.
+    pub expects: Vec<(Bytes, Expect)>,
+    /// Ranges in which no key was written after a revision. A range whose revision is compacted is a conflict.
+    pub unchanged: Vec<(KeyRange, Revision)>,
+    /// No key twice. The deletion of a missing key that expects nothing is no write and has no event.
+    pub writes: Vec<Write>,
+}
+
+/// How a transaction ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TransactionOutcome {
+    /// All of it is committed and durable.
+    Applied {
+        /// The revision of its writes; when there were none to make, the store's.
+        revision: Revision,
+        /// One for each write, in their order.
+        events: Vec<Event>,
+    },
+    /// An expectation did not hold and nothing was written.
+    Conflict {
+        /// The store's revision at which that is so.
+        revision: Revision,
+        /// The key whose expectation failed, as it is; `None` when there is none or a range was changed.
+        current: Option<KeyValue>,
+    },
+}
+
+/// The most keys that one transaction may name: its events are kept in memory together.
+pub const MAX_TRANSACTION_KEYS: usize = 65_536;
+
+/// The most bytes of keys and values in one transaction: it is one statement's worth in the smallest database.
+pub const MAX_TRANSACTION_BYTES: usize = 16 * 1024 * 1024;
 
 /// A set of neighbouring keys.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -124,6 +192,11 @@ impl Revision {
     pub(crate) const fn next(self) -> Self {
         Self(self.0 + 1)
     }
+
+    /// The revision of the write before this one.
+    pub(crate) const fn previous(self) -> Self {
+        Self(self.0.saturating_sub(1))
+    }
 }
 
 impl fmt::Display for Revision {
@@ -160,6 +233,55 @@ impl Event {
 impl KeyValue {
     fn weight(&self) -> usize {
         self.key.len() + self.value.len()
+    }
+}
+
+// === impl Transaction ===
+
+impl Transaction {
+    pub(crate) fn single(write: Write) -> Self {
+        Self { writes: vec![write], ..Self::default() }
+    }
+
+    /// All keys that it writes or compares.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &Bytes> {
+        let writes = self.writes.iter().map(|write| &write.key);
+        writes.chain(self.expects.iter().map(|(key, _)| key))
+    }
+
+    /// About how much memory the transaction holds, in bytes.
+    pub(crate) fn weight(&self) -> usize {
+        // What a key costs beside its bytes.
+        const FIXED: usize = 64;
+        let writes = self.writes.iter();
+        let writes: usize =
+            writes.map(|w| FIXED + w.key.len() + w.value.as_ref().map_or(0, Bytes::len)).sum();
+        let expects: usize = self.expects.iter().map(|(key, _)| FIXED + key.len()).sum();
+        writes + expects + FIXED * self.unchanged.len()
+    }
+
+    /// Checks it against the limits.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        for write in &self.writes {
+            check(&write.key, write.value.as_deref())?;
+        }
+        for (key, _) in &self.expects {
+            check(key, None)?;
+        }
+        if self.writes.len() == 1 && self.expects.is_empty() && self.unchanged.is_empty() {
+            return Ok(());
+        }
+        if self.writes.len() + self.expects.len() + self.unchanged.len() > MAX_TRANSACTION_KEYS {
+            return Err(Error::InvalidTransaction { reason: "it names too many keys" });
+        }
+        if self.weight() > MAX_TRANSACTION_BYTES + MAX_TRANSACTION_KEYS * 64 {
+            return Err(Error::InvalidTransaction { reason: "its keys and values are too large together" });
+        }
+        let mut keys = std::collections::HashSet::with_capacity(self.writes.len());
+        if !self.writes.iter().all(|write| keys.insert(&write.key)) {
+            return Err(Error::InvalidTransaction { reason: "it writes a key twice" });
+        }
+        Ok(())
     }
 }
 

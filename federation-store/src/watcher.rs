@@ -24,6 +24,8 @@ pub struct Watcher {
     buffer: VecDeque<Arc<Event>>,
     /// All events of the range up to here were returned or are in the buffer.
     read: Revision,
+    /// How often the database had gone back when the watcher began.
+    back: u64,
     position: Position,
 }
 
@@ -34,6 +36,7 @@ impl Watcher {
         Self {
             changed: hub.subscribe(),
             position: hub.register(from),
+            back: hub.back().0,
             hub,
             backend,
             range,
@@ -45,18 +48,40 @@ impl Watcher {
     /// The next event; waits for it. Cancel-safe: a dropped call loses nothing.
     ///
     /// Fails with [`Error::Compacted`] when the watcher was so slow that its events were compacted: list anew and
-    /// watch from there. [`Error::Closed`] comes after the last event of a closed store. A database error may be
-    /// followed by another call.
+    /// watch from there; with [`Error::WentBack`] when the database lost what had been shown. [`Error::Closed`] comes
+    /// after the last event of a closed store. A database error may be followed by another call.
     pub async fn next(&mut self) -> Result<Arc<Event>, Error> {
         loop {
             if let Some(event) = self.buffer.pop_front() {
                 self.position.set(self.progress());
                 return Ok(event);
             }
+            self.wait().await?;
+        }
+    }
+
+    /// The next events, at least one; waits for them. Always all of a revision: the writes of a transaction come
+    /// together. Otherwise like [`Self::next`].
+    pub async fn next_batch(&mut self) -> Result<Vec<Arc<Event>>, Error> {
+        while self.buffer.is_empty() {
+            self.wait().await?;
+        }
+        let events = self.buffer.drain(..).collect();
+        self.position.set(self.progress());
+        Ok(events)
+    }
+
+    /// Returns when there is something in the buffer.
+    async fn wait(&mut self) -> Result<(), Error> {
+        loop {
             // Seen before reading, so that a write after the read wakes the wait below.
             self.changed.borrow_and_update();
             let closed = self.hub.closed.is_cancelled();
-            if self.fill().await? {
+            self.fill().await?;
+            if !self.buffer.is_empty() {
+                return Ok(());
+            }
+            if self.read < *self.changed.borrow() {
                 continue;
             }
             if closed {
@@ -90,8 +115,17 @@ impl Watcher {
         })
     }
 
-    /// Reads on; whether that got anywhere.
-    async fn fill(&mut self) -> Result<bool, Error> {
+    /// Reads on.
+    async fn fill(&mut self) -> Result<(), Error> {
+        let (back, revision) = self.hub.back();
+        if back != self.back {
+            return Err(Error::WentBack { revision, seen: self.read });
+        }
+        let newest = *self.changed.borrow();
+        if self.read >= newest {
+            // Nothing new, or started at a revision that this replica has not come to.
+            return Ok(());
+        }
         let upto = match self.hub.read(&self.range, self.read) {
             Recent::Read { events, upto } => {
                 self.buffer.extend(events);
@@ -107,10 +141,9 @@ impl Watcher {
                 logged.upto
             }
         };
-        let moved = upto > self.read;
-        self.read = upto;
+        self.read = upto.max(self.read);
         self.position.set(self.progress());
-        Ok(moved)
+        Ok(())
     }
 }
 

@@ -5,27 +5,41 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::time::Instant;
 
-use crate::backend::{Backend, State};
-use crate::batch::Operation;
+use crate::backend::{Backend, State, WriteError};
+use crate::batch::Decision;
 use crate::error::Error;
+use crate::follower::Follower;
 use crate::hub::Hub;
 use crate::store::Compaction;
-use crate::types::{Revision, WriteOutcome};
+use crate::types::{Revision, Transaction, TransactionOutcome};
 
 /// Writes in one transaction, by number and by weight: more would only make each of them wait longer.
 const MAX_BATCH: usize = 256;
 const MAX_BATCH_BYTES: usize = 16 * 1024 * 1024;
 
+/// How long a batch is tried again while the database is away: a restart takes about so long, and callers with less
+/// patience have left.
+const TRY_FOR: Duration = Duration::from_secs(10);
+
+/// How long the outcome of a commit is looked for. Longer than the database keeps a transaction whose client is gone.
+const RESOLVE_FOR: Duration = Duration::from_secs(30);
+
+/// Waits between tries, doubling from the first to the last.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+
 /// What the handles ask for.
 pub(crate) enum Request {
     Write {
-        operation: Operation,
+        transaction: Transaction,
         /// The request's share of the queue's memory.
         permit: OwnedSemaphorePermit,
-        answer: oneshot::Sender<Result<WriteOutcome, Error>>,
+        answer: oneshot::Sender<Result<TransactionOutcome, Error>>,
     },
     Compact {
         revision: Revision,
@@ -38,13 +52,16 @@ pub(crate) struct Writer {
     pub(crate) hub: Arc<Hub>,
     pub(crate) backend: Arc<dyn Backend>,
     pub(crate) requests: mpsc::Receiver<Request>,
+    pub(crate) follower: Arc<Follower>,
     pub(crate) compaction: Compaction,
+    /// The last batch that was begun.
+    pub(crate) batch: i64,
 }
 
 #[derive(Default)]
 struct Batch {
-    operations: Vec<Operation>,
-    answers: Vec<oneshot::Sender<Result<WriteOutcome, Error>>>,
+    transactions: Vec<Transaction>,
+    answers: Vec<oneshot::Sender<Result<TransactionOutcome, Error>>>,
     permits: Vec<OwnedSemaphorePermit>,
     bytes: usize,
 }
@@ -54,6 +71,9 @@ struct Batch {
 impl Writer {
     /// Runs until the store is closed, then writes what is still queued and closes the database.
     pub(crate) async fn run(mut self) {
+        let mut ticks = self.compaction.ticks();
+        // The newest revision at the tick before.
+        let mut then = self.hub.revision();
         let mut queue = Vec::with_capacity(MAX_BATCH);
         let closed = self.hub.closed.clone();
         // After a failed step the sweep waits for the next request instead of spinning on a broken database.
@@ -69,6 +89,11 @@ impl Writer {
                 tokio::select! {
                     biased;
                     () = closed.cancelled(), if !self.requests.is_closed() => self.requests.close(),
+                    () = tick(&mut ticks), if !closed.is_cancelled() => {
+                        self.compact_history(then).await;
+                        then = self.hub.revision();
+                        sweep_failed = false;
+                    }
                     received = self.requests.recv_many(&mut queue, MAX_BATCH) => {
                         if received == 0 {
                             break;
@@ -90,9 +115,9 @@ impl Writer {
         let mut batch = Batch::default();
         for request in queue.drain(..) {
             match request {
-                Request::Write { operation, permit, answer } => {
-                    batch.bytes += operation.weight();
-                    batch.operations.push(operation);
+                Request::Write { transaction, permit, answer } => {
+                    batch.bytes += transaction.weight();
+                    batch.transactions.push(transaction);
                     batch.answers.push(answer);
                     batch.permits.push(permit);
                     if batch.bytes >= MAX_BATCH_BYTES {
@@ -109,19 +134,21 @@ impl Writer {
         self.write(batch).await;
     }
 
-    async fn write(&self, batch: Batch) {
-        if batch.operations.is_empty() {
+    async fn write(&mut self, batch: Batch) {
+        if batch.transactions.is_empty() {
             return;
         }
+        let outcome = self.commit(&batch.transactions).await;
         let counters = &self.hub.counters;
-        counters.batches.fetch_add(1, Ordering::Relaxed);
-        match self.backend.write(&batch.operations).await {
+        match outcome {
             Ok(decision) => {
-                let applied = decision.events.len() as u64;
-                counters.writes.fetch_add(applied, Ordering::Relaxed);
-                counters.conflicts.fetch_add(batch.operations.len() as u64 - applied, Ordering::Relaxed);
-                self.hub.publish(decision.events);
-                for (answer, outcome) in batch.answers.into_iter().zip(decision.outcomes) {
+                let answers: Vec<_> = decision.answers().collect();
+                let conflicts =
+                    answers.iter().filter(|a| matches!(a, TransactionOutcome::Conflict { .. })).count();
+                counters.writes.fetch_add(decision.events.len() as u64, Ordering::Relaxed);
+                counters.conflicts.fetch_add(conflicts as u64, Ordering::Relaxed);
+                self.follower.publish(decision.events).await;
+                for (answer, outcome) in batch.answers.into_iter().zip(answers) {
                     // A caller that was cancelled does not hear of its write, which stands.
                     let _ = answer.send(Ok(outcome));
                 }
@@ -131,17 +158,9 @@ impl Writer {
                 counters.failures.fetch_add(1, Ordering::Relaxed);
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
-                    writes = batch.operations.len(),
+                    writes = batch.transactions.len(),
                     "failed to write a batch"
                 );
-                // The commit may have come through all the same: then its events are in the log.
-                match self.backend.state().await {
-                    Ok(state) => self.hub.skip_to(state.revision),
-                    Err(error) => tracing::error!(
-                        error = &error as &dyn std::error::Error,
-                        "failed to read the counter after a failed batch"
-                    ),
-                }
                 for answer in batch.answers {
                     let _ = answer.send(Err(error.clone()));
                 }
@@ -149,8 +168,74 @@ impl Writer {
         }
     }
 
+    /// Writes a batch, again while the database is away, and finds out what became of a commit whose answer was lost.
+    async fn commit(&mut self, transactions: &[Transaction]) -> Result<Decision, Error> {
+        let begun = Instant::now();
+        let mut pause = FIRST_PAUSE;
+        loop {
+            self.batch += 1;
+            let counters = &self.hub.counters;
+            counters.batches.fetch_add(1, Ordering::Relaxed);
+            let error = match self.backend.write(transactions, self.batch).await {
+                Ok(decision) => return Ok(decision),
+                Err(WriteError::Failed(error)) => error,
+                Err(WriteError::Unknown { decision, error }) => {
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "lost the answer to a commit, looking for it"
+                    );
+                    let committed = self.resolve(error.clone()).await?;
+                    self.hub.counters.resolved.fetch_add(1, Ordering::Relaxed);
+                    if committed {
+                        return Ok(decision);
+                    }
+                    error
+                }
+            };
+            if !error.passes() || begun.elapsed() >= TRY_FOR {
+                return Err(error);
+            }
+            tracing::debug!(error = &error as &dyn std::error::Error, "a batch will be tried again");
+            self.hub.counters.retries.fetch_add(1, Ordering::Relaxed);
+            self.rest(&mut pause).await;
+        }
+    }
+
+    /// Whether the last batch was committed.
+    async fn resolve(&self, lost: Error) -> Result<bool, Error> {
+        let begun = Instant::now();
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.backend.committed(self.batch).await {
+                Ok(committed) => return Ok(committed),
+                Err(error) if begun.elapsed() >= RESOLVE_FOR || self.hub.closed.is_cancelled() => {
+                    tracing::error!(
+                        error = &error as &dyn std::error::Error,
+                        "failed to find out whether a batch was committed"
+                    );
+                    return Err(lost.unresolved());
+                }
+                Err(_) => self.rest(&mut pause).await,
+            }
+        }
+    }
+
+    async fn rest(&self, pause: &mut Duration) {
+        // Up to twice as long, so that replicas do not come back together.
+        let wait = pause.mul_f64(1.0 + rand::random::<f64>());
+        *pause = (*pause * 2).min(LAST_PAUSE);
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            // A store that is closed tries on without waiting, until its time is up.
+            () = self.hub.closed.cancelled() => tokio::time::sleep(FIRST_PAUSE).await,
+        }
+    }
+
     async fn compact(&self, revision: Revision) -> Result<(), Error> {
-        let current = self.hub.revision();
+        let mut current = self.hub.revision();
+        if revision > current {
+            current = self.follower.catch_up().await?;
+        }
         if revision > current {
             return Err(Error::FutureRevision { requested: revision, current });
         }
@@ -180,6 +265,21 @@ impl Writer {
         }
     }
 
+    /// Compacts what was old a tick ago, but for the newest so many revisions.
+    async fn compact_history(&self, then: Revision) {
+        let Compaction::Every { keep, .. } = self.compaction else { return };
+        let target = then.0.min(self.hub.revision().0.saturating_sub(keep));
+        if target <= self.hub.compacted().0 {
+            return;
+        }
+        if let Err(error) = self.compact(Revision(target)).await {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "failed to compact, will try at the next turn"
+            );
+        }
+    }
+
     /// One step; whether it succeeded.
     async fn sweep(&self) -> bool {
         match self.backend.sweep().await {
@@ -195,5 +295,15 @@ impl Writer {
                 false
             }
         }
+    }
+}
+
+/// The next turn of a timed compaction; never without one.
+async fn tick(ticks: &mut Option<tokio::time::Interval>) {
+    match ticks {
+        Some(ticks) => {
+            ticks.tick().await;
+        }
+        None => std::future::pending().await,
     }
 }

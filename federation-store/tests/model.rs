@@ -1,5 +1,6 @@
-//! Random histories against a model in memory: writes with expectations that may fail, lists and gets at old
-//! revisions in pages, watches from old revisions, compaction, reopening.
+//! Random histories against a model in memory: writes with expectations that may fail, transactions, lists and gets at
+//! old revisions in pages, watches from old revisions, compaction, reopening. The same over every kind of database, with
+//! one replica and with two that take turns.
 
 // The checks are in functions that the tests call.
 #![allow(clippy::unwrap_used)]
@@ -7,10 +8,12 @@
 use std::collections::BTreeMap;
 
 use federation_store::{
-    Compaction, Error, Event, EventKind, KeyRange, KeyValue, ListRequest, Revision, Store, StoreConfig,
-    WriteOutcome,
+    Compaction, Error, Event, EventKind, Expect, KeyRange, KeyValue, ListRequest, Location, Revision, Store,
+    StoreConfig, Transaction, TransactionOutcome, Write, WriteOutcome,
 };
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+use test_support::databases::{Kind, Server};
 
 const KEYS: u8 = 6;
 
@@ -34,6 +37,12 @@ enum Op {
     Race {
         key: u8,
         writers: usize,
+    },
+    /// Each key once: written with a value of so many bytes, or deleted. `stale` makes it fail.
+    Transact {
+        writes: BTreeMap<u8, Option<usize>>,
+        stale: bool,
+        prefix: bool,
     },
     /// `back` revisions before the newest.
     List {
@@ -64,6 +73,9 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(key, size, stale)| Op::Update { key, size, stale }),
         3 => (key.clone(), prop::option::of(any::<bool>())).prop_map(|(key, expect)| Op::Delete { key, expect }),
         2 => (key.clone(), 2_usize..6).prop_map(|(key, writers)| Op::Race { key, writers }),
+        2 => (prop::collection::btree_map(key.clone(), prop::option::of(0_usize..64), 1..4),
+              prop::bool::weighted(0.3), any::<bool>())
+            .prop_map(|(writes, stale, prefix)| Op::Transact { writes, stale, prefix }),
         2 => (0_u64..20, 1_usize..4, any::<bool>())
             .prop_map(|(back, limit, prefix)| Op::List { back, limit, prefix }),
         2 => (key, 0_u64..20).prop_map(|(key, back)| Op::Get { key, back }),
@@ -92,7 +104,7 @@ struct Model {
 
 impl Model {
     fn revision(&self) -> Revision {
-        Revision(self.events.len() as u64 + 1)
+        self.events.last().map_or(Revision(1), |event| event.revision)
     }
 
     fn at(&self, revision: Revision) -> BTreeMap<Vec<u8>, KeyValue> {
@@ -114,51 +126,63 @@ impl Model {
         Revision(self.revision().0.saturating_sub(back).max(1))
     }
 
+    /// The event of the next write.
+    fn event(&self, key: u8, value: Option<Vec<u8>>, lease: i64) -> Event {
+        let current = self.current(key);
+        let revision = self.revision().0 + 1;
+        let (create, version) = match (&value, &current) {
+            (None, _) => (0, 0),
+            (Some(_), None) => (revision, 1),
+            (Some(_), Some(current)) => (current.create_revision.0, current.version + 1),
+        };
+        Event {
+            kind: if value.is_some() { EventKind::Put } else { EventKind::Delete },
+            revision: Revision(revision),
+            kv: KeyValue {
+                key: name(key).into(),
+                value: value.unwrap_or_default().into(),
+                create_revision: Revision(create),
+                mod_revision: Revision(revision),
+                version,
+                lease,
+            },
+            prev_kv: current,
+        }
+    }
+
     /// Does to the model what the store says that it did, and checks that it was right to.
     fn apply(&mut self, key: u8, value: Option<Vec<u8>>, allowed: bool, outcome: &WriteOutcome) {
-        let current = self.current(key);
+        let event = self.event(key, value, 0);
         match outcome {
             WriteOutcome::Conflict { current: seen, .. } => {
                 assert!(!allowed, "a conflict with nothing");
-                assert_eq!(seen, &current);
+                assert_eq!(seen, &event.prev_kv);
             }
             WriteOutcome::Applied { kv, previous } => {
                 assert!(allowed, "a write over a conflict");
-                assert_eq!(previous, &current);
-                let revision = self.revision().0 + 1;
-                assert_eq!(kv.mod_revision.0, revision);
-                let (create, version) = match (&value, &current) {
-                    (None, _) => (0, 0),
-                    (Some(_), None) => (revision, 1),
-                    (Some(_), Some(current)) => (current.create_revision.0, current.version + 1),
-                };
-                let kind = if value.is_some() { EventKind::Put } else { EventKind::Delete };
-                let expected = KeyValue {
-                    key: name(key).into(),
-                    value: value.unwrap_or_default().into(),
-                    create_revision: Revision(create),
-                    mod_revision: Revision(revision),
-                    version,
-                };
-                assert_eq!(kv, &expected);
-                self.events.push(Event {
-                    kind,
-                    revision: Revision(revision),
-                    kv: expected,
-                    prev_kv: current,
-                });
+                assert_eq!((kv, previous), (&event.kv, &event.prev_kv));
+                self.events.push(event);
             }
         }
     }
 }
 
-async fn run(ops: Vec<Op>, file: bool) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = if file { folder.path().join("hub/store.db") } else { ":memory:".into() };
-    let config = StoreConfig { compaction: Compaction::Manual, ..StoreConfig::new(path) };
-    let mut store = Store::open(config.clone()).await.unwrap();
+async fn run(ops: Vec<Op>, location: Location, replicas: usize) {
+    let memory = location.to_string().contains(":memory:");
+    let config = StoreConfig { location, compaction: Compaction::Manual };
+    let mut stores = Vec::new();
+    for _ in 0..replicas {
+        stores.push(Store::open(config.clone()).await.unwrap());
+    }
     let mut model = Model { events: Vec::new(), compacted: 0 };
     for (counter, op) in ops.into_iter().enumerate() {
+        let turn = counter % replicas;
+        let store = stores[turn].clone();
+        if replicas > 1 {
+            // What it says without asking the database is what it has heard of.
+            assert_eq!(store.sync().await.unwrap(), model.revision());
+            assert_eq!(store.revision(), model.revision());
+        }
         let fill = |size: usize| vec![(counter % 251) as u8; size];
         match op {
             Op::Create { key, size } => {
@@ -200,6 +224,45 @@ async fn run(ops: Vec<Op>, file: bool) {
                 let winners: Vec<_> = (0..writers).filter(|n| !outcomes[*n].is_conflict()).collect();
                 assert_eq!(winners.len(), 1, "{outcomes:?}");
                 model.apply(key, Some(vec![winners[0] as u8]), true, &outcomes[winners[0]]);
+            }
+            Op::Transact { writes, stale, prefix } => {
+                let before = model.revision();
+                let mut transaction = Transaction::default();
+                let mut events = Vec::new();
+                for (key, size) in &writes {
+                    let expect = match model.current(*key) {
+                        Some(kv) => Expect::At(kv.mod_revision),
+                        None if size.is_some() => Expect::Absent,
+                        None => Expect::Any,
+                    };
+                    let value = size.map(|size| fill(size).into());
+                    let lease = i64::from(*key);
+                    if size.is_some() || model.current(*key).is_some() {
+                        let lease = if size.is_some() { lease } else { 0 };
+                        events.push(model.event(*key, size.map(fill), lease));
+                    }
+                    transaction.writes.push(Write { key: name(*key).into(), value, lease, expect });
+                }
+                let range = range(prefix);
+                let last = model.events.iter().rev().find(|event| range.contains(&event.kv.key));
+                let last = last.map_or(0, |event| event.revision.0).max(model.compacted);
+                // Since the last write to the range nobody wrote there; since the one before that somebody did.
+                let since = if stale { last.saturating_sub(1) } else { last };
+                let fails = stale && last > 0;
+                transaction.unchanged.push((range, Revision(since)));
+                let outcome = store.transact(transaction).await.unwrap();
+                match outcome {
+                    TransactionOutcome::Conflict { revision, .. } => {
+                        assert!(fails, "a conflict with nothing");
+                        assert_eq!(revision, before);
+                    }
+                    TransactionOutcome::Applied { revision, events: applied } => {
+                        assert!(!fails, "a transaction over a conflict");
+                        assert_eq!(applied, events);
+                        model.events.extend(events);
+                        assert_eq!(revision, model.revision());
+                    }
+                }
             }
             Op::List { back, limit, prefix } => {
                 let revision = model.back(back);
@@ -256,7 +319,8 @@ async fn run(ops: Vec<Op>, file: bool) {
                     .collect();
                 for event in expected {
                     assert_eq!(&*watcher.next().await.unwrap(), event);
-                    assert_eq!(watcher.progress().0.min(event.revision.0), event.revision.0);
+                    // Unless there are more of the same transaction.
+                    assert!(watcher.progress().0 + 1 >= event.revision.0, "{watcher:?}");
                 }
                 // No duplicate comes after them, and no gap: the next event is the next write.
                 let outcome = match model.current(0) {
@@ -279,42 +343,76 @@ async fn run(ops: Vec<Op>, file: bool) {
                 }
                 assert_eq!(store.compact_revision().0, model.compacted);
             }
-            Op::Reopen if file => {
+            Op::Reopen if !memory => {
                 store.close().await;
-                store = Store::open(config.clone()).await.unwrap();
-                assert_eq!(store.revision(), model.revision());
-                assert_eq!(store.compact_revision().0, model.compacted);
+                stores[turn] = Store::open(config.clone()).await.unwrap();
+                assert_eq!(stores[turn].revision(), model.revision());
+                assert_eq!(stores[turn].compact_revision().0, model.compacted);
             }
             Op::Reopen => {}
         }
     }
-    assert!(matches!(
-        store.get("a", Some(Revision(model.revision().0 + 1))).await,
-        Err(Error::FutureRevision { .. })
-    ));
-    store.close().await;
-    assert!(matches!(store.get("a", None).await, Err(Error::Closed)));
-    assert!(matches!(store.create("a", "b").await, Err(Error::Closed)));
-}
-
-fn block_on(future: impl Future<Output = ()>) {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future);
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn in_memory_store_follows_the_model(ops in prop::collection::vec(op(), 1..80)) {
-        block_on(run(ops, false));
+    for store in stores {
+        assert!(matches!(
+            store.get("a", Some(Revision(model.revision().0 + 1))).await,
+            Err(Error::FutureRevision { .. })
+        ));
+        store.close().await;
+        assert!(matches!(store.get("a", None).await, Err(Error::Closed)));
+        assert!(matches!(store.create("a", "b").await, Err(Error::Closed)));
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
 
-    #[test]
-    fn store_in_a_file_follows_the_model(ops in prop::collection::vec(op(), 1..60)) {
-        block_on(run(ops, true));
-    }
+/// Random histories, each on a database of its own.
+fn check(cases: u32, steps: usize, replicas: usize, mut location: impl FnMut() -> Location) {
+    let config =
+        ProptestConfig { cases, failure_persistence: None, max_shrink_iters: 200, ..Default::default() };
+    let location = std::cell::RefCell::new(&mut location);
+    let runtime = runtime();
+    TestRunner::new(config)
+        .run(&prop::collection::vec(op(), 1..steps), |ops| {
+            let location = (location.borrow_mut())();
+            runtime.block_on(run(ops, location, replicas));
+            Ok(())
+        })
+        .unwrap();
+}
+
+fn check_server(kind: Kind, cases: u32) {
+    let runtime = runtime();
+    let server = test_support::require!(runtime.block_on(Server::start(kind)).unwrap());
+    let mut location = || Location::parse(&runtime.block_on(server.database()).unwrap()).unwrap();
+    check(cases, 60, 1, &mut location);
+    check(cases, 60, 2, &mut location);
+}
+
+#[test]
+fn in_memory_store_follows_the_model() {
+    check(64, 80, 1, || Location::sqlite(":memory:"));
+}
+
+#[test]
+fn store_in_a_file_follows_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut number = 0;
+    let mut location = || {
+        number += 1;
+        Location::sqlite(folder.path().join(format!("hub-{number}/store.db")))
+    };
+    check(24, 60, 1, &mut location);
+    check(24, 60, 2, &mut location);
+}
+
+#[test]
+fn store_in_postgresql_follows_the_model() {
+    check_server(Kind::Postgres, 8);
+}
+
+#[test]
+fn store_in_mariadb_follows_the_model() {
+    check_server(Kind::MariaDb, 8);
 }

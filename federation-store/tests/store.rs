@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use federation_store::{
-    Compaction, Error, EventKind, KeyRange, ListRequest, MAX_VALUE_BYTES, OpenError, Revision, Store,
-    StoreConfig, WriteOutcome,
+    Compaction, Error, EventKind, Expect, KeyRange, ListRequest, MAX_VALUE_BYTES, OpenError, Revision, Store,
+    StoreConfig, Transaction, Write, WriteOutcome,
 };
 
 /// Long enough for a loaded machine; a test that gets here has failed.
@@ -162,17 +162,23 @@ async fn history_is_compacted_by_itself() {
 }
 
 #[tokio::test]
-async fn a_database_has_one_process_and_a_known_schema() {
+async fn a_file_has_several_processes_and_a_known_schema() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store.db");
     let store = Store::open(StoreConfig::new(&path)).await.unwrap();
-    store.create("k", "v").await.unwrap();
-    let second = Store::open(StoreConfig::new(&path)).await;
-    assert!(matches!(second, Err(OpenError::InUse { .. })), "{second:?}");
+    let second = Store::open(StoreConfig::new(&path)).await.unwrap();
+    let mut watcher = second.watch(KeyRange::prefix(""), second.revision()).unwrap();
+    let written = mod_revision(&store.create("k", "v").await.unwrap());
+    assert_eq!(watcher.next().await.unwrap().revision, written);
+    // A revision that only the other one has seen so far is waited for.
+    let mut early = second.watch(KeyRange::prefix("k"), Revision(written.0 + 1)).unwrap();
+    for n in 0..2 {
+        store.create(format!("k{n}"), "").await.unwrap();
+    }
+    assert_eq!(early.next().await.unwrap().kv.key, "k1");
     store.close().await;
-    let store = Store::open(StoreConfig::new(&path)).await.unwrap();
-    assert_eq!(store.get("k", None).await.unwrap().0.unwrap().value, "v");
-    store.close().await;
+    assert_eq!(second.get("k", None).await.unwrap().0.unwrap().value, "v");
+    second.close().await;
 
     let options = sqlx::sqlite::SqliteConnectOptions::new().filename(&path);
     let pool = sqlx::sqlite::SqlitePool::connect_with(options).await.unwrap();
@@ -180,6 +186,35 @@ async fn a_database_has_one_process_and_a_known_schema() {
     pool.close().await;
     let newer = Store::open(StoreConfig::new(&path)).await;
     assert!(matches!(newer, Err(OpenError::SchemaTooNew { found: 99, .. })), "{newer:?}");
+}
+
+#[tokio::test]
+async fn a_transaction_has_bounds() {
+    let store = Store::open(StoreConfig::in_memory()).await.unwrap();
+    let write = |key: &str, size: usize| Write {
+        key: Bytes::from(key.to_owned()),
+        value: Some(Bytes::from(vec![0; size])),
+        lease: 0,
+        expect: Expect::Any,
+    };
+    let transaction = |writes| Transaction { writes, ..Transaction::default() };
+    for refused in [
+        vec![write("a", 1), write("a", 2)],
+        (0..70_000).map(|n| write(&n.to_string(), 0)).collect(),
+        (0..8).map(|n| write(&n.to_string(), 3 << 20)).collect(),
+    ] {
+        let refused = store.transact(transaction(refused)).await;
+        assert!(matches!(refused, Err(Error::InvalidTransaction { .. })), "{refused:?}");
+    }
+    let mut watcher = store.watch(KeyRange::prefix(""), store.revision()).unwrap();
+    let many = transaction((0..10_000).map(|n| write(&format!("{n:05}"), 10)).collect());
+    store.transact(many).await.unwrap();
+    // More than a watcher takes at once, and more than there is room for in memory.
+    let batch = watcher.next_batch().await.unwrap();
+    assert_eq!((batch.len(), watcher.progress()), (10_000, store.revision()));
+    assert!(batch.iter().all(|event| event.revision == store.revision()));
+    store.transact(Transaction::default()).await.unwrap();
+    assert_eq!(watcher.progress(), store.revision());
 }
 
 #[tokio::test]

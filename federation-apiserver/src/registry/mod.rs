@@ -176,8 +176,13 @@ pub(crate) fn store_error(error: federation_store::Error) -> ApiError {
         }
         Error::InvalidKey { .. } => ApiError::bad_request("the name of the object is too long to be stored"),
         Error::ValueTooLarge { .. } => ApiError::too_large(federation_store::MAX_VALUE_BYTES),
+        // A client lists again after this one.
+        Error::WentBack { revision, seen } => {
+            ApiError::expired(format!("the store went back: {} ({})", seen.0, revision.0))
+        }
+        Error::InvalidTransaction { .. } => ApiError::bad_request(error.to_string()),
         Error::Closed => ApiError::unavailable("the server is shutting down"),
-        Error::Database { .. } => ApiError::internal(format_args!("{error}: {}", source_text(&error))),
+        Error::Database { .. } | Error::Unresolved { .. } => ApiError::internal(format_args!("{error}: {}", source_text(&error))),
     }
 }
 

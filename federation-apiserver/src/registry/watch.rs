@@ -113,6 +113,13 @@ impl Registry {
         } else {
             KeyRange::single(target.key())
         };
+        // Another replica may be ahead, and have answered with its revision.
+        if from > self.store.revision() {
+            let current = self.store.sync().await.map_err(store_error)?;
+            if from > current {
+                return Err(ApiError::too_large_resource_version(from.0, current.0));
+            }
+        }
         let watcher = match self.store.watch(range.clone(), from) {
             Ok(watcher) => watcher,
             Err(error) => {

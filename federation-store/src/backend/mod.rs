@@ -2,17 +2,39 @@
 //!
 //! A backend never decides anything: [`crate::batch::decide`] does. It promises
 //! - that `write` reads the counter and the heads, decides, appends and bumps the counter in one transaction that no
-//!   other writer can interleave with, so commits follow revisions;
-//! - that every read sees one snapshot, with the [`State`] that belongs to it;
+//!   other writer, in this process or another, can interleave with, so commits follow revisions;
+//! - that a failed `write` says whether it is certain that nothing was kept;
+//! - that every read sees one snapshot, with the [`State`] that belongs to it, and all of it or an error;
 //! - that a committed transaction survives the process and the machine.
+//!
+//! The tables are the same everywhere:
+//!
+//! ```text
+//! store_state    one row: the counter, the compacted and the swept revision. Whoever writes locks it first
+//! store_log      every write, by place; (name, prev) is unique: two writes cannot replace the same one
+//! store_head     for each key its newest row, tombstones included: a list costs its keys, not their history
+//! store_replica  for each writing process the last batch that it committed: tells a lost answer from a lost commit
+//! store_schema   the version of all this
+//! ```
 
+pub(crate) mod mysql;
+pub(crate) mod postgres;
+mod remote;
+mod rows;
 pub(crate) mod sqlite;
 
 use futures::future::BoxFuture;
 
-use crate::batch::{Decision, Operation};
+use crate::batch::Decision;
 use crate::error::Error;
-use crate::types::{Event, KeyRange, KeyValue, Revision};
+use crate::types::{Event, KeyRange, KeyValue, Revision, Transaction};
+
+/// Events fetched from the log at once, by number and by the bytes of their values: what a slow watcher may hold.
+const EVENTS_PER_READ: usize = 256;
+const EVENT_BYTES_PER_READ: u64 = 8 * 1024 * 1024;
+
+/// Rows of processes that have not written for so long are removed: none of them still asks for its last batch.
+const REPLICA_SECONDS: i64 = 7 * 24 * 3600;
 
 /// The counter row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +56,7 @@ pub(crate) struct Listed {
     pub(crate) remaining: u64,
 }
 
-/// Events out of the log.
+/// Events out of the log: whole revisions.
 #[derive(Debug)]
 pub(crate) struct Logged {
     pub(crate) state: State,
@@ -43,9 +65,27 @@ pub(crate) struct Logged {
     pub(crate) upto: Revision,
 }
 
+/// Why a batch was not written, as far as is known.
+#[derive(Debug)]
+pub(crate) enum WriteError {
+    /// Nothing was kept.
+    Failed(Error),
+    /// The commit was asked for and not answered: [`Backend::committed`] knows. If it was, `decision` holds.
+    Unknown { decision: Decision, error: Error },
+}
+
+/// Tells that another process has written.
+pub(crate) trait Changes: Send {
+    /// Returns when there may be something new. An error means that notifications may have been missed.
+    fn next(&mut self) -> BoxFuture<'_, Result<(), Error>>;
+}
+
 pub(crate) trait Backend: Send + Sync + 'static {
     /// For messages.
     fn name(&self) -> &'static str;
+
+    /// Whether other processes may write to the same database.
+    fn shared(&self) -> bool;
 
     fn state(&self) -> BoxFuture<'_, Result<State, Error>>;
 
@@ -74,8 +114,15 @@ pub(crate) trait Backend: Send + Sync + 'static {
     /// Events after a revision, a bounded number of them.
     fn events<'a>(&'a self, range: &'a KeyRange, after: Revision) -> BoxFuture<'a, Result<Logged, Error>>;
 
-    /// Applies a batch in one transaction.
-    fn write<'a>(&'a self, operations: &'a [Operation]) -> BoxFuture<'a, Result<Decision, Error>>;
+    /// Applies a batch in one transaction. `batch` grows from call to call.
+    fn write<'a>(
+        &'a self,
+        transactions: &'a [Transaction],
+        batch: i64,
+    ) -> BoxFuture<'a, Result<Decision, WriteError>>;
+
+    /// Whether `batch`, the last that this process wrote, was committed. If not, it never will be.
+    fn committed(&self, batch: i64) -> BoxFuture<'_, Result<bool, Error>>;
 
     /// Records that nothing before `revision` may be read any more.
     fn mark_compacted(&self, revision: Revision) -> BoxFuture<'_, Result<State, Error>>;
@@ -85,6 +132,11 @@ pub(crate) trait Backend: Send + Sync + 'static {
 
     /// What the database takes on disk (or in memory), in bytes.
     fn size(&self) -> BoxFuture<'_, Result<u64, Error>>;
+
+    /// Notifications, where the database has them; elsewhere the counter has to be looked at.
+    fn changes(&self) -> BoxFuture<'_, Result<Option<Box<dyn Changes>>, Error>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
 
     fn close(&self) -> BoxFuture<'_, ()>;
 }

@@ -1,15 +1,9 @@
 //! The log in a SQLite file.
 //!
 //! Write-ahead log with `synchronous = FULL`: a commit is on disk when it returns, and readers never wait for the
-//! writer. One connection writes; a few read snapshots. A database in memory has one connection for both.
-//!
-//! ```text
-//! store_state  one row: the counter, the compacted and the swept revision
-//! store_log    every write, by revision; (name, prev_revision) is unique: two writes cannot replace the same one
-//! store_head   for each key its newest row, tombstones included: a list costs its keys, not their history
-//! ```
+//! writer. One connection writes; a few read snapshots. A database in memory has one connection for both. Several
+//! processes of one machine may open the same file; SQLite's own locks order their writes.
 
-use std::collections::HashMap;
 use std::fs::{DirBuilder, File, TryLockError};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -18,41 +12,49 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use futures::{FutureExt as _, TryStreamExt as _};
+use futures::{FutureExt as _, TryFutureExt as _};
 use parking_lot::Mutex;
 use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow,
+    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
     SqliteSynchronous,
 };
-use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Row as _, Sqlite};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Executor as _, Row as _, Sqlite};
 
-use super::{Backend, Listed, Logged, State};
-use crate::batch::{Decision, Operation, Record, decide};
+use super::rows::{PREVIOUS, end_of, event_of, place_of, record_of, sql, state_of, unsigned, upto, visible};
+use super::{Backend, EVENTS_PER_READ, Listed, Logged, REPLICA_SECONDS, State, WriteError};
+use crate::batch::{Basis, Decision, Record, decide};
 use crate::error::{Error, OpenError};
-use crate::types::{Event, EventKind, KeyRange, KeyValue, MAX_KEY_BYTES, Revision};
+use crate::types::{KeyRange, KeyValue, Revision, Transaction};
 
 /// Connections that read. Each is a thread; a read is short, and SQLite readers do not block each other.
 const READERS: u32 = 4;
 
-/// How long a statement waits for a lock. Only a foreign tool that looks into the file can hold one.
+/// How long a statement waits for another process's transaction.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long an operation waits for a free reader before it fails.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Events fetched from the log at once, by number and by the bytes of their values: what a slow watcher may hold.
-const EVENTS_PER_READ: i64 = 256;
-const EVENT_BYTES_PER_READ: usize = 8 * 1024 * 1024;
-
 /// Revisions looked at in one step of the sweep: a step takes some milliseconds, writes get in between.
 const REVISIONS_PER_SWEEP: u64 = 1000;
 
-/// A page of a list: from, to (excluded), the revision, the limit.
-const LIST: &str = "SELECT l.* FROM store_head h CROSS JOIN store_log l ON l.revision =
-                    (SELECT MAX(r.revision) FROM store_log r WHERE r.name = h.name AND r.revision <= ?3)
-              WHERE h.name >= ?1 AND h.name < ?2 AND l.deleted = 0
-              ORDER BY h.name LIMIT ?4";
+/// The row of a head that is visible before a place: nearly always the head's own.
+macro_rules! visible_rows {
+    ($columns:literal) => {
+        concat!(
+            "SELECT ",
+            $columns,
+            " FROM store_head h CROSS JOIN store_log l ON l.place = CASE WHEN h.place < ?3 THEN h.place ELSE
+                 (SELECT r.place FROM store_log r WHERE r.name = h.name AND r.place < ?3
+                   ORDER BY r.place DESC LIMIT 1) END
+              WHERE h.name >= ?1 AND h.name < ?2 AND l.deleted = 0"
+        )
+    };
+}
+
+/// A page of a list: from, to (excluded), the place after the revision, the limit.
+const LIST: &str = concat!(visible_rows!("l.*"), " ORDER BY h.name LIMIT ?4");
 
 /// The largest number of rows in one statement, a power of two. Statements exist for powers of two only, so that all
 /// of them stay prepared.
@@ -62,7 +64,8 @@ const MAX_ROWS: usize = 64;
 const JOURNAL_BYTES: &str = "67108864";
 
 /// Schema steps in order; the version is the position, counted from 1. Released steps never change.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE store_state (
         id        INTEGER PRIMARY KEY CHECK (id = 1),
         revision  INTEGER NOT NULL,
@@ -85,9 +88,48 @@ const MIGRATIONS: &[&str] = &["
         name     BLOB NOT NULL PRIMARY KEY,
         revision INTEGER NOT NULL
     ) WITHOUT ROWID;
-"];
+",
+    // Several writes in one revision, leases, several processes.
+    "
+    DROP INDEX store_log_cas;
+    DROP INDEX store_log_name;
+    ALTER TABLE store_log RENAME TO store_log_1;
+    ALTER TABLE store_head RENAME TO store_head_1;
+    CREATE TABLE store_log (
+        place           INTEGER PRIMARY KEY,
+        name            BLOB NOT NULL,
+        prev            INTEGER NOT NULL,
+        create_revision INTEGER NOT NULL,
+        version         INTEGER NOT NULL,
+        lease           INTEGER NOT NULL,
+        deleted         BOOLEAN NOT NULL,
+        value           BLOB NOT NULL
+    );
+    INSERT INTO store_log (place, name, prev, create_revision, version, lease, deleted, value)
+    SELECT revision << 20, name, prev_revision << 20, create_revision, version, 0, deleted, value FROM store_log_1;
+    CREATE UNIQUE INDEX store_log_cas ON store_log (name, prev);
+    CREATE INDEX store_log_name ON store_log (name, place);
+    CREATE TABLE store_head (
+        name    BLOB NOT NULL PRIMARY KEY,
+        place   INTEGER NOT NULL,
+        deleted BOOLEAN NOT NULL
+    ) WITHOUT ROWID;
+    INSERT INTO store_head (name, place, deleted)
+    SELECT h.name, h.revision << 20, l.deleted FROM store_head_1 h JOIN store_log_1 l ON l.revision = h.revision;
+    DROP TABLE store_log_1;
+    DROP TABLE store_head_1;
+    CREATE TABLE store_replica (
+        id    BLOB NOT NULL PRIMARY KEY,
+        batch INTEGER NOT NULL,
+        seen  INTEGER NOT NULL
+    ) WITHOUT ROWID;
+",
+];
 
 const NAME: &str = "SQLite";
+
+const STATE: &str = "SELECT revision AS s_revision, compacted AS s_compacted, swept AS s_swept
+                       FROM store_state WHERE id = 1";
 
 /// Takes the write lock at once instead of at the first write, when it could fail.
 const IMMEDIATE: &str = "BEGIN IMMEDIATE";
@@ -97,6 +139,8 @@ pub(crate) struct SqliteBackend {
     writer: SqlitePool,
     readers: SqlitePool,
     on_disk: bool,
+    /// This process among those that write to the file.
+    replica: [u8; 16],
     /// Held, and with it the database, until the backend is closed.
     lock: Mutex<Option<File>>,
 }
@@ -115,14 +159,14 @@ impl SqliteBackend {
             .busy_timeout(BUSY_TIMEOUT)
             .pragma("journal_size_limit", JOURNAL_BYTES)
             .disable_statement_logging();
-        let open = |source| OpenError::Open { path: path.to_owned(), source };
+        let open = |source| OpenError::Open { database: path.display().to_string(), source };
         let writer = pool(1).connect_with(options.clone()).await.map_err(open)?;
         migrate(&writer).await?;
         let readers = pool(READERS)
             .connect_with(options.create_if_missing(false).read_only(true))
             .await
             .map_err(open)?;
-        Ok(Self { writer, readers, on_disk: true, lock: Mutex::new(Some(lock)) })
+        Ok(Self { writer, readers, on_disk: true, replica: rand::random(), lock: Mutex::new(Some(lock)) })
     }
 
     /// A store that lives as long as the value.
@@ -136,9 +180,15 @@ impl SqliteBackend {
             .max_lifetime(None)
             .connect_with(options)
             .await
-            .map_err(|source| OpenError::Open { path: PathBuf::from(":memory:"), source })?;
+            .map_err(|source| OpenError::Open { database: ":memory:".to_owned(), source })?;
         migrate(&writer).await?;
-        Ok(Self { readers: writer.clone(), writer, on_disk: false, lock: Mutex::new(None) })
+        Ok(Self {
+            readers: writer.clone(),
+            writer,
+            on_disk: false,
+            replica: rand::random(),
+            lock: Mutex::new(None),
+        })
     }
 
     async fn try_get(
@@ -149,16 +199,15 @@ impl SqliteBackend {
         // One statement is one snapshot.
         let row = sqlx::query(
             "SELECT s.revision AS s_revision, s.compacted AS s_compacted, s.swept AS s_swept, l.*
-               FROM store_state s LEFT JOIN store_log l ON l.revision =
-                    (SELECT MAX(r.revision) FROM store_log r WHERE r.name = ?1 AND r.revision <= ?2)",
+               FROM store_state s LEFT JOIN store_log l ON l.place =
+                    (SELECT MAX(r.place) FROM store_log r WHERE r.name = ?1 AND r.place < ?2)",
         )
         .bind(key)
-        .bind(bound(at))
+        .bind(visible(at))
         .fetch_one(&self.readers)
         .await?;
-        let state = state_of(&row)?;
-        let found: Option<i64> = row.try_get("revision")?;
-        Ok((state, if found.is_some() { record_of(&row)?.key_value() } else { None }))
+        let found: Option<i64> = row.try_get("place")?;
+        Ok((state_of(&row)?, if found.is_some() { record_of(&row)?.key_value() } else { None }))
     }
 
     async fn try_list(
@@ -169,13 +218,11 @@ impl SqliteBackend {
     ) -> Result<Listed, sqlx::Error> {
         let mut snapshot = self.readers.begin().await?;
         let state = read_state(&mut snapshot).await?;
-        let at = bound(Some(at.unwrap_or(state.revision)));
-        let wanted = limit.map_or(-1, |limit| i64::try_from(limit).unwrap_or(i64::MAX));
         let rows = sqlx::query(LIST)
             .bind(range.start().as_ref())
             .bind(end_of(range))
-            .bind(at)
-            .bind(wanted)
+            .bind(visible(at))
+            .bind(limit.map_or(-1, |limit| sql(limit as u64)))
             .fetch_all(&mut *snapshot)
             .await?;
         let items = rows
@@ -184,8 +231,8 @@ impl SqliteBackend {
             .collect::<Result<Vec<_>, sqlx::Error>>()?;
         let full = limit.is_some_and(|limit| items.len() >= limit);
         let remaining = match items.last() {
-            Some(last) if full => count(&mut snapshot, &range.after(&last.key), at).await?,
-            None if full => count(&mut snapshot, range, at).await?,
+            Some(last) if full => count(&mut snapshot, &range.after(&last.key), at, state).await?,
+            None if full => count(&mut snapshot, range, at, state).await?,
             _ => 0,
         };
         snapshot.commit().await?;
@@ -195,7 +242,7 @@ impl SqliteBackend {
     async fn try_count(&self, range: &KeyRange, at: Option<Revision>) -> Result<(State, u64), sqlx::Error> {
         let mut snapshot = self.readers.begin().await?;
         let state = read_state(&mut snapshot).await?;
-        let number = count(&mut snapshot, range, bound(Some(at.unwrap_or(state.revision)))).await?;
+        let number = count(&mut snapshot, range, at, state).await?;
         snapshot.commit().await?;
         Ok((state, number))
     }
@@ -203,36 +250,42 @@ impl SqliteBackend {
     async fn try_events(&self, range: &KeyRange, after: Revision) -> Result<Logged, sqlx::Error> {
         let mut snapshot = self.readers.begin().await?;
         let state = read_state(&mut snapshot).await?;
-        let mut events = Vec::new();
-        let mut bytes = 0;
-        // The plus keeps the planner on the primary key: rows come in the order of their revisions, none is sorted.
-        let mut rows = sqlx::query(
-            "SELECT l.*, p.create_revision AS p_create_revision, p.version AS p_version, p.value AS p_value
-               FROM store_log l LEFT JOIN store_log p ON p.revision = l.prev_revision AND p.deleted = 0
-              WHERE l.revision > ?1 AND +l.name >= ?2 AND +l.name < ?3
-              ORDER BY l.revision LIMIT ?4",
+        // The plus keeps the planner on the primary key: rows come in the order of their places, none is sorted.
+        let sizes = sqlx::query(
+            "SELECT place, LENGTH(value) AS size FROM store_log
+              WHERE place >= ?1 AND +name >= ?2 AND +name < ?3 ORDER BY place LIMIT ?4",
         )
-        .bind(bound(Some(after)))
+        .bind(visible(Some(after)))
         .bind(range.start().as_ref())
         .bind(end_of(range))
-        .bind(EVENTS_PER_READ)
-        .fetch(&mut *snapshot);
-        let mut whole = true;
-        while let Some(row) = rows.try_next().await? {
-            let event = event_of(&row)?;
-            bytes += event.weight();
-            events.push(event);
-            if bytes >= EVENT_BYTES_PER_READ || events.len() as i64 >= EVENTS_PER_READ {
-                whole = false;
-                break;
+        .bind(EVENTS_PER_READ as i64)
+        .fetch_all(&mut *snapshot)
+        .await?
+        .iter()
+        .map(|row| Ok((place_of(row, "place")?, unsigned(row, "size")?)))
+        .collect::<Result<Vec<_>, sqlx::Error>>()?;
+        let upto = upto(&sizes, state.revision.max(after));
+        let mut events = Vec::with_capacity(sizes.len());
+        if !sizes.is_empty() {
+            // Always the same text.
+            let statement = format!(
+                "SELECT l.*, {PREVIOUS}
+                   FROM store_log l LEFT JOIN store_log p ON p.place = l.prev AND p.deleted = 0
+                  WHERE l.place >= ?1 AND +l.name >= ?2 AND +l.name < ?3 AND l.place < ?4
+                  ORDER BY l.place"
+            );
+            let rows = sqlx::query(AssertSqlSafe(statement))
+                .bind(visible(Some(after)))
+                .bind(range.start().as_ref())
+                .bind(end_of(range))
+                .bind(visible(Some(upto)))
+                .fetch_all(&mut *snapshot)
+                .await?;
+            for row in &rows {
+                events.push(event_of(row)?);
             }
         }
-        drop(rows);
         snapshot.commit().await?;
-        let upto = match events.last() {
-            Some(last) if !whole => last.revision,
-            _ => state.revision.max(after),
-        };
         Ok(Logged { state, events, upto })
     }
 
@@ -241,22 +294,45 @@ impl SqliteBackend {
     /// of the two believes in would fail every write after it.
     async fn release<T>(
         &self,
-        connection: PoolConnection<Sqlite>,
+        mut connection: PoolConnection<Sqlite>,
         outcome: Result<T, sqlx::Error>,
     ) -> Result<T, sqlx::Error> {
-        // A database in memory would go with its connection.
-        if outcome.is_err()
-            && self.on_disk
-            && let Err(error) = connection.close().await
-        {
-            tracing::debug!(%error, "failed to close a connection after an error");
+        if outcome.is_err() {
+            if !self.on_disk {
+                // A database in memory would go with its connection. There may be nothing to roll back.
+                let _ = connection.execute("ROLLBACK").await;
+            } else if let Err(error) = connection.close().await {
+                tracing::debug!(%error, "failed to close a connection after an error");
+            }
         }
         outcome
     }
 
-    async fn try_write(&self, operations: &[Operation]) -> Result<Decision, sqlx::Error> {
+    async fn try_write(&self, transactions: &[Transaction], batch: i64) -> Result<Decision, WriteError> {
+        let failed = |error| WriteError::Failed(failed("write")(error));
+        let mut connection = self.writer.acquire().await.map_err(failed)?;
+        let written = write_batch(&mut connection, transactions, &self.replica, batch).await;
+        let decision = match written {
+            Ok(decision) => decision,
+            Err(error) => {
+                let error = self.release::<()>(connection, Err(error)).await.err();
+                return Err(failed(error.unwrap_or(sqlx::Error::WorkerCrashed)));
+            }
+        };
+        let end = if decision.records.is_empty() { "ROLLBACK" } else { "COMMIT" };
+        let ended = connection.execute(end).await.map(drop);
+        match self.release(connection, ended).await {
+            Ok(()) => Ok(decision),
+            Err(_) if decision.records.is_empty() => Ok(decision),
+            // A full disk or a lock has no commit record. After any other error the record may be in the file.
+            Err(error) if matches!(code(&error), Some(SQLITE_BUSY | SQLITE_FULL)) => Err(failed(error)),
+            Err(error) => Err(WriteError::Unknown { decision, error: self::failed("commit")(error) }),
+        }
+    }
+
+    async fn try_committed(&self, batch: i64) -> Result<bool, sqlx::Error> {
         let mut connection = self.writer.acquire().await?;
-        let outcome = write_batch(&mut connection, operations).await;
+        let outcome = committed(&mut connection, &self.replica, batch).await;
         self.release(connection, outcome).await
     }
 
@@ -273,11 +349,12 @@ impl SqliteBackend {
     }
 
     async fn try_size(&self) -> Result<u64, sqlx::Error> {
-        let row =
-            sqlx::query("SELECT c.page_count * s.page_size FROM pragma_page_count() c, pragma_page_size() s")
-                .fetch_one(&self.readers)
-                .await?;
-        unsigned(row.try_get(0)?)
+        let row = sqlx::query(
+            "SELECT c.page_count * s.page_size AS number FROM pragma_page_count() c, pragma_page_size() s",
+        )
+        .fetch_one(&self.readers)
+        .await?;
+        unsigned(&row, "number")
     }
 }
 
@@ -286,11 +363,16 @@ impl Backend for SqliteBackend {
         NAME
     }
 
+    fn shared(&self) -> bool {
+        self.on_disk
+    }
+
     fn state(&self) -> BoxFuture<'_, Result<State, Error>> {
         async move {
-            let mut connection = self.readers.acquire().await.map_err(failed("read the counter"))?;
-            read_state(&mut connection).await.map_err(failed("read the counter"))
+            let mut connection = self.readers.acquire().await?;
+            read_state(&mut connection).await
         }
+        .map_err(failed("read the counter"))
         .boxed()
     }
 
@@ -299,7 +381,7 @@ impl Backend for SqliteBackend {
         key: &'a [u8],
         at: Option<Revision>,
     ) -> BoxFuture<'a, Result<(State, Option<KeyValue>), Error>> {
-        async move { self.try_get(key, at).await.map_err(failed("get a key")) }.boxed()
+        self.try_get(key, at).map_err(failed("get a key")).boxed()
     }
 
     fn list<'a>(
@@ -308,7 +390,7 @@ impl Backend for SqliteBackend {
         at: Option<Revision>,
         limit: Option<usize>,
     ) -> BoxFuture<'a, Result<Listed, Error>> {
-        async move { self.try_list(range, at, limit).await.map_err(failed("list keys")) }.boxed()
+        self.try_list(range, at, limit).map_err(failed("list keys")).boxed()
     }
 
     fn count<'a>(
@@ -316,27 +398,35 @@ impl Backend for SqliteBackend {
         range: &'a KeyRange,
         at: Option<Revision>,
     ) -> BoxFuture<'a, Result<(State, u64), Error>> {
-        async move { self.try_count(range, at).await.map_err(failed("count keys")) }.boxed()
+        self.try_count(range, at).map_err(failed("count keys")).boxed()
     }
 
     fn events<'a>(&'a self, range: &'a KeyRange, after: Revision) -> BoxFuture<'a, Result<Logged, Error>> {
-        async move { self.try_events(range, after).await.map_err(failed("read the log")) }.boxed()
+        self.try_events(range, after).map_err(failed("read the log")).boxed()
     }
 
-    fn write<'a>(&'a self, operations: &'a [Operation]) -> BoxFuture<'a, Result<Decision, Error>> {
-        async move { self.try_write(operations).await.map_err(failed("write")) }.boxed()
+    fn write<'a>(
+        &'a self,
+        transactions: &'a [Transaction],
+        batch: i64,
+    ) -> BoxFuture<'a, Result<Decision, WriteError>> {
+        self.try_write(transactions, batch).boxed()
+    }
+
+    fn committed(&self, batch: i64) -> BoxFuture<'_, Result<bool, Error>> {
+        self.try_committed(batch).map_err(failed("look for a commit")).boxed()
     }
 
     fn mark_compacted(&self, revision: Revision) -> BoxFuture<'_, Result<State, Error>> {
-        async move { self.try_mark_compacted(revision).await.map_err(failed("compact")) }.boxed()
+        self.try_mark_compacted(revision).map_err(failed("compact")).boxed()
     }
 
     fn sweep(&self) -> BoxFuture<'_, Result<State, Error>> {
-        async move { self.try_sweep().await.map_err(failed("remove compacted rows")) }.boxed()
+        self.try_sweep().map_err(failed("remove compacted rows")).boxed()
     }
 
     fn size(&self) -> BoxFuture<'_, Result<u64, Error>> {
-        async move { self.try_size().await.map_err(failed("read the size")) }.boxed()
+        self.try_size().map_err(failed("read the size")).boxed()
     }
 
     fn close(&self) -> BoxFuture<'_, ()> {
@@ -351,7 +441,18 @@ impl Backend for SqliteBackend {
     }
 }
 
-fn failed(action: &'static str) -> impl FnOnce(sqlx::Error) -> Error {
+/// SQLite's result codes that say that nothing was committed.
+const SQLITE_BUSY: i32 = 5;
+const SQLITE_FULL: i32 = 13;
+
+/// The primary result code of an error.
+fn code(error: &sqlx::Error) -> Option<i32> {
+    let code: i32 = error.as_database_error()?.code()?.parse().ok()?;
+    // The upper bits refine it.
+    Some(code & 0xff)
+}
+
+fn failed(action: &'static str) -> impl Fn(sqlx::Error) -> Error + Copy {
     move |source| Error::Database { action, backend: NAME, source: Arc::new(source) }
 }
 
@@ -363,7 +464,8 @@ fn pool(connections: u32) -> SqlitePoolOptions {
         .test_before_acquire(false)
 }
 
-/// Takes the lock file beside the database. The system drops it with the process, however that ends.
+/// Takes the lock file beside the database, together with the other processes that use it; a restore takes it alone.
+/// The system drops it with the process, however that ends.
 fn lock(path: &Path) -> Result<File, OpenError> {
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         let prepare = |source| OpenError::Prepare { path: folder.to_owned(), source };
@@ -373,7 +475,7 @@ fn lock(path: &Path) -> Result<File, OpenError> {
     lock_path.push(".lock");
     let lock_path = PathBuf::from(lock_path);
     let file = open_private(&lock_path)?;
-    match file.try_lock() {
+    match file.try_lock_shared() {
         Ok(()) => {
             // SQLite takes an empty file for a new database, and its other files get the same permissions.
             open_private(path)?;
@@ -393,71 +495,100 @@ fn open_private(path: &Path) -> Result<File, OpenError> {
 
 async fn migrate(pool: &SqlitePool) -> Result<(), OpenError> {
     let step = |version| move |source| OpenError::Migrate { version, source };
-    let mut connection = pool.acquire().await.map_err(step(0))?;
+    // One process at a time looks at the schema.
+    let mut transaction = pool.begin_with(IMMEDIATE).await.map_err(step(0))?;
     sqlx::query("CREATE TABLE IF NOT EXISTS store_schema (version INTEGER PRIMARY KEY)")
-        .execute(&mut *connection)
+        .execute(&mut *transaction)
         .await
         .map_err(step(0))?;
     let found: i64 = sqlx::query("SELECT COALESCE(MAX(version), 0) FROM store_schema")
-        .fetch_one(&mut *connection)
+        .fetch_one(&mut *transaction)
         .await
         .and_then(|row| row.try_get(0))
         .map_err(step(0))?;
-    drop(connection);
     let known = MIGRATIONS.len() as i64;
     if found > known {
         return Err(OpenError::SchemaTooNew { found, known });
     }
-    for (version, sql) in (1_i64..).zip(MIGRATIONS).filter(|(version, _)| *version > found) {
-        let mut transaction = pool.begin_with(IMMEDIATE).await.map_err(step(version))?;
-        sqlx::raw_sql(*sql).execute(&mut *transaction).await.map_err(step(version))?;
+    for (version, statements) in (1_i64..).zip(MIGRATIONS).filter(|(version, _)| *version > found) {
+        sqlx::raw_sql(*statements).execute(&mut *transaction).await.map_err(step(version))?;
         sqlx::query("INSERT INTO store_schema (version) VALUES (?1)")
             .bind(version)
             .execute(&mut *transaction)
             .await
             .map_err(step(version))?;
-        transaction.commit().await.map_err(step(version))?;
         tracing::info!(version, "schema brought up to date");
     }
-    Ok(())
+    sqlx::query("DELETE FROM store_replica WHERE seen < unixepoch() - ?1")
+        .bind(REPLICA_SECONDS)
+        .execute(&mut *transaction)
+        .await
+        .map_err(step(known))?;
+    transaction.commit().await.map_err(step(known))
 }
 
 async fn read_state(connection: &mut SqliteConnection) -> Result<State, sqlx::Error> {
-    let row = sqlx::query(
-        "SELECT revision AS s_revision, compacted AS s_compacted, swept AS s_swept
-           FROM store_state WHERE id = 1",
-    )
-    .fetch_one(connection)
-    .await?;
-    state_of(&row)
+    state_of(&sqlx::query(STATE).fetch_one(connection).await?)
 }
 
+/// Everything of a batch but its commit.
 async fn write_batch(
     connection: &mut SqliteConnection,
-    operations: &[Operation],
+    transactions: &[Transaction],
+    replica: &[u8],
+    batch: i64,
 ) -> Result<Decision, sqlx::Error> {
-    // Immediate: nobody writes between reading the counter and bumping it.
-    let mut transaction = connection.begin_with(IMMEDIATE).await?;
-    let state = read_state(&mut transaction).await?;
-    let heads = read_heads(&mut transaction, operations).await?;
-    let decision = decide(state.revision, heads, operations);
-    let Some(last) = decision.records.last() else {
-        transaction.rollback().await?;
+    // Immediate: nobody writes between reading the counter and bumping it. Not the driver's transaction: the caller has
+    // to tell a failed commit from any other failure.
+    connection.execute(IMMEDIATE).await?;
+    let state = read_state(connection).await?;
+    let basis = read_basis(connection, transactions, state).await?;
+    let decision = decide(basis, transactions);
+    if decision.records.is_empty() {
         return Ok(decision);
-    };
-    append(&mut transaction, &decision.records).await?;
+    }
+    append(connection, &decision.records).await?;
+    move_heads(connection, &decision.heads()).await?;
+    sqlx::query(
+        "INSERT INTO store_replica (id, batch, seen) VALUES (?1, ?2, unixepoch())
+             ON CONFLICT (id) DO UPDATE SET batch = excluded.batch, seen = excluded.seen",
+    )
+    .bind(replica)
+    .bind(batch)
+    .execute(&mut *connection)
+    .await?;
     sqlx::query("UPDATE store_state SET revision = ?1 WHERE id = 1")
-        .bind(bound(Some(last.revision)))
-        .execute(&mut *transaction)
+        .bind(sql(decision.revision.0))
+        .execute(&mut *connection)
         .await?;
-    transaction.commit().await?;
     Ok(decision)
+}
+
+async fn committed(
+    connection: &mut SqliteConnection,
+    replica: &[u8],
+    batch: i64,
+) -> Result<bool, sqlx::Error> {
+    let mut transaction = connection.begin_with(IMMEDIATE).await?;
+    let row = sqlx::query("SELECT batch FROM store_replica WHERE id = ?1")
+        .bind(replica)
+        .fetch_optional(&mut *transaction)
+        .await?;
+    let found: Option<i64> = row.map(|row| row.try_get("batch")).transpose()?;
+    if found != Some(batch) {
+        // A commit that writes over what may be left of the failed one in the write-ahead log: a crash would find it.
+        sqlx::query("UPDATE store_state SET revision = revision WHERE id = 1")
+            .execute(&mut *transaction)
+            .await?;
+    }
+    transaction.commit().await?;
+    Ok(found == Some(batch))
 }
 
 async fn mark_compacted(connection: &mut SqliteConnection, revision: Revision) -> Result<State, sqlx::Error> {
     let mut transaction = connection.begin_with(IMMEDIATE).await?;
     sqlx::query("UPDATE store_state SET compacted = MAX(compacted, MIN(revision, ?1)) WHERE id = 1")
-        .bind(bound(Some(revision)))
+        .bind(sql(revision.0))
         .execute(&mut *transaction)
         .await?;
     let state = read_state(&mut transaction).await?;
@@ -474,67 +605,87 @@ async fn sweep(connection: &mut SqliteConnection) -> Result<State, sqlx::Error> 
         transaction.rollback().await?;
         return Ok(state);
     }
-    let from = bound(Some(state.swept));
+    let from = visible(Some(state.swept));
     state.swept = Revision(state.compacted.0.min(state.swept.0 + REVISIONS_PER_SWEEP));
-    let to = bound(Some(state.swept));
+    let to = visible(Some(state.swept));
     for statement in [
-        "DELETE FROM store_log WHERE revision IN
-            (SELECT prev_revision FROM store_log WHERE revision > ?1 AND revision <= ?2)",
-        "DELETE FROM store_head WHERE (name, revision) IN
-            (SELECT name, revision FROM store_log WHERE revision > ?1 AND revision <= ?2 AND deleted = 1)",
-        "DELETE FROM store_log WHERE revision > ?1 AND revision <= ?2 AND deleted = 1",
-        "UPDATE store_state SET swept = ?2 WHERE id = 1 AND swept = ?1",
+        "DELETE FROM store_log WHERE place IN
+            (SELECT prev FROM store_log WHERE place >= ?1 AND place < ?2)",
+        "DELETE FROM store_head WHERE (name, place) IN
+            (SELECT name, place FROM store_log WHERE place >= ?1 AND place < ?2 AND deleted = 1)",
+        "DELETE FROM store_log WHERE place >= ?1 AND place < ?2 AND deleted = 1",
     ] {
         sqlx::query(statement).bind(from).bind(to).execute(&mut *transaction).await?;
     }
+    sqlx::query("UPDATE store_state SET swept = ?1 WHERE id = 1")
+        .bind(sql(state.swept.0))
+        .execute(&mut *transaction)
+        .await?;
     transaction.commit().await?;
     Ok(state)
 }
 
-async fn count(connection: &mut SqliteConnection, range: &KeyRange, at: i64) -> Result<u64, sqlx::Error> {
-    let row = sqlx::query(
-        "SELECT COUNT(*) FROM store_head h
-          WHERE h.name >= ?1 AND h.name < ?2
-            AND 0 = (SELECT r.deleted FROM store_log r WHERE r.name = h.name AND r.revision <= ?3
-                      ORDER BY r.revision DESC LIMIT 1)",
-    )
-    .bind(range.start().as_ref())
-    .bind(end_of(range))
-    .bind(at)
-    .fetch_one(connection)
-    .await?;
-    unsigned(row.try_get(0)?)
+async fn count(
+    connection: &mut SqliteConnection,
+    range: &KeyRange,
+    at: Option<Revision>,
+    state: State,
+) -> Result<u64, sqlx::Error> {
+    let query = if at.is_none_or(|at| at >= state.revision) {
+        "SELECT COUNT(*) AS number FROM store_head WHERE name >= ?1 AND name < ?2 AND ?3 > 0 AND deleted = 0"
+    } else {
+        visible_rows!("COUNT(*) AS number")
+    };
+    let row = sqlx::query(query)
+        .bind(range.start().as_ref())
+        .bind(end_of(range))
+        .bind(visible(at))
+        .fetch_one(connection)
+        .await?;
+    unsigned(&row, "number")
 }
 
-/// The newest records of all keys that `operations` name.
-async fn read_heads(
+/// What the batch is decided on.
+async fn read_basis(
     connection: &mut SqliteConnection,
-    operations: &[Operation],
-) -> Result<HashMap<Bytes, Record>, sqlx::Error> {
-    let mut heads = HashMap::with_capacity(operations.len());
-    for chunk in operations.chunks(MAX_ROWS) {
+    transactions: &[Transaction],
+    state: State,
+) -> Result<Basis, sqlx::Error> {
+    let mut basis = Basis { revision: state.revision, compacted: state.compacted, ..Basis::default() };
+    let keys: Vec<&Bytes> = transactions.iter().flat_map(Transaction::keys).collect();
+    for chunk in keys.chunks(MAX_ROWS) {
         // Rounded up by naming a key twice.
         let rows = chunk.len().next_power_of_two();
         let names = vec!["(?)"; rows].join(",");
         // Only the number of question marks is put into the text.
-        let sql = format!(
+        let statement = format!(
             "WITH k (name) AS (VALUES {names})
              SELECT l.* FROM k CROSS JOIN store_head h ON h.name = k.name
-                               CROSS JOIN store_log l ON l.revision = h.revision"
+                               CROSS JOIN store_log l ON l.place = h.place"
         );
-        let mut query = sqlx::query(AssertSqlSafe(sql));
+        let mut query = sqlx::query(AssertSqlSafe(statement));
         for index in 0..rows {
-            query = query.bind(chunk[index.min(chunk.len() - 1)].key.as_ref());
+            query = query.bind(chunk[index.min(chunk.len() - 1)].as_ref());
         }
-        for row in query.fetch_all(&mut *connection).await? {
-            let record = record_of(&row)?;
-            heads.insert(record.key.clone(), record);
+        for row in &query.fetch_all(&mut *connection).await? {
+            let record = record_of(row)?;
+            basis.heads.insert(record.key.clone(), record);
         }
     }
-    Ok(heads)
+    for (range, _) in transactions.iter().flat_map(|transaction| &transaction.unchanged) {
+        let row = sqlx::query(
+            "SELECT COALESCE(MAX(place), 0) AS place FROM store_head WHERE name >= ?1 AND name < ?2",
+        )
+        .bind(range.start().as_ref())
+        .bind(end_of(range))
+        .fetch_one(&mut *connection)
+        .await?;
+        basis.newest.push(place_of(&row, "place")?.revision());
+    }
+    Ok(basis)
 }
 
-/// Adds the records to the log and moves the heads.
+/// Adds the records to the log.
 async fn append(connection: &mut SqliteConnection, records: &[Record]) -> Result<(), sqlx::Error> {
     let mut rest = records;
     while !rest.is_empty() {
@@ -542,130 +693,81 @@ async fn append(connection: &mut SqliteConnection, records: &[Record]) -> Result
         let rows = (1 << rest.len().ilog2()).min(MAX_ROWS);
         let (chunk, after) = rest.split_at(rows);
         rest = after;
-        let values = vec!["(?,?,?,?,?,?,?)"; rows].join(",");
-        let sql = format!(
+        let values = vec!["(?,?,?,?,?,?,?,?)"; rows].join(",");
+        let statement = format!(
             "INSERT INTO store_log
-                 (revision, name, prev_revision, create_revision, version, deleted, value) VALUES {values}"
+                 (place, name, prev, create_revision, version, lease, deleted, value) VALUES {values}"
         );
-        let mut query = sqlx::query(AssertSqlSafe(sql));
+        let mut query = sqlx::query(AssertSqlSafe(statement));
         for record in chunk {
             query = query
-                .bind(bound(Some(record.revision)))
+                .bind(record.place.sql())
                 .bind(record.key.as_ref())
-                .bind(bound(Some(record.prev_revision)))
-                .bind(bound(Some(record.create_revision)))
-                .bind(i64::try_from(record.version).unwrap_or(i64::MAX))
+                .bind(record.prev.sql())
+                .bind(sql(record.create_revision.0))
+                .bind(sql(record.version))
+                .bind(record.lease)
                 .bind(record.deleted)
                 .bind(record.value.as_ref());
-        }
-        query.execute(&mut *connection).await?;
-        let values = vec!["(?,?)"; rows].join(",");
-        let sql = format!(
-            "INSERT INTO store_head (name, revision) VALUES {values}
-                 ON CONFLICT (name) DO UPDATE SET revision = excluded.revision"
-        );
-        let mut query = sqlx::query(AssertSqlSafe(sql));
-        for record in chunk {
-            query = query.bind(record.key.as_ref()).bind(bound(Some(record.revision)));
         }
         query.execute(&mut *connection).await?;
     }
     Ok(())
 }
 
-/// The end of a range. There always is one: a condition that may be absent would keep the planner from seeking to it, and
-/// every list would walk to the end of the table.
-fn end_of(range: &KeyRange) -> &[u8] {
-    // Longer than any key can be, so greater than all of them.
-    const AFTER_ALL: &[u8] = &[u8::MAX; MAX_KEY_BYTES + 1];
-    range.end().map_or(AFTER_ALL, Bytes::as_ref)
-}
-
-/// A revision as SQL has it; none is after all of them.
-fn bound(revision: Option<Revision>) -> i64 {
-    revision.and_then(|revision| i64::try_from(revision.0).ok()).unwrap_or(i64::MAX)
-}
-
-fn unsigned(number: i64) -> Result<u64, sqlx::Error> {
-    u64::try_from(number).map_err(|error| sqlx::Error::Decode(error.into()))
-}
-
-fn revision_of(row: &SqliteRow, column: &str) -> Result<Revision, sqlx::Error> {
-    unsigned(row.try_get(column)?).map(Revision)
-}
-
-fn state_of(row: &SqliteRow) -> Result<State, sqlx::Error> {
-    Ok(State {
-        revision: revision_of(row, "s_revision")?,
-        compacted: revision_of(row, "s_compacted")?,
-        swept: revision_of(row, "s_swept")?,
-    })
-}
-
-fn record_of(row: &SqliteRow) -> Result<Record, sqlx::Error> {
-    Ok(Record {
-        revision: revision_of(row, "revision")?,
-        key: row.try_get::<Vec<u8>, _>("name")?.into(),
-        prev_revision: revision_of(row, "prev_revision")?,
-        create_revision: revision_of(row, "create_revision")?,
-        version: unsigned(row.try_get("version")?)?,
-        value: row.try_get::<Vec<u8>, _>("value")?.into(),
-        deleted: row.try_get("deleted")?,
-    })
-}
-
-fn event_of(row: &SqliteRow) -> Result<Event, sqlx::Error> {
-    let record = record_of(row)?;
-    let prev_kv = match row.try_get::<Option<Vec<u8>>, _>("p_value")? {
-        None => None,
-        Some(value) => Some(KeyValue {
-            key: record.key.clone(),
-            value: value.into(),
-            create_revision: revision_of(row, "p_create_revision")?,
-            mod_revision: record.prev_revision,
-            version: unsigned(row.try_get("p_version")?)?,
-        }),
-    };
-    Ok(Event {
-        kind: if record.deleted { EventKind::Delete } else { EventKind::Put },
-        revision: record.revision,
-        kv: record.event_key_value(),
-        prev_kv,
-    })
+async fn move_heads(connection: &mut SqliteConnection, heads: &[&Record]) -> Result<(), sqlx::Error> {
+    let mut rest = heads;
+    while !rest.is_empty() {
+        let rows = (1 << rest.len().ilog2()).min(MAX_ROWS);
+        let (chunk, after) = rest.split_at(rows);
+        rest = after;
+        let values = vec!["(?,?,?)"; rows].join(",");
+        let statement = format!(
+            "INSERT INTO store_head (name, place, deleted) VALUES {values}
+                 ON CONFLICT (name) DO UPDATE SET place = excluded.place, deleted = excluded.deleted"
+        );
+        let mut query = sqlx::query(AssertSqlSafe(statement));
+        for record in chunk {
+            query = query.bind(record.key.as_ref()).bind(record.place.sql()).bind(record.deleted);
+        }
+        query.execute(&mut *connection).await?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::Expect;
+    use crate::types::{Expect, Write};
+
+    fn create(key: impl Into<Bytes>, size: usize) -> Transaction {
+        let value = Some(Bytes::from(vec![0; size]));
+        Transaction::single(Write { key: key.into(), value, lease: 0, expect: Expect::Absent })
+    }
 
     #[tokio::test]
     async fn a_full_disk_is_survived() {
         let folder = tempfile::tempdir().unwrap();
         let backend = SqliteBackend::open(&folder.path().join("store.db")).await.unwrap();
-        let create = |n: u32| Operation {
-            key: Bytes::from(format!("/k/{n}")),
-            value: Some(Bytes::from(vec![0; 20_000])),
-            expect: Expect::Absent,
-        };
-        backend.write(&[create(0)]).await.unwrap();
+        let create = |n: u32| create(format!("/k/{n}"), 20_000);
+        backend.write(&[create(0)], 1).await.unwrap();
         // The bound belongs to the connection, as a full disk belongs to a moment.
         sqlx::query("PRAGMA max_page_count = 40").execute(&backend.writer).await.unwrap();
         let mut written = 1;
         let error = loop {
-            match backend.write(&[create(written), create(written + 1000)]).await {
+            match backend.write(&[create(written), create(written + 1000)], 2).await {
                 Ok(_) => written += 1,
                 Err(error) => break error,
             }
         };
         assert!(
-            matches!(&error, Error::Database { source, .. } if source.to_string().contains("full")),
+            matches!(&error, WriteError::Failed(Error::Database { source, .. }) if source.to_string().contains("full")),
             "{error:?}"
         );
         let state = backend.state().await.unwrap();
         assert_eq!(state.revision.0, 2 + 2 * u64::from(written - 1), "half a batch was kept");
-        let decision = backend.write(&[create(written)]).await.unwrap();
-        assert_eq!(decision.records[0].revision, state.revision.next());
+        let decision = backend.write(&[create(written)], 3).await.unwrap();
+        assert_eq!(decision.revision, state.revision.next());
         backend.close().await;
     }
 
@@ -680,8 +782,7 @@ mod tests {
         drop(transaction);
         let outcome: Result<(), _> = backend.release(connection, Err(sqlx::Error::WorkerCrashed)).await;
         assert!(outcome.is_err());
-        let create = Operation { key: Bytes::from("k"), value: Some(Bytes::new()), expect: Expect::Absent };
-        backend.write(&[create]).await.unwrap();
+        backend.write(&[create("k", 0)], 1).await.unwrap();
         backend.close().await;
     }
 

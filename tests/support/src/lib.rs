@@ -3,6 +3,7 @@
 //!
 //! Nothing here knows cellway's protocols, so that every crate's tests can use it.
 
+pub mod databases;
 pub mod netns;
 pub mod process;
 pub mod relay;

@@ -1,0 +1,685 @@
+//! The log in a MySQL, MariaDB or OceanBase (MySQL mode) database.
+//!
+//! Only what all three have: no auto-increment, no `RETURNING`, no `LATERAL`, schema steps that may be repeated because
+//! definitions commit by themselves. Whoever writes locks the counter row first and works at READ COMMITTED, so each
+//! statement sees what was committed before the lock was had; readers work at REPEATABLE READ with one snapshot for
+//! several statements. There are no notifications: other replicas look at the counter.
+
+use std::str::FromStr as _;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::{FutureExt as _, TryFutureExt as _};
+use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlPool, MySqlPoolOptions};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Executor as _, Row as _};
+
+use super::remote::{
+    ACQUIRE_TIMEOUT, IDLE_TRANSACTION_SECONDS, LOCK_SECONDS, READERS, limited, read, settle,
+};
+use super::rows::{PREVIOUS, end_of, event_of, place_of, record_of, sql, state_of, unsigned, upto, visible};
+use super::{Backend, EVENTS_PER_READ, Listed, Logged, REPLICA_SECONDS, State, WriteError};
+use crate::batch::{Basis, Decision, Record, decide};
+use crate::error::{Error, OpenError};
+use crate::types::{KeyRange, KeyValue, MAX_KEY_BYTES, MAX_VALUE_BYTES, Revision, Transaction};
+
+/// Schema steps in order; the version is the position, counted from 1. Released steps never change. Every statement may
+/// be repeated: a definition commits at once, and several replicas may start together.
+const MIGRATIONS: &[&[&str]] = &[&[
+    "CREATE TABLE IF NOT EXISTS store_state (
+        id        TINYINT NOT NULL PRIMARY KEY,
+        revision  BIGINT NOT NULL,
+        compacted BIGINT NOT NULL,
+        swept     BIGINT NOT NULL
+    ) ENGINE = InnoDB",
+    "INSERT IGNORE INTO store_state (id, revision, compacted, swept) VALUES (1, 1, 0, 0)",
+    "CREATE TABLE IF NOT EXISTS store_log (
+        place           BIGINT NOT NULL PRIMARY KEY,
+        name            VARBINARY(1024) NOT NULL,
+        prev            BIGINT NOT NULL,
+        create_revision BIGINT NOT NULL,
+        version         BIGINT NOT NULL,
+        lease           BIGINT NOT NULL,
+        deleted         TINYINT(1) NOT NULL,
+        value           MEDIUMBLOB NOT NULL,
+        UNIQUE KEY store_log_cas (name, prev),
+        KEY store_log_name (name, place)
+    ) ENGINE = InnoDB",
+    "CREATE TABLE IF NOT EXISTS store_head (
+        name    VARBINARY(1024) NOT NULL PRIMARY KEY,
+        place   BIGINT NOT NULL,
+        deleted TINYINT(1) NOT NULL
+    ) ENGINE = InnoDB",
+    "CREATE TABLE IF NOT EXISTS store_replica (
+        id    VARBINARY(16) NOT NULL PRIMARY KEY,
+        batch BIGINT NOT NULL,
+        seen  BIGINT NOT NULL
+    ) ENGINE = InnoDB",
+]];
+
+const NAME: &str = "MySQL";
+
+const STATE: &str = "SELECT revision AS s_revision, compacted AS s_compacted, swept AS s_swept
+                       FROM store_state WHERE id = 1";
+
+const LOCKED_STATE: &str = "SELECT revision AS s_revision, compacted AS s_compacted, swept AS s_swept
+                              FROM store_state WHERE id = 1 FOR UPDATE";
+
+/// Several statements with one view.
+const SNAPSHOT: &str = "START TRANSACTION WITH CONSISTENT SNAPSHOT";
+
+/// The row of a head that is visible before a place: nearly always the head's own. The places come first: the
+/// parameters have no numbers here.
+macro_rules! visible_rows {
+    ($columns:literal) => {
+        concat!(
+            "SELECT ",
+            $columns,
+            " FROM store_head h STRAIGHT_JOIN store_log l ON l.place = CASE WHEN h.place < ? THEN h.place ELSE
+                 (SELECT r.place FROM store_log r WHERE r.name = h.name AND r.place < ?
+                   ORDER BY r.place DESC LIMIT 1) END
+              WHERE h.name >= ? AND h.name < ? AND l.deleted = 0"
+        )
+    };
+}
+
+/// The largest number of rows in one statement, a power of two. Statements exist for powers of two only, so that all
+/// of them stay prepared.
+const MAX_ROWS: usize = 64;
+
+/// The most bytes of values in one statement beside its first row: a statement has to fit into `max_allowed_packet`.
+const MAX_STATEMENT_BYTES: usize = 2 * 1024 * 1024;
+
+/// What `max_allowed_packet` must be at least: the largest row, or a statement of small ones, and room for the protocol.
+const MIN_PACKET: u64 = (MAX_VALUE_BYTES + MAX_STATEMENT_BYTES + MAX_ROWS * MAX_KEY_BYTES) as u64;
+
+/// Idle connections are closed by the server after so long, and by the pool before that. MySQL has no limit of its own
+/// for a transaction whose client has gone silent, and such a transaction may hold the counter.
+const WAIT_SECONDS: u32 = 60;
+const POOL_IDLE: std::time::Duration = std::time::Duration::from_secs(45);
+
+/// Revisions looked at in one step of the sweep, which holds the counter: writes get in between.
+const REVISIONS_PER_SWEEP: u64 = 500;
+
+/// The store's tables in one MySQL database.
+pub(crate) struct MySqlBackend {
+    writer: MySqlPool,
+    readers: MySqlPool,
+    /// This process among those that write to the database.
+    replica: [u8; 16],
+}
+
+// === impl MySqlBackend ===
+
+impl MySqlBackend {
+    /// Connects, checks the server's settings, and brings the schema up to date.
+    pub(crate) async fn open(options: &MySqlConnectOptions, database: &str) -> Result<Self, OpenError> {
+        let options = options
+            .clone()
+            // What we ask in has no text in it, and the defaults of the driver are not every server's.
+            .timezone(None)
+            .pipes_as_concat(false)
+            .no_engine_substitution(false)
+            .disable_statement_logging();
+        let open = |source| OpenError::Open { database: database.to_owned(), source };
+        let pool = |connections: u32, isolation: &'static str| {
+            let session = format!(
+                "SET SESSION wait_timeout = {WAIT_SECONDS}, innodb_lock_wait_timeout = {LOCK_SECONDS},
+                     sql_mode = 'STRICT_ALL_TABLES'"
+            );
+            let isolation = format!("SET SESSION TRANSACTION ISOLATION LEVEL {isolation}");
+            let silent = format!("SET SESSION idle_write_transaction_timeout = {IDLE_TRANSACTION_SECONDS}");
+            MySqlPoolOptions::new()
+                .max_connections(connections)
+                .acquire_timeout(ACQUIRE_TIMEOUT)
+                .idle_timeout(POOL_IDLE)
+                // A dead connection shows itself in use, and the operation is tried again.
+                .test_before_acquire(false)
+                .after_connect(move |connection, _| {
+                    let (session, isolation, silent) = (session.clone(), isolation.clone(), silent.clone());
+                    async move {
+                        connection.execute(sqlx::raw_sql(AssertSqlSafe(session))).await?;
+                        connection.execute(sqlx::raw_sql(AssertSqlSafe(isolation))).await?;
+                        // Only MariaDB has it; elsewhere `wait_timeout` does the same later.
+                        let set = connection.execute(sqlx::raw_sql(AssertSqlSafe(silent))).await;
+                        match set {
+                            Err(sqlx::Error::Database(_)) | Ok(_) => Ok(()),
+                            Err(error) => Err(error),
+                        }
+                    }
+                    .boxed()
+                })
+        };
+        let writer = pool(1, "READ COMMITTED").connect_with(options.clone()).await.map_err(open)?;
+        suitable(&writer, database).await?;
+        migrate(&writer).await?;
+        let readers = pool(READERS, "REPEATABLE READ").connect_with(options).await.map_err(open)?;
+        Ok(Self { writer, readers, replica: rand::random() })
+    }
+
+    async fn try_write(&self, transactions: &[Transaction], batch: i64) -> Result<Decision, WriteError> {
+        let failed = |error| WriteError::Failed(failed("write")(error));
+        let mut connection = self.writer.acquire().await.map_err(failed)?;
+        let decision = match limited(write_batch(&mut connection, transactions, &self.replica, batch)).await {
+            Ok(decision) => decision,
+            Err(error) => {
+                let error = settle::<_, ()>(connection, Err(error)).await.err();
+                return Err(failed(error.unwrap_or(sqlx::Error::WorkerCrashed)));
+            }
+        };
+        if decision.records.is_empty() {
+            let ended = limited(connection.execute("ROLLBACK").map_ok(drop)).await;
+            // Nothing was written: what became of the connection matters only to itself.
+            let _ = settle(connection, ended).await;
+            return Ok(decision);
+        }
+        let ended = limited(connection.execute("COMMIT").map_ok(drop)).await;
+        match settle(connection, ended).await {
+            Ok(()) => Ok(decision),
+            Err(error) => Err(WriteError::Unknown { decision, error: self::failed("commit")(error) }),
+        }
+    }
+}
+
+impl Backend for MySqlBackend {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn shared(&self) -> bool {
+        true
+    }
+
+    fn state(&self) -> BoxFuture<'_, Result<State, Error>> {
+        async move { read!(&self.readers, |connection| read_state(&mut connection)) }
+            .map_err(failed("read the counter"))
+            .boxed()
+    }
+
+    fn get<'a>(
+        &'a self,
+        key: &'a [u8],
+        at: Option<Revision>,
+    ) -> BoxFuture<'a, Result<(State, Option<KeyValue>), Error>> {
+        async move { read!(&self.readers, |connection| get(&mut connection, key, at)) }
+            .map_err(failed("get a key"))
+            .boxed()
+    }
+
+    fn list<'a>(
+        &'a self,
+        range: &'a KeyRange,
+        at: Option<Revision>,
+        limit: Option<usize>,
+    ) -> BoxFuture<'a, Result<Listed, Error>> {
+        async move { read!(&self.readers, |connection| list(&mut connection, range, at, limit)) }
+            .map_err(failed("list keys"))
+            .boxed()
+    }
+
+    fn count<'a>(
+        &'a self,
+        range: &'a KeyRange,
+        at: Option<Revision>,
+    ) -> BoxFuture<'a, Result<(State, u64), Error>> {
+        async move { read!(&self.readers, |connection| count_at(&mut connection, range, at)) }
+            .map_err(failed("count keys"))
+            .boxed()
+    }
+
+    fn events<'a>(&'a self, range: &'a KeyRange, after: Revision) -> BoxFuture<'a, Result<Logged, Error>> {
+        async move { read!(&self.readers, |connection| events(&mut connection, range, after)) }
+            .map_err(failed("read the log"))
+            .boxed()
+    }
+
+    fn write<'a>(
+        &'a self,
+        transactions: &'a [Transaction],
+        batch: i64,
+    ) -> BoxFuture<'a, Result<Decision, WriteError>> {
+        self.try_write(transactions, batch).boxed()
+    }
+
+    fn committed(&self, batch: i64) -> BoxFuture<'_, Result<bool, Error>> {
+        async move { read!(&self.writer, |connection| committed(&mut connection, &self.replica, batch)) }
+            .map_err(failed("look for a commit"))
+            .boxed()
+    }
+
+    fn mark_compacted(&self, revision: Revision) -> BoxFuture<'_, Result<State, Error>> {
+        async move { read!(&self.writer, |connection| mark_compacted(&mut connection, revision)) }
+            .map_err(failed("compact"))
+            .boxed()
+    }
+
+    fn sweep(&self) -> BoxFuture<'_, Result<State, Error>> {
+        async move { read!(&self.writer, |connection| sweep(&mut connection)) }
+            .map_err(failed("remove compacted rows"))
+            .boxed()
+    }
+
+    fn size(&self) -> BoxFuture<'_, Result<u64, Error>> {
+        async move { read!(&self.readers, |connection| size(&mut connection)) }
+            .map_err(failed("read the size"))
+            .boxed()
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        async move {
+            self.readers.close().await;
+            self.writer.close().await;
+        }
+        .boxed()
+    }
+}
+
+/// Connection options out of a URL.
+pub(crate) fn options(url: &str) -> Result<MySqlConnectOptions, sqlx::Error> {
+    MySqlConnectOptions::from_str(url)
+}
+
+fn failed(action: &'static str) -> impl Fn(sqlx::Error) -> Error + Copy {
+    move |source| Error::Database { action, backend: NAME, source: Arc::new(source) }
+}
+
+/// Refuses a server that could not take the largest value, and says what a server's settings do not promise.
+async fn suitable(pool: &MySqlPool, database: &str) -> Result<(), OpenError> {
+    let open = |source| OpenError::Open { database: database.to_owned(), source };
+    let packet: u64 = variable(pool, "max_allowed_packet").await.map_err(open)?.unwrap_or(u64::MAX);
+    if packet < MIN_PACKET {
+        return Err(OpenError::Unsuitable {
+            database: database.to_owned(),
+            reason: format!(
+                "its max_allowed_packet is {packet} bytes and values need {MIN_PACKET}: set max_allowed_packet=16M \
+                 in the server's configuration"
+            ),
+        });
+    }
+    // Servers that do not have a setting do not have its problem.
+    let flush: Option<u64> = variable(pool, "innodb_flush_log_at_trx_commit").await.map_err(open)?;
+    if flush.is_some_and(|flush| flush != 1) {
+        tracing::warn!(
+            "innodb_flush_log_at_trx_commit is not 1: a crash of the database loses writes that were acknowledged"
+        );
+    }
+    let log: Option<u64> = variable(pool, "log_bin").await.map_err(open)?;
+    let sync: Option<u64> = variable(pool, "sync_binlog").await.map_err(open)?;
+    if flush.is_some() && (log == Some(0) || sync != Some(1)) {
+        // InnoDB alone shows a commit to others a moment before it is on disk; with a synced binary log, after.
+        tracing::warn!(
+            "the binary log is off or sync_binlog is not 1: a crash of the database may take back a write that \
+             watchers of another replica have seen; set log_bin and sync_binlog=1 when there are several replicas"
+        );
+    }
+    Ok(())
+}
+
+async fn variable(pool: &MySqlPool, name: &str) -> Result<Option<u64>, sqlx::Error> {
+    let row = sqlx::query(AssertSqlSafe(format!("SELECT CAST(@@{name} AS SIGNED)"))).fetch_one(pool).await;
+    match row {
+        Ok(row) => Ok(u64::try_from(row.try_get::<i64, _>(0)?).ok()),
+        Err(sqlx::Error::Database(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+async fn migrate(pool: &MySqlPool) -> Result<(), OpenError> {
+    let step = |version| move |source| OpenError::Migrate { version, source };
+    sqlx::query(
+        "CREATE TABLE IF NOT EXISTS store_schema (version BIGINT NOT NULL PRIMARY KEY) ENGINE = InnoDB",
+    )
+    .execute(pool)
+    .await
+    .map_err(step(0))?;
+    let found: i64 = sqlx::query("SELECT COALESCE(MAX(version), 0) FROM store_schema")
+        .fetch_one(pool)
+        .await
+        .and_then(|row| row.try_get(0))
+        .map_err(step(0))?;
+    let known = MIGRATIONS.len() as i64;
+    if found > known {
+        return Err(OpenError::SchemaTooNew { found, known });
+    }
+    for (version, statements) in (1_i64..).zip(MIGRATIONS).filter(|(version, _)| *version > found) {
+        for statement in *statements {
+            sqlx::query(*statement).execute(pool).await.map_err(step(version))?;
+        }
+        sqlx::query("INSERT IGNORE INTO store_schema (version) VALUES (?)")
+            .bind(version)
+            .execute(pool)
+            .await
+            .map_err(step(version))?;
+        tracing::info!(version, "schema brought up to date");
+    }
+    sqlx::query("DELETE FROM store_replica WHERE seen < UNIX_TIMESTAMP() - ?")
+        .bind(REPLICA_SECONDS)
+        .execute(pool)
+        .await
+        .map(drop)
+        .map_err(step(known))
+}
+
+async fn read_state(connection: &mut MySqlConnection) -> Result<State, sqlx::Error> {
+    state_of(&sqlx::query(STATE).fetch_one(connection).await?)
+}
+
+async fn get(
+    connection: &mut MySqlConnection,
+    key: &[u8],
+    at: Option<Revision>,
+) -> Result<(State, Option<KeyValue>), sqlx::Error> {
+    // One statement is one snapshot.
+    let row = sqlx::query(
+        "SELECT s.revision AS s_revision, s.compacted AS s_compacted, s.swept AS s_swept, l.*
+           FROM store_state s LEFT JOIN store_log l ON l.place =
+                (SELECT r.place FROM store_log r WHERE r.name = ? AND r.place < ?
+                  ORDER BY r.place DESC LIMIT 1)
+          WHERE s.id = 1",
+    )
+    .bind(key)
+    .bind(visible(at))
+    .fetch_one(connection)
+    .await?;
+    let found: Option<i64> = row.try_get("place")?;
+    Ok((state_of(&row)?, if found.is_some() { record_of(&row)?.key_value() } else { None }))
+}
+
+async fn list(
+    connection: &mut MySqlConnection,
+    range: &KeyRange,
+    at: Option<Revision>,
+    limit: Option<usize>,
+) -> Result<Listed, sqlx::Error> {
+    let mut snapshot = connection.begin_with(SNAPSHOT).await?;
+    let state = read_state(&mut snapshot).await?;
+    let rows = sqlx::query(concat!(visible_rows!("l.*"), " ORDER BY h.name LIMIT ?"))
+        .bind(visible(at))
+        .bind(visible(at))
+        .bind(range.start().as_ref())
+        .bind(end_of(range))
+        .bind(limit.map_or(i64::MAX, |limit| sql(limit as u64)))
+        .fetch_all(&mut *snapshot)
+        .await?;
+    let items = rows
+        .iter()
+        .map(|row| Ok(record_of(row)?.event_key_value()))
+        .collect::<Result<Vec<_>, sqlx::Error>>()?;
+    let full = limit.is_some_and(|limit| items.len() >= limit);
+    let remaining = match items.last() {
+        Some(last) if full => count(&mut snapshot, &range.after(&last.key), at, state).await?,
+        None if full => count(&mut snapshot, range, at, state).await?,
+        _ => 0,
+    };
+    snapshot.commit().await?;
+    Ok(Listed { state, items, remaining })
+}
+
+async fn count_at(
+    connection: &mut MySqlConnection,
+    range: &KeyRange,
+    at: Option<Revision>,
+) -> Result<(State, u64), sqlx::Error> {
+    let mut snapshot = connection.begin_with(SNAPSHOT).await?;
+    let state = read_state(&mut snapshot).await?;
+    let number = count(&mut snapshot, range, at, state).await?;
+    snapshot.commit().await?;
+    Ok((state, number))
+}
+
+async fn count(
+    connection: &mut MySqlConnection,
+    range: &KeyRange,
+    at: Option<Revision>,
+    state: State,
+) -> Result<u64, sqlx::Error> {
+    let query = if at.is_none_or(|at| at >= state.revision) {
+        sqlx::query("SELECT COUNT(*) AS number FROM store_head WHERE name >= ? AND name < ? AND deleted = 0")
+    } else {
+        sqlx::query(visible_rows!("COUNT(*) AS number")).bind(visible(at)).bind(visible(at))
+    };
+    let row = query.bind(range.start().as_ref()).bind(end_of(range)).fetch_one(connection).await?;
+    unsigned(&row, "number")
+}
+
+async fn events(
+    connection: &mut MySqlConnection,
+    range: &KeyRange,
+    after: Revision,
+) -> Result<Logged, sqlx::Error> {
+    let mut snapshot = connection.begin_with(SNAPSHOT).await?;
+    let state = read_state(&mut snapshot).await?;
+    let sizes = sqlx::query(
+        "SELECT place, CAST(OCTET_LENGTH(value) AS SIGNED) AS size FROM store_log FORCE INDEX (PRIMARY)
+          WHERE place >= ? AND name >= ? AND name < ? ORDER BY place LIMIT ?",
+    )
+    .bind(visible(Some(after)))
+    .bind(range.start().as_ref())
+    .bind(end_of(range))
+    .bind(EVENTS_PER_READ as i64)
+    .fetch_all(&mut *snapshot)
+    .await?
+    .iter()
+    .map(|row| Ok((place_of(row, "place")?, unsigned(row, "size")?)))
+    .collect::<Result<Vec<_>, sqlx::Error>>()?;
+    let upto = upto(&sizes, state.revision.max(after));
+    let mut events = Vec::with_capacity(sizes.len());
+    if !sizes.is_empty() {
+        // Always the same text.
+        let statement = format!(
+            "SELECT l.*, {PREVIOUS}
+               FROM store_log l FORCE INDEX (PRIMARY)
+                    LEFT JOIN store_log p ON p.place = l.prev AND p.deleted = 0
+              WHERE l.place >= ? AND l.name >= ? AND l.name < ? AND l.place < ?
+              ORDER BY l.place"
+        );
+        let rows = sqlx::query(AssertSqlSafe(statement))
+            .bind(visible(Some(after)))
+            .bind(range.start().as_ref())
+            .bind(end_of(range))
+            .bind(visible(Some(upto)))
+            .fetch_all(&mut *snapshot)
+            .await?;
+        for row in &rows {
+            events.push(event_of(row)?);
+        }
+    }
+    snapshot.commit().await?;
+    Ok(Logged { state, events, upto })
+}
+
+/// Everything of a batch but its commit.
+async fn write_batch(
+    connection: &mut MySqlConnection,
+    transactions: &[Transaction],
+    replica: &[u8],
+    batch: i64,
+) -> Result<Decision, sqlx::Error> {
+    // Not the driver's transaction: the caller has to tell a failed commit from any other failure.
+    connection.execute("START TRANSACTION").await?;
+    let state = state_of(&sqlx::query(LOCKED_STATE).fetch_one(&mut *connection).await?)?;
+    let basis = read_basis(connection, transactions, state).await?;
+    let decision = decide(basis, transactions);
+    if decision.records.is_empty() {
+        return Ok(decision);
+    }
+    append(connection, &decision.records).await?;
+    move_heads(connection, &decision.heads()).await?;
+    sqlx::query(
+        "INSERT INTO store_replica (id, batch, seen) VALUES (?, ?, UNIX_TIMESTAMP())
+             ON DUPLICATE KEY UPDATE batch = VALUES(batch), seen = VALUES(seen)",
+    )
+    .bind(replica)
+    .bind(batch)
+    .execute(&mut *connection)
+    .await?;
+    sqlx::query("UPDATE store_state SET revision = ? WHERE id = 1")
+        .bind(sql(decision.revision.0))
+        .execute(&mut *connection)
+        .await?;
+    Ok(decision)
+}
+
+async fn read_basis(
+    connection: &mut MySqlConnection,
+    transactions: &[Transaction],
+    state: State,
+) -> Result<Basis, sqlx::Error> {
+    let mut basis = Basis { revision: state.revision, compacted: state.compacted, ..Basis::default() };
+    let keys: Vec<&Bytes> = transactions.iter().flat_map(Transaction::keys).collect();
+    for chunk in keys.chunks(MAX_ROWS) {
+        // Rounded up by naming a key twice.
+        let rows = chunk.len().next_power_of_two();
+        let names = vec!["?"; rows].join(",");
+        // Only the number of question marks is put into the text.
+        let statement = format!(
+            "SELECT l.* FROM store_head h STRAIGHT_JOIN store_log l ON l.place = h.place WHERE h.name IN ({names})"
+        );
+        let mut query = sqlx::query(AssertSqlSafe(statement));
+        for index in 0..rows {
+            query = query.bind(chunk[index.min(chunk.len() - 1)].as_ref());
+        }
+        for row in &query.fetch_all(&mut *connection).await? {
+            let record = record_of(row)?;
+            basis.heads.insert(record.key.clone(), record);
+        }
+    }
+    for (range, _) in transactions.iter().flat_map(|transaction| &transaction.unchanged) {
+        let row = sqlx::query(
+            "SELECT COALESCE(MAX(place), 0) AS place FROM store_head WHERE name >= ? AND name < ?",
+        )
+        .bind(range.start().as_ref())
+        .bind(end_of(range))
+        .fetch_one(&mut *connection)
+        .await?;
+        basis.newest.push(place_of(&row, "place")?.revision());
+    }
+    Ok(basis)
+}
+
+async fn append(connection: &mut MySqlConnection, records: &[Record]) -> Result<(), sqlx::Error> {
+    let mut rest = records;
+    while !rest.is_empty() {
+        let mut bytes = 0;
+        let fitting = rest
+            .iter()
+            .skip(1)
+            .take_while(|record| {
+                bytes += record.value.len();
+                bytes <= MAX_STATEMENT_BYTES
+            })
+            .count();
+        // The largest power of two that fits.
+        let rows = (1 << (fitting + 1).ilog2()).min(MAX_ROWS);
+        let (chunk, after) = rest.split_at(rows);
+        rest = after;
+        let values = vec!["(?,?,?,?,?,?,?,?)"; rows].join(",");
+        let statement = format!(
+            "INSERT INTO store_log
+                 (place, name, prev, create_revision, version, lease, deleted, value) VALUES {values}"
+        );
+        let mut query = sqlx::query(AssertSqlSafe(statement));
+        for record in chunk {
+            query = query
+                .bind(record.place.sql())
+                .bind(record.key.as_ref())
+                .bind(record.prev.sql())
+                .bind(sql(record.create_revision.0))
+                .bind(sql(record.version))
+                .bind(record.lease)
+                .bind(record.deleted)
+                .bind(record.value.as_ref());
+        }
+        query.execute(&mut *connection).await?;
+    }
+    Ok(())
+}
+
+async fn move_heads(connection: &mut MySqlConnection, heads: &[&Record]) -> Result<(), sqlx::Error> {
+    let mut rest = heads;
+    while !rest.is_empty() {
+        let rows = (1 << rest.len().ilog2()).min(MAX_ROWS);
+        let (chunk, after) = rest.split_at(rows);
+        rest = after;
+        let values = vec!["(?,?,?)"; rows].join(",");
+        let statement = format!(
+            "INSERT INTO store_head (name, place, deleted) VALUES {values}
+                 ON DUPLICATE KEY UPDATE place = VALUES(place), deleted = VALUES(deleted)"
+        );
+        let mut query = sqlx::query(AssertSqlSafe(statement));
+        for record in chunk {
+            query = query.bind(record.key.as_ref()).bind(record.place.sql()).bind(record.deleted);
+        }
+        query.execute(&mut *connection).await?;
+    }
+    Ok(())
+}
+
+async fn committed(
+    connection: &mut MySqlConnection,
+    replica: &[u8],
+    batch: i64,
+) -> Result<bool, sqlx::Error> {
+    let mut transaction = connection.begin().await?;
+    // The lost transaction holds the counter until it has ended, one way or the other.
+    sqlx::query(LOCKED_STATE).fetch_one(&mut *transaction).await?;
+    let row = sqlx::query("SELECT batch FROM store_replica WHERE id = ?")
+        .bind(replica)
+        .fetch_optional(&mut *transaction)
+        .await?;
+    transaction.rollback().await?;
+    let found: Option<i64> = row.map(|row| row.try_get("batch")).transpose()?;
+    Ok(found == Some(batch))
+}
+
+async fn mark_compacted(connection: &mut MySqlConnection, revision: Revision) -> Result<State, sqlx::Error> {
+    let mut transaction = connection.begin().await?;
+    sqlx::query("UPDATE store_state SET compacted = GREATEST(compacted, LEAST(revision, ?)) WHERE id = 1")
+        .bind(sql(revision.0))
+        .execute(&mut *transaction)
+        .await?;
+    let state = read_state(&mut transaction).await?;
+    transaction.commit().await?;
+    Ok(state)
+}
+
+/// Walks the writes between `swept` and `compacted`: what each of them replaced is unreachable, and a tombstone is
+/// itself. So the work is proportional to the writes since the last compaction, not to the store.
+async fn sweep(connection: &mut MySqlConnection) -> Result<State, sqlx::Error> {
+    let mut transaction = connection.begin().await?;
+    let mut state = state_of(&sqlx::query(LOCKED_STATE).fetch_one(&mut *transaction).await?)?;
+    if state.swept >= state.compacted {
+        transaction.rollback().await?;
+        return Ok(state);
+    }
+    let from = visible(Some(state.swept));
+    state.swept = Revision(state.compacted.0.min(state.swept.0 + REVISIONS_PER_SWEEP));
+    let to = visible(Some(state.swept));
+    // Joins of several tables: MySQL cannot delete from a table that a subquery reads.
+    for statement in [
+        "DELETE o FROM store_log l STRAIGHT_JOIN store_log o ON o.place = l.prev
+          WHERE l.place >= ? AND l.place < ? AND l.prev > 0",
+        "DELETE h FROM store_log l STRAIGHT_JOIN store_head h ON h.name = l.name AND h.place = l.place
+          WHERE l.place >= ? AND l.place < ? AND l.deleted = 1",
+        "DELETE FROM store_log WHERE place >= ? AND place < ? AND deleted = 1",
+    ] {
+        sqlx::query(statement).bind(from).bind(to).execute(&mut *transaction).await?;
+    }
+    sqlx::query("UPDATE store_state SET swept = ? WHERE id = 1")
+        .bind(sql(state.swept.0))
+        .execute(&mut *transaction)
+        .await?;
+    transaction.commit().await?;
+    Ok(state)
+}
+
+async fn size(connection: &mut MySqlConnection) -> Result<u64, sqlx::Error> {
+    let row = sqlx::query(
+        "SELECT CAST(COALESCE(SUM(data_length + index_length), 0) AS SIGNED) AS number
+           FROM information_schema.tables
+          WHERE table_schema = DATABASE() AND table_name IN ('store_log', 'store_head')",
+    )
+    .fetch_one(connection)
+    .await?;
+    unsigned(&row, "number")
+}

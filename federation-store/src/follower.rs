@@ -1,0 +1,196 @@
+//! Following what other processes write to the same database.
+//!
+//! The writer makes its own commits known at once. Everybody else's come from the log: a task looks at the counter, woken
+//! by a notification where the database has them and by a timer that is short while there is traffic, and reads what is
+//! new. Whoever publishes first fills the gap before, under one lock, so the ring grows in order and without holes; where
+//! that is not possible the ring starts anew and every watcher reads the log by itself. So the ring may lose, a watcher
+//! never.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crate::backend::{Backend, Changes, State};
+use crate::error::Error;
+use crate::hub::{Hub, RING_EVENTS};
+use crate::types::{Event, KeyRange, Revision};
+
+/// How often the counter is looked at without notifications: the longest delay of an event, less than the 100 ms that are
+/// promised with room for reading it, and twenty-five cheap questions a second.
+const SLOWEST_POLL: Duration = Duration::from_millis(40);
+
+/// The same while others write.
+const FASTEST_POLL: Duration = Duration::from_millis(4);
+
+/// How much longer each look that finds nothing makes the next wait.
+const SLOWING: f64 = 1.25;
+
+/// With notifications the timer is only for those that were lost.
+const NOTIFIED_POLL: Duration = Duration::from_secs(1);
+
+/// The wait after a failure.
+const FAILED_POLL: Duration = Duration::from_millis(250);
+
+/// See the module.
+pub(crate) struct Follower {
+    hub: Arc<Hub>,
+    backend: Arc<dyn Backend>,
+    /// Whoever publishes holds it, over the reads that fill the gap before: an asynchronous lock for that.
+    order: tokio::sync::Mutex<()>,
+}
+
+// === impl Follower ===
+
+impl Follower {
+    pub(crate) fn new(hub: Arc<Hub>, backend: Arc<dyn Backend>) -> Self {
+        Self { hub, backend, order: tokio::sync::Mutex::new(()) }
+    }
+
+    /// Makes events of a commit of this process known, and what others committed before.
+    pub(crate) async fn publish(&self, events: Vec<Event>) {
+        let Some(first) = events.first().map(|event| event.revision) else { return };
+        let _order = self.order.lock().await;
+        if let Err(error) = self.fill(first.previous()).await {
+            // The watchers will read what is missing.
+            tracing::debug!(error = &error as &dyn std::error::Error, "failed to read foreign writes");
+        }
+        self.hub.publish(events);
+    }
+
+    /// Brings the hub up to the database; the newest revision of it.
+    pub(crate) async fn catch_up(&self) -> Result<Revision, Error> {
+        let _order = self.order.lock().await;
+        // Before the counter is read: what was seen was committed.
+        let seen = self.hub.revision();
+        let state = self.backend.state().await?;
+        if state.revision < seen {
+            self.go_back(seen, state);
+        } else {
+            self.fill(state.revision).await?;
+        }
+        self.hub.set_compacted(state.compacted, state.swept);
+        Ok(state.revision)
+    }
+
+    /// Looks, after the connection was lost, whether the database still has what was shown: it may have failed over to a
+    /// copy that was behind and has been written to since.
+    pub(crate) async fn verify(&self) -> Result<(), Error> {
+        let _order = self.order.lock().await;
+        let Some(last) = self.hub.last() else { return Ok(()) };
+        let logged =
+            self.backend.events(&KeyRange::single(last.kv.key.clone()), last.revision.previous()).await?;
+        // What is compacted may be gone for good reasons.
+        let same = logged.state.compacted >= last.revision
+            || logged.events.first().is_some_and(|event| *event == *last);
+        if !same {
+            self.go_back(last.revision, logged.state);
+        }
+        Ok(())
+    }
+
+    fn go_back(&self, seen: Revision, state: State) {
+        tracing::error!(
+            seen = seen.0,
+            revision = state.revision.0,
+            "the database no longer has writes that were seen in it: watchers have to list again"
+        );
+        self.hub.go_back(state.revision);
+    }
+
+    /// Publishes what lies between the hub and `target`.
+    async fn fill(&self, target: Revision) -> Result<(), Error> {
+        let everything = KeyRange::prefix("");
+        let begin = self.hub.revision();
+        while self.hub.revision() < target {
+            let at = self.hub.revision();
+            if target.0 - at.0 > RING_EVENTS as u64 {
+                // The ring would not hold it.
+                self.hub.skip_to(target);
+                break;
+            }
+            let logged = match self.backend.events(&everything, at).await {
+                Ok(logged) => logged,
+                Err(error) => {
+                    self.hub.skip_to(target);
+                    return Err(error);
+                }
+            };
+            if at < logged.state.compacted || logged.upto <= at {
+                self.hub.skip_to(logged.state.revision.max(target));
+                break;
+            }
+            self.hub.publish(logged.events);
+            self.hub.skip_to(logged.upto);
+        }
+        let foreign = self.hub.revision().0.saturating_sub(begin.0);
+        self.hub.counters.foreign.fetch_add(foreign, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Follows until the store is closed.
+    pub(crate) async fn run(self: Arc<Self>) {
+        let mut wait = FASTEST_POLL;
+        let mut changes: Option<Box<dyn Changes>> = None;
+        // Whether there are notifications at all, once that is known.
+        let mut notified = true;
+        let mut failing = false;
+        loop {
+            if changes.is_none() && notified {
+                match self.backend.changes().await {
+                    Ok(Some(found)) => changes = Some(found),
+                    Ok(None) => notified = false,
+                    Err(error) => {
+                        tracing::debug!(error = &error as &dyn std::error::Error, "no notifications")
+                    }
+                }
+            }
+            let before = self.hub.revision();
+            let outcome = match self.catch_up().await {
+                Ok(_) if failing => self.verify().await,
+                outcome => outcome.map(drop),
+            };
+            match outcome {
+                Ok(()) => {
+                    if failing {
+                        tracing::info!("following the database again");
+                    }
+                    failing = false;
+                    wait = if changes.is_some() {
+                        NOTIFIED_POLL
+                    } else if self.hub.revision() > before {
+                        FASTEST_POLL
+                    } else {
+                        wait.mul_f64(SLOWING).min(SLOWEST_POLL)
+                    };
+                }
+                Err(Error::Closed) => return,
+                Err(error) => {
+                    if !failing {
+                        tracing::warn!(
+                            error = &error as &dyn std::error::Error,
+                            "failed to follow the database, will try again"
+                        );
+                    }
+                    failing = true;
+                    wait = FAILED_POLL;
+                }
+            }
+            let notification = async {
+                match &mut changes {
+                    Some(changes) => changes.next().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = self.hub.closed.cancelled() => return,
+                heard = notification => if let Err(error) = heard {
+                    tracing::debug!(error = &error as &dyn std::error::Error, "lost the notifications");
+                    changes = None;
+                    failing = true;
+                },
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+}
