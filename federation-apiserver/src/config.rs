@@ -29,6 +29,11 @@ pub struct Config {
     pub advertise: Option<String>,
     /// kube-apiserver's static token file: `token,user,uid,"group1,group2"` lines.
     pub token_auth_file: Option<PathBuf>,
+    /// Serve requests without credentials as `system:anonymous`, with the rights of that user; else they are refused.
+    pub anonymous_auth: bool,
+    pub service_accounts: ServiceAccountConfig,
+    /// Accept ID tokens of this OpenID Connect issuer.
+    pub oidc: Option<crate::auth::oidc::OidcConfig>,
     /// CustomResourceDefinitions to ensure at start: created, or updated where they differ.
     pub crds: Vec<Value>,
     /// Objects to create at start where they do not exist.
@@ -39,6 +44,27 @@ pub struct Config {
     /// The member's simulation; ignored for the hub.
     pub simulation: crate::simulation::SimulationConfig,
 }
+
+/// kube-apiserver's `--service-account-…` flags.
+#[derive(Clone, Debug, Default)]
+pub struct ServiceAccountConfig {
+    /// The first is named in new tokens, all are accepted; [`DEFAULT_ISSUER`] when empty.
+    pub issuers: Vec<String>,
+    /// The key that signs, made when missing; `pki/service-account.key` in the data directory when `None`. Replicas
+    /// need the same.
+    pub signing_key_file: Option<PathBuf>,
+    /// Further keys that are accepted: public or private ones in PEM.
+    pub key_files: Vec<PathBuf>,
+    /// Where verifiers find the public keys; this server's own address when `None`.
+    pub jwks_uri: Option<String>,
+    /// Audiences of the API server itself; the issuers when empty.
+    pub api_audiences: Vec<String>,
+    /// Longest life of a token that is asked for.
+    pub max_token_expiration: Option<std::time::Duration>,
+}
+
+/// The issuer that clusters commonly have.
+pub const DEFAULT_ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 
 /// Bounds on what clients may take.
 #[derive(Clone, Copy, Debug)]
@@ -67,6 +93,9 @@ impl Config {
             extra_names: Vec::new(),
             advertise: None,
             token_auth_file: None,
+            anonymous_auth: true,
+            service_accounts: ServiceAccountConfig::default(),
+            oidc: None,
             crds: Vec::new(),
             bootstrap: Vec::new(),
             in_memory: false,

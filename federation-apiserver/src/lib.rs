@@ -18,8 +18,8 @@
 //!   through the same code.
 //! - The registry does not know HTTP, and in-process clients use it with the same checks as remote ones.
 //!
-//! Not served yet: RBAC (see [`auth::authz`] for what holds until then), admission webhooks, CEL rules
-//! (stored, not evaluated), conversion webhooks, service-account tokens, exec and port-forward.
+//! Not served yet: admission webhooks, CEL rules
+//! (stored, not evaluated), conversion webhooks, exec and port-forward.
 
 pub mod apply;
 pub mod auth;
@@ -33,6 +33,7 @@ mod http;
 mod logs;
 mod openapi;
 pub mod patch;
+pub mod rbac;
 pub mod registry;
 pub mod schema;
 mod server;
@@ -42,8 +43,9 @@ mod table;
 mod value;
 
 pub use auth::UserInfo;
+pub use auth::oidc::OidcConfig;
 pub use client::LocalClient;
-pub use config::{Config, Limits, Role};
+pub use config::{Config, DEFAULT_ISSUER, Limits, Role, ServiceAccountConfig};
 pub use logs::{LogOptions, LogSource};
 pub use server::{ApiServer, BindError, Bound};
 

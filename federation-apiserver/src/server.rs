@@ -17,17 +17,20 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
+use crate::auth::oidc::{Oidc, OidcConfigError};
+use crate::auth::service_accounts::keys::{KeyError, Keys};
+use crate::auth::service_accounts::{self, ServiceAccounts};
 use crate::auth::tokens::{TokenFile, TokenFileError};
-use crate::auth::{IMPERSONATORS, MASTERS, PeerIdentity};
+use crate::auth::{Authenticator, IMPERSONATORS, MASTERS, PeerIdentity};
 use crate::client::LocalClient;
-use crate::config::{Config, Role};
+use crate::config::{Config, DEFAULT_ISSUER, Role};
 use crate::http::App;
 use crate::registry::resource::split_api_version;
 use crate::registry::write::WriteOptions;
 use crate::registry::{Registry, services};
 use crate::status::ApiError;
 use crate::value::str_at;
-use crate::{crd, gc, simulation};
+use crate::{crd, gc, rbac, simulation};
 
 /// Lifetime of the certificates made at start: the serving one is made anew with every start, as are those in
 /// kubeconfigs.
@@ -68,6 +71,10 @@ pub enum BindError {
     },
     #[error(transparent)]
     Tokens(#[from] TokenFileError),
+    #[error(transparent)]
+    ServiceAccountKey(#[from] KeyError),
+    #[error("failed to set up OpenID Connect")]
+    Oidc(#[from] OidcConfigError),
     #[error("failed to listen on {address}: choose another address or port")]
     Listen {
         address: SocketAddr,
@@ -94,7 +101,7 @@ pub struct Bound {
     authority: CertificateAuthority,
     tls: ServerTls,
     registry: Arc<Registry>,
-    tokens: TokenFile,
+    authenticator: Authenticator,
     mounts: Vec<(String, Router)>,
 }
 
@@ -133,7 +140,12 @@ impl ApiServer {
         let registry = Arc::new(Registry::new(store, config.role, CancellationToken::new()));
         bootstrap(&registry, &config, address).await?;
 
-        let bound = Bound { listener, address, authority, tls, registry, tokens, mounts: Vec::new(), config };
+        let accounts = Arc::new(service_accounts(&config, &pki, &registry)?);
+        let oidc = config.oidc.clone().map(Oidc::new).transpose()?;
+        let authenticator =
+            Authenticator::new(tokens, config.anonymous_auth).with_service_accounts(accounts).with_oidc(oidc);
+        let bound =
+            Bound { listener, address, authority, tls, registry, authenticator, mounts: Vec::new(), config };
         bound.write_kubeconfig(&bound.admin_kubeconfig(), "cellway:admin", &[MASTERS])?;
         if bound.config.role == Role::Member {
             let path = bound.agent_kubeconfig();
@@ -224,8 +236,20 @@ impl Bound {
         let mut tasks = JoinSet::new();
         tasks.spawn(crd::run(self.registry.clone()).instrument(tracing::info_span!("crd")));
         tasks.spawn(gc::run(self.registry.clone()).instrument(tracing::info_span!("gc")));
+        tasks.spawn(rbac::index::run(self.registry.clone()).instrument(tracing::info_span!("rbac")));
+        let aggregation = rbac::aggregation::run(self.registry.clone());
+        tasks.spawn(aggregation.instrument(tracing::info_span!("aggregation")));
         let events = gc::run_events(self.registry.clone());
         tasks.spawn(events.instrument(tracing::info_span!("events")));
+        if let Some(accounts) = self.authenticator.service_accounts().cloned() {
+            let care =
+                service_accounts::controller::run(accounts, self.authority.certificate_pem().to_owned());
+            tasks.spawn(care.instrument(tracing::info_span!("service accounts")));
+        }
+        let jwks_uri = match &self.config.service_accounts.jwks_uri {
+            Some(uri) => uri.clone(),
+            None => format!("{}/openid/v1/jwks", self.url()),
+        };
         let simulated = match self.config.role {
             Role::Hub => None,
             Role::Member => {
@@ -235,7 +259,8 @@ impl Bound {
         };
         let app = Arc::new(App {
             registry: self.registry.clone(),
-            tokens: self.tokens,
+            authenticator: self.authenticator,
+            jwks_uri,
             limits: self.config.limits,
             logs: simulated.as_ref().map(|s| Arc::new(s.logs()) as Arc<dyn crate::LogSource>),
             mounts: self.mounts,
@@ -338,6 +363,25 @@ async fn serve(
     service::http::serve_handler(stream, handler, &limits, entrance, draining.cancelled()).await;
 }
 
+/// What makes and checks service accounts' tokens; its key is made when there is none.
+fn service_accounts(
+    config: &Config,
+    pki: &Path,
+    registry: &Arc<Registry>,
+) -> Result<ServiceAccounts, KeyError> {
+    let flags = &config.service_accounts;
+    let own = pki.join("service-account.key");
+    let keys = Keys::load(flags.signing_key_file.as_deref().unwrap_or(&own), &flags.key_files)?;
+    let issuers = match flags.issuers.as_slice() {
+        [] => vec![DEFAULT_ISSUER.to_owned()],
+        named => named.to_vec(),
+    };
+    let audiences =
+        if flags.api_audiences.is_empty() { issuers.clone() } else { flags.api_audiences.clone() };
+    let max_expiration = flags.max_token_expiration.map(|d| d.as_secs());
+    Ok(ServiceAccounts { keys, issuers, audiences, max_expiration, registry: registry.clone() })
+}
+
 /// Names and addresses of the serving certificate.
 fn names(config: &Config, address: SocketAddr) -> Vec<String> {
     let mut names: Vec<String> = [
@@ -389,6 +433,9 @@ async fn bootstrap(registry: &Registry, config: &Config, address: SocketAddr) ->
     for object in &config.bootstrap {
         create(registry, object).await?;
     }
+    let failed = |source| BindError::Bootstrap { what: "default roles and bindings".into(), source };
+    rbac::bootstrap::reconcile(registry).await.map_err(failed)?;
+    registry.rbac.load(registry).await.map_err(failed)?;
     Ok(())
 }
 

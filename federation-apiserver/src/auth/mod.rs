@@ -1,14 +1,19 @@
-//! Who is asking: client certificates and static tokens, impersonation, and what they may do.
+//! Who is asking: client certificates and tokens, and whom they act as. What they may do is [`crate::rbac`]'s.
 
-pub mod authz;
+pub mod impersonation;
+pub mod oidc;
+pub mod service_accounts;
 pub mod tokens;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
 
 use crate::status::ApiError;
+use oidc::Oidc;
+use service_accounts::{ServiceAccounts, Verified};
 use tokens::TokenFile;
 
 /// Group that may do everything.
@@ -17,12 +22,9 @@ pub const MASTERS: &str = "system:masters";
 pub const IMPERSONATORS: &str = "cellway:impersonators";
 /// Group of cellway's own controllers.
 pub const CONTROLLERS: &str = "system:cellway:controllers";
-const AUTHENTICATED: &str = "system:authenticated";
+pub(crate) const AUTHENTICATED: &str = "system:authenticated";
 const ANONYMOUS: &str = "system:anonymous";
-const UNAUTHENTICATED: &str = "system:unauthenticated";
-
-/// Most groups or extra values that one request may impersonate.
-const MAX_IMPERSONATED: usize = 256;
+pub(crate) const UNAUTHENTICATED: &str = "system:unauthenticated";
 
 /// An authenticated (or impersonated) user. Handlers mounted by the embedding program find it in the request's
 /// extensions.
@@ -41,6 +43,16 @@ pub struct PeerIdentity {
     pub groups: Vec<String>,
 }
 
+/// Everything that can tell who a request comes from.
+#[derive(Debug, Default)]
+pub struct Authenticator {
+    tokens: TokenFile,
+    service_accounts: Option<Arc<ServiceAccounts>>,
+    oidc: Option<Oidc>,
+    /// No credentials at all are `system:anonymous`, not an error.
+    anonymous: bool,
+}
+
 // === impl UserInfo ===
 
 impl UserInfo {
@@ -49,7 +61,7 @@ impl UserInfo {
         Self { name: name.into(), groups: groups.into_iter().collect(), ..Self::default() }
     }
 
-    /// The nobody that may see health and version.
+    /// Nobody.
     pub fn anonymous() -> Self {
         Self::new(ANONYMOUS, [UNAUTHENTICATED.to_owned()])
     }
@@ -77,80 +89,92 @@ impl UserInfo {
     }
 }
 
-/// Authenticates a request: certificate first, then token. Wrong tokens are an error, no credentials at all are
-/// [`UserInfo::anonymous`].
-pub fn authenticate(
-    peer: Option<&PeerIdentity>,
-    headers: &HeaderMap,
-    tokens: &TokenFile,
-) -> Result<UserInfo, ApiError> {
-    if let Some(peer) = peer
-        && !peer.user.is_empty()
-    {
-        return Ok(UserInfo::new(peer.user.clone(), peer.groups.clone()).authenticated());
-    }
-    match headers.get(AUTHORIZATION) {
-        None => Ok(UserInfo::anonymous()),
-        Some(value) => {
-            let token = value
-                .to_str()
-                .ok()
-                .and_then(|v| v.split_once(' '))
-                .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
-                .map(|(_, token)| token.trim())
-                .ok_or_else(ApiError::unauthorized)?;
-            tokens.user(token).map(UserInfo::authenticated).ok_or_else(ApiError::unauthorized)
-        }
-    }
-}
+// === impl Authenticator ===
 
-/// Replaces the user by the one that the request impersonates, if it may.
-pub fn impersonate(user: UserInfo, headers: &HeaderMap) -> Result<UserInfo, ApiError> {
-    let mut wanted: Option<UserInfo> = None;
-    let mut target = UserInfo::default();
-    let mut count = 0;
-    for (name, value) in headers {
-        let Some(what) = name.as_str().strip_prefix("impersonate-") else { continue };
-        let value =
-            value.to_str().map_err(|_| ApiError::bad_request("impersonation headers must be text"))?;
-        count += 1;
-        if count > MAX_IMPERSONATED {
-            return Err(ApiError::bad_request("too many impersonation headers"));
-        }
-        match what {
-            "user" => target.name = value.to_owned(),
-            "group" => target.groups.push(value.to_owned()),
-            "uid" => target.uid = value.to_owned(),
-            _ => match what.strip_prefix("extra-") {
-                Some(key) => target.extra.entry(percent_decode(key)).or_default().push(value.to_owned()),
-                None => continue,
-            },
-        }
-        wanted = Some(UserInfo::default());
+impl Authenticator {
+    /// Static tokens beside certificates; `anonymous`: those without credentials are served as `system:anonymous`.
+    pub fn new(tokens: TokenFile, anonymous: bool) -> Self {
+        Self { tokens, service_accounts: None, oidc: None, anonymous }
     }
-    if wanted.is_none() {
-        return Ok(user);
-    }
-    if target.name.is_empty() {
-        return Err(ApiError::bad_request("requested impersonation without an Impersonate-User header"));
-    }
-    if !(user.is_in(MASTERS) || user.is_in(IMPERSONATORS)) {
-        return Err(ApiError::forbidden(
-            "",
-            "users",
-            &target.name,
-            format!(
-                "User {:?} cannot impersonate resource \"users\" in API group \"\" at the cluster scope",
-                user.name
-            ),
-        ));
-    }
-    // As kube-apiserver does for users that are not anonymous.
-    Ok(if target.is_anonymous() { target } else { target.authenticated() })
-}
 
-fn percent_decode(text: &str) -> String {
-    crate::http::path::percent_decode(text).unwrap_or_else(|| text.to_owned())
+    /// With tokens of service accounts.
+    pub fn with_service_accounts(mut self, accounts: Arc<ServiceAccounts>) -> Self {
+        self.service_accounts = Some(accounts);
+        self
+    }
+
+    /// With ID tokens of an OpenID Connect issuer.
+    pub fn with_oidc(mut self, oidc: Option<Oidc>) -> Self {
+        self.oidc = oidc;
+        self
+    }
+
+    /// What makes and checks service accounts' tokens.
+    pub(crate) fn service_accounts(&self) -> Option<&Arc<ServiceAccounts>> {
+        self.service_accounts.as_ref()
+    }
+
+    /// Authenticates a request: certificate first, then token. Wrong credentials are an error even where none at all
+    /// would do.
+    pub async fn authenticate(
+        &self,
+        peer: Option<&PeerIdentity>,
+        headers: &HeaderMap,
+    ) -> Result<UserInfo, ApiError> {
+        if let Some(peer) = peer
+            && !peer.user.is_empty()
+        {
+            return Ok(UserInfo::new(peer.user.clone(), peer.groups.clone()).authenticated());
+        }
+        let Some(value) = headers.get(AUTHORIZATION) else {
+            return if self.anonymous { Ok(UserInfo::anonymous()) } else { Err(ApiError::unauthorized()) };
+        };
+        let token = value
+            .to_str()
+            .ok()
+            .and_then(|v| v.split_once(' '))
+            .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
+            .map(|(_, token)| token.trim())
+            .ok_or_else(ApiError::unauthorized)?;
+        self.token(token, &[]).await.map(|verified| verified.user).map_err(|why| {
+            tracing::debug!(%why, "a bearer token was refused");
+            ApiError::unauthorized()
+        })
+    }
+
+    /// Whose token that is, for one of these audiences (none: the API server's own). The error is for people.
+    pub async fn token(&self, token: &str, audiences: &[String]) -> Result<Verified, String> {
+        let finish = |user: UserInfo, audiences| Verified { user: user.authenticated(), audiences };
+        let own = || match &self.service_accounts {
+            Some(accounts) => accounts.audiences.clone(),
+            None => Vec::new(),
+        };
+        // Tokens that name no audience are for the API server.
+        let for_us = || {
+            let own = own();
+            if audiences.is_empty() {
+                return Ok(own);
+            }
+            let common: Vec<String> = audiences.iter().filter(|a| own.contains(a)).cloned().collect();
+            if common.is_empty() {
+                Err("the token is for the API server only".to_owned())
+            } else {
+                Ok(common)
+            }
+        };
+        if let Some(user) = self.tokens.user(token) {
+            return Ok(finish(user, for_us()?));
+        }
+        if let Some(accounts) = self.service_accounts.as_ref().filter(|a| a.claims(token)) {
+            let verified = accounts.verify(token, audiences).await.map_err(|e| service::error_chain(&e))?;
+            return Ok(finish(verified.user, verified.audiences));
+        }
+        if let Some(oidc) = self.oidc.as_ref().filter(|o| o.claims(token)) {
+            let user = oidc.verify(token).await.map_err(|e| service::error_chain(&e))?;
+            return Ok(finish(user, for_us()?));
+        }
+        Err("invalid bearer token".to_owned())
+    }
 }
 
 #[cfg(test)]
@@ -165,36 +189,17 @@ mod tests {
         map
     }
 
-    #[test]
-    fn only_some_may_impersonate() {
-        let asked = headers(&[
-            ("impersonate-user", "jo"),
-            ("impersonate-group", "g"),
-            ("impersonate-extra-a%2fb", "x"),
-        ]);
-        let agent = UserInfo::new("agent", [IMPERSONATORS.to_owned()]);
-        let jo = impersonate(agent, &asked).expect("allowed");
-        assert_eq!(jo.name, "jo");
-        assert_eq!(jo.groups, ["g", AUTHENTICATED]);
-        assert_eq!(jo.extra["a/b"], ["x"]);
-        let other = UserInfo::new("x", ["dev".to_owned()]);
-        assert_eq!(impersonate(other.clone(), &asked).expect_err("refused").code(), 403);
-        assert_eq!(
-            impersonate(other, &headers(&[("impersonate-group", "g")])).expect_err("no user").code(),
-            400
-        );
-    }
-
-    #[test]
-    fn credentials() {
+    #[tokio::test]
+    async fn credentials() {
         let tokens = TokenFile::parse("s3cret,jo,1,\"a,b\"\n").expect("valid");
+        let open = Authenticator::new(tokens.clone(), true);
         let by_token =
-            authenticate(None, &headers(&[("authorization", "Bearer s3cret")]), &tokens).expect("known");
+            open.authenticate(None, &headers(&[("authorization", "Bearer s3cret")])).await.expect("known");
         assert_eq!((by_token.name.as_str(), by_token.groups.len()), ("jo", 3));
-        assert_eq!(
-            authenticate(None, &headers(&[("authorization", "Bearer no")]), &tokens).expect_err("x").code(),
-            401
-        );
-        assert!(authenticate(None, &HeaderMap::new(), &tokens).expect("nobody").is_anonymous());
+        let wrong = headers(&[("authorization", "Bearer no")]);
+        assert_eq!(open.authenticate(None, &wrong).await.expect_err("wrong").code(), 401);
+        assert!(open.authenticate(None, &HeaderMap::new()).await.expect("nobody").is_anonymous());
+        let closed = Authenticator::new(tokens, false);
+        assert_eq!(closed.authenticate(None, &HeaderMap::new()).await.expect_err("refused").code(), 401);
     }
 }

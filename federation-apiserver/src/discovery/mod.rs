@@ -30,7 +30,17 @@ pub(crate) fn paths(catalog: &Catalog) -> Vec<String> {
         list.extend(versions.iter().map(|v| format!("/apis/{group}/{v}")));
     }
     list.extend(
-        ["/healthz", "/livez", "/openapi/v2", "/openapi/v3", "/readyz", "/version"].map(str::to_owned),
+        [
+            "/.well-known/openid-configuration",
+            "/healthz",
+            "/livez",
+            "/openapi/v2",
+            "/openapi/v3",
+            "/openid/v1/jwks",
+            "/readyz",
+            "/version",
+        ]
+        .map(str::to_owned),
     );
     list
 }
@@ -72,7 +82,7 @@ fn verbs(subresource: &str) -> &'static [&'static str] {
     match subresource {
         "" => &["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"],
         "log" => &["get"],
-        "binding" => &["create"],
+        "binding" | "token" => &["create"],
         "finalize" => &["update"],
         _ => &["get", "patch", "update"],
     }
@@ -88,6 +98,9 @@ fn subresources(resource: &Resource) -> Vec<(&'static str, String, String, Strin
     }
     if resource.plural == "namespaces" && resource.group.is_empty() {
         list.push(own("finalize"));
+    }
+    if resource.plural == "serviceaccounts" && resource.group.is_empty() {
+        list.push(("token", "authentication.k8s.io".into(), "v1".into(), "TokenRequest".into()));
     }
     if resource.scale.is_some() {
         list.push(("scale", "autoscaling".into(), "v1".into(), "Scale".into()));
@@ -123,10 +136,10 @@ fn resource_list(catalog: &Catalog, group: &str, version: &str) -> Option<Value>
             resources.push(entry);
         }
     }
-    for (_, _, plural, kind) in reviews::RESOURCES.iter().filter(|r| r.0 == group && r.1 == version) {
+    for r in reviews::RESOURCES.iter().filter(|r| r.group == group && r.version == version) {
         resources.push(
-            json!({"name": plural, "singularName": kind.to_lowercase(), "namespaced": false, "kind": kind,
-            "verbs": ["create"]}),
+            json!({"name": r.plural, "singularName": r.kind.to_lowercase(), "namespaced": r.namespaced,
+            "kind": r.kind, "verbs": ["create"]}),
         );
     }
     Some(json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": api_version(group, version),
@@ -190,11 +203,10 @@ fn aggregated_resources(catalog: &Catalog, group: &str, version: &str) -> Vec<Va
             entry
         })
         .collect();
-    for (_, _, plural, kind) in reviews::RESOURCES.iter().filter(|r| r.0 == group && r.1 == version) {
-        list.push(
-            json!({"resource": plural, "responseKind": kind_of(group, version, kind), "scope": "Cluster",
-            "singularResource": kind.to_lowercase(), "verbs": ["create"]}),
-        );
+    for r in reviews::RESOURCES.iter().filter(|r| r.group == group && r.version == version) {
+        list.push(json!({"resource": r.plural, "responseKind": kind_of(group, version, r.kind),
+            "scope": if r.namespaced { "Namespaced" } else { "Cluster" }, "singularResource": r.kind.to_lowercase(),
+            "verbs": ["create"]}));
     }
     list
 }

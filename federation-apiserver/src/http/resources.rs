@@ -11,15 +11,14 @@ use super::body::{self, Decoded};
 use super::negotiate::{self, Accept, Shape};
 use super::path::{Query, ResourcePath};
 use super::{App, Call, response, stream};
-use crate::auth::authz;
 use crate::logs::LogOptions;
+use crate::registry::Target;
 use crate::registry::delete::{DeleteOptions, Deleted, Propagation};
 use crate::registry::read::ListOptions;
 use crate::registry::resource::Resource;
 use crate::registry::selectors::{FieldSelector, Filter, LabelSelector};
 use crate::registry::watch::WatchOptions;
 use crate::registry::write::{FieldValidation, PatchKind, WriteOptions, Written};
-use crate::registry::{Target, reviews};
 use crate::status::{ApiError, FieldError};
 use crate::table;
 use crate::value::str_at;
@@ -33,9 +32,6 @@ pub(super) async fn handle(
     path: ResourcePath,
     call: Call,
 ) -> Result<Response<Body>, ApiError> {
-    if reviews::GROUPS.contains(&(&path.group, &path.version)) {
-        return review(app, &path, call).await;
-    }
     let catalog = app.registry.catalog();
     let resource =
         catalog.get(&path.group, &path.version, &path.plural).ok_or_else(ApiError::no_such_path)?;
@@ -47,10 +43,6 @@ pub(super) async fn handle(
     }
     let watching = call.query.flag("watch")?;
     let verb = verb_of(&call.method, &path, watching)?;
-    let secret = resource.plural == "secrets" && resource.group.is_empty();
-    if !authz::may(&call.user, verb, secret) {
-        return Err(denied(&resource, &path, verb, &call.user.name));
-    }
     let accept = negotiate::accept(call.request.headers())?;
     if matches!(accept.shape, Shape::AggregatedV2 | Shape::AggregatedV2Beta1) {
         return Err(ApiError::not_acceptable());
@@ -92,6 +84,14 @@ pub(super) async fn handle(
             let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201});
             Ok(response::value(StatusCode::CREATED, &status, accept.encoding))
         }
+        ("token", "create")
+            if target.resource.plural == "serviceaccounts" && !target.resource.is_custom() =>
+        {
+            let accounts = app.authenticator.service_accounts().ok_or_else(ApiError::no_such_path)?;
+            let decoded = object_body(app, call).await?;
+            let answer = accounts.request(&target, decoded.value, jiff::Timestamp::now()).await?;
+            Ok(response::value(StatusCode::CREATED, &answer, accept.encoding))
+        }
         ("finalize", "update") if target.resource.plural == "namespaces" => {
             finalize(app, &target, call, accept).await
         }
@@ -115,37 +115,6 @@ fn verb_of(method: &Method, path: &ResourcePath, watching: bool) -> Result<&'sta
         Method::DELETE if collection => "deletecollection",
         Method::DELETE => "delete",
         _ => return Err(ApiError::method_not_allowed(&path.group, &path.plural, method.as_str())),
-    })
-}
-
-fn denied(resource: &Resource, path: &ResourcePath, verb: &str, user: &str) -> ApiError {
-    let plural = if path.subresource.is_empty() {
-        resource.plural.clone()
-    } else {
-        format!("{}/{}", resource.plural, path.subresource)
-    };
-    let place = if path.namespace.is_empty() {
-        "at the cluster scope".to_owned()
-    } else {
-        format!("in the namespace {:?}", path.namespace)
-    };
-    let why =
-        format!("User {user:?} cannot {verb} resource {plural:?} in API group {:?} {place}", resource.group);
-    ApiError::forbidden(&resource.group, &resource.plural, &path.name, why)
-}
-
-async fn review(app: &Arc<App>, path: &ResourcePath, call: Call) -> Result<Response<Body>, ApiError> {
-    if call.method != Method::POST || !path.name.is_empty() {
-        return Err(ApiError::method_not_allowed(&path.group, &path.plural, call.method.as_str()));
-    }
-    let accept = negotiate::accept(call.request.headers())?;
-    let user = call.user.clone();
-    let decoded = object_body(app, call).await?;
-    let answer = reviews::answer(&path.group, &path.version, &path.plural, &user, &decoded.value)
-        .ok_or_else(ApiError::no_such_path)??;
-    Ok(match accept.shape {
-        Shape::Table => response::value(StatusCode::CREATED, &answer, accept.encoding),
-        _ => response::value(StatusCode::CREATED, &answer, accept.encoding),
     })
 }
 
@@ -278,10 +247,11 @@ fn write_options(call: &Call, subresource: &'static str) -> Result<WriteOptions,
         subresource,
         force: query.flag("force")?,
         duplicates: Vec::new(),
+        user: Some(call.user.clone()),
     })
 }
 
-async fn object_body(app: &Arc<App>, call: Call) -> Result<Decoded, ApiError> {
+pub(super) async fn object_body(app: &Arc<App>, call: Call) -> Result<Decoded, ApiError> {
     let (parts, body) = call.request.into_parts();
     let media = body::media_type(&parts.headers);
     let bytes = body::read(&parts.headers, body, app.limits.body).await?;
@@ -412,8 +382,9 @@ async fn finalize(
     Ok(response::value(StatusCode::OK, &object, accept.encoding))
 }
 
-fn delete_options(query: &Query) -> Result<DeleteOptions, ApiError> {
-    let mut options = DeleteOptions::default();
+fn delete_options(call: &Call) -> Result<DeleteOptions, ApiError> {
+    let query = &call.query;
+    let mut options = DeleteOptions { user: Some(call.user.clone()), ..DeleteOptions::default() };
     let grace = query.number("gracePeriodSeconds")?;
     options.grace_seconds = grace.map(|g| i64::try_from(g).unwrap_or(i64::MAX));
     if !query.get("propagationPolicy").is_empty() {
@@ -431,7 +402,7 @@ async fn delete(
     call: Call,
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
-    let mut options = delete_options(&call.query)?;
+    let mut options = delete_options(&call)?;
     let decoded = object_body(app, call).await?;
     options.read(&decoded.value)?;
     let resource = &target.resource;
@@ -456,7 +427,7 @@ async fn delete_collection(
     call: Call,
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
-    let mut options = delete_options(&call.query)?;
+    let mut options = delete_options(&call)?;
     let filter = filter_of(&call.query, target)?;
     let decoded = object_body(app, call).await?;
     options.read(&decoded.value)?;

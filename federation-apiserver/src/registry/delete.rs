@@ -34,6 +34,8 @@ pub struct DeleteOptions {
     pub uid: Option<String>,
     pub resource_version: Option<String>,
     pub dry_run: bool,
+    /// On whose behalf; `None`: the server itself.
+    pub user: Option<std::sync::Arc<crate::auth::UserInfo>>,
 }
 
 /// How a delete ended.

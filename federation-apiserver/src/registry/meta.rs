@@ -12,7 +12,7 @@ const MAX_GENERATE_BASE: usize = 58;
 /// Characters of generated suffixes: no vowels and nothing that looks alike, as in apimachinery.
 const SUFFIX_ALPHABET: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
 
-const SUBDOMAIN: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
+pub(crate) const SUBDOMAIN: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
 const LABEL_1123: &str = "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?')";
 const LABEL_1035: &str = "a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an alphabetic character, and end with an alphanumeric character (e.g. 'my-name',  or 'abc-123', regex used for validation is '[a-z]([-a-z0-9]*[a-z0-9])?')";
 const LABEL_VALUE: &str = "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')";
@@ -59,13 +59,17 @@ pub fn is_qualified_name(text: &str) -> bool {
     }
 }
 
-/// The error for a name that its kind does not accept, if any.
-pub fn name_error(kind: &str, name: &str) -> Option<&'static str> {
+/// The error for a name that its kind does not accept, if any; `rbac`: the kind is one of rbac.authorization.k8s.io.
+pub fn name_error(kind: &str, rbac: bool, name: &str) -> Option<&'static str> {
     match kind {
         "Namespace" => (!is_dns_label(name)).then_some(LABEL_1123),
         "Service" => {
             let first = name.as_bytes().first().is_some_and(u8::is_ascii_lowercase);
             (!(is_dns_label(name) && first)).then_some(LABEL_1035)
+        }
+        // `system:discovery` is a name; so is whatever else can stand in a path.
+        "Role" | "ClusterRole" | "RoleBinding" | "ClusterRoleBinding" if rbac => {
+            crate::rbac::validation::name_error(name)
         }
         _ => (!is_dns_subdomain(name)).then_some(SUBDOMAIN),
     }
@@ -99,9 +103,10 @@ pub fn errors(kind: &str, namespaced: bool, object: &Value) -> Vec<FieldError> {
     let mut errors = Vec::new();
     let meta = |key: &str| value::at(object, &["metadata", key]);
     let name = value::str_at(object, &["metadata", "name"]);
+    let rbac = value::str_at(object, &["apiVersion"]).starts_with(crate::rbac::GROUP);
     if name.is_empty() {
         errors.push(FieldError::required("metadata.name", "name or generateName is required"));
-    } else if let Some(detail) = name_error(kind, name) {
+    } else if let Some(detail) = name_error(kind, rbac, name) {
         errors.push(FieldError::invalid("metadata.name", &Value::String(name.into()), detail));
     }
     let namespace = value::str_at(object, &["metadata", "namespace"]);
@@ -173,6 +178,6 @@ mod tests {
         assert!(is_label_value("") && is_label_value("V1.2") && !is_label_value("-"));
         let name = generate_name("web-");
         assert!(name.starts_with("web-") && name.len() == 9 && is_dns_label(&name));
-        assert!(name_error("Service", "1a").is_some() && name_error("Pod", "1a.b").is_none());
+        assert!(name_error("Service", false, "1a").is_some() && name_error("Pod", false, "1a.b").is_none());
     }
 }

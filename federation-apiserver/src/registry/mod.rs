@@ -34,6 +34,8 @@ pub struct Registry {
     pub(crate) store: StoreHandle,
     pub(crate) catalog: CatalogHandle,
     pub(crate) role: Role,
+    /// Who may do what, kept by [`crate::rbac::index::run`].
+    pub(crate) rbac: crate::rbac::Index,
     /// Ends watches when the server stops.
     pub(crate) shutdown: CancellationToken,
 }
@@ -97,7 +99,13 @@ impl Target {
 impl Registry {
     /// A registry that serves the built-in kinds of a role.
     pub fn new(store: Store, role: Role, shutdown: CancellationToken) -> Self {
-        let registry = Self { store: StoreHandle(store), catalog: CatalogHandle::default(), role, shutdown };
+        let registry = Self {
+            store: StoreHandle(store),
+            catalog: CatalogHandle::default(),
+            role,
+            rbac: crate::rbac::Index::default(),
+            shutdown,
+        };
         registry.catalog.replace(resource::Catalog::new(builtin::resources(role)));
         registry
     }

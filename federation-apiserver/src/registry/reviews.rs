@@ -1,54 +1,244 @@
-//! Virtual resources without storage: who am I, and what may I do.
+//! Virtual resources without storage: who am I, and who may do what.
+
+use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use crate::auth::{UserInfo, authz};
-use crate::status::ApiError;
-use crate::value;
+use crate::auth::UserInfo;
+use crate::rbac::{Attributes, Index, ResourceAttributes};
+use crate::status::{ApiError, FieldError};
+use crate::value::{self, at, str_at};
 
 /// Group and version of each virtual resource.
 pub const GROUPS: &[(&str, &str)] = &[("authentication.k8s.io", "v1"), ("authorization.k8s.io", "v1")];
 
-/// (group, version, plural, kind) of each.
-pub const RESOURCES: &[(&str, &str, &str, &str)] = &[
-    ("authentication.k8s.io", "v1", "selfsubjectreviews", "SelfSubjectReview"),
-    ("authorization.k8s.io", "v1", "selfsubjectaccessreviews", "SelfSubjectAccessReview"),
+/// A virtual resource.
+#[derive(Clone, Copy, Debug)]
+pub struct Review {
+    pub group: &'static str,
+    pub version: &'static str,
+    pub plural: &'static str,
+    pub kind: &'static str,
+    pub namespaced: bool,
+}
+
+const fn review(group: &'static str, plural: &'static str, kind: &'static str, namespaced: bool) -> Review {
+    Review { group, version: "v1", plural, kind, namespaced }
+}
+
+/// All of them.
+pub const RESOURCES: &[Review] = &[
+    review("authentication.k8s.io", "selfsubjectreviews", "SelfSubjectReview", false),
+    review("authentication.k8s.io", "tokenreviews", "TokenReview", false),
+    review("authorization.k8s.io", "localsubjectaccessreviews", "LocalSubjectAccessReview", true),
+    review("authorization.k8s.io", "selfsubjectaccessreviews", "SelfSubjectAccessReview", false),
+    review("authorization.k8s.io", "selfsubjectrulesreviews", "SelfSubjectRulesReview", false),
+    review("authorization.k8s.io", "subjectaccessreviews", "SubjectAccessReview", false),
 ];
 
-/// Answers a POST, `None` when the resource is not one of these.
-pub fn answer(
-    group: &str,
-    version: &str,
-    plural: &str,
+/// The review that a path names.
+pub(crate) fn find(group: &str, version: &str, plural: &str) -> Option<Review> {
+    RESOURCES.iter().find(|r| (r.group, r.version, r.plural) == (group, version, plural)).copied()
+}
+
+/// Answers a review other than a TokenReview. `namespace` is the request's.
+pub(crate) fn answer(
+    review: Review,
+    namespace: &str,
     user: &UserInfo,
+    index: &Index,
     body: &Value,
-) -> Option<Result<Value, ApiError>> {
-    let kind = RESOURCES.iter().find(|r| (r.0, r.1, r.2) == (group, version, plural))?.3;
-    let mut review = json!({"apiVersion": format!("{group}/{version}"), "kind": kind,
-        "metadata": {"creationTimestamp": value::timestamp()}});
-    if kind == "SelfSubjectReview" {
-        let extra: serde_json::Map<String, Value> =
-            user.extra.iter().map(|(k, v)| (k.clone(), json!(v))).collect();
-        let mut info = json!({"username": user.name, "groups": user.groups});
-        if !user.uid.is_empty() {
-            info["uid"] = json!(user.uid);
+) -> Result<Value, ApiError> {
+    let spec = body.get("spec").cloned().unwrap_or_else(|| json!({}));
+    let status = match review.kind {
+        "SelfSubjectReview" => json!({ "userInfo": user_info(user) }),
+        "SelfSubjectRulesReview" => rules(user, index, &spec)?,
+        "SelfSubjectAccessReview" => access(user, index, &spec)?,
+        kind => {
+            let subject = subject(&spec);
+            if subject.name.is_empty() && subject.groups.is_empty() {
+                let why = "at least one of user or group must be specified";
+                return Err(invalid(FieldError::invalid("spec.user", &json!(""), why)));
+            }
+            if kind == "LocalSubjectAccessReview" {
+                let sent = str_at(body, &["metadata", "namespace"]);
+                if !sent.is_empty() && sent != namespace {
+                    return Err(ApiError::bad_request(
+                        "the namespace of the provided object does not match the namespace sent on the request",
+                    ));
+                }
+                let asked = str_at(&spec, &["resourceAttributes", "namespace"]);
+                if spec.get("resourceAttributes").is_some_and(Value::is_object) && asked != namespace {
+                    let field = "spec.resourceAttributes.namespace";
+                    return Err(invalid(FieldError::invalid(
+                        field,
+                        &json!(asked),
+                        "must match metadata.namespace",
+                    )));
+                }
+                if spec.get("nonResourceAttributes").is_some_and(Value::is_object) {
+                    let attributes = spec.get("nonResourceAttributes").unwrap_or(&Value::Null);
+                    let why = "disallowed on this kind of request";
+                    return Err(invalid(FieldError::invalid("spec.nonResourceAttributes", attributes, why)));
+                }
+            }
+            access(&subject, index, &spec)?
         }
-        if !extra.is_empty() {
-            info["extra"] = Value::Object(extra);
-        }
-        review["status"] = json!({"userInfo": info});
-    } else {
-        let text = |path: &[&str]| value::str_at(body, path).to_owned();
-        let resource = text(&["spec", "resourceAttributes", "resource"]);
-        let (verb, secret) = if resource.is_empty() {
-            (text(&["spec", "nonResourceAttributes", "verb"]), false)
-        } else {
-            let group = text(&["spec", "resourceAttributes", "group"]);
-            (text(&["spec", "resourceAttributes", "verb"]), resource == "secrets" && group.is_empty())
-        };
-        let allowed = authz::may(user, &verb, secret);
-        review["spec"] = body.get("spec").cloned().unwrap_or_else(|| json!({}));
-        review["status"] = json!({ "allowed": allowed });
+    };
+    let mut answer = frame(review);
+    if review.namespaced {
+        answer["metadata"]["namespace"] = json!(namespace);
     }
-    Some(Ok(review))
+    if review.kind != "SelfSubjectReview" {
+        answer["spec"] = spec;
+    }
+    answer["status"] = status;
+    Ok(answer)
+}
+
+/// An answer without spec and status.
+pub(crate) fn frame(review: Review) -> Value {
+    json!({"apiVersion": format!("{}/{}", review.group, review.version), "kind": review.kind,
+        "metadata": {"creationTimestamp": value::timestamp()}})
+}
+
+/// A `UserInfo` of authentication.k8s.io/v1.
+pub(crate) fn user_info(user: &UserInfo) -> Value {
+    let mut info = json!({ "username": user.name });
+    if !user.uid.is_empty() {
+        info["uid"] = json!(user.uid);
+    }
+    if !user.groups.is_empty() {
+        info["groups"] = json!(user.groups);
+    }
+    if !user.extra.is_empty() {
+        info["extra"] = json!(user.extra);
+    }
+    info
+}
+
+fn invalid(error: FieldError) -> ApiError {
+    ApiError::invalid("authorization.k8s.io", "", "", &[error])
+}
+
+/// Whom a SubjectAccessReview is about.
+fn subject(spec: &Value) -> UserInfo {
+    let list = |v: Option<&Value>| -> Vec<String> {
+        let items = v.and_then(Value::as_array).into_iter().flatten();
+        items.filter_map(Value::as_str).map(str::to_owned).collect()
+    };
+    let extra: BTreeMap<String, Vec<String>> = at(spec, &["extra"])
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+        .map(|(key, v)| (key.clone(), list(Some(v))))
+        .collect();
+    UserInfo {
+        name: str_at(spec, &["user"]).to_owned(),
+        uid: str_at(spec, &["uid"]).to_owned(),
+        groups: list(spec.get("groups")),
+        extra,
+    }
+}
+
+fn access(user: &UserInfo, index: &Index, spec: &Value) -> Result<Value, ApiError> {
+    let part = |key: &str| spec.get(key).filter(|v| v.is_object());
+    let attributes = match (part("resourceAttributes"), part("nonResourceAttributes")) {
+        (None, None) => {
+            let why = "exactly one of nonResourceAttributes or resourceAttributes must be specified";
+            return Err(invalid(FieldError::invalid("spec.resourceAttributes", &Value::Null, why)));
+        }
+        (Some(_), Some(other)) => {
+            let why = "cannot be specified in combination with resourceAttributes";
+            return Err(invalid(FieldError::invalid("spec.nonResourceAttributes", other, why)));
+        }
+        (None, Some(path)) => Attributes::of_path(str_at(path, &["verb"]), str_at(path, &["path"])),
+        (Some(resource), None) => {
+            let text = |key: &str| str_at(resource, &[key]).to_owned();
+            Attributes {
+                verb: text("verb"),
+                path: String::new(),
+                resource: Some(ResourceAttributes {
+                    group: text("group"),
+                    version: text("version"),
+                    resource: text("resource"),
+                    subresource: text("subresource"),
+                    namespace: text("namespace"),
+                    name: text("name"),
+                }),
+            }
+        }
+    };
+    let decision = index.authorise(user, &attributes);
+    let mut status = json!({ "allowed": decision.allowed });
+    if !decision.reason.is_empty() {
+        status["reason"] = json!(decision.reason);
+    }
+    Ok(status)
+}
+
+fn rules(user: &UserInfo, index: &Index, spec: &Value) -> Result<Value, ApiError> {
+    let namespace = str_at(spec, &["namespace"]);
+    if namespace.is_empty() {
+        return Err(ApiError::bad_request("no namespace on request"));
+    }
+    let resolved = index.rules_for(user, namespace);
+    let (mut resources, mut urls) = (Vec::new(), Vec::new());
+    for rule in &resolved.rules {
+        if !rule.resources.is_empty() {
+            let mut entry = rule.to_value();
+            if let Some(map) = entry.as_object_mut() {
+                map.remove("nonResourceURLs");
+            }
+            resources.push(entry);
+        }
+        if !rule.urls.is_empty() {
+            urls.push(json!({"verbs": rule.verbs, "nonResourceURLs": rule.urls}));
+        }
+    }
+    let mut status = json!({"resourceRules": resources, "nonResourceRules": urls, "incomplete": false});
+    let error = resolved.error();
+    if !error.is_empty() {
+        status["evaluationError"] = json!(error);
+    }
+    Ok(status)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(plural: &str, user: &UserInfo, body: Value) -> Result<Value, ApiError> {
+        let group =
+            if plural == "selfsubjectreviews" { "authentication.k8s.io" } else { "authorization.k8s.io" };
+        answer(find(group, "v1", plural).expect("served"), "a", user, &Index::default(), &body)
+    }
+
+    #[test]
+    fn malformed_reviews_are_refused_in_kube_apiservers_words() {
+        let jo = UserInfo::new("jo", []);
+        let message =
+            |plural: &str, body: Value| ask(plural, &jo, body).expect_err("refused").message().to_owned();
+        assert_eq!(
+            message("selfsubjectaccessreviews", json!({"spec": {}})),
+            ".authorization.k8s.io \"\" is invalid: spec.resourceAttributes: Invalid value: null: exactly one of nonResourceAttributes or resourceAttributes must be specified"
+        );
+        let both = json!({"spec": {"resourceAttributes": {}, "nonResourceAttributes": {}}});
+        assert!(message("selfsubjectaccessreviews", both).contains("cannot be specified in combination"));
+        let nobody = json!({"spec": {"resourceAttributes": {"verb": "get"}}});
+        assert!(message("subjectaccessreviews", nobody).contains("at least one of user or group"));
+        let elsewhere = json!({"spec": {"user": "x", "resourceAttributes": {"namespace": "b"}}});
+        assert!(message("localsubjectaccessreviews", elsewhere).contains("must match metadata.namespace"));
+        assert_eq!(message("selfsubjectrulesreviews", json!({"spec": {}})), "no namespace on request");
+    }
+
+    #[test]
+    fn masters_may_everything() {
+        let boss = UserInfo::new("b", ["system:masters".to_owned()]);
+        let body = json!({"spec": {"nonResourceAttributes": {"path": "/x", "verb": "get"}}});
+        assert_eq!(
+            ask("selfsubjectaccessreviews", &boss, body).expect("answered")["status"],
+            json!({"allowed": true})
+        );
+    }
 }

@@ -181,6 +181,11 @@ impl FieldSelector {
         Ok(Self(terms))
     }
 
+    /// The value that a field has to equal, if the selector says so.
+    pub fn exact(&self, field: &str) -> Option<&str> {
+        self.0.iter().find(|(f, _, equal)| f == field && *equal).map(|(_, value, _)| value.as_str())
+    }
+
     /// Adds `metadata.name=name`.
     pub fn with_name(mut self, name: &str) -> Self {
         self.0.push(("metadata.name".into(), name.into(), true));

@@ -68,6 +68,9 @@ pub fn default_object(resource: &Resource, object: &mut Value) {
             template["metadata"] = json!({});
         }
     }
+    if crate::rbac::validation::is_ours(resource) {
+        crate::rbac::validation::default_object(object);
+    }
     match resource.plural.as_str() {
         "deployments" => rolling(object, "strategy", &json!({"maxUnavailable": "25%", "maxSurge": "25%"})),
         "daemonsets" => rolling(object, "updateStrategy", &json!({"maxUnavailable": 1, "maxSurge": 0})),
@@ -260,6 +263,9 @@ pub fn validate(resource: &Resource, old: Option<&Value>, new: &Value) -> Vec<Fi
     if is_workload(resource) {
         validate_workload(new, &mut errors);
     }
+    if crate::rbac::validation::is_ours(resource) {
+        errors.extend(crate::rbac::validation::validate(resource, old, new));
+    }
     match plural {
         "pods" => {
             if let Some(spec) = new.get("spec") {
@@ -270,7 +276,16 @@ pub fn validate(resource: &Resource, old: Option<&Value>, new: &Value) -> Vec<Fi
             }
         }
         "services" => validate_service(old, new, &mut errors),
-        "configmaps" | "secrets" => validate_data(old, new, &mut errors),
+        "configmaps" | "secrets" => {
+            validate_data(old, new, &mut errors);
+            let name = crate::auth::service_accounts::controller::ACCOUNT_NAME;
+            if plural == "secrets"
+                && crate::auth::service_accounts::is_token_secret(new)
+                && str_at(new, &["metadata", "annotations", name]).is_empty()
+            {
+                errors.push(FieldError::required(format!("metadata.annotations[{name}]"), ""));
+            }
+        }
         "customresourcedefinitions" => errors.extend(crate::crd::validate_crd(new)),
         "events" => {
             let (involved, namespace) =
@@ -409,7 +424,7 @@ fn validate_pod_spec(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
             if name.is_empty() {
                 errors.push(FieldError::required(format!("{at}.name"), ""));
             } else if !meta::is_dns_label(name) {
-                let detail = meta::name_error("Namespace", name).unwrap_or_default();
+                let detail = meta::name_error("Namespace", false, name).unwrap_or_default();
                 errors.push(FieldError::invalid(format!("{at}.name"), &json!(name), detail));
             } else if !names.insert(name.to_owned()) {
                 errors.push(FieldError::duplicate(format!("{at}.name"), &json!(name)));

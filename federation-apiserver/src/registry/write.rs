@@ -1,10 +1,14 @@
 //! Create, update, patch and apply.
 
+use std::sync::Arc;
+
 use federation_store::{Revision, WriteOutcome};
 use serde_json::{Value, json};
 
 use super::{Registry, Stored, Target, meta, store_error, strategy, to_api, to_stored};
 use crate::apply::{self, Writer};
+use crate::auth::UserInfo;
+use crate::rbac::{self, Attributes};
 use crate::schema::{defaults, validate};
 use crate::status::{ApiError, FieldError};
 use crate::value::{self, at, set, str_at};
@@ -37,6 +41,8 @@ pub struct WriteOptions {
     pub subresource: &'static str,
     /// Fields that appeared twice in the body.
     pub duplicates: Vec<String>,
+    /// On whose behalf; `None`: the server itself, which no check of rights holds up.
+    pub user: Option<Arc<UserInfo>>,
 }
 
 /// What a patch is made of.
@@ -133,6 +139,7 @@ impl Registry {
             return Err(ApiError::method_not_allowed(&resource.group, &resource.plural, "create"));
         }
         let warnings = self.prepare(target, None, &mut object, options)?;
+        self.check_escalation(target, None, &object, options)?;
         if resource.plural == "services" && !resource.is_custom() {
             self.allocate_service(&mut object, options.dry_run).await?;
         }
@@ -302,6 +309,17 @@ impl Registry {
                             &why,
                         ));
                     }
+                    // The request was allowed to patch; making an object takes more.
+                    if let Some(user) = &options.user {
+                        let attributes = Attributes::of_resource(
+                            "create",
+                            &resource.group,
+                            &resource.plural,
+                            &target.namespace,
+                            &target.name,
+                        );
+                        self.rbac.check(user, &attributes)?;
+                    }
                     self.check_namespace(target).await?;
                     let mut empty = json!({"apiVersion": api_version, "kind": resource.kind,
                         "metadata": {"name": target.name}});
@@ -391,6 +409,7 @@ impl Registry {
         value::remove(&mut new, &["metadata", "selfLink"]);
         strategy::keep_on_update(resource, old, &mut new);
         let warnings = self.prepare(target, Some(old), &mut new, options)?;
+        self.check_escalation(target, Some(old), &new, options)?;
         if resource.plural == "services" && !resource.is_custom() && options.subresource.is_empty() {
             let kept = str_at(old, &["spec", "clusterIP"]);
             if kept.is_empty() || str_at(&new, &["spec", "type"]) != str_at(old, &["spec", "type"]) {
@@ -593,6 +612,22 @@ impl Registry {
             str_at(object, &["metadata", "name"]),
             &errors,
         ))
+    }
+
+    /// Roles and bindings give away no more than their writer has.
+    fn check_escalation(
+        &self,
+        target: &Target,
+        old: Option<&Value>,
+        new: &Value,
+        options: &WriteOptions,
+    ) -> Result<(), ApiError> {
+        match &options.user {
+            Some(user) if rbac::validation::is_ours(&target.resource) => {
+                rbac::escalation::check(&self.rbac, user, target, old, new)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The namespace of a new object has to exist and to stay.

@@ -42,7 +42,7 @@ fn add<T: JsonSchema>(generator: &mut SchemaGenerator) {
 
 fn load() -> BTreeMap<String, Value> {
     use k8s_openapi::api::{
-        apps, authentication, authorization, autoscaling, coordination, core, discovery, events,
+        apps, authentication, authorization, autoscaling, coordination, core, discovery, events, rbac,
     };
     use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
     use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
@@ -68,7 +68,16 @@ fn load() -> BTreeMap<String, Value> {
     add::<coordination::v1::Lease>(g);
     add::<discovery::v1::EndpointSlice>(g);
     add::<authentication::v1::SelfSubjectReview>(g);
+    add::<authentication::v1::TokenReview>(g);
+    add::<authentication::v1::TokenRequest>(g);
+    add::<authorization::v1::LocalSubjectAccessReview>(g);
     add::<authorization::v1::SelfSubjectAccessReview>(g);
+    add::<authorization::v1::SelfSubjectRulesReview>(g);
+    add::<authorization::v1::SubjectAccessReview>(g);
+    add::<rbac::v1::ClusterRole>(g);
+    add::<rbac::v1::ClusterRoleBinding>(g);
+    add::<rbac::v1::Role>(g);
+    add::<rbac::v1::RoleBinding>(g);
     add::<CustomResourceDefinition>(g);
     add::<meta::Status>(g);
     add::<meta::ListMeta>(g);

@@ -179,6 +179,16 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
     ];
     const CRDS: &[Builtin] =
         &[text("Created At", |o, _| json!(str_at(o, &["metadata", "creationTimestamp"])))];
+    const ROLES: &[Builtin] = CRDS;
+    const BINDINGS: &[Builtin] = &[
+        text("Role", |o, _| {
+            json!(format!("{}/{}", str_at(o, &["roleRef", "kind"]), str_at(o, &["roleRef", "name"])))
+        }),
+        AGE,
+        wide("Users", |o, _| json!(subjects(o, "User"))),
+        wide("Groups", |o, _| json!(subjects(o, "Group"))),
+        wide("ServiceAccounts", |o, _| json!(subjects(o, "ServiceAccount"))),
+    ];
     const OTHERS: &[Builtin] = &[AGE];
     match plural {
         "pods" => (true, PODS),
@@ -197,6 +207,8 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
         "endpoints" => (true, ENDPOINTS),
         "endpointslices" => (true, SLICES),
         "customresourcedefinitions" => (true, CRDS),
+        "roles" | "clusterroles" => (true, ROLES),
+        "rolebindings" | "clusterrolebindings" => (true, BINDINGS),
         _ => (true, OTHERS),
     }
 }
@@ -215,6 +227,17 @@ pub(super) fn since(when: &str, now: jiff::Timestamp) -> String {
 }
 
 /// `HumanDuration` of apimachinery.
+/// Names of a binding's subjects of one kind.
+fn subjects(binding: &Value, kind: &str) -> String {
+    let names = list(binding, &["subjects"]).iter().filter(|s| str_at(s, &["kind"]) == kind).map(|s| {
+        match str_at(s, &["namespace"]) {
+            "" => str_at(s, &["name"]).to_owned(),
+            namespace => format!("{namespace}/{}", str_at(s, &["name"])),
+        }
+    });
+    names.collect::<Vec<_>>().join(", ")
+}
+
 fn human_duration(seconds: i64) -> String {
     let (minutes, hours) = (seconds / 60, seconds / 3600);
     let both =

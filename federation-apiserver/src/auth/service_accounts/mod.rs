@@ -1,0 +1,252 @@
+//! Service accounts: signed tokens for programs, bound to the account and, where asked for, to a Pod, Node or Secret.
+//!
+//! A token is worth something while its signature, issuer, audience and time are right *and* the account (and what the
+//! token is bound to) still exists with the same uid: deleting either ends the token at once. Source: Kubernetes,
+//! "Managing Service Accounts", bound service account tokens.
+
+pub mod controller;
+pub mod keys;
+pub mod request;
+
+use std::sync::Arc;
+
+use base64::Engine as _;
+use serde_json::{Map, Value, json};
+use subtle::ConstantTimeEq as _;
+
+use super::{UserInfo, impersonation};
+use crate::registry::Registry;
+use crate::status::ApiError;
+use crate::value::{at, str_at};
+use keys::Keys;
+
+/// The issuer of tokens in Secrets, whatever the server's own issuer is.
+const LEGACY_ISSUER: &str = "kubernetes/serviceaccount";
+/// Type of Secrets that hold a token.
+pub(crate) const SECRET_TYPE: &str = "kubernetes.io/service-account-token";
+/// Longest token that is looked at: with every claim at its longest, one has some 3 KiB.
+const MAX_TOKEN: usize = 16 << 10;
+/// How far clocks may be apart, in seconds: kube-apiserver's leeway.
+const LEEWAY: u64 = 60;
+
+/// Makes and checks tokens.
+pub struct ServiceAccounts {
+    pub(crate) keys: Keys,
+    /// The first makes tokens, all are accepted.
+    pub(crate) issuers: Vec<String>,
+    /// Audiences of the API server itself.
+    pub(crate) audiences: Vec<String>,
+    /// Longest life of a token, in seconds; `None`: as asked.
+    pub(crate) max_expiration: Option<u64>,
+    pub(crate) registry: Arc<Registry>,
+}
+
+/// Why a token is not accepted. For the log and TokenReviews; requests are told `Unauthorized` only.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenError {
+    /// Not signed by one of our keys, expired, or not yet valid.
+    #[error("the token is not valid: {0}")]
+    Invalid(#[from] jsonwebtoken::errors::Error),
+    /// A claim that has to be there is not.
+    #[error("the token's claims are not those of a service account")]
+    Claims,
+    /// Meant for somebody else.
+    #[error("token audiences {found:?} is invalid for the target audiences {wanted:?}")]
+    Audience { found: Vec<String>, wanted: Vec<String> },
+    /// The account or what the token is bound to is gone.
+    #[error("{what} that the token is bound to does not exist any more")]
+    Gone { what: String },
+    /// The store does not answer.
+    #[error("failed to look up what the token is bound to")]
+    Lookup(#[source] ApiError),
+}
+
+/// What a valid token says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verified {
+    pub user: UserInfo,
+    /// The audiences that were asked for and that the token is for.
+    pub audiences: Vec<String>,
+}
+
+impl std::fmt::Debug for ServiceAccounts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ServiceAccounts").field("issuers", &self.issuers).finish_non_exhaustive()
+    }
+}
+
+// === impl ServiceAccounts ===
+
+impl ServiceAccounts {
+    /// Is the token one that this should judge? By its claimed issuer, which proves nothing yet.
+    pub fn claims(&self, token: &str) -> bool {
+        if token.len() > MAX_TOKEN {
+            return false;
+        }
+        let claims: Result<Value, _> = jsonwebtoken::dangerous::insecure_decode_claims(token);
+        claims.is_ok_and(|c| {
+            let issuer = str_at(&c, &["iss"]);
+            issuer == LEGACY_ISSUER || self.issuers.iter().any(|i| i == issuer)
+        })
+    }
+
+    /// Checks a token for one of these audiences (none: the API server's own).
+    pub async fn verify(&self, token: &str, audiences: &[String]) -> Result<Verified, TokenError> {
+        let claims = self.keys.verify(token, LEEWAY)?;
+        if str_at(&claims, &["iss"]) == LEGACY_ISSUER {
+            return self.verify_legacy(token, &claims, audiences).await;
+        }
+        let found = strings(claims.get("aud"));
+        let wanted = if audiences.is_empty() { &self.audiences } else { audiences };
+        let common: Vec<String> = wanted.iter().filter(|a| found.contains(a)).cloned().collect();
+        if common.is_empty() {
+            return Err(TokenError::Audience { found, wanted: wanted.to_vec() });
+        }
+        let private = claims.get("kubernetes.io").ok_or(TokenError::Claims)?;
+        let text = |path: &[&str]| str_at(private, path).to_owned();
+        let namespace = text(&["namespace"]);
+        let (name, uid) = (text(&["serviceaccount", "name"]), text(&["serviceaccount", "uid"]));
+        if namespace.is_empty() || name.is_empty() || uid.is_empty() {
+            return Err(TokenError::Claims);
+        }
+        let mut user = user(&namespace, &name, &uid);
+        self.exists("serviceaccounts", "service account", &namespace, &name, &uid).await?;
+        for (claim, plural, namespaced) in
+            [("pod", "pods", true), ("secret", "secrets", true), ("node", "nodes", false)]
+        {
+            let Some(bound) = private.get(claim) else { continue };
+            let (name, uid) = (str_at(bound, &["name"]), str_at(bound, &["uid"]));
+            // The node of a token that is bound to a pod only says where the pod was then.
+            if claim != "node" || private.get("pod").is_none() {
+                let namespace = if namespaced { namespace.as_str() } else { "" };
+                self.exists(plural, claim, namespace, name, uid).await?;
+            }
+            if claim != "secret" {
+                for (key, value) in [("name", name), ("uid", uid)] {
+                    if !value.is_empty() {
+                        let key = format!("authentication.kubernetes.io/{claim}-{key}");
+                        user.extra.insert(key, vec![value.to_owned()]);
+                    }
+                }
+            }
+        }
+        let id = str_at(&claims, &["jti"]);
+        if !id.is_empty() {
+            let key = "authentication.kubernetes.io/credential-id".to_owned();
+            user.extra.insert(key, vec![format!("JTI={id}")]);
+        }
+        Ok(Verified { user, audiences: common })
+    }
+
+    /// A token from a Secret: for the API server only, valid while the Secret holds it.
+    async fn verify_legacy(
+        &self,
+        token: &str,
+        claims: &Value,
+        audiences: &[String],
+    ) -> Result<Verified, TokenError> {
+        let text = |key: &str| str_at(claims, &[&format!("kubernetes.io/serviceaccount/{key}")]).to_owned();
+        let (namespace, name) = (text("namespace"), text("service-account.name"));
+        let (uid, secret) = (text("service-account.uid"), text("secret.name"));
+        if namespace.is_empty() || name.is_empty() || uid.is_empty() || secret.is_empty() {
+            return Err(TokenError::Claims);
+        }
+        let common: Vec<String> = if audiences.is_empty() {
+            self.audiences.clone()
+        } else {
+            audiences.iter().filter(|a| self.audiences.contains(a)).cloned().collect()
+        };
+        if common.is_empty() {
+            return Err(TokenError::Audience { found: self.audiences.clone(), wanted: audiences.to_vec() });
+        }
+        self.exists("serviceaccounts", "service account", &namespace, &name, &uid).await?;
+        let holder = self.exists("secrets", "secret", &namespace, &secret, "").await?;
+        let held = base64::engine::general_purpose::STANDARD.decode(str_at(&holder, &["data", "token"]));
+        if !held.is_ok_and(|held| bool::from(held.ct_eq(token.as_bytes()))) {
+            return Err(TokenError::Gone { what: format!("secret {secret} with the token") });
+        }
+        Ok(Verified { user: user(&namespace, &name, &uid), audiences: common })
+    }
+
+    async fn exists(
+        &self,
+        plural: &str,
+        what: &str,
+        namespace: &str,
+        name: &str,
+        uid: &str,
+    ) -> Result<Value, TokenError> {
+        let gone = || TokenError::Gone { what: format!("{what} {name}") };
+        let target = self.registry.core(plural, namespace, name).map_err(|_| gone())?;
+        match self.registry.get(&target).await {
+            Ok(found) if uid.is_empty() || str_at(&found.object, &["metadata", "uid"]) == uid => {
+                Ok(found.object)
+            }
+            Ok(_) => Err(gone()),
+            Err(error) if error.is_not_found() => Err(gone()),
+            Err(error) => Err(TokenError::Lookup(error)),
+        }
+    }
+
+    /// The claims of a token for a Secret.
+    pub(crate) fn legacy_token(
+        &self,
+        secret: &Value,
+        uid: &str,
+    ) -> Result<String, jsonwebtoken::errors::Error> {
+        let namespace = str_at(secret, &["metadata", "namespace"]);
+        let account = str_at(secret, &["metadata", "annotations", controller::ACCOUNT_NAME]);
+        let mut claims = Map::new();
+        claims.insert("iss".into(), json!(LEGACY_ISSUER));
+        claims
+            .insert("sub".into(), json!(format!("{}{namespace}:{account}", impersonation::SERVICE_ACCOUNT)));
+        for (key, value) in [
+            ("namespace", namespace),
+            ("secret.name", str_at(secret, &["metadata", "name"])),
+            ("service-account.name", account),
+            ("service-account.uid", uid),
+        ] {
+            claims.insert(format!("kubernetes.io/serviceaccount/{key}"), json!(value));
+        }
+        self.keys.sign(&Value::Object(claims))
+    }
+
+    /// The OpenID Connect discovery document; `jwks_uri` is where [`Self::jwks`] is served.
+    pub(crate) fn discovery(&self, jwks_uri: &str) -> Value {
+        json!({
+            "issuer": self.issuers.first(),
+            "jwks_uri": jwks_uri,
+            "response_types_supported": ["id_token"],
+            "subject_types_supported": ["public"],
+            "id_token_signing_alg_values_supported": self.keys.algorithms(),
+        })
+    }
+
+    /// The public keys as a JSON Web Key Set.
+    pub(crate) fn jwks(&self) -> Value {
+        self.keys.jwks()
+    }
+}
+
+fn user(namespace: &str, name: &str, uid: &str) -> UserInfo {
+    UserInfo {
+        name: format!("{}{namespace}:{name}", impersonation::SERVICE_ACCOUNT),
+        uid: uid.to_owned(),
+        groups: vec!["system:serviceaccounts".to_owned(), format!("system:serviceaccounts:{namespace}")],
+        ..UserInfo::default()
+    }
+}
+
+/// A string or a list of strings.
+pub(crate) fn strings(value: Option<&Value>) -> Vec<String> {
+    match value {
+        Some(Value::String(one)) => vec![one.clone()],
+        Some(Value::Array(many)) => many.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// Is the object a Secret for a token?
+pub(crate) fn is_token_secret(object: &Value) -> bool {
+    at(object, &["type"]).and_then(Value::as_str) == Some(SECRET_TYPE)
+}

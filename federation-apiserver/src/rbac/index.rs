@@ -1,0 +1,437 @@
+//! Roles and bindings in memory, by subject, kept by a watch of the store.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use federation_store::{EventKind, KeyRange, ListRequest, Revision};
+use parking_lot::RwLock;
+use serde_json::Value;
+use tokio::sync::watch;
+
+use super::rules::Rule;
+use super::{Attributes, Decision, GROUP};
+use crate::auth::UserInfo;
+use crate::registry::{Registry, store_error};
+use crate::status::ApiError;
+use crate::value::str_at;
+
+/// Prefix of the keys of all four kinds.
+const PREFIX: &str = "/registry/rbac.authorization.k8s.io/";
+/// Objects read at once at start.
+const CHUNK: usize = 500;
+/// Pause after a failure before starting over.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// All roles and bindings. Reading takes a lock that is held for a lookup only.
+#[derive(Debug)]
+pub struct Index {
+    policies: RwLock<Policies>,
+    /// The store's revision that the index has seen.
+    seen: watch::Sender<Revision>,
+}
+
+#[derive(Debug, Default)]
+struct Policies {
+    /// By namespace ("" for cluster roles) and name.
+    roles: HashMap<(String, String), Role>,
+    /// By namespace ("" for cluster role bindings) and name.
+    bindings: HashMap<(String, String), Arc<Binding>>,
+    /// Namespaces and names of bindings by subject.
+    by_subject: HashMap<Subject, BTreeMap<String, BTreeSet<String>>>,
+}
+
+#[derive(Debug)]
+struct Role {
+    rules: Arc<[Rule]>,
+}
+
+#[derive(Debug)]
+struct Binding {
+    namespace: String,
+    name: String,
+    /// Of a ClusterRole, not of a Role in the same namespace.
+    cluster_role: bool,
+    role: String,
+    subjects: Vec<(Subject, String)>,
+}
+
+/// Whom a binding names: a user (service accounts are users of that name) or a group.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Subject {
+    User(String),
+    Group(String),
+}
+
+/// A role that a binding names does not exist.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{kind}.rbac.authorization.k8s.io {name:?} not found")]
+pub struct MissingRole {
+    kind: &'static str,
+    name: String,
+}
+
+/// Rules that hold for a user, as far as they could be resolved.
+#[derive(Clone, Debug, Default)]
+pub struct Resolved {
+    pub rules: Vec<Rule>,
+    pub errors: Vec<MissingRole>,
+}
+
+impl Default for Index {
+    fn default() -> Self {
+        Self { policies: RwLock::default(), seen: watch::Sender::new(Revision::ZERO) }
+    }
+}
+
+// === impl Index ===
+
+impl Index {
+    pub(super) fn decide(&self, user: &UserInfo, attributes: &Attributes) -> Decision {
+        let namespace = attributes.resource.as_ref().map_or("", |r| r.namespace.as_str());
+        let mut errors = Vec::new();
+        let mut allowed = None;
+        self.policies.read().visit(user, namespace, &mut |binding, subject, rules| {
+            match rules {
+                Ok(rules) if rules.iter().any(|rule| rule.allows(attributes)) => {
+                    allowed = Some(format!("RBAC: allowed by {}", binding.describe(subject)));
+                }
+                Ok(_) => {}
+                Err(error) => errors.push(error),
+            }
+            allowed.is_none()
+        });
+        match allowed {
+            Some(reason) => Decision { allowed: true, reason },
+            None if errors.is_empty() => Decision::default(),
+            None => Decision { allowed: false, reason: format!("RBAC: {}", aggregate(&errors)) },
+        }
+    }
+
+    /// All rules that hold for a user in a namespace ("": at the cluster scope only).
+    pub fn rules_for(&self, user: &UserInfo, namespace: &str) -> Resolved {
+        let mut resolved = Resolved::default();
+        self.policies.read().visit(user, namespace, &mut |_, _, rules| {
+            match rules {
+                Ok(rules) => resolved.rules.extend(rules.iter().cloned()),
+                Err(error) => resolved.errors.push(error),
+            }
+            true
+        });
+        resolved
+    }
+
+    /// The rules of a role that a binding in `namespace` names.
+    pub fn role(&self, cluster_role: bool, namespace: &str, name: &str) -> Result<Arc<[Rule]>, MissingRole> {
+        self.policies.read().role(cluster_role, namespace, name)
+    }
+
+    /// Waits until the index has seen `revision`.
+    pub async fn seen(&self, revision: Revision) {
+        let mut seen = self.seen.subscribe();
+        // The sender lives as long as the index.
+        let _ = seen.wait_for(|r| *r >= revision).await;
+    }
+
+    fn put(&self, namespace: &str, name: &str, plural: &str, object: Option<&Value>) {
+        let key = (namespace.to_owned(), name.to_owned());
+        let mut policies = self.policies.write();
+        match plural {
+            "roles" | "clusterroles" => {
+                match object {
+                    Some(object) => policies.roles.insert(key, Role { rules: Rule::read_all(object).into() }),
+                    None => policies.roles.remove(&key),
+                };
+            }
+            "rolebindings" | "clusterrolebindings" => {
+                policies.unbind(&key);
+                if let Some(object) = object {
+                    policies.bind(key, Binding::read(namespace, name, object));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes the state of the store in; returns its revision.
+    pub(crate) async fn load(&self, registry: &Registry) -> Result<Revision, ApiError> {
+        let mut request = ListRequest::prefix(PREFIX).limit(CHUNK);
+        let mut found = Vec::new();
+        let revision = loop {
+            let page = registry.store.list(&request).await.map_err(store_error)?;
+            for kv in &page.items {
+                let object: Value = serde_json::from_slice(&kv.value).map_err(ApiError::internal)?;
+                found.push((kv.key.clone(), object));
+            }
+            match page.items.last() {
+                Some(last) if page.more => {
+                    request.after = Some(last.key.clone());
+                    request.revision = Some(page.revision);
+                }
+                _ => break page.revision,
+            }
+        };
+        // Only when all is read: a half-read state would refuse what is allowed.
+        let fresh = Self::default();
+        for (key, object) in &found {
+            if let Some((plural, namespace, name)) = split(key) {
+                fresh.put(namespace, name, plural, Some(object));
+            }
+        }
+        *self.policies.write() = fresh.policies.into_inner();
+        self.seen.send_replace(revision);
+        Ok(revision)
+    }
+
+    async fn follow(&self, registry: &Registry) -> Result<(), ApiError> {
+        let revision = self.load(registry).await?;
+        let mut watcher = registry.store.watch(KeyRange::prefix(PREFIX), revision).map_err(store_error)?;
+        loop {
+            let event = watcher.next().await.map_err(store_error)?;
+            if let Some((plural, namespace, name)) = split(&event.kv.key) {
+                match event.kind {
+                    EventKind::Put => {
+                        let object = serde_json::from_slice(&event.kv.value).map_err(ApiError::internal)?;
+                        self.put(namespace, name, plural, Some(&object));
+                    }
+                    EventKind::Delete => self.put(namespace, name, plural, None),
+                }
+            }
+            self.seen.send_replace(event.revision);
+        }
+    }
+}
+
+/// Keeps the registry's index until the registry shuts down.
+pub(crate) async fn run(registry: Arc<Registry>) {
+    loop {
+        let result = tokio::select! {
+            () = registry.shutdown.cancelled() => return,
+            result = registry.rbac.follow(&registry) => result,
+        };
+        if let Err(error) = result {
+            tracing::warn!(%error, "the watch of roles and bindings starts over; the last known ones hold meanwhile");
+        }
+        tokio::select! {
+            () = registry.shutdown.cancelled() => return,
+            () = tokio::time::sleep(RETRY) => {}
+        }
+    }
+}
+
+/// Plural, namespace and name of a key.
+fn split(key: &[u8]) -> Option<(&str, &str, &str)> {
+    let text = std::str::from_utf8(key).ok()?.strip_prefix(PREFIX)?;
+    let mut parts = text.split('/');
+    match (parts.next()?, parts.next()?, parts.next(), parts.next()) {
+        (plural, name, None, _) => Some((plural, "", name)),
+        (plural, namespace, Some(name), None) => Some((plural, namespace, name)),
+        _ => None,
+    }
+}
+
+fn aggregate(errors: &[MissingRole]) -> String {
+    let texts: BTreeSet<String> = errors.iter().map(ToString::to_string).collect();
+    let texts: Vec<String> = texts.into_iter().collect();
+    match texts.as_slice() {
+        [one] => one.clone(),
+        many => format!("[{}]", many.join(", ")),
+    }
+}
+
+// === impl Resolved ===
+
+impl Resolved {
+    /// The errors as one text, "" when there are none.
+    pub fn error(&self) -> String {
+        if self.errors.is_empty() { String::new() } else { aggregate(&self.errors) }
+    }
+}
+
+// === impl Policies ===
+
+type Visitor<'a> = &'a mut dyn FnMut(&Binding, &str, Result<Arc<[Rule]>, MissingRole>) -> bool;
+
+impl Policies {
+    fn role(&self, cluster_role: bool, namespace: &str, name: &str) -> Result<Arc<[Rule]>, MissingRole> {
+        let key = (if cluster_role { String::new() } else { namespace.to_owned() }, name.to_owned());
+        let kind = if cluster_role { "clusterrole" } else { "role" };
+        let missing = || MissingRole { kind, name: name.to_owned() };
+        self.roles.get(&key).map(|role| role.rules.clone()).ok_or_else(missing)
+    }
+
+    fn bind(&mut self, key: (String, String), binding: Binding) {
+        for (subject, _) in &binding.subjects {
+            let places = self.by_subject.entry(subject.clone()).or_default();
+            places.entry(key.0.clone()).or_default().insert(key.1.clone());
+        }
+        self.bindings.insert(key, Arc::new(binding));
+    }
+
+    fn unbind(&mut self, key: &(String, String)) {
+        let Some(binding) = self.bindings.remove(key) else { return };
+        for (subject, _) in &binding.subjects {
+            let Some(places) = self.by_subject.get_mut(subject) else { continue };
+            if let Some(names) = places.get_mut(&key.0) {
+                names.remove(&key.1);
+                if names.is_empty() {
+                    places.remove(&key.0);
+                }
+            }
+            if places.is_empty() {
+                self.by_subject.remove(subject);
+            }
+        }
+    }
+
+    /// Calls `each` for every binding of the user: the cluster's, then those of the namespace. `false` ends it.
+    fn visit(&self, user: &UserInfo, namespace: &str, each: Visitor<'_>) {
+        let subjects: Vec<Subject> = std::iter::once(Subject::User(user.name.clone()))
+            .chain(user.groups.iter().cloned().map(Subject::Group))
+            .collect();
+        let scopes: &[&str] = if namespace.is_empty() { &[""] } else { &["", namespace] };
+        let mut done: BTreeSet<(&str, &str)> = BTreeSet::new();
+        for scope in scopes {
+            for subject in &subjects {
+                let Some(names) = self.by_subject.get(subject).and_then(|places| places.get(*scope)) else {
+                    continue;
+                };
+                for name in names {
+                    if !done.insert((scope, name)) {
+                        continue;
+                    }
+                    let Some(binding) = self.bindings.get(&((*scope).to_owned(), name.clone())) else {
+                        continue;
+                    };
+                    let text = binding.subjects.iter().find(|(s, _)| s == subject);
+                    let text = text.map_or("", |(_, text)| text.as_str());
+                    let rules = self.role(binding.cluster_role, &binding.namespace, &binding.role);
+                    if !each(binding, text, rules) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+// === impl Binding ===
+
+impl Binding {
+    fn read(namespace: &str, name: &str, object: &Value) -> Self {
+        let subjects = object.get("subjects").and_then(Value::as_array).into_iter().flatten();
+        let subjects = subjects.filter_map(|s| {
+            let name = str_at(s, &["name"]);
+            match str_at(s, &["kind"]) {
+                "User" => Some((Subject::User(name.to_owned()), format!("User {name:?}"))),
+                "Group" => Some((Subject::Group(name.to_owned()), format!("Group {name:?}"))),
+                "ServiceAccount" => {
+                    let of = match str_at(s, &["namespace"]) {
+                        "" => namespace,
+                        of => of,
+                    };
+                    let user = format!("system:serviceaccount:{of}:{name}");
+                    Some((Subject::User(user), format!("ServiceAccount {:?}", format!("{name}/{of}"))))
+                }
+                _ => None,
+            }
+        });
+        Self {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            cluster_role: str_at(object, &["roleRef", "kind"]) == "ClusterRole"
+                && str_at(object, &["roleRef", "apiGroup"]) == GROUP,
+            role: str_at(object, &["roleRef", "name"]).to_owned(),
+            subjects: subjects.collect(),
+        }
+    }
+
+    fn describe(&self, subject: &str) -> String {
+        let role = if self.cluster_role { "ClusterRole" } else { "Role" };
+        if self.namespace.is_empty() {
+            format!("ClusterRoleBinding {:?} of {role} {:?} to {subject}", self.name, self.role)
+        } else {
+            let name = format!("{}/{}", self.name, self.namespace);
+            format!("RoleBinding {name:?} of {role} {:?} to {subject}", self.role)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn user(name: &str, groups: &[&str]) -> UserInfo {
+        UserInfo::new(name, groups.iter().map(|g| (*g).to_owned()))
+    }
+
+    fn index() -> Index {
+        let index = Index::default();
+        let rules = json!({"rules": [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]}]});
+        index.put("", "reader", "clusterroles", Some(&rules));
+        index.put("a", "reader", "roles", Some(&rules));
+        let to = |kind: &str, role: &str, subjects: Value| json!({"roleRef": {"apiGroup": GROUP, "kind": kind, "name": role}, "subjects": subjects});
+        let jo = json!([{"kind": "User", "name": "jo"}]);
+        index.put(
+            "",
+            "all",
+            "clusterrolebindings",
+            Some(&to("ClusterRole", "reader", json!([{"kind": "Group", "name": "dev"}]))),
+        );
+        index.put("a", "one", "rolebindings", Some(&to("ClusterRole", "reader", jo.clone())));
+        index.put("b", "gone", "rolebindings", Some(&to("Role", "none", jo)));
+        let robot = json!([{"kind": "ServiceAccount", "name": "robot"}]);
+        index.put("a", "robot", "rolebindings", Some(&to("Role", "reader", robot)));
+        index
+    }
+
+    fn get(namespace: &str) -> Attributes {
+        Attributes::of_resource("get", "", "pods", namespace, "x")
+    }
+
+    #[test]
+    fn bindings_hold_where_they_are() {
+        let index = index();
+        let dev = index.authorise(&user("x", &["dev"]), &get("anywhere"));
+        assert!(dev.allowed);
+        assert_eq!(
+            dev.reason,
+            "RBAC: allowed by ClusterRoleBinding \"all\" of ClusterRole \"reader\" to Group \"dev\""
+        );
+        let jo = user("jo", &[]);
+        let one = index.authorise(&jo, &get("a"));
+        assert_eq!(
+            one.reason,
+            "RBAC: allowed by RoleBinding \"one/a\" of ClusterRole \"reader\" to User \"jo\""
+        );
+        assert_eq!(index.authorise(&jo, &get("")), Decision::default());
+        let gone = index.authorise(&jo, &get("b"));
+        assert_eq!(gone.reason, "RBAC: role.rbac.authorization.k8s.io \"none\" not found");
+        let refused = index.check(&jo, &get("b")).expect_err("refused");
+        assert_eq!(
+            refused.message(),
+            "pods \"x\" is forbidden: User \"jo\" cannot get resource \"pods\" in API group \"\" in the namespace \"b\": RBAC: role.rbac.authorization.k8s.io \"none\" not found"
+        );
+        let robot = index.authorise(&user("system:serviceaccount:a:robot", &[]), &get("a"));
+        assert_eq!(
+            robot.reason,
+            "RBAC: allowed by RoleBinding \"robot/a\" of Role \"reader\" to ServiceAccount \"robot/a\""
+        );
+        assert!(index.authorise(&user("boss", &["system:masters"]), &get("z")).allowed);
+    }
+
+    #[test]
+    fn what_is_taken_back_no_longer_holds() {
+        let index = index();
+        let jo = user("jo", &[]);
+        index.put("a", "one", "rolebindings", None);
+        assert!(!index.authorise(&jo, &get("a")).allowed);
+        assert!(index.policies.read().by_subject.contains_key(&Subject::User("jo".into())));
+        index.put("b", "gone", "rolebindings", None);
+        assert!(!index.policies.read().by_subject.contains_key(&Subject::User("jo".into())));
+        index.put("", "reader", "clusterroles", None);
+        assert!(!index.authorise(&user("x", &["dev"]), &get("a")).allowed);
+    }
+}

@@ -1,0 +1,226 @@
+//! Roles, bindings, escalation checks, impersonation and access reviews on a running server.
+
+mod common;
+
+use common::{Answer, Server};
+use serde_json::{Value, json};
+
+const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1";
+const SAR: &str = "/apis/authorization.k8s.io/v1";
+const TOKENS: &str = "t0ken,jo,7,\"dev\"\nsvc,robot,8,\"\"\n";
+
+async fn server() -> (Server, tempfile::NamedTempFile) {
+    let tokens = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(tokens.path(), TOKENS).expect("written");
+    let path = tokens.path().to_owned();
+    let server =
+        Server::start(federation_apiserver::Role::Hub, |c| c.token_auth_file = Some(path), |_| {}).await;
+    (server, tokens)
+}
+
+async fn jo(server: &Server, method: &str, path: &str, body: Value) -> Answer {
+    let headers = [("authorization", "Bearer t0ken"), ("content-type", "application/json")];
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    server.send_as(None, method, path, &headers, body).await
+}
+
+async fn made(server: &Server, path: &str, body: Value) {
+    let answer = server.call("POST", path, Some(&body)).await;
+    assert_eq!(answer.code, 201, "{path}: {}", answer.text);
+}
+
+/// Asks whether jo may, until the answer is the expected one: the index follows the store.
+async fn until_allowed(server: &Server, verb: &str, group: &str, resource: &str, namespace: &str) {
+    let review = json!({"spec": {"user": "jo", "groups": ["dev"], "resourceAttributes":
+        {"verb": verb, "group": group, "resource": resource, "namespace": namespace}}});
+    let deadline = tokio::time::Instant::now() + common::LIMIT;
+    loop {
+        let answer = server.call("POST", &format!("{SAR}/subjectaccessreviews"), Some(&review)).await;
+        if answer.body["status"]["allowed"] == true {
+            return;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{}", answer.text);
+        tokio::task::yield_now().await;
+    }
+}
+
+fn role(name: &str, rules: Value) -> Value {
+    json!({"metadata": {"name": name}, "rules": rules})
+}
+
+fn binding(name: &str, kind: &str, role: &str) -> Value {
+    json!({"metadata": {"name": name}, "roleRef": {"kind": kind, "name": role},
+        "subjects": [{"kind": "User", "name": "jo"}]})
+}
+
+#[tokio::test]
+async fn defaults_are_there_and_are_aggregated() {
+    let (server, _tokens) = server().await;
+    let roles = server.get(&format!("{RBAC}/clusterroles")).await;
+    let names: Vec<&str> = roles.body["items"]
+        .as_array()
+        .expect("items")
+        .iter()
+        .filter_map(|r| r["metadata"]["name"].as_str())
+        .collect();
+    for name in ["cluster-admin", "admin", "edit", "view", "system:discovery", "system:basic-user"] {
+        assert!(names.contains(&name), "{name} is not in {names:?}");
+    }
+    let count = |name: &str| {
+        let items = roles.body["items"].as_array().expect("items");
+        items
+            .iter()
+            .find(|r| r["metadata"]["name"] == name)
+            .map_or(0, |r| r["rules"].as_array().map_or(0, Vec::len))
+    };
+    assert!(count("view") > 5 && count("edit") > count("view") && count("admin") > count("edit"));
+    // A role of one's own joins in.
+    let mut more = role("more", json!([{"apiGroups": ["x.io"], "resources": ["things"], "verbs": ["get"]}]));
+    more["metadata"]["labels"] = json!({"rbac.authorization.k8s.io/aggregate-to-view": "true"});
+    made(&server, &format!("{RBAC}/clusterroles"), more).await;
+    for role in ["view", "edit", "admin"] {
+        server.until(&format!("{RBAC}/clusterroles/{role}"), "aggregated", |a| a.text.contains("x.io")).await;
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn rights_come_with_bindings_and_go_with_them() {
+    let (server, _tokens) = server().await;
+    let secrets = "/api/v1/namespaces/default/secrets";
+    let refused = jo(&server, "GET", secrets, Value::Null).await;
+    assert_eq!(
+        (refused.code, refused.body["message"].as_str()),
+        (
+            403,
+            Some(
+                "secrets is forbidden: User \"jo\" cannot list resource \"secrets\" in API group \"\" in the namespace \"default\""
+            )
+        )
+    );
+    assert_eq!(refused.body["details"], json!({"kind": "secrets"}));
+    // Even of what does not exist.
+    assert_eq!(jo(&server, "GET", "/api/v1/nothings", Value::Null).await.code, 403);
+    assert_eq!(
+        jo(&server, "GET", "/metrics", Value::Null).await.body["message"],
+        "forbidden: User \"jo\" cannot get path \"/metrics\""
+    );
+    assert_eq!(jo(&server, "GET", "/apis", Value::Null).await.code, 200);
+    let rules = json!([{"apiGroups": [""], "resources": ["secrets"], "resourceNames": ["one"], "verbs": ["get"]},
+        {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["list", "patch"]}]);
+    made(&server, &format!("{RBAC}/namespaces/default/roles"), role("some", rules)).await;
+    made(&server, &format!("{RBAC}/namespaces/default/rolebindings"), binding("jo", "Role", "some")).await;
+    until_allowed(&server, "list", "", "configmaps", "default").await;
+    assert_eq!(jo(&server, "GET", &format!("{secrets}/one"), Value::Null).await.code, 404);
+    assert_eq!(jo(&server, "GET", &format!("{secrets}/two"), Value::Null).await.code, 403);
+    assert_eq!(jo(&server, "GET", "/api/v1/configmaps", Value::Null).await.code, 403);
+    // Patching is not creating, not even by apply.
+    let apply = "/api/v1/namespaces/default/configmaps/new?fieldManager=x";
+    let headers = [("authorization", "Bearer t0ken"), ("content-type", "application/apply-patch+yaml")];
+    let body = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "new"}}).to_string();
+    let answer = server.send_as(None, "PATCH", apply, &headers, body).await;
+    assert!(answer.text.contains("cannot create resource"), "{}", answer.text);
+    // Gone with the binding.
+    let gone = server.call("DELETE", &format!("{RBAC}/namespaces/default/rolebindings/jo"), None).await;
+    assert_eq!(gone.code, 200);
+    let deadline = tokio::time::Instant::now() + common::LIMIT;
+    while jo(&server, "GET", &format!("{secrets}/one"), Value::Null).await.code != 403 {
+        assert!(tokio::time::Instant::now() < deadline, "the right did not go with its binding");
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn nobody_gives_what_they_do_not_have() {
+    let (server, _tokens) = server().await;
+    let all = ["clusterroles", "clusterrolebindings", "roles", "rolebindings"];
+    let manage = json!([{"apiGroups": ["rbac.authorization.k8s.io"], "resources": all, "verbs": ["create", "update", "get"]}]);
+    made(&server, &format!("{RBAC}/clusterroles"), role("mgr", manage)).await;
+    made(&server, &format!("{RBAC}/clusterrolebindings"), binding("mgr", "ClusterRole", "mgr")).await;
+    until_allowed(&server, "create", "rbac.authorization.k8s.io", "clusterroles", "").await;
+    let roles = format!("{RBAC}/clusterroles");
+    let bindings = format!("{RBAC}/clusterrolebindings");
+    let wants = json!([{"apiGroups": [""], "resources": ["pods"], "resourceNames": ["a"], "verbs": ["get", "list"]},
+        {"nonResourceURLs": ["/x"], "verbs": ["get"]}]);
+    let refused = jo(&server, "POST", &roles, role("esc", wants.clone())).await;
+    assert_eq!(
+        refused.body["message"],
+        "clusterroles.rbac.authorization.k8s.io \"esc\" is forbidden: user \"jo\" (groups=[\"dev\" \"system:authenticated\"]) is attempting to grant RBAC permissions not currently held:\n{APIGroups:[\"\"], Resources:[\"pods\"], ResourceNames:[\"a\"], Verbs:[\"get\" \"list\"]}\n{NonResourceURLs:[\"/x\"], Verbs:[\"get\"]}"
+    );
+    let aggregated = json!({"metadata": {"name": "esc"}, "aggregationRule": {"clusterRoleSelectors": [{"matchLabels": {"a": "b"}}]}});
+    let refused = jo(&server, "POST", &roles, aggregated).await;
+    assert!(refused.text.contains("must have cluster-admin privileges to use the aggregationRule"));
+    let refused = jo(&server, "POST", &bindings, binding("esc", "ClusterRole", "view")).await;
+    assert_eq!((refused.code, refused.text.contains("not currently held")), (403, true));
+    let refused = jo(&server, "POST", &bindings, binding("esc", "ClusterRole", "none")).await;
+    assert_eq!(refused.code, 404);
+    // What one has, one may give; with the words `escalate` and `bind`, also what one has not.
+    let own = json!([{"apiGroups": ["rbac.authorization.k8s.io"], "resources": ["roles"], "verbs": ["get"]}]);
+    assert_eq!(jo(&server, "POST", &roles, role("own", own)).await.code, 201);
+    assert_eq!(jo(&server, "POST", &bindings, binding("own", "ClusterRole", "mgr")).await.code, 201);
+    let words = json!([{"apiGroups": ["rbac.authorization.k8s.io"], "resources": ["clusterroles"], "verbs": ["escalate", "bind"]}]);
+    made(&server, &roles, role("words", words)).await;
+    made(&server, &bindings, binding("words", "ClusterRole", "words")).await;
+    until_allowed(&server, "bind", "rbac.authorization.k8s.io", "clusterroles", "").await;
+    assert_eq!(jo(&server, "POST", &roles, role("esc", wants)).await.code, 201);
+    assert_eq!(jo(&server, "POST", &bindings, binding("esc", "ClusterRole", "view")).await.code, 201);
+    // The reference of a binding stays.
+    let mut changed = server.get(&format!("{bindings}/esc")).await.body;
+    changed["roleRef"]["name"] = json!("edit");
+    let answer = server.call("PUT", &format!("{bindings}/esc"), Some(&changed)).await;
+    assert!(answer.text.contains("cannot change roleRef"), "{}", answer.text);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn reviews_and_impersonation() {
+    let (server, _tokens) = server().await;
+    let whoami = "/apis/authentication.k8s.io/v1/selfsubjectreviews";
+    let me = jo(&server, "POST", whoami, json!({})).await;
+    assert_eq!(
+        me.body["status"]["userInfo"],
+        json!({"username": "jo", "uid": "7", "groups": ["dev", "system:authenticated"]})
+    );
+    let rules = jo(
+        &server,
+        "POST",
+        &format!("{SAR}/selfsubjectrulesreviews"),
+        json!({"spec": {"namespace": "default"}}),
+    )
+    .await;
+    assert!(rules.body["status"]["resourceRules"].as_array().is_some_and(|r| r.len() == 2), "{}", rules.text);
+    // Only who may ask about others.
+    let about = json!({"spec": {"user": "x", "nonResourceAttributes": {"path": "/version", "verb": "get"}}});
+    assert_eq!(jo(&server, "POST", &format!("{SAR}/subjectaccessreviews"), about).await.code, 403);
+    let local = json!({"spec": {"user": "x", "resourceAttributes": {"namespace": "default", "verb": "get", "resource": "pods"}}});
+    let answer = server
+        .call("POST", &format!("{SAR}/namespaces/default/localsubjectaccessreviews"), Some(&local))
+        .await;
+    assert_eq!(answer.body["status"], json!({"allowed": false}));
+    let token = json!({"spec": {"token": "t0ken"}});
+    let answer = server.call("POST", "/apis/authentication.k8s.io/v1/tokenreviews", Some(&token)).await;
+    assert_eq!(answer.body["status"]["user"]["username"], "jo");
+    // Impersonation takes its verb.
+    let headers = [("authorization", "Bearer t0ken"), ("impersonate-user", "eva")];
+    let refused = server.send_as(None, "GET", "/apis", &headers, String::new()).await;
+    assert_eq!(
+        refused.body["message"],
+        "users \"eva\" is forbidden: User \"jo\" cannot impersonate resource \"users\" in API group \"\" at the cluster scope"
+    );
+    let rule = json!([{"apiGroups": [""], "resources": ["users"], "resourceNames": ["eva"], "verbs": ["impersonate"]}]);
+    made(&server, &format!("{RBAC}/clusterroles"), role("eva", rule)).await;
+    made(&server, &format!("{RBAC}/clusterrolebindings"), binding("eva", "ClusterRole", "eva")).await;
+    let deadline = tokio::time::Instant::now() + common::LIMIT;
+    loop {
+        let headers = [headers[0], headers[1], ("content-type", "application/json")];
+        let answer = server.send_as(None, "POST", whoami, &headers, "{}".into()).await;
+        if answer.code == 201 {
+            assert_eq!(answer.body["status"]["userInfo"]["username"], "eva");
+            break;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{}", answer.text);
+    }
+    let more = [headers[0], headers[1], ("impersonate-group", "system:masters")];
+    assert_eq!(server.send_as(None, "GET", "/apis", &more, String::new()).await.code, 403);
+    server.stop().await;
+}
