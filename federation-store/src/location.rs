@@ -65,7 +65,7 @@ pub struct Location(Kind);
 #[derive(Clone)]
 enum Kind {
     Memory,
-    Sqlite(PathBuf),
+    Sqlite { path: PathBuf, exclusive: bool },
     Postgres { options: Box<PgConnectOptions>, shown: String },
     MySql { options: Box<MySqlConnectOptions>, shown: String },
 }
@@ -76,7 +76,16 @@ impl Location {
     /// A SQLite file, or `:memory:`.
     pub fn sqlite(path: impl Into<PathBuf>) -> Self {
         let path = path.into();
-        Self(if path.as_os_str() == ":memory:" { Kind::Memory } else { Kind::Sqlite(path) })
+        Self(if path.as_os_str() == ":memory:" {
+            Kind::Memory
+        } else {
+            Kind::Sqlite { path, exclusive: false }
+        })
+    }
+
+    /// A SQLite file for this process alone: nobody has to be asked what others have written.
+    pub fn exclusive_sqlite(path: impl Into<PathBuf>) -> Self {
+        Self(Kind::Sqlite { path: path.into(), exclusive: true })
     }
 
     /// Reads a URL.
@@ -115,7 +124,7 @@ impl Location {
     /// The file, when it is one.
     pub fn sqlite_path(&self) -> Option<&std::path::Path> {
         match &self.0 {
-            Kind::Sqlite(path) => Some(path),
+            Kind::Sqlite { path, .. } => Some(path),
             _ => None,
         }
     }
@@ -123,7 +132,7 @@ impl Location {
     pub(crate) async fn open(&self) -> Result<Arc<dyn Backend>, OpenError> {
         Ok(match &self.0 {
             Kind::Memory => Arc::new(SqliteBackend::in_memory().await?),
-            Kind::Sqlite(path) => Arc::new(SqliteBackend::open(path).await?),
+            Kind::Sqlite { path, exclusive } => Arc::new(SqliteBackend::open(path, *exclusive).await?),
             Kind::Postgres { options, shown } => Arc::new(PostgresBackend::open(options, shown).await?),
             Kind::MySql { options, shown } => Arc::new(MySqlBackend::open(options, shown).await?),
         })
@@ -134,7 +143,7 @@ impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Kind::Memory => f.write_str("sqlite::memory:"),
-            Kind::Sqlite(path) => write!(f, "sqlite://{}", path.display()),
+            Kind::Sqlite { path, .. } => write!(f, "sqlite://{}", path.display()),
             Kind::Postgres { shown, .. } | Kind::MySql { shown, .. } => f.write_str(shown),
         }
     }

@@ -64,7 +64,7 @@ const MAX_ROWS: usize = 64;
 const JOURNAL_BYTES: &str = "67108864";
 
 /// Schema steps in order; the version is the position, counted from 1. Released steps never change.
-pub(crate) const MIGRATIONS: &[&str] = &[
+const MIGRATIONS: &[&str] = &[
     "
     CREATE TABLE store_state (
         id        INTEGER PRIMARY KEY CHECK (id = 1),
@@ -139,6 +139,8 @@ pub(crate) struct SqliteBackend {
     writer: SqlitePool,
     readers: SqlitePool,
     on_disk: bool,
+    /// Other processes may write to the file.
+    shared: bool,
     /// This process among those that write to the file.
     replica: [u8; 16],
     /// Held, and with it the database, until the backend is closed.
@@ -149,8 +151,8 @@ pub(crate) struct SqliteBackend {
 
 impl SqliteBackend {
     /// Opens `path`, makes it when it is missing, and brings its schema up to date.
-    pub(crate) async fn open(path: &Path) -> Result<Self, OpenError> {
-        let lock = lock(path)?;
+    pub(crate) async fn open(path: &Path, exclusive: bool) -> Result<Self, OpenError> {
+        let lock = lock(path, exclusive)?;
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)
@@ -166,7 +168,8 @@ impl SqliteBackend {
             .connect_with(options.create_if_missing(false).read_only(true))
             .await
             .map_err(open)?;
-        Ok(Self { writer, readers, on_disk: true, replica: rand::random(), lock: Mutex::new(Some(lock)) })
+        let (shared, lock) = (!exclusive, Mutex::new(Some(lock)));
+        Ok(Self { writer, readers, on_disk: true, shared, replica: rand::random(), lock })
     }
 
     /// A store that lives as long as the value.
@@ -186,6 +189,7 @@ impl SqliteBackend {
             readers: writer.clone(),
             writer,
             on_disk: false,
+            shared: false,
             replica: rand::random(),
             lock: Mutex::new(None),
         })
@@ -364,7 +368,7 @@ impl Backend for SqliteBackend {
     }
 
     fn shared(&self) -> bool {
-        self.on_disk
+        self.shared
     }
 
     fn state(&self) -> BoxFuture<'_, Result<State, Error>> {
@@ -464,16 +468,18 @@ fn pool(connections: u32) -> SqlitePoolOptions {
         .test_before_acquire(false)
 }
 
-/// Takes the lock file beside the database, together with the other processes that use it; a restore takes it alone.
+/// Takes the lock file beside the database, alone or together with the other processes that use it.
 /// The system drops it with the process, however that ends.
-fn lock(path: &Path) -> Result<File, OpenError> {
+fn lock(path: &Path, exclusive: bool) -> Result<File, OpenError> {
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         let prepare = |source| OpenError::Prepare { path: folder.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(prepare)?;
     }
-    let lock_path = lock_path(path);
+    let mut lock_path = path.as_os_str().to_owned();
+    lock_path.push(".lock");
+    let lock_path = PathBuf::from(lock_path);
     let file = open_private(&lock_path)?;
-    match file.try_lock_shared() {
+    match if exclusive { file.try_lock() } else { file.try_lock_shared() } {
         Ok(()) => {
             // SQLite takes an empty file for a new database, and its other files get the same permissions.
             open_private(path)?;
@@ -484,26 +490,8 @@ fn lock(path: &Path) -> Result<File, OpenError> {
     }
 }
 
-/// Takes the lock file for this process alone; `None` in the error when others have it.
-pub(crate) fn lock_alone(path: &Path) -> Result<File, Option<std::io::Error>> {
-    let mut options = File::options();
-    options.create(true).write(true).truncate(false).mode(0o600);
-    let file = options.open(lock_path(path)).map_err(Some)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(None),
-        Err(TryLockError::Error(error)) => Err(Some(error)),
-    }
-}
-
-fn lock_path(path: &Path) -> PathBuf {
-    let mut lock_path = path.as_os_str().to_owned();
-    lock_path.push(".lock");
-    PathBuf::from(lock_path)
-}
-
 /// Opens a file; makes it, for its owner alone, when it is missing: there are secrets in the store.
-pub(crate) fn open_private(path: &Path) -> Result<File, OpenError> {
+fn open_private(path: &Path) -> Result<File, OpenError> {
     let mut options = File::options();
     options.create(true).write(true).truncate(false).mode(0o600);
     options.open(path).map_err(|source| OpenError::Prepare { path: path.to_owned(), source })
@@ -764,7 +752,7 @@ mod tests {
     #[tokio::test]
     async fn a_full_disk_is_survived() {
         let folder = tempfile::tempdir().unwrap();
-        let backend = SqliteBackend::open(&folder.path().join("store.db")).await.unwrap();
+        let backend = SqliteBackend::open(&folder.path().join("store.db"), false).await.unwrap();
         let create = |n: u32| create(format!("/k/{n}"), 20_000);
         backend.write(&[create(0)], 1).await.unwrap();
         // The bound belongs to the connection, as a full disk belongs to a moment.
@@ -791,7 +779,7 @@ mod tests {
     #[tokio::test]
     async fn a_transaction_that_sqlite_rolled_back_is_survived() {
         let folder = tempfile::tempdir().unwrap();
-        let backend = SqliteBackend::open(&folder.path().join("store.db")).await.unwrap();
+        let backend = SqliteBackend::open(&folder.path().join("store.db"), false).await.unwrap();
         let mut connection = backend.writer.acquire().await.unwrap();
         let mut transaction = connection.begin_with(IMMEDIATE).await.unwrap();
         sqlx::raw_sql("ROLLBACK").execute(&mut *transaction).await.unwrap();
@@ -806,7 +794,7 @@ mod tests {
     async fn lists_seek_and_files_are_private() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("sub/store.db");
-        let backend = SqliteBackend::open(&path).await.unwrap();
+        let backend = SqliteBackend::open(&path, false).await.unwrap();
         for entry in std::fs::read_dir(path.parent().unwrap()).unwrap() {
             let entry = entry.unwrap();
             let mode = std::os::unix::fs::PermissionsExt::mode(&entry.metadata().unwrap().permissions());
