@@ -4,6 +4,7 @@
 //! program, so that nothing measured shares a process with what measures it. `README.md` beside this crate says what
 //! is compared and how to read it.
 
+mod api;
 mod certificates;
 mod flood;
 mod load;
@@ -73,7 +74,7 @@ struct Args {
     keep: Option<PathBuf>,
 }
 
-/// The processes that a run starts.
+/// The processes that a run starts, and the other comparison.
 #[derive(Debug, Subcommand)]
 enum HelperCommand {
     /// The server at the far end.
@@ -85,6 +86,8 @@ enum HelperCommand {
     /// Many tunnels to one server.
     #[command(hide = true)]
     Flood { flood: String },
+    /// Compares our API server with a stock kube-apiserver on etcd.
+    Api(Box<api::ApiArgs>),
 }
 
 /// One run of the program.
@@ -101,6 +104,7 @@ fn main() -> ExitCode {
         Some(HelperCommand::Target) => target::run(),
         Some(HelperCommand::Load { via, job }) => load::run(via, job),
         Some(HelperCommand::Flood { flood }) => flood::run(flood),
+        Some(HelperCommand::Api(args)) => api::run(args),
         None => compare(&args),
     };
     match result {

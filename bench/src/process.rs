@@ -91,6 +91,19 @@ impl Process {
         let _ = self.child.kill().await;
     }
 
+    /// Asks it to end with SIGTERM and waits until it has.
+    pub(crate) async fn terminate(mut self, limit: Duration) -> Result<()> {
+        let id = self.id()?.cast_signed();
+        let pid = rustix::process::Pid::from_raw(id).ok_or_else(|| anyhow!("{id} is no process"))?;
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)
+            .with_context(|| format!("failed to signal {}", self.name))?;
+        time::timeout(limit, self.child.wait())
+            .await
+            .with_context(|| format!("{} does not end: {}", self.name, self.log_tail()))?
+            .with_context(|| format!("failed to wait for {}", self.name))?;
+        Ok(())
+    }
+
     pub(crate) fn log_tail(&self) -> String {
         let text = fs::read(&self.log).unwrap_or_default();
         let start = text.len().saturating_sub(LOG_TAIL);

@@ -399,7 +399,7 @@ fn find_program(name: &str, variable: &str) -> Result<PathBuf> {
 
 /// Ports that were free a moment ago, for TCP and UDP. The programs compared cannot all bind port 0 and say which
 /// they got.
-fn free_ports<const N: usize>() -> Result<[u16; N]> {
+pub(crate) fn free_ports<const N: usize>() -> Result<[u16; N]> {
     /// Far more than are ever taken at once.
     const TRIES: usize = 200;
     let mut held = Vec::with_capacity(N);

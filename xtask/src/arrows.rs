@@ -27,7 +27,6 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "proxy-server",
             "proxy-agent",
             "federation-apiserver",
-            "federation-store",
             "federation-core",
             "tunnel",
             "tls",

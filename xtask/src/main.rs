@@ -94,7 +94,8 @@ fn test(args: &[String]) -> Result<()> {
 fn bench(args: &[String]) -> Result<()> {
     tools::prepare_for_bench()?;
     Cmd::new("cargo")
-        .args(["build", "--release", "-p", "proxy-server", "-p", "proxy-agent", "-p", "bench"])
+        .args(["build", "--release", "-p", "proxy-server", "-p", "proxy-agent", "-p", "federation-apiserver"])
+        .args(["-p", "bench"])
         .run()?;
     Cmd::new("cargo").args(["run", "--release", "-p", "bench", "--"]).args(args).run()
 }

@@ -1,0 +1,250 @@
+//! The servers compared, as processes on loopback.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use base64::Engine as _;
+use bytes::Bytes;
+use clap::ValueEnum;
+use http::Method;
+use serde_json::Value;
+use tls::{CertificateAuthority, ClientTls};
+use tokio::{process::Command, time};
+
+use super::client::{Access, Client, Protocol};
+use crate::process::{Process, Usage};
+use crate::subject::free_ports;
+
+/// For a start, on a busy machine and with many objects.
+const START: Duration = Duration::from_secs(120);
+/// Between two looks whether a server is ready: what a start is measured to.
+const LOOK: Duration = Duration::from_millis(10);
+/// For a process to end in order.
+const STOP: Duration = Duration::from_secs(30);
+const LIFETIME: Duration = Duration::from_secs(24 * 3600);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Server {
+    /// `cellway-apiserver` on SQLite with durable commits.
+    Cellway,
+    /// The stock server on etcd, both from `$KUBEBUILDER_ASSETS`.
+    KubeApiserver,
+}
+
+/// Files of a server's programs.
+pub(super) struct Programs(Vec<PathBuf>);
+
+/// A server that serves.
+pub(super) struct Running {
+    commands: Vec<(&'static str, PathBuf, Vec<String>)>,
+    processes: Vec<Process>,
+    directory: PathBuf,
+    port: u16,
+    tls: Option<ClientTls>,
+    /// Where cellway-apiserver says how to reach it.
+    kubeconfig: Option<PathBuf>,
+}
+
+// === impl Server ===
+
+impl Server {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Cellway => "cellway",
+            Self::KubeApiserver => "kube-apiserver",
+        }
+    }
+
+    /// Where its programs are.
+    pub(super) fn find(self, cellway: Option<&Path>) -> Result<Programs> {
+        let (folder, names): (PathBuf, &[&str]) = match self {
+            Self::Cellway => {
+                let own = std::env::current_exe().context("failed to find this program's own file")?;
+                let folder = cellway.or(own.parent()).map(Path::to_owned).unwrap_or_default();
+                (folder, &["cellway-apiserver"])
+            }
+            Self::KubeApiserver => {
+                let folder = std::env::var_os("KUBEBUILDER_ASSETS").ok_or_else(|| {
+                    anyhow!("KUBEBUILDER_ASSETS does not name a folder with kube-apiserver and etcd")
+                })?;
+                (folder.into(), &["etcd", "kube-apiserver"])
+            }
+        };
+        let files: Vec<PathBuf> = names.iter().map(|name| folder.join(name)).collect();
+        for file in &files {
+            ensure!(file.is_file(), "{} does not exist", file.display());
+        }
+        Ok(Programs(files))
+    }
+}
+
+// === impl Running ===
+
+impl Running {
+    /// Starts it on an empty store, with its data in `directory`.
+    pub(super) async fn start(server: Server, programs: &Programs, directory: &Path) -> Result<Self> {
+        fs::create_dir_all(directory).with_context(|| format!("failed to create {}", directory.display()))?;
+        let [port, etcd, peers] = free_ports()?;
+        let data = directory.join("data");
+        let text = |path: PathBuf| path.to_string_lossy().into_owned();
+        let (commands, tls, kubeconfig) = match server {
+            Server::Cellway => {
+                let arguments = vec![
+                    format!("--data-dir={}", data.display()),
+                    format!("--secure-port={port}"),
+                    "--v=0".into(),
+                ];
+                (
+                    vec![("cellway-apiserver", programs.0[0].clone(), arguments)],
+                    None,
+                    Some(data.join("admin.kubeconfig")),
+                )
+            }
+            Server::KubeApiserver => {
+                let authority = CertificateAuthority::create("cellway bench")
+                    .context("failed to create a certificate authority")?;
+                let serving = authority
+                    .issue_server(&["localhost".to_owned(), "127.0.0.1".to_owned()], LIFETIME)
+                    .context("failed to issue the server's certificate")?;
+                let client = authority
+                    .issue_client("bench", &["system:masters".to_owned()], LIFETIME)
+                    .context("failed to issue the client's certificate")?;
+                let write = |name: &str, pem: &str| -> Result<String> {
+                    let path = directory.join(name);
+                    tls::write_private(&path, pem.as_bytes())
+                        .with_context(|| format!("failed to write {}", path.display()))?;
+                    Ok(text(path))
+                };
+                let ca = write("ca.crt", authority.certificate_pem())?;
+                let certificate = write("server.crt", &serving.certificate_pem)?;
+                let key = write("server.key", &serving.key_pem)?;
+                let database = vec![
+                    format!("--data-dir={}", data.display()),
+                    format!("--listen-client-urls=http://127.0.0.1:{etcd}"),
+                    format!("--advertise-client-urls=http://127.0.0.1:{etcd}"),
+                    format!("--listen-peer-urls=http://127.0.0.1:{peers}"),
+                    format!("--initial-advertise-peer-urls=http://127.0.0.1:{peers}"),
+                    format!("--initial-cluster=default=http://127.0.0.1:{peers}"),
+                    "--log-level=warn".into(),
+                ];
+                let server = vec![
+                    format!("--etcd-servers=http://127.0.0.1:{etcd}"),
+                    "--bind-address=127.0.0.1".into(),
+                    format!("--secure-port={port}"),
+                    format!("--client-ca-file={ca}"),
+                    format!("--tls-cert-file={certificate}"),
+                    format!("--tls-private-key-file={key}"),
+                    format!("--service-account-key-file={key}"),
+                    format!("--service-account-signing-key-file={key}"),
+                    "--service-account-issuer=https://kubernetes.default.svc".into(),
+                    "--service-cluster-ip-range=10.0.0.0/24".into(),
+                    "--authorization-mode=RBAC".into(),
+                    // There is no controller that would make the accounts.
+                    "--disable-admission-plugins=ServiceAccount".into(),
+                ];
+                let tls = ClientTls::from_pem(
+                    authority.certificate_pem(),
+                    Some((&client.certificate_pem, &client.key_pem)),
+                )
+                .context("failed to set up the client")?;
+                let commands = vec![
+                    ("etcd", programs.0[0].clone(), database),
+                    ("kube-apiserver", programs.0[1].clone(), server),
+                ];
+                (commands, Some(tls), None)
+            }
+        };
+        let mut running =
+            Self { commands, processes: Vec::new(), directory: directory.to_owned(), port, tls, kubeconfig };
+        running.spawn()?;
+        running.ready().await?;
+        Ok(running)
+    }
+
+    /// How clients reach it.
+    pub(super) fn access(&self) -> Result<Access> {
+        let tls = match (&self.tls, &self.kubeconfig) {
+            (Some(tls), _) => tls.clone(),
+            (None, Some(path)) => identity(path)?,
+            (None, None) => bail!("there is no client certificate"),
+        };
+        Ok(Access { port: self.port, tls })
+    }
+
+    /// Resident memory of all its processes.
+    pub(super) fn resident_mib(&self) -> Result<f64> {
+        let ids = self.processes.iter().map(Process::id).collect::<Result<Vec<_>>>()?;
+        Ok(Usage::of(&ids)?.resident_kib / 1024.0)
+    }
+
+    /// Stops it in order and starts it again; how long that took until it answered.
+    pub(super) async fn restart(&mut self) -> Result<Duration> {
+        for process in self.processes.drain(..).rev() {
+            process.terminate(STOP).await?;
+        }
+        let begin = Instant::now();
+        self.spawn()?;
+        self.ready().await?;
+        Ok(begin.elapsed())
+    }
+
+    pub(super) async fn stop(self) {
+        for process in self.processes.into_iter().rev() {
+            process.stop().await;
+        }
+    }
+
+    fn spawn(&mut self) -> Result<()> {
+        for (name, program, arguments) in &self.commands {
+            let mut command = Command::new(program);
+            command.args(arguments).current_dir(&self.directory);
+            self.processes.push(Process::start(name, command, &self.directory)?);
+        }
+        Ok(())
+    }
+
+    /// Waits until it says that it is ready and answers a list.
+    async fn ready(&mut self) -> Result<()> {
+        let end = Instant::now() + START;
+        loop {
+            for process in &mut self.processes {
+                process.check()?;
+            }
+            let error = match self.look().await {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            if Instant::now() > end {
+                return Err(error.context("the server did not become ready in time"));
+            }
+            time::sleep(LOOK).await;
+        }
+    }
+
+    async fn look(&self) -> Result<()> {
+        let mut client = Client::connect(&self.access()?, Protocol::H2).await?;
+        client.call(Method::GET, "/readyz", Bytes::new()).await?;
+        client.call(Method::GET, "/api/v1/configmaps?limit=1", Bytes::new()).await?;
+        Ok(())
+    }
+}
+
+/// The client of a kubeconfig that is JSON with everything in it.
+fn identity(path: &Path) -> Result<ClientTls> {
+    let text = fs::read(path).with_context(|| format!("failed to read {}", path.display()))?;
+    let config: Value = serde_json::from_slice(&text).context("the kubeconfig is not JSON")?;
+    let pem = |pointer: &str| -> Result<String> {
+        let encoded =
+            config.pointer(pointer).and_then(Value::as_str).context("the kubeconfig lacks a field")?;
+        let bytes = base64::engine::general_purpose::STANDARD.decode(encoded)?;
+        Ok(String::from_utf8(bytes)?)
+    };
+    let certificate = pem("/users/0/user/client-certificate-data")?;
+    let key = pem("/users/0/user/client-key-data")?;
+    ClientTls::from_pem(&pem("/clusters/0/cluster/certificate-authority-data")?, Some((&certificate, &key)))
+        .context("failed to set up the client")
+}
