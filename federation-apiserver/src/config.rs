@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use federation_store::Location;
 use serde_json::Value;
 
 /// What the server stands for.
@@ -20,6 +21,8 @@ pub enum Role {
 pub struct Config {
     /// Certificates, keys, tokens, the database and `admin.kubeconfig` live here; made when missing.
     pub data_dir: PathBuf,
+    /// The certificate authority lives here; `pki` in the data directory when not given. Replicas share one.
+    pub cert_dir: Option<PathBuf>,
     /// Where to listen; port 0 takes a free one.
     pub bind: SocketAddr,
     pub role: Role,
@@ -38,6 +41,8 @@ pub struct Config {
     pub crds: Vec<Value>,
     /// Objects to create at start where they do not exist.
     pub bootstrap: Vec<Value>,
+    /// The database, which several servers may share; a file in the data directory for this server alone when not given.
+    pub store: Option<Location>,
     /// Keep the data in memory only; certificates are still written.
     pub in_memory: bool,
     pub limits: Limits,
@@ -77,6 +82,9 @@ pub struct Limits {
     pub streams: u32,
     /// For the TLS handshake and for the head of a request.
     pub handshake_timeout: std::time::Duration,
+    /// How long the server goes on as before, but not ready, when it is told to stop: load balancers send nobody any more
+    /// by then. kube-apiserver's `--shutdown-delay-duration`.
+    pub shutdown_delay: std::time::Duration,
     /// For running requests when the server stops.
     pub shutdown_grace: std::time::Duration,
 }
@@ -88,6 +96,7 @@ impl Config {
     pub fn new(data_dir: impl Into<PathBuf>, role: Role) -> Self {
         Self {
             data_dir: data_dir.into(),
+            cert_dir: None,
             bind: SocketAddr::from(([127, 0, 0, 1], 0)),
             role,
             extra_names: Vec::new(),
@@ -98,6 +107,7 @@ impl Config {
             oidc: None,
             crds: Vec::new(),
             bootstrap: Vec::new(),
+            store: None,
             in_memory: false,
             limits: Limits::default(),
             simulation: crate::simulation::SimulationConfig::default(),
@@ -114,6 +124,7 @@ impl Default for Limits {
             connections: 4096,
             streams: 250,
             handshake_timeout: std::time::Duration::from_secs(10),
+            shutdown_delay: std::time::Duration::ZERO,
             shutdown_grace: std::time::Duration::from_secs(5),
         }
     }

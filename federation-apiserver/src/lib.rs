@@ -46,6 +46,7 @@ pub use auth::UserInfo;
 pub use auth::oidc::OidcConfig;
 pub use client::LocalClient;
 pub use config::{Config, DEFAULT_ISSUER, Limits, Role, ServiceAccountConfig};
+pub use federation_store::Location;
 pub use logs::{LogOptions, LogSource};
 pub use server::{ApiServer, BindError, Bound};
 

@@ -63,12 +63,8 @@ pub enum BindError {
         #[source]
         source: tls::FileError,
     },
-    #[error("failed to open the store in {path}")]
-    Store {
-        path: PathBuf,
-        #[source]
-        source: federation_store::OpenError,
-    },
+    #[error("failed to open the store")]
+    Store(#[source] federation_store::OpenError),
     #[error(transparent)]
     Tokens(#[from] TokenFileError),
     #[error(transparent)]
@@ -117,7 +113,7 @@ impl ApiServer {
         let listener = TcpListener::bind(config.bind).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
 
-        let pki = dir.join("pki");
+        let pki = config.cert_dir.clone().unwrap_or_else(|| dir.join("pki"));
         let certificates = |source| BindError::Certificates { path: pki.clone(), source };
         let authority = CertificateAuthority::load_or_create(&pki, "cellway-api-ca").map_err(certificates)?;
         let serving =
@@ -134,9 +130,12 @@ impl ApiServer {
             None => TokenFile::default(),
         };
 
-        let path = dir.join("store.db");
-        let store = if config.in_memory { StoreConfig::in_memory() } else { StoreConfig::new(path.clone()) };
-        let store = Store::open(store).await.map_err(|source| BindError::Store { path, source })?;
+        let store = match &config.store {
+            Some(location) => StoreConfig { location: location.clone(), ..StoreConfig::in_memory() },
+            None if config.in_memory => StoreConfig::in_memory(),
+            None => StoreConfig::exclusive(dir.join("store.db")),
+        };
+        let store = Store::open(store).await.map_err(BindError::Store)?;
         let registry = Arc::new(Registry::new(store, config.role, CancellationToken::new()));
         bootstrap(&registry, &config, address).await?;
 
@@ -231,7 +230,8 @@ impl Bound {
         LocalClient::new(self.registry.clone(), manager)
     }
 
-    /// Serves until `shutdown`, then lets running requests end within the configured grace.
+    /// Serves until `shutdown`, goes on for the configured delay while it says that it is not ready, then ends watches
+    /// and lets running requests end within the configured grace.
     pub async fn run(self, shutdown: CancellationToken) {
         let mut tasks = JoinSet::new();
         tasks.spawn(crd::run(self.registry.clone()).instrument(tracing::info_span!("crd")));
@@ -271,9 +271,16 @@ impl Bound {
         let draining = CancellationToken::new();
         let gate = Gate::new(self.config.limits.connections);
         let mut connections: JoinSet<()> = JoinSet::new();
+        let told = async {
+            shutdown.cancelled().await;
+            app.ready.store(false, std::sync::atomic::Ordering::Relaxed);
+            tracing::info!(delay = ?app.limits.shutdown_delay, "stopping: not ready any more");
+            tokio::time::sleep(app.limits.shutdown_delay).await;
+        };
+        let mut told = std::pin::pin!(told);
         loop {
             let accepted = tokio::select! {
-                () = shutdown.cancelled() => break,
+                () = told.as_mut() => break,
                 Some(_) = connections.join_next(), if !connections.is_empty() => continue,
                 accepted = self.listener.accept() => accepted,
             };
@@ -289,7 +296,6 @@ impl Bound {
             let span = tracing::debug_span!("connection", client.addr = %remote);
             connections.spawn(serve.instrument(span));
         }
-        app.ready.store(false, std::sync::atomic::Ordering::Relaxed);
         drop(self.listener);
         // Ends watches and logs; they would otherwise hold their connections for as long as they like.
         self.registry.shutdown.cancel();

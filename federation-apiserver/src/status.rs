@@ -15,6 +15,8 @@ pub struct ApiError {
     reason: &'static str,
     message: String,
     details: Option<Value>,
+    /// Token for the rest of a list whose own has expired.
+    token: Option<Box<str>>,
 }
 
 /// One thing wrong with one field, as `field.Error` of apimachinery prints it.
@@ -85,7 +87,7 @@ impl fmt::Display for FieldError {
 
 impl ApiError {
     fn new(code: u16, reason: &'static str, message: impl Into<String>) -> Self {
-        Self { code, reason, message: message.into(), details: None }
+        Self { code, reason, message: message.into(), details: None, token: None }
     }
 
     fn detailed(mut self, details: Value) -> Self {
@@ -212,6 +214,15 @@ impl ApiError {
         Self::new(410, "Expired", message)
     }
 
+    /// 410: the continue token is of a compacted revision; `token` continues the list as it is now.
+    pub fn expired_token(token: String) -> Self {
+        let mut error = Self::expired(
+            "The provided continue parameter is too old to display a consistent list result. You can start a new list without the continue parameter, or use the continue token in this response to retrieve the remainder of the results. Continuing with the provided token results in an inconsistent list - objects that were created, modified, or deleted between the time the first chunk was returned and now may show up in the list.",
+        );
+        error.token = Some(token.into());
+        error
+    }
+
     /// 504: the resource version asked for lies in the future.
     pub fn too_large_resource_version(asked: u64, current: u64) -> Self {
         Self::new(504, "Timeout", format!("Too large resource version: {asked}, current: {current}")).detailed(
@@ -284,6 +295,9 @@ impl ApiError {
         });
         if let Some(details) = &self.details {
             status["details"] = details.clone();
+        }
+        if let Some(token) = &self.token {
+            status["metadata"]["continue"] = json!(token);
         }
         status
     }

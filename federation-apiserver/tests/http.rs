@@ -622,3 +622,19 @@ async fn silent_clients_hold_nothing() {
     assert_eq!(server.get("/version").await.code, 200);
     drop((silent, greeted));
 }
+
+#[tokio::test]
+async fn a_stopping_server_is_not_ready_and_still_serves() {
+    let delay = std::time::Duration::from_secs(2);
+    let server = Server::start(Role::Hub, |config| config.limits.shutdown_delay = delay, |_| {}).await;
+    let mut events = server.watch(&format!("{CM}?watch=1")).await;
+    server.begin_stop();
+    server.until("/readyz", "not ready", |answer| answer.code == 500).await;
+    assert_eq!(server.get("/livez").await.code, 200);
+    // Whoever has not noticed yet is served as ever.
+    assert_eq!(server.call("POST", CM, Some(&cm("late", json!({})))).await.code, 201);
+    assert_eq!(events.brief().await, ("ADDED".into(), "late".into()));
+    // Then watches end, in order.
+    assert!(events.next().await.is_none());
+    server.stop().await;
+}

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use federation_apiserver::Location;
 use federation_apiserver::{ApiServer, Config, OidcConfig, Role, ServiceAccountConfig};
+use service::duration::GoDuration;
 use tokio_util::sync::CancellationToken;
 
 /// A Kubernetes API server over federation-store.
@@ -15,6 +17,13 @@ struct Args {
     /// Certificates, keys, the database and admin.kubeconfig live here.
     #[arg(long, value_name = "DIR")]
     data_dir: PathBuf,
+    /// Database, which several servers may share: sqlite:///FILE, postgres://… or mysql://… [default: a SQLite file in
+    /// DATA_DIR for this server alone].
+    #[arg(long, value_name = "URL", env = "CELLWAY_STORE", hide_env_values = true, value_parser = Location::parse)]
+    store: Option<Location>,
+    /// Folder of the certificate authority, the same (or a copy) for all replicas [default: DATA_DIR/pki].
+    #[arg(long, value_name = "DIR")]
+    cert_dir: Option<PathBuf>,
     /// Port to serve HTTPS on; 0 takes a free one.
     #[arg(long, default_value_t = 6443)]
     secure_port: u16,
@@ -35,6 +44,9 @@ struct Args {
     anonymous_auth: bool,
     #[command(flatten)]
     tokens: TokenArgs,
+    /// How long to go on serving, but not ready, after being told to stop: until load balancers have noticed.
+    #[arg(long, default_value = "0s", value_name = "DURATION")]
+    shutdown_delay_duration: GoDuration,
     #[command(flatten)]
     log: service::log::LogArgs,
 }
@@ -133,10 +145,13 @@ async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let _log = args.log.init()?;
     let mut config = Config::new(args.data_dir, args.role);
     config.bind = SocketAddr::new(args.bind_address, args.secure_port);
+    config.store = args.store;
+    config.cert_dir = args.cert_dir;
     config.advertise = args.advertise_address;
     config.token_auth_file = args.token_auth_file;
     config.anonymous_auth = args.anonymous_auth;
     args.tokens.configure(&mut config);
+    config.limits.shutdown_delay = args.shutdown_delay_duration.0;
     let mut signals = service::signals::Signals::install()?;
     let bound = ApiServer::bind(config).await?;
     tracing::info!(kubeconfig = %bound.admin_kubeconfig().display(), url = bound.url(), "ready to serve");

@@ -2,11 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use serde_json::Value;
-
-use crate::registry::meta;
-use crate::value::{at, str_at};
-
 /// A reference from a dependent to an owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Owner {
@@ -32,24 +27,45 @@ pub(super) struct Graph {
     dependents: HashMap<String, BTreeSet<Vec<u8>>>,
 }
 
+#[derive(serde::Deserialize)]
+struct Head {
+    metadata: Option<Metadata>,
+}
+
+#[derive(Default, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Metadata {
+    uid: Option<String>,
+    owner_references: Option<Vec<Reference>>,
+    deletion_timestamp: Option<String>,
+    finalizers: Option<Vec<String>>,
+}
+
+#[derive(Default, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Reference {
+    uid: Option<String>,
+    block_owner_deletion: Option<bool>,
+}
+
 // === impl Node ===
 
 impl Node {
-    pub(super) fn of(object: &Value) -> Self {
-        let list =
-            |key: &str| at(object, &["metadata", key]).and_then(Value::as_array).cloned().unwrap_or_default();
-        Self {
-            uid: str_at(object, &["metadata", "uid"]).to_owned(),
-            owners: list("ownerReferences")
-                .iter()
-                .map(|o| Owner {
-                    uid: str_at(o, &["uid"]).to_owned(),
-                    blocks: o.get("blockOwnerDeletion").and_then(Value::as_bool).unwrap_or(false),
-                })
-                .collect(),
-            deleting: meta::is_deleting(object),
-            finalizers: list("finalizers").iter().filter_map(Value::as_str).map(str::to_owned).collect(),
-        }
+    /// Reads an object's bytes; everything but what is needed is skipped.
+    pub(super) fn read(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        let head: Head = serde_json::from_slice(bytes)?;
+        let metadata = head.metadata.unwrap_or_default();
+        let references = metadata.owner_references.unwrap_or_default();
+        let owner = |o: Reference| Owner {
+            uid: o.uid.unwrap_or_default(),
+            blocks: o.block_owner_deletion.unwrap_or_default(),
+        };
+        Ok(Self {
+            uid: metadata.uid.unwrap_or_default(),
+            owners: references.into_iter().map(owner).collect(),
+            deleting: metadata.deletion_timestamp.is_some(),
+            finalizers: metadata.finalizers.unwrap_or_default(),
+        })
     }
 
     pub(super) fn has(&self, finalizer: &str) -> bool {
@@ -110,15 +126,34 @@ mod tests {
 
     use super::*;
 
+    fn node(object: &serde_json::Value) -> Node {
+        Node::read(object.to_string().as_bytes()).expect("an object")
+    }
+
+    #[test]
+    fn what_matters_of_an_object() {
+        let object = json!({"kind": "X", "metadata": {"uid": "1", "deletionTimestamp": "2026-01-01T00:00:00Z",
+            "finalizers": ["orphan"], "ownerReferences": [{"uid": "0", "name": "o", "blockOwnerDeletion": true}]}});
+        let node = node(&object);
+        assert!(node.deleting && node.has("orphan") && !node.has("other"));
+        assert_eq!((node.uid.as_str(), node.owners), ("1", vec![Owner { uid: "0".into(), blocks: true }]));
+        for text in
+            ["{}", r#"{"metadata": null}"#, r#"{"metadata": {"ownerReferences": null, "finalizers": null}}"#]
+        {
+            assert_eq!(Node::read(text.as_bytes()).expect("an object").uid, "");
+        }
+        assert!(Node::read(b"[").is_err());
+    }
+
     #[test]
     fn indexes_follow() {
         let mut graph = Graph::default();
-        graph.put(b"a".to_vec(), Node::of(&json!({"metadata": {"uid": "1"}})));
+        graph.put(b"a".to_vec(), node(&json!({"metadata": {"uid": "1"}})));
         let child =
             json!({"metadata": {"uid": "2", "ownerReferences": [{"uid": "1", "blockOwnerDeletion": true}]}});
-        graph.put(b"b".to_vec(), Node::of(&child));
+        graph.put(b"b".to_vec(), node(&child));
         assert_eq!(graph.dependents("1"), [b"b".to_vec()]);
-        graph.put(b"b".to_vec(), Node::of(&json!({"metadata": {"uid": "2"}})));
+        graph.put(b"b".to_vec(), node(&json!({"metadata": {"uid": "2"}})));
         assert!(graph.dependents("1").is_empty());
         assert!(graph.by_uid("2").is_some());
         graph.remove(b"b");

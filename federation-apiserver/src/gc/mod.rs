@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use federation_store::{Event, EventKind, KeyRange, ListRequest, Revision};
+use federation_store::{Event, EventKind, KeyRange, Revision};
 use serde_json::{Value, json};
 
 use crate::registry::delete::{DeleteOptions, Propagation};
@@ -33,8 +33,6 @@ const EVENT_TTL: Duration = Duration::from_secs(3600);
 const EVENT_SWEEP: Duration = Duration::from_secs(300);
 /// Pause after a failure before starting over.
 const RETRY: Duration = Duration::from_secs(1);
-/// Objects read at once at start.
-const CHUNK: usize = 500;
 
 /// Is an object that is being deleted free to go?
 pub(crate) fn is_finished(resource: &Resource, object: &Value) -> bool {
@@ -142,22 +140,19 @@ async fn follow(registry: &Registry) -> Result<(), ApiError> {
     }
 }
 
+/// Takes all objects into the graph; the revision from which events have to be followed. What changes meanwhile may be
+/// in it already, and comes again as an event.
 async fn load(registry: &Registry, graph: &mut Graph) -> Result<Revision, ApiError> {
-    let mut request = ListRequest::prefix("/registry/").limit(CHUNK);
-    loop {
-        let page = registry.store.list(&request).await.map_err(store_error)?;
-        for kv in &page.items {
-            let object: Value = serde_json::from_slice(&kv.value).map_err(ApiError::internal)?;
-            graph.put(kv.key.to_vec(), Node::of(&object));
+    let objects = registry.cache.objects().await?;
+    let revision = objects.applied();
+    for kind in objects.kinds() {
+        for entry in kind.snapshot(b"", None, None).entries {
+            graph.put(entry.kv.key.to_vec(), Node::read(&entry.kv.value).map_err(ApiError::internal)?);
         }
-        match page.items.last() {
-            Some(last) if page.more => {
-                request.after = Some(last.key.clone());
-                request.revision = Some(page.revision);
-            }
-            _ => return Ok(page.revision),
-        }
+        // A hundred thousand objects take a while: requests go first.
+        tokio::task::yield_now().await;
     }
+    Ok(revision)
 }
 
 /// Takes an event into the graph; returns the keys that have to be looked at.
@@ -166,8 +161,7 @@ fn absorb(graph: &mut Graph, event: &Event) -> Result<BTreeSet<Vec<u8>>, ApiErro
     let mut due = BTreeSet::new();
     match event.kind {
         EventKind::Put => {
-            let object: Value = serde_json::from_slice(&event.kv.value).map_err(ApiError::internal)?;
-            let node = Node::of(&object);
+            let node = Node::read(&event.kv.value).map_err(ApiError::internal)?;
             let acts = node.deleting || !node.owners.is_empty();
             graph.put(key.clone(), node);
             if acts {
@@ -358,19 +352,7 @@ async fn empty_namespace(registry: &Registry, namespace: &Target) -> Result<bool
     let mut left = 0;
     for resource in registry.catalog().stored().into_iter().filter(|r| r.namespaced) {
         let collection = Target { resource, namespace: namespace.name.clone(), name: String::new() };
-        let objects = registry.list_all(&collection, &Filter::default()).await?;
-        left += objects.len();
-        for object in objects {
-            if meta::is_deleting(&object) {
-                continue;
-            }
-            let one =
-                Target { name: str_at(&object, &["metadata", "name"]).to_owned(), ..collection.clone() };
-            match registry.delete(&one, &DeleteOptions::default()).await {
-                Err(error) if !error.is_not_found() => return Err(error),
-                _ => {}
-            }
-        }
+        left += delete_content(registry, &collection).await?;
     }
     if left > 0 {
         // Deletions of the content bring us back; so does a later look, for what was created meanwhile.
@@ -388,28 +370,21 @@ async fn empty_namespace(registry: &Registry, namespace: &Target) -> Result<bool
     Ok(true)
 }
 
+/// Deletes what is not being deleted yet; how many objects there were.
+async fn delete_content(registry: &Registry, collection: &Target) -> Result<usize, ApiError> {
+    let mut objects = registry.list_all(collection, &Filter::default()).await?;
+    let left = objects.len();
+    objects.retain(|object| !meta::is_deleting(object));
+    registry.delete_all(collection, objects, &DeleteOptions::default()).await?;
+    Ok(left)
+}
+
 /// Deletes all custom resources of a CRD; when none is left, lets the CRD go.
 async fn remove_custom_resources(registry: &Registry, crd: &Target) -> Result<bool, ApiError> {
     let Some((plural, group)) = crd.name.split_once('.') else { return Ok(true) };
     if let Some(resource) = registry.catalog().by_key(group, plural) {
         let collection = Target { resource, namespace: String::new(), name: String::new() };
-        let objects = registry.list_all(&collection, &Filter::default()).await?;
-        let left = objects.len();
-        for object in objects {
-            if meta::is_deleting(&object) {
-                continue;
-            }
-            let one = Target {
-                name: str_at(&object, &["metadata", "name"]).to_owned(),
-                namespace: str_at(&object, &["metadata", "namespace"]).to_owned(),
-                ..collection.clone()
-            };
-            match registry.delete(&one, &DeleteOptions::default()).await {
-                Err(error) if !error.is_not_found() => return Err(error),
-                _ => {}
-            }
-        }
-        if left > 0 {
+        if delete_content(registry, &collection).await? > 0 {
             return Ok(false);
         }
     }

@@ -51,10 +51,7 @@ pub(super) async fn handle(
     match (path.subresource.as_str(), verb) {
         ("", "watch") => watch(app, &target, &call.query, accept).await,
         ("", "list") => list(app, &target, &call.query, accept).await,
-        ("", "get") => {
-            let stored = app.registry.get(&target).await?;
-            Ok(shaped(StatusCode::OK, &target.resource, stored.object, accept, &call.query))
-        }
+        ("", "get") => get(app, &target, &call.query, accept).await,
         ("", "create") => create(app, &target, call, accept).await,
         ("", "delete") => delete(app, &target, call, accept).await,
         ("", "deletecollection") => delete_collection(app, &target, call, accept).await,
@@ -66,10 +63,7 @@ pub(super) async fn handle(
             let subresource = if status { "status" } else { "" };
             write(app, &target, call, accept, subresource).await
         }
-        ("status", "get") if target.resource.status => {
-            let stored = app.registry.get(&target).await?;
-            Ok(shaped(StatusCode::OK, &target.resource, stored.object, accept, &call.query))
-        }
+        ("status", "get") if target.resource.status => get(app, &target, &call.query, accept).await,
         ("scale", "get") => {
             let stored = app.registry.get(&target).await?;
             let scale = app.registry.scale_of(&target, &stored.object)?;
@@ -145,6 +139,22 @@ fn filter_of(query: &Query, target: &Target) -> Result<Filter, ApiError> {
     Ok(Filter { labels: LabelSelector::parse(query.get("labelSelector"))?, fields })
 }
 
+async fn get(
+    app: &Arc<App>,
+    target: &Target,
+    query: &Query,
+    accept: Accept,
+) -> Result<Response<Body>, ApiError> {
+    let entry = app.registry.entry(target, query.get("resourceVersion")).await?;
+    let (resource, revision) = (&target.resource, entry.kv.mod_revision);
+    if accept == Accept::default() {
+        let mut text = Vec::with_capacity(entry.kv.value.len() + 64);
+        entry.encode(resource, revision, true, &mut text)?;
+        return Ok(response::with_type(StatusCode::OK, text, "application/json"));
+    }
+    Ok(shaped(StatusCode::OK, resource, entry.object(resource, revision)?, accept, query))
+}
+
 async fn list(
     app: &Arc<App>,
     target: &Target,
@@ -159,7 +169,7 @@ async fn list(
         resource_version: query.get("resourceVersion").to_owned(),
         version_match: query.get("resourceVersionMatch").to_owned(),
     };
-    let page = app.registry.list(target, &options).await?;
+    let page = app.registry.list_entries(target, &options).await?;
     let resource = &target.resource;
     let mut meta = json!({"resourceVersion": page.revision.0.to_string()});
     if !page.token.is_empty() {
@@ -168,16 +178,18 @@ async fn list(
     if let Some(remaining) = page.remaining {
         meta["remainingItemCount"] = json!(remaining);
     }
+    if accept == Accept::default() {
+        return Ok(stream::list(page, resource.clone(), &meta));
+    }
+    let items = page.items.iter().map(|entry| entry.object(resource, entry.kv.mod_revision));
+    let mut items: Vec<Value> = items.collect::<Result<_, _>>()?;
     let value = match accept.shape {
-        Shape::Table => {
-            table::of_objects(resource, &page.items, query.get("includeObject"), true, Some(meta))
-        }
+        Shape::Table => table::of_objects(resource, &items, query.get("includeObject"), true, Some(meta)),
         Shape::Metadata => {
             json!({"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": meta,
-            "items": page.items.iter().map(table::metadata_only).collect::<Vec<_>>()})
+            "items": items.iter().map(table::metadata_only).collect::<Vec<_>>()})
         }
         _ => {
-            let mut items = page.items;
             if !resource.is_custom() {
                 // Items of typed lists carry no type of their own.
                 for item in &mut items {
@@ -209,7 +221,7 @@ async fn watch(
     };
     // A watch of one object by its path is a watch of the collection with a name.
     let watch = app.registry.watch(target, options).await?;
-    Ok(stream::watch(watch, target.resource.clone(), accept, query.get("includeObject").to_owned()))
+    Ok(stream::watch(watch, accept, query.get("includeObject").to_owned()))
 }
 
 fn write_options(call: &Call, subresource: &'static str) -> Result<WriteOptions, ApiError> {

@@ -1,6 +1,7 @@
 //! Delete and delete-collection.
 
 use federation_store::WriteOutcome;
+use futures::{StreamExt as _, TryStreamExt as _};
 use serde_json::{Value, json};
 
 use super::selectors::Filter;
@@ -9,6 +10,8 @@ use crate::gc::{FOREGROUND, ORPHAN};
 use crate::status::ApiError;
 use crate::value::{self, at, i64_at, set, str_at};
 
+/// Deletions under way at once when a collection goes.
+const CONCURRENT: usize = 32;
 /// Times that a delete without preconditions is tried again when the object changes under it.
 const ATTEMPTS: usize = 16;
 /// Longest grace period that is kept: a year.
@@ -206,20 +209,35 @@ impl Registry {
         options: &DeleteOptions,
     ) -> Result<Vec<Value>, ApiError> {
         let list = self.list_all(target, filter).await?;
-        let mut deleted = Vec::with_capacity(list.len());
-        for object in list {
-            let one = Target {
-                name: str_at(&object, &["metadata", "name"]).to_owned(),
-                namespace: str_at(&object, &["metadata", "namespace"]).to_owned(),
-                resource: target.resource.clone(),
-            };
-            match self.delete(&one, options).await {
-                Ok(result) => deleted.push(result.object().clone()),
-                Err(error) if error.is_not_found() => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(deleted)
+        let found = self.delete_all(target, list, options).await?;
+        Ok(found.into_iter().map(|result| result.object().clone()).collect())
+    }
+
+    /// Deletes these objects of a collection, several at a time so that they share commits. Those that are gone already
+    /// do not count; the first error ends it.
+    pub(crate) async fn delete_all(
+        &self,
+        target: &Target,
+        objects: Vec<Value>,
+        options: &DeleteOptions,
+    ) -> Result<Vec<Deleted>, ApiError> {
+        let targets = objects.into_iter().map(|object| Target {
+            name: str_at(&object, &["metadata", "name"]).to_owned(),
+            namespace: str_at(&object, &["metadata", "namespace"]).to_owned(),
+            resource: target.resource.clone(),
+        });
+        futures::stream::iter(targets)
+            .map(|one| async move {
+                match self.delete(&one, options).await {
+                    Ok(result) => Ok(Some(result)),
+                    Err(error) if error.is_not_found() => Ok(None),
+                    Err(error) => Err(error),
+                }
+            })
+            .buffered(CONCURRENT)
+            .try_filter_map(|deleted| std::future::ready(Ok(deleted)))
+            .try_collect()
+            .await
     }
 }
 

@@ -4,6 +4,7 @@
 //! which is the store's revision of the last write. All writes are compare-and-swap on that revision.
 
 pub mod builtin;
+pub(crate) mod cache;
 pub mod delete;
 pub mod events;
 pub mod meta;
@@ -26,12 +27,15 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Role;
 use crate::status::ApiError;
 use crate::value;
+use cache::Cache;
 use resource::{CatalogHandle, Resource};
 
 /// The store with what is served from it.
 #[derive(Debug)]
 pub struct Registry {
     pub(crate) store: StoreHandle,
+    /// What reads and watches are answered from.
+    pub(crate) cache: Cache,
     pub(crate) catalog: CatalogHandle,
     pub(crate) role: Role,
     /// Who may do what, kept by [`crate::rbac::index::run`].
@@ -99,8 +103,11 @@ impl Target {
 impl Registry {
     /// A registry that serves the built-in kinds of a role.
     pub fn new(store: Store, role: Role, shutdown: CancellationToken) -> Self {
+        let store = StoreHandle(store);
+        let cache = Cache::new(store.clone(), shutdown.clone());
         let registry = Self {
-            store: StoreHandle(store),
+            store,
+            cache,
             catalog: CatalogHandle::default(),
             role,
             rbac: crate::rbac::Index::default(),
@@ -148,6 +155,16 @@ pub(crate) fn to_api(resource: &Resource, kv: &KeyValue) -> Result<Value, ApiErr
     Ok(object)
 }
 
+/// The API form of an object that has just been written, without reading it back.
+pub(crate) fn written_form(resource: &Resource, mut object: Value, kv: &KeyValue) -> Result<Value, ApiError> {
+    if resource.is_new_event() {
+        return to_api(resource, kv);
+    }
+    value::set(&mut object, &["apiVersion"], Value::String(resource.api_version()));
+    value::set(&mut object, &["metadata", "resourceVersion"], Value::String(kv.mod_revision.0.to_string()));
+    Ok(object)
+}
+
 /// The deepest object that is stored: serde_json reads no deeper one.
 const MAX_STORED_DEPTH: usize = 127;
 
@@ -190,7 +207,9 @@ pub(crate) fn store_error(error: federation_store::Error) -> ApiError {
         }
         Error::InvalidTransaction { .. } => ApiError::bad_request(error.to_string()),
         Error::Closed => ApiError::unavailable("the server is shutting down"),
-        Error::Database { .. } | Error::Unresolved { .. } => ApiError::internal(format_args!("{error}: {}", source_text(&error))),
+        Error::Database { .. } | Error::Unresolved { .. } => {
+            ApiError::internal(format_args!("{error}: {}", source_text(&error)))
+        }
     }
 }
 

@@ -1,12 +1,16 @@
-//! Get and list.
+//! Get and list, from memory wherever that is right (see [`super::cache`]).
+
+use std::sync::Arc;
 
 use base64::Engine as _;
 use bytes::Bytes;
 use federation_store::{ListRequest, Revision};
 use serde_json::{Value, json};
 
+use super::cache::Entry;
+use super::resource::Resource;
 use super::selectors::Filter;
-use super::{Registry, Stored, Target, parse_revision, store_error, to_api};
+use super::{Registry, Stored, Target, parse_revision, store_error};
 use crate::status::ApiError;
 use crate::value::str_at;
 
@@ -36,55 +40,127 @@ pub struct Page {
     pub remaining: Option<u64>,
 }
 
+/// One page in the form in which it is in memory.
+#[derive(Debug)]
+pub(crate) struct Entries {
+    pub(crate) items: Vec<Arc<Entry>>,
+    pub(crate) revision: Revision,
+    pub(crate) token: String,
+    pub(crate) remaining: Option<u64>,
+}
+
+/// How new an answer has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Freshness {
+    /// Everything that is committed.
+    Newest,
+    /// Whatever is there.
+    Any,
+    AtLeast(Revision),
+    Exactly(Revision),
+}
+
 // === impl Registry ===
 
 impl Registry {
     /// One object, as it is now.
     pub async fn get(&self, target: &Target) -> Result<Stored, ApiError> {
-        let (kv, _) = self.store.get(target.key(), None).await.map_err(store_error)?;
-        let kv = kv.ok_or_else(|| target.not_found())?;
-        Ok(Stored { object: to_api(&target.resource, &kv)?, revision: kv.mod_revision })
+        let entry = self.entry(target, "").await?;
+        let revision = entry.kv.mod_revision;
+        Ok(Stored { object: entry.object(&target.resource, revision)?, revision })
+    }
+
+    /// One object, not older than a resourceVersion: "" is now, "0" is anything.
+    pub(crate) async fn entry(&self, target: &Target, version: &str) -> Result<Arc<Entry>, ApiError> {
+        let objects = self.cache.objects().await?;
+        match parse_revision(version)? {
+            0 if version.is_empty() => objects.catch_up().await?,
+            0 => {}
+            version => objects.reach(Revision(version)).await?,
+        }
+        objects.get(&target.key()).ok_or_else(|| target.not_found())
     }
 
     /// One page of a collection, consistent at one revision over all pages.
     pub async fn list(&self, target: &Target, options: &ListOptions) -> Result<Page, ApiError> {
+        let page = self.list_entries(target, options).await?;
+        let items = page.items.iter().map(|entry| entry.object(&target.resource, entry.kv.mod_revision));
+        Ok(Page {
+            items: items.collect::<Result<_, _>>()?,
+            revision: page.revision,
+            token: page.token,
+            remaining: page.remaining,
+        })
+    }
+
+    pub(crate) async fn list_entries(
+        &self,
+        target: &Target,
+        options: &ListOptions,
+    ) -> Result<Entries, ApiError> {
+        let (freshness, after) = freshness(options)?;
         let prefix = target.resource.prefix(&target.namespace);
-        let asked = parse_revision(&options.resource_version)?;
-        let (mut revision, mut after) = (None, None);
-        if !options.token.is_empty() {
-            if asked > 0 {
-                return Err(ApiError::bad_request(
-                    "specifying resource version is not allowed when using continue",
-                ));
-            }
-            let (at, key) = decode_token(&options.token)?;
-            revision = (at > 0).then_some(Revision(at));
-            after = Some(format!("{prefix}{key}"));
-        } else {
-            match options.version_match.as_str() {
-                "" | "NotOlderThan" => {
-                    let current = self.store.revision().0;
-                    if asked > current {
-                        return Err(ApiError::too_large_resource_version(asked, current));
-                    }
-                    // Without a match rule, a limited list at a version is of exactly that version.
-                    if options.version_match.is_empty() && options.limit.is_some() && asked > 0 {
-                        revision = Some(Revision(asked));
-                    }
-                }
-                "Exact" if asked > 0 => revision = Some(Revision(asked)),
-                "Exact" => {
-                    return Err(ApiError::bad_request(
-                        "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"",
-                    ));
-                }
-                other => {
-                    return Err(ApiError::bad_request(format!(
-                        "resourceVersionMatch {other:?} is not known"
-                    )));
-                }
-            }
+        let after = after.map(|key| format!("{prefix}{key}"));
+        let objects = self.cache.objects().await?;
+        match freshness {
+            Freshness::Newest => objects.catch_up().await?,
+            Freshness::Any => {}
+            Freshness::AtLeast(revision) | Freshness::Exactly(revision) => objects.reach(revision).await?,
         }
+        // Read before the kind: what the kind has since is told by its own revision.
+        let applied = objects.applied();
+        let kind = objects.kind(&target.resource.prefix(""));
+        let all = options.filter.is_empty();
+        let limit = options.limit.filter(|_| all);
+        if let Freshness::Exactly(revision) = freshness
+            && (kind.changed() > revision
+                || revision < self.store.compact_revision() && options.token.is_empty())
+        {
+            return self.list_stored(target, options, revision, after).await;
+        }
+        let snapshot = kind.snapshot(prefix.as_bytes(), after.as_deref().map(str::as_bytes), limit);
+        let revision = match freshness {
+            // Once more, now that the kind is held still.
+            Freshness::Exactly(revision) if snapshot.changed > revision => {
+                return self.list_stored(target, options, revision, after).await;
+            }
+            Freshness::Exactly(revision) => revision,
+            _ => applied.max(snapshot.changed),
+        };
+        let mut page = Entries { items: snapshot.entries, revision, token: String::new(), remaining: None };
+        let mut more = snapshot.remaining > 0;
+        if !all {
+            let wanted = options.limit.unwrap_or(usize::MAX);
+            let mut found = Vec::new();
+            for entry in page.items {
+                if !matches(&entry, &target.resource, &options.filter)? {
+                    continue;
+                }
+                if found.len() == wanted {
+                    more = true;
+                    break;
+                }
+                found.push(entry);
+            }
+            page.items = found;
+        }
+        if more && let Some(last) = page.items.last() {
+            let key = String::from_utf8_lossy(&last.kv.key).into_owned();
+            page.token = encode_token(Some(revision), key.strip_prefix(&prefix).unwrap_or_default());
+            page.remaining = all.then_some(snapshot.remaining);
+        }
+        Ok(page)
+    }
+
+    /// A page at a revision of the past, from the store.
+    async fn list_stored(
+        &self,
+        target: &Target,
+        options: &ListOptions,
+        revision: Revision,
+        mut after: Option<String>,
+    ) -> Result<Entries, ApiError> {
+        let prefix = target.resource.prefix(&target.namespace);
         let mut items = Vec::new();
         loop {
             let chunk = match options.limit {
@@ -92,30 +168,28 @@ impl Registry {
                 Some(limit) => (limit - items.len()).max(CHUNK),
                 None => CHUNK,
             };
-            let mut request = ListRequest::prefix(prefix.clone()).limit(chunk);
-            request.revision = revision;
+            let mut request = ListRequest::prefix(prefix.clone()).limit(chunk).at(revision);
             request.after = after.clone().map(Bytes::from);
             let page = self.store.list(&request).await.map_err(|e| expired_token(e, &options.token))?;
-            revision = Some(page.revision);
             let last = page.items.len();
-            for (i, kv) in page.items.iter().enumerate() {
-                let object = to_api(&target.resource, kv)?;
-                let key = String::from_utf8_lossy(&kv.key).into_owned();
+            for (i, kv) in page.items.into_iter().enumerate() {
+                let entry = Arc::new(Entry::new(kv));
+                let key = String::from_utf8_lossy(&entry.kv.key).into_owned();
                 after = Some(key.clone());
-                if !options.filter.matches(&object) {
+                if !options.filter.is_empty() && !matches(&entry, &target.resource, &options.filter)? {
                     continue;
                 }
-                items.push(object);
+                items.push(entry);
                 let more = i + 1 < last || page.more;
                 if options.limit.is_some_and(|l| items.len() >= l) && more {
                     let left = page.remaining + (last - i - 1) as u64;
-                    let token = encode_token(page.revision, key.strip_prefix(&prefix).unwrap_or_default());
+                    let token = encode_token(Some(revision), key.strip_prefix(&prefix).unwrap_or_default());
                     let remaining = options.filter.is_empty().then_some(left);
-                    return Ok(Page { items, revision: page.revision, token, remaining });
+                    return Ok(Entries { items, revision, token, remaining });
                 }
             }
             if !page.more {
-                return Ok(Page { items, revision: page.revision, token: String::new(), remaining: None });
+                return Ok(Entries { items, revision, token: String::new(), remaining: None });
             }
         }
     }
@@ -127,22 +201,59 @@ impl Registry {
     }
 }
 
+/// Does a filter that is not empty let the object through?
+pub(super) fn matches(entry: &Entry, resource: &Resource, filter: &Filter) -> Result<bool, ApiError> {
+    Ok(filter.matches(&entry.object(resource, entry.kv.mod_revision)?))
+}
+
+/// Kubernetes' rules of resourceVersion, resourceVersionMatch, limit and continue; and the key to continue after.
+fn freshness(options: &ListOptions) -> Result<(Freshness, Option<String>), ApiError> {
+    let asked = parse_revision(&options.resource_version)?;
+    if !options.token.is_empty() {
+        if asked > 0 {
+            return Err(ApiError::bad_request(
+                "specifying resource version is not allowed when using continue",
+            ));
+        }
+        let (revision, key) = decode_token(&options.token)?;
+        return Ok((revision.map_or(Freshness::Newest, Freshness::Exactly), Some(key)));
+    }
+    let freshness = match options.version_match.as_str() {
+        "" if options.resource_version.is_empty() => Freshness::Newest,
+        // Without a match rule, a limited list at a version is of exactly that version.
+        "" if options.limit.is_some() && asked > 0 => Freshness::Exactly(Revision(asked)),
+        "NotOlderThan" | "" if asked == 0 => Freshness::Any,
+        "NotOlderThan" | "" => Freshness::AtLeast(Revision(asked)),
+        "Exact" if asked > 0 => Freshness::Exactly(Revision(asked)),
+        "Exact" => {
+            return Err(ApiError::bad_request(
+                "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"",
+            ));
+        }
+        other => return Err(ApiError::bad_request(format!("resourceVersionMatch {other:?} is not known"))),
+    };
+    Ok((freshness, None))
+}
+
 fn expired_token(error: federation_store::Error, token: &str) -> ApiError {
     match error {
-        federation_store::Error::Compacted { .. } if !token.is_empty() => ApiError::expired(
-            "The provided continue parameter is too old to display a consistent list result. You can start a new list without the continue parameter.",
-        ),
+        federation_store::Error::Compacted { .. } if !token.is_empty() => match decode_token(token) {
+            Ok((_, key)) => ApiError::expired_token(encode_token(None, &key)),
+            Err(error) => error,
+        },
         other => store_error(other),
     }
 }
 
-fn encode_token(revision: Revision, start: &str) -> String {
-    let token = json!({"v": "meta.k8s.io/v1", "rv": revision.0, "start": start}).to_string();
+/// A token for what follows `start`, at a revision or (as kube-apiserver writes it) at whichever is the newest then.
+fn encode_token(revision: Option<Revision>, start: &str) -> String {
+    let revision = revision.map_or(json!(-1), |revision| json!(revision.0));
+    let token = json!({"v": "meta.k8s.io/v1", "rv": revision, "start": start}).to_string();
     base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(token)
 }
 
-/// Revision and last key (below the prefix) of a token.
-pub fn decode_token(token: &str) -> Result<(u64, String), ApiError> {
+/// Revision (`None`: the newest) and last key (below the prefix) of a token.
+pub fn decode_token(token: &str) -> Result<(Option<Revision>, String), ApiError> {
     let bad = || ApiError::bad_request("continue key is not valid");
     if token.len() > MAX_TOKEN {
         return Err(bad());
@@ -150,7 +261,10 @@ pub fn decode_token(token: &str) -> Result<(u64, String), ApiError> {
     let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(token).map_err(|_| bad())?;
     let value: Value = serde_json::from_slice(&bytes).map_err(|_| bad())?;
     let start = str_at(&value, &["start"]).to_owned();
-    let revision = value.get("rv").and_then(Value::as_u64).ok_or_else(bad)?;
+    let revision = match value.get("rv").and_then(Value::as_i64).ok_or_else(bad)? {
+        ..=0 => None,
+        revision => Some(Revision(revision.unsigned_abs())),
+    };
     if str_at(&value, &["v"]) != "meta.k8s.io/v1" || start.is_empty() {
         return Err(bad());
     }
@@ -165,8 +279,34 @@ mod tests {
 
     #[test]
     fn tokens_round_trip() {
-        let token = encode_token(Revision(7), "default/a");
-        assert_eq!(decode_token(&token).expect("valid"), (7, "default/a".to_owned()));
+        let token = encode_token(Some(Revision(7)), "default/a");
+        assert_eq!(decode_token(&token).expect("valid"), (Some(Revision(7)), "default/a".to_owned()));
+        let token = encode_token(None, "a");
+        assert_eq!(decode_token(&token).expect("valid"), (None, "a".to_owned()));
+    }
+
+    #[test]
+    fn rules_of_resource_versions() {
+        let rule = |version: &str, rule: &str, limit: Option<usize>| {
+            let options = ListOptions {
+                resource_version: version.into(),
+                version_match: rule.into(),
+                limit,
+                ..ListOptions::default()
+            };
+            freshness(&options).map(|(freshness, _)| freshness).ok()
+        };
+        assert_eq!(rule("", "", None), Some(Freshness::Newest));
+        assert_eq!(rule("", "", Some(5)), Some(Freshness::Newest));
+        assert_eq!(rule("0", "", None), Some(Freshness::Any));
+        assert_eq!(rule("0", "", Some(5)), Some(Freshness::Any));
+        assert_eq!(rule("7", "", None), Some(Freshness::AtLeast(Revision(7))));
+        assert_eq!(rule("7", "", Some(5)), Some(Freshness::Exactly(Revision(7))));
+        assert_eq!(rule("7", "NotOlderThan", Some(5)), Some(Freshness::AtLeast(Revision(7))));
+        assert_eq!(rule("0", "NotOlderThan", None), Some(Freshness::Any));
+        assert_eq!(rule("7", "Exact", None), Some(Freshness::Exactly(Revision(7))));
+        assert_eq!(rule("0", "Exact", None), None);
+        assert_eq!(rule("7", "Other", None), None);
     }
 
     proptest! {

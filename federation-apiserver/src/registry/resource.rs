@@ -115,6 +115,16 @@ impl Resource {
         }
     }
 
+    /// Is what is stored with this apiVersion what clients get, but for the resourceVersion?
+    pub(crate) fn is_verbatim(&self, stored: &[u8]) -> bool {
+        let (group, version) = match stored.iter().position(|b| *b == b'/') {
+            Some(slash) => (&stored[..slash], &stored[slash + 1..]),
+            None => (&b""[..], stored),
+        };
+        // Custom objects may get defaults, or another version, when they are read.
+        !self.is_custom() && group == self.group.as_bytes() && version == self.version.as_bytes()
+    }
+
     /// Is this the events.k8s.io form of events, which are stored in the core form?
     pub fn is_new_event(&self) -> bool {
         self.group == "events.k8s.io" && self.plural == "events"

@@ -1,18 +1,27 @@
 //! Watch: changes of a collection from a revision on, filtered here so that an object that starts or stops to match
 //! looks added or deleted to the watcher.
+//!
+//! A watcher is a position among the latest changes that the cache keeps of its kind, and holds nothing while its
+//! client does not read. One that starts, or falls, further behind than those reads the store's log until it has caught
+//! up; when even that is compacted the watch ends with 410 Gone and the client lists again.
 
 use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
-use federation_store::{Event, EventKind, KeyRange, Revision, Watcher};
+use bytes::Bytes;
+use federation_store::{KeyRange, Revision, Watcher};
 use serde_json::{Value, json};
-use tokio::time::Instant;
+use tokio::sync::watch;
+use tokio::time::{Instant, Sleep};
 
+use super::cache::{Change, Entry, Kind, Objects, Read, Side, Watching};
 use super::read::ListOptions;
+use super::resource::Resource;
 use super::selectors::Filter;
-use super::{Registry, Target, parse_revision, store_error, to_api};
+use super::{Registry, Target, parse_revision, store_error};
 use crate::status::ApiError;
-use crate::value::set;
 
 /// How often a watcher that allows them gets bookmarks, as kube-apiserver's watch cache.
 const BOOKMARK_INTERVAL: Duration = Duration::from_secs(60);
@@ -21,6 +30,8 @@ const BOOKMARK_INTERVAL: Duration = Duration::from_secs(60);
 const MIN_TIMEOUT: Duration = Duration::from_secs(1800);
 /// Marks the bookmark that ends the initial events.
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
+/// Text given out at once, unless one event is longer.
+const PIECE: usize = 64 * 1024;
 
 /// What a watch asks for.
 #[derive(Clone, Debug, Default)]
@@ -46,14 +57,43 @@ pub enum WatchEvent {
 
 /// A running watch.
 pub struct Watch {
-    target: Target,
-    options: WatchOptions,
-    watcher: Watcher,
-    initial: VecDeque<WatchEvent>,
+    resource: Arc<Resource>,
+    filter: Filter,
+    bookmarks: bool,
+    /// Of the keys watched; a whole key when `single`.
+    prefix: Vec<u8>,
+    single: bool,
+    objects: Arc<Objects>,
+    /// The epoch of `objects` at the start.
+    epoch: u64,
+    kind: Arc<Kind>,
+    _watching: Watching,
+    news: watch::Receiver<()>,
+    source: Source,
+    /// Everything up to this revision was given out or waits in `ready`.
+    seen: Revision,
+    ready: VecDeque<Item>,
     deadline: Instant,
     next_bookmark: Instant,
+    timer: Pin<Box<Sleep>>,
     shutdown: tokio_util::sync::CancellationToken,
     ended: bool,
+}
+
+/// Where changes come from.
+enum Source {
+    /// The kind's latest changes, from this position on.
+    Memory(u64),
+    /// The store's log, until it has caught up.
+    Log(Watcher),
+}
+
+/// An event before it is written out.
+enum Item {
+    Initial(Arc<Entry>),
+    Change { change: Arc<Change>, as_kind: &'static str, side: Side },
+    Bookmark { revision: Revision, end: bool },
+    Error(ApiError),
 }
 
 // === impl WatchEvent ===
@@ -62,21 +102,25 @@ impl WatchEvent {
     /// `ADDED`, `MODIFIED` and so on.
     pub fn kind(&self) -> &'static str {
         match self {
-            Self::Added(_) => "ADDED",
-            Self::Modified(_) => "MODIFIED",
-            Self::Deleted(_) => "DELETED",
+            Self::Added(_) => ADDED,
+            Self::Modified(_) => MODIFIED,
+            Self::Deleted(_) => DELETED,
             Self::Bookmark(_) => "BOOKMARK",
             Self::Error(_) => "ERROR",
         }
     }
 }
 
+const ADDED: &str = "ADDED";
+const MODIFIED: &str = "MODIFIED";
+const DELETED: &str = "DELETED";
+
 // === impl Registry ===
 
 impl Registry {
     /// Starts a watch. A revision that is compacted already is told as the first event, as kube-apiserver does.
     pub async fn watch(&self, target: &Target, options: WatchOptions) -> Result<Watch, ApiError> {
-        let asked = parse_revision(&options.resource_version)?;
+        let asked = Revision(parse_revision(&options.resource_version)?);
         if options.send_initial.is_some() && options.version_match != "NotOlderThan" {
             return Err(forbidden_options(
                 "resourceVersionMatch",
@@ -89,60 +133,60 @@ impl Registry {
                 "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
             ));
         }
-        let wants_list = options.send_initial.unwrap_or(asked == 0);
-        let mut initial = VecDeque::new();
-        let from = if wants_list {
-            let current = self.store.revision().0;
-            if asked > current {
-                return Err(ApiError::too_large_resource_version(asked, current));
-            }
-            let list = ListOptions { filter: options.filter.clone(), ..ListOptions::default() };
-            let page = self.list(target, &list).await?;
-            initial.extend(page.items.into_iter().map(WatchEvent::Added));
+        let objects = self.cache.objects().await?.clone();
+        let epoch = objects.epoch();
+        let kind = objects.kind(&target.resource.prefix(""));
+        let mut ready = VecDeque::new();
+        let seen = if options.send_initial.unwrap_or(asked == Revision::ZERO) {
+            let list = ListOptions {
+                filter: options.filter.clone(),
+                resource_version: options.resource_version.clone(),
+                ..ListOptions::default()
+            };
+            let page = self.list_entries(target, &list).await?;
+            ready.extend(page.items.into_iter().map(Item::Initial));
             if options.send_initial == Some(true) && options.bookmarks {
-                initial.push_back(WatchEvent::Bookmark(bookmark(target, page.revision, true)));
+                ready.push_back(Item::Bookmark { revision: page.revision, end: true });
             }
             page.revision
-        } else if asked == 0 {
-            self.store.revision()
+        } else if asked == Revision::ZERO {
+            objects.catch_up().await?;
+            objects.applied()
         } else {
-            Revision(asked)
+            objects.reach(asked).await?;
+            asked
         };
-        let range = if target.name.is_empty() {
-            KeyRange::prefix(target.resource.prefix(&target.namespace))
-        } else {
-            KeyRange::single(target.key())
-        };
-        // Another replica may be ahead, and have answered with its revision.
-        if from > self.store.revision() {
-            let current = self.store.sync().await.map_err(store_error)?;
-            if from > current {
-                return Err(ApiError::too_large_resource_version(from.0, current.0));
-            }
-        }
-        let watcher = match self.store.watch(range.clone(), from) {
-            Ok(watcher) => watcher,
-            Err(error) => {
-                let error = store_error(error);
-                if !error.is_gone() {
-                    return Err(error);
-                }
-                initial = VecDeque::from([WatchEvent::Error(error)]);
-                self.store.watch(range, self.store.revision()).map_err(store_error)?
-            }
-        };
+        let single = !target.name.is_empty();
+        let prefix = if single { target.key() } else { target.resource.prefix(&target.namespace) };
         let now = Instant::now();
         let timeout = options.timeout.unwrap_or_else(|| MIN_TIMEOUT.mul_f64(1.0 + rand::random::<f64>()));
-        Ok(Watch {
-            target: target.clone(),
-            watcher,
-            initial,
-            deadline: now + timeout,
+        let deadline = now.checked_add(timeout).unwrap_or_else(|| now + 2 * MIN_TIMEOUT);
+        let mut watch = Watch {
+            resource: target.resource.clone(),
+            filter: options.filter,
+            bookmarks: options.bookmarks,
+            prefix: prefix.into_bytes(),
+            single,
+            news: kind.subscribe(),
+            _watching: kind.watching(),
+            source: Source::Memory(0),
+            seen,
+            ready,
+            deadline,
             next_bookmark: now + BOOKMARK_INTERVAL,
+            timer: Box::pin(tokio::time::sleep_until(deadline)),
             shutdown: self.shutdown.clone(),
             ended: false,
-            options,
-        })
+            objects,
+            epoch,
+            kind,
+        };
+        watch.set_timer();
+        match watch.kind.position(seen) {
+            Some(position) => watch.source = Source::Memory(position),
+            None => watch.read_log(),
+        }
+        Ok(watch)
     }
 }
 
@@ -151,86 +195,284 @@ fn forbidden_options(field: &str, detail: &str) -> ApiError {
     ApiError::invalid("meta.k8s.io", "ListOptions", "", &[error])
 }
 
-fn bookmark(target: &Target, revision: Revision, end: bool) -> Value {
-    let mut object = json!({"apiVersion": target.resource.api_version(), "kind": target.resource.kind,
-        "metadata": {"creationTimestamp": null, "resourceVersion": revision.0.to_string()}});
-    if end {
-        object["metadata"]["annotations"] = json!({ INITIAL_EVENTS_END: "true" });
-    }
-    object
-}
-
 // === impl Watch ===
 
 impl Watch {
     /// The next event, `None` when the watch is over. Cancel-safe.
     pub async fn next(&mut self) -> Option<WatchEvent> {
+        if !self.fill().await {
+            return None;
+        }
+        let item = self.ready.pop_front()?;
+        let event = self.event(&item).unwrap_or_else(WatchEvent::Error);
+        self.ended |= matches!(event, WatchEvent::Error(_));
+        Some(event)
+    }
+
+    /// The text of the next events, as many as are there and fit into a piece: a line for each. `None` when the watch is
+    /// over. Cancel-safe.
+    pub(crate) async fn next_lines(&mut self) -> Option<Bytes> {
+        if !self.fill().await {
+            return None;
+        }
+        let mut item = self.ready.pop_front()?;
+        // Most of the time there is one, whose text everybody shares.
+        if self.ready.is_empty()
+            && let Ok(Some(line)) = self.shared_line(&item)
+        {
+            return Some(line);
+        }
+        let mut text = Vec::with_capacity(4096);
+        loop {
+            if let Err(error) = self.write_line(&item, &mut text) {
+                self.ended = true;
+                push_value_line(&mut text, "ERROR", &error.to_status());
+            }
+            self.ended |= matches!(item, Item::Error(_));
+            if self.ended || text.len() >= PIECE {
+                break;
+            }
+            match self.ready.pop_front() {
+                Some(next) => item = next,
+                None => break,
+            }
+        }
+        Some(text.into())
+    }
+
+    /// The resource watched.
+    pub(crate) fn resource(&self) -> &Arc<Resource> {
+        &self.resource
+    }
+
+    /// Waits until there is something to give out; `false` when the watch is over.
+    async fn fill(&mut self) -> bool {
         loop {
             if self.ended {
-                return None;
+                return false;
             }
-            if let Some(event) = self.initial.pop_front() {
-                self.ended = matches!(event, WatchEvent::Error(_));
-                return Some(event);
+            if !self.ready.is_empty() {
+                return true;
             }
-            let bookmark_at = if self.options.bookmarks { self.next_bookmark } else { self.deadline };
-            tokio::select! {
-                biased;
-                () = self.shutdown.cancelled() => {
-                    self.ended = true;
-                }
-                event = self.watcher.next() => match event {
-                    Ok(event) => {
-                        match self.convert(&event) {
-                            Ok(Some(event)) => return Some(event),
-                            Ok(None) => {}
-                            Err(error) => return Some(self.fail(error)),
+            match &mut self.source {
+                Source::Memory(position) => {
+                    // All of it before reading: what comes after is told, and is not taken for seen.
+                    self.news.borrow_and_update();
+                    if self.shutdown.is_cancelled() {
+                        self.ended = true;
+                        return false;
+                    }
+                    let applied = self.objects.applied();
+                    match self.kind.read(*position) {
+                        Read::Gone => self.read_log(),
+                        Read::Changes(changes, next) if !changes.is_empty() => {
+                            *position = next;
+                            for change in changes {
+                                self.seen = self.seen.max(change.revision);
+                                self.admit(change);
+                            }
+                        }
+                        Read::Changes(..) => {
+                            self.seen = self.seen.max(applied);
+                            tokio::select! {
+                                biased;
+                                told = self.news.changed() => self.ended |= told.is_err(),
+                                () = &mut self.timer => self.on_timer(),
+                            }
                         }
                     }
-                    Err(federation_store::Error::Closed) => self.ended = true,
-                    Err(error) => return Some(self.fail(store_error(error))),
-                },
-                () = tokio::time::sleep_until(self.deadline.min(bookmark_at)) => {
-                    let now = Instant::now();
-                    if now >= self.deadline {
-                        self.ended = true;
-                    }
-                    if self.options.bookmarks {
-                        self.next_bookmark = now + BOOKMARK_INTERVAL;
-                        return Some(WatchEvent::Bookmark(bookmark(&self.target, self.watcher.progress(), false)));
+                }
+                Source::Log(watcher) => {
+                    let event = tokio::select! {
+                        biased;
+                        () = self.shutdown.cancelled() => {
+                            self.ended = true;
+                            return false;
+                        }
+                        event = watcher.next() => event,
+                        () = &mut self.timer => {
+                            self.on_timer();
+                            continue;
+                        }
+                    };
+                    let progress = watcher.progress();
+                    match event {
+                        Ok(event) => {
+                            self.admit(Arc::new(Change::of(&event)));
+                            self.seen = self.seen.max(progress);
+                            if let Some(position) = self.kind.position(progress) {
+                                self.source = Source::Memory(position);
+                            }
+                        }
+                        Err(federation_store::Error::Closed) => self.ended = true,
+                        Err(error) => self.ready.push_back(Item::Error(store_error(error))),
                     }
                 }
             }
         }
     }
 
-    fn fail(&mut self, error: ApiError) -> WatchEvent {
-        self.ended = true;
-        WatchEvent::Error(error)
+    /// Goes on with the store's log.
+    fn read_log(&mut self) {
+        if self.objects.epoch() != self.epoch {
+            self.ready.clear();
+            let error = ApiError::expired(format!("too old resource version: {}", self.seen));
+            self.ready.push_back(Item::Error(error));
+            return;
+        }
+        let prefix = self.prefix.clone();
+        let range = if self.single { KeyRange::single(prefix) } else { KeyRange::prefix(prefix) };
+        match self.objects.store().watch(range, self.seen) {
+            Ok(watcher) => self.source = Source::Log(watcher),
+            Err(error) => {
+                self.ready.clear();
+                self.ready.push_back(Item::Error(store_error(error)));
+            }
+        }
     }
 
-    /// What an event of the store is to this watcher.
-    fn convert(&self, event: &Event) -> Result<Option<WatchEvent>, ApiError> {
-        let resource = &self.target.resource;
-        let filter = &self.options.filter;
-        let before = match &event.prev_kv {
-            Some(kv) => Some(to_api(resource, kv)?).filter(|o| filter.matches(o)),
-            None => None,
-        };
-        let gone = |mut object: Value| {
-            set(&mut object, &["metadata", "resourceVersion"], json!(event.revision.0.to_string()));
-            WatchEvent::Deleted(object)
-        };
-        if event.kind == EventKind::Delete {
-            return Ok(before.map(gone));
+    fn on_timer(&mut self) {
+        let now = Instant::now();
+        if now >= self.deadline {
+            self.ended = true;
+            // A last one tells where to go on.
+            if self.bookmarks {
+                self.ended = false;
+                self.ready.push_back(Item::Bookmark { revision: self.seen, end: false });
+                self.bookmarks = false;
+            }
+        } else if self.bookmarks {
+            self.next_bookmark = now + BOOKMARK_INTERVAL;
+            self.ready.push_back(Item::Bookmark { revision: self.seen, end: false });
         }
-        let after = Some(to_api(resource, &event.kv)?).filter(|o| filter.matches(o));
-        Ok(match (before, after) {
-            (None, None) => None,
-            (None, Some(new)) => Some(WatchEvent::Added(new)),
-            (Some(_), Some(new)) => Some(WatchEvent::Modified(new)),
-            // It matched and does not any more: deleted, to this watcher, in the form that it knows.
-            (Some(old), None) => Some(gone(old)),
+        self.set_timer();
+    }
+
+    fn set_timer(&mut self) {
+        let next = if self.bookmarks { self.next_bookmark.min(self.deadline) } else { self.deadline };
+        self.timer.as_mut().reset(next);
+    }
+
+    /// Keeps a change when it means something to this watcher.
+    fn admit(&mut self, change: Arc<Change>) {
+        let Some(entry) = change.new.as_ref().or(change.old.as_ref()) else { return };
+        let key = &entry.kv.key;
+        if !(if self.single { **key == *self.prefix } else { key.starts_with(&self.prefix) }) {
+            return;
+        }
+        let (old, new) = match (self.admits(&change, Side::Old), self.admits(&change, Side::New)) {
+            (Ok(old), Ok(new)) => (old, new),
+            (Err(error), _) | (_, Err(error)) => {
+                self.ready.push_back(Item::Error(error));
+                return;
+            }
+        };
+        let (as_kind, side) = match (old, new) {
+            (false, false) => return,
+            (false, true) => (ADDED, Side::New),
+            (true, true) => (MODIFIED, Side::New),
+            // It is gone, or does not match any more: deleted, to this watcher, in the form that it knows.
+            (true, false) => (DELETED, Side::Old),
+        };
+        self.ready.push_back(Item::Change { change, as_kind, side });
+    }
+
+    fn admits(&self, change: &Change, side: Side) -> Result<bool, ApiError> {
+        if self.filter.is_empty() {
+            return Ok(change.entry(side).is_some());
+        }
+        change.look(side, &self.resource, |object| self.filter.matches(object)).unwrap_or(Ok(false))
+    }
+
+    fn event(&self, item: &Item) -> Result<WatchEvent, ApiError> {
+        Ok(match item {
+            Item::Initial(entry) => WatchEvent::Added(entry.object(&self.resource, entry.kv.mod_revision)?),
+            Item::Change { change, as_kind, side } => {
+                let Some(entry) = change.entry(*side) else {
+                    return Err(ApiError::internal("a change lacks its object"));
+                };
+                let object = entry.object(&self.resource, change.revision)?;
+                match *as_kind {
+                    ADDED => WatchEvent::Added(object),
+                    MODIFIED => WatchEvent::Modified(object),
+                    _ => WatchEvent::Deleted(object),
+                }
+            }
+            Item::Bookmark { revision, end } => {
+                WatchEvent::Bookmark(bookmark(&self.resource, *revision, *end))
+            }
+            Item::Error(error) => WatchEvent::Error(error.clone()),
         })
     }
+
+    /// The text that all watchers of a change share.
+    fn shared_line(&self, item: &Item) -> Result<Option<Bytes>, ApiError> {
+        let Item::Change { change, as_kind, side } = item else { return Ok(None) };
+        let usual = match (&change.old, &change.new) {
+            (None, _) => ADDED,
+            (Some(_), Some(_)) => MODIFIED,
+            (Some(_), None) => DELETED,
+        };
+        let Some(entry) = change.entry(*side).filter(|_| usual == *as_kind) else { return Ok(None) };
+        let line = change.line(&self.resource, || {
+            let mut text = Vec::with_capacity(entry.kv.value.len() + 96);
+            self.push_entry_line(&mut text, as_kind, entry, change.revision)?;
+            Ok(text.into())
+        });
+        line.map(Some)
+    }
+
+    fn write_line(&self, item: &Item, text: &mut Vec<u8>) -> Result<(), ApiError> {
+        if let Some(line) = self.shared_line(item)? {
+            text.extend_from_slice(&line);
+            return Ok(());
+        }
+        match item {
+            Item::Initial(entry) => self.push_entry_line(text, ADDED, entry, entry.kv.mod_revision)?,
+            Item::Change { change, as_kind, side } => {
+                if let Some(entry) = change.entry(*side) {
+                    self.push_entry_line(text, as_kind, entry, change.revision)?;
+                }
+            }
+            Item::Bookmark { revision, end } => {
+                push_value_line(text, "BOOKMARK", &bookmark(&self.resource, *revision, *end));
+            }
+            Item::Error(error) => push_value_line(text, "ERROR", &error.to_status()),
+        }
+        Ok(())
+    }
+
+    fn push_entry_line(
+        &self,
+        text: &mut Vec<u8>,
+        kind: &str,
+        entry: &Entry,
+        revision: Revision,
+    ) -> Result<(), ApiError> {
+        let start = text.len();
+        text.extend_from_slice(b"{\"type\":\"");
+        text.extend_from_slice(kind.as_bytes());
+        text.extend_from_slice(b"\",\"object\":");
+        if let Err(error) = entry.encode(&self.resource, revision, true, text) {
+            // Half a line would spoil the one that tells the error.
+            text.truncate(start);
+            return Err(error);
+        }
+        text.extend_from_slice(b"}\n");
+        Ok(())
+    }
+}
+
+fn push_value_line(text: &mut Vec<u8>, kind: &str, object: &Value) {
+    text.extend_from_slice(json!({"type": kind, "object": object}).to_string().as_bytes());
+    text.push(b'\n');
+}
+
+fn bookmark(resource: &Resource, revision: Revision, end: bool) -> Value {
+    let mut object = json!({"apiVersion": resource.api_version(), "kind": resource.kind,
+        "metadata": {"creationTimestamp": null, "resourceVersion": revision.0.to_string()}});
+    if end {
+        object["metadata"]["annotations"] = json!({ INITIAL_EVENTS_END: "true" });
+    }
+    object
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use federation_store::{Revision, WriteOutcome};
 use serde_json::{Value, json};
 
-use super::{Registry, Stored, Target, meta, store_error, strategy, to_api, to_stored};
+use super::{Registry, Stored, Target, meta, store_error, strategy, to_stored, written_form};
 use crate::apply::{self, Writer};
 use crate::auth::UserInfo;
 use crate::rbac::{self, Attributes};
@@ -161,7 +161,7 @@ impl Registry {
             self.store.create(target.key(), to_stored(resource, &object)?).await.map_err(store_error)?;
         match outcome {
             WriteOutcome::Applied { kv, .. } => {
-                Ok(Written { object: to_api(resource, &kv)?, created: true, warnings })
+                Ok(Written { object: written_form(resource, object, &kv)?, created: true, warnings })
             }
             WriteOutcome::Conflict { .. } => {
                 if resource.plural == "services" && !resource.is_custom() {
@@ -452,7 +452,7 @@ impl Registry {
         let bytes = to_stored(resource, &new)?;
         match self.store.update(target.key(), bytes, current.revision).await.map_err(store_error)? {
             WriteOutcome::Applied { kv, .. } => {
-                Ok(Some(Written { object: to_api(resource, &kv)?, created: false, warnings }))
+                Ok(Some(Written { object: written_form(resource, new, &kv)?, created: false, warnings }))
             }
             WriteOutcome::Conflict { current: None, .. } => Err(target.not_found()),
             WriteOutcome::Conflict { .. } => Ok(None),
@@ -636,8 +636,9 @@ impl Registry {
             return Ok(());
         }
         let namespace = self.core("namespaces", "", &target.namespace)?;
-        let found = self.get(&namespace).await?;
-        if meta::is_deleting(&found.object) {
+        let found = self.entry(&namespace, "").await?;
+        let resource = &namespace.resource;
+        if found.may_be_deleting() && meta::is_deleting(&found.object(resource, found.kv.mod_revision)?) {
             let why = format!(
                 "unable to create new content in namespace {} because it is being terminated",
                 target.namespace
@@ -694,7 +695,7 @@ impl Registry {
         }
         let bytes = to_stored(&target.resource, &object)?;
         match self.store.update(target.key(), bytes, revision).await.map_err(store_error)? {
-            WriteOutcome::Applied { kv, .. } => Ok(Some(to_api(&target.resource, &kv)?)),
+            WriteOutcome::Applied { kv, .. } => written_form(&target.resource, object, &kv).map(Some),
             WriteOutcome::Conflict { .. } => Ok(None),
         }
     }

@@ -1,0 +1,295 @@
+//! The objects of one kind in memory, with its latest changes for those who watch.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Bound;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use federation_store::{Event, EventKind, Revision};
+use parking_lot::{Mutex, RwLock};
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::entry::Entry;
+use crate::registry::resource::Resource;
+use crate::status::ApiError;
+
+/// Changes kept of each kind, by number and by weight. A watcher that is further behind reads the store's log.
+const MAX_CHANGES: usize = 4096;
+const MAX_WEIGHT: usize = 8 * 1024 * 1024;
+/// Changes that a watcher takes out at once: it holds the lock for as long as that takes.
+const CHANGES_PER_READ: usize = 256;
+/// About what one delivery costs. After a round of deliveries the next one waits for as long as the round takes, so that
+/// many watchers get several changes in one piece instead of queueing for each; a few watchers wait for nothing.
+const DELIVERY_COST: Duration = Duration::from_micros(15);
+const MAX_PACE: Duration = Duration::from_millis(15);
+
+/// Objects of one kind.
+#[derive(Debug)]
+pub(crate) struct Kind {
+    inner: RwLock<Inner>,
+    /// Told when watchers should look.
+    news: watch::Sender<()>,
+    /// Not to be told before.
+    pause: Mutex<Option<Instant>>,
+    watchers: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Inner {
+    objects: BTreeMap<Bytes, Arc<Entry>>,
+    /// The last change of the kind.
+    changed: Revision,
+    changes: VecDeque<Arc<Change>>,
+    /// Position of the first of them.
+    first: u64,
+    /// All changes after this revision are in `changes`.
+    before: Revision,
+    weight: usize,
+}
+
+/// One change of an object.
+#[derive(Debug)]
+pub(crate) struct Change {
+    pub(crate) revision: Revision,
+    pub(crate) old: Option<Arc<Entry>>,
+    /// `None`: deleted.
+    pub(crate) new: Option<Arc<Entry>>,
+    line: OnceLock<(String, Bytes)>,
+    trees: [OnceLock<(String, Value)>; 2],
+}
+
+/// Which of a change's two objects is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    Old = 0,
+    New = 1,
+}
+
+/// Part of a kind at one revision.
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    pub(crate) entries: Vec<Arc<Entry>>,
+    /// How many follow.
+    pub(crate) remaining: u64,
+    /// The kind is what it is since this revision.
+    pub(crate) changed: Revision,
+}
+
+/// What a watcher finds.
+pub(crate) enum Read {
+    /// Changes after its position, and the position after them.
+    Changes(Vec<Arc<Change>>, u64),
+    /// They are no longer in memory.
+    Gone,
+}
+
+/// Counts as a watcher until dropped.
+#[derive(Debug)]
+pub(crate) struct Watching(Arc<Kind>);
+
+// === impl Kind ===
+
+impl Kind {
+    /// A kind whose changes after `before` are all to come.
+    pub(super) fn new(before: Revision, objects: BTreeMap<Bytes, Arc<Entry>>) -> Self {
+        let inner = Inner { objects, changed: before, changes: VecDeque::new(), first: 0, before, weight: 0 };
+        Self {
+            inner: RwLock::new(inner),
+            news: watch::Sender::new(()),
+            pause: Mutex::new(None),
+            watchers: AtomicUsize::new(0),
+        }
+    }
+
+    /// Replaces everything: changes up to `before` were missed.
+    pub(super) fn restart(&self, before: Revision, objects: BTreeMap<Bytes, Arc<Entry>>) {
+        let mut inner = self.inner.write();
+        inner.objects = objects;
+        inner.changed = before;
+        // Positions before this one are gone, and so is the one after the last change.
+        inner.first += inner.changes.len() as u64 + 1;
+        inner.changes.clear();
+        inner.before = before;
+        inner.weight = 0;
+        drop(inner);
+        self.tell();
+    }
+
+    pub(super) fn apply(&self, event: &Event) {
+        let mut inner = self.inner.write();
+        let key = event.kv.key.clone();
+        let (old, new) = match event.kind {
+            EventKind::Put => {
+                let new = Arc::new(Entry::new(event.kv.clone()));
+                (inner.objects.insert(key, new.clone()), Some(new))
+            }
+            EventKind::Delete => (inner.objects.remove(&key), None),
+        };
+        inner.changed = event.revision;
+        inner.push(Arc::new(Change::new(event.revision, old, new)));
+    }
+
+    /// Wakes the watchers.
+    pub(super) fn tell(&self) {
+        self.news.send_replace(());
+        let watchers = u32::try_from(self.watchers.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
+        *self.pause.lock() = Some(Instant::now() + DELIVERY_COST.saturating_mul(watchers).min(MAX_PACE));
+    }
+
+    /// When the watchers may be woken.
+    pub(super) fn due(&self) -> Instant {
+        let now = Instant::now();
+        self.pause.lock().map_or(now, |pause| pause.max(now))
+    }
+
+    pub(crate) fn get(&self, key: &[u8]) -> Option<Arc<Entry>> {
+        self.inner.read().objects.get(key).cloned()
+    }
+
+    /// Objects whose keys begin with `prefix` and come after `after`, at most `limit`.
+    pub(crate) fn snapshot(&self, prefix: &[u8], after: Option<&[u8]>, limit: Option<usize>) -> Snapshot {
+        let inner = self.inner.read();
+        let start = match after {
+            Some(after) if after >= prefix => Bound::Excluded(after),
+            _ => Bound::Included(prefix),
+        };
+        let mut found = inner
+            .objects
+            .range::<[u8], _>((start, Bound::Unbounded))
+            .take_while(|(key, _)| key.starts_with(prefix))
+            .map(|(_, entry)| entry);
+        let entries = match limit {
+            None => found.by_ref().cloned().collect(),
+            Some(limit) => found.by_ref().take(limit).cloned().collect(),
+        };
+        Snapshot { entries, remaining: found.count() as u64, changed: inner.changed }
+    }
+
+    /// When did the kind change last?
+    pub(crate) fn changed(&self) -> Revision {
+        self.inner.read().changed
+    }
+
+    /// Where the changes after `revision` begin; `None` when some of them are gone.
+    pub(crate) fn position(&self, revision: Revision) -> Option<u64> {
+        let inner = self.inner.read();
+        (revision >= inner.before)
+            .then(|| inner.first + inner.changes.partition_point(|change| change.revision <= revision) as u64)
+    }
+
+    pub(crate) fn read(&self, position: u64) -> Read {
+        let inner = self.inner.read();
+        let Some(skip) = position.checked_sub(inner.first) else { return Read::Gone };
+        let skip = usize::try_from(skip).unwrap_or(usize::MAX);
+        let changes: Vec<_> = inner.changes.iter().skip(skip).take(CHANGES_PER_READ).cloned().collect();
+        let next = position + changes.len() as u64;
+        Read::Changes(changes, next)
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<()> {
+        self.news.subscribe()
+    }
+
+    pub(crate) fn watching(self: &Arc<Self>) -> Watching {
+        self.watchers.fetch_add(1, Ordering::Relaxed);
+        Watching(self.clone())
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.0.watchers.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+// === impl Inner ===
+
+impl Inner {
+    fn push(&mut self, change: Arc<Change>) {
+        self.weight += change.weight();
+        self.changes.push_back(change);
+        while self.changes.len() > MAX_CHANGES || (self.weight > MAX_WEIGHT && self.changes.len() > 1) {
+            let Some(oldest) = self.changes.pop_front() else { break };
+            self.weight -= oldest.weight();
+            self.first += 1;
+            self.before = oldest.revision;
+        }
+    }
+}
+
+// === impl Change ===
+
+impl Change {
+    pub(crate) fn new(revision: Revision, old: Option<Arc<Entry>>, new: Option<Arc<Entry>>) -> Self {
+        Self { revision, old, new, line: OnceLock::new(), trees: Default::default() }
+    }
+
+    /// An event of the store's log.
+    pub(crate) fn of(event: &Event) -> Self {
+        let new = match event.kind {
+            EventKind::Put => Some(Arc::new(Entry::new(event.kv.clone()))),
+            EventKind::Delete => None,
+        };
+        let old = event.prev_kv.clone().map(|kv| Arc::new(Entry::new(kv)));
+        Self::new(event.revision, old, new)
+    }
+
+    pub(crate) fn entry(&self, side: Side) -> Option<&Arc<Entry>> {
+        match side {
+            Side::Old => self.old.as_ref(),
+            Side::New => self.new.as_ref(),
+        }
+    }
+
+    /// The text of the change to those who see all of it, made once for a version.
+    pub(crate) fn line(
+        &self,
+        resource: &Resource,
+        make: impl FnOnce() -> Result<Bytes, ApiError>,
+    ) -> Result<Bytes, ApiError> {
+        once(&self.line, resource, make, Bytes::clone)
+    }
+
+    /// Looks at one of the objects as a tree, made once for a version.
+    pub(crate) fn look<R>(
+        &self,
+        side: Side,
+        resource: &Resource,
+        look: impl FnOnce(&Value) -> R,
+    ) -> Option<Result<R, ApiError>> {
+        let entry = self.entry(side)?;
+        let make = || entry.object(resource, entry.kv.mod_revision);
+        Some(once(&self.trees[side as usize], resource, make, look))
+    }
+
+    fn weight(&self) -> usize {
+        // Twice for the text, which is made when somebody watches. The old object is that of an earlier change.
+        size_of::<Self>() + self.new.as_ref().map_or(0, |entry| 2 * entry.weight())
+    }
+}
+
+/// What the cell has for the version of `resource`; another version than the first that asked is made anew each time.
+fn once<T, R>(
+    cell: &OnceLock<(String, T)>,
+    resource: &Resource,
+    make: impl FnOnce() -> Result<T, ApiError>,
+    look: impl FnOnce(&T) -> R,
+) -> Result<R, ApiError> {
+    let version = &resource.version;
+    let group = &resource.group;
+    let same =
+        |made: &str| made.strip_prefix(group.as_str()).and_then(|v| v.strip_prefix('/')) == Some(version);
+    match cell.get() {
+        Some((made, value)) if same(made) => Ok(look(value)),
+        Some(_) => make().map(|value| look(&value)),
+        None => {
+            let made = (format!("{group}/{version}"), make()?);
+            let (_, value) = cell.get_or_init(|| made);
+            Ok(look(value))
+        }
+    }
+}

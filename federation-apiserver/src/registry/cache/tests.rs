@@ -1,0 +1,339 @@
+//! The cache under the registry: what reads and watches give while others write.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use federation_store::{Compaction, Event, EventKind, KeyValue, Revision, Store, StoreConfig};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::kind::{Kind, Read};
+use super::kind_prefix;
+use crate::config::Role;
+use crate::registry::delete::DeleteOptions;
+use crate::registry::read::ListOptions;
+use crate::registry::selectors::{FieldSelector, Filter, LabelSelector};
+use crate::registry::watch::{WatchEvent, WatchOptions};
+use crate::registry::write::WriteOptions;
+use crate::registry::{Registry, Target};
+use crate::value::str_at;
+
+/// Longest wait for anything.
+const LIMIT: Duration = Duration::from_secs(60);
+
+async fn store() -> Store {
+    let config = StoreConfig { compaction: Compaction::Manual, ..StoreConfig::in_memory() };
+    Store::open(config).await.expect("a store")
+}
+
+async fn registry(store: &Store) -> Arc<Registry> {
+    let registry = Arc::new(Registry::new(store.clone(), Role::Hub, CancellationToken::new()));
+    let namespaces = registry.core("namespaces", "", "").expect("served");
+    let object = json!({"metadata": {"name": "default"}});
+    // A second registry on the same store finds it there.
+    let _ = registry.create(&namespaces, object, &WriteOptions::by("test")).await;
+    registry
+}
+
+fn maps(registry: &Registry, name: &str) -> Target {
+    registry.core("configmaps", "default", name).expect("served")
+}
+
+async fn create(registry: &Registry, name: &str, labels: Value) -> Value {
+    let object = json!({"metadata": {"name": name, "labels": labels}});
+    let written = registry.create(&maps(registry, ""), object, &WriteOptions::by("test")).await;
+    written.expect("created").object
+}
+
+async fn update(registry: &Registry, name: &str, value: &str) -> Value {
+    let mut object = registry.get(&maps(registry, name)).await.expect("there").object;
+    object["data"] = json!({"value": value});
+    registry.update(&maps(registry, name), object, &WriteOptions::by("test")).await.expect("updated").object
+}
+
+fn version(object: &Value) -> u64 {
+    str_at(object, &["metadata", "resourceVersion"]).parse().expect("a number")
+}
+
+fn at(version: u64) -> WatchOptions {
+    WatchOptions { resource_version: version.to_string(), ..WatchOptions::default() }
+}
+
+fn names(items: &[Value]) -> Vec<&str> {
+    items.iter().map(|item| str_at(item, &["metadata", "name"])).collect()
+}
+
+#[tokio::test]
+async fn a_watch_from_before_the_cache_reads_the_log_and_then_memory() {
+    let store = store().await;
+    let first = registry(&store).await;
+    let start = version(&create(&first, "a0", json!({})).await);
+    for i in 1..20 {
+        create(&first, &format!("a{i}"), json!({})).await;
+    }
+    let second = registry(&store).await;
+    second.get(&maps(&second, "a0")).await.expect("there");
+    let mut watch = second.watch(&maps(&second, ""), at(start)).await.expect("a watch");
+    create(&second, "late", json!({})).await;
+    let mut seen = Vec::new();
+    while seen.len() < 20 {
+        let event = tokio::time::timeout(LIMIT, watch.next()).await.expect("in time").expect("an event");
+        let WatchEvent::Added(object) = event else { panic!("{event:?}") };
+        seen.push(str_at(&object, &["metadata", "name"]).to_owned());
+    }
+    let expected: Vec<String> = (1..20).map(|i| format!("a{i}")).chain(["late".to_owned()]).collect();
+    assert_eq!(seen, expected);
+
+    // Compacted: told at once, as an event.
+    store.compact(second.store.revision()).await.expect("compacted");
+    let third = registry(&store).await;
+    let mut watch = third.watch(&maps(&third, ""), at(start)).await.expect("a watch");
+    let event = watch.next().await;
+    assert!(matches!(&event, Some(WatchEvent::Error(error)) if error.is_gone()), "{event:?}");
+    assert!(watch.next().await.is_none());
+}
+
+#[tokio::test]
+async fn pages_are_of_one_revision_until_it_is_compacted() {
+    let store = store().await;
+    let registry = registry(&store).await;
+    for name in ["a", "b", "c", "d"] {
+        create(&registry, name, json!({})).await;
+    }
+    let page = |token: String| ListOptions { limit: Some(2), token, ..ListOptions::default() };
+    let first = registry.list(&maps(&registry, ""), &page(String::new())).await.expect("a page");
+    assert_eq!((names(&first.items), first.remaining), (vec!["a", "b"], Some(2)));
+    // Nothing has changed: from memory.
+    let rest = registry.list(&maps(&registry, ""), &page(first.token.clone())).await.expect("a page");
+    assert_eq!(
+        (names(&rest.items), rest.revision, rest.token.as_str()),
+        (vec!["c", "d"], first.revision, "")
+    );
+    // Now it has: from the store, as it was.
+    registry.delete(&maps(&registry, "c"), &DeleteOptions::default()).await.expect("deleted");
+    create(&registry, "e", json!({})).await;
+    let rest = registry.list(&maps(&registry, ""), &page(first.token.clone())).await.expect("a page");
+    assert_eq!((names(&rest.items), rest.revision), (vec!["c", "d"], first.revision));
+    let exact = ListOptions {
+        resource_version: first.revision.to_string(),
+        version_match: "Exact".into(),
+        ..ListOptions::default()
+    };
+    let then = registry.list(&maps(&registry, ""), &exact).await.expect("a list");
+    assert_eq!(names(&then.items), ["a", "b", "c", "d"]);
+    // And now that is gone: 410 with a token for the rest as it is.
+    store.compact(store.revision()).await.expect("compacted");
+    assert!(registry.list(&maps(&registry, ""), &exact).await.expect_err("gone").is_gone());
+    let error = registry.list(&maps(&registry, ""), &page(first.token)).await.expect_err("gone");
+    assert!(error.is_gone());
+    let status = error.to_status();
+    let token = str_at(&status, &["metadata", "continue"]).to_owned();
+    let rest = registry.list(&maps(&registry, ""), &page(token)).await.expect("a page");
+    assert_eq!(names(&rest.items), ["d", "e"]);
+}
+
+#[tokio::test]
+async fn a_revision_of_the_future_is_waited_for_and_then_refused() {
+    let store = store().await;
+    let registry = registry(&store).await;
+    let next = store.revision().0 + 1;
+    let newer = ListOptions { resource_version: next.to_string(), ..ListOptions::default() };
+    let error = registry.list(&maps(&registry, ""), &newer).await.expect_err("too new");
+    assert_eq!((error.code(), error.reason()), (504, "Timeout"));
+    let target = maps(&registry, "");
+    let (listed, _) = tokio::join!(registry.list(&target, &newer), create(&registry, "a", json!({})));
+    assert_eq!(names(&listed.expect("it has come").items), ["a"]);
+}
+
+#[tokio::test]
+async fn filters_limit_lists_and_watches() {
+    let store = store().await;
+    let registry = registry(&store).await;
+    let start = store.revision().0;
+    for i in 0..6 {
+        create(&registry, &format!("a{i}"), json!({"even": (i % 2 == 0).to_string()})).await;
+    }
+    let filter = Filter {
+        labels: LabelSelector::parse("even=true").expect("a selector"),
+        fields: FieldSelector::parse("metadata.name!=a2").expect("a selector"),
+    };
+    let options = ListOptions { filter: filter.clone(), limit: Some(1), ..ListOptions::default() };
+    let page = registry.list(&maps(&registry, ""), &options).await.expect("a page");
+    assert_eq!((names(&page.items), page.remaining), (vec!["a0"], None));
+    let options = ListOptions { token: page.token, ..options };
+    let page = registry.list(&maps(&registry, ""), &options).await.expect("a page");
+    assert_eq!((names(&page.items), page.token.as_str()), (vec!["a4"], ""));
+    let options = WatchOptions { filter, ..at(start) };
+    let mut watch = registry.watch(&maps(&registry, ""), options).await.expect("a watch");
+    for wanted in ["a0", "a4"] {
+        let event = watch.next().await;
+        assert!(
+            matches!(&event, Some(WatchEvent::Added(o)) if str_at(o, &["metadata", "name"]) == wanted),
+            "{event:?}"
+        );
+    }
+    // One object by its name, and its text is that of its tree.
+    let mut lines = registry.watch(&maps(&registry, "a3"), at(start)).await.expect("a watch");
+    let mut trees = registry.watch(&maps(&registry, "a3"), at(start)).await.expect("a watch");
+    update(&registry, "a3", "new").await;
+    registry.delete(&maps(&registry, "a3"), &DeleteOptions::default()).await.expect("deleted");
+    let mut text = Vec::new();
+    while text.iter().filter(|b| **b == b'\n').count() < 3 {
+        text.extend_from_slice(&lines.next_lines().await.expect("lines"));
+    }
+    for line in text.split(|b| *b == b'\n').filter(|line| !line.is_empty()) {
+        let line: Value = serde_json::from_slice(line).expect("JSON");
+        let event = trees.next().await.expect("an event");
+        let (WatchEvent::Added(tree) | WatchEvent::Modified(tree) | WatchEvent::Deleted(tree)) = &event
+        else {
+            panic!("{event:?}")
+        };
+        assert_eq!(line, json!({"type": event.kind(), "object": tree}));
+    }
+}
+
+/// Writers at random, two registries on one store; watchers from random revisions on. Each must see every write once and
+/// in order, and end with what a list says; a read after a write must see it.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_or_told_twice() {
+    const WRITERS: usize = 4;
+    const WRITES: usize = 150;
+    let store = store().await;
+    let registries = [registry(&store).await, registry(&store).await];
+    let start = store.revision().0;
+    let mut writers = JoinSet::new();
+    let mut watchers = JoinSet::new();
+    let (done, finished) = tokio::sync::watch::channel(0_u64);
+    for writer in 0..WRITERS {
+        let registry = registries[writer % 2].clone();
+        writers.spawn(async move {
+            let mut own: BTreeMap<String, u64> = BTreeMap::new();
+            for write in 0..WRITES {
+                let name = format!("w{writer}-{}", rand::random_range(0..8));
+                let written = match own.contains_key(&name) {
+                    false => version(&create(&registry, &name, json!({})).await),
+                    true if rand::random_bool(0.3) => {
+                        let target = maps(&registry, &name);
+                        registry.delete(&target, &DeleteOptions::default()).await.expect("deleted");
+                        own.remove(&name);
+                        assert!(registry.get(&target).await.expect_err("gone").is_not_found());
+                        continue;
+                    }
+                    true => version(&update(&registry, &name, &write.to_string()).await),
+                };
+                own.insert(name.clone(), written);
+                let read = registry.get(&maps(&registry, &name)).await.expect("there");
+                assert_eq!(version(&read.object), written, "a read does not see a write");
+            }
+            own
+        });
+    }
+    for watcher in 0..6 {
+        let registry = registries[watcher % 2].clone();
+        let mut finished = finished.clone();
+        watchers.spawn(async move {
+            let mut known: BTreeMap<String, u64> = BTreeMap::new();
+            let mut last = start;
+            let initial = watcher >= 3;
+            if initial {
+                // Later than the others, with what is there then.
+                tokio::task::yield_now().await;
+                last = 0;
+            }
+            let options = WatchOptions { bookmarks: true, ..at(if initial { 0 } else { start }) };
+            let mut watch = registry.watch(&maps(&registry, ""), options).await.expect("a watch");
+            let mut end = 0;
+            while end == 0 || last < end {
+                let event = tokio::select! {
+                    event = watch.next() => event.expect("an event"),
+                    changed = finished.changed(), if end == 0 => {
+                        changed.expect("the writers end");
+                        end = *finished.borrow();
+                        continue;
+                    }
+                    () = tokio::time::sleep(LIMIT) => panic!("watcher {watcher} stands at {last} of {end}"),
+                };
+                let (object, there) = match &event {
+                    WatchEvent::Added(object) | WatchEvent::Modified(object) => (object, true),
+                    WatchEvent::Deleted(object) => (object, false),
+                    other => panic!("{other:?}"),
+                };
+                let (name, at) = (str_at(object, &["metadata", "name"]).to_owned(), version(object));
+                // What was there at the start comes in the order of names.
+                assert!(at > last || initial && event.kind() == "ADDED", "{name} at {at} after {last}");
+                assert_eq!(known.contains_key(&name), event.kind() != "ADDED", "{name} at {at}");
+                last = last.max(at);
+                if there {
+                    known.insert(name, at)
+                } else {
+                    known.remove(&name)
+                };
+            }
+            known
+        });
+    }
+    let mut wanted = BTreeMap::new();
+    while let Some(own) = writers.join_next().await {
+        wanted.extend(own.expect("a writer ends"));
+    }
+    // One more write, so that every watcher has an event to end with.
+    wanted.insert("last".to_owned(), version(&create(&registries[0], "last", json!({})).await));
+    done.send_replace(wanted["last"]);
+    while let Some(known) = watchers.join_next().await {
+        assert_eq!(known.expect("a watcher ends"), wanted);
+    }
+    for registry in &registries {
+        let listed = registry.list_all(&maps(registry, ""), &Filter::default()).await.expect("a list");
+        let listed: BTreeMap<String, u64> =
+            listed.iter().map(|o| (str_at(o, &["metadata", "name"]).to_owned(), version(o))).collect();
+        assert_eq!(listed, wanted);
+    }
+}
+
+#[test]
+fn changes_are_bounded_and_say_so() {
+    let kind = Kind::new(Revision(1), BTreeMap::new());
+    let put = |revision: u64, size: usize| {
+        kind.apply(&Event {
+            kind: EventKind::Put,
+            revision: Revision(revision),
+            kv: KeyValue {
+                key: Bytes::from_static(b"/registry/core/configmaps/default/a"),
+                value: Bytes::from(vec![b'x'; size]),
+                create_revision: Revision(2),
+                mod_revision: Revision(revision),
+                version: revision,
+                lease: 0,
+            },
+            prev_kv: None,
+        });
+    };
+    for revision in 2..=10 {
+        put(revision, 10);
+    }
+    let Some(position) = kind.position(Revision(4)) else { panic!("still there") };
+    let Read::Changes(changes, next) = kind.read(position) else { panic!("still there") };
+    assert_eq!(changes.iter().map(|c| c.revision.0).collect::<Vec<_>>(), [5, 6, 7, 8, 9, 10]);
+    assert!(matches!(kind.read(next), Read::Changes(changes, _) if changes.is_empty()));
+    for revision in 11..40 {
+        put(revision, 1024 * 1024);
+    }
+    assert!(matches!(kind.read(position), Read::Gone));
+    assert!(kind.position(Revision(4)).is_none());
+    let Some(position) = kind.position(Revision(37)) else { panic!("still there") };
+    // Changes were missed: everything before is gone, and so is who stood at the end.
+    kind.restart(Revision(50), BTreeMap::new());
+    assert!(matches!(kind.read(position), Read::Gone));
+    assert!(kind.position(Revision(49)).is_none() && kind.position(Revision(50)).is_some());
+}
+
+#[test]
+fn the_kind_of_a_key() {
+    assert_eq!(kind_prefix(b"/registry/core/pods/default/a"), Some(&b"/registry/core/pods/"[..]));
+    assert_eq!(kind_prefix(b"/registry/core/nodes/a"), Some(&b"/registry/core/nodes/"[..]));
+    assert_eq!(kind_prefix(b"/registry/core"), None);
+    assert_eq!(kind_prefix(b"/ranges/serviceips/10.0.0.1"), None);
+}
