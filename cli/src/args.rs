@@ -91,13 +91,62 @@ pub(crate) struct UpArgs {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct HubCommand {
+    #[command(subcommand)]
+    pub(crate) store: Option<StoreCommand>,
     #[command(flatten)]
     pub(crate) hub: proxy_server::hub::HubArgs,
     #[command(flatten)]
     pub(crate) log: service::log::LogArgs,
     #[command(flatten)]
     pub(crate) child: ChildArgs,
+}
+
+/// What looks after a hub's data in its SQLite file.
+#[derive(Debug, Subcommand)]
+pub(crate) enum StoreCommand {
+    /// Copy the data of a hub, running or not, as it is at one moment, and check the copy.
+    Backup(BackupArgs),
+    /// Put a backup in the place of a stopped hub's data, which is kept beside it; clients list everything anew.
+    Restore(RestoreArgs),
+    /// Look whether the data of a hub, running or not, is sound.
+    Check(CheckArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct BackupArgs {
+    /// The new file. It holds every secret of the hub API, encrypted only if the hub encrypts at rest.
+    pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) of: StoreArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RestoreArgs {
+    /// The backup.
+    pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) of: StoreArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CheckArgs {
+    #[command(flatten)]
+    pub(crate) of: StoreArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+/// Which hub's data.
+#[derive(Debug, clap::Args)]
+pub(crate) struct StoreArgs {
+    /// The hub's data folder [default: ~/.cellway].
+    #[arg(long, value_name = "DIR", conflicts_with = "store")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// The SQLite file itself, when it is not in a data folder.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) store: Option<PathBuf>,
 }
 
 /// For programs that another one starts.

@@ -12,6 +12,7 @@ mod output;
 mod parent;
 mod run_hub;
 mod run_member;
+mod store;
 mod texts;
 mod up;
 
@@ -49,7 +50,10 @@ fn report(error: &Error) -> ExitCode {
 
 async fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Hub(args) => return run_hub::run(*args).await,
+        Command::Hub(args) => match args.store {
+            Some(command) => store::run(command).await,
+            None => return run_hub::run(*args).await,
+        },
         Command::Dev(DevCommand::Member(args)) => return run_member::run(*args).await,
         Command::Up(args) => up::run(args).await,
         Command::Clusters(args) => lists::clusters(args).await,

@@ -1,6 +1,8 @@
-//! Measures durable creates per second: `cargo run -p federation-store --example create_rate -- [clients] [seconds]`.
+//! Measures durable creates per second:
+//! `cargo run --release -p federation-store --example create_rate -- [clients] [seconds] [URL]`.
 //!
-//! Every create is answered after its own transaction is synced to the disk under the current folder's file system.
+//! Every create is answered after its own transaction is synced to the disk: of the database at the URL, else of a SQLite
+//! file under the current folder.
 #![allow(clippy::print_stdout)]
 
 use std::time::{Duration, Instant};
@@ -13,7 +15,13 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let clients: usize = arguments.next().map_or(Ok(16), |text| text.parse())?;
     let seconds: u64 = arguments.next().map_or(Ok(5), |text| text.parse())?;
     let folder = tempfile::tempdir_in(".")?;
-    let store = Store::open(StoreConfig::new(folder.path().join("store.db"))).await?;
+    let config = match arguments.next() {
+        Some(url) => StoreConfig::from_url(&url)?,
+        None => StoreConfig::new(folder.path().join("store.db")),
+    };
+    let store = Store::open(config).await?;
+    // A database may hold the keys of an earlier run.
+    let run = store.revision();
     let started = Instant::now();
     let deadline = started + Duration::from_secs(seconds);
     let mut tasks = tokio::task::JoinSet::new();
@@ -24,7 +32,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             let mut n = 0_u64;
             while Instant::now() < deadline {
                 let begun = Instant::now();
-                let key = format!("/registry/core/configmaps/default/{client:03}-{n:08}");
+                let key = format!("/registry/core/configmaps/default/{run}-{client:03}-{n:08}");
                 store.create(key, vec![b'x'; 1024]).await?;
                 latencies.push(begun.elapsed());
                 n += 1;

@@ -170,10 +170,10 @@ impl Error {
             | sqlx::Error::BeginFailed => true,
             sqlx::Error::Database(error) => {
                 let code = error.code().unwrap_or_default();
-                // PostgreSQL: connection failures, shutdown and start, deadlock, serialization, lock timeout, too many
+                // SQLite: another process holds the lock (5). PostgreSQL: connection failures, shutdown and start, deadlock, serialization, lock timeout, too many
                 // connections. MySQL: deadlock (40001), and by their numbers below.
                 let class = ["08", "57P", "40"].iter().any(|class| code.starts_with(class));
-                class || matches!(&*code, "55P03" | "53300") || {
+                class || matches!(&*code, "55P03" | "53300" | "5") || {
                     let number = error.try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>();
                     // Too many connections, shutting down, lock wait timeout, deadlock, query interrupted, killed.
                     number.is_some_and(|error| {

@@ -37,13 +37,20 @@ pub(crate) struct Follower {
     backend: Arc<dyn Backend>,
     /// Whoever publishes holds it, over the reads that fill the gap before: an asynchronous lock for that.
     order: tokio::sync::Mutex<()>,
+    /// When the counter was last read.
+    looked: parking_lot::Mutex<tokio::time::Instant>,
 }
 
 // === impl Follower ===
 
 impl Follower {
     pub(crate) fn new(hub: Arc<Hub>, backend: Arc<dyn Backend>) -> Self {
-        Self { hub, backend, order: tokio::sync::Mutex::new(()) }
+        Self {
+            hub,
+            backend,
+            order: tokio::sync::Mutex::new(()),
+            looked: parking_lot::Mutex::new(tokio::time::Instant::now()),
+        }
     }
 
     /// Makes events of a commit of this process known, and what others committed before.
@@ -55,6 +62,11 @@ impl Follower {
             tracing::debug!(error = &error as &dyn std::error::Error, "failed to read foreign writes");
         }
         self.hub.publish(events);
+    }
+
+    /// How long ago the counter was read; zero where nobody else can write.
+    pub(crate) fn behind(&self) -> Duration {
+        if self.backend.shared() { self.looked.lock().elapsed() } else { Duration::ZERO }
     }
 
     /// Brings the hub up to the database; the newest revision of it.
@@ -69,6 +81,7 @@ impl Follower {
             self.fill(state.revision).await?;
         }
         self.hub.set_compacted(state.compacted, state.swept);
+        *self.looked.lock() = tokio::time::Instant::now();
         Ok(state.revision)
     }
 

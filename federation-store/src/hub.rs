@@ -45,6 +45,7 @@ pub(crate) struct Counters {
     pub(crate) retries: AtomicU64,
     pub(crate) resolved: AtomicU64,
     pub(crate) foreign: AtomicU64,
+    pub(crate) size: AtomicU64,
 }
 
 /// What the ring has for a watcher.

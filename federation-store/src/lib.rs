@@ -37,9 +37,11 @@
 mod backend;
 mod batch;
 mod error;
+pub mod files;
 mod follower;
 mod hub;
 mod location;
+mod metrics;
 mod store;
 mod types;
 mod watcher;

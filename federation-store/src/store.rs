@@ -30,6 +30,9 @@ const MAX_QUEUE_KIB: usize = 64 * 1024;
 /// History kept by default. At ten writes a second that is half an hour for watchers and paged lists to come back.
 const DEFAULT_RETAIN: u64 = 20_000;
 
+/// How often the size is looked at, which is some work in a large database.
+const WEIGH_INTERVAL: Duration = Duration::from_secs(60);
+
 /// Where a store is and how much history it keeps.
 #[derive(Debug, Clone)]
 pub struct StoreConfig {
@@ -103,6 +106,10 @@ pub struct StoreMetrics {
     pub resolved: u64,
     /// Revisions that other processes wrote.
     pub foreign: u64,
+    /// What the database takes, in bytes, as last looked at; 0 before.
+    pub size: u64,
+    /// How long ago the database was last looked at for writes of others; zero where there are none.
+    pub behind: Duration,
 }
 
 struct Inner {
@@ -118,6 +125,7 @@ struct Tasks {
     writer: AbortOnDropHandle<()>,
     /// None where nobody else can write.
     follower: Option<AbortOnDropHandle<()>>,
+    scale: AbortOnDropHandle<()>,
 }
 
 // === impl StoreConfig ===
@@ -179,11 +187,13 @@ impl Store {
             batch: 0,
         };
         let span = tracing::info_span!("store", %location);
+        let spawn = |task: futures::future::BoxFuture<'static, ()>| {
+            AbortOnDropHandle::new(tokio::spawn(task.instrument(span.clone())))
+        };
         let tasks = Tasks {
-            writer: AbortOnDropHandle::new(tokio::spawn(writer.run().instrument(span.clone()))),
-            follower: backend
-                .shared()
-                .then(|| AbortOnDropHandle::new(tokio::spawn(Arc::clone(&follower).run().instrument(span)))),
+            writer: spawn(Box::pin(writer.run())),
+            follower: backend.shared().then(|| spawn(Box::pin(Arc::clone(&follower).run()))),
+            scale: spawn(Box::pin(weigh(Arc::clone(&hub), Arc::clone(&backend)))),
         };
         tracing::debug!(
             backend = backend.name(),
@@ -354,7 +364,7 @@ impl Store {
 
     /// What the store is doing.
     pub fn metrics(&self) -> StoreMetrics {
-        let Inner { hub, requests, memory, .. } = &*self.inner;
+        let Inner { hub, requests, memory, follower, .. } = &*self.inner;
         let (recent_events, recent_bytes) = hub.recent();
         let (watchers, watcher_lag) = hub.watchers();
         StoreMetrics {
@@ -375,6 +385,8 @@ impl Store {
             retries: hub.counters.retries.load(Ordering::Relaxed),
             resolved: hub.counters.resolved.load(Ordering::Relaxed),
             foreign: hub.counters.foreign.load(Ordering::Relaxed),
+            size: hub.counters.size.load(Ordering::Relaxed),
+            behind: follower.behind(),
         }
     }
 
@@ -388,8 +400,8 @@ impl Store {
     /// closed. Returns when it is.
     pub async fn close(&self) {
         self.inner.hub.closed.cancel();
-        let Some(Tasks { writer, follower }) = self.inner.tasks.lock().take() else { return };
-        for task in follower.into_iter().chain([writer]) {
+        let Some(Tasks { writer, follower, scale }) = self.inner.tasks.lock().take() else { return };
+        for task in follower.into_iter().chain([scale, writer]) {
             if let Err(error) = task.await {
                 tracing::error!(%error, "a task of the store did not end in order");
             }
@@ -436,6 +448,22 @@ impl std::fmt::Debug for Store {
             .field("revision", &self.revision())
             .field("compacted", &self.compact_revision())
             .finish_non_exhaustive()
+    }
+}
+
+/// Looks at the size of the database now and then, until the store is closed.
+async fn weigh(hub: Arc<Hub>, backend: Arc<dyn Backend>) {
+    loop {
+        match backend.size().await {
+            Ok(size) => hub.counters.size.store(size, Ordering::Relaxed),
+            Err(error) => {
+                tracing::debug!(error = &error as &dyn std::error::Error, "failed to read the size")
+            }
+        }
+        tokio::select! {
+            () = hub.closed.cancelled() => return,
+            () = tokio::time::sleep(WEIGH_INTERVAL) => {}
+        }
     }
 }
 

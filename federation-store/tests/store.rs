@@ -162,6 +162,25 @@ async fn history_is_compacted_by_itself() {
 }
 
 #[tokio::test]
+async fn history_goes_by_the_clock() {
+    let compaction = Compaction::Every { interval: Duration::from_millis(20), keep: 10 };
+    let store = Store::open(StoreConfig { compaction, ..StoreConfig::in_memory() }).await.unwrap();
+    let mut watcher = store.watch(KeyRange::prefix(""), store.revision()).unwrap();
+    for n in 0..100 {
+        store.create(format!("/k/{n}"), "").await.unwrap();
+    }
+    let goal = Revision(store.revision().0 - 10);
+    test_support::wait_for(|| store.compact_revision() == goal, LONG, "the compaction").await.unwrap();
+    // A watcher that is less behind than what is in memory does not notice.
+    for n in 0..100 {
+        assert_eq!(watcher.next().await.unwrap().kv.key, format!("/k/{n}"));
+    }
+    assert!(store.get("/k/0", Some(goal)).await.unwrap().0.is_some());
+    assert!(matches!(store.get("/k/0", Some(Revision(50))).await, Err(Error::Compacted { .. })));
+    store.close().await;
+}
+
+#[tokio::test]
 async fn a_file_has_several_processes_and_a_known_schema() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store.db");

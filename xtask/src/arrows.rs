@@ -27,6 +27,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "proxy-server",
             "proxy-agent",
             "federation-apiserver",
+            "federation-store",
             "federation-core",
             "tunnel",
             "tls",

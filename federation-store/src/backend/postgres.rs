@@ -497,7 +497,7 @@ async fn write_batch(
     batch: i64,
 ) -> Result<Decision, sqlx::Error> {
     // Not the driver's transaction: the caller has to tell a failed commit from any other failure.
-    connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE").await?;
+    connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED").await?;
     let state = state_of(&sqlx::query(LOCKED_STATE).fetch_one(&mut *connection).await?)?;
     let basis = read_basis(connection, transactions, state).await?;
     let decision = decide(basis, transactions);

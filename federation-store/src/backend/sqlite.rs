@@ -64,7 +64,7 @@ const MAX_ROWS: usize = 64;
 const JOURNAL_BYTES: &str = "67108864";
 
 /// Schema steps in order; the version is the position, counted from 1. Released steps never change.
-const MIGRATIONS: &[&str] = &[
+pub(crate) const MIGRATIONS: &[&str] = &[
     "
     CREATE TABLE store_state (
         id        INTEGER PRIMARY KEY CHECK (id = 1),
@@ -475,9 +475,7 @@ fn lock(path: &Path, exclusive: bool) -> Result<File, OpenError> {
         let prepare = |source| OpenError::Prepare { path: folder.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(prepare)?;
     }
-    let mut lock_path = path.as_os_str().to_owned();
-    lock_path.push(".lock");
-    let lock_path = PathBuf::from(lock_path);
+    let lock_path = lock_path(path);
     let file = open_private(&lock_path)?;
     match if exclusive { file.try_lock() } else { file.try_lock_shared() } {
         Ok(()) => {
@@ -490,8 +488,26 @@ fn lock(path: &Path, exclusive: bool) -> Result<File, OpenError> {
     }
 }
 
+/// Takes the lock file for this process alone; `None` in the error when others have it.
+pub(crate) fn lock_alone(path: &Path) -> Result<File, Option<std::io::Error>> {
+    let mut options = File::options();
+    options.create(true).write(true).truncate(false).mode(0o600);
+    let file = options.open(lock_path(path)).map_err(Some)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(None),
+        Err(TryLockError::Error(error)) => Err(Some(error)),
+    }
+}
+
+fn lock_path(path: &Path) -> PathBuf {
+    let mut lock_path = path.as_os_str().to_owned();
+    lock_path.push(".lock");
+    PathBuf::from(lock_path)
+}
+
 /// Opens a file; makes it, for its owner alone, when it is missing: there are secrets in the store.
-fn open_private(path: &Path) -> Result<File, OpenError> {
+pub(crate) fn open_private(path: &Path) -> Result<File, OpenError> {
     let mut options = File::options();
     options.create(true).write(true).truncate(false).mode(0o600);
     options.open(path).map_err(|source| OpenError::Prepare { path: path.to_owned(), source })

@@ -52,7 +52,8 @@ impl Server {
         Self::start_in(kind, None, &[]).await
     }
 
-    /// The same with the data in a folder of the caller's, such as a small file system, and with more arguments.
+    /// The same with the data in a folder of the caller's, such as a small file system, and with more arguments. What is
+    /// already in the folder, a copy of another server's data, is kept.
     pub async fn start_in(
         kind: Kind,
         data: Option<&Path>,
@@ -68,9 +69,9 @@ impl Server {
         // PostgreSQL refuses to run as root.
         let root = rustix::process::geteuid().is_root();
         let user = (root && kind == Kind::Postgres).then(unprivileged);
-        if let Some(user) = user {
+        if user.is_some() {
             std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755))?;
-            chown(&data, Some(user), None)?;
+            give(kind, &data)?;
         }
         let mut server = Self {
             kind,
@@ -83,7 +84,9 @@ impl Server {
             databases: AtomicU32::new(0),
             folder,
         };
-        server.initialise().await?;
+        if std::fs::read_dir(&server.data)?.next().is_none() {
+            server.initialise().await?;
+        }
         server.restart().await?;
         Ok(Ok(server))
     }
@@ -187,7 +190,7 @@ impl Server {
                 std::fs::write(
                     &init,
                     "CREATE USER IF NOT EXISTS 'cellway'@'%' IDENTIFIED BY 'secret';\n\
-                     GRANT ALL ON *.* TO 'cellway'@'%';\n",
+                     GRANT ALL ON `test\\_%`.* TO 'cellway'@'%';\n",
                 )?;
                 let mut command = Command::new(self.programs.join("mariadbd"));
                 command.args([
@@ -276,6 +279,21 @@ impl Server {
             }
         }
     }
+}
+
+/// Makes a file or a folder with all that is in it the server's own: it runs as a user of its own when the test is root.
+pub fn give(kind: Kind, path: &Path) -> Result<()> {
+    if kind != Kind::Postgres || !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    chown(path, Some(unprivileged()), None)
+        .with_context(|| format!("cannot give {} away", path.display()))?;
+    if path.is_dir() && !path.is_symlink() {
+        for entry in std::fs::read_dir(path)? {
+            give(kind, &entry?.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// The processes that `parent` started and that still run.

@@ -53,6 +53,8 @@ pub struct Impairment {
 pub struct Relay {
     address: SocketAddr,
     impairment: watch::Sender<Impairment>,
+    /// Where new TCP connections lead, and how often those before were cut.
+    route: watch::Sender<(SocketAddr, u64)>,
     counters: Arc<Counters>,
     _task: AbortOnDropHandle<()>,
 }
@@ -70,8 +72,9 @@ impl Relay {
         let address = listener.local_addr()?;
         let (sender, receiver) = watch::channel(impairment);
         let counters = Arc::new(Counters::default());
-        let task = tokio::spawn(serve_tcp(listener, upstream, receiver, counters.clone()));
-        Ok(Self { address, impairment: sender, counters, _task: AbortOnDropHandle::new(task) })
+        let route = watch::Sender::new((upstream, 0));
+        let task = tokio::spawn(serve_tcp(listener, route.subscribe(), receiver, counters.clone()));
+        Ok(Self { address, impairment: sender, route, counters, _task: AbortOnDropHandle::new(task) })
     }
 
     /// Relays datagrams to `upstream`; each client gets its own port towards it. `seed` decides which are lost.
@@ -91,7 +94,21 @@ impl Relay {
         let (sender, receiver) = watch::channel(impairment);
         let counters = Arc::new(Counters::default());
         let task = tokio::spawn(serve_udp(Arc::new(socket), upstream, receiver, counters.clone(), seed));
-        Ok(Self { address, impairment: sender, counters, _task: AbortOnDropHandle::new(task) })
+        let route = watch::Sender::new((upstream, 0));
+        Ok(Self { address, impairment: sender, route, counters, _task: AbortOnDropHandle::new(task) })
+    }
+
+    /// Ends all TCP connections that are open, wherever they are in what they do.
+    pub fn cut(&self) {
+        self.route.send_modify(|(_, cuts)| *cuts += 1);
+    }
+
+    /// The same, and new TCP connections lead elsewhere.
+    pub fn redirect(&self, upstream: SocketAddr) {
+        self.route.send_modify(|(to, cuts)| {
+            *to = upstream;
+            *cuts += 1;
+        });
     }
 
     /// Where clients connect.
@@ -117,7 +134,7 @@ impl Relay {
 
 async fn serve_tcp(
     listener: TcpListener,
-    upstream: SocketAddr,
+    route: watch::Receiver<(SocketAddr, u64)>,
     impairment: watch::Receiver<Impairment>,
     counters: Arc<Counters>,
 ) {
@@ -127,7 +144,7 @@ async fn serve_tcp(
             accepted = listener.accept() => {
                 // An accept that fails (out of descriptors) is tried again when a connection ends or arrives.
                 let Ok((client, _)) = accepted else { continue };
-                connections.spawn(relay_tcp(client, upstream, impairment.clone(), counters.clone()));
+                connections.spawn(relay_tcp(client, route.clone(), impairment.clone(), counters.clone()));
             }
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
         }
@@ -136,10 +153,11 @@ async fn serve_tcp(
 
 async fn relay_tcp(
     client: TcpStream,
-    upstream: SocketAddr,
+    mut route: watch::Receiver<(SocketAddr, u64)>,
     impairment: watch::Receiver<Impairment>,
     counters: Arc<Counters>,
 ) {
+    let (upstream, _) = *route.borrow_and_update();
     let Ok(server) = TcpStream::connect(upstream).await else { return };
     // The relay must not add delays of its own.
     let _ = client.set_nodelay(true);
@@ -149,7 +167,10 @@ async fn relay_tcp(
     let up = pump(client_read, server_write, impairment.clone(), counters.clone());
     let down = pump(server_read, client_write, impairment, counters);
     // An error in one direction is a reset: both ends go when this function returns.
-    let _ = tokio::try_join!(up, down);
+    tokio::select! {
+        _ = async { tokio::try_join!(up, down) } => {}
+        _ = route.changed() => {}
+    }
 }
 
 /// Moves one direction of a stream. The delay line between reader and writer lets latency and throughput coexist.

@@ -1,0 +1,355 @@
+//! What databases do to a store: no room, read-only, too small a packet, another server with the same data or with older
+//! data, a certificate that is not the right one. The store may be unavailable; it is never wrong.
+
+// The checks are in functions that the tests call.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use federation_store::{
+    Compaction, Error, KeyRange, ListRequest, Location, OpenError, Revision, Store, StoreConfig,
+};
+use test_support::databases::{Kind, Server, give};
+use test_support::relay::{Impairment, Relay};
+use test_support::tools::{self, Missing};
+use test_support::wait_until;
+
+/// A machine that is busy with everything else.
+const LONG: Duration = Duration::from_secs(180);
+
+async fn open(url: &str) -> Result<Store, OpenError> {
+    Store::open(StoreConfig { location: Location::parse(url).unwrap(), compaction: Compaction::Manual }).await
+}
+
+/// Writes until it fails; what was acknowledged.
+async fn fill(store: &Store, name: &str, size: usize) -> (BTreeMap<String, Revision>, Error) {
+    let mut written = BTreeMap::new();
+    for n in 0.. {
+        let key = format!("/{name}/{n:06}");
+        match store.create(key.clone(), vec![(n % 251) as u8; size]).await {
+            Ok(outcome) => written.insert(key, outcome.applied().unwrap().mod_revision),
+            Err(error) => return (written, error),
+        };
+    }
+    unreachable!("the loop has no end")
+}
+
+/// All of `written` is there; at most `unknown` other keys are.
+async fn holds(store: &Store, prefix: &str, written: &BTreeMap<String, Revision>, unknown: usize) {
+    let list = store.list(&ListRequest::prefix(prefix.to_owned())).await.unwrap();
+    let found: BTreeMap<String, Revision> =
+        list.items.iter().map(|kv| (String::from_utf8(kv.key.to_vec()).unwrap(), kv.mod_revision)).collect();
+    for (key, revision) in written {
+        assert_eq!(found.get(key), Some(revision), "{key} was acknowledged");
+    }
+    assert!(found.len() <= written.len() + unknown, "{} keys, {} acknowledged", found.len(), written.len());
+}
+
+/// A write that works again, at last.
+async fn recovers(store: &Store, key: &str) {
+    wait_until(
+        || async {
+            match store.create(key.to_owned(), "again").await {
+                // Applied by an earlier try whose answer was lost.
+                Ok(_) => Ok(()),
+                Err(error) => Err(format!("{error:?}")),
+            }
+        },
+        LONG,
+        "the store to write again",
+    )
+    .await
+    .unwrap();
+}
+
+/// A small file system in memory.
+struct Small(PathBuf);
+
+impl Small {
+    fn mount(folder: &Path, mib: u64) -> Result<Self, Missing> {
+        tools::root()?;
+        std::fs::create_dir_all(folder).unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"])
+            .arg(folder)
+            .status();
+        assert!(mounted.is_ok_and(|status| status.success()), "cannot mount a tmpfs as root");
+        Ok(Self(folder.to_owned()))
+    }
+
+    /// Leaves about so many bytes free, until the file is removed.
+    fn leave(&self, bytes: u64) -> PathBuf {
+        let ballast = self.0.join("ballast");
+        let output = Command::new("df").args(["--output=avail", "-B1"]).arg(&self.0).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let free: u64 = text.lines().last().unwrap().trim().parse().unwrap();
+        let size = free.saturating_sub(bytes);
+        let status = Command::new("fallocate").arg("-l").arg(size.to_string()).arg(&ballast).status();
+        assert!(status.is_ok_and(|status| status.success()), "cannot fill the tmpfs");
+        ballast
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        // Lazily: a database may still be ending.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[tokio::test]
+async fn sqlite_on_a_full_disk_keeps_what_it_acknowledged() {
+    let folder = tempfile::tempdir().unwrap();
+    let small = test_support::require!(Small::mount(&folder.path().join("small"), 24));
+    let url = format!("sqlite://{}", small.0.join("store.db").display());
+    let store = open(&url).await.unwrap();
+    let ballast = small.leave(4 << 20);
+    let (written, error) = fill(&store, "k", 20_000).await;
+    assert!(matches!(error, Error::Database { .. }), "{error:?}");
+    assert!(!written.is_empty());
+    holds(&store, "/k/", &written, 0).await;
+    std::fs::remove_file(ballast).unwrap();
+    recovers(&store, "/again").await;
+    store.close().await;
+    let store = open(&url).await.unwrap();
+    holds(&store, "/k/", &written, 0).await;
+    store.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgresql_on_a_full_disk_keeps_what_it_acknowledged() {
+    full_server(Kind::Postgres).await;
+}
+
+async fn full_server(kind: Kind) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let small = test_support::require!(Small::mount(&folder.path().join("small"), 300));
+    let data = small.0.join("data");
+    std::fs::create_dir(&data).unwrap();
+    std::fs::set_permissions(&data, std::fs::Permissions::from_mode(0o700)).unwrap();
+    let mut server = test_support::require!(Server::start_in(kind, Some(&data), &[]).await.unwrap());
+    let url = server.database().await.unwrap();
+    let store = open(&url).await.unwrap();
+    let ballast = small.leave(8 << 20);
+    let (written, error) = fill(&store, "k", 200_000).await;
+    assert!(matches!(error, Error::Database { .. } | Error::Unresolved { .. }), "{error:?}");
+    let unknown = usize::from(matches!(error, Error::Unresolved { .. }));
+    std::fs::remove_file(ballast).unwrap();
+    // A server that could not write its log may have given up.
+    server.kill().await.unwrap();
+    server.restart().await.unwrap();
+    recovers(&store, "/again").await;
+    holds(&store, "/k/", &written, unknown).await;
+    store.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_only_server_is_read() {
+    for (kind, on, off) in [
+        (
+            Kind::Postgres,
+            "ALTER SYSTEM SET default_transaction_read_only = on",
+            "ALTER SYSTEM SET default_transaction_read_only = off",
+        ),
+        (Kind::MariaDb, "SET GLOBAL read_only = 1", "SET GLOBAL read_only = 0"),
+    ] {
+        let server = test_support::require!(Server::start(kind).await.unwrap());
+        let store = open(&server.database().await.unwrap()).await.unwrap();
+        store.create("/a", "1").await.unwrap();
+        let settle = async || {
+            if kind == Kind::Postgres {
+                server.run("SELECT pg_reload_conf()").await.unwrap();
+            }
+        };
+        server.run(on).await.unwrap();
+        settle().await;
+        // PostgreSQL's sessions hear of it a moment later.
+        let mut tried = 0;
+        let error = wait_until(
+            || {
+                tried += 1;
+                let key = format!("/b/{tried}");
+                let store = store.clone();
+                async move { store.create(key, "1").await.err().ok_or("it still writes") }
+            },
+            LONG,
+            "the server to be read-only",
+        )
+        .await
+        .unwrap();
+        assert!(
+            matches!(&error, Error::Database { source, .. } if source.to_string().contains("read-only")),
+            "{error:?}"
+        );
+        assert_eq!(store.get("/a", None).await.unwrap().0.unwrap().value, "1");
+        let revision = store.sync().await.unwrap();
+        assert_eq!(revision.0, 2 + tried - 1, "a refused write took a revision");
+        server.run(off).await.unwrap();
+        settle().await;
+        recovers(&store, "/c").await;
+        store.close().await;
+    }
+}
+
+/// Copies the data of a stopped server.
+fn copy(kind: Kind, from: &Path, to: &Path) {
+    std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+    let copied = Command::new("cp").arg("-a").arg(from).arg(to).status();
+    assert!(copied.is_ok_and(|status| status.success()), "cannot copy the data");
+    give(kind, to).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_to_the_same_data_is_a_pause_and_to_older_data_is_noticed() {
+    for kind in [Kind::Postgres, Kind::MariaDb] {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        let mut first = test_support::require!(Server::start(kind).await.unwrap());
+        let relay = Relay::tcp(([127, 0, 0, 1], first.port()).into(), Impairment::default()).await.unwrap();
+        let url = first.database().await.unwrap();
+        let store = open(&first.through(&url, relay.address().port())).await.unwrap();
+        let mut watcher = store.watch(KeyRange::prefix("/"), store.revision()).unwrap();
+        for n in 0..20 {
+            store.create(format!("/before/{n}"), "1").await.unwrap();
+        }
+        first.stop().await.unwrap();
+        copy(kind, first.data(), &folder.path().join("second"));
+        copy(kind, first.data(), &folder.path().join("third"));
+
+        // The same data elsewhere: a write that is under way meanwhile arrives there.
+        let write = tokio::spawn({
+            let store = store.clone();
+            async move { store.create("/meanwhile", "1").await }
+        });
+        let second = Server::start_in(kind, Some(&folder.path().join("second")), &[]).await.unwrap().unwrap();
+        relay.redirect(([127, 0, 0, 1], second.port()).into());
+        // It may have given up before the second server was there.
+        if write.await.unwrap().is_err() {
+            recovers(&store, "/meanwhile").await;
+        }
+        for n in 0..20 {
+            store.create(format!("/after/{n}"), "1").await.unwrap();
+        }
+        for expected in 2..2 + 41 {
+            let event = tokio::time::timeout(LONG, watcher.next()).await.unwrap().unwrap();
+            assert_eq!(event.revision.0, expected);
+        }
+
+        // Older data: it lacks what was written since the copy. Whoever watches is told.
+        let third = Server::start_in(kind, Some(&folder.path().join("third")), &[]).await.unwrap().unwrap();
+        relay.redirect(([127, 0, 0, 1], third.port()).into());
+        let went_back = tokio::time::timeout(LONG, async {
+            loop {
+                match watcher.next().await {
+                    Err(Error::Database { .. }) => {}
+                    other => break other,
+                }
+            }
+        });
+        let went_back = went_back.await.unwrap();
+        assert!(
+            matches!(went_back, Err(Error::WentBack { revision: Revision(21), seen: Revision(42) })),
+            "{went_back:?}"
+        );
+        assert_eq!(store.revision(), Revision(21));
+        let mut watcher = store.watch(KeyRange::prefix("/"), Revision(21)).unwrap();
+        recovers(&store, "/anew").await;
+        let event = tokio::time::timeout(LONG, watcher.next()).await.unwrap().unwrap();
+        assert_eq!((event.revision, event.kv.key.as_ref()), (Revision(22), &b"/anew"[..]));
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_cannot_take_large_values_is_refused() {
+    let server = Server::start_in(Kind::MariaDb, None, &["--max-allowed-packet=4M"]).await.unwrap();
+    let server = test_support::require!(server);
+    let opened = open(&server.database().await.unwrap()).await;
+    let error = opened.unwrap_err();
+    assert!(matches!(error, OpenError::Unsuitable { .. }), "{error:?}");
+    assert!(error.to_string().contains("set max_allowed_packet=16M"), "{error}");
+    assert!(!error.to_string().contains("secret"), "{error}");
+}
+
+#[tokio::test]
+async fn large_values_and_newer_schemas() {
+    for kind in [Kind::Postgres, Kind::MariaDb] {
+        let server = test_support::require!(Server::start(kind).await.unwrap());
+        let url = server.database().await.unwrap();
+        let store = open(&url).await.unwrap();
+        let value: Vec<u8> = (0..4 << 20).map(|n: u32| (n % 253) as u8).collect();
+        let mut watcher = store.watch(KeyRange::prefix(""), store.revision()).unwrap();
+        let writes = (0..6).map(|n| store.create(format!("/large/{n}"), value.clone()));
+        for outcome in futures::future::join_all(writes).await {
+            outcome.unwrap().applied().unwrap();
+        }
+        let list = store.list(&ListRequest::prefix("/large/")).await.unwrap();
+        assert!(list.items.len() == 6 && list.items.iter().all(|kv| kv.value == value));
+        for _ in 0..6 {
+            assert_eq!(watcher.next().await.unwrap().kv.value, value);
+        }
+        store.close().await;
+        server.run("INSERT INTO test_0.store_schema VALUES (99)").await.unwrap();
+        let newer = open(&url).await;
+        assert!(matches!(newer, Err(OpenError::SchemaTooNew { found: 99, .. })), "{newer:?}");
+    }
+}
+
+#[tokio::test]
+async fn tls_to_the_database_is_verified() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let right = tls::CertificateAuthority::load_or_create(&folder.path().join("right"), "right").unwrap();
+    let wrong = tls::CertificateAuthority::load_or_create(&folder.path().join("wrong"), "wrong").unwrap();
+    let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
+    let issued = right.issue_server(&names, Duration::from_secs(24 * 3600)).unwrap();
+    let file = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let right = file("right.pem", right.certificate_pem());
+    let wrong = file("wrong.pem", wrong.certificate_pem());
+    let certificate = file("server.pem", &issued.certificate_pem);
+    let key = file("server.key", &issued.key_pem);
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+    for kind in [Kind::Postgres, Kind::MariaDb] {
+        give(kind, &key).unwrap();
+        let (certificate, key) = (certificate.display(), key.display());
+        let (arguments, mode, ca) = match kind {
+            Kind::Postgres => (
+                vec![
+                    "-cssl=on".to_owned(),
+                    format!("-cssl_cert_file={certificate}"),
+                    format!("-cssl_key_file={key}"),
+                ],
+                "&sslmode=verify-full",
+                "&sslrootcert=",
+            ),
+            Kind::MariaDb => (
+                vec![
+                    "--require-secure-transport=ON".to_owned(),
+                    format!("--ssl-cert={certificate}"),
+                    format!("--ssl-key={key}"),
+                ],
+                "?ssl-mode=VERIFY_IDENTITY",
+                "&ssl-ca=",
+            ),
+        };
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let server = test_support::require!(Server::start_in(kind, None, &arguments).await.unwrap());
+        let url = server.database().await.unwrap();
+        let store = open(&format!("{url}{mode}{ca}{}", right.display())).await.unwrap();
+        store.create("/a", "1").await.unwrap();
+        store.close().await;
+        for refused in [format!("{url}{mode}{ca}{}", wrong.display()), format!("{url}{mode}")] {
+            let refused = open(&refused).await;
+            assert!(matches!(refused, Err(OpenError::Open { .. })), "{refused:?}");
+        }
+    }
+}

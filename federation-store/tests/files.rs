@@ -1,0 +1,128 @@
+//! Backup while the store works, restore, and what a check finds.
+
+// The checks are in functions that the tests call.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+
+use federation_store::files::{self, FileError};
+use federation_store::{Compaction, Error, KeyRange, ListRequest, Revision, Store, StoreConfig};
+
+async fn open(path: &Path) -> Store {
+    Store::open(StoreConfig { compaction: Compaction::Manual, ..StoreConfig::new(path) }).await.unwrap()
+}
+
+async fn execute(path: &Path, statement: &'static str) {
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path);
+    let pool = sqlx::sqlite::SqlitePool::connect_with(options).await.unwrap();
+    sqlx::query(statement).execute(&pool).await.unwrap();
+    pool.close().await;
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_of_a_busy_store_is_one_moment_and_can_be_restored() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("hub/store.db");
+    let backups = folder.path().join("backups");
+    std::fs::create_dir(&backups).unwrap();
+    let target = backups.join("store.backup");
+    let store = open(&path).await;
+    store.create("/first", vec![7; 100_000]).await.unwrap();
+    store.create("/gone", "x").await.unwrap();
+    store.delete("/gone", None).await.unwrap();
+    let busy = tokio::spawn({
+        let store = store.clone();
+        async move {
+            for n in 0_u64.. {
+                // The store is closed at the end.
+                if store.create(format!("/busy/{n:06}"), vec![1; 500]).await.is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    store.subscribe().wait_for(|revision| revision.0 > 50).await.unwrap();
+    let checked = files::backup(&path, &target).await.unwrap();
+    assert_eq!(names(&backups), ["store.backup"], "something was left beside the backup");
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&target).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    // Every revision after the three first ones is one key.
+    assert_eq!((checked.keys, checked.faults), (checked.revision.0 - 3, Vec::new()));
+    assert!(matches!(files::backup(&path, &target).await, Err(FileError::Exists { .. })));
+    assert!(matches!(files::restore(&target, &path).await, Err(FileError::InUse { .. })));
+    store.subscribe().wait_for(|revision| revision.0 > checked.revision.0 + 20).await.unwrap();
+    store.close().await;
+    busy.await.unwrap();
+    let lost = store.revision();
+
+    let revision = files::restore(&target, &path).await.unwrap();
+    assert!(revision > lost);
+    assert_eq!(files::check(&path).await.unwrap().faults, Vec::<String>::new());
+    assert!(folder.path().join("hub/store.db.replaced").exists());
+    let store = open(&path).await;
+    let list = store.list(&ListRequest::prefix("/")).await.unwrap();
+    assert_eq!((list.items.len() as u64, list.revision), (checked.keys, revision));
+    // Whoever remembers a revision of the lost part lists again.
+    assert!(matches!(store.watch(KeyRange::prefix("/"), lost), Err(Error::Compacted { .. })));
+    assert!(matches!(store.get("/first", Some(lost)).await, Err(Error::Compacted { .. })));
+    let kv = store.get("/first", None).await.unwrap().0.unwrap();
+    let mut watcher = store.watch(KeyRange::prefix("/first"), revision).unwrap();
+    store.update("/first", "new", kv.mod_revision).await.unwrap();
+    let event = watcher.next().await.unwrap();
+    assert_eq!(event.revision, Revision(revision.0 + 1));
+    assert_eq!(event.prev_kv.as_ref().map(|kv| kv.value.len()), Some(100_000));
+    store.create("/gone", "again").await.unwrap();
+    store.compact(store.revision()).await.unwrap();
+    store.close().await;
+    assert_eq!(files::check(&path).await.unwrap().faults, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_check_finds_what_is_wrong() {
+    for (damage, finding) in [
+        ("UPDATE store_state SET revision = 3", "newer than the counter"),
+        ("UPDATE store_state SET revision = 100", "has no row"),
+        ("UPDATE store_state SET compacted = 100", "ahead of the counter"),
+        ("UPDATE store_head SET place = place - 1", "not the one that is listed"),
+        ("UPDATE store_head SET deleted = NOT deleted", "in one table and not in the other"),
+        ("DELETE FROM store_head", "not listed"),
+        ("DELETE FROM store_log WHERE place >> 20 = 2", "one that is missing"),
+        ("UPDATE store_log SET version = 9 WHERE version = 2", "does not continue"),
+        ("DELETE FROM store_state", "no counter"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store.db");
+        let store = open(&path).await;
+        store.create("a", "1").await.unwrap();
+        store.update("a", "2", Revision(2)).await.unwrap();
+        store.create("b", "1").await.unwrap();
+        store.delete("b", None).await.unwrap();
+        store.close().await;
+        let checked = files::check(&path).await.unwrap();
+        assert_eq!(
+            (checked.revision, checked.keys, checked.rows, checked.faults.len()),
+            (Revision(5), 1, 4, 0)
+        );
+        execute(&path, damage).await;
+        let faults = files::check(&path).await.unwrap().faults;
+        assert!(faults.iter().any(|fault| fault.contains(finding)), "{damage}: {faults:?}");
+        let refused = files::restore(&path, &folder.path().join("other.db")).await;
+        assert!(matches!(refused, Err(FileError::Damaged { .. })), "{refused:?}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let missing = files::check(&folder.path().join("no")).await;
+    assert!(matches!(missing, Err(FileError::Io { .. })), "{missing:?}");
+    let text = folder.path().join("text");
+    std::fs::write(&text, "not a database, and long enough to be looked at as if it were one").unwrap();
+    let text = files::check(&text).await;
+    assert!(matches!(text, Err(FileError::Database { .. })), "{text:?}");
+}

@@ -1,0 +1,271 @@
+//! Several replicas in processes of their own on one database, killed at random, with connections cut and the database
+//! itself killed and restarted: nothing acknowledged is lost, nothing is done twice, every answer fits one order, and
+//! every watch is whole. `history` has the checker, `replica` what the processes do.
+//!
+//! `CELLWAY_LINEARIZABILITY_OPERATIONS=100000 cargo test -p federation-store --test linearizability -- --nocapture` is the
+//! long run.
+
+// The checks are in functions that the tests call. This thread is no worker of a runtime: between two kills it lets time
+// pass. What was checked is printed, for the long run.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)]
+
+mod history;
+mod replica;
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use federation_store::{Compaction, Event, KeyRange, Location, Revision, Store, StoreConfig};
+use rand::Rng as _;
+use test_support::databases::{Kind, Server};
+use test_support::relay::{Impairment, Relay};
+
+use self::history::{Process, Summary};
+
+const OPERATIONS: &str = "CELLWAY_LINEARIZABILITY_OPERATIONS";
+
+/// Enough to meet every kind of answer; the long run is for by hand.
+const DEFAULT_OPERATIONS: usize = 3_000;
+
+const REPLICAS: usize = 3;
+
+/// A machine that is busy with everything else; whoever waits longer has found a hang.
+const LONG: Duration = Duration::from_secs(180);
+
+/// The child: not a test of its own.
+#[test]
+fn replica_process() {
+    let Ok(url) = std::env::var(replica::URL) else { return };
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(replica::run(&url));
+}
+
+struct Replica {
+    child: Child,
+    input: ChildStdin,
+    history: Arc<Mutex<Process>>,
+    reader: std::thread::JoinHandle<()>,
+}
+
+impl Replica {
+    fn start(url: &str, id: usize, pace: u64) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "replica_process", "--nocapture", "--test-threads=1"])
+            .env(replica::URL, url)
+            .env(replica::ID, id.to_string())
+            .env(replica::PACE, pace.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        let input = child.stdin.take().unwrap();
+        let history = Arc::new(Mutex::new(Process::default()));
+        let kept = Arc::clone(&history);
+        let reader = std::thread::spawn(move || {
+            let mut line = String::new();
+            // A kill may cut the last line in the middle of a number.
+            while lines.read_line(&mut line).is_ok_and(|_| line.ends_with('\n')) {
+                kept.lock().unwrap().line(line.trim_end());
+                line.clear();
+            }
+        });
+        Self { child, input, history, reader }
+    }
+
+    fn say(&mut self, line: &str) {
+        writeln!(self.input, "{line}").unwrap();
+        self.input.flush().unwrap();
+    }
+
+    /// SIGKILL; what it said until then.
+    fn kill(mut self) -> Process {
+        // It may have failed by itself, which its history will not fit.
+        let _ = self.child.kill();
+        self.finish()
+    }
+
+    fn finish(mut self) -> Process {
+        self.child.wait().unwrap();
+        self.reader.join().expect("the history of a replica");
+        std::mem::take(&mut *self.history.lock().unwrap())
+    }
+
+    fn see<T>(&self, look: impl FnOnce(&Process) -> T) -> T {
+        look(&self.history.lock().unwrap())
+    }
+}
+
+fn wait(what: &str, mut until: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !until() {
+        assert!(begun.elapsed() < LONG, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Everything in the log.
+async fn read_log(url: &str) -> (Vec<Event>, Revision) {
+    let config = StoreConfig { location: Location::parse(url).unwrap(), compaction: Compaction::Manual };
+    let store = Store::open(config).await.unwrap();
+    let newest = store.sync().await.unwrap();
+    let mut watcher = store.watch(KeyRange::prefix(""), Revision(1)).unwrap();
+    let mut log = Vec::new();
+    while watcher.progress() < newest {
+        log.extend(watcher.next_batch().await.unwrap().iter().map(|event| Event::clone(event)));
+    }
+    store.close().await;
+    (log, newest)
+}
+
+/// Runs replicas until they have done so many operations. `disturb` is called again and again meanwhile.
+fn run(
+    runtime: &tokio::runtime::Runtime,
+    url: &str,
+    operations: usize,
+    pace: u64,
+    kills: bool,
+    mut disturb: impl FnMut(usize),
+) -> Summary {
+    let mut processes: Vec<Process> = Vec::new();
+    let mut started = 0;
+    let mut start = || {
+        started += 1;
+        Replica::start(url, started, pace)
+    };
+    let mut replicas: Vec<Replica> = (0..REPLICAS).map(|_| start()).collect();
+    let begun = Instant::now();
+    let mut turn = 0;
+    let limit = LONG.max(Duration::from_millis(operations as u64 * 20));
+    loop {
+        let gone: usize = processes.iter().map(Process::operations).sum();
+        let here: usize = replicas.iter().map(|replica| replica.see(Process::operations)).sum();
+        if gone + here >= operations {
+            break;
+        }
+        assert!(begun.elapsed() < limit, "only {} of {operations} operations in {limit:?}", gone + here);
+        // A replica of a long run lives long enough to do something.
+        let pause = if operations > 10_000 { 1_000..3_000 } else { 300..900 };
+        std::thread::sleep(Duration::from_millis(rand::rng().random_range(pause)));
+        if !kills {
+            continue;
+        }
+        turn += 1;
+        let victim = rand::rng().random_range(0..REPLICAS);
+        let fresh = start();
+        processes.push(std::mem::replace(&mut replicas[victim], fresh).kill());
+        disturb(turn);
+    }
+    let elapsed = begun.elapsed();
+    for replica in &mut replicas {
+        // One that was just started is not there yet.
+        replica.say("stop");
+    }
+    wait("the writers to stop", || replicas.iter().all(|replica| replica.see(|history| history.stopped)));
+    let (log, newest) = runtime.block_on(read_log(url));
+    for replica in &mut replicas {
+        replica.say(&newest.to_string());
+    }
+    wait("the watchers to end", || replicas.iter().all(|replica| replica.see(|history| history.ended)));
+    processes.extend(replicas.into_iter().map(Replica::finish));
+    let summary = history::check(&processes, &log);
+    let delay = |share: f64| {
+        let at = (summary.delays.len() as f64 * share) as usize;
+        Duration::from_nanos(summary.delays.get(at).copied().unwrap_or_default())
+    };
+    println!(
+        "{} operations in {elapsed:.0?} by {} processes, {} killed: {} applied, {} conflicts, {} failed, {} \
+         unanswered of which {} applied, {} reads; {} events in the log, {} seen; an event comes {:?} (p50), {:?} (p99) \
+         after the answer to another replica; no violation",
+        summary.operations,
+        processes.len(),
+        processes.len() - REPLICAS,
+        summary.applied,
+        summary.conflicts,
+        summary.failed,
+        summary.unanswered,
+        summary.unanswered_applied,
+        summary.reads,
+        summary.log,
+        summary.events,
+        delay(0.5),
+        delay(0.99),
+    );
+    summary
+}
+
+fn operations() -> usize {
+    std::env::var(OPERATIONS).ok().and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_OPERATIONS)
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+fn checked(summary: &Summary) {
+    assert!(
+        summary.applied > 0 && summary.conflicts > 0 && summary.reads > 0 && summary.events > 0,
+        "{summary:?}"
+    );
+}
+
+fn on_server(kind: Kind) {
+    let runtime = runtime();
+    let mut server = test_support::require!(runtime.block_on(Server::start(kind)).unwrap());
+    let relay =
+        runtime.block_on(Relay::tcp(([127, 0, 0, 1], server.port()).into(), Impairment::default())).unwrap();
+    let url = runtime.block_on(server.database()).unwrap();
+    let url = server.through(&url, relay.address().port());
+    // The last kill of the database leaves time to come back; a long run kills it now and then.
+    let summary = run(&runtime, &url, operations(), 0, true, |turn| match turn % 12 {
+        2 | 5 | 8 => relay.cut(),
+        10 => runtime.block_on(async {
+            server.kill().await.unwrap();
+            server.restart().await.unwrap();
+        }),
+        _ => {}
+    });
+    checked(&summary);
+}
+
+#[test]
+fn sqlite_replicas_are_one_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("sqlite://{}", folder.path().join("store.db").display());
+    checked(&run(&runtime(), &url, operations(), 0, true, |_| {}));
+}
+
+#[test]
+fn postgresql_replicas_are_one_store() {
+    on_server(Kind::Postgres);
+}
+
+#[test]
+fn mariadb_replicas_are_one_store() {
+    on_server(Kind::MariaDb);
+}
+
+/// Writes at a modest pace, so that waiting for the machine is not what is measured. The promise is 100 ms; the test
+/// allows for a machine that is busy with others.
+fn prompt(runtime: &tokio::runtime::Runtime, url: &str) {
+    let summary = run(runtime, url, 600, 60, false, |_| {});
+    let p99 = summary.delays[summary.delays.len() * 99 / 100];
+    assert!(p99 < 1_000_000_000, "the p99 of the delay is {:?}", Duration::from_nanos(p99));
+}
+
+#[test]
+fn events_reach_other_replicas_promptly() {
+    let runtime = runtime();
+    let folder = tempfile::tempdir().unwrap();
+    prompt(&runtime, &format!("sqlite://{}", folder.path().join("store.db").display()));
+    for kind in [Kind::Postgres, Kind::MariaDb] {
+        let server = test_support::require!(runtime.block_on(Server::start(kind)).unwrap());
+        prompt(&runtime, &runtime.block_on(server.database()).unwrap());
+    }
+}
