@@ -14,12 +14,11 @@ use service::{
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tracing::Instrument;
-use tunnel::{Budget, EgressProxy, Hello, Limits};
+use tunnel::{Budget, Hello, Limits};
 
 use crate::{
     args::Config,
     dialer::Dialer,
-    egress,
     gateway::{Gateway, Upstream, UpstreamError},
     identity::{self, CertificateClient, Credentials, IdentityError, IdentityKeeper},
     metrics::Metrics,
@@ -54,7 +53,6 @@ pub struct Bound {
     keeper: Arc<IdentityKeeper>,
     known: watch::Sender<Vec<String>>,
     credentials: Option<Credentials>,
-    egress_proxy: Option<EgressProxy>,
 }
 
 /// Why the agent cannot run.
@@ -77,9 +75,6 @@ pub enum AppError {
     /// No way to the kube-apiserver.
     #[error("the API gateway cannot be set up")]
     Gateway(#[from] UpstreamError),
-    /// The proxy's URL.
-    #[error("--egress-proxy")]
-    EgressProxy(#[source] io::Error),
 }
 
 /// What `/config` shows.
@@ -127,13 +122,6 @@ impl App {
         let registry = SharedRegistry::new("proxy-agent");
         registry.with(|registry| metrics.register(registry, &tables));
 
-        let egress_proxy = match &config.egress_proxy {
-            Some(url) => {
-                let proxy = egress::parse(url).map_err(AppError::EgressProxy)?;
-                Some(EgressProxy { address: proxy.target.to_string(), credentials: proxy.credentials })
-            }
-            None => None,
-        };
         let gateway = match &config.gateway {
             Some(gateway) => {
                 let upstream = Upstream::new(gateway.upstream.clone())?;
@@ -180,7 +168,6 @@ impl App {
             keeper: Arc::new(keeper),
             known,
             credentials,
-            egress_proxy,
         })
     }
 }
@@ -276,7 +263,7 @@ impl Bound {
             credentials,
             server_name: config.server_name.clone(),
             carrier: config.carrier,
-            egress_proxy: self.egress_proxy,
+            egress_proxy: config.egress_proxy,
             hello,
             limits: Limits { keepalive_interval: config.keepalive_interval, ..Limits::default() },
             budget: Budget::new(config.memory_budget),

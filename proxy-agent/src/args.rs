@@ -4,7 +4,6 @@
 //! concept does not are accepted, so that a manifest keeps working, and named in the log when somebody sets them.
 
 use std::{
-    fmt,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     time::Duration,
@@ -15,7 +14,7 @@ use http::Uri;
 use service::{duration::GoDuration, log::LogArgs};
 use tls::{CaHash, ClusterName, InvalidCaHash, InvalidIdentity};
 use tunnel::{
-    CarrierChoice, Target,
+    CarrierChoice, EgressProxy, Target,
     policy::{DestinationPolicy, InvalidPolicy},
 };
 
@@ -264,7 +263,7 @@ pub struct Config {
     /// The name in the servers' certificates, when it is not the host.
     pub server_name: Option<String>,
     /// The way out.
-    pub egress_proxy: Option<EgressProxyUrl>,
+    pub egress_proxy: Option<EgressProxy>,
     /// What may be dialled.
     pub policy: DestinationPolicy,
     /// `key=value` pairs of the hello.
@@ -295,10 +294,6 @@ pub struct GatewayConfig {
     /// Whether `system:masters` may be impersonated.
     pub allow_masters: bool,
 }
-
-/// An HTTP CONNECT proxy's URL. `Debug` hides the password.
-#[derive(Clone)]
-pub struct EgressProxyUrl(pub String);
 
 /// Why the flags do not make a configuration. Every message names the flag.
 #[derive(Debug, thiserror::Error)]
@@ -428,7 +423,10 @@ impl TryFrom<Args> for Config {
             policy,
             carrier: args.transport,
             server_name: args.server_name.clone(),
-            egress_proxy: args.egress_proxy.clone().map(checked_proxy).transpose()?,
+            egress_proxy: match &args.egress_proxy {
+                Some(url) => Some(egress_proxy(url).ok_or(ConfigError::EgressProxy)?),
+                None => None,
+            },
             labels: labels(&args.label)?,
             identifiers: identifiers(&args.agent_identifiers)?,
             max_dials: args.max_dials.max(1),
@@ -538,10 +536,24 @@ fn checked_server(value: String) -> Result<String, ConfigError> {
     }
 }
 
-fn checked_proxy(url: String) -> Result<EgressProxyUrl, ConfigError> {
-    let parsed: Uri = url.parse().map_err(|_| ConfigError::EgressProxy)?;
-    let http = parsed.scheme_str() == Some("http") && parsed.authority().is_some();
-    if http { Ok(EgressProxyUrl(url)) } else { Err(ConfigError::EgressProxy) }
+/// Takes an egress proxy's URL apart; it may hold a user and a password, percent-encoded.
+fn egress_proxy(url: &str) -> Option<EgressProxy> {
+    let uri: Uri = url.parse().ok()?;
+    if uri.scheme_str() != Some("http") {
+        return None;
+    }
+    let authority = uri.authority()?;
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+    let target = Target { host, port: authority.port_u16().unwrap_or(80) };
+    // The last one: a password may hold an '@' of its own.
+    let credentials = match authority.as_str().rsplit_once('@') {
+        Some((user, _)) => {
+            let (user, password) = user.split_once(':').unwrap_or((user, ""));
+            Some((percent_decode(user)?, percent_decode(password)?))
+        }
+        None => None,
+    };
+    Some(EgressProxy { address: target.to_string(), credentials })
 }
 
 fn labels(list: &[String]) -> Result<Vec<(String, String)>, ConfigError> {
@@ -580,7 +592,7 @@ fn identifiers(query: &str) -> Result<Vec<String>, ConfigError> {
         .collect()
 }
 
-pub(crate) fn percent_decode(text: &str) -> Option<String> {
+fn percent_decode(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
     while let Some(byte) = rest.next() {
@@ -603,18 +615,6 @@ fn listen(flag: &'static str, host: &str, port: u16) -> Result<SocketAddr, Confi
         host => host.parse().map_err(|_| ConfigError::Address { flag, value: host.to_owned() })?,
     };
     Ok(SocketAddr::new(address, port))
-}
-
-// === impl EgressProxyUrl ===
-
-impl fmt::Debug for EgressProxyUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The last one: a password may hold an '@' of its own.
-        match self.0.rsplit_once('@') {
-            Some((_, host)) => write!(f, "http://(hidden)@{host}"),
-            None => f.write_str(&self.0),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -766,10 +766,14 @@ mod tests {
     }
 
     #[test]
-    fn the_password_of_the_proxy_is_hidden() {
-        let proxy = checked_proxy("http://user:hunter2@proxy:3128".to_owned()).unwrap();
-        assert_eq!(format!("{proxy:?}"), "http://(hidden)@proxy:3128");
-        let odd = EgressProxyUrl("http://user:p@ss@proxy:3128".to_owned());
-        assert_eq!(format!("{odd:?}"), "http://(hidden)@proxy:3128");
+    fn an_egress_proxy_is_read_once_and_its_password_hidden() {
+        let proxy = egress_proxy("http://user:p%40ss@proxy:3128").unwrap();
+        assert_eq!(proxy.address, "proxy:3128");
+        assert_eq!(proxy.credentials, Some(("user".to_owned(), "p@ss".to_owned())));
+        assert!(!format!("{proxy:?}").contains("p@ss"), "{proxy:?}");
+        assert_eq!(egress_proxy("http://[::1]").unwrap().address, "[::1]:80");
+        for url in ["https://proxy:3128", "proxy:3128", "http://", "http://user:%zz@proxy"] {
+            assert_eq!(egress_proxy(url), None, "{url}");
+        }
     }
 }

@@ -14,7 +14,6 @@
 mod app;
 mod args;
 mod dialer;
-mod egress;
 mod gateway;
 mod identity;
 mod metrics;
@@ -23,7 +22,7 @@ mod sessions;
 mod table;
 
 pub use app::{App, AppError, Bound};
-pub use args::{Args, Config, ConfigError, EgressProxyUrl, GatewayConfig, GatewayMode, WithoutEffect};
+pub use args::{Args, Config, ConfigError, GatewayConfig, GatewayMode, WithoutEffect};
 pub use dialer::Dialer;
 pub use gateway::{Gateway, KubeconfigError, Pem, Token, Upstream, UpstreamConfig, UpstreamError};
 pub use identity::{
@@ -35,7 +34,5 @@ pub use servers::{Backoff, Failure, ServerSet, Verdict, Wanted};
 /// What fuzz targets call: the parsers of peer input, as plain functions.
 #[doc(hidden)]
 pub mod fuzzing {
-    pub use crate::{
-        egress::fuzz::egress_answer, gateway::fuzz::gateway_request, identity::fuzz::enrolment_answer,
-    };
+    pub use crate::{gateway::fuzz::gateway_request, identity::fuzz::enrolment_answer};
 }

@@ -383,7 +383,7 @@ fn failure_of(error: &ConnectError) -> Failure {
         ConnectError::Address(_) | ConnectError::ServerName(_) | ConnectError::QuicThroughProxy => {
             Failure::Refused
         }
-        ConnectError::Unreachable { .. } | ConnectError::Proxy { .. } | ConnectError::Tunnel(_) => {
+        ConnectError::Unreachable { .. } | ConnectError::Egress(_) | ConnectError::Tunnel(_) => {
             Failure::Transient
         }
     }

@@ -1,16 +1,11 @@
 //! The agent's side: dialling out, and answering what the server asks for.
 
-use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use base64::Engine;
 use proto::tunnel::v1;
 use rustls::pki_types::ServerName;
 use thiserror::Error;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    sync::{mpsc, watch},
-};
+use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, debug, info};
 
@@ -19,6 +14,7 @@ use crate::{
     address::Target,
     connection::Connection,
     control::{AgentSide, Command, Control},
+    egress::{self, EgressError, EgressProxy},
     error::{CloseReason, DialError, TunnelError},
     h2::{self, H2Connection, Link, LinkConfig, Records, Role},
     hello::{Carrier, CarrierChoice, Hello, ServerHello},
@@ -34,9 +30,6 @@ const QUIC_HEAD_START: Duration = Duration::from_millis(250);
 
 /// Dials that wait for [`AgentTunnel::accept`]; more are refused.
 const DIAL_QUEUE: usize = 1024;
-
-/// The answer of an egress proxy to CONNECT, up to the empty line.
-const MAX_PROXY_ANSWER: usize = 8 * 1024;
 
 /// What a tunnel is dialled with.
 #[derive(Clone)]
@@ -54,15 +47,6 @@ pub struct ConnectOptions {
     pub budget: Arc<Budget>,
 }
 
-/// An HTTP proxy that takes CONNECT.
-#[derive(Clone)]
-pub struct EgressProxy {
-    /// `host:port`.
-    pub address: String,
-    /// User and password, sent as basic authentication.
-    pub credentials: Option<(String, String)>,
-}
-
 /// A tunnel could not be established.
 #[derive(Debug, Error)]
 pub enum ConnectError {
@@ -72,8 +56,8 @@ pub enum ConnectError {
     ServerName(String),
     #[error("cannot resolve or reach {address}")]
     Unreachable { address: String, source: std::io::Error },
-    #[error("the egress proxy {address} refused to connect to the server: {answer}")]
-    Proxy { address: String, answer: String },
+    #[error(transparent)]
+    Egress(#[from] EgressError),
     #[error("QUIC cannot go through an HTTP proxy: use the h2 or auto carrier")]
     QuicThroughProxy,
     #[error("the server closed the tunnel: {0}")]
@@ -177,10 +161,7 @@ async fn connect_first(options: &ConnectOptions) -> Result<Carried, ConnectError
 async fn connect_h2(options: &ConnectOptions) -> Result<Carried, ConnectError> {
     let name = ServerName::try_from(options.server_name.clone())
         .map_err(|_| ConnectError::ServerName(options.server_name.clone()))?;
-    let mut tcp = match &options.egress_proxy {
-        None => dial(&options.address).await?,
-        Some(proxy) => dial_through(proxy, &options.address).await?,
-    };
+    let mut tcp = egress::dial(&options.address, options.egress_proxy.as_ref()).await?;
     // The handshake's small messages must not wait for each other.
     let _ = tcp.set_nodelay(true);
     let (records, early) = Records::connect(&mut tcp, options.tls.config(&[H2_ALPN]), name).await?;
@@ -216,49 +197,6 @@ async fn connect_quic(options: &ConnectOptions) -> Result<Carried, ConnectError>
         }
     }
     Err(last.map_or_else(|| ConnectError::Address(options.address.clone()), ConnectError::from))
-}
-
-async fn dial(address: &str) -> Result<TcpStream, ConnectError> {
-    TcpStream::connect(address)
-        .await
-        .map_err(|source| ConnectError::Unreachable { address: address.to_owned(), source })
-}
-
-/// A connection through an HTTP proxy (RFC 9110 §9.3.6).
-async fn dial_through(proxy: &EgressProxy, address: &str) -> Result<TcpStream, ConnectError> {
-    let mut tcp = dial(&proxy.address).await?;
-    let mut request = format!("CONNECT {address} HTTP/1.1\r\nHost: {address}\r\n");
-    if let Some((user, password)) = &proxy.credentials {
-        let encoded = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
-        request.push_str(&format!("Proxy-Authorization: Basic {encoded}\r\n"));
-    }
-    request.push_str("\r\n");
-    let io = |source| ConnectError::Unreachable { address: proxy.address.clone(), source };
-    tcp.write_all(request.as_bytes()).await.map_err(io)?;
-    let refused = |answer: String| ConnectError::Proxy { address: proxy.address.clone(), answer };
-    // Byte by byte up to the empty line: what follows belongs to TLS. It happens once a tunnel.
-    let mut answer = Vec::new();
-    while !answer.ends_with(b"\r\n\r\n") {
-        if answer.len() >= MAX_PROXY_ANSWER {
-            return Err(refused("its answer is too long".to_owned()));
-        }
-        let mut byte = [0];
-        if tcp.read(&mut byte).await.map_err(io)? == 0 {
-            return Err(refused("it closed the connection".to_owned()));
-        }
-        answer.extend_from_slice(&byte);
-    }
-    granted(&answer).map(|()| tcp).map_err(refused)
-}
-
-/// Whether a proxy's answer to CONNECT is a 2xx; else its status line, fit to be printed.
-pub(crate) fn granted(answer: &[u8]) -> Result<(), String> {
-    let line =
-        String::from_utf8_lossy(answer.split(|byte| *byte == b'\r').next().unwrap_or_default()).into_owned();
-    match line.split(' ').nth(1) {
-        Some(status) if line.starts_with("HTTP/1.") && status.len() == 3 && status.starts_with('2') => Ok(()),
-        _ => Err(crate::control::printable(&line)),
-    }
 }
 
 /// Waits for the server's control stream and exchanges hellos.
@@ -457,15 +395,5 @@ impl IncomingDial {
             Unanswered::H2(connection) => connection.refuse(error),
             Unanswered::Quic(connection) => connection.refuse(error).await,
         }
-    }
-}
-
-impl fmt::Debug for EgressProxy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let credentials = self.credentials.as_ref().map(|(user, _)| format!("{user}:…"));
-        f.debug_struct("EgressProxy")
-            .field("address", &self.address)
-            .field("credentials", &credentials)
-            .finish()
     }
 }

@@ -20,6 +20,7 @@ mod address;
 mod agent;
 mod connection;
 mod control;
+pub mod egress;
 mod error;
 mod fuzz;
 mod h2;
@@ -33,10 +34,9 @@ mod session;
 mod table;
 
 pub use address::{ParseTargetError, Target};
-pub use agent::{
-    AgentTunnel, AgentTunnelHandle, ConnectError, ConnectOptions, EgressProxy, IncomingDial, connect,
-};
+pub use agent::{AgentTunnel, AgentTunnelHandle, ConnectError, ConnectOptions, IncomingDial, connect};
 pub use connection::Connection;
+pub use egress::EgressProxy;
 pub use error::{CloseReason, DialError, RefusalKind, TunnelError};
 pub use hello::{Carrier, CarrierChoice, Hello, ServerHello};
 pub use limits::{Budget, Limits};

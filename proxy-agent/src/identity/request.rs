@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 use tls::{ClientTls, ServerName};
 use tokio::task::JoinSet;
 use tracing::Instrument;
-use tunnel::Target;
-
-use crate::{args::EgressProxyUrl, egress};
+use tunnel::{
+    EgressProxy, Target,
+    egress::{self, EgressError},
+};
 
 /// Everything together: connection, handshake, answer. The hub signs within milliseconds.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -26,7 +27,7 @@ const PATH: &str = "/cellway/v1/certificates";
 #[derive(Debug, Clone)]
 pub struct CertificateClient {
     /// The way out.
-    pub egress_proxy: Option<EgressProxyUrl>,
+    pub egress_proxy: Option<EgressProxy>,
     /// The name in the servers' certificates, when it is not the host that is dialled.
     pub server_name: Option<String>,
 }
@@ -37,7 +38,7 @@ pub enum RequestError {
     /// Not an address.
     #[error("{0:?} is not the address of a server")]
     Address(String),
-    /// No connection, or no TLS: the wrong hub, perhaps, or an expired certificate.
+    /// No TLS: the wrong hub, perhaps, or an expired certificate.
     #[error("failed to connect to {server}")]
     Connect {
         /// The server.
@@ -45,6 +46,15 @@ pub enum RequestError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// No way to it.
+    #[error("failed to reach {server}")]
+    Egress {
+        /// The server.
+        server: String,
+        /// Why.
+        #[source]
+        source: EgressError,
     },
     /// HTTP failed.
     #[error("failed to ask {server} for a certificate")]
@@ -117,7 +127,8 @@ impl RequestError {
     pub fn is_refusal(&self) -> bool {
         match self {
             Self::Refused { .. } | Self::Address(_) => true,
-            Self::Connect { .. }
+            Self::Egress { .. }
+            | Self::Connect { .. }
             | Self::Http { .. }
             | Self::Unavailable { .. }
             | Self::Answer { .. }
@@ -156,7 +167,10 @@ impl CertificateClient {
         let name = self.server_name.as_ref().unwrap_or(&target.host).clone();
         let name = ServerName::try_from(name).map_err(|_| RequestError::Address(server.to_owned()))?;
         let connect = |source| RequestError::Connect { server: server.to_owned(), source };
-        let tcp = egress::connect(&target, self.egress_proxy.as_ref()).await.map_err(connect)?;
+        let tcp = egress::dial(&target.to_string(), self.egress_proxy.as_ref())
+            .await
+            .map_err(|source| RequestError::Egress { server: server.to_owned(), source })?;
+        service::socket::keep_alive(&tcp);
         let stream = tls.connector(&[b"http/1.1"]).connect(name, tcp).await.map_err(connect)?;
 
         let http = |source: Box<dyn std::error::Error + Send + Sync>| RequestError::Http {

@@ -86,7 +86,6 @@ const TARGETS: &[(&str, Body)] = &[
     ("server_api_request", proxy_server::fuzzing::api_request),
     ("agent_gateway_request", proxy_agent::fuzzing::gateway_request),
     ("agent_enrolment_answer", proxy_agent::fuzzing::enrolment_answer),
-    ("agent_egress_answer", proxy_agent::fuzzing::egress_answer),
     ("apiserver_url", federation_apiserver::fuzzing::url),
     ("apiserver_headers", federation_apiserver::fuzzing::headers),
     ("apiserver_selectors", federation_apiserver::fuzzing::selectors),
