@@ -98,6 +98,19 @@ pub(crate) struct Tunnel {
     pub(crate) certificate_not_after: Option<String>,
     #[serde(default)]
     pub(crate) labels: BTreeMap<String, String>,
+    /// What the agent says of itself.
+    pub(crate) agent: Option<AgentStatistics>,
+}
+
+/// The agent's own counts of a tunnel, and the memory of its process.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct AgentStatistics {
+    pub(crate) connections: u64,
+    pub(crate) dials: u64,
+    pub(crate) dial_failures: u64,
+    pub(crate) memory_used: u64,
+    pub(crate) memory_limit: u64,
 }
 
 /// `GET /cellway/v1/connections`.

@@ -134,7 +134,16 @@ pub(crate) fn tunnels_table(tunnels: &[Tunnel]) -> Table {
     let now = jiff::Timestamp::now();
     let mut table = Table::new("no tunnels: no agent is connected")
         .columns(&["CLUSTER", "AGENT", "CARRIER", "FROM", "RTT", "CONNECTIONS", "RECEIVED", "SENT", "AGE"])
-        .wide_columns(&["ID", "VERSION", "DIALS", "FAILED", "BUFFERED", "STATE", "CERTIFICATE UNTIL"]);
+        .wide_columns(&[
+            "ID",
+            "VERSION",
+            "DIALS",
+            "FAILED",
+            "BUFFERED",
+            "AGENT MEMORY",
+            "STATE",
+            "CERTIFICATE UNTIL",
+        ]);
     for tunnel in tunnels {
         table.row(vec![
             Cell::new(&tunnel.cluster),
@@ -151,6 +160,12 @@ pub(crate) fn tunnels_table(tunnels: &[Tunnel]) -> Table {
             Cell::new(tunnel.dials),
             Cell::new(tunnel.dial_failures),
             Cell::new(bytes(tunnel.buffered)),
+            Cell::option(
+                tunnel
+                    .agent
+                    .as_ref()
+                    .map(|agent| format!("{} of {}", bytes(agent.memory_used), bytes(agent.memory_limit))),
+            ),
             if tunnel.draining {
                 Cell::new("draining").paint(Paint::Warn)
             } else {

@@ -31,7 +31,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tunnel::{
-    Carrier, Connection, ConnectionInfo, DialError, LocalSocket, ServerTunnel, Target, TunnelStats,
+    AgentStatistics, Carrier, Connection, ConnectionInfo, DialError, LocalSocket, ServerTunnel, Target,
+    TunnelStats,
 };
 
 use crate::directory::{ClusterDirectory, Lookup};
@@ -60,6 +61,9 @@ pub trait Tunnel: Clone + Send + Sync + 'static {
 
     /// What it counts.
     fn stats(&self) -> TunnelStats;
+
+    /// What the agent says of itself, if it has.
+    fn agent_statistics(&self) -> Option<AgentStatistics>;
 
     /// The last measured round trip.
     fn rtt(&self) -> Option<Duration>;
@@ -673,6 +677,10 @@ impl Tunnel for ServerTunnel {
 
     fn stats(&self) -> TunnelStats {
         ServerTunnel::stats(self)
+    }
+
+    fn agent_statistics(&self) -> Option<AgentStatistics> {
+        ServerTunnel::agent_statistics(self)
     }
 
     fn rtt(&self) -> Option<Duration> {

@@ -39,6 +39,14 @@ pub fn tunnel_row<T: Tunnel>(entry: &Entry<T>) -> Value {
         "draining": entry.tunnel.is_draining(),
         "certificateNotAfter": member.not_after.map(rfc3339),
         "labels": member.labels,
+        // The agent's own words, at most one keep-alive interval old.
+        "agent": entry.tunnel.agent_statistics().map(|told| json!({
+            "connections": told.connections,
+            "dials": told.dials,
+            "dialFailures": told.dial_failures,
+            "memoryUsed": told.memory_used,
+            "memoryLimit": told.memory_limit,
+        })),
     })
 }
 
@@ -104,6 +112,10 @@ mod tests {
         let row = &rows["items"][0];
         assert_eq!((row["cluster"].as_str(), row["carrier"].as_str()), (Some("east"), Some("h2")));
         assert_eq!((row["rttMillis"].as_f64(), row["bytesSent"].as_u64()), (Some(1.0), Some(7)));
+        assert_eq!(
+            (row["agent"]["dials"].as_u64(), row["agent"]["memoryLimit"].as_u64()),
+            (Some(3), Some(1 << 20))
+        );
         assert_eq!(tunnels(&registry, Some("west"))["items"].as_array().map(Vec::len), Some(0));
     }
 }

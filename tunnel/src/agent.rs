@@ -91,6 +91,7 @@ pub struct IncomingDial {
     target: Target,
     timeout: Option<Duration>,
     connection: Unanswered,
+    session: Session,
 }
 
 enum Unanswered {
@@ -289,6 +290,7 @@ impl AgentTunnel {
     pub async fn accept(&mut self) -> Option<IncomingDial> {
         loop {
             // A second control stream is dropped, which resets it.
+            let session = || self.handle.0.attached.session.clone();
             match &mut self.incoming {
                 Incoming::H2(incoming) => {
                     if let h2::Incoming::Dial { connection, target, timeout } = incoming.recv().await? {
@@ -296,6 +298,7 @@ impl AgentTunnel {
                             target,
                             timeout,
                             connection: Unanswered::H2(connection),
+                            session: session(),
                         });
                     }
                 }
@@ -305,6 +308,7 @@ impl AgentTunnel {
                             target,
                             timeout,
                             connection: Unanswered::Quic(connection),
+                            session: session(),
                         });
                     }
                 }
@@ -377,6 +381,7 @@ impl IncomingDial {
 
     /// Tells the server that the destination is connected.
     pub async fn accept(self) -> Result<Connection, TunnelError> {
+        self.session.count_dial(false);
         match self.connection {
             Unanswered::H2(connection) => {
                 connection.accept();
@@ -391,6 +396,7 @@ impl IncomingDial {
 
     /// Tells the server why not.
     pub async fn refuse(self, error: DialError) {
+        self.session.count_dial(true);
         match self.connection {
             Unanswered::H2(connection) => connection.refuse(error),
             Unanswered::Quic(connection) => connection.refuse(error).await,

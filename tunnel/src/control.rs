@@ -12,6 +12,7 @@ use std::{
 };
 
 use bytes::{Buf, BufMut, BytesMut};
+use parking_lot::Mutex;
 use prost::Message;
 use proto::tunnel::v1;
 use tokio::{
@@ -52,6 +53,23 @@ pub(crate) struct Shared {
     pub(crate) draining: AtomicBool,
     pub(crate) peer_draining: watch::Sender<bool>,
     pub(crate) servers: watch::Sender<Vec<String>>,
+    /// What the agent said last; only a server hears it.
+    statistics: Mutex<Option<AgentStatistics>>,
+}
+
+/// What an agent counts on a tunnel, as it says itself: unlike the server's own counts, what a lying agent likes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AgentStatistics {
+    /// Connections open now.
+    pub connections: u64,
+    /// Dials of the server that it answered, since the tunnel was established.
+    pub dials: u64,
+    /// Those of them that it refused.
+    pub dial_failures: u64,
+    /// Bytes that its process has promised to receive, in all its tunnels.
+    pub memory_used: u64,
+    /// The most that it promises; at it new connections are refused.
+    pub memory_limit: u64,
 }
 
 /// The framed control stream.
@@ -71,6 +89,8 @@ pub(crate) trait Side: Send + 'static {
     fn closing(closing: v1::Closing) -> Self::Send;
     /// Only the server has a list of servers to send.
     fn servers(servers: v1::Servers) -> Option<Self::Send>;
+    /// Only the agent tells its statistics.
+    fn statistics(statistics: v1::Statistics) -> Option<Self::Send>;
     fn event(message: Self::Recv) -> Event;
 }
 
@@ -81,6 +101,7 @@ pub(crate) enum Event {
     Drain,
     Servers(v1::Servers),
     Closing(v1::Closing),
+    Statistics(v1::Statistics),
     /// Of a newer version, or a second hello: ignored.
     Other,
 }
@@ -97,6 +118,7 @@ impl Shared {
             draining: AtomicBool::new(false),
             peer_draining: watch::channel(false).0,
             servers: watch::channel(servers).0,
+            statistics: Mutex::new(None),
         })
     }
 
@@ -106,6 +128,18 @@ impl Shared {
             0 => None,
             micros => Some(Duration::from_micros(micros)),
         }
+    }
+
+    /// What the agent said last; `None` before the first time, and at the agent.
+    pub(crate) fn statistics(&self) -> Option<AgentStatistics> {
+        *self.statistics.lock()
+    }
+}
+
+impl From<v1::Statistics> for AgentStatistics {
+    fn from(told: v1::Statistics) -> Self {
+        let v1::Statistics { connections, dials, dial_failures, memory_used, memory_limit } = told;
+        Self { connections, dials, dial_failures, memory_used, memory_limit }
     }
 }
 
@@ -204,7 +238,7 @@ pub(crate) async fn run<S: Side>(
     limits: Limits,
 ) {
     let reason = tokio::select! {
-        ended = exchange::<S>(&mut control, &shared, &mut commands, &limits) => match ended {
+        ended = exchange::<S>(&mut control, &session, &shared, &mut commands, &limits) => match ended {
             Ok(reason) => reason,
             Err(error) => CloseReason::from(&error),
         },
@@ -228,6 +262,7 @@ async fn dead(session: &Session, limits: &Limits) {
 
 async fn exchange<S: Side>(
     control: &mut Control,
+    session: &Session,
     shared: &Shared,
     commands: &mut mpsc::Receiver<Command>,
     limits: &Limits,
@@ -257,6 +292,8 @@ async fn exchange<S: Side>(
                         shared.servers.send_replace(servers.addresses);
                     }
                     Event::Closing(closing) => return Ok(CloseReason::Remote(printable(&closing.reason))),
+                    // The newest counts, however many come.
+                    Event::Statistics(statistics) => *shared.statistics.lock() = Some(statistics.into()),
                     Event::Other => {}
                 }
             }
@@ -284,6 +321,9 @@ async fn exchange<S: Side>(
             () = tokio::time::sleep_until(next_ping) => {
                 pings.retain(|_, (sent, waiting)| waiting.is_some() && sent.elapsed() < limits.keepalive_timeout);
                 ping::<S>(control, shared, &mut pings, &mut next_id, None).await?;
+                if let Some(message) = S::statistics(session.statistics()) {
+                    control.send(&message).await?;
+                }
                 next_ping = Instant::now() + limits.keepalive_interval;
             }
         }
@@ -335,15 +375,18 @@ impl Side for ServerSide {
         Some(v1::ServerMessage { message: Some(v1::server_message::Message::Servers(servers)) })
     }
 
+    fn statistics(_: v1::Statistics) -> Option<Self::Send> {
+        None
+    }
+
     fn event(message: Self::Recv) -> Event {
         match message.message {
             Some(v1::agent_message::Message::Ping(ping)) => Event::Ping(ping),
             Some(v1::agent_message::Message::Pong(pong)) => Event::Pong(pong),
             Some(v1::agent_message::Message::Drain(_)) => Event::Drain,
             Some(v1::agent_message::Message::Closing(closing)) => Event::Closing(closing),
-            Some(v1::agent_message::Message::Hello(_) | v1::agent_message::Message::Statistics(_)) | None => {
-                Event::Other
-            }
+            Some(v1::agent_message::Message::Statistics(statistics)) => Event::Statistics(statistics),
+            Some(v1::agent_message::Message::Hello(_)) | None => Event::Other,
         }
     }
 }
@@ -370,6 +413,10 @@ impl Side for AgentSide {
 
     fn servers(_: v1::Servers) -> Option<Self::Send> {
         None
+    }
+
+    fn statistics(statistics: v1::Statistics) -> Option<Self::Send> {
+        Some(v1::AgentMessage { message: Some(v1::agent_message::Message::Statistics(statistics)) })
     }
 
     fn event(message: Self::Recv) -> Event {

@@ -36,6 +36,7 @@ mod table;
 pub use address::{ParseTargetError, Target};
 pub use agent::{AgentTunnel, AgentTunnelHandle, ConnectError, ConnectOptions, IncomingDial, connect};
 pub use connection::Connection;
+pub use control::AgentStatistics;
 pub use egress::EgressProxy;
 pub use error::{CloseReason, DialError, RefusalKind, TunnelError};
 pub use hello::{Carrier, CarrierChoice, Hello, ServerHello};

@@ -78,6 +78,14 @@ impl Budget {
         self.limit
     }
 
+    /// Of the whole process: bytes promised now, and the most that may be.
+    pub(crate) fn process(&self) -> (usize, usize) {
+        match &self.parent {
+            Some(parent) => parent.process(),
+            None => (self.used(), self.limit),
+        }
+    }
+
     pub(crate) fn reserve(self: &Arc<Self>, bytes: usize) -> Option<Reservation> {
         self.take(bytes).then(|| Reservation { budget: self.clone(), bytes })
     }

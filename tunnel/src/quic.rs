@@ -368,6 +368,11 @@ impl QuicLink {
         self.budget.used()
     }
 
+    /// What the process's budget has promised, and its limit.
+    pub(crate) fn memory(&self) -> (usize, usize) {
+        self.budget.process()
+    }
+
     /// Keeps the first reason and gives it back.
     fn ended(&self, reason: CloseReason) -> CloseReason {
         self.closed.send_if_modified(|closed| {

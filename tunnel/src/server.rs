@@ -29,7 +29,7 @@ use crate::{
     H2_ALPN,
     address::Target,
     connection::Connection,
-    control::{Command, Control, ServerSide},
+    control::{AgentStatistics, Command, Control, ServerSide},
     error::{CloseReason, DialError, RefusalKind, TunnelError},
     h2::{Early, Link, LinkConfig, Records, Role},
     hello::{Carrier, Hello, ServerHello},
@@ -562,6 +562,11 @@ impl ServerTunnel {
 
     pub fn stats(&self) -> TunnelStats {
         self.0.attached.session.stats()
+    }
+
+    /// What the agent said last of itself; `None` before the first time.
+    pub fn agent_statistics(&self) -> Option<AgentStatistics> {
+        self.0.attached.shared.statistics()
     }
 
     /// How many connections are open: what a choice by load compares.

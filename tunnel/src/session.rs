@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use proto::tunnel::v1;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
@@ -100,6 +101,22 @@ impl Session {
         match self {
             Self::H2(link) => link.table.stats(link.promised()),
             Self::Quic(link) => link.table.stats(link.promised()),
+        }
+    }
+
+    /// What this side counts, for the other one to see.
+    pub(crate) fn statistics(&self) -> v1::Statistics {
+        let (used, limit) = match self {
+            Self::H2(link) => link.memory(),
+            Self::Quic(link) => link.memory(),
+        };
+        let stats = self.stats();
+        v1::Statistics {
+            connections: stats.connections as u64,
+            dials: stats.dials,
+            dial_failures: stats.dial_failures,
+            memory_used: used as u64,
+            memory_limit: limit as u64,
         }
     }
 

@@ -33,6 +33,21 @@ async fn echoes_and_half_closes() {
 }
 
 #[tokio::test]
+async fn the_agent_tells_what_it_counts() {
+    both(|carrier| async move {
+        let limits = Limits { keepalive_interval: Duration::from_millis(50), ..Limits::default() };
+        let mut pair = Pair::with(carrier, limits).await;
+        let (near, _far) = pair.connection().await;
+        support::eventually(|| pair.server.agent_statistics().is_some_and(|told| told.dials > 0)).await;
+        let told = pair.server.agent_statistics().unwrap();
+        assert_eq!((told.connections, told.dials, told.dial_failures), (1, 1, 0));
+        assert!(told.memory_used > 0 && told.memory_used <= told.memory_limit, "{told:?}");
+        drop(near);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn nothing_is_lost_before_an_orderly_close() {
     both(|carrier| async move {
         let mut pair = Pair::new(carrier).await;

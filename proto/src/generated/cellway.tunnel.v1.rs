@@ -112,15 +112,22 @@ pub struct Closing {
     #[prost(string, tag = "1")]
     pub reason: ::prost::alloc::string::String,
 }
-/// What the agent counts on this tunnel since it was established.
+/// What the agent counts, sent with each of its own pings. Nothing is decided by it: people look at it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Statistics {
+    /// Open on this tunnel now.
     #[prost(uint64, tag = "1")]
     pub connections: u64,
+    /// Answered on this tunnel since it was established, and those of them that were refused.
     #[prost(uint64, tag = "2")]
     pub dials: u64,
     #[prost(uint64, tag = "3")]
     pub dial_failures: u64,
+    /// Bytes that the agent's process has promised to receive in all its tunnels, and the most that it promises.
+    #[prost(uint64, tag = "4")]
+    pub memory_used: u64,
+    #[prost(uint64, tag = "5")]
+    pub memory_limit: u64,
 }
 /// QUIC carrier: what the server writes first on every stream that it opens, behind its length as a 32-bit integer in
 /// network byte order.

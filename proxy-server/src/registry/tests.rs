@@ -91,6 +91,10 @@ impl Tunnel for FakeTunnel {
         TunnelStats { bytes_sent: 7, bytes_received: 9, ..TunnelStats::default() }
     }
 
+    fn agent_statistics(&self) -> Option<tunnel::AgentStatistics> {
+        Some(tunnel::AgentStatistics { dials: 3, memory_limit: 1 << 20, ..Default::default() })
+    }
+
     fn rtt(&self) -> Option<Duration> {
         Some(Duration::from_millis(1))
     }

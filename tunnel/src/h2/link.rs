@@ -302,6 +302,11 @@ impl Link {
         self.budget.used()
     }
 
+    /// What the process's budget has promised, and its limit.
+    pub(crate) fn memory(&self) -> (usize, usize) {
+        self.budget.process()
+    }
+
     /// How long nothing was heard.
     pub(crate) fn silence(&self) -> Duration {
         let now = self.epoch.elapsed();
