@@ -184,6 +184,55 @@ pub(crate) fn text_out(text: &str) -> Result<()> {
     }
 }
 
+/// The columns of the terminal that the standard output is, if it is one and says so.
+pub(crate) fn terminal_width() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
+    (size.ws_col > 0).then_some(usize::from(size.ws_col))
+}
+
+/// `line` in at most `width` columns; what is cut off leaves a `…`. Colours have no width, and end with the line.
+pub(crate) fn fit(line: &str, width: Option<usize>) -> String {
+    let Some(width) = width else { return line.to_owned() };
+    let (mut text, mut cut, mut used, mut escape) = (String::new(), None, 0, false);
+    for c in line.chars() {
+        if c == '\x1b' {
+            escape = true;
+        } else if escape {
+            escape = !c.is_ascii_alphabetic();
+        } else {
+            used += 1;
+            if used == width {
+                cut = Some(text.len());
+            }
+        }
+        if used <= width {
+            text.push(c);
+        }
+    }
+    match cut {
+        Some(cut) if used > width => {
+            text.truncate(cut);
+            text.push('…');
+            if text.contains('\x1b') {
+                text.push_str("\x1b[0m");
+            }
+            text
+        }
+        _ => line.to_owned(),
+    }
+}
+
+/// This program as somebody can type it: by its name where the PATH leads to it, else by its path.
+pub(crate) fn own_command() -> String {
+    const NAME: &str = "cellway";
+    let Ok(own) = std::env::current_exe() else { return NAME.to_owned() };
+    let on_path = std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path)
+            .any(|folder| folder.join(NAME).canonicalize().is_ok_and(|found| found == own))
+    });
+    if on_path { NAME.to_owned() } else { own.display().to_string() }
+}
+
 /// `1.5 GiB`, for people.
 pub(crate) fn bytes(count: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -226,6 +275,22 @@ mod tests {
         assert_eq!(table.render(true, false).lines().next(), Some("NAME        RTT      ID"));
         assert!(table.render(false, true).contains("\x1b[2m-\x1b[0m"));
         assert_eq!(Table::new("nothing").columns(&["A"]).render(false, true), "nothing\n");
+    }
+
+    #[test]
+    fn lines_fit_the_terminal() {
+        assert_eq!(fit("12345", Some(5)), "12345");
+        assert_eq!(fit("123456", Some(5)), "1234…");
+        assert_eq!(fit("123456", None), "123456");
+        assert_eq!(
+            fit("\x1b[32myes\x1b[0m   \x1b[2mno\x1b[0m", Some(8)),
+            "\x1b[32myes\x1b[0m   \x1b[2mno\x1b[0m"
+        );
+        assert_eq!(
+            fit("\x1b[32myes\x1b[0m   \x1b[2mno\x1b[0m", Some(7)),
+            "\x1b[32myes\x1b[0m   \x1b[2m…\x1b[0m"
+        );
+        assert_eq!(fit("ééé", Some(2)), "é…");
     }
 
     #[test]

@@ -30,6 +30,8 @@ fn a_wrong_command_line_is_2_and_says_why() {
         &["tunnels", "-o", "xml"],
         &["up", "--once"],
         &["cluster", "add", "Not_A_Name"],
+        &["cluster", "add", "a", "--ttl", "0s"],
+        &["cluster", "add", "a", "--uses", "0"],
         &["dial", "east", "no-port"],
     ] {
         let output = cellway(args);
@@ -37,6 +39,21 @@ fn a_wrong_command_line_is_2_and_says_why() {
         assert!(output.stdout.is_empty(), "{args:?}");
         assert!(!output.stderr.is_empty(), "{args:?}");
     }
+}
+
+/// Nothing of a hub or of a demo that runs is taken away by a second one in the same folder.
+#[test]
+fn a_second_demo_leaves_the_first_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mark = folder.path().join("cellway-demo");
+    std::fs::write(&mark, "").unwrap();
+    std::fs::write(folder.path().join("kept"), "").unwrap();
+    let first = std::fs::File::open(&mark).unwrap();
+    first.lock().unwrap();
+    let output = cellway(&["up", "--demo", "--once", "--data-dir", folder.path().to_str().unwrap()]);
+    assert_eq!(code(&output), 2, "{}", stderr(&output));
+    assert!(stderr(&output).contains("a demo is running"), "{}", stderr(&output));
+    assert!(folder.path().join("kept").exists());
 }
 
 #[test]

@@ -140,6 +140,11 @@ impl ProxyError {
             Self::UnknownCluster { .. } => {
                 "check the name against `cellway clusters`, or enrol it with `cellway cluster add`"
             }
+            Self::NoTunnel { cluster: None } => {
+                "to reach an enrolled member, name it: as the header Cellway-Cluster, as the user of \
+                 Proxy-Authorization, or in the host, HOST.MEMBER.cellway; otherwise check that an agent runs and can \
+                 reach this server's agent port"
+            }
             Self::NoTunnel { .. } => "check that the member's agent runs and can reach this hub's agent port",
             Self::NotAllowedAtHub { .. } => {
                 "open it with the annotation cellway.io/allowed-destinations on the KubeFedCluster; the agent must \

@@ -21,7 +21,7 @@ use crate::{
     error::{Error, Result},
     hub::{Hub, Kind, ensure, explain},
     membership,
-    output::{Cell, Paint, Table},
+    output::{Cell, Paint, Table, own_command},
 };
 
 const NAMESPACE: &str = "shop";
@@ -117,9 +117,8 @@ pub(super) async fn run(
     settle(hub, &members, children, &mut step, &|_| SECOND_IMAGE).await?;
     step.finish("every cell moved");
 
-    let note = format!("\nThe whole story took {:.1} s. To look around:\n", began.elapsed().as_secs_f64());
+    let note = format!("\nThe whole story took {:.1} s.", began.elapsed().as_secs_f64());
     progress.say(&note, Paint::Bold);
-    progress.say(&commands(hub, folder), Paint::Plain);
     Ok(())
 }
 
@@ -133,7 +132,7 @@ async fn start_members(
     let mut step = progress.step("enrolling two simulated members");
     for (name, cells) in MEMBERS {
         step.note(name);
-        let enrolment = membership::enrol(hub, name, Duration::from_secs(600), None).await?;
+        let enrolment = membership::enrol(hub, name, Duration::from_secs(600), 1, None).await?;
         let data = member_dir(folder, name);
         let tried = format!("make {}", data.display());
         fs::create_dir_all(&data).map_err(|error| Error::failed(&tried, error))?;
@@ -428,8 +427,9 @@ async fn check_config(members: &BTreeMap<&str, Client>) -> Result<()> {
     Ok(())
 }
 
-/// What a user can type now.
-fn commands(hub: &Hub, folder: &Path) -> String {
+/// What somebody may try while the demo runs.
+pub(super) fn commands(hub: &Hub, folder: &Path) -> String {
+    let cellway = own_command();
     let kubeconfig = hub.kubeconfig().display();
     let data = folder.display();
     let mut text = String::new();
@@ -450,11 +450,11 @@ fn commands(hub: &Hub, folder: &Path) -> String {
     line(
         "a member, through its tunnel",
         format!(
-            "cellway kubeconfig west --data-dir {data} > west.kubeconfig; kubectl --kubeconfig west.kubeconfig -n {NAMESPACE} get pods -o wide"
+            "{cellway} kubeconfig west --data-dir {data} > west.kubeconfig; kubectl --kubeconfig west.kubeconfig -n {NAMESPACE} get pods -o wide"
         ),
     );
-    line("round trips", format!("cellway ping west --data-dir {data}"));
-    line("tunnels", format!("cellway tunnels --data-dir {data}"));
+    line("round trips", format!("{cellway} ping west --data-dir {data}"));
+    line("tunnels", format!("{cellway} tunnels --data-dir {data}"));
     text
 }
 

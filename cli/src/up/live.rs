@@ -10,12 +10,12 @@ use crate::{
     error::{Error, Result},
     hub::Hub,
     lists,
-    output::{Paint, colours, text_out},
+    output::{Paint, colours, fit, terminal_width, text_out},
 };
 
 const REFRESH: Duration = Duration::from_secs(1);
 
-/// While it lives, the terminal cuts long lines instead of wrapping them, so that a picture's height is known.
+/// While it lives, the terminal wraps no line, so that a picture's height is known even when its width is not.
 struct NoWrap;
 
 impl NoWrap {
@@ -58,9 +58,10 @@ pub(super) async fn run(hub: &Hub, children: &mut Children, demo: bool) -> Resul
         // Back to the start of the former picture, each line cleared as it is written anew.
         let mut text = if lines > 0 { format!("\x1b[{lines}A") } else { String::new() };
         lines = view.lines().count();
+        let width = terminal_width();
         for line in view.lines() {
             text.push_str("\x1b[2K");
-            text.push_str(line);
+            text.push_str(&fit(line, width));
             text.push('\n');
         }
         text.push_str("\x1b[J");

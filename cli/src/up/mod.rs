@@ -24,7 +24,7 @@ use crate::{
     error::{Error, Result},
     hub::{Hub, Server},
     kubeconfig::{default_data_dir, default_demo_dir},
-    output::text_out,
+    output::{own_command, text_out},
 };
 
 /// The hub makes its keys at the first start, which is slow on a slow machine.
@@ -48,7 +48,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<()> {
         (None, true) => default_demo_dir()?,
         (None, false) => default_data_dir()?,
     };
-    prepare(&folder, args.demo)?;
+    let _ours = prepare(&folder, args.demo)?;
     let folder =
         folder.canonicalize().map_err(|error| Error::failed(format!("use {}", folder.display()), error))?;
     let mut children = Children::new(folder.join("logs"));
@@ -77,9 +77,13 @@ async fn story(args: &UpArgs, folder: &Path, children: &mut Children) -> Result<
     let hub = start_hub(args, folder, children, &mut progress).await?;
     if args.demo {
         demo::run(&hub, folder, children, &mut progress).await?;
+        if !args.once {
+            text_out(&format!("To look around, in another terminal:\n\n{}\n", demo::commands(&hub, folder)))?;
+        }
     } else {
         text_out(&format!(
-            "\nThe hub is up. Add a member:\n  cellway cluster add NAME{}\nkubectl:\n  kubectl --kubeconfig {} get kubefedclusters -A\n\n",
+            "\nThe hub is up. Add a member:\n  {} cluster add NAME{}\nkubectl:\n  kubectl --kubeconfig {} get kubefedclusters -A\n\n",
+            own_command(),
             data_dir_flag(args, folder),
             hub.kubeconfig().display(),
         ))?;
@@ -92,13 +96,20 @@ fn data_dir_flag(args: &UpArgs, folder: &Path) -> String {
     if args.data_dir.is_some() { format!(" --data-dir {}", folder.display()) } else { String::new() }
 }
 
-/// Makes the data folder. A demo begins afresh; nothing but a former demo is ever removed.
-fn prepare(folder: &Path, demo: bool) -> Result<()> {
+/// Makes the data folder. A demo begins afresh; nothing but a former demo that has ended is ever removed. The file keeps
+/// others out for as long as it is held.
+fn prepare(folder: &Path, demo: bool) -> Result<Option<fs::File>> {
     let tried = format!("use the data folder {}", folder.display());
     let failed = |error: io::Error| Error::failed(&tried, error);
+    let mark = folder.join(DEMO_MARK);
     if demo && folder.exists() {
         let empty = fs::read_dir(folder).map_err(failed)?.next().is_none();
-        if folder.join(DEMO_MARK).is_file() {
+        if mark.is_file() {
+            let former = fs::File::open(&mark).map_err(failed)?;
+            if former.try_lock().is_err() {
+                return Err(Error::usage(&tried, "a demo is running in it")
+                    .remedy("end that one, or name another folder with --data-dir"));
+            }
             fs::remove_dir_all(folder).map_err(failed)?;
         } else if !empty {
             return Err(Error::usage(&tried, "it holds something that is not a demo's")
@@ -106,18 +117,15 @@ fn prepare(folder: &Path, demo: bool) -> Result<()> {
         }
     }
     fs::create_dir_all(folder.join("logs")).map_err(failed)?;
-    if demo {
-        fs::write(
-            folder.join(DEMO_MARK),
-            "Written by `cellway up --demo`, which removes this folder when it starts.\n",
-        )
+    if !demo {
+        return Ok(None);
+    }
+    fs::write(&mark, "Written by `cellway up --demo`, which removes this folder when it starts.\n")
         .map_err(failed)?;
-    }
-    // A file of an earlier hub must not be taken for this one's.
-    match fs::remove_file(folder.join("hub.json")) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(error)),
-        _ => Ok(()),
-    }
+    let ours = fs::File::open(&mark).map_err(failed)?;
+    // Where locks are not to be had, the demo works all the same.
+    let _ = ours.try_lock();
+    Ok(Some(ours))
 }
 
 async fn start_hub(
@@ -141,8 +149,11 @@ async fn start_hub(
         // Nobody else has business with a demo, and nobody waits long for its end.
         hub = hub.arg("--bind-address", "127.0.0.1").arg("--graceful-shutdown-timeout", "5s");
     }
+    let path = folder.join("hub.json");
+    // One that was killed left its file behind, and one that runs here has it.
+    let former = fs::read_to_string(&path).ok();
     children.start(hub)?;
-    let file: HubFile = wait_for_file(&folder.join("hub.json"), "hub", children).await?;
+    let file: HubFile = wait_for_file(&path, former.as_deref(), "hub", children).await?;
     let hub = Hub::from_kubeconfig(folder.join("admin.kubeconfig")).await?;
     let server = hub.server().await?;
     step.finish(&format!(
@@ -152,16 +163,19 @@ async fn start_hub(
     Ok(hub)
 }
 
-/// Waits until a program has written its file, or has ended instead.
+/// Waits until a program has written its file, or has ended instead. The `former` file is somebody else's.
 async fn wait_for_file<T: for<'a> Deserialize<'a>>(
     path: &Path,
+    former: Option<&str>,
     who: &str,
     children: &mut Children,
 ) -> Result<T> {
     let start = tokio::time::Instant::now();
     loop {
         children.check()?;
-        if let Ok(text) = fs::read_to_string(path) {
+        if let Ok(text) = fs::read_to_string(path)
+            && former != Some(text.as_str())
+        {
             // The file appears whole: it is renamed into place.
             return serde_json::from_str(&text)
                 .map_err(|error| Error::failed(format!("read {}", path.display()), error));

@@ -5,7 +5,7 @@ use std::{
     time::Instant,
 };
 
-use crate::output::{Paint, colours};
+use crate::output::{Paint, colours, fit, terminal_width};
 
 /// Shows steps on the standard output.
 pub(super) struct Progress {
@@ -56,7 +56,9 @@ impl Step<'_> {
         self.shown = note.to_owned();
         let mark = Paint::Warn.on("…", self.progress.colours);
         let note = Paint::Faint.on(note, self.progress.colours);
-        self.progress.write(&format!("\r\x1b[2K{mark} {} {note}", self.text));
+        // A line that wraps cannot be rewritten.
+        let line = fit(&format!("{mark} {} {note}", self.text), terminal_width());
+        self.progress.write(&format!("\r\x1b[2K{line}"));
     }
 
     /// Ends it well.

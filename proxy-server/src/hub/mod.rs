@@ -68,6 +68,9 @@ const SERVER_CERTIFICATE_TTL: Duration = Duration::from_secs(90 * 24 * 3600);
 /// A day: a process that runs for years never comes near the end of a certificate.
 const REISSUE_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 
+/// The shortest life of an agent's certificate. It is renewed at two thirds; below this agents do little else.
+const MIN_AGENT_CERTIFICATE_TTL: Duration = Duration::from_secs(5);
+
 /// Memory that all tunnels together may promise to agents, in bytes.
 const TUNNEL_MEMORY: usize = 2 << 30;
 
@@ -133,6 +136,11 @@ pub struct HubArgs {
 /// Why a hub could not be started, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
+    /// Agents' certificates would expire before they are used.
+    #[error(
+        "--agent-certificate-ttl is {0:?}: agents need at least {MIN_AGENT_CERTIFICATE_TTL:?} to use and renew a certificate"
+    )]
+    CertificateTtl(Duration),
     /// The flag is missing.
     #[error("--data-dir is needed: name the folder that the hub keeps its data in")]
     NoDataDir,
@@ -206,18 +214,27 @@ impl Hub {
     /// Names what could not be made, read or bound.
     pub async fn bind(args: HubArgs) -> Result<Self, HubError> {
         let data_dir = args.data_dir.clone().ok_or(HubError::NoDataDir)?;
+        if args.agent_certificate_ttl.0 < MIN_AGENT_CERTIFICATE_TTL {
+            return Err(HubError::CertificateTtl(args.agent_certificate_ttl.0));
+        }
         // It may be named relative to a folder that the process leaves later.
         let unusable = |source| HubError::DataDir { path: data_dir.clone(), source };
         private_dir(&data_dir).map_err(unusable)?;
         let data_dir = data_dir.canonicalize().map_err(unusable)?;
-        // Whoever waits for the file must not take an earlier hub's for this one's.
-        remove_if_there(&data_dir.join(HUB_FILE)).map_err(unusable)?;
-
         let advertised_host = args.advertise_address.clone().unwrap_or_else(|| match args.bind_address {
             ip if ip.is_unspecified() => Ipv4Addr::LOCALHOST.to_string(),
             ip => ip.to_string(),
         });
+        if advertised_host == Ipv4Addr::LOCALHOST.to_string() && args.bind_address.is_unspecified() {
+            tracing::warn!(
+                "agents and users on other machines are told to reach this hub at {advertised_host}: say how they \
+                 reach it with --advertise-address"
+            );
+        }
         let api = bind_api(&args, &data_dir, &advertised_host).await?;
+        // Whoever waits for the file must not take an earlier hub's for this one's. Not before the store is ours: a hub
+        // that runs in this folder keeps its file.
+        remove_if_there(&data_dir.join(HUB_FILE)).map_err(unusable)?;
         let tunnel_ca =
             Arc::new(CertificateAuthority::load_or_create(&data_dir.join("tunnel-ca"), "cellway-tunnel-ca")?);
         let certificates = ServerCertificates {
