@@ -65,7 +65,7 @@ pub(crate) enum DevCommand {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ClusterCommand {
-    /// Make a member known to the hub and print the command that enrols its agent.
+    /// Make a member known to the hub and print the command, and the Helm line, that enrols its agent.
     Add(AddArgs),
     /// End a member's tunnels and refuse the certificates that it holds.
     Revoke(RevokeArgs),
@@ -225,9 +225,12 @@ pub(crate) struct FilteredListArgs {
 pub(crate) struct AddArgs {
     /// The member's name: lower-case letters, digits and `-`, at most 63.
     pub(crate) name: String,
-    /// How long the token can be used, once.
+    /// How long the token can be used.
     #[arg(long, default_value = "1h", value_name = "DURATION")]
     pub(crate) ttl: GoDuration,
+    /// How many agents the token admits; the Helm chart runs one on each node.
+    #[arg(long, default_value_t = 1, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) uses: u32,
     /// Where the member's agent will reach the hub [default: what the hub says of itself].
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) agents_address: Option<String>,

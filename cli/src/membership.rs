@@ -24,9 +24,12 @@ pub(crate) struct Enrolment {
     pub(crate) cluster: String,
     pub(crate) token: String,
     pub(crate) expires_at: String,
+    /// How many agents the token admits.
+    pub(crate) uses: u32,
     pub(crate) hub: String,
     pub(crate) ca_hash: String,
     pub(crate) command: String,
+    pub(crate) helm_command: String,
     pub(crate) development_command: String,
 }
 
@@ -36,11 +39,12 @@ pub(crate) fn cluster_name(name: &str) -> Result<ClusterName> {
         .map_err(|error| Error::usage(format!("take {name:?} as a cluster's name"), error))
 }
 
-/// Makes the member known and a token for it.
+/// Makes the member known and a token for it, which admits `uses` agents.
 pub(crate) async fn enrol(
     hub: &Hub,
     name: &str,
     ttl: std::time::Duration,
+    uses: u32,
     address: Option<String>,
 ) -> Result<Enrolment> {
     cluster_name(name)?;
@@ -76,6 +80,7 @@ pub(crate) async fn enrol(
             "cluster": base64_of(name),
             "token-hash": base64_of(&hex::encode(Sha256::digest(secret.as_bytes()))),
             "expires-at": base64_of(&expires.to_string()),
+            "uses": base64_of(&uses.to_string()),
         },
     });
     ensure(&secrets, Kind::Secret, &format!("enrolment-{id}"), fields).await?;
@@ -86,6 +91,7 @@ pub(crate) async fn enrol(
              --data-dir /var/lib/cellway-agent",
             server.ca_hash
         ),
+        helm_command: helm_command(name, &address, &token, &server.ca_hash),
         development_command: format!(
             "cellway dev member {name} --hub {address} --enrolment-token {token} --ca-hash {}",
             server.ca_hash
@@ -93,9 +99,19 @@ pub(crate) async fn enrol(
         cluster: name.to_owned(),
         token,
         expires_at: expires.to_string(),
+        uses,
         hub: address,
         ca_hash: server.ca_hash,
     })
+}
+
+/// The line that installs the chart. Nobody but its owner knows the registry that holds the image.
+fn helm_command(name: &str, address: &str, token: &str, ca_hash: &str) -> String {
+    format!(
+        "helm install cellway-agent charts/agent --namespace cellway-system --create-namespace \
+         --set-string cluster={name} --set 'servers={{{address}}}' --set-string enrolment.token={token} \
+         --set enrolment.caHash={ca_hash} --set image.repository=REGISTRY/cellway-agent"
+    )
 }
 
 fn base64_of(text: &str) -> String {
@@ -104,20 +120,36 @@ fn base64_of(text: &str) -> String {
 
 pub(crate) async fn add(args: AddArgs) -> Result<()> {
     cluster_name(&args.name)?;
+    if args.ttl.0.is_zero() {
+        return Err(Error::usage(
+            "make a token",
+            "--ttl is zero: it would have expired before anybody used it",
+        ));
+    }
     let hub = Hub::open(&args.hub).await?;
-    let enrolment = enrol(&hub, &args.name, args.ttl.0, args.agents_address).await?;
+    let enrolment = enrol(&hub, &args.name, args.ttl.0, args.uses, args.agents_address).await?;
     if !crate::lists::for_people(args.output.output) {
         return output::print(args.output.output, &enrolment, |_| Table::new(""));
     }
     let colour = colours(std::io::IsTerminal::is_terminal(&std::io::stdout()));
     let faint = |text: &str| Paint::Faint.on(text, colour);
+    let (agents, times) = match enrolment.uses {
+        1 => ("Its agent joins".to_owned(), "once".to_owned()),
+        uses => (format!("Up to {uses} agents join"), "once each".to_owned()),
+    };
+    let several = match enrolment.uses {
+        1 => " (one node; for more make the token with --uses NODES)",
+        _ => "",
+    };
     text_out(&format!(
-        "{} is known to the hub. Its agent joins with this command, once, until {}:\n\n  {}\n\n{}\n  {}\n",
+        "{} is known to the hub. {agents} with this command, {times}, until {}:\n\n  {}\n\n{}\n\n  {}\n\n{}\n\n  {}\n",
         Paint::Bold.on(&enrolment.cluster, colour),
         enrolment.expires_at,
         enrolment.command,
+        faint(&format!("or, inside the member, with the chart of this project{several}:")),
+        enrolment.helm_command,
         faint("or, for a simulated member on this machine:"),
-        faint(&enrolment.development_command),
+        enrolment.development_command,
     ))
 }
 
@@ -152,6 +184,14 @@ pub(crate) async fn revoke(args: RevokeArgs) -> Result<()> {
 mod tests {
     use super::*;
     use crate::error::Kind as ErrorKind;
+
+    #[test]
+    fn the_helm_line_is_one_line_that_a_shell_takes_apart_as_meant() {
+        let line = helm_command("prod-hz", "[2001:db8::1]:8091", "ab12.c-d_e", "sha256:00ff");
+        assert!(!line.contains('\n') && !line.contains("  "), "{line}");
+        // Braces and brackets mean something to shells.
+        assert!(line.contains(" --set 'servers={[2001:db8::1]:8091}' "), "{line}");
+    }
 
     #[test]
     fn names_are_checked_before_anything_is_sent() {

@@ -1,12 +1,13 @@
 //! Enrolment and renewal: `POST /cellway/v1/certificates` on the agents' port.
 //!
 //! ```text
-//! agent ── CSR + token ────────▶ check the token ▶ check the CSR ▶ redeem (delete) ▶ sign
+//! agent ── CSR + token ────────▶ check the token ▶ check the CSR ▶ redeem ▶ sign
 //! agent ── CSR + certificate ──▶ check the certificate against the directory ─────▶ sign
 //! ```
 //!
-//! A token is redeemed exactly once, by whoever's delete wins, and only then is anything signed by the CA; a request
-//! that could not be signed anyway does not use the token up. Where tokens live is an [`EnrolmentAuthority`]'s business.
+//! A token is redeemed as often as it says and no more, once unless told otherwise, by whoever's write wins; only then is
+//! anything signed by the CA. A request that could not be signed anyway does not use the token up. Where tokens live is an
+//! [`EnrolmentAuthority`]'s business.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -40,6 +41,11 @@ const MAX_REQUEST: usize = 32 * 1024;
 const RATE: u32 = 5;
 const BURST: u32 = 100;
 
+/// How often a redemption that lost against another agent's is tried again, and the longest pause before that. A whole
+/// DaemonSet starts at once; whoever loses every time is told to come later, and does.
+const REDEMPTIONS: usize = 8;
+const REDEMPTION_PAUSE: Duration = Duration::from_millis(50);
+
 /// How long an agent's certificate lives unless told otherwise. Short, because it is renewed by itself and a stolen one
 /// dies with it.
 pub const DEFAULT_CERTIFICATE_TTL: Duration = Duration::from_secs(24 * 3600);
@@ -63,6 +69,8 @@ pub struct Grant {
     pub issued_at: SystemTime,
     /// The record's version when it was read: redeeming anything else fails.
     pub version: String,
+    /// How many agents it still admits, this one included.
+    pub uses: u32,
 }
 
 /// Why no certificate is given.
@@ -82,6 +90,9 @@ pub enum EnrolError {
     /// The certificate or the token is from before the cluster's revocation.
     #[error("cluster '{0}' has been revoked: enrol it again with a new token")]
     Revoked(String),
+    /// Another agent redeemed the same token at the same time; it may be good for more.
+    #[error("other agents are using this token at the same moment: try again later")]
+    Contended,
     /// Neither token nor certificate.
     #[error("send an enrolment token as 'Authorization: Bearer …', or the agent's certificate to renew it")]
     NoCredential,
@@ -111,7 +122,7 @@ pub trait EnrolmentAuthority: Send + Sync + 'static {
         now: SystemTime,
     ) -> BoxFuture<'a, Result<Grant, EnrolError>>;
 
-    /// Uses it up; fails when somebody else already has.
+    /// Uses it up, or one of its uses; fails when somebody else has changed it since it was read.
     fn redeem<'a>(&'a self, grant: &'a Grant) -> BoxFuture<'a, Result<(), EnrolError>>;
 }
 
@@ -223,15 +234,28 @@ impl Enrolment {
         csr: &str,
         now: SystemTime,
     ) -> Result<CertificateResponse, EnrolError> {
-        let grant = self.authority.check(token, now).await?;
-        let identity = AgentIdentity::new(self.trust_domain.clone(), grant.cluster.clone(), agent);
-        self.admit(&identity, grant.issued_at)?;
-        self.rehearsal
-            .sign_agent(csr, &identity, self.ttl)
-            .map_err(|error| EnrolError::BadRequest(service::error_chain(&error)))?;
-        self.authority.redeem(&grant).await?;
-        tracing::info!(cluster = %identity.cluster, agent.id = %identity.agent, "agent enrolled");
-        self.sign(&identity, csr)
+        let mut attempts = 1;
+        loop {
+            let grant = self.authority.check(token, now).await?;
+            let identity =
+                AgentIdentity::new(self.trust_domain.clone(), grant.cluster.clone(), agent.clone());
+            self.admit(&identity, grant.issued_at)?;
+            self.rehearsal
+                .sign_agent(csr, &identity, self.ttl)
+                .map_err(|error| EnrolError::BadRequest(service::error_chain(&error)))?;
+            match self.authority.redeem(&grant).await {
+                Ok(()) => {
+                    let left = grant.uses.saturating_sub(1);
+                    tracing::info!(cluster = %identity.cluster, agent.id = %identity.agent, token.uses.left = left, "agent enrolled");
+                    return self.sign(&identity, csr);
+                }
+                Err(EnrolError::Contended) if attempts < REDEMPTIONS => {
+                    attempts += 1;
+                    tokio::time::sleep(REDEMPTION_PAUSE.mul_f64(rand::random())).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     fn renew(
@@ -398,7 +422,7 @@ impl EnrolError {
             Self::UnknownCluster(_) | Self::Revoked(_) | Self::NotThisAgent(_) => StatusCode::FORBIDDEN,
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
             Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
-            Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Unavailable | Self::Contended => StatusCode::SERVICE_UNAVAILABLE,
             Self::Sign => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -409,7 +433,7 @@ impl EnrolError {
             Self::UnknownCluster(_) | Self::Revoked(_) | Self::NotThisAgent(_) => "Forbidden",
             Self::BadRequest(_) => "BadRequest",
             Self::RateLimited => "TooManyRequests",
-            Self::Unavailable => "ServiceUnavailable",
+            Self::Unavailable | Self::Contended => "ServiceUnavailable",
             Self::Sign => "InternalError",
         }
     }
@@ -424,6 +448,7 @@ impl EnrolError {
             Self::NotThisAgent(_) => "not-this-agent",
             Self::BadRequest(_) => "bad-request",
             Self::RateLimited => "rate-limited",
+            Self::Contended => "contended",
             Self::Unavailable => "unavailable",
             Self::Sign => "sign-failed",
         }

@@ -116,13 +116,18 @@ impl Setup {
     }
 
     async fn add_token(&self, cluster: &str, life: i64) -> EnrolmentToken {
+        self.add_token_for(cluster, life, 1).await
+    }
+
+    async fn add_token_for(&self, cluster: &str, life: i64, uses: u32) -> EnrolmentToken {
         let token = EnrolmentToken::generate();
         let expires = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(life);
         self.post(
             "/api/v1/namespaces/cellway-system/secrets",
             json!({ "apiVersion": "v1", "kind": "Secret", "type": "cellway.io/enrolment-token",
                     "metadata": { "name": format!("enrolment-{}", token.id) },
-                    "stringData": { "cluster": cluster, "token-hash": token.hash(), "expires-at": expires.to_string() } }),
+                    "stringData": { "cluster": cluster, "token-hash": token.hash(), "expires-at": expires.to_string(),
+                                    "uses": uses.to_string() } }),
         )
         .await;
         token
@@ -273,6 +278,28 @@ async fn from_token_to_revocation() {
     // What is made after the answer works.
     let fresh = setup.add_token("east", 600).await;
     assert!(setup.request_certificate(&fresh, "a4").await.is_ok());
+
+    // A DaemonSet: all at once with one token, each once, nobody more.
+    let shared = setup.add_token_for("east", 600, 12).await;
+    let ask = |node: usize| {
+        let (setup, shared) = (&setup, &shared);
+        async move {
+            // Whoever lost against the others too often is told to come again, and does.
+            until("an answer", || async {
+                match setup.request_certificate(shared, &format!("node-{node}.example")).await {
+                    Err((status, _)) if status == 503 => None,
+                    answered => Some(answered.map(drop).map_err(|(status, _)| status)),
+                }
+            })
+            .await
+        }
+    };
+    let answers = futures::future::join_all((0..15).map(ask)).await;
+    assert_eq!(answers.iter().filter(|answer| answer.is_ok()).count(), 12, "{answers:?}");
+    assert!(
+        answers.iter().flat_map(|answer| answer.as_ref().err()).all(|status| *status == 401),
+        "{answers:?}"
+    );
 
     tokio::time::timeout(LIMIT, setup.signal.drain()).await.unwrap();
     tokio::time::timeout(LIMIT, setup.hub).await.unwrap().unwrap();

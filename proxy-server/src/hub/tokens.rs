@@ -1,18 +1,25 @@
-//! Enrolment tokens as Secrets of the hub API: looked up by name, redeemed by a delete that only one can win, removed when
+//! Enrolment tokens as Secrets of the hub API: looked up by name, redeemed by a write that only one can win, removed when
 //! their cluster is revoked or their time is over.
+//!
+//! A token is good for one agent. One whose Secret says `uses` is good for so many: a DaemonSet's pods all start with the
+//! same Secret. Each redemption counts it down at the version that was read, and the last one deletes it.
 
 use std::time::{Duration, SystemTime};
 
 use futures::future::BoxFuture;
 use k8s_openapi::api::core::v1::Secret;
-use kube::api::{DeleteParams, ListParams, Preconditions};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions};
 use kube::{Api, Client, ResourceExt};
+use serde_json::json;
 
 use super::SYSTEM_NAMESPACE;
 use crate::enrol::{EnrolError, EnrolmentAuthority, EnrolmentToken, Grant};
 
 /// The type that such a Secret has: no other Secret is ever taken for a token.
 const SECRET_TYPE: &str = "cellway.io/enrolment-token";
+
+/// The most agents that one token admits: more nodes than one member has.
+const MAX_USES: u32 = 10_000;
 
 /// How often expired tokens are removed.
 const CLEANING_INTERVAL: Duration = Duration::from_secs(3600);
@@ -46,14 +53,22 @@ impl SecretTokens {
     }
 
     async fn redeem(&self, grant: &Grant) -> Result<(), EnrolError> {
-        let preconditions = Preconditions { resource_version: Some(grant.version.clone()), uid: None };
-        let params = DeleteParams::default().preconditions(preconditions);
-        match self.secrets.delete(&secret_name(&grant.id), &params).await {
-            Ok(_) => Ok(()),
+        let name = secret_name(&grant.id);
+        let redeemed = if grant.uses <= 1 {
+            let preconditions = Preconditions { resource_version: Some(grant.version.clone()), uid: None };
+            let params = DeleteParams::default().preconditions(preconditions);
+            self.secrets.delete(&name, &params).await.map(drop)
+        } else {
+            // The version makes it a compare-and-swap.
+            let patch = json!({ "metadata": { "resourceVersion": grant.version },
+                                "stringData": { "uses": (grant.uses - 1).to_string() } });
+            self.secrets.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await.map(drop)
+        };
+        match redeemed {
+            Ok(()) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 404 => Err(EnrolError::InvalidToken),
             // Somebody else was first, or changed it.
-            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {
-                Err(EnrolError::InvalidToken)
-            }
+            Err(kube::Error::Api(status)) if status.code == 409 => Err(EnrolError::Contended),
             Err(error) => {
                 tracing::warn!(error = %service::error_chain(&error), "failed to redeem an enrolment token");
                 Err(EnrolError::Unavailable)
@@ -144,15 +159,20 @@ fn grant_of(secret: &Secret, token: &EnrolmentToken, now: SystemTime) -> Result<
         (secret.type_.as_deref() == Some(SECRET_TYPE)).then_some(())?;
         let cluster = field("cluster")?.parse().ok()?;
         let expires: jiff::Timestamp = field("expires-at")?.parse().ok()?;
+        let uses = match field("uses") {
+            None => 1,
+            Some(uses) => uses.parse().ok().filter(|uses| (1..=MAX_USES).contains(uses))?,
+        };
         Some((
             cluster,
+            uses,
             field("token-hash")?,
             SystemTime::from(expires),
             issued_at(secret)?,
             secret.metadata.resource_version.clone()?,
         ))
     };
-    let (cluster, hash, expires, issued_at, version) = readable().ok_or(EnrolError::InvalidToken)?;
+    let (cluster, uses, hash, expires, issued_at, version) = readable().ok_or(EnrolError::InvalidToken)?;
     if !token.matches(&hash) {
         return Err(EnrolError::InvalidToken);
     }
@@ -160,7 +180,7 @@ fn grant_of(secret: &Secret, token: &EnrolmentToken, now: SystemTime) -> Result<
     if now >= expires {
         return Err(EnrolError::Expired);
     }
-    Ok(Grant { id: token.id.clone(), cluster, issued_at, version })
+    Ok(Grant { id: token.id.clone(), cluster, issued_at, version, uses })
 }
 
 #[cfg(test)]
@@ -181,12 +201,28 @@ mod tests {
     }
 
     #[test]
+    fn uses_are_a_bounded_number() {
+        let token = EnrolmentToken::generate();
+        let now = SystemTime::from("2026-11-21T10:00:00Z".parse::<jiff::Timestamp>().unwrap());
+        let with = |uses: &str| {
+            let mut secret = secret(&token, SECRET_TYPE, "east", "2026-11-21T11:00:00Z");
+            let bytes = k8s_openapi::ByteString(uses.as_bytes().to_vec());
+            secret.data.as_mut().unwrap().insert("uses".to_owned(), bytes);
+            grant_of(&secret, &token, now).map(|grant| grant.uses)
+        };
+        assert_eq!((with("3"), with("10000")), (Ok(3), Ok(10_000)));
+        for bad in ["0", "-1", "10001", "many", "", "99999999999999999999"] {
+            assert_eq!(with(bad), Err(EnrolError::InvalidToken), "{bad}");
+        }
+    }
+
+    #[test]
     fn a_secret_grants_what_it_says() {
         let token = EnrolmentToken::generate();
         let now = SystemTime::from("2026-11-21T10:00:00Z".parse::<jiff::Timestamp>().unwrap());
         let good = secret(&token, SECRET_TYPE, "east", "2026-11-21T11:00:00Z");
         let grant = grant_of(&good, &token, now).unwrap();
-        assert_eq!((grant.cluster.as_str(), grant.version.as_str()), ("east", "7"));
+        assert_eq!((grant.cluster.as_str(), grant.version.as_str(), grant.uses), ("east", "7", 1));
         assert_eq!(grant.issued_at, now - Duration::from_secs(1800));
         let hour = Duration::from_secs(3600);
         assert!(!is_over(&good, now + 2 * hour), "whoever comes late is told so");

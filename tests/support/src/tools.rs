@@ -21,6 +21,11 @@ pub fn kubectl() -> Result<PathBuf, Missing> {
     named("CELLWAY_KUBECTL", "kubectl", "run `cargo xtask test`, which fetches it")
 }
 
+/// The helm in `CELLWAY_HELM`, else the one on the PATH.
+pub fn helm() -> Result<PathBuf, Missing> {
+    named("CELLWAY_HELM", "helm", "run `cargo xtask test`, which fetches it")
+}
+
 /// iproute2's `ip`.
 pub fn ip() -> Result<PathBuf, Missing> {
     named("CELLWAY_IP", "ip", "install the Debian package iproute2")
