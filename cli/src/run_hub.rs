@@ -12,12 +12,12 @@ use crate::{
 };
 
 pub(crate) async fn run(mut command: HubCommand) -> Result<ExitCode> {
-    command.log.init().map_err(|error| Error::failed("set up the log", chain(&error)))?;
+    let log = command.log.init().map_err(|error| Error::failed("set up the log", chain(&error)))?;
     let mut signals = Signals::install().map_err(|error| Error::failed("listen for signals", error))?;
     if command.hub.data_dir.is_none() {
         command.hub.data_dir = Some(default_data_dir()?);
     }
-    let hub = proxy_server::hub::Hub::bind(command.hub)
+    let hub = proxy_server::hub::Hub::bind(command.hub, Some(log))
         .await
         .map_err(|error| Error::failed("start the hub", chain(&error)).remedy("the log above says more"))?;
     let deadline = hub.drain_timeout();

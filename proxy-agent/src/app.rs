@@ -241,6 +241,11 @@ impl Bound {
             gateway = self.gateway.is_some(),
             "the agent's identity is there"
         );
+        if self.gateway.is_none() && !credentials.cluster.is_empty() {
+            tracing::warn!(
+                "no API gateway: the hub cannot reach this member's API; run the agent in a pod, or give it --kubeconfig"
+            );
+        }
         let keeper = self.keeper.clone();
         let kept = credentials.clone();
         background.spawn(async move { keeper.keep(&kept).await }.in_current_span());

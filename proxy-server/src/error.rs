@@ -4,7 +4,7 @@
 //! sentence of advice is written once, here.
 
 use http::StatusCode;
-use tunnel::DialError;
+use tunnel::{DialError, Target};
 
 /// The header that carries [`ProxyError::code`], on responses of every HTTP frontend and on the tunnel's own wire.
 pub const ERROR_HEADER: &str = "cellway-error";
@@ -33,7 +33,7 @@ pub enum ProxyError {
         target: String,
     },
     /// An agent could not, or would not, connect.
-    #[error("failed to connect to {target}: {error}")]
+    #[error("{}", failed_dial(target, error))]
     Dial {
         /// `host:port`.
         target: String,
@@ -82,6 +82,19 @@ fn no_tunnel(cluster: Option<&str>) -> String {
     match cluster {
         Some(cluster) => format!("cluster '{cluster}' has no tunnel to this hub now"),
         None => "currently no tunnels available".to_owned(),
+    }
+}
+
+/// An agent without a gateway refuses the gateway's address; its policy has nothing to do with that.
+fn lacks_gateway(target: &str, error: &DialError) -> bool {
+    matches!(error, DialError::NotAllowed) && target == Target::api_gateway().to_string()
+}
+
+fn failed_dial(target: &str, error: &DialError) -> String {
+    if lacks_gateway(target, error) {
+        "the member's agent serves no API: it runs without an API gateway".to_owned()
+    } else {
+        format!("failed to connect to {target}: {error}")
     }
 }
 
@@ -150,6 +163,9 @@ impl ProxyError {
                 "open it with the annotation cellway.io/allowed-destinations on the KubeFedCluster; the agent must \
                  allow it too"
             }
+            Self::Dial { target, error } if lacks_gateway(target, error) => {
+                "start the agent in a pod of the member, or with --kubeconfig"
+            }
             Self::Dial { error, .. } => match error {
                 DialError::Refused => "nothing listens there: check the port and that the service runs",
                 DialError::TimedOut => "check that the member's network lets its agent reach the destination",
@@ -184,6 +200,18 @@ impl ProxyError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_agent_without_a_gateway_is_told_apart_from_a_policy() {
+        let target = Target::api_gateway().to_string();
+        let error = ProxyError::Dial { target, error: DialError::NotAllowed };
+        assert!(
+            error.body().contains("--kubeconfig") && !error.body().contains("policy"),
+            "{}",
+            error.body()
+        );
+        assert_eq!((error.status().as_u16(), error.code()), (403, "not-allowed"));
+    }
 
     #[test]
     fn the_five_cases_differ() {

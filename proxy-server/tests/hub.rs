@@ -52,7 +52,7 @@ async fn start() -> Setup {
     let mut argv = vec!["hub".to_owned(), "--bind-address=127.0.0.1".to_owned()];
     argv.push(format!("--data-dir={}", data_dir.display()));
     argv.extend(["api", "agent", "connect", "health", "admin"].map(|name| format!("--{name}-port=0")));
-    let hub = Hub::bind(Args::parse_from(argv).hub).await.unwrap();
+    let hub = Hub::bind(Args::parse_from(argv).hub, None).await.unwrap();
     let (signal, drain) = service::drain::channel();
     let hub = AbortOnDropHandle::new(tokio::spawn(async move { hub.run(drain).await.unwrap() }));
     let file = data_dir.join("hub.json");

@@ -30,6 +30,7 @@ use serde_json::json;
 use service::admin::Admin;
 use service::drain::DrainWatch;
 use service::duration::GoDuration;
+use service::log::LogHandle;
 use service::metrics::SharedRegistry;
 use service::ready::{Readiness, ReadyGuard};
 use tls::{CertificateAuthority, ClientAuth, ServerTls, TlsVersions, TrustDomain};
@@ -208,11 +209,12 @@ struct ServerCertificates {
 // === impl Hub ===
 
 impl Hub {
-    /// Makes or loads keys, opens the store, binds every listener. Nothing is served yet.
+    /// Makes or loads keys, opens the store, binds every listener. Nothing is served yet. The admin pages can change the
+    /// filter of `log`.
     ///
     /// # Errors
     /// Names what could not be made, read or bound.
-    pub async fn bind(args: HubArgs) -> Result<Self, HubError> {
+    pub async fn bind(args: HubArgs, log: Option<LogHandle>) -> Result<Self, HubError> {
         let data_dir = args.data_dir.clone().ok_or(HubError::NoDataDir)?;
         if args.agent_certificate_ttl.0 < MIN_AGENT_CERTIFICATE_TTL {
             return Err(HubError::CertificateTtl(args.agent_certificate_ttl.0));
@@ -283,7 +285,10 @@ impl Hub {
         api.mount("/clusters", with_user(parts.api_proxy.router()));
         api.mount("/cellway/v1", with_user(pages.router()));
 
-        let admin = Admin::new(readiness, metrics).config(shown(&args, &data_dir));
+        let mut admin = Admin::new(readiness, metrics).config(shown(&args, &data_dir));
+        if let Some(log) = log {
+            admin = admin.log(log);
+        }
         let server = BoundServer::bind(config, parts, Some(enrolment), admin).await?;
         let addresses = server.addresses().clone();
         let agents_port = addresses.agents.map_or(args.agent_port, |addr| addr.port());
