@@ -57,6 +57,7 @@ impl Hub {
             tls,
             limits: Limits::default(),
             budget: Budget::new(1 << 30),
+            reset_key: tunnel::ResetKey::random(),
         };
         TunnelListener::bind(config).await.unwrap()
     }

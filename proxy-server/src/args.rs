@@ -13,8 +13,8 @@ use service::duration::GoDuration;
 use service::flags::Effective;
 use service::log::LogArgs;
 use tls::{ClientAuth, ServerTls, TlsError, TlsVersions, TrustDomain};
-use tunnel::Limits;
 use tunnel::policy::{DestinationPolicy, InvalidPolicy};
+use tunnel::{Limits, ResetKey};
 
 use crate::agents::IdentityRules;
 use crate::connect::{AllowedClients, ConnectLimits, client_share};
@@ -336,6 +336,7 @@ impl Args {
                     ..defaults
                 },
                 memory: self.tunnel_memory.saturating_mul(1024 * 1024),
+                reset_key: self.reset_key(agent_addr),
             },
             directory: ClusterDirectory::open(DestinationPolicy::parse_all(&self.allow)?),
             strategies: self.proxy_strategies.clone(),
@@ -380,6 +381,15 @@ impl Args {
             return Err(ConfigError::Unsupported { flag: "--agent-service-account", instead });
         }
         Ok(())
+    }
+
+    /// Belongs to the key that agents know this server by, and to where they reach it: servers may share the key.
+    fn reset_key(&self, agent_addr: SocketAddr) -> ResetKey {
+        let key = self.cluster_key.as_deref().and_then(|path| tls::read_bounded(path).ok());
+        key.map_or_else(ResetKey::random, |mut secret| {
+            secret.extend_from_slice(format!("{agent_addr} {}", self.server_id).as_bytes());
+            ResetKey::derived(&secret)
+        })
     }
 
     fn agents_tls(&self) -> Result<ServerTls, ConfigError> {

@@ -17,7 +17,7 @@ use tls::ServerTls;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tracing::Instrument;
-use tunnel::{Budget, Limits, ListenerConfig, ServerHello, ServerTunnel, TunnelListener};
+use tunnel::{Budget, Limits, ListenerConfig, ResetKey, ServerHello, ServerTunnel, TunnelListener};
 
 use crate::agents::{Agents, IdentityRules, TunnelPlaces};
 use crate::api_proxy::ApiProxy;
@@ -79,6 +79,8 @@ pub struct AgentsConfig {
     pub limits: Limits,
     /// Memory of all tunnels together, in bytes.
     pub memory: usize,
+    /// The same after a restart: QUIC agents are told at once that their tunnels are gone.
+    pub reset_key: ResetKey,
 }
 
 /// A Unix socket frontend.
@@ -232,6 +234,7 @@ impl BoundServer {
             tls: config.agents.tls,
             limits: config.agents.limits,
             budget: Budget::new(config.agents.memory),
+            reset_key: config.agents.reset_key,
         })
         .await
         .map_err(|source| ServerError::Agents { addr: config.agents.tcp, source })?;

@@ -74,6 +74,7 @@ async fn start_with(limits: ConnectLimits) -> Setup {
             rules: IdentityRules { trust_domain: None, plain: false, anonymous: false },
             limits: Limits::default(),
             memory: 1 << 30,
+            reset_key: tunnel::ResetKey::random(),
         },
         directory,
         strategies: vec![Strategy::Default],

@@ -29,6 +29,7 @@ mod limits;
 pub mod policy;
 mod quic;
 mod relay;
+mod reset;
 mod server;
 mod session;
 mod table;
@@ -42,6 +43,7 @@ pub use error::{CloseReason, DialError, RefusalKind, TunnelError};
 pub use hello::{Carrier, CarrierChoice, Hello, ServerHello};
 pub use limits::{Budget, Limits};
 pub use relay::{LocalSocket, RelayOutcome, RelayReport};
+pub use reset::ResetKey;
 pub use server::{
     Accepted, BindError, HttpsConnection, ListenerConfig, PendingTunnel, Rejections, ServerTunnel,
     TunnelListener,

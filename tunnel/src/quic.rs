@@ -30,6 +30,7 @@ use crate::{
     error::{CloseReason, DialError, TunnelError},
     limits::{Budget, Limits, Reservation},
     relay::{LocalReader, LocalSocket, LocalWriter, RelayOutcome, RelayReport},
+    reset::ResetKey,
     table::{Place, Table},
 };
 
@@ -106,16 +107,23 @@ pub(crate) struct QuicConnection {
 
 /// Binds the server's socket. `config` proves addresses; connections are accepted with a fresh one each, so that
 /// certificates can change.
-pub(crate) fn bind(address: SocketAddr, config: quinn::ServerConfig) -> io::Result<quinn::Endpoint> {
-    endpoint(std::net::UdpSocket::bind(address)?, Some(config))
+pub(crate) fn bind(
+    address: SocketAddr,
+    config: quinn::ServerConfig,
+    reset_key: &ResetKey,
+) -> io::Result<quinn::Endpoint> {
+    endpoint(std::net::UdpSocket::bind(address)?, reset_key.endpoint_config(), Some(config))
 }
 
-fn endpoint(socket: std::net::UdpSocket, server: Option<quinn::ServerConfig>) -> io::Result<quinn::Endpoint> {
+fn endpoint(
+    socket: std::net::UdpSocket,
+    mut config: quinn::EndpointConfig,
+    server: Option<quinn::ServerConfig>,
+) -> io::Result<quinn::Endpoint> {
     let buffers = socket2::SockRef::from(&socket);
     // The kernel gives what it is allowed to.
     let _ = buffers.set_recv_buffer_size(SOCKET_BUFFER);
     let _ = buffers.set_send_buffer_size(SOCKET_BUFFER);
-    let mut config = quinn::EndpointConfig::default();
     config
         .max_udp_payload_size(MAX_PACKET)
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
@@ -142,7 +150,7 @@ pub(crate) async fn connect(
     limits: &Limits,
 ) -> Result<(quinn::Endpoint, quinn::Connection), TunnelError> {
     let local: SocketAddr = if address.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
-    let endpoint = endpoint(std::net::UdpSocket::bind(local)?, None)?;
+    let endpoint = endpoint(std::net::UdpSocket::bind(local)?, quinn::EndpointConfig::default(), None)?;
     let crypto = QuicClientConfig::try_from(tls).map_err(|error| TunnelError::Tls(error.to_string()))?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
     config.transport_config(Arc::new(transport(limits, limits.max_connections + 1)));

@@ -35,6 +35,7 @@ use crate::{
     hello::{Carrier, Hello, ServerHello},
     limits::{Budget, Limits},
     quic::{self, QuicLink},
+    reset::ResetKey,
     session::{Attached, Session},
     table::{ConnectionInfo, TunnelStats},
 };
@@ -61,6 +62,8 @@ pub struct ListenerConfig {
     pub limits: Limits,
     /// Shared by all tunnels of the process.
     pub budget: Arc<Budget>,
+    /// The same after a restart, so that QUIC agents learn at once that this server has forgotten them.
+    pub reset_key: ResetKey,
 }
 
 /// The listener could not be set up.
@@ -182,8 +185,8 @@ impl TunnelListener {
                 }
                 let server = quic::server_config(acceptor.tls.config(&[quic::ALPN]), &acceptor.limits)
                     .map_err(|error| BindError::Quic { address, source: error.into() })?;
-                let endpoint =
-                    quic::bind(address, server).map_err(|source| BindError::Quic { address, source })?;
+                let endpoint = quic::bind(address, server, &config.reset_key)
+                    .map_err(|source| BindError::Quic { address, source })?;
                 let bound = endpoint.local_addr().map_err(|source| BindError::Quic { address, source })?;
                 let accept = acceptor.clone().accept_quic(endpoint);
                 tasks.push(AbortOnDropHandle::new(tokio::spawn(accept.in_current_span())));

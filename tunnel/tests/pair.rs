@@ -47,6 +47,47 @@ async fn the_agent_tells_what_it_counts() {
     .await;
 }
 
+/// A server that is killed closes nothing, and QUIC has no kernel that answers for it. The next one at the same address
+/// tells the agent that its tunnel is gone, long before silence would.
+#[tokio::test]
+async fn a_server_that_comes_back_resets_what_its_former_self_held() {
+    let identities = support::Identities::new();
+    let limits = Limits { keepalive_interval: Duration::from_millis(100), ..Limits::default() };
+    let bind = async |secret: &[u8]| {
+        support::listener_with(&identities, limits.clone(), true, tunnel::ResetKey::derived(secret)).await
+    };
+    let mut former = bind(b"kept across restarts").await;
+    let (stranger, next) = (bind(b"another").await, bind(b"kept across restarts").await);
+    // What stands for the server's one address: killing the server is sending its packets elsewhere.
+    let forwarder = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = forwarder.local_addr().unwrap();
+    let (server, mut to) = tokio::sync::watch::channel(former.quic_addr().unwrap());
+    let _forwarding = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(async move {
+        let mut agent = None;
+        let mut packet = vec![0; 65_536];
+        loop {
+            let (length, from) = forwarder.recv_from(&mut packet).await.unwrap();
+            let now = *to.borrow_and_update();
+            if from == now {
+                forwarder.send_to(&packet[..length], agent.unwrap()).await.unwrap();
+            } else if from.port() == agent.get_or_insert(from).port() {
+                forwarder.send_to(&packet[..length], now).await.unwrap();
+            }
+        }
+    }));
+    let mut options = support::options(&identities, address, CarrierChoice::Quic);
+    options.limits = limits.clone();
+    let (agent, tunnel) = tokio::join!(tunnel::connect(options), support::attach(&mut former));
+    let agent = agent.unwrap();
+    // One that does not have the key cannot end it.
+    server.send_replace(stranger.quic_addr().unwrap());
+    tokio::time::timeout(Duration::from_secs(1), agent.handle().closed()).await.unwrap_err();
+    server.send_replace(next.quic_addr().unwrap());
+    let reason = tokio::time::timeout(Duration::from_secs(5), agent.handle().closed()).await.unwrap();
+    println!("closed: {reason}");
+    drop(tunnel);
+}
+
 #[tokio::test]
 async fn nothing_is_lost_before_an_orderly_close() {
     both(|carrier| async move {

@@ -38,7 +38,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
-use tunnel::{DialError, Limits, ServerTunnel, Target};
+use tunnel::{DialError, Limits, ResetKey, ServerTunnel, Target};
 
 use self::admin_api::{AdminApi, BoundInfo, HubInfo};
 use self::tokens::SecretTokens;
@@ -71,6 +71,9 @@ const REISSUE_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 
 /// The shortest life of an agent's certificate. It is renewed at two thirds; below this agents do little else.
 const MIN_AGENT_CERTIFICATE_TTL: Duration = Duration::from_secs(5);
+
+/// Bytes of the secret that stateless resets are made with.
+const RESET_SECRET: usize = 32;
 
 /// Memory that all tunnels together may promise to agents, in bytes.
 const TUNNEL_MEMORY: usize = 2 << 30;
@@ -452,6 +455,7 @@ fn server_config(
             },
             limits: Limits::default(),
             memory: TUNNEL_MEMORY,
+            reset_key: reset_key(&data_dir.join("tunnel-tls").join("reset.key"))?,
         },
         directory,
         strategies: vec![Strategy::Default],
@@ -474,6 +478,18 @@ fn server_config(
         },
         access_log: !args.no_access_log,
     })
+}
+
+/// Loads the key of stateless resets, or makes it. It may be lost: then agents find out about a crash by silence, once.
+fn reset_key(path: &Path) -> Result<ResetKey, HubError> {
+    if let Ok(secret) = tls::read_bounded(path)
+        && secret.len() == RESET_SECRET
+    {
+        return Ok(ResetKey::derived(&secret));
+    }
+    let secret: [u8; RESET_SECRET] = rand::random();
+    tls::write_private(path, &secret)?;
+    Ok(ResetKey::derived(&secret))
 }
 
 /// A client of the hub API in the same process: over loopback, whatever address others use.

@@ -12,7 +12,7 @@ use tokio::{
 };
 use tunnel::{
     Accepted, AgentTunnel, Budget, CarrierChoice, ConnectError, ConnectOptions, Connection, DialError, Hello,
-    Limits, ListenerConfig, ServerHello, ServerTunnel, Target, TunnelListener,
+    Limits, ListenerConfig, ResetKey, ServerHello, ServerTunnel, Target, TunnelListener,
 };
 
 pub const LONG: Duration = Duration::from_secs(30);
@@ -161,6 +161,15 @@ impl Pair {
 }
 
 pub async fn listener(identities: &Identities, limits: Limits, quic: bool) -> TunnelListener {
+    listener_with(identities, limits, quic, ResetKey::random()).await
+}
+
+pub async fn listener_with(
+    identities: &Identities,
+    limits: Limits,
+    quic: bool,
+    reset_key: ResetKey,
+) -> TunnelListener {
     let any: SocketAddr = ([127, 0, 0, 1], 0).into();
     TunnelListener::bind(ListenerConfig {
         tcp: any,
@@ -168,6 +177,7 @@ pub async fn listener(identities: &Identities, limits: Limits, quic: bool) -> Tu
         tls: identities.server.clone(),
         limits,
         budget: Budget::new(1 << 32),
+        reset_key,
     })
     .await
     .unwrap()
