@@ -13,18 +13,36 @@ use service::flags;
 use test_support::{require, tools};
 use tokio::process::Command;
 
-/// What `cellway cluster add` fills in.
 const HASH: &str = "sha256:abababababababababababababababababababababababababababababababab";
-const REQUIRED: [(&str, &str); 5] = [
-    ("--set-string", "cluster=prod-hz"),
-    ("--set", "servers={hub.example:8091,[2001:db8::1]:8091}"),
-    ("--set-string", "enrolment.token=0123456789ab.c-d_e"),
-    ("--set-string", "enrolment.caHash="),
-    ("--set", "image.repository=registry.example/cellway-agent"),
-];
+
+/// A chart, and the least that it needs.
+struct Chart {
+    name: &'static str,
+    required: &'static [(&'static str, &'static str)],
+}
+
+/// What `cellway cluster add` fills in.
+const AGENT: Chart = Chart {
+    name: "agent",
+    required: &[
+        ("--set-string", "cluster=prod-hz"),
+        ("--set", "servers={hub.example:8091,[2001:db8::1]:8091}"),
+        ("--set-string", "enrolment.token=0123456789ab.c-d_e"),
+        ("--set-string", "enrolment.caHash="),
+        ("--set", "image.repository=registry.example/cellway-agent"),
+    ],
+};
+
+const HUB: Chart = Chart {
+    name: "hub",
+    required: &[
+        ("--set", "advertiseAddress=hub.example"),
+        ("--set", "image.repository=registry.example/cellway-hub"),
+    ],
+};
 
 /// Every other value that changes what is rendered.
-const EVERYTHING: &str = r#"
+const AGENT_EVERYTHING: &str = r#"
 enrolment: {token: "", existingSecret: joined-by-hand}
 image: {tag: "1.2", pullSecrets: [{name: registry}]}
 identity: {hostPath: ""}
@@ -41,15 +59,45 @@ podAnnotations: {example.com/scrape: "true"}
 podLabels: {team: network}
 "#;
 
+const HUB_EVERYTHING: &str = r#"
+image: {tag: "1.2", pullPolicy: Always, pullSecrets: [{name: registry}]}
+agents: {port: 18091, quic: false, service: {type: NodePort, annotations: {example.com/pool: outside}}}
+api: {port: 443, service: {type: LoadBalancer, annotations: {example.com/pool: inside}}}
+connect: {port: 18090}
+healthPort: 18092
+agentCertificateTTL: 12h
+persistence: {size: 20Gi, storageClass: fast}
+extraArgs: ["--v=4"]
+affinity: {nodeAffinity: {}}
+tolerations: [{operator: Exists}]
+podAnnotations: {example.com/scrape: "true"}
+podLabels: {team: network}
+"#;
+
+/// The hub's flags as `cellway hub` has them.
+#[derive(clap::Parser)]
+struct HubFlags {
+    #[command(flatten)]
+    _hub: proxy_server::hub::HubArgs,
+    #[command(flatten)]
+    _log: service::log::LogArgs,
+}
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-async fn helm(program: &Path, verb: &[&str], without: Option<&str>, values: &str) -> Result<(bool, String)> {
+async fn helm(
+    program: &Path,
+    chart: &Chart,
+    verb: &[&str],
+    without: Option<&str>,
+    values: &str,
+) -> Result<(bool, String)> {
     let mut command = Command::new(program);
-    command.args(verb).arg(root().join("charts/agent"));
+    command.args(verb).arg(root().join("charts").join(chart.name));
     for (flag, value) in
-        REQUIRED.iter().filter(|(_, value)| without.is_none_or(|name| !value.starts_with(name)))
+        chart.required.iter().filter(|(_, value)| without.is_none_or(|name| !value.starts_with(name)))
     {
         let hash = if value.ends_with("caHash=") { HASH } else { "" };
         command.args([*flag, &format!("{value}{hash}")]);
@@ -66,17 +114,10 @@ async fn helm(program: &Path, verb: &[&str], without: Option<&str>, values: &str
     Ok((output.status.success(), String::from_utf8(text)?))
 }
 
-async fn render(program: &Path, without: Option<&str>, values: &str) -> Result<String> {
-    let verb = ["template", "cellway-agent", "--namespace", "cellway-system"];
-    let (done, text) = helm(program, &verb, without, values).await?;
-    ensure!(done, "{text}");
-    Ok(text)
-}
-
 /// Compares with `golden/<name>`; writes it when `CELLWAY_WRITE_GOLDEN` is set.
 fn compare(name: &str, text: &str) -> Result<()> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name);
-    if std::env::var_os("CELLWAY_WRITE_GOLDEN").is_some() {
+    if std::env::var_os("CELLWAY_WRITE_GOLDEN").is_some_and(|value| !value.is_empty()) {
         std::fs::write(&path, text)?;
         return Ok(());
     }
@@ -93,13 +134,19 @@ fn compare(name: &str, text: &str) -> Result<()> {
     Ok(())
 }
 
-/// The agent's flags in a rendering are flags of this build's agent, and make a configuration.
-fn agent_accepts(text: &str) -> Result<()> {
+/// The arguments of the container in a rendering.
+fn arguments(text: &str) -> Result<Vec<String>> {
     let args = text.lines().skip_while(|line| line.trim() != "args:").skip(1);
     let args = args.map(str::trim).take_while(|line| line.starts_with("- "));
+    let args: Vec<_> = args.map(|arg| arg.trim_start_matches("- ").trim_matches('"').to_owned()).collect();
+    ensure!(args.len() > 8, "no arguments were found: {args:?}");
+    Ok(args)
+}
+
+/// The agent's flags are flags of this build's agent, and make a configuration.
+fn agent_accepts(args: Vec<String>) -> Result<()> {
     let mut argv = vec!["proxy-agent".to_owned()];
     for arg in args {
-        let arg = arg.trim_start_matches("- ").trim_matches('"');
         // Files of a pod are not here; the flags themselves are what counts.
         match arg.split_once('=') {
             Some(("--enrolment-token-file", _)) => {
@@ -109,51 +156,89 @@ fn agent_accepts(text: &str) -> Result<()> {
                 ensure!(value == "on", "a member without its API is of no use");
                 argv.push("--gateway=off".to_owned());
             }
-            _ => argv.push(arg.to_owned()),
+            _ => argv.push(arg),
         }
     }
-    ensure!(argv.len() > 8, "no flags were found: {argv:?}");
     let parsed = flags::try_parse::<proxy_agent::Args>(&argv)?;
     proxy_agent::Config::try_from(parsed.args).with_context(|| format!("{argv:?}"))?;
     Ok(())
 }
 
-#[tokio::test]
-async fn the_agents_chart_renders_what_it_should() -> Result<()> {
-    let helm = require!(tools::helm());
-    for (name, without, values) in [
-        ("agent-chart.yaml", None, "{}"),
-        ("agent-chart-everything.yaml", Some("enrolment.token"), EVERYTHING),
-    ] {
-        let (fine, said) = self::helm(&helm, &["lint", "--strict"], without, values).await?;
-        ensure!(fine, "{name}: {said}");
-        let text = render(&helm, without, values).await?;
-        compare(name, &text)?;
-        agent_accepts(&text).with_context(|| name.to_owned())?;
+/// The first argument is `cellway`'s subcommand, the others are its flags.
+fn hub_accepts(args: Vec<String>) -> Result<()> {
+    ensure!(args[0] == "hub", "{args:?}");
+    flags::try_parse::<HubFlags>(&args)?;
+    Ok(())
+}
+
+async fn renders_what_it_should(
+    chart: &Chart,
+    values: [(&str, Option<&str>, &str); 2],
+    accepts: fn(Vec<String>) -> Result<()>,
+) -> Result<()> {
+    let program = require!(tools::helm());
+    for (golden, without, values) in values {
+        let (fine, said) = helm(&program, chart, &["lint", "--strict"], without, values).await?;
+        ensure!(fine, "{golden}: {said}");
+        let release = format!("cellway-{}", chart.name);
+        let verb = ["template", &release, "--namespace", "cellway-system"];
+        let (done, text) = helm(&program, chart, &verb, without, values).await?;
+        ensure!(done, "{golden}: {text}");
+        compare(golden, &text)?;
+        accepts(arguments(&text)?).with_context(|| golden.to_owned())?;
     }
     Ok(())
 }
 
-#[tokio::test]
-async fn the_agents_chart_refuses_what_cannot_work() -> Result<()> {
-    let helm = require!(tools::helm());
-    let template = ["template", "cellway-agent"];
-    for (without, _) in REQUIRED.iter().map(|(_, value)| value.split_once('=').unwrap_or((value, ""))) {
-        let (done, said) = self::helm(&helm, &template, Some(without), "{}").await?;
+/// Without a value that is required, and with each of these, nothing is rendered and the value is named.
+async fn refuses_what_cannot_work(chart: &Chart, bad: &[(&str, &str)]) -> Result<()> {
+    let program = require!(tools::helm());
+    let template = ["template", "cellway"];
+    for (_, value) in chart.required {
+        let without = value.split('=').next().unwrap_or(value);
+        let (done, said) = helm(&program, chart, &template, Some(without), "{}").await?;
         let field = without.rsplit('.').next().unwrap_or(without);
         ensure!(!done && said.contains(field), "without {without}: {said}");
     }
-    for (values, named) in [
-        ("transport: tcp", "transport"),
-        ("identity: {hostPath: relative}", "hostPath"),
-        ("extraArgs: [v=4]", "extraArgs"),
-        ("rbac: {impersonateUser: [jane]}", "impersonateUser"),
-        ("imagePullPolicy: Always", "imagePullPolicy"),
-    ] {
-        let (done, said) = self::helm(&helm, &template, None, values).await?;
+    for (values, named) in bad {
+        let (done, said) = helm(&program, chart, &template, None, values).await?;
         if done || !said.contains(named) {
             bail!("{values}: {said}");
         }
     }
     Ok(())
+}
+
+#[tokio::test]
+async fn the_agents_chart_renders_what_it_should() -> Result<()> {
+    let values = [
+        ("agent-chart.yaml", None, "{}"),
+        ("agent-chart-everything.yaml", Some("enrolment.token"), AGENT_EVERYTHING),
+    ];
+    renders_what_it_should(&AGENT, values, agent_accepts).await
+}
+
+#[tokio::test]
+async fn the_hubs_chart_renders_what_it_should() -> Result<()> {
+    let values = [("hub-chart.yaml", None, "{}"), ("hub-chart-everything.yaml", None, HUB_EVERYTHING)];
+    renders_what_it_should(&HUB, values, hub_accepts).await
+}
+
+#[tokio::test]
+async fn the_charts_refuse_what_cannot_work() -> Result<()> {
+    let bad = [
+        ("transport: tcp", "transport"),
+        ("identity: {hostPath: relative}", "hostPath"),
+        ("extraArgs: [v=4]", "extraArgs"),
+        ("rbac: {impersonateUser: [jane]}", "impersonateUser"),
+        ("imagePullPolicy: Always", "imagePullPolicy"),
+    ];
+    refuses_what_cannot_work(&AGENT, &bad).await?;
+    let bad = [
+        ("replicas: 2", "replicas"),
+        ("agents: {port: 0}", "port"),
+        ("agentCertificateTTL: long", "agentCertificateTTL"),
+        ("api: {service: {type: Ingress}}", "type"),
+    ];
+    refuses_what_cannot_work(&HUB, &bad).await
 }
