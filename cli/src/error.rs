@@ -62,7 +62,8 @@ impl Error {
             401 => Self::failed(tried, message).remedy(
                 "the hub does not know this user: take the kubeconfig that the hub wrote (--kubeconfig)",
             ),
-            403 => Self::failed(tried, message)
+            // Unless the answer itself says what to do, as that to a destination that is not open does.
+            403 if !message.contains('\n') => Self::failed(tried, message)
                 .remedy("this user may not: ask for rights, or take another kubeconfig"),
             502..=504 => Self::unreachable(tried, message),
             _ => Self::failed(tried, message),
@@ -138,6 +139,14 @@ mod tests {
         ] {
             assert_eq!(Error::of_status("ask", code, "").kind(), kind, "{code}");
         }
+    }
+
+    #[test]
+    fn the_hubs_own_advice_is_enough() {
+        let shown = |message: &str| Error::of_status("dial", 403, message).to_string();
+        assert!(shown("forbidden").contains("this user may not"));
+        let closed = shown("the hub does not allow it\nopen it with an annotation");
+        assert!(closed.contains("annotation") && !closed.contains("this user"), "{closed}");
     }
 
     #[test]
