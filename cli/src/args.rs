@@ -6,7 +6,11 @@ use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 use service::duration::GoDuration;
 
-use crate::{federate::FederateCommand, kubeconfig::HubArgs, output::OutputArgs};
+use crate::{
+    federate::{DescribeArgs, DiffArgs, FederateCommand, LogsArgs, PreviewArgs, RevisionsArgs, RollbackArgs},
+    kubeconfig::HubArgs,
+    output::OutputArgs,
+};
 
 /// Joins Kubernetes clusters that nobody can dial into to one hub, and places applications in them by cell.
 #[derive(Debug, Parser)]
@@ -38,6 +42,18 @@ pub(crate) enum Command {
     /// Say which resources are federated.
     #[command(subcommand)]
     Federate(FederateCommand),
+    /// Show a federated object with its units, member objects, pods and events.
+    Describe(DescribeArgs),
+    /// Read the logs of a federated workload's pods in all its units.
+    Logs(LogsArgs),
+    /// List the revisions of a federated object.
+    Revisions(RevisionsArgs),
+    /// Show what differs between two revisions.
+    Diff(DiffArgs),
+    /// Go back to an earlier revision.
+    Rollback(RollbackArgs),
+    /// Show what each unit would do under a mask, without one, or as things are.
+    Preview(PreviewArgs),
     /// List the live tunnels.
     Tunnels(FilteredListArgs),
     /// List the live proxied connections.
@@ -49,7 +65,7 @@ pub(crate) enum Command {
     /// Print a kubeconfig of the hub or, through the hub, of a member.
     Kubeconfig(KubeconfigArgs),
     /// Print the federation's CustomResourceDefinitions, for a stock kube-apiserver as the hub API.
-    Crds,
+    Crds(CrdsArgs),
     /// Print a completion script.
     Completion {
         /// The shell to print it for.
@@ -201,6 +217,17 @@ pub(crate) struct MemberArgs {
     pub(crate) log: service::log::LogArgs,
     #[command(flatten)]
     pub(crate) child: ChildArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CrdsArgs {
+    /// Where that API server reaches a hub's conversion webhook (https://…/cellway/v1/convert). Without one it does not
+    /// serve KubeFed's form of federated objects.
+    #[arg(long, requires = "webhook_ca", value_name = "URL")]
+    pub(crate) webhook_url: Option<String>,
+    /// The certificates that it trusts for that.
+    #[arg(long, requires = "webhook_url", value_name = "FILE")]
+    pub(crate) webhook_ca: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -2,9 +2,10 @@
 
 use clap::CommandFactory as _;
 use clap_complete::Shell;
+use federation_core::api::Conversion;
 
 use crate::{
-    args::{Args, KubeconfigArgs},
+    args::{Args, CrdsArgs, KubeconfigArgs},
     error::{Error, Result},
     kubeconfig::through_hub,
     membership::cluster_name,
@@ -31,9 +32,18 @@ pub(crate) fn kubeconfig(args: &KubeconfigArgs) -> Result<()> {
     text_out(&format!("{text}\n"))
 }
 
-pub(crate) fn crds() -> Result<()> {
+pub(crate) fn crds(args: &CrdsArgs) -> Result<()> {
+    let conversion = match (&args.webhook_url, &args.webhook_ca) {
+        (Some(url), Some(path)) => {
+            let tried = format!("read {}", path.display());
+            let ca_bundle = std::fs::read_to_string(path).map_err(|error| Error::failed(tried, error))?;
+            Conversion::Webhook { url: url.clone(), ca_bundle }
+        }
+        // clap sees to it that they come together.
+        _ => Conversion::Unserved,
+    };
     let mut text = String::new();
-    for crd in federation_core::crds() {
+    for crd in federation_core::crds(&conversion) {
         let yaml = serde_yaml_ng::to_string(&crd).map_err(|error| Error::failed("print the CRDs", error))?;
         text.push_str("---\n");
         text.push_str(&yaml);

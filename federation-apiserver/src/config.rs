@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use federation_store::Location;
 use serde_json::Value;
@@ -39,6 +40,8 @@ pub struct Config {
     pub oidc: Option<crate::auth::oidc::OidcConfig>,
     /// CustomResourceDefinitions to ensure at start: created, or updated where they differ.
     pub crds: Vec<Value>,
+    /// Converts objects of definitions that carry [`CONVERTED_ANNOTATION`] between versions, in this process.
+    pub converter: Option<Converter>,
     /// Objects to create at start where they do not exist.
     pub bootstrap: Vec<Value>,
     /// The database, which several servers may share; a file in the data directory for this server alone when not given.
@@ -71,6 +74,17 @@ pub struct ServiceAccountConfig {
 /// The issuer that clusters commonly have.
 pub const DEFAULT_ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 
+/// Annotation on a CustomResourceDefinition with the conversion strategy `None`: `"true"` has its objects converted by
+/// [`Config::converter`].
+pub const CONVERTED_ANNOTATION: &str = "cellway.io/converted-in-process";
+
+/// A function that converts an object to another `apiVersion` of its group. It keeps name, namespace and uid, as a
+/// conversion webhook does.
+#[derive(Clone)]
+pub struct Converter(Arc<Convert>);
+
+type Convert = dyn Fn(Value, &str) -> Result<Value, String> + Send + Sync;
+
 /// Bounds on what clients may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -87,6 +101,26 @@ pub struct Limits {
     pub shutdown_delay: std::time::Duration,
     /// For running requests when the server stops.
     pub shutdown_grace: std::time::Duration,
+}
+
+// === impl Converter ===
+
+impl Converter {
+    /// A converter that calls `convert` with an object and the wanted `apiVersion`.
+    pub fn new(convert: impl Fn(Value, &str) -> Result<Value, String> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(convert))
+    }
+
+    /// Converts.
+    pub(crate) fn convert(&self, object: Value, api_version: &str) -> Result<Value, String> {
+        (self.0)(object, api_version)
+    }
+}
+
+impl std::fmt::Debug for Converter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Converter")
+    }
 }
 
 // === impl Config ===
@@ -106,6 +140,7 @@ impl Config {
             service_accounts: ServiceAccountConfig::default(),
             oidc: None,
             crds: Vec::new(),
+            converter: None,
             bootstrap: Vec::new(),
             store: None,
             in_memory: false,

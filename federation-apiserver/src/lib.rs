@@ -45,7 +45,9 @@ mod value;
 pub use auth::UserInfo;
 pub use auth::oidc::OidcConfig;
 pub use client::LocalClient;
-pub use config::{Config, DEFAULT_ISSUER, Limits, Role, ServiceAccountConfig};
+pub use config::{
+    CONVERTED_ANNOTATION, Config, Converter, DEFAULT_ISSUER, Limits, Role, ServiceAccountConfig,
+};
 pub use federation_store::Location;
 pub use logs::{LogOptions, LogSource};
 pub use server::{ApiServer, BindError, Bound};

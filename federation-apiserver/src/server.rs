@@ -136,7 +136,10 @@ impl ApiServer {
             None => StoreConfig::exclusive(dir.join("store.db")),
         };
         let store = Store::open(store).await.map_err(BindError::Store)?;
-        let registry = Arc::new(Registry::new(store, config.role, CancellationToken::new()));
+        let registry = Arc::new(
+            Registry::new(store, config.role, CancellationToken::new())
+                .with_converter(config.converter.clone()),
+        );
         bootstrap(&registry, &config, address).await?;
 
         let accounts = Arc::new(service_accounts(&config, &pki, &registry)?);

@@ -4,10 +4,15 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use federation_core::api::{Cell, FederatedRevision, FederatedTypeConfig, KubeFedCluster, PropagationConfig};
+use federation_core::api::{
+    Cell, FederatedRevision, FederatedTypeConfig, KubeFedCluster, Placement, PropagationConfig,
+    ReplicaSchedulingPreference, TopologyType,
+};
 use federation_core::metadata::PropagationRules;
 use federation_core::names;
+use federation_core::plan::NamespacePlacement;
 use federation_core::topology::Topology;
+use federation_core::types::FederatedType;
 use futures::StreamExt as _;
 use kube::api::DynamicObject;
 use kube::runtime::watcher;
@@ -33,6 +38,8 @@ pub(crate) struct HubState {
     clusters: BTreeMap<String, Arc<KubeFedCluster>>,
     configs: BTreeMap<String, PropagationConfig>,
     type_configs: BTreeMap<String, FederatedTypeConfig>,
+    /// By namespace and name.
+    preferences: HashMap<(String, String), Arc<ReplicaSchedulingPreference>>,
     /// By namespace and source mark, then by name.
     revisions: HashMap<(String, String), BTreeMap<String, Arc<FederatedRevision>>>,
     topology: Arc<Topology>,
@@ -73,7 +80,7 @@ impl ObjectKey {
 impl HubState {
     /// A state in which nothing has been listed.
     pub(crate) fn new() -> Self {
-        Self { unlisted: [CELLS, CLUSTERS, CONFIGS, REVISIONS, TYPES].into(), ..Self::default() }
+        Self { unlisted: [CELLS, CLUSTERS, CONFIGS, PREFERENCES, REVISIONS, TYPES].into(), ..Self::default() }
     }
 
     /// Whether everything that concerns objects of a type has been listed.
@@ -129,6 +136,64 @@ impl HubState {
     pub(crate) fn revisions(&self, namespace: &str, source: &str) -> Vec<Arc<FederatedRevision>> {
         let of = self.revisions.get(&(namespace.to_owned(), source.to_owned()));
         of.into_iter().flat_map(BTreeMap::values).cloned().collect()
+    }
+
+    /// What is asked for about the replicas of a federated object.
+    pub(crate) fn preference(
+        &self,
+        of: &FederatedType,
+        key: &ObjectKey,
+    ) -> Option<Arc<ReplicaSchedulingPreference>> {
+        let found = self.preferences.get(&(key.namespace.to_string(), key.name.to_string()))?;
+        (found.spec.target_kind == of.kind).then(|| Arc::clone(found))
+    }
+
+    /// Takes preferences in; returns namespaces and names of those that are concerned.
+    pub(crate) fn change_preferences(
+        &mut self,
+        change: Change<ReplicaSchedulingPreference>,
+    ) -> Vec<(String, String)> {
+        let place = |of: &ReplicaSchedulingPreference| (of.namespace().unwrap_or_default(), of.name_any());
+        match change {
+            Change::Replace(all) => {
+                self.unlisted.remove(PREFERENCES);
+                let before = std::mem::take(&mut self.preferences);
+                self.preferences = all.into_iter().map(|of| (place(&of), Arc::new(of))).collect();
+                before.into_keys().chain(self.preferences.keys().cloned()).collect()
+            }
+            Change::Apply(of) => {
+                let place = place(&of);
+                self.preferences.insert(place.clone(), Arc::new(of));
+                vec![place]
+            }
+            Change::Delete(of) => {
+                let place = place(&of);
+                self.preferences.remove(&place);
+                vec![place]
+            }
+        }
+    }
+
+    /// Where a namespace goes. `kind`: the slot of the namespaces' federated type.
+    pub(crate) fn namespace_placement(&self, kind: usize, namespace: &str) -> NamespacePlacement {
+        let Some(object) = self.objects.get(&ObjectKey::new(kind, namespace, namespace)) else {
+            return NamespacePlacement::Absent;
+        };
+        let spec = &object.data["spec"];
+        let placement: Placement = serde_json::from_value(spec["placement"].clone()).unwrap_or_default();
+        let topology: TopologyType = serde_json::from_value(spec["topologyType"].clone()).unwrap_or_default();
+        match self.topology.resolve(topology, &placement) {
+            Ok(placed) => {
+                NamespacePlacement::Clusters(placed.units.values().map(|unit| unit.cluster.clone()).collect())
+            }
+            // It cannot be read: nothing is taken away for that.
+            Err(_) => NamespacePlacement::Unrestricted,
+        }
+    }
+
+    /// Objects in a namespace.
+    pub(crate) fn keys_in(&self, namespace: &str) -> Vec<ObjectKey> {
+        self.objects.keys().filter(|key| &*key.namespace == namespace).cloned().collect()
     }
 
     /// Takes federated objects in; returns those that are to be looked at.
@@ -260,6 +325,7 @@ const CELLS: &str = "cells";
 const CLUSTERS: &str = "clusters";
 const CONFIGS: &str = "propagationconfigs";
 const REVISIONS: &str = "revisions";
+const PREFERENCES: &str = "replicaschedulingpreferences";
 const TYPES: &str = "federatedtypeconfigs";
 
 fn change_map<K: Resource>(
@@ -413,6 +479,7 @@ mod tests {
         state.change_revisions(Change::Replace(vec![]));
         assert!(state.type_configs().is_none());
         state.change_type_configs(Change::Replace(vec![]));
+        state.change_preferences(Change::Replace(vec![]));
         assert!(!state.is_complete(0));
         assert!(state.change_clusters(Change::Replace(vec![])));
         assert!(state.is_complete(0) && !state.is_complete(1));

@@ -24,6 +24,7 @@ mod client;
 pub mod connector;
 mod events;
 mod hub;
+mod lease;
 mod member;
 mod metrics;
 mod pace;
@@ -36,7 +37,9 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use federation_core::api::{Cell, FederatedRevision, PropagationConfig};
+use federation_core::api::{
+    Cell, Conversion, FederatedRevision, PropagationConfig, ReplicaSchedulingPreference,
+};
 use federation_core::types::FederatedType;
 use kube::Api;
 use kube::api::DynamicObject;
@@ -52,6 +55,7 @@ pub use self::client::{Identity, IdentityError, member_client};
 pub use self::connector::{BoxedIo, ConnectError, Connector, Io, connector};
 use self::events::Events;
 use self::hub::{Change, HubState, ObjectKey, WatchTrouble, admit_all, follow, lighten};
+pub use self::lease::LeaseOptions;
 use self::member::{Member, chain};
 use self::metrics::{Metrics, Outcome, PassLabels};
 use self::pace::retry_delay;
@@ -70,8 +74,12 @@ const STALE_RETRY: Duration = Duration::from_millis(100);
 pub struct Options {
     /// The types that are enabled on a hub that has no `FederatedTypeConfig` at all, as at its first start.
     pub default_types: Vec<FederatedType>,
+    /// How the hub API converts federated objects between KubeFed's form and the stored one.
+    pub conversion: Conversion,
     /// Whether objects in members that the hub did not create may be taken over. Off: a name clash is reported, not won.
     pub adopt: bool,
+    /// With a lease, of several controllers only its holder acts. Without one this is the only controller.
+    pub lease: Option<LeaseOptions>,
     /// Who the controller is towards members.
     pub identity: Identity,
     /// Objects worked on at once. A pass waits for the hub only, so few are enough.
@@ -97,14 +105,18 @@ pub struct Options {
 /// The federation controller.
 #[derive(Clone)]
 pub struct Controller {
-    shared: Arc<Shared>,
-    publisher: Arc<Mutex<Option<events::Publisher>>>,
+    hub: kube::Client,
+    connector: Connector,
+    options: Options,
+    metrics: Metrics,
+    /// What the tasks share while this controller acts.
+    acting: Arc<RwLock<Option<Arc<Shared>>>>,
 }
 
 /// Tells a running controller things that it would otherwise find out later.
 #[derive(Clone)]
 pub struct Handle {
-    shared: Arc<Shared>,
+    acting: Arc<RwLock<Option<Arc<Shared>>>>,
 }
 
 /// What all tasks share.
@@ -130,7 +142,7 @@ pub(crate) struct Shared {
 impl Options {
     /// The definition of a federated type as the hub is to have it.
     fn hub_crd(&self, of: &FederatedType) -> serde_json::Value {
-        types::definition(of)
+        types::definition(of, &self.conversion)
     }
 }
 
@@ -138,7 +150,9 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             default_types: federation_core::types::builtin(),
+            conversion: Conversion::default(),
             adopt: false,
+            lease: None,
             identity: Identity::default(),
             workers: 4,
             member_writers: 4,
@@ -159,9 +173,51 @@ impl Controller {
     /// Makes a controller that is not running yet. `hub` needs every right on the federation's groups and the right to
     /// create Events; `connector` reaches members by cluster name.
     pub fn new(hub: kube::Client, connector: Connector, options: Options) -> Self {
-        let metrics = Metrics::default();
-        let (events, publisher) = events::channel(metrics.events_dropped.clone());
-        let shared = Shared {
+        Self { hub, connector, options, metrics: Metrics::default(), acting: Arc::default() }
+    }
+
+    /// Registers the controller's metrics; give the registry a prefix such as `cellway_federation`.
+    pub fn register(&self, registry: &mut Registry) {
+        self.metrics.register(registry);
+    }
+
+    /// A handle to tell it things.
+    pub fn handle(&self) -> Handle {
+        Handle { acting: Arc::clone(&self.acting) }
+    }
+
+    /// Runs until `shutdown` completes. Writes under way are given up: the next controller finds out what became of
+    /// them. With [`Options::lease`] it acts while it holds the lease, and hands it back at the end.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) {
+        let mut shutdown = std::pin::pin!(shutdown);
+        let Some(lease) = &self.options.lease else {
+            self.act(shutdown).await;
+            return;
+        };
+        loop {
+            let mut held = tokio::select! {
+                () = &mut shutdown => return,
+                held = lease::acquire(self.hub.clone(), lease) => held,
+            };
+            let lost = tokio::select! {
+                // Renewing goes first: a controller that is busy must not lose the lease for that.
+                biased;
+                () = held.keep() => true,
+                () = self.act(&mut shutdown) => false,
+            };
+            // What was known is forgotten: the next term begins with everything listed anew.
+            self.end_term();
+            if !lost {
+                held.release().await;
+                return;
+            }
+        }
+    }
+
+    /// Acts until `shutdown` completes.
+    async fn act(&self, shutdown: impl Future<Output = ()> + Send) {
+        let (events, publisher) = events::channel(self.metrics.events_dropped.clone());
+        let shared = Arc::new(Shared {
             state: RwLock::new(HubState::new()),
             members: RwLock::default(),
             types: Types::new(),
@@ -170,37 +226,20 @@ impl Controller {
             queue: WorkQueue::new(),
             failures: Mutex::default(),
             events,
-            metrics,
-            options,
-            hub,
-            connector,
-        };
-        Self { shared: Arc::new(shared), publisher: Arc::new(Mutex::new(Some(publisher))) }
-    }
-
-    /// Registers the controller's metrics; give the registry a prefix such as `cellway_federation`.
-    pub fn register(&self, registry: &mut Registry) {
-        self.shared.metrics.register(registry);
-    }
-
-    /// A handle to tell it things.
-    pub fn handle(&self) -> Handle {
-        Handle { shared: Arc::clone(&self.shared) }
-    }
-
-    /// Runs until `shutdown` completes. Writes under way are given up: the next controller finds out what became of
-    /// them.
-    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) {
-        let shared = &self.shared;
+            metrics: self.metrics.clone(),
+            options: self.options.clone(),
+            hub: self.hub.clone(),
+            connector: self.connector.clone(),
+        });
+        *self.acting.write() = Some(Arc::clone(&shared));
+        // Aborted when dropped, should the lease be lost.
         let mut tasks = JoinSet::new();
-        if let Some(publisher) = self.publisher.lock().take() {
-            tasks.spawn(publisher.run(shared.hub.clone()).instrument(info_span!("events")));
-        }
-        self.spawn_watches(&mut tasks);
-        tasks.spawn(keep_members(Arc::clone(shared)).instrument(info_span!("members")));
-        tasks.spawn(resync(Arc::clone(shared)).instrument(info_span!("resync")));
+        tasks.spawn(publisher.run(shared.hub.clone()).instrument(info_span!("events")));
+        Self::spawn_watches(&shared, &mut tasks);
+        tasks.spawn(keep_members(Arc::clone(&shared)).instrument(info_span!("members")));
+        tasks.spawn(resync(Arc::clone(&shared)).instrument(info_span!("resync")));
         for _ in 0..shared.options.workers.max(1) {
-            tasks.spawn(work(Arc::clone(shared)).instrument(info_span!("reconcile")));
+            tasks.spawn(work(Arc::clone(&shared)).instrument(info_span!("reconcile")));
         }
         info!("the federation controller runs");
         let mut shutdown = std::pin::pin!(shutdown);
@@ -216,13 +255,19 @@ impl Controller {
             }
         }
         tasks.shutdown().await;
-        shared.members.write().clear();
+        self.end_term();
         info!("the federation controller has ended");
     }
 
-    fn spawn_watches(&self, tasks: &mut JoinSet<()>) {
-        let hub = &self.shared.hub;
-        let shared = || Arc::clone(&self.shared);
+    fn end_term(&self) {
+        if let Some(shared) = self.acting.write().take() {
+            shared.members.write().clear();
+        }
+    }
+
+    fn spawn_watches(of: &Arc<Shared>, tasks: &mut JoinSet<()>) {
+        let hub = &of.hub;
+        let shared = || Arc::clone(of);
         let config = watcher::Config::default;
 
         let at = shared();
@@ -294,6 +339,29 @@ impl Controller {
             .instrument(info_span!("watch", kind = "FederatedRevision")),
         );
 
+        let at = shared();
+        let preferences: Api<ReplicaSchedulingPreference> = Api::all(hub.clone());
+        tasks.spawn(
+            follow(
+                preferences,
+                config(),
+                admit_all,
+                move |change| {
+                    let listed = matches!(change, Change::Replace(_));
+                    let touched = at.state.write().change_preferences(change);
+                    let kinds = at.types.numbers();
+                    for (namespace, name) in touched {
+                        for kind in &kinds {
+                            at.queue.add(ObjectKey::new(*kind, &namespace, &name));
+                        }
+                    }
+                    at.after(listed)
+                },
+                hub_trouble("replica scheduling preferences"),
+            )
+            .instrument(info_span!("watch", kind = "ReplicaSchedulingPreference")),
+        );
+
         tasks.spawn(types::keep(shared()).instrument(info_span!("types")));
     }
 }
@@ -303,7 +371,10 @@ impl Controller {
 impl Handle {
     /// Something about a cluster's tunnels changed: it is probed at once.
     pub fn probe(&self, cluster: &str) {
-        if let Some(member) = self.shared.members.read().get(cluster) {
+        let acting = self.acting.read().clone();
+        if let Some(shared) = acting
+            && let Some(member) = shared.members.read().get(cluster)
+        {
             member.nudge();
         }
     }

@@ -60,14 +60,17 @@ pub(crate) async fn reconcile(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(
 async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileError> {
     let Some(of) = shared.types.get(key.kind) else { return Ok(()) };
     let of = of.as_ref();
-    let (object, topology, rules) = {
+    let namespaces = shared.types.namespaces().filter(|_| of.target.namespaced);
+    let (object, topology, rules, preference, namespace) = {
         let state = shared.state.read();
-        if !state.is_complete(key.kind) {
+        if !state.is_complete(key.kind) || namespaces.is_some_and(|kind| !state.is_complete(kind)) {
             // Everything is looked at once everything is listed.
             return Ok(());
         }
         let Some(object) = state.object(key) else { return Ok(()) };
-        (object, state.topology(), state.rules())
+        let namespace = namespaces.map(|kind| state.namespace_placement(kind, &key.namespace));
+        let preference = state.preference(of, key);
+        (object, state.topology(), state.rules(), preference, namespace.unwrap_or_default())
     };
     let pass = Pass {
         shared,
@@ -111,6 +114,8 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
         topology: &topology,
         rules: &rules,
         revisions: &revisions,
+        preference: preference.as_ref().map(|preference| &preference.spec),
+        namespace,
         members: &views,
         adopt: shared.options.adopt,
         now: &crate::now(),

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use federation_core::api::{
-    Condition, ControllerState, FederatedTypeConfig, FederatedTypeConfigStatus, Mode, federated_crd,
+    Condition, ControllerState, Conversion, FederatedTypeConfig, FederatedTypeConfigStatus, Mode,
+    federated_crd,
 };
 use federation_core::drift;
 use federation_core::names::{FEDERATION_NAMESPACE, FIELD_MANAGER};
@@ -83,6 +84,19 @@ impl Types {
         let slot = slots.get(kind)?;
         let stage = *slot.stage.borrow();
         (stage != Stage::Retired).then(|| Arc::clone(&slot.of))
+    }
+
+    /// The slot of the type that federates namespaces.
+    pub(crate) fn namespaces(&self) -> Option<usize> {
+        let slots = self.slots.read();
+        slots.iter().position(|slot| slot.of.is_namespace() && *slot.stage.borrow() != Stage::Retired)
+    }
+
+    /// The slots of the enabled types that have replicas.
+    pub(crate) fn numbers(&self) -> Vec<usize> {
+        let slots = self.slots.read();
+        let of = slots.iter().enumerate().filter(|(_, slot)| slot.of.has_replicas());
+        of.filter(|(_, slot)| *slot.stage.borrow() != Stage::Retired).map(|(index, _)| index).collect()
     }
 
     /// Tells how many slots there are.
@@ -213,11 +227,20 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>)
         // The last listing of all completes the picture: then everything is looked at.
         let listed = matches!(change, Change::Replace(_));
         let touched = at.state.write().change_objects(kind, crate::lightened(change));
+        if of.is_namespace() {
+            // Where a namespace goes, what lies in it may go.
+            for key in &touched {
+                let inside = at.state.read().keys_in(&key.namespace);
+                inside.into_iter().for_each(|key| at.queue.add(key));
+            }
+        }
         if !touched.is_empty() {
             at.types.mark_used(kind);
         }
         touched.into_iter().for_each(|key| at.queue.add(key));
-        if listed {
+        if listed && of.is_namespace() {
+            at.enqueue_all();
+        } else if listed {
             at.enqueue_kind(kind);
         }
         true
@@ -285,7 +308,9 @@ async fn define(shared: &Shared, of: &FederatedType) -> Result<(), kube::Error> 
     let wanted = shared.options.hub_crd(of);
     if let Some(found) = api.get_opt(&name).await? {
         let found = serde_json::to_value(&found).unwrap_or_default();
-        if drift::covers(&found["spec"], &wanted["spec"]) {
+        let annotations = &wanted["metadata"]["annotations"];
+        let marked = annotations.is_null() || drift::covers(&found["metadata"]["annotations"], annotations);
+        if marked && drift::covers(&found["spec"], &wanted["spec"]) {
             return Ok(());
         }
     }
@@ -361,8 +386,8 @@ async fn report(
 }
 
 /// The definition as it is applied: without the nulls that typed sources leave.
-pub(crate) fn definition(of: &FederatedType) -> Value {
-    let mut wanted = serde_json::to_value(federated_crd(of)).unwrap_or_default();
+pub(crate) fn definition(of: &FederatedType, conversion: &Conversion) -> Value {
+    let mut wanted = serde_json::to_value(federated_crd(of, conversion)).unwrap_or_default();
     federation_core::render::strip_nulls(&mut wanted);
     if let Some(object) = wanted.as_object_mut() {
         object.remove("status");

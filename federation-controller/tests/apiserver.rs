@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use federation_apiserver::simulation::SimulationConfig;
-use federation_apiserver::{ApiServer, Config, Role};
+use federation_apiserver::{ApiServer, Config, Converter, Role};
 use federation_controller::{ConnectError, Controller, Handle, Options, connector};
 use federation_core::api::{
-    Cell, CellSpec, FederatedStatus, KubeFedCluster, KubeFedClusterSpec, Phase, PropagationConfig,
-    PropagationConfigSpec,
+    Cell, CellSpec, Conversion, FederatedStatus, KubeFedCluster, KubeFedClusterSpec, Phase,
+    PropagationConfig, PropagationConfigSpec,
 };
 use federation_core::types;
 use http_body_util::BodyExt as _;
@@ -50,8 +50,13 @@ impl World {
 
         let mut config = Config::new(data.path().join("hub"), Role::Hub);
         config.in_memory = true;
-        config.crds =
-            federation_core::crds().into_iter().map(|crd| serde_json::to_value(crd).expect("crd")).collect();
+        config.crds = federation_core::crds(&Conversion::InProcess)
+            .into_iter()
+            .map(|crd| serde_json::to_value(crd).expect("crd"))
+            .collect();
+        config.converter = Some(Converter::new(|object, version| {
+            federation_core::conversion::convert(object, version).map_err(|error| error.to_string())
+        }));
         config.bootstrap = ["shop", "kube-federation-system"]
             .map(|name| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}))
             .into();
@@ -97,7 +102,11 @@ impl World {
                 Ok(ours)
             }
         });
-        let options = Options { probe_interval: Duration::from_millis(500), ..Options::default() };
+        let options = Options {
+            probe_interval: Duration::from_millis(500),
+            conversion: Conversion::InProcess,
+            ..Options::default()
+        };
         let controller = Controller::new(hub.clone(), connector, options);
         let handle = controller.handle();
         let token = stop.clone();
@@ -458,4 +467,128 @@ async fn config_maps_by_selector_and_nothing_written_in_vain() {
     .await;
     assert_eq!(x.get("theirs").await.expect("stays").data.expect("data")["k"], "mine");
     world.end().await;
+}
+
+/// Manifests as KubeFed's users have them, in KubeFed's version, and what KubeFed did with them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kubefed_manifests_unmodified() {
+    let world = World::start().await;
+    let apply = async |kind: &str, plural: &str, name: &str, spec: Value| {
+        let object = json!({"apiVersion": "types.kubefed.io/v1beta1", "kind": kind,
+            "metadata": {"name": name, "namespace": "shop"}, "spec": spec});
+        let api = old(&world.hub, kind, plural);
+        let params = PatchParams::apply("a-user").force();
+        api.patch(name, &params, &Patch::Apply(&object)).await.expect("applied");
+    };
+    let said = async |kind: &str, plural: &str, name: &str| {
+        let object = old(&world.hub, kind, plural).get(name).await.ok()?;
+        let conditions = object.data["status"]["conditions"].as_array()?;
+        let condition = conditions.iter().find(|condition| condition["type"] == "Propagation")?;
+        let reason = condition["reason"].as_str().unwrap_or_default().to_owned();
+        Some((condition["status"] == "True", reason, object.data["status"]["clusters"].clone()))
+    };
+    let deployments = ("FederatedDeployment", "federateddeployments");
+    let (x, y): (Api<Deployment>, Api<Deployment>) =
+        (Api::namespaced(world.x.clone(), "shop"), Api::namespaced(world.y.clone(), "shop"));
+
+    // Nothing goes anywhere before its namespace does.
+    let spec = json!({
+        "template": template("web:1", 2),
+        "placement": {"clusterSelector": {}},
+        "overrides": [{"clusterName": "y", "clusterOverrides": [{"path": "/spec/replicas", "value": 3}]}],
+    });
+    apply(deployments.0, deployments.1, "web", spec).await;
+    until("the namespace is asked for", async || {
+        let (well, reason, _) = said(deployments.0, deployments.1, "web").await?;
+        (!well && reason == "NamespaceNotFederated").then_some(())
+    })
+    .await;
+    assert!(x.get_opt("web").await.expect("answer").is_none());
+    let namespaces = ("FederatedNamespace", "federatednamespaces");
+    let everywhere = json!({"placement": {"clusters": [{"name": "x"}, {"name": "y"}]}});
+    apply(namespaces.0, namespaces.1, "shop", everywhere).await;
+    until("it is propagated", async || said(deployments.0, deployments.1, "web").await?.0.then_some(()))
+        .await;
+    let (_, _, clusters) = said(deployments.0, deployments.1, "web").await.expect("status");
+    let names: Vec<_> = clusters.as_array().expect("list").iter().map(|cluster| &cluster["name"]).collect();
+    assert_eq!(names, ["x", "y"]);
+    assert_eq!(replicas(&x.get("web").await.expect("there")), Some(2));
+    assert_eq!(replicas(&y.get("web").await.expect("there")), Some(3));
+
+    // A preference splits replicas, and takes them over from overrides.
+    let preference = json!({"apiVersion": "scheduling.kubefed.io/v1alpha1", "kind": "ReplicaSchedulingPreference",
+        "metadata": {"name": "web", "namespace": "shop"}, "spec": {"targetKind": "FederatedDeployment",
+        "totalReplicas": 6, "rebalance": true, "intersectWithClusterSelector": true,
+        "clusters": {"x": {"weight": 2}, "y": {"weight": 1, "minReplicas": 1}}}});
+    let gvk =
+        kube::core::GroupVersionKind::gvk("scheduling.kubefed.io", "v1alpha1", "ReplicaSchedulingPreference");
+    let resource = kube::core::ApiResource::from_gvk_with_plural(&gvk, "replicaschedulingpreferences");
+    let preferences: Api<DynamicObject> = Api::namespaced_with(world.hub.clone(), "shop", &resource);
+    preferences
+        .patch("web", &PatchParams::apply("a-user"), &Patch::Apply(&preference))
+        .await
+        .expect("applied");
+    until("they are split", async || {
+        let found = (replicas(&x.get("web").await.ok()?), replicas(&y.get("web").await.ok()?));
+        (found == (Some(4), Some(2))).then_some(())
+    })
+    .await;
+    preferences.delete("web", &DeleteParams::default()).await.expect("deleted");
+    until("they are as written", async || {
+        let found = (replicas(&x.get("web").await.ok()?), replicas(&y.get("web").await.ok()?));
+        (found == (Some(2), Some(3))).then_some(())
+    })
+    .await;
+
+    // An edit in one form reaches the other, and what only the other can say stays.
+    world.patch(0, json!({"spec": {"placementMask": {"units": ["x"]}}})).await;
+    let object = old(&world.hub, deployments.0, deployments.1).get("web").await.expect("there");
+    assert!(object.data["spec"].get("placementMask").is_none());
+    let image = json!({"spec": {"template": {"spec": template("web:2", 2)["spec"]}}});
+    let api = old(&world.hub, deployments.0, deployments.1);
+    api.patch("web", &PatchParams::default(), &Patch::Merge(image)).await.expect("patched");
+    until("x has moved", async || (self::image(&x.get("web").await.ok()?) == "web:2").then_some(())).await;
+    assert_eq!(self::image(&y.get("web").await.expect("there")), "web:1");
+    assert!(is_masked(&world).await);
+    world.patch(0, json!({"spec": {"placementMask": null}})).await;
+    until("y has moved", async || (self::image(&y.get("web").await.ok()?) == "web:2").then_some(())).await;
+
+    // The member decides about replicas once told so.
+    let retain = json!({"spec": {"retainReplicas": true, "overrides": []}});
+    api.patch("web", &PatchParams::default(), &Patch::Merge(retain)).await.expect("patched");
+    world.settled(0, "it is at rest", |status| is_true(status, "Ready")).await;
+    let scale = json!({"spec": {"replicas": 5}});
+    x.patch("web", &PatchParams::default(), &Patch::Merge(scale)).await.expect("scaled");
+    let again = json!({"spec": {"template": {"spec": template("web:3", 2)["spec"]}}});
+    api.patch("web", &PatchParams::default(), &Patch::Merge(again)).await.expect("patched");
+    until("the image is new", async || (self::image(&x.get("web").await.ok()?) == "web:3").then_some(()))
+        .await;
+    assert_eq!(replicas(&x.get("web").await.expect("there")), Some(5));
+
+    // The namespace leaves a cluster, and takes along what was in it.
+    let less = json!({"spec": {"placement": {"clusters": [{"name": "x"}]}}});
+    let fns = old(&world.hub, namespaces.0, namespaces.1);
+    fns.patch("shop", &PatchParams::default(), &Patch::Merge(less)).await.expect("patched");
+    until("y has lost it", async || y.get_opt("web").await.ok()?.is_none().then_some(())).await;
+    assert!(x.get_opt("web").await.expect("answer").is_some());
+
+    // Orphaned.
+    let orphan = json!({"metadata": {"annotations": {"kubefed.io/orphan": "true"}}});
+    api.patch("web", &PatchParams::default(), &Patch::Merge(orphan)).await.expect("patched");
+    api.delete("web", &DeleteParams::default()).await.expect("deleted");
+    until("it is gone", async || api.get_opt("web").await.ok()?.is_none().then_some(())).await;
+    let left = x.get("web").await.expect("stays");
+    assert!(!left.labels().contains_key("kubefed.io/managed"));
+    world.end().await;
+}
+
+async fn is_masked(world: &World) -> bool {
+    let (status, _) = world.status(0).await.expect("status");
+    status.units.iter().any(|unit| unit.phase == Phase::Masked)
+}
+
+/// Objects in KubeFed's version.
+fn old(hub: &Client, kind: &str, plural: &str) -> Api<DynamicObject> {
+    let gvk = kube::core::GroupVersionKind::gvk("types.kubefed.io", "v1beta1", kind);
+    Api::namespaced_with(hub.clone(), "shop", &kube::core::ApiResource::from_gvk_with_plural(&gvk, plural))
 }

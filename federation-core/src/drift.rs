@@ -83,12 +83,26 @@ pub fn belongs_to(live: &Value, source: &str) -> bool {
 }
 
 /// Whether the live object is what was asked for.
-pub fn up_to_date(live: &Value, desired: &Value, hash: &str, baseline: Option<&Baseline>) -> bool {
+///
+/// `retain_replicas`: `spec.replicas` is the member's and is not compared.
+pub fn up_to_date(
+    live: &Value,
+    desired: &Value,
+    hash: &str,
+    baseline: Option<&Baseline>,
+    retain_replicas: bool,
+) -> bool {
     if live["metadata"]["annotations"][RENDERED_ANNOTATION].as_str() != Some(hash) {
         return false;
     }
     match baseline {
-        Some(baseline) if baseline.hash == hash => project(live, desired) == baseline.answer,
+        Some(baseline) if baseline.hash == hash => {
+            let mut found = project(live, desired);
+            if retain_replicas && found["spec"].is_object() {
+                found["spec"]["replicas"] = baseline.answer["spec"]["replicas"].clone();
+            }
+            found == baseline.answer
+        }
         _ => covers(live, desired),
     }
 }
@@ -222,11 +236,11 @@ mod tests {
             object
         };
         let desired = mark("1000m", false);
-        assert!(!up_to_date(&mark("1", false), &desired, "h", None));
+        assert!(!up_to_date(&mark("1", false), &desired, "h", None, false));
         let baseline = baseline(&mark("1", false), &desired, "h");
-        assert!(up_to_date(&mark("1", true), &desired, "h", Some(&baseline)));
-        assert!(!up_to_date(&mark("2", true), &desired, "h", Some(&baseline)));
-        assert!(!up_to_date(&mark("1", true), &desired, "other", Some(&baseline)));
+        assert!(up_to_date(&mark("1", true), &desired, "h", Some(&baseline), false));
+        assert!(!up_to_date(&mark("2", true), &desired, "h", Some(&baseline), false));
+        assert!(!up_to_date(&mark("1", true), &desired, "other", Some(&baseline), false));
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub mod overrides;
 pub mod plan;
 pub mod render;
 pub mod revision;
+pub mod schedule;
 pub mod status;
 pub mod topology;
 pub mod types;
@@ -27,21 +28,17 @@ use kube::CustomResourceExt as _;
 
 pub use self::types::FederatedType;
 
-/// Every CustomResourceDefinition that a hub needs, with the built-in federated types.
-pub fn crds() -> Vec<CustomResourceDefinition> {
-    crds_for(&types::builtin())
-}
-
-/// Every CustomResourceDefinition that a hub needs to federate `types`.
-pub fn crds_for(types: &[FederatedType]) -> Vec<CustomResourceDefinition> {
+/// Every CustomResourceDefinition that a hub needs at its start, with the types that come enabled.
+pub fn crds(conversion: &api::Conversion) -> Vec<CustomResourceDefinition> {
     let mut all = vec![
         api::KubeFedCluster::crd(),
         api::FederatedTypeConfig::crd(),
         api::Cell::crd(),
         api::PropagationConfig::crd(),
         api::FederatedRevision::crd(),
+        api::ReplicaSchedulingPreference::crd(),
     ];
-    all.extend(types.iter().map(api::federated_crd));
+    all.extend(types::builtin().iter().map(|of| api::federated_crd(of, conversion)));
     all
 }
 
@@ -57,7 +54,7 @@ mod tests {
 
     #[test]
     fn crds_are_structural_and_named_as_the_groups_say() {
-        let crds = crds();
+        let crds = crds(&api::Conversion::InProcess);
         let names: Vec<_> = crds.iter().filter_map(|crd| crd.metadata.name.clone()).collect();
         assert_eq!(
             names,
@@ -67,6 +64,7 @@ mod tests {
                 "cells.topology.cellway.io",
                 "propagationconfigs.policy.cellway.io",
                 "federatedrevisions.types.kubefed.io",
+                "replicaschedulingpreferences.scheduling.kubefed.io",
                 "federateddeployments.types.kubefed.io",
                 "federatedconfigmaps.types.kubefed.io",
                 "federatednamespaces.types.kubefed.io",
@@ -84,7 +82,7 @@ mod tests {
         );
         for crd in &crds {
             for version in &crd.spec.versions {
-                assert!(version.served && version.storage);
+                assert!(version.served);
                 let schema = serde_json::to_value(&version.schema).expect("serialises");
                 let text = schema.to_string();
                 assert!(!text.contains("$ref"), "{}: {text}", crd.spec.names.kind);
@@ -92,10 +90,10 @@ mod tests {
                 assert!(!text.contains("\"anyOf\""), "{}: {text}", crd.spec.names.kind);
             }
         }
-        let deployment = serde_json::to_value(&crds[5]).expect("serialises");
+        let deployment = serde_json::to_value(&crds[6]).expect("serialises");
         assert_eq!(deployment["spec"]["scope"], "Namespaced");
         assert_eq!(
-            deployment["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+            deployment["spec"]["versions"][1]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
                 ["template"]["x-kubernetes-preserve-unknown-fields"],
             true
         );

@@ -14,6 +14,11 @@ pub const RENDERED_ANNOTATION: &str = "cellway.io/rendered";
 pub const SOURCE_ANNOTATION: &str = "cellway.io/source";
 /// Annotation on a federated object: `"true"` leaves the member objects in place when it is deleted.
 pub const ORPHAN_ANNOTATION: &str = "kubefed.io/orphan";
+/// Annotation on a federated object: how member objects are deleted, as JSON of Kubernetes' `DeleteOptions`.
+pub const DELETE_OPTION_ANNOTATION: &str = "kubefed.io/deleteoption";
+/// Annotation on a federated object: whether member objects that the hub did not create are taken over (`"true"`) or left
+/// alone (`"false"`), whatever the hub's default.
+pub const ADOPT_ANNOTATION: &str = "cellway.io/adopt";
 /// Finalizer that keeps a federated object until its member objects are gone or orphaned.
 pub const FINALIZER: &str = "kubefed.io/sync-controller";
 /// The one field manager of every write into a member.

@@ -92,6 +92,13 @@ pub fn complaints(overrides: &[Override], topology: TopologyType, known: &Topolo
     complaints
 }
 
+/// Whether an override that speaks of `unit` touches this very path.
+pub fn touches(overrides: &[Override], unit: &Unit, path: &str) -> bool {
+    overrides.iter().any(|entry| {
+        selects(entry, unit).unwrap_or(false) && entry.patches.iter().any(|patch| patch.path == path)
+    })
+}
+
 fn selects(entry: &Override, unit: &Unit) -> Result<bool, OverrideError> {
     match (&entry.units, &entry.unit_selector) {
         (Some(units), _) => Ok(units.contains(&unit.name)),

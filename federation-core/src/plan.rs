@@ -29,19 +29,25 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use serde::Deserialize;
 use serde_json::Value;
 
 use crate::api::{
-    FederatedObject, FederatedRevision, FederatedRevisionSpec, FederatedStatus, Naming, Phase, Snapshot,
-    UnitStatus,
+    FederatedObject, FederatedRevision, FederatedRevisionSpec, FederatedStatus, NamespaceRule, Naming, Phase,
+    ReplicaSchedulingPreferenceSpec, Snapshot, UnitStatus,
 };
 use crate::drift::{self, Baseline};
 use crate::metadata::PropagationRules;
-use crate::names::{self, ORPHAN_ANNOTATION, REVISION_ANNOTATION};
+use crate::names::{
+    self, ADOPT_ANNOTATION, DELETE_OPTION_ANNOTATION, ORPHAN_ANNOTATION, REVISION_ANNOTATION,
+};
 use crate::overrides;
 use crate::render::{Rendered, object_name, render};
 use crate::revision::{self, DEFAULT_HISTORY_LIMIT};
-use crate::status::{self, Finding, MASK_INVALID, OVERRIDES_INVALID, PLACEMENT_INVALID};
+use crate::schedule::{self, Candidate};
+use crate::status::{
+    self, Finding, MASK_INVALID, NAMESPACE_NOT_FEDERATED, OVERRIDES_INVALID, PLACEMENT_INVALID,
+};
 use crate::topology::{Placed, Topology, Unit};
 use crate::types::FederatedType;
 
@@ -60,10 +66,26 @@ pub struct PlanInput<'a> {
     pub revisions: &'a [&'a FederatedRevision],
     /// What is seen of each member, by cluster name.
     pub members: &'a BTreeMap<String, MemberView>,
-    /// Whether objects that the hub did not create may be taken over.
+    /// How the object's replicas are to be split, if somebody said so.
+    pub preference: Option<&'a ReplicaSchedulingPreferenceSpec>,
+    /// Where the object's namespace goes.
+    pub namespace: NamespacePlacement,
+    /// Whether objects that the hub did not create may be taken over, unless the object itself says so or not.
     pub adopt: bool,
     /// The present moment (RFC 3339), for conditions that change.
     pub now: &'a str,
+}
+
+/// Where a namespace is federated to.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum NamespacePlacement {
+    /// Namespaces are not federated at this hub, or the kind has none: it restricts nothing.
+    #[default]
+    Unrestricted,
+    /// There is no FederatedNamespace.
+    Absent,
+    /// To these clusters.
+    Clusters(BTreeSet<String>),
 }
 
 /// What is seen of one member, as far as one federated object is concerned.
@@ -171,6 +193,8 @@ pub enum Action {
         hash: String,
         /// Why it is written.
         cause: Cause,
+        /// Whether it may be taken over, should it be there and nobody's.
+        adopt: bool,
         /// Whether it has been seen. What has not been seen may still be there, unmarked, and somebody else's.
         exists: bool,
         /// Annotations that are the hub's and are not asked for.
@@ -182,12 +206,24 @@ pub enum Action {
     Delete {
         /// The uid that was seen.
         uid: Option<String>,
+        /// How.
+        options: DeleteOptions,
     },
     /// Leave it in place and take the hub's marks off.
     Orphan {
         /// The uid that was seen.
         uid: Option<String>,
     },
+}
+
+/// How member objects are deleted, from KubeFed's annotation `kubefed.io/deleteoption`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DeleteOptions {
+    /// `Background`, `Foreground` or `Orphan` (of what the object owns); `Background` when absent.
+    pub propagation_policy: Option<String>,
+    /// Time that the object has to end.
+    pub grace_period_seconds: Option<u32>,
 }
 
 /// Why an object is applied.
@@ -224,6 +260,7 @@ struct Planner<'a> {
     source: String,
     before: FederatedStatus,
     deleting: bool,
+    adopt: bool,
     findings: Vec<Finding>,
     writes: Vec<Write>,
     /// Objects that are to go and have not gone, as `<name> in <cluster>`.
@@ -244,6 +281,11 @@ impl<'a> Planner<'a> {
             source: names::source(&input.of.plural, name),
             before: input.object.status.clone().unwrap_or_default(),
             deleting: input.object.metadata.deletion_timestamp.is_some(),
+            adopt: match input.object.metadata.annotations.as_ref().and_then(|all| all.get(ADOPT_ANNOTATION))
+            {
+                Some(said) => said == "true",
+                None => input.adopt,
+            },
             findings: Vec::new(),
             writes: Vec::new(),
             leftovers: Vec::new(),
@@ -255,9 +297,10 @@ impl<'a> Planner<'a> {
         let input = self.input;
         let spec = &input.object.spec;
 
-        let (placed, readable) = self.place();
+        let (mut placed, readable) = self.place();
         let current = (!self.deleting && readable).then(|| {
-            let snapshot = revision::snapshot(input.object, input.rules);
+            let replicas = self.split(&mut placed);
+            let snapshot = revision::snapshot(input.object, input.rules, replicas);
             revision::choose(input.of, self.name, snapshot, input.revisions)
         });
         let snapshots: BTreeMap<&str, &Snapshot> = input
@@ -306,8 +349,30 @@ impl<'a> Planner<'a> {
         if self.deleting {
             return (Placed::default(), true);
         }
+        if self.input.of.is_namespace() && self.name != self.namespace {
+            let message = format!(
+                "a FederatedNamespace federates the namespace that it lies in: name it {}",
+                self.namespace
+            );
+            self.find(PLACEMENT_INVALID, "NameMismatch", message);
+            return (Placed::default(), false);
+        }
         match self.input.topology.resolve(spec.topology_type, &spec.placement) {
-            Ok(placed) => {
+            Ok(mut placed) => {
+                match (&self.input.namespace, spec.namespace_rule) {
+                    (NamespacePlacement::Clusters(clusters), _) => {
+                        placed.units.retain(|_, unit| clusters.contains(&unit.cluster));
+                    }
+                    (NamespacePlacement::Absent, NamespaceRule::Federated) => {
+                        placed.units.clear();
+                        let message = format!(
+                            "the namespace {} has no FederatedNamespace, and spec.namespaceRule asks for one",
+                            self.namespace
+                        );
+                        self.find(NAMESPACE_NOT_FEDERATED, "NamespaceNotFederated", message);
+                    }
+                    _ => {}
+                }
                 if !placed.unknown.is_empty() {
                     let unknown = placed.unknown.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
                     let message = format!("the placement names units that do not exist: {unknown}");
@@ -320,6 +385,64 @@ impl<'a> Planner<'a> {
                 (Placed::default(), false)
             }
         }
+    }
+
+    /// Splits the replicas, when somebody asked for it; says of each unit how many it gets. Without
+    /// `intersectWithClusterSelector` the split also decides which units there are.
+    fn split(&self, placed: &mut Placed<'a>) -> BTreeMap<String, i64> {
+        let input = self.input;
+        let spec = &input.object.spec;
+        let Some(preference) = input.preference.filter(|_| input.of.has_replicas()) else {
+            return BTreeMap::new();
+        };
+        let newest = input.revisions.iter().max_by_key(|revision| revision.spec.number);
+        let mut candidates = BTreeMap::new();
+        let mut all = BTreeMap::new();
+        if preference.intersect_with_cluster_selector {
+            all.clone_from(&placed.units);
+        } else {
+            let allowed = |cluster: &str| match &input.namespace {
+                NamespacePlacement::Clusters(clusters) => clusters.contains(cluster),
+                _ => true,
+            };
+            let every = input.topology.all(spec.topology_type);
+            all.extend(
+                every.filter(|(_, unit)| allowed(&unit.cluster)).map(|(name, unit)| (name.clone(), unit)),
+            );
+        }
+        for (name, unit) in &all {
+            let current = newest.and_then(|revision| revision.spec.snapshot.replicas.get(name).copied());
+            let reachable =
+                input.members.get(&unit.cluster).is_some_and(|view| view.state == MemberState::Synced);
+            let capacity = if reachable {
+                self.runnable(name, &unit.cluster, current)
+            } else {
+                // Nothing is moved for a lost tunnel; and nothing new goes where nobody answers.
+                Some(current.unwrap_or(0))
+            };
+            candidates.insert(name.clone(), Candidate { current, capacity });
+        }
+        let key = format!("{}/{}", self.namespace, self.name);
+        let mut replicas = schedule::split(preference, &candidates, &key);
+        if !preference.intersect_with_cluster_selector {
+            replicas.retain(|_, replicas| *replicas > 0);
+            placed.units = all.into_iter().filter(|(name, _)| replicas.contains_key(name)).collect();
+        }
+        replicas
+    }
+
+    /// How many of its replicas a unit can run, when its Deployment has given up on some of them.
+    fn runnable(&self, unit: &str, cluster: &str, current: Option<i64>) -> Option<i64> {
+        let record = self.before.units.iter().find(|old| old.name == unit && old.cluster == cluster)?;
+        let live = self.input.members.get(cluster)?.objects.get(record.object.as_deref()?)?;
+        let status = &live.value["status"];
+        let stuck = status["conditions"].as_array().into_iter().flatten().any(|condition| {
+            condition["type"] == "Progressing"
+                && condition["status"] == "False"
+                && condition["reason"] == "ProgressDeadlineExceeded"
+        });
+        let current = current?;
+        stuck.then(|| status["availableReplicas"].as_i64().unwrap_or(0).clamp(0, current))
     }
 
     fn check_mask(&mut self, placed: &Placed<'_>) {
@@ -356,6 +479,8 @@ impl<'a> Planner<'a> {
             .unwrap_or_else(|| UnitStatus {
                 name: unit.name.clone(),
                 cluster: unit.cluster.clone(),
+                // A cell that moves to another cluster takes its revision along.
+                revision: self.elsewhere(unit).and_then(|old| old.revision.clone()),
                 ..UnitStatus::default()
             });
         let mut draft = Draft { unit, allowed, status: record, base: None, target: None };
@@ -461,6 +586,12 @@ impl<'a> Planner<'a> {
         draft
     }
 
+    /// The record of a cell in the cluster that it has left.
+    fn elsewhere(&self, unit: &Unit) -> Option<&UnitStatus> {
+        let records = &self.before.units;
+        records.iter().find(|old| old.name == unit.name && old.cluster != unit.cluster)
+    }
+
     /// Names that a unit's object has under any naming.
     fn names_of(&self, unit: &Unit) -> BTreeSet<String> {
         [Naming::Shared, Naming::PerUnit]
@@ -546,8 +677,13 @@ impl<'a> Planner<'a> {
         let Some(view) = input.members.get(cluster) else { return };
         let object = rendered.name.as_str();
         let live = view.objects.get(object);
-        let desired = rendered.at(revision);
-        let verdict = live.map_or(Ok(()), |live| drift::admit(&live.value, &self.source, input.adopt));
+        let mut desired = rendered.at(revision);
+        if let (true, Some(live)) = (rendered.retain_replicas, live)
+            && let Some(replicas) = live.value["spec"].get("replicas")
+        {
+            desired["spec"]["replicas"] = replicas.clone();
+        }
+        let verdict = live.map_or(Ok(()), |live| drift::admit(&live.value, &self.source, self.adopt));
         let going = live.is_some_and(|live| !live.value["metadata"]["deletionTimestamp"].is_null());
         let unwanted = |field, rules: &crate::metadata::KeyRules| -> Vec<String> {
             let Some(live) = live.filter(|_| revision == current) else { return Vec::new() };
@@ -558,7 +694,13 @@ impl<'a> Planner<'a> {
         let remove_annotations = unwanted("annotations", &input.rules.annotations);
         let remove_labels = unwanted("labels", &input.rules.labels);
         let right = live.is_some_and(|live| {
-            drift::up_to_date(&live.value, &desired, &rendered.hash, live.baseline.as_deref())
+            drift::up_to_date(
+                &live.value,
+                &desired,
+                &rendered.hash,
+                live.baseline.as_deref(),
+                rendered.retain_replicas,
+            )
         }) && remove_annotations.is_empty()
             && remove_labels.is_empty();
         let failure = view.failures.get(object).filter(|failure| failure.hash == rendered.hash);
@@ -636,7 +778,9 @@ impl<'a> Planner<'a> {
         if verdict.is_ok() && !right && !going && contended.is_none() {
             let hash = rendered.hash.clone();
             let exists = live.is_some();
-            let action = Action::Apply { desired, hash, cause, exists, remove_annotations, remove_labels };
+            let adopt = self.adopt;
+            let action =
+                Action::Apply { desired, hash, cause, adopt, exists, remove_annotations, remove_labels };
             self.writes.push(Write { cluster: cluster.to_owned(), object: object.to_owned(), action });
         }
     }
@@ -672,6 +816,23 @@ impl<'a> Planner<'a> {
             .as_ref()
             .and_then(|annotations| annotations.get(ORPHAN_ANNOTATION))
             .is_some_and(|value| value == "true");
+        let options = self.delete_options();
+        // Make before break: what a cell has in the cluster that it leaves stays until its new object is ready.
+        let mut replaced_later: BTreeSet<(String, String)> = BTreeSet::new();
+        for old in &self.before.units {
+            let successor = units.iter().find(|unit| unit.name == old.name && unit.cluster != old.cluster);
+            let ready = |unit: &UnitStatus| {
+                matches!(unit.phase, Phase::Synced | Phase::Masked) && unit.ready == Some(true)
+            };
+            if successor.is_some_and(|unit| unit.phase != Phase::Missing && !ready(unit))
+                && !units.iter().any(|unit| unit.name == old.name && unit.cluster == old.cluster)
+            {
+                replaced_later.insert((old.name.clone(), old.cluster.clone()));
+            }
+        }
+        for (unit, cluster) in &replaced_later {
+            self.keep_names(unit, cluster);
+        }
 
         // Every object of ours that nobody wants, in members that are seen whole.
         let mut leftovers: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
@@ -692,8 +853,11 @@ impl<'a> Planner<'a> {
                     continue;
                 }
                 let uid = live.value["metadata"]["uid"].as_str().map(str::to_owned);
-                let action =
-                    if self.deleting && orphan { Action::Orphan { uid } } else { Action::Delete { uid } };
+                let action = if self.deleting && orphan {
+                    Action::Orphan { uid }
+                } else {
+                    Action::Delete { uid, options: options.clone() }
+                };
                 self.writes.push(Write { cluster: cluster.clone(), object: name.clone(), action });
             }
         }
@@ -707,6 +871,13 @@ impl<'a> Planner<'a> {
                 continue;
             }
             let mut record = record.clone();
+            if replaced_later.contains(&(record.name.clone(), record.cluster.clone())) {
+                record.phase = Phase::Removing;
+                record.reason = Some("WaitingForReplacement".into());
+                record.message = Some("the cell has moved: its object goes when the new one is ready".into());
+                units.push(record);
+                continue;
+            }
             let (reason, message) = match input.members.get(&record.cluster).map(|view| (view, &view.state)) {
                 Some((_, MemberState::NoSuchType)) => continue,
                 Some((view, MemberState::Synced)) => {
@@ -757,6 +928,24 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// What KubeFed's annotation says of deletions; one that cannot be read is reported.
+    fn delete_options(&mut self) -> DeleteOptions {
+        let annotations = self.input.object.metadata.annotations.as_ref();
+        let Some(text) = annotations.and_then(|all| all.get(DELETE_OPTION_ANNOTATION)) else {
+            return DeleteOptions::default();
+        };
+        let read = serde_json::from_str::<DeleteOptions>(text).ok().filter(|options| {
+            let policy = options.propagation_policy.as_deref();
+            policy.is_none_or(|policy| matches!(policy, "Background" | "Foreground" | "Orphan"))
+        });
+        if read.is_none() {
+            let message =
+                format!("the annotation {DELETE_OPTION_ANNOTATION} is not readable and does nothing");
+            self.find(OVERRIDES_INVALID, "InvalidDeleteOption", message);
+        }
+        read.unwrap_or_default()
+    }
+
     fn surplus(&self, current: Option<&str>, units: &[UnitStatus]) -> Vec<String> {
         let input = self.input;
         let Some(current) = current else { return Vec::new() };
@@ -783,6 +972,11 @@ impl<'a> Planner<'a> {
             findings[0].status = "False";
             findings[0].reason = "CheckPlacement";
             findings[0].message = "see the condition PlacementInvalid".into();
+        }
+        if let Some(found) = self.findings.iter().find(|finding| finding.type_ == NAMESPACE_NOT_FEDERATED) {
+            findings[0].status = "False";
+            findings[0].reason = "NamespaceNotFederated";
+            findings[0].message.clone_from(&found.message);
         }
         if let (Some(first), "True") = (self.leftovers.first(), findings[0].status) {
             let more = self.leftovers.len() - 1;

@@ -25,6 +25,8 @@ const RENDERED_HASH_DIGITS: usize = 20;
 pub struct Rendered {
     /// Its name.
     pub name: String,
+    /// Whether the member decides about `spec.replicas` once the object is there.
+    pub retain_replicas: bool,
     /// Hash of the object but for the revision's name: equal hashes are equal objects.
     pub hash: String,
     value: Value,
@@ -86,6 +88,14 @@ pub fn render(
     let mut document =
         overrides::document(&snapshot.template, text(&snapshot.labels), text(&snapshot.annotations));
     overrides::apply(&mut document, &snapshot.overrides, unit)?;
+    let split = snapshot.replicas.get(&unit.name);
+    if let Some(replicas) = split {
+        object_at(&mut document, "spec", "spec")?["replicas"] = (*replicas).into();
+    }
+    let retain = snapshot.retain_replicas
+        && of.has_replicas()
+        && split.is_none()
+        && !overrides::touches(&snapshot.overrides, unit, "/spec/replicas");
 
     if let (Some(cell), true) = (&unit.cell, own) {
         if unit.name.len() > names::MAX_CELL_NAME {
@@ -125,7 +135,7 @@ pub fn render(
     let mut digest = hash(&document);
     digest.truncate(RENDERED_HASH_DIGITS);
     document["metadata"]["annotations"][RENDERED_ANNOTATION] = digest.clone().into();
-    Ok(Rendered { name, hash: digest, value: document })
+    Ok(Rendered { name, hash: digest, retain_replicas: retain, value: document })
 }
 
 // === impl Rendered ===

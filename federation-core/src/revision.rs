@@ -36,7 +36,11 @@ pub struct Current {
 }
 
 /// Takes the snapshot of what an object asks for now.
-pub fn snapshot(object: &FederatedObject, rules: &PropagationRules) -> Snapshot {
+pub fn snapshot(
+    object: &FederatedObject,
+    rules: &PropagationRules,
+    replicas: BTreeMap<String, i64>,
+) -> Snapshot {
     let spec = &object.spec;
     let mut template = match &spec.template {
         Value::Object(map) => map.clone(),
@@ -57,6 +61,8 @@ pub fn snapshot(object: &FederatedObject, rules: &PropagationRules) -> Snapshot 
         ),
         overrides: spec.overrides.clone(),
         naming: spec.naming,
+        retain_replicas: spec.retain_replicas,
+        replicas,
     }
 }
 
@@ -192,7 +198,7 @@ mod tests {
     }
 
     fn current(template: Value, existing: &[&FederatedRevision]) -> Current {
-        let snapshot = snapshot(&object(template), &PropagationRules::default());
+        let snapshot = snapshot(&object(template), &PropagationRules::default(), BTreeMap::new());
         choose(&types::builtin()[0], "web", snapshot, existing)
     }
 
@@ -234,7 +240,7 @@ mod tests {
     #[test]
     fn names_fit() {
         let long = "x".repeat(253);
-        let snapshot = snapshot(&object(json!({})), &PropagationRules::default());
+        let snapshot = snapshot(&object(json!({})), &PropagationRules::default(), BTreeMap::new());
         assert!(choose(&types::builtin()[0], &long, snapshot, &[]).name.len() <= names::MAX_OBJECT_NAME);
     }
 

@@ -15,6 +15,8 @@ pub const READY: &str = "Ready";
 pub const MASK_INVALID: &str = "MaskInvalid";
 /// Condition, present only when true: the placement names unknown units or cannot be read.
 pub const PLACEMENT_INVALID: &str = "PlacementInvalid";
+/// Condition, present only when true: the object's namespace is to be federated and is not.
+pub const NAMESPACE_NOT_FEDERATED: &str = "NamespaceNotFederated";
 /// Condition, present only when true: overrides name unknown units or forbidden paths.
 pub const OVERRIDES_INVALID: &str = "OverridesInvalid";
 

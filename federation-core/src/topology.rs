@@ -154,6 +154,11 @@ impl Topology {
         Ok(placed)
     }
 
+    /// Every unit of a topology.
+    pub fn all(&self, topology: TopologyType) -> impl Iterator<Item = (&String, &Unit)> {
+        self.units(topology).iter()
+    }
+
     fn units(&self, topology: TopologyType) -> &BTreeMap<String, Unit> {
         match topology {
             TopologyType::Cell => &self.cells,

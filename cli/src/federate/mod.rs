@@ -1,9 +1,16 @@
-//! `federate`: which resources are federated.
+//! Federated types and objects: `federate`, `revisions`, `diff`, `rollback`, `preview`, `describe` and `logs`.
 
+mod inspect;
+mod object;
+mod revisions;
 mod types;
 
 use clap::Subcommand;
 
+pub(crate) use self::inspect::{DescribeArgs, LogsArgs, describe, logs};
+pub(crate) use self::revisions::{
+    DiffArgs, PreviewArgs, RevisionsArgs, RollbackArgs, diff, preview, revisions, rollback,
+};
 pub(crate) use self::types::{disable, enable, list};
 use crate::args::ListArgs;
 use crate::kubeconfig::HubArgs;

@@ -7,9 +7,9 @@ use std::time::Duration;
 use federation_store::KeyRange;
 use serde_json::{Value, json};
 
-use super::{is_established, resources, update_status};
+use super::{is_converted, is_established, resources, update_status};
 use crate::gc::CUSTOM_RESOURCES;
-use crate::registry::resource::Catalog;
+use crate::registry::resource::{Catalog, Resource};
 use crate::registry::selectors::Filter;
 use crate::registry::write::WriteOptions;
 use crate::registry::{Registry, Target, builtin, meta, store_error};
@@ -102,7 +102,12 @@ pub(crate) async fn refresh(registry: &Registry) -> Result<(), ApiError> {
             })
             .await?;
         if let Some(crd) = updated.filter(is_established) {
-            served.extend(resources(&crd));
+            let converter = registry.converter.clone().filter(|_| is_converted(&crd));
+            served.extend(
+                resources(&crd)
+                    .into_iter()
+                    .map(|resource| Resource { converter: converter.clone(), ..resource }),
+            );
         }
     }
     registry.catalog.replace(Catalog::new(served));
@@ -132,6 +137,11 @@ pub(crate) async fn ensure(registry: &Registry, crd: &Value) -> Result<(), ApiEr
             let current = registry.get(&target).await?;
             let mut new = current.object.clone();
             set(&mut new, &["spec"], crd.get("spec").cloned().unwrap_or_default());
+            for (key, text) in
+                at(&crd, &["metadata", "annotations"]).and_then(Value::as_object).into_iter().flatten()
+            {
+                set(&mut new, &["metadata", "annotations", key], text.clone());
+            }
             registry.update(&target, new, &options).await.map(drop)
         }
         Err(error) => Err(error),

@@ -217,11 +217,18 @@ pub(crate) fn resources(crd: &Value) -> Vec<Resource> {
             pod: false,
             generation: true,
             schema: defaults::custom_root(schema.as_ref()),
+            converter: None,
             origin: Origin::Custom(Arc::new(info)),
             storage_api_version: storage.clone(),
         });
     }
     result
+}
+
+/// Has the definition asked for conversion in this process?
+pub(crate) fn is_converted(crd: &Value) -> bool {
+    str_at(crd, &["metadata", "annotations", crate::config::CONVERTED_ANNOTATION]) == "true"
+        && matches!(str_at(crd, &["spec", "conversion", "strategy"]), "" | "None")
 }
 
 /// Does any version have CEL rules?

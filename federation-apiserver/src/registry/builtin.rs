@@ -285,6 +285,7 @@ pub fn resources(role: Role) -> Vec<Resource> {
             pod: row.plural == "pods",
             generation: has("generation"),
             schema: RootType { definitions: definitions.clone(), root: Arc::new(root.clone()) },
+            converter: None,
             origin: Origin::Builtin { definition: row.definition },
             storage_api_version: if row.plural == "events" { "v1".into() } else { api_version },
         });

@@ -24,7 +24,7 @@ use federation_store::{KeyValue, Revision, Store};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Role;
+use crate::config::{Converter, Role};
 use crate::status::ApiError;
 use crate::value;
 use cache::Cache;
@@ -40,6 +40,8 @@ pub struct Registry {
     pub(crate) role: Role,
     /// Who may do what, kept by [`crate::rbac::index::run`].
     pub(crate) rbac: crate::rbac::Index,
+    /// For definitions that ask for it.
+    pub(crate) converter: Option<Converter>,
     /// Ends watches when the server stops.
     pub(crate) shutdown: CancellationToken,
 }
@@ -111,10 +113,17 @@ impl Registry {
             catalog: CatalogHandle::default(),
             role,
             rbac: crate::rbac::Index::default(),
+            converter: None,
             shutdown,
         };
         registry.catalog.replace(resource::Catalog::new(builtin::resources(role)));
         registry
+    }
+
+    /// With a converter for definitions that ask for one.
+    pub fn with_converter(mut self, converter: Option<Converter>) -> Self {
+        self.converter = converter;
+        self
     }
 
     /// What is served now.
@@ -145,6 +154,9 @@ pub(crate) fn to_api(resource: &Resource, kv: &KeyValue) -> Result<Value, ApiErr
     if resource.is_new_event() {
         events::to_new(&mut object);
     }
+    if let Some(converter) = &resource.converter {
+        object = converter.convert(object, &resource.api_version()).map_err(ApiError::internal)?;
+    }
     value::set(&mut object, &["apiVersion"], Value::String(resource.api_version()));
     value::set(&mut object, &["kind"], Value::String(resource.kind.clone()));
     value::set(&mut object, &["metadata", "resourceVersion"], Value::String(kv.mod_revision.0.to_string()));
@@ -173,6 +185,11 @@ pub(crate) fn to_stored(resource: &Resource, object: &Value) -> Result<Vec<u8>, 
     let mut object = object.clone();
     if resource.is_new_event() {
         events::to_core(&mut object);
+    }
+    if let Some(converter) = &resource.converter {
+        object = converter
+            .convert(object, &resource.storage_api_version)
+            .map_err(|reason| ApiError::unprocessable(format!("cannot be stored: {reason}")))?;
     }
     value::set(&mut object, &["apiVersion"], Value::String(resource.storage_api_version.clone()));
     value::remove(&mut object, &["metadata", "resourceVersion"]);

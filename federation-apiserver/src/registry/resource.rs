@@ -6,6 +6,7 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 use serde_json::Value;
 
+use crate::config::Converter;
 use crate::schema::RootType;
 
 /// A served resource in one version.
@@ -30,6 +31,8 @@ pub struct Resource {
     pub generation: bool,
     pub schema: RootType,
     pub origin: Origin,
+    /// Converts between this version and the stored one; without one they differ in their `apiVersion` only.
+    pub converter: Option<Converter>,
     /// `<group>/<version>` that objects are stored in.
     pub storage_api_version: String,
 }

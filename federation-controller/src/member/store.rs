@@ -325,7 +325,7 @@ impl Store {
                     of.insert(Arc::clone(&target.namespace), Arc::clone(&target.name), known);
                 }
             }
-            (Action::Delete { uid }, None) => {
+            (Action::Delete { uid, .. }, None) => {
                 if before.is_some_and(|before| before.value["metadata"]["uid"].as_str() == uid.as_deref()) {
                     of.remove(&target.namespace, &target.name);
                 }
@@ -487,10 +487,15 @@ mod tests {
             desired: json!({"metadata": {"name": "web-a"}}),
             hash: hash.into(),
             cause,
+            adopt: false,
             exists: cause != Cause::Create,
             remove_annotations: vec![],
             remove_labels: vec![],
         }
+    }
+
+    fn delete(uid: &str) -> Action {
+        Action::Delete { uid: Some(uid.into()), options: Default::default() }
     }
 
     fn job(hash: &str) -> Job {
@@ -641,9 +646,9 @@ mod tests {
         let mut store = Store::default();
         let target = TargetKey { kind: 0, namespace: "shop".into(), name: "web-a".into() };
         store.change(0, Change::Replace(vec![live("web-a", "2", 5)]));
-        store.succeeded(&target, &Action::Delete { uid: Some("1".into()) }, None, Instant::now());
+        store.succeeded(&target, &delete("1"), None, Instant::now());
         assert_eq!(view(&mut store).objects.len(), 1);
-        store.succeeded(&target, &Action::Delete { uid: Some("2".into()) }, None, Instant::now());
+        store.succeeded(&target, &delete("2"), None, Instant::now());
         assert!(view(&mut store).objects.is_empty());
     }
 }

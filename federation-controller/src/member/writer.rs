@@ -114,14 +114,14 @@ async fn perform(
     };
     let name = target.name.as_ref();
     match &job.write.action {
-        Action::Apply { desired, exists, remove_annotations, remove_labels, .. } => {
+        Action::Apply { desired, adopt, exists, remove_annotations, remove_labels, .. } => {
             let mut exists = *exists;
             if !exists {
                 // Unseen is not absent: objects without the hub's label are not watched.
                 match optional(api.get_opt(name).await)? {
                     Some(found) => {
                         let source = federation_core::names::source(&of.plural, &job.source.name);
-                        admit(&plain(found)?, &source, shared.options.adopt)?;
+                        admit(&plain(found)?, &source, *adopt)?;
                         exists = true;
                     }
                     None if of.target.namespaced => ensure_namespace(member, &target.namespace).await?,
@@ -146,9 +146,14 @@ async fn perform(
             }
             Ok(Some(plain(answer)?))
         }
-        Action::Delete { uid } => {
+        Action::Delete { uid, options } => {
             let mut params = DeleteParams {
-                propagation_policy: Some(PropagationPolicy::Background),
+                propagation_policy: Some(match options.propagation_policy.as_deref() {
+                    Some("Foreground") => PropagationPolicy::Foreground,
+                    Some("Orphan") => PropagationPolicy::Orphan,
+                    _ => PropagationPolicy::Background,
+                }),
+                grace_period_seconds: options.grace_period_seconds,
                 ..Default::default()
             };
             params.preconditions = Some(Preconditions { uid: uid.clone(), resource_version: None });

@@ -3,6 +3,7 @@
 
 mod any_type;
 mod fake;
+mod leaders;
 mod world;
 
 use std::sync::atomic::Ordering;

@@ -119,6 +119,11 @@ impl World {
         }
     }
 
+    /// Takes the running controller out of the world's hands, so that a second can be run.
+    pub(crate) fn detach(&mut self) -> Detached {
+        Detached(self.running.take().expect("running"))
+    }
+
     /// Cuts or restores a member's tunnel.
     pub(crate) fn tunnel(&self, member: &str, up: bool) {
         self.down.lock().retain(|name| name != member);
@@ -183,6 +188,23 @@ impl World {
                 .then_some(status)
         })
         .await
+    }
+}
+
+/// A controller that runs beside the world's own.
+pub(crate) struct Detached((oneshot::Sender<()>, tokio::task::JoinHandle<()>));
+
+impl Detached {
+    /// Ends it and waits for it.
+    pub(crate) async fn stop(self) {
+        let _ = self.0.0.send(());
+        self.0.1.await.expect("controller");
+    }
+
+    /// Ends it as a crash does.
+    pub(crate) async fn kill(self) {
+        self.0.1.abort();
+        let _ = self.0.1.await;
     }
 }
 

@@ -19,7 +19,9 @@ use serde::{Deserialize, Serialize};
 )]
 #[serde(rename_all = "camelCase")]
 pub struct CellSpec {
-    /// Name of the `KubeFedCluster` that the cell lies in. A cell does not move: changing this makes it a new unit.
+    /// Name of the `KubeFedCluster` that the cell lies in. When this changes, the cell's
+    /// objects are made in the new cluster first, at the revision that they were at, and go from the old one once those are
+    /// ready.
     pub cluster: String,
     /// Labels of the cell's nodes; added to the node selector of every workload placed in the cell.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]

@@ -2,14 +2,17 @@
 
 use std::collections::BTreeMap;
 
+use k8s_openapi::ByteString;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-    CustomResourceDefinition, CustomResourceSubresourceScale,
+    CustomResourceConversion, CustomResourceDefinition, CustomResourceDefinitionVersion,
+    CustomResourceSubresourceScale, CustomResourceSubresourceStatus, CustomResourceSubresources,
+    CustomResourceValidation, WebhookClientConfig, WebhookConversion,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::{CustomResource, CustomResourceExt as _};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::schema::{any_object, any_value};
 use crate::types::FederatedType;
@@ -51,6 +54,13 @@ pub struct FederatedSpec {
     /// Whether cells of one cluster share an object of a kind that is not a workload.
     #[serde(default, skip_serializing_if = "Naming::is_shared")]
     pub naming: Naming,
+    /// Whether members decide about `spec.replicas` (an autoscaler's, say) once the object is there; an override of
+    /// `/spec/replicas` and a `ReplicaSchedulingPreference` decide all the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub retain_replicas: bool,
+    /// Whether the object's namespace must be federated too.
+    #[serde(default, skip_serializing_if = "NamespaceRule::is_automatic")]
+    pub namespace_rule: NamespaceRule,
     /// How many revisions that no unit uses are kept; ten when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 1000))]
@@ -73,6 +83,15 @@ pub enum Naming {
     #[default]
     Shared,
     PerUnit,
+}
+
+/// Where a FederatedNamespace lies in the object's namespace, the object goes only where that goes. Where none does:
+/// `Automatic` makes the namespace in members as needed, `Federated` (KubeFed's rule) goes nowhere.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum NamespaceRule {
+    #[default]
+    Automatic,
+    Federated,
 }
 
 /// Where an object goes: units by name or, when no list is given, by label. Neither: nowhere.
@@ -252,8 +271,89 @@ pub enum Phase {
     Missing,
 }
 
+/// Annotation on a federated kind's definition: the hub API converts its objects in its own process.
+pub const CONVERTED_ANNOTATION: &str = "cellway.io/converted-in-process";
+
+/// How a hub API converts federated objects between KubeFed's form and the stored one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Conversion {
+    /// Not at all: KubeFed's form is not served.
+    #[default]
+    Unserved,
+    /// In its own process, as cellway's own API server does.
+    InProcess,
+    /// It asks a webhook.
+    Webhook {
+        /// Where: `https://…`.
+        url: String,
+        /// The PEM certificates that it trusts for that.
+        ca_bundle: String,
+    },
+}
+
+/// KubeFed's form: served, and never stored.
+fn kubefed_version() -> CustomResourceDefinitionVersion {
+    let any = || json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
+    let text = || json!({"type": "string"});
+    let schema = json!({
+        "type": "object",
+        "description": "An object over many clusters, as KubeFed writes it.",
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": text(),
+            "kind": text(),
+            "metadata": {"type": "object"},
+            "spec": {
+                "type": "object",
+                "properties": {
+                    "template": any(),
+                    "retainReplicas": {"type": "boolean"},
+                    "placement": {"type": "object", "properties": {
+                        "clusters": {"type": "array", "items": {
+                            "type": "object", "properties": {"name": text()}, "required": ["name"],
+                        }},
+                        "clusterSelector": {"type": "object", "properties": {
+                            "matchLabels": {"type": "object", "additionalProperties": text()},
+                            "matchExpressions": {"type": "array", "items": {
+                                "type": "object", "required": ["key", "operator"], "properties": {
+                                    "key": text(), "operator": text(), "values": {"type": "array", "items": text()},
+                                },
+                            }},
+                        }},
+                    }},
+                    "overrides": {"type": "array", "items": {"type": "object", "properties": {
+                        "clusterName": text(),
+                        "clusterOverrides": {"type": "array", "items": {
+                            "type": "object", "required": ["path"], "properties": {
+                                "op": {"type": "string", "enum": ["add", "remove", "replace"]},
+                                "path": text(),
+                                "value": {"x-kubernetes-preserve-unknown-fields": true},
+                            },
+                        }},
+                    }}},
+                },
+            },
+            "status": any(),
+        },
+    });
+    CustomResourceDefinitionVersion {
+        name: crate::types::KUBEFED_VERSION.into(),
+        served: true,
+        storage: false,
+        schema: Some(CustomResourceValidation {
+            // Made of what a schema is made of: it always reads; a test sees to it.
+            open_api_v3_schema: serde_json::from_value(schema).ok(),
+        }),
+        subresources: Some(CustomResourceSubresources {
+            status: Some(CustomResourceSubresourceStatus(json!({}))),
+            scale: None,
+        }),
+        ..CustomResourceDefinitionVersion::default()
+    }
+}
+
 /// The CustomResourceDefinition of one federated type.
-pub fn federated_crd(of: &FederatedType) -> CustomResourceDefinition {
+pub fn federated_crd(of: &FederatedType, conversion: &Conversion) -> CustomResourceDefinition {
     let mut crd = FederatedObject::crd();
     crd.metadata.name = Some(of.crd_name());
     crd.spec.group = of.group.clone();
@@ -263,6 +363,28 @@ pub fn federated_crd(of: &FederatedType) -> CustomResourceDefinition {
     crd.spec.names.plural = of.plural.clone();
     crd.spec.names.singular = Some(of.kind.to_lowercase());
     crd.spec.names.short_names = (!of.short_names.is_empty()).then(|| of.short_names.clone());
+    let mut kubefed = kubefed_version();
+    match conversion {
+        Conversion::Unserved => kubefed.served = false,
+        Conversion::InProcess => {
+            let marked = [(CONVERTED_ANNOTATION.to_owned(), "true".to_owned())];
+            crd.metadata.annotations = Some(marked.into());
+        }
+        Conversion::Webhook { url, ca_bundle } => {
+            crd.spec.conversion = Some(CustomResourceConversion {
+                strategy: "Webhook".into(),
+                webhook: Some(WebhookConversion {
+                    client_config: Some(WebhookClientConfig {
+                        url: Some(url.clone()),
+                        ca_bundle: Some(ByteString(ca_bundle.clone().into_bytes())),
+                        service: None,
+                    }),
+                    conversion_review_versions: vec!["v1".into()],
+                }),
+            });
+        }
+    }
+    crd.spec.versions.insert(0, kubefed);
     if of.has_replicas() {
         for version in &mut crd.spec.versions {
             if let Some(subresources) = &mut version.subresources {
@@ -275,6 +397,15 @@ pub fn federated_crd(of: &FederatedType) -> CustomResourceDefinition {
         }
     }
     crd
+}
+
+// === impl NamespaceRule ===
+
+impl NamespaceRule {
+    /// Whether it is the default.
+    pub fn is_automatic(&self) -> bool {
+        *self == Self::Automatic
+    }
 }
 
 // === impl Naming ===

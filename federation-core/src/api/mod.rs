@@ -5,6 +5,7 @@ mod cluster;
 mod federated;
 mod propagation;
 mod revision;
+mod scheduling;
 mod schema;
 mod type_config;
 
@@ -13,11 +14,13 @@ pub use self::cluster::{
     ClusterCondition, KubeFedCluster, KubeFedClusterSpec, KubeFedClusterStatus, LocalSecretReference,
 };
 pub use self::federated::{
-    Condition, FederatedObject, FederatedSpec, FederatedStatus, Naming, Override, Patch, PatchOp, Phase,
-    Placement, PlacementMask, TopologyType, UnitReference, UnitStatus, federated_crd,
+    CONVERTED_ANNOTATION, Condition, Conversion, FederatedObject, FederatedSpec, FederatedStatus,
+    NamespaceRule, Naming, Override, Patch, PatchOp, Phase, Placement, PlacementMask, TopologyType,
+    UnitReference, UnitStatus, federated_crd,
 };
 pub use self::propagation::{KeyClass, KeyRule, PropagationConfig, PropagationConfigSpec};
 pub use self::revision::{FederatedRevision, FederatedRevisionSpec, Snapshot};
+pub use self::scheduling::{ReplicaSchedulingPreference, ReplicaSchedulingPreferenceSpec, UnitPreference};
 pub use self::type_config::{
     ApiResourceSpec, ControllerState, FederatedTypeConfig, FederatedTypeConfigSpec,
     FederatedTypeConfigStatus, Mode, Scope,

@@ -54,4 +54,10 @@ pub struct Snapshot {
     /// How the member objects are named.
     #[serde(default)]
     pub naming: Naming,
+    /// Whether members decide about `spec.replicas` once the object is there.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub retain_replicas: bool,
+    /// Replicas by unit, as a `ReplicaSchedulingPreference` split them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub replicas: BTreeMap<String, i64>,
 }

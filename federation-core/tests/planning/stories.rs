@@ -1,10 +1,13 @@
 //! Planning, as stories: each test changes the world, lets plans be carried out, and looks at members and status.
 
+use std::sync::Arc;
+
 use crate::world::{World, deployment};
 use federation_core::api::{
-    KeyClass, KeyRule, Naming, Override, Phase, PropagationConfig, PropagationConfigSpec,
+    KeyClass, KeyRule, NamespaceRule, Naming, Override, Phase, PropagationConfig, PropagationConfigSpec,
+    ReplicaSchedulingPreferenceSpec, UnitPreference,
 };
-use federation_core::plan::{Action, Cause, MemberState, WriteFailure};
+use federation_core::plan::{Action, Cause, LiveObject, MemberState, NamespacePlacement, WriteFailure};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde_json::json;
 
@@ -584,4 +587,201 @@ fn a_cells_own_traits_reach_its_workloads() {
     world.settle();
     assert_eq!(world.live("x", "web-a")["spec"]["template"]["spec"]["nodeSelector"], json!({"zone": "z9"}));
     assert_eq!(world.revisions.len(), 1, "a cell is not part of a revision");
+}
+
+fn preference(total: i64, intersect: bool) -> ReplicaSchedulingPreferenceSpec {
+    ReplicaSchedulingPreferenceSpec {
+        target_kind: "FederatedDeployment".into(),
+        total_replicas: total,
+        intersect_with_cluster_selector: intersect,
+        ..ReplicaSchedulingPreferenceSpec::default()
+    }
+}
+
+#[test]
+fn replicas_are_split_and_a_mask_holds_the_split() {
+    let mut world = World::deployment();
+    world.place(&["a", "b", "c"]).preference = Some(preference(9, true));
+    world.settle();
+    let count =
+        |world: &World, cluster: &str, name: &str| world.live(cluster, name)["spec"]["replicas"].clone();
+    assert_eq!(count(&world, "x", "web-a"), 3);
+    world.mask(Some(&["a"])).preference = Some(preference(12, true));
+    world.settle();
+    assert_eq!([count(&world, "x", "web-a"), count(&world, "x", "web-b")], [4, 3]);
+    world.mask(None);
+    world.settle();
+    assert_eq!(count(&world, "y", "web-c"), 4);
+    // Without the preference the template counts again; nothing of the split is left behind.
+    world.preference = None;
+    world.settle();
+    assert_eq!(count(&world, "y", "web-c"), 2);
+}
+
+#[test]
+fn a_lost_tunnel_moves_no_replicas() {
+    let mut world = World::deployment();
+    world.place(&["a", "b", "c"]).preference = Some(preference(9, true));
+    world.settle();
+    world.members.get_mut("y").expect("y").state = unreachable();
+    world.settle();
+    assert_eq!(world.live("x", "web-a")["spec"]["replicas"], 3);
+    world.preference = Some(preference(11, true));
+    world.settle();
+    let x =
+        ["web-a", "web-b"].map(|name| world.live("x", name)["spec"]["replicas"].as_i64().expect("number"));
+    assert_eq!(x.iter().sum::<i64>(), 8);
+    assert_eq!(world.live("y", "web-c")["spec"]["replicas"], 3);
+}
+
+#[test]
+fn replicas_that_stay_unschedulable_go_elsewhere() {
+    let mut world = World::deployment();
+    world.place(&["a", "b", "c"]).preference = Some(preference(9, true));
+    world.settle();
+    let live = world.live_mut("x", "web-a");
+    live["status"]["availableReplicas"] = 1.into();
+    live["status"]["conditions"] =
+        json!([{"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}]);
+    world.settle();
+    assert_eq!(world.live("x", "web-a")["spec"]["replicas"], 1);
+    let elsewhere = world.live("x", "web-b")["spec"]["replicas"].as_i64().expect("number")
+        + world.live("y", "web-c")["spec"]["replicas"].as_i64().expect("number");
+    assert_eq!(elsewhere, 8);
+}
+
+#[test]
+fn a_preference_without_intersection_places_by_itself() {
+    let mut world = World::deployment();
+    let mut asked = preference(4, false);
+    asked.clusters = [("a", 1), ("c", 1)]
+        .map(|(name, weight)| (name.to_owned(), UnitPreference { weight, ..UnitPreference::default() }))
+        .into();
+    world.place(&["b"]).preference = Some(asked);
+    world.settle();
+    assert_eq!((world.names("x"), world.names("y")), (["web-a"].into(), ["web-c"].into()));
+}
+
+#[test]
+fn an_object_goes_only_where_its_namespace_goes() {
+    let mut world = World::deployment();
+    world.place(&["a", "b", "c"]);
+    world.namespace = NamespacePlacement::Absent;
+    world.settle();
+    assert_eq!(world.names("x").len(), 2, "namespaces are made as needed");
+    world.namespace = NamespacePlacement::Clusters(["y".to_owned()].into());
+    world.settle();
+    assert_eq!((world.names("x").len(), world.names("y").len()), (0, 1));
+    world.namespace = NamespacePlacement::Absent;
+    world.object.spec.namespace_rule = NamespaceRule::Federated;
+    world.settle();
+    assert_eq!(world.names("y").len(), 0);
+    assert_eq!(world.condition("Propagated"), Some(("False", "NamespaceNotFederated")));
+}
+
+#[test]
+fn the_member_keeps_its_replicas_unless_they_are_overridden() {
+    let mut world = World::deployment();
+    world.place(&["a", "b"]).object.spec.retain_replicas = true;
+    world.object.spec.overrides = vec![replicas("b", 4)];
+    world.settle();
+    for name in ["web-a", "web-b"] {
+        world.live_mut("x", name)["spec"]["replicas"] = 7.into();
+    }
+    world.settle();
+    let count = |world: &World, name: &str| world.live("x", name)["spec"]["replicas"].clone();
+    assert_eq!([count(&world, "web-a"), count(&world, "web-b")], [7, 4]);
+    world.object.spec.template["spec"]["template"]["spec"]["containers"][0]["image"] = "web:2".into();
+    world.settle();
+    assert_eq!(count(&world, "web-a"), 7);
+    assert_eq!(world.live("x", "web-a")["spec"]["template"]["spec"]["containers"][0]["image"], "web:2");
+}
+
+#[test]
+fn deletions_are_as_the_annotation_says() {
+    let mut world = World::deployment();
+    world.place(&["a"]);
+    world.settle();
+    let say = |world: &mut World, text: &str| {
+        let annotations = [("kubefed.io/deleteoption".to_owned(), text.to_owned())].into();
+        world.object.metadata.annotations = Some(annotations);
+        world.object.metadata.deletion_timestamp =
+            Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+        world.plan()
+    };
+    let plan = say(&mut world, r#"{"propagationPolicy": "Foreground", "gracePeriodSeconds": 7}"#);
+    let Action::Delete { options, .. } = &plan.writes[0].action else { panic!("{plan:?}") };
+    assert_eq!(
+        (options.propagation_policy.as_deref(), options.grace_period_seconds),
+        (Some("Foreground"), Some(7))
+    );
+    let plan = say(&mut world, "rubbish");
+    assert!(
+        matches!(&plan.writes[0].action, Action::Delete { options, .. } if *options == Default::default())
+    );
+}
+
+#[test]
+fn a_federated_namespace_has_the_name_of_its_namespace() {
+    let mut world = World::new(2, json!({}));
+    world.place(&["a", "c"]);
+    world.settle();
+    assert_eq!(world.condition("PlacementInvalid"), Some(("True", "NameMismatch")));
+    assert!(world.names("x").is_empty());
+    world.object.metadata.name = Some("shop".into());
+    world.settle();
+    assert_eq!((world.names("x"), world.names("y")), (["shop"].into(), ["shop"].into()));
+    assert!(world.live("x", "shop")["metadata"].get("namespace").is_none());
+}
+
+#[test]
+fn a_secrets_texts_are_applied_as_data() {
+    let mut world = World::new(3, json!({"stringData": {"password": "secret"}}));
+    world.place(&["a"]);
+    world.settle();
+    assert_eq!(world.live("x", "web")["data"], json!({"password": "c2VjcmV0"}));
+}
+
+#[test]
+fn a_cell_moves_to_another_cluster_make_before_break() {
+    let mut world = World::deployment();
+    world.place(&["a", "b"]);
+    world.settle();
+    // Under a mask that holds it, and with a newer revision about: it keeps its own.
+    world.mask(Some(&["b"])).object.spec.template = deployment("web:2", 2);
+    world.settle();
+    world.cells[0].spec.cluster = "y".into();
+    let plan = world.plan();
+    assert!(plan.writes.iter().all(|write| matches!(write.action, Action::Apply { .. })), "{plan:?}");
+    world.carry_out(&plan);
+    assert!(world.names("x").contains("web-a") && world.names("y").contains("web-a"));
+    let image = |world: &World| {
+        world.live("y", "web-a")["spec"]["template"]["spec"]["containers"][0]["image"].clone()
+    };
+    assert_eq!(image(&world), "web:1");
+    // Not ready yet: what was there stays, and says so.
+    world.live_mut("y", "web-a")["status"]["availableReplicas"] = 0.into();
+    let plan = world.settle();
+    let old = plan.status.units.iter().find(|unit| unit.cluster == "x" && unit.name == "a").expect("old");
+    assert_eq!((old.phase, old.reason.as_deref()), (Phase::Removing, Some("WaitingForReplacement")));
+    assert!(world.names("x").contains("web-a"));
+    world.live_mut("y", "web-a")["status"]["availableReplicas"] = 2.into();
+    world.settle();
+    assert_eq!(world.names("x"), ["web-b"].into());
+    assert_eq!(world.unit("a").cluster, "y");
+}
+
+#[test]
+fn adoption_is_the_objects_to_allow() {
+    let mut world = World::new(1, json!({"data": {"k": "v"}}));
+    let foreign = json!({"metadata": {"name": "web", "uid": "theirs"}, "data": {"k": "mine"}});
+    let live = LiveObject { value: Arc::new(foreign), baseline: None };
+    world.members.get_mut("x").expect("x").objects.insert("web".into(), live);
+    world.place(&["a"]);
+    world.settle();
+    assert_eq!(world.unit("a").reason.as_deref(), Some("AlreadyExists"));
+    world.object.metadata.annotations = Some([("cellway.io/adopt".to_owned(), "true".to_owned())].into());
+    world.settle();
+    assert_eq!(world.live("x", "web")["data"]["k"], "v");
+    assert_eq!(world.unit("a").phase, Phase::Synced);
 }

@@ -6,11 +6,14 @@ use std::sync::Arc;
 
 use federation_core::api::{
     Cell, CellSpec, FederatedObject, FederatedRevision, FederatedSpec, FederatedStatus, KubeFedCluster,
-    KubeFedClusterSpec, PlacementMask, PropagationConfig, UnitReference, UnitStatus,
+    KubeFedClusterSpec, PlacementMask, PropagationConfig, ReplicaSchedulingPreferenceSpec, UnitReference,
+    UnitStatus,
 };
 use federation_core::drift;
 use federation_core::metadata::PropagationRules;
-use federation_core::plan::{Action, LiveObject, MemberState, MemberView, Plan, PlanInput, plan};
+use federation_core::plan::{
+    Action, LiveObject, MemberState, MemberView, NamespacePlacement, Plan, PlanInput, plan,
+};
 use federation_core::topology::Topology;
 use federation_core::types::{self, FederatedType};
 use serde_json::{Value, json};
@@ -26,6 +29,8 @@ pub(crate) struct World {
     pub(crate) configs: Vec<PropagationConfig>,
     pub(crate) revisions: Vec<FederatedRevision>,
     pub(crate) members: BTreeMap<String, MemberView>,
+    pub(crate) preference: Option<ReplicaSchedulingPreferenceSpec>,
+    pub(crate) namespace: NamespacePlacement,
     pub(crate) writes: usize,
     uids: u64,
 }
@@ -44,6 +49,8 @@ impl World {
             configs: Vec::new(),
             revisions: Vec::new(),
             members: BTreeMap::new(),
+            preference: None,
+            namespace: NamespacePlacement::default(),
             writes: 0,
             uids: 0,
         };
@@ -94,6 +101,8 @@ impl World {
             rules: &rules,
             revisions: &revisions,
             members: &self.members,
+            preference: self.preference.as_ref(),
+            namespace: self.namespace.clone(),
             adopt: false,
             now: "2026-11-21T00:00:00Z",
         })

@@ -23,8 +23,9 @@ use std::time::{Duration, SystemTime};
 use axum::Router;
 use axum::extract::Request;
 use axum::middleware::Next;
-use federation_apiserver::{ApiServer, Role, UserInfo};
+use federation_apiserver::{ApiServer, Converter, Role, UserInfo};
 use federation_controller::{ConnectError, Connector, Controller, Handle, Options, connector};
+use federation_core::api::Conversion;
 use parking_lot::RwLock;
 use serde_json::json;
 use service::admin::Admin;
@@ -268,7 +269,10 @@ impl Hub {
         let metrics = SharedRegistry::new("cellway-hub");
         parts.register(&metrics);
         let connector = member_connector(parts.registry.clone(), args.backend_dial_timeout.0);
-        let controller = Controller::new(client.clone(), connector, Options::default());
+        let controller = {
+            let options = Options { conversion: Conversion::InProcess, ..Options::default() };
+            Controller::new(client.clone(), connector, options)
+        };
         metrics.with(|registry| controller.register(registry.sub_registry_with_prefix("cellway_federation")));
         let readiness = Readiness::default();
         let starting = readiness.register("hub API answers and clusters are known");
@@ -412,7 +416,11 @@ async fn bind_api(
     config.bind = SocketAddr::new(args.bind_address, args.api_port);
     config.advertise = Some(advertised_host.to_owned());
     config.token_auth_file.clone_from(&args.token_auth_file);
-    config.crds = federation_core::crds().iter().filter_map(|crd| serde_json::to_value(crd).ok()).collect();
+    let crds = federation_core::crds(&Conversion::InProcess);
+    config.crds = crds.iter().filter_map(|crd| serde_json::to_value(crd).ok()).collect();
+    config.converter = Some(Converter::new(|object, api_version| {
+        federation_core::conversion::convert(object, api_version).map_err(|error| error.to_string())
+    }));
     let namespace =
         |name: &str| json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name } });
     config.bootstrap = vec![namespace(SYSTEM_NAMESPACE), namespace(FEDERATION_NAMESPACE)];

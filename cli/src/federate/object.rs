@@ -1,0 +1,127 @@
+//! Finding a federated object by what people call it, with its type and revisions.
+
+use federation_core::api::{Cell, FederatedObject, FederatedRevision, FederatedTypeConfig, KubeFedCluster};
+use federation_core::names::{FEDERATION_NAMESPACE, source};
+use federation_core::topology::Topology;
+use federation_core::types::FederatedType;
+use kube::api::{DynamicObject, ListParams};
+use kube::{Api, ResourceExt as _};
+
+use crate::error::{Error, Result};
+use crate::hub::{Hub, explain};
+use crate::kubeconfig::HubArgs;
+
+/// A federated object on the command line.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct ObjectArgs {
+    /// The federated object, as TYPE/NAME: `deployment/web`, `federatedconfigmap/settings`, `widgets.example.com/one`.
+    #[arg(value_name = "TYPE/NAME")]
+    pub(crate) object: String,
+    /// Its namespace.
+    #[arg(short, long, default_value = "default", value_name = "NAMESPACE")]
+    pub(crate) namespace: String,
+    #[command(flatten)]
+    pub(crate) hub: HubArgs,
+}
+
+/// A federated object with what belongs to it.
+pub(crate) struct Found {
+    pub(crate) hub: Hub,
+    pub(crate) of: FederatedType,
+    pub(crate) api: Api<DynamicObject>,
+    pub(crate) raw: DynamicObject,
+    pub(crate) object: FederatedObject,
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+}
+
+impl Found {
+    /// Asks the hub for it.
+    pub(crate) async fn open(args: &ObjectArgs) -> Result<Self> {
+        let tried = format!("find {}", args.object);
+        let Some((type_, name)) = args.object.split_once('/') else {
+            return Err(
+                Error::usage(tried, "it is not of the form TYPE/NAME").remedy("for example deployment/web")
+            );
+        };
+        let hub = Hub::open(&args.hub).await?;
+        let of = type_of(&hub, type_).await?;
+        let (namespace, api) = if of.namespaced() {
+            let api = Api::namespaced_with(hub.client().clone(), &args.namespace, &of.hub_resource());
+            (args.namespace.clone(), api)
+        } else {
+            (String::new(), Api::all_with(hub.client().clone(), &of.hub_resource()))
+        };
+        let raw: DynamicObject = api.get(name).await.map_err(explain(&tried))?;
+        let value = serde_json::to_value(&raw).map_err(|error| Error::failed(&tried, error))?;
+        let object = serde_json::from_value(value).map_err(|error| Error::failed(&tried, error))?;
+        Ok(Self { hub, of, api, raw, object, namespace, name: name.to_owned() })
+    }
+
+    /// Its revisions, the oldest first.
+    pub(crate) async fn revisions(&self) -> Result<Vec<FederatedRevision>> {
+        let home = self.of.revision_namespace(&self.namespace);
+        let api: Api<FederatedRevision> = Api::namespaced(self.hub.client().clone(), home);
+        let all = api.list(&ListParams::default()).await.map_err(explain("list the revisions"))?;
+        let mark = source(&self.of.plural, &self.name);
+        let mut own: Vec<_> = all.items.into_iter().filter(|revision| revision.spec.object == mark).collect();
+        own.sort_by_key(|revision| revision.spec.number);
+        Ok(own)
+    }
+
+    /// Every cell and cluster of the hub.
+    pub(crate) async fn topology(&self) -> Result<Topology> {
+        let cells: Api<Cell> = Api::all(self.hub.client().clone());
+        let clusters: Api<KubeFedCluster> = Api::namespaced(self.hub.client().clone(), FEDERATION_NAMESPACE);
+        let cells = cells.list(&ListParams::default()).await.map_err(explain("list the cells"))?;
+        let clusters = clusters.list(&ListParams::default()).await.map_err(explain("list the clusters"))?;
+        Ok(Topology::new(&cells.items, &clusters.items))
+    }
+}
+
+/// The revision that people mean: a number, a name, or the end of a name.
+pub(crate) fn pick<'a>(revisions: &'a [FederatedRevision], wanted: &str) -> Result<&'a FederatedRevision> {
+    let tried = format!("find the revision {wanted}");
+    let number = wanted.parse::<i64>().ok();
+    let found: Vec<_> = revisions
+        .iter()
+        .filter(|revision| {
+            let name = revision.name_any();
+            name == wanted || Some(revision.spec.number) == number || name.ends_with(&format!("-{wanted}"))
+        })
+        .collect();
+    match found.as_slice() {
+        [one] => Ok(one),
+        [] => Err(Error::not_found(tried, "the object has no such revision")
+            .remedy("`cellway revisions` lists them")),
+        _ => Err(Error::usage(tried, "more than one revision is called this").remedy("name it in full")),
+    }
+}
+
+/// The federated type that people mean.
+async fn type_of(hub: &Hub, wanted: &str) -> Result<FederatedType> {
+    let tried = format!("find the type {wanted}");
+    let api: Api<FederatedTypeConfig> = Api::namespaced(hub.client().clone(), FEDERATION_NAMESPACE);
+    let configs = api.list(&ListParams::default()).await.map_err(explain(&tried))?;
+    let wanted = wanted.to_lowercase();
+    configs
+        .items
+        .iter()
+        .filter_map(|config| FederatedType::from_config(config).ok())
+        .find(|of| {
+            let target = of.target.kind.to_lowercase();
+            let short = of.short_names.iter().flat_map(|short| [short.clone(), short[1..].to_owned()]);
+            let names = [
+                of.target.plural.clone(),
+                of.config_name(),
+                of.plural.clone(),
+                of.crd_name(),
+                of.kind.to_lowercase(),
+                target,
+            ];
+            names.into_iter().chain(short).any(|name| name == wanted)
+        })
+        .ok_or_else(|| {
+            Error::not_found(tried, "it is not federated").remedy("`cellway federate types` lists what is")
+        })
+}

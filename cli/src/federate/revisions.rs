@@ -1,0 +1,456 @@
+//! `revisions`, `diff`, `rollback` and `preview`: what an object was, what changed, going back, and what a mask would do.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use federation_core::api::{FederatedRevision, PlacementMask, Snapshot};
+use federation_core::render::render;
+use federation_core::topology::Unit;
+use kube::ResourceExt as _;
+use kube::api::PostParams;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::object::{Found, ObjectArgs, pick};
+use crate::error::{Error, Result};
+use crate::hub::{Items, explain};
+use crate::output::{self, Cell, Format, OutputArgs, Paint, Table, age, text_out};
+
+/// Lines of each side that are compared; of longer texts the rest is shown as replaced.
+const MAX_COMPARED: usize = 4000;
+/// Unchanged lines shown around a change.
+const CONTEXT: usize = 3;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RevisionsArgs {
+    #[command(flatten)]
+    pub(crate) object: ObjectArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct DiffArgs {
+    #[command(flatten)]
+    pub(crate) object: ObjectArgs,
+    /// The earlier revision, by number or name [default: the one before --to].
+    #[arg(long, value_name = "REVISION")]
+    pub(crate) from: Option<String>,
+    /// The later revision [default: the current one].
+    #[arg(long, value_name = "REVISION")]
+    pub(crate) to: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RollbackArgs {
+    #[command(flatten)]
+    pub(crate) object: ObjectArgs,
+    /// The revision to go back to, by number or name [default: the one before the current one].
+    #[arg(long, value_name = "REVISION")]
+    pub(crate) to: Option<String>,
+    /// Show what would change in each unit, and change nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct PreviewArgs {
+    #[command(flatten)]
+    pub(crate) object: ObjectArgs,
+    /// The mask to try: names of units, separated by commas; empty: no unit may move [default: the object's own].
+    #[arg(long, value_delimiter = ',', value_name = "UNITS", conflicts_with = "no_mask", num_args = 0..)]
+    pub(crate) mask: Option<Vec<String>>,
+    /// Try without a mask.
+    #[arg(long)]
+    pub(crate) no_mask: bool,
+    /// Also print what would change in each unit's object.
+    #[arg(long)]
+    pub(crate) diff: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Row {
+    number: i64,
+    name: String,
+    current: bool,
+    units: Vec<String>,
+    created_at: Option<String>,
+}
+
+/// What would become of one unit.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Move {
+    unit: String,
+    cluster: String,
+    /// `move`, `start`, `stay`, `remove` or `unknown`.
+    action: &'static str,
+    from: Option<String>,
+    to: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    diff: Option<String>,
+}
+
+pub(crate) async fn revisions(args: RevisionsArgs) -> Result<()> {
+    let found = Found::open(&args.object).await?;
+    let status = found.object.status.clone().unwrap_or_default();
+    let rows = found.revisions().await?.into_iter().rev().map(|revision| {
+        let name = revision.name_any();
+        let units = status.units.iter().filter(|unit| unit.revision.as_ref() == Some(&name));
+        Row {
+            number: revision.spec.number,
+            current: status.current_revision.as_ref() == Some(&name),
+            units: units.map(|unit| unit.name.clone()).collect(),
+            created_at: revision.metadata.creation_timestamp.as_ref().map(|time| time.0.to_string()),
+            name,
+        }
+    });
+    let items = Items { items: rows.collect::<Vec<_>>() };
+    output::print(args.output.output, &items, |items| {
+        let now = jiff::Timestamp::now();
+        let mut table =
+            Table::new("no revisions yet").columns(&["NUMBER", "NAME", "CURRENT", "UNITS", "AGE"]);
+        for row in &items.items {
+            table.row(vec![
+                Cell::new(row.number),
+                Cell::new(&row.name),
+                if row.current { Cell::new("yes").paint(Paint::Good) } else { Cell::option::<u8>(None) },
+                Cell::option((!row.units.is_empty()).then(|| row.units.join(","))),
+                Cell::option(row.created_at.as_ref().map(|time| age(time, now))),
+            ]);
+        }
+        table
+    })
+}
+
+pub(crate) async fn diff(args: DiffArgs) -> Result<()> {
+    let found = Found::open(&args.object).await?;
+    let revisions = found.revisions().await?;
+    let to = match &args.to {
+        Some(wanted) => pick(&revisions, wanted)?,
+        None => current(&found, &revisions)?,
+    };
+    let from = match &args.from {
+        Some(wanted) => pick(&revisions, wanted)?,
+        None => before(&revisions, to)?,
+    };
+    let (old, new) =
+        (yaml(&snapshot_value(&from.spec.snapshot)?)?, yaml(&snapshot_value(&to.spec.snapshot)?)?);
+    let head = format!(
+        "--- {} ({})\n+++ {} ({})\n",
+        from.name_any(),
+        from.spec.number,
+        to.name_any(),
+        to.spec.number
+    );
+    text_out(&format!("{head}{}", unified(&old, &new)))
+}
+
+pub(crate) async fn rollback(args: RollbackArgs) -> Result<()> {
+    let tried = format!("go back with {}", args.object.object);
+    let found = Found::open(&args.object).await?;
+    let revisions = found.revisions().await?;
+    let now = current(&found, &revisions)?;
+    let to = match &args.to {
+        Some(wanted) => pick(&revisions, wanted)?,
+        None => before(&revisions, now)?,
+    };
+    if to.name_any() == now.name_any() {
+        return Err(Error::failed(tried, format!("{} is the current revision", to.name_any())));
+    }
+    if args.dry_run {
+        let mask = found.object.spec.placement_mask.clone();
+        let moves = moves(&found, &revisions, &to.name_any(), mask.as_ref(), true).await?;
+        return print_moves(&moves);
+    }
+    let mut object = found.raw.clone();
+    let spec = &mut object.data["spec"];
+    restore(spec, &to.spec.snapshot)?;
+    found.api.replace(&found.name, &PostParams::default(), &object).await.map_err(explain(&tried))?;
+    let mask = match &found.object.spec.placement_mask {
+        Some(_) => " where the mask lets it",
+        None => "",
+    };
+    text_out(&format!(
+        "{} goes back to revision {} ({}){mask}\n",
+        args.object.object,
+        to.spec.number,
+        to.name_any()
+    ))
+}
+
+pub(crate) async fn preview(args: PreviewArgs) -> Result<()> {
+    let found = Found::open(&args.object).await?;
+    let revisions = found.revisions().await?;
+    let now = current(&found, &revisions)?.name_any();
+    let mask = match (&args.mask, args.no_mask) {
+        (_, true) => None,
+        (Some(units), _) => {
+            Some(PlacementMask { units: units.iter().filter(|unit| !unit.is_empty()).cloned().collect() })
+        }
+        (None, false) => found.object.spec.placement_mask.clone(),
+    };
+    let moves = moves(&found, &revisions, &now, mask.as_ref(), args.diff).await?;
+    match args.output.output {
+        Format::Table | Format::Wide => print_moves(&moves),
+        format => output::print(format, &Items { items: moves }, |_| Table::default()),
+    }
+}
+
+/// What each unit would do if `target` were the newest revision under `mask`.
+async fn moves(
+    found: &Found,
+    revisions: &[FederatedRevision],
+    target: &str,
+    mask: Option<&PlacementMask>,
+    with_diff: bool,
+) -> Result<Vec<Move>> {
+    let tried = "preview the move";
+    let topology = found.topology().await?;
+    let spec = &found.object.spec;
+    let placed =
+        topology.resolve(spec.topology_type, &spec.placement).map_err(|error| Error::failed(tried, error))?;
+    let status = found.object.status.clone().unwrap_or_default();
+    let snapshots: BTreeMap<String, &Snapshot> =
+        revisions.iter().map(|revision| (revision.name_any(), &revision.spec.snapshot)).collect();
+    let mut moves = Vec::new();
+    let names: BTreeSet<&String> =
+        placed.units.keys().chain(mask.iter().flat_map(|mask| &mask.units)).collect();
+    for name in names {
+        let Some(unit) = placed.units.get(name) else {
+            moves.push(Move {
+                unit: name.clone(),
+                cluster: String::new(),
+                action: "unknown",
+                from: None,
+                to: None,
+                diff: None,
+            });
+            continue;
+        };
+        let record = status.units.iter().find(|old| &old.name == name && old.cluster == unit.cluster);
+        let from = record.and_then(|record| record.pending_revision.clone().or(record.revision.clone()));
+        let allowed = mask.is_none_or(|mask| mask.units.contains(name));
+        let (action, to) = match (&from, allowed) {
+            (None, true) => ("start", Some(target.to_owned())),
+            (Some(from), true) if from != target => ("move", Some(target.to_owned())),
+            _ => ("stay", from.clone()),
+        };
+        let diff = (with_diff && matches!(action, "move" | "start"))
+            .then(|| object_diff(found, unit, &snapshots, from.as_deref(), target))
+            .transpose()?;
+        moves.push(Move { unit: name.clone(), cluster: unit.cluster.clone(), action, from, to, diff });
+    }
+    for record in &status.units {
+        if !placed.units.contains_key(&record.name) {
+            moves.push(Move {
+                unit: record.name.clone(),
+                cluster: record.cluster.clone(),
+                action: "remove",
+                from: record.revision.clone(),
+                to: None,
+                diff: None,
+            });
+        }
+    }
+    Ok(moves)
+}
+
+fn object_diff(
+    found: &Found,
+    unit: &Unit,
+    snapshots: &BTreeMap<String, &Snapshot>,
+    from: Option<&str>,
+    to: &str,
+) -> Result<String> {
+    let object = |revision: Option<&str>| -> Result<String> {
+        let Some(snapshot) = revision.and_then(|revision| snapshots.get(revision)) else {
+            return Ok(String::new());
+        };
+        let rendered = render(&found.of, &found.namespace, &found.name, snapshot, unit)
+            .map_err(|error| Error::failed(format!("render {} for {}", found.name, unit.name), error))?;
+        let mut value = rendered.at("");
+        // What changes with every revision says nothing.
+        if let Value::Object(annotations) = &mut value["metadata"]["annotations"] {
+            annotations.retain(|key, _| !key.starts_with("cellway.io/"));
+        }
+        yaml(&value)
+    };
+    Ok(unified(&object(from)?, &object(Some(to))?))
+}
+
+fn print_moves(moves: &[Move]) -> Result<()> {
+    let mut table =
+        Table::new("the placement comes to no unit").columns(&["UNIT", "CLUSTER", "WOULD", "FROM", "TO"]);
+    for one in moves {
+        let paint = match one.action {
+            "stay" => Paint::Faint,
+            "remove" | "unknown" => Paint::Bad,
+            _ => Paint::Good,
+        };
+        table.row(vec![
+            Cell::new(&one.unit),
+            Cell::option((!one.cluster.is_empty()).then_some(&one.cluster)),
+            Cell::new(if one.action == "unknown" { "not be found" } else { one.action }).paint(paint),
+            Cell::option(one.from.as_ref()),
+            Cell::option(one.to.as_ref()),
+        ]);
+    }
+    let colours = output::colours(std::io::IsTerminal::is_terminal(&std::io::stdout()));
+    let mut text = table.render(false, colours);
+    for one in moves {
+        if let Some(diff) = &one.diff {
+            text.push_str(&format!("\n{} in {}:\n{diff}", one.unit, one.cluster));
+        }
+    }
+    text_out(&text)
+}
+
+fn current<'a>(found: &Found, revisions: &'a [FederatedRevision]) -> Result<&'a FederatedRevision> {
+    let name = found.object.status.as_ref().and_then(|status| status.current_revision.clone());
+    let named = revisions.iter().find(|revision| Some(revision.name_any()) == name);
+    named.or_else(|| revisions.last()).ok_or_else(|| {
+        Error::not_found("find the current revision", "the object has none yet")
+            .remedy("is its type federated? `cellway federate types` says so")
+    })
+}
+
+/// The revision before another.
+fn before<'a>(revisions: &'a [FederatedRevision], to: &FederatedRevision) -> Result<&'a FederatedRevision> {
+    revisions.iter().rev().find(|revision| revision.spec.number < to.spec.number).ok_or_else(|| {
+        Error::not_found("find the revision before", format!("{} is the oldest that is kept", to.name_any()))
+    })
+}
+
+/// Puts what a snapshot says into a spec. Metadata comes back through the template, which gives the same revision again.
+fn restore(spec: &mut Value, snapshot: &Snapshot) -> Result<()> {
+    let tried = "restore the revision";
+    let value = |of: serde_json::Result<Value>| of.map_err(|error| Error::failed(tried, error));
+    let mut template = snapshot.template.clone();
+    let mut metadata = Map::new();
+    for (field, map) in [("labels", &snapshot.labels), ("annotations", &snapshot.annotations)] {
+        if !map.is_empty() {
+            metadata.insert(field.into(), value(serde_json::to_value(map))?);
+        }
+    }
+    if !metadata.is_empty() {
+        template["metadata"] = Value::Object(metadata);
+    }
+    spec["template"] = template;
+    spec["overrides"] = value(serde_json::to_value(&snapshot.overrides))?;
+    spec["naming"] = value(serde_json::to_value(snapshot.naming))?;
+    spec["retainReplicas"] = json!(snapshot.retain_replicas);
+    Ok(())
+}
+
+fn snapshot_value(snapshot: &Snapshot) -> Result<Value> {
+    serde_json::to_value(snapshot).map_err(|error| Error::failed("print the revision", error))
+}
+
+fn yaml(value: &Value) -> Result<String> {
+    serde_yaml_ng::to_string(value).map_err(|error| Error::failed("print as YAML", error))
+}
+
+/// The differing lines of two texts with a little around them, as `diff -u` shows them without its line numbers.
+fn unified(old: &str, new: &str) -> String {
+    let (old, new): (Vec<&str>, Vec<&str>) = (old.lines().collect(), new.lines().collect());
+    let lines = compare(&old, &new);
+    let near = |index: usize| {
+        let around = &lines[index.saturating_sub(CONTEXT)..(index + CONTEXT + 1).min(lines.len())];
+        around.iter().any(|(mark, _)| *mark != ' ')
+    };
+    let mut text = String::new();
+    let mut gap = false;
+    for (index, (mark, line)) in lines.iter().enumerate() {
+        if near(index) {
+            if gap && !text.is_empty() {
+                text.push_str("  ...\n");
+            }
+            gap = false;
+            text.push_str(&format!("{mark} {line}\n"));
+        } else {
+            gap = true;
+        }
+    }
+    if text.is_empty() { "  no difference\n".into() } else { text }
+}
+
+/// Every line of both texts, marked: common, only old, only new.
+fn compare<'a>(old: &[&'a str], new: &[&'a str]) -> Vec<(char, &'a str)> {
+    let head = old.iter().zip(new).take_while(|(a, b)| a == b).count();
+    let tail = old[head..].iter().rev().zip(new[head..].iter().rev()).take_while(|(a, b)| a == b).count();
+    let (a, b) = (&old[head..old.len() - tail], &new[head..new.len() - tail]);
+    let mut lines: Vec<(char, &str)> = old[..head].iter().map(|line| (' ', *line)).collect();
+    if a.len() > MAX_COMPARED || b.len() > MAX_COMPARED {
+        lines.extend(a.iter().map(|line| ('-', *line)));
+        lines.extend(b.iter().map(|line| ('+', *line)));
+    } else {
+        // Lengths of the longest common subsequences of what follows.
+        let width = b.len() + 1;
+        let mut common = vec![0u16; (a.len() + 1) * width];
+        for i in (0..a.len()).rev() {
+            for j in (0..b.len()).rev() {
+                common[i * width + j] = if a[i] == b[j] {
+                    common[(i + 1) * width + j + 1] + 1
+                } else {
+                    common[(i + 1) * width + j].max(common[i * width + j + 1])
+                };
+            }
+        }
+        let (mut i, mut j) = (0, 0);
+        while i < a.len() || j < b.len() {
+            if i < a.len() && j < b.len() && a[i] == b[j] {
+                lines.push((' ', a[i]));
+                i += 1;
+                j += 1;
+            } else if j == b.len()
+                || (i < a.len() && common[(i + 1) * width + j] >= common[i * width + j + 1])
+            {
+                lines.push(('-', a[i]));
+                i += 1;
+            } else {
+                lines.push(('+', b[j]));
+                j += 1;
+            }
+        }
+    }
+    lines.extend(old[old.len() - tail..].iter().map(|line| (' ', *line)));
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_with_a_little_around_them() {
+        let old = "a\nb\nc\nd\ne\nf\ng\nh\n";
+        let new = "a\nb\nc\nd\ne\nX\ng\nh\n";
+        assert_eq!(unified(old, new), "  c\n  d\n  e\n- f\n+ X\n  g\n  h\n");
+        assert_eq!(unified(old, old), "  no difference\n");
+        assert_eq!(unified("", "a\n"), "+ a\n");
+        let far = format!("1\n{old}2\n");
+        let both = format!("one\n{old}two\n");
+        assert!(unified(&far, &both).contains("  ...\n"));
+    }
+
+    #[test]
+    fn a_snapshot_goes_back_into_the_spec() {
+        let snapshot = Snapshot {
+            template: json!({"spec": {"replicas": 2}}),
+            labels: [("app".to_owned(), "web".to_owned())].into(),
+            ..Snapshot::default()
+        };
+        let mut spec = json!({"template": {"spec": {"replicas": 9}, "extra": 1}, "placement": {"units": []},
+            "overrides": [{"units": ["a"], "patches": []}], "placementMask": {"units": ["a"]}});
+        restore(&mut spec, &snapshot).unwrap();
+        assert_eq!(
+            spec["template"],
+            json!({"metadata": {"labels": {"app": "web"}}, "spec": {"replicas": 2}})
+        );
+        assert_eq!(spec["overrides"], json!([]));
+        assert_eq!(spec["placementMask"], json!({"units": ["a"]}), "the mask is not a revision's");
+    }
+}

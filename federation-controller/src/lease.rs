@@ -1,0 +1,262 @@
+//! Leader election over a `Lease`: of several controllers one acts.
+//!
+//! A lease counts from the moment at which a candidate *saw* it renewed, by the candidate's own clock, so clocks need not
+//! agree. The holder stops by itself before anybody else may take over: it gives up when it could not renew for
+//! [`LeaseOptions::give_up`], which is less than [`LeaseOptions::duration`].
+//!
+//! ```text
+//!   candidate ──nobody's, or not renewed for `duration`──► holder ──shutdown: hands it back──► (next at its next look)
+//!       ▲                                                    │ taken by another, or not renewed for `give_up`
+//!       └────────────────────────────────────────────────────┘
+//! ```
+
+use std::time::Duration;
+
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use kube::Api;
+use kube::api::{Patch, PatchParams, PostParams};
+use serde_json::json;
+use tokio::time::{Instant, timeout};
+use tracing::{debug, info, warn};
+
+use federation_core::names::{FEDERATION_NAMESPACE, FIELD_MANAGER};
+
+use crate::member::chain;
+
+/// Of several controllers the holder of this lease acts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaseOptions {
+    /// Name of the Lease in `kube-federation-system`.
+    pub name: String,
+    /// Who this controller is; no other may have the name.
+    pub identity: String,
+    /// A lease that nobody saw renewed for so long is anybody's. Shorter replaces a dead controller sooner, and loses a
+    /// leader to a shorter pause of the hub's API.
+    pub duration: Duration,
+    /// How often the holder renews, and candidates look four times as often.
+    pub renew: Duration,
+}
+
+/// A lease that is held.
+pub(crate) struct Held {
+    api: Api<Lease>,
+    options: LeaseOptions,
+    version: Option<String>,
+    transitions: i32,
+}
+
+/// What a candidate has seen.
+#[derive(Debug, Default)]
+struct Seen {
+    record: Option<(Option<String>, Option<MicroTime>, Option<String>)>,
+    since: Option<Instant>,
+}
+
+// === impl LeaseOptions ===
+
+impl LeaseOptions {
+    /// The usual lease for a controller of this identity.
+    pub fn new(identity: impl Into<String>) -> Self {
+        Self {
+            name: "cellway-federation-controller".into(),
+            identity: identity.into(),
+            duration: Duration::from_secs(4),
+            renew: Duration::from_secs(1),
+        }
+    }
+
+    /// So long after its last renewal the holder stops acting.
+    fn give_up(&self) -> Duration {
+        self.duration * 3 / 4
+    }
+}
+
+// === impl Seen ===
+
+impl Seen {
+    /// Whether the lease may be taken now.
+    fn is_free(&mut self, lease: &Lease, me: &str, duration: Duration, now: Instant) -> bool {
+        let spec = lease.spec.clone().unwrap_or_default();
+        let holder = spec.holder_identity.unwrap_or_default();
+        if holder.is_empty() || holder == me {
+            return true;
+        }
+        let record = (Some(holder), spec.renew_time, lease.metadata.resource_version.clone());
+        if self.record.as_ref() != Some(&record) {
+            self.record = Some(record);
+            self.since = Some(now);
+        }
+        self.since.is_some_and(|since| now.saturating_duration_since(since) >= duration)
+    }
+}
+
+/// Waits until the lease is ours. Cancel-safe, but for a lease that was taken at this very moment and runs out.
+pub(crate) async fn acquire(client: kube::Client, options: &LeaseOptions) -> Held {
+    let api: Api<Lease> = Api::namespaced(client, FEDERATION_NAMESPACE);
+    let mut seen = Seen::default();
+    let mut told = false;
+    loop {
+        match timeout(options.duration, try_acquire(&api, options, &mut seen)).await {
+            Ok(Ok(Some(held))) => {
+                info!(identity = options.identity, "this controller leads");
+                return held;
+            }
+            Ok(Ok(None)) if !told => {
+                told = true;
+                let holder = seen.record.as_ref().and_then(|record| record.0.clone()).unwrap_or_default();
+                info!(holder, "another controller leads; this one waits");
+            }
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) => debug!(error = chain(&error), "cannot take the lease"),
+            Err(_) => debug!("the hub does not answer about the lease"),
+        }
+        tokio::time::sleep(options.renew / 4).await;
+    }
+}
+
+async fn try_acquire(
+    api: &Api<Lease>,
+    options: &LeaseOptions,
+    seen: &mut Seen,
+) -> Result<Option<Held>, kube::Error> {
+    let Some(lease) = api.get_opt(&options.name).await? else {
+        let lease: Lease = serde_json::from_value(json!({
+            "metadata": {"name": options.name, "namespace": FEDERATION_NAMESPACE},
+            "spec": spec(options, 0, true),
+        }))
+        .map_err(kube::Error::SerdeError)?;
+        return match api.create(&PostParams::default(), &lease).await {
+            Ok(lease) => Ok(Some(held(api, options, lease))),
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(None),
+            Err(error) => Err(error),
+        };
+    };
+    if !seen.is_free(&lease, &options.identity, options.duration, Instant::now()) {
+        return Ok(None);
+    }
+    let transitions =
+        lease.spec.as_ref().and_then(|spec| spec.lease_transitions).unwrap_or(0).saturating_add(1);
+    let version = lease.metadata.resource_version;
+    match write(api, options, version, spec(options, transitions, true)).await {
+        Ok(lease) => Ok(Some(held(api, options, lease))),
+        // Another was faster.
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+// === impl Held ===
+
+impl Held {
+    /// Renews the lease until it is lost; comes back before anybody else may act.
+    pub(crate) async fn keep(&mut self) {
+        let mut renewed = Instant::now();
+        loop {
+            tokio::time::sleep(self.options.renew).await;
+            let left = self.options.give_up().saturating_sub(renewed.elapsed());
+            let wanted = spec(&self.options, self.transitions, false);
+            let began = Instant::now();
+            match timeout(left, write(&self.api, &self.options, self.version.clone(), wanted)).await {
+                Ok(Ok(lease)) => {
+                    self.version = lease.metadata.resource_version;
+                    renewed = began;
+                }
+                Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {
+                    // Our own write whose answer was lost, or another's.
+                    match timeout(left, self.api.get_opt(&self.options.name)).await {
+                        Ok(Ok(Some(lease))) if is_held_by(&lease, &self.options.identity) => {
+                            self.version = lease.metadata.resource_version;
+                        }
+                        Ok(Ok(_)) => {
+                            warn!("another controller has taken the lease");
+                            return;
+                        }
+                        Ok(Err(_)) | Err(_) => {}
+                    }
+                }
+                Ok(Err(error)) => debug!(error = chain(&error), "cannot renew the lease"),
+                Err(_) => {}
+            }
+            if renewed.elapsed() >= self.options.give_up() {
+                warn!("the lease could not be renewed in time; this controller stops acting");
+                return;
+            }
+        }
+    }
+
+    /// Hands the lease back, so that the next controller need not wait for it to run out.
+    pub(crate) async fn release(self) {
+        let mut wanted = spec(&self.options, self.transitions, false);
+        wanted["holderIdentity"] = "".into();
+        wanted["leaseDurationSeconds"] = 1.into();
+        let done = timeout(self.options.renew, write(&self.api, &self.options, self.version, wanted)).await;
+        match done {
+            Ok(Ok(_)) => debug!("the lease is handed back"),
+            Ok(Err(error)) => debug!(error = chain(&error), "cannot hand the lease back"),
+            Err(_) => debug!("handing the lease back took too long"),
+        }
+    }
+}
+
+fn held(api: &Api<Lease>, options: &LeaseOptions, lease: Lease) -> Held {
+    Held {
+        api: api.clone(),
+        options: options.clone(),
+        transitions: lease.spec.and_then(|spec| spec.lease_transitions).unwrap_or(0),
+        version: lease.metadata.resource_version,
+    }
+}
+
+fn is_held_by(lease: &Lease, identity: &str) -> bool {
+    lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref()) == Some(identity)
+}
+
+fn spec(options: &LeaseOptions, transitions: i32, acquired: bool) -> serde_json::Value {
+    let now = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string();
+    let mut spec = json!({
+        "holderIdentity": options.identity,
+        "leaseDurationSeconds": options.duration.as_secs().max(1),
+        "leaseTransitions": transitions,
+        "renewTime": now,
+    });
+    if acquired {
+        spec["acquireTime"] = now.into();
+    }
+    spec
+}
+
+async fn write(
+    api: &Api<Lease>,
+    options: &LeaseOptions,
+    version: Option<String>,
+    spec: serde_json::Value,
+) -> Result<Lease, kube::Error> {
+    let patch = json!({"metadata": {"resourceVersion": version}, "spec": spec});
+    let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+    api.patch(&options.name, &params, &Patch::Merge(patch)).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lease(holder: &str, version: &str) -> Lease {
+        serde_json::from_value(json!({"metadata": {"name": "l", "resourceVersion": version},
+            "spec": {"holderIdentity": holder}}))
+        .expect("lease")
+    }
+
+    #[test]
+    fn a_lease_is_free_when_nobody_renews_it() {
+        let (mut seen, start) = (Seen::default(), Instant::now());
+        let limit = Duration::from_secs(4);
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert!(seen.is_free(&lease("", "1"), "me", limit, at(0)));
+        assert!(seen.is_free(&lease("me", "1"), "me", limit, at(0)));
+        assert!(!seen.is_free(&lease("other", "2"), "me", limit, at(0)));
+        assert!(!seen.is_free(&lease("other", "2"), "me", limit, at(3)));
+        assert!(!seen.is_free(&lease("other", "3"), "me", limit, at(5)), "it was renewed meanwhile");
+        assert!(seen.is_free(&lease("other", "3"), "me", limit, at(9)));
+    }
+}
