@@ -112,3 +112,40 @@ fn the_demo_never_removes_what_is_not_a_demo() {
     assert_eq!(code(&output), 2, "{}", stderr(&output));
     assert!(precious.exists());
 }
+
+#[tokio::test]
+async fn a_hubs_data_is_backed_up_checked_and_restored() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    let missing = cellway(&["hub", "check", "--data-dir", path]);
+    assert_eq!(code(&missing), 3, "{}", stderr(&missing));
+
+    let config = || federation_store::StoreConfig::new(folder.path().join("store.db"));
+    let store = federation_store::Store::open(config()).await.unwrap();
+    store.create("/a", "1").await.unwrap();
+    let copy = folder.path().join("copy");
+    let copy = copy.to_str().unwrap();
+    let output = cellway(&["hub", "backup", copy, "--data-dir", path]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let again = cellway(&["hub", "backup", copy, "--data-dir", path]);
+    assert_eq!(code(&again), 1);
+    assert!(stderr(&again).contains("name a new file"), "{}", stderr(&again));
+    let busy = cellway(&["hub", "restore", copy, "--data-dir", path]);
+    assert_eq!(code(&busy), 1);
+    assert!(stderr(&busy).contains("stop the hub"), "{}", stderr(&busy));
+    store.create("/lost", "1").await.unwrap();
+    store.close().await;
+
+    let output = cellway(&["hub", "restore", copy, "--data-dir", path]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let output = cellway(&["hub", "check", "--data-dir", path, "-o", "json"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let checked: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((checked["keys"].as_u64(), &checked["faults"]), (Some(1), &serde_json::json!([])));
+    let store = federation_store::Store::open(config()).await.unwrap();
+    assert!(store.get("/lost", None).await.unwrap().0.is_none());
+    store.close().await;
+    std::fs::write(copy, "no database at all").unwrap();
+    let damaged = cellway(&["hub", "check", "--store", copy]);
+    assert_eq!(code(&damaged), 1, "{}", stderr(&damaged));
+}

@@ -47,6 +47,9 @@ mod types;
 mod watcher;
 mod writer;
 
+#[cfg(test)]
+mod lost_answers;
+
 pub use self::error::{Error, OpenError};
 pub use self::location::Location;
 pub use self::store::{Compaction, Store, StoreConfig, StoreMetrics};

@@ -173,7 +173,15 @@ impl Store {
     /// Opens the store, and with it the tasks that write and follow other processes.
     pub async fn open(config: StoreConfig) -> Result<Self, OpenError> {
         let location = config.location.to_string();
-        let backend = config.location.open().await?;
+        Self::over(config.location.open().await?, config.compaction, location).await
+    }
+
+    /// The same over a backend that is open.
+    pub(crate) async fn over(
+        backend: Arc<dyn Backend>,
+        compaction: Compaction,
+        location: String,
+    ) -> Result<Self, OpenError> {
         let state = backend.state().await.map_err(OpenError::State)?;
         let hub = Arc::new(Hub::new(state.revision, state.compacted, state.swept));
         let follower = Arc::new(Follower::new(Arc::clone(&hub), Arc::clone(&backend)));
@@ -183,8 +191,10 @@ impl Store {
             backend: Arc::clone(&backend),
             requests: queue,
             follower: Arc::clone(&follower),
-            compaction: config.compaction,
+            compaction,
             batch: 0,
+            writers: 1,
+            took: Duration::ZERO,
         };
         let span = tracing::info_span!("store", %location);
         let spawn = |task: futures::future::BoxFuture<'static, ()>| {

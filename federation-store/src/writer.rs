@@ -22,6 +22,15 @@ use crate::types::{Revision, Transaction, TransactionOutcome};
 const MAX_BATCH: usize = 256;
 const MAX_BATCH_BYTES: usize = 16 * 1024 * 1024;
 
+/// How long the writer waits for those whom it has just answered to come back, as a share of what a commit takes, and at
+/// most. Without it writers fall into two groups of which one always waits for the other's commit; with it all share one.
+/// Waiting gains as long as they come back sooner than a commit takes; for one writer alone there is nothing to wait for.
+const GATHER_SHARE: u32 = 4;
+const GATHER_LIMIT: Duration = Duration::from_millis(2);
+
+/// Commits that are faster than the runtime's clock ticks are not worth a wait.
+const GATHER_FROM: Duration = Duration::from_millis(2);
+
 /// How long a batch is tried again while the database is away: a restart takes about so long, and callers with less
 /// patience have left.
 const TRY_FOR: Duration = Duration::from_secs(10);
@@ -56,6 +65,10 @@ pub(crate) struct Writer {
     pub(crate) compaction: Compaction,
     /// The last batch that was begun.
     pub(crate) batch: i64,
+    /// How many writers there seem to be: those of the last batch and those who waited meanwhile.
+    pub(crate) writers: usize,
+    /// How long the last batch took.
+    pub(crate) took: Duration,
 }
 
 #[derive(Default)]
@@ -99,6 +112,7 @@ impl Writer {
                             break;
                         }
                         sweep_failed = false;
+                        self.gather(&mut queue).await;
                     }
                 }
             }
@@ -109,6 +123,23 @@ impl Writer {
         }
         self.backend.close().await;
         tracing::debug!("store closed");
+    }
+
+    /// Lets the other writers join the batch.
+    async fn gather(&mut self, queue: &mut Vec<Request>) {
+        if self.took < GATHER_FROM {
+            return;
+        }
+        let wanted = self.writers.min(MAX_BATCH);
+        let until = Instant::now() + (self.took / GATHER_SHARE).min(GATHER_LIMIT);
+        while queue.len() < wanted {
+            let room = MAX_BATCH - queue.len();
+            // Nothing is lost when the time is up: receiving is cancel-safe.
+            match tokio::time::timeout_at(until, self.requests.recv_many(queue, room)).await {
+                Ok(0) | Err(_) => break,
+                Ok(_) => {}
+            }
+        }
     }
 
     async fn serve(&mut self, queue: &mut Vec<Request>) {
@@ -138,7 +169,10 @@ impl Writer {
         if batch.transactions.is_empty() {
             return;
         }
+        let begun = Instant::now();
         let outcome = self.commit(&batch.transactions).await;
+        self.took = begun.elapsed();
+        self.writers = batch.transactions.len() + self.requests.len();
         let counters = &self.hub.counters;
         match outcome {
             Ok(decision) => {

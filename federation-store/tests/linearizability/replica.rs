@@ -74,6 +74,16 @@ fn variable(name: &str) -> Option<u64> {
 pub(crate) async fn run(url: &str) {
     let id = variable(ID).unwrap();
     let pace = variable(PACE).unwrap_or(0);
+    // First of all: a replica whose parent is gone ends, whatever it is doing.
+    let (lines, mut input) = tokio::sync::mpsc::channel::<String>(4);
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+            if lines.blocking_send(line).is_err() {
+                return;
+            }
+        }
+        std::process::exit(0);
+    });
     let config = StoreConfig { location: Location::parse(url).unwrap(), compaction: Compaction::Manual };
     let store = loop {
         match Store::open(config.clone()).await {
@@ -96,15 +106,6 @@ pub(crate) async fn run(url: &str) {
     for writer in 0..WRITERS {
         writers.spawn(write(store.clone(), id, writer, pace, Arc::clone(&stop), Arc::clone(&operations)));
     }
-    let (lines, mut input) = tokio::sync::mpsc::channel::<String>(4);
-    std::thread::spawn(move || {
-        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-            if lines.blocking_send(line).is_err() {
-                return;
-            }
-        }
-        std::process::exit(0);
-    });
     input.recv().await.unwrap();
     stop.store(true, Ordering::Relaxed);
     while let Some(ended) = writers.join_next().await {

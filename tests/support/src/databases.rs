@@ -9,14 +9,14 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use tokio::process::Command;
 
 use crate::process::Process;
 use crate::tools::Missing;
-use crate::{TestDir, free_port};
+use crate::{TestDir, free_port, wait_until};
 
 /// A loaded machine initialises a database in a minute; a test that waits longer has failed.
 const START: Duration = Duration::from_secs(120);
@@ -182,8 +182,35 @@ impl Server {
     /// Starts it (again), on the same data and port, and waits until it serves.
     pub async fn restart(&mut self) -> Result<()> {
         self.stop().await?;
-        let data = self.data.display();
         let log = self.folder.join("server.log");
+        let begun = Instant::now();
+        loop {
+            let (command, ready) = self.command()?;
+            let mut process = Process::spawn("database", command, &log)?;
+            let serves = wait_until(
+                || {
+                    let serves = process.lines().iter().any(|line| line.contains(ready));
+                    let ended = process.ended().is_ok_and(|status| status.is_some());
+                    async move { if serves || ended { Ok(serves) } else { Err("it is still starting") } }
+                },
+                START,
+                format_args!("the database server to start, see {}", log.display()),
+            )
+            .await?;
+            if serves {
+                self.process = Some(process);
+                return Ok(());
+            }
+            // What is left of a killed server keeps the next one from starting for a moment.
+            if begun.elapsed() > START {
+                bail!("the database server does not start:\n{}", process.tail(20));
+            }
+        }
+    }
+
+    /// How the server is started, and what it prints when it serves.
+    fn command(&self) -> Result<(Command, &'static str)> {
+        let data = self.data.display();
         let (mut command, ready) = match self.kind {
             Kind::MariaDb => {
                 let init = self.folder.join("init.sql");
@@ -224,10 +251,7 @@ impl Server {
         if let Some(user) = self.user {
             command.as_std_mut().uid(user).current_dir("/");
         }
-        let mut process = Process::spawn("database", command, &log)?;
-        process.wait_for_line(ready, START).await?;
-        self.process = Some(process);
-        Ok(())
+        Ok((command, ready))
     }
 
     async fn initialise(&self) -> Result<()> {
