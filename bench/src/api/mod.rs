@@ -164,9 +164,14 @@ async fn compare(args: &ApiArgs) -> Result<Results> {
                 }
             };
             let place = directory.join(format!("{}-{group:?}", server.name()).to_lowercase());
-            let mut running = Running::start(*server, &programs, &place).await?;
-            let measured = measure(*group, args, &mut running).await;
-            running.stop().await;
+            let measured = match Running::start(*server, &programs, &place).await {
+                Ok(mut running) => {
+                    let measured = measure(*group, args, &mut running).await;
+                    running.stop().await;
+                    measured
+                }
+                Err(error) => Err(error),
+            };
             if args.keep.is_none() {
                 // A hundred thousand objects take room that the next server may need.
                 let _ = fs::remove_dir_all(&place);

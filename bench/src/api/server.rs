@@ -138,7 +138,8 @@ impl Running {
                     format!("--client-ca-file={ca}"),
                     format!("--tls-cert-file={certificate}"),
                     format!("--tls-private-key-file={key}"),
-                    format!("--service-account-key-file={key}"),
+                    // The public half: its certificate.
+                    format!("--service-account-key-file={certificate}"),
                     format!("--service-account-signing-key-file={key}"),
                     "--service-account-issuer=https://kubernetes.default.svc".into(),
                     "--service-cluster-ip-range=10.0.0.0/24".into(),
