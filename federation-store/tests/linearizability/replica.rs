@@ -36,7 +36,7 @@ pub(crate) const PACE: &str = "CELLWAY_LINEARIZABILITY_PACE_MS";
 /// Few keys, so that writers meet.
 pub(crate) const KEYS: u64 = 16;
 
-const WRITERS: u64 = 6;
+const WRITERS: u64 = 16;
 
 pub(crate) fn now() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
