@@ -38,6 +38,10 @@ pub struct Config {
     pub service_accounts: ServiceAccountConfig,
     /// Accept ID tokens of this OpenID Connect issuer.
     pub oidc: Option<crate::auth::oidc::OidcConfig>,
+    /// kube-apiserver's EncryptionConfiguration: what is encrypted in the store, and with what. Reloaded when it changes.
+    pub encryption_provider_config: Option<PathBuf>,
+    /// Tell of requests in a log.
+    pub audit: Option<AuditConfig>,
     /// CustomResourceDefinitions to ensure at start: created, or updated where they differ.
     pub crds: Vec<Value>,
     /// Converts objects of definitions that carry [`CONVERTED_ANNOTATION`] between versions, in this process.
@@ -51,6 +55,14 @@ pub struct Config {
     pub limits: Limits,
     /// The member's simulation; ignored for the hub.
     pub simulation: crate::simulation::SimulationConfig,
+}
+
+/// The audit log.
+#[derive(Clone, Debug)]
+pub struct AuditConfig {
+    /// A Policy of audit.k8s.io/v1.
+    pub policy_file: PathBuf,
+    pub log: crate::audit::AuditLogConfig,
 }
 
 /// kube-apiserver's `--service-account-…` flags.
@@ -94,6 +106,12 @@ pub struct Limits {
     pub connections: usize,
     /// Streams of one HTTP/2 connection, kube-apiserver's default.
     pub streams: u32,
+    /// Reading requests that run at once; 0: no limit. kube-apiserver's `--max-requests-inflight`.
+    pub reading: usize,
+    /// The same of requests that change something.
+    pub changing: usize,
+    /// For a request that is no watch and no log.
+    pub request_timeout: std::time::Duration,
     /// For the TLS handshake and for the head of a request.
     pub handshake_timeout: std::time::Duration,
     /// How long the server goes on as before, but not ready, when it is told to stop: load balancers send nobody any more
@@ -139,6 +157,8 @@ impl Config {
             anonymous_auth: true,
             service_accounts: ServiceAccountConfig::default(),
             oidc: None,
+            encryption_provider_config: None,
+            audit: None,
             crds: Vec::new(),
             converter: None,
             bootstrap: Vec::new(),
@@ -158,6 +178,9 @@ impl Default for Limits {
             body: 3 << 20,
             connections: 4096,
             streams: 250,
+            reading: 400,
+            changing: 200,
+            request_timeout: std::time::Duration::from_secs(60),
             handshake_timeout: std::time::Duration::from_secs(10),
             shutdown_delay: std::time::Duration::ZERO,
             shutdown_grace: std::time::Duration::from_secs(5),

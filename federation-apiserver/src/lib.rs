@@ -22,11 +22,15 @@
 //! (stored, not evaluated), conversion webhooks, exec and port-forward.
 
 pub mod apply;
+pub mod audit;
 pub mod auth;
 mod client;
 mod config;
 mod crd;
 mod discovery;
+mod encryption;
+mod fairness;
+mod flags;
 mod fuzz;
 mod gc;
 mod http;
@@ -42,13 +46,15 @@ pub mod status;
 mod table;
 mod value;
 
+pub use audit::AuditLogConfig;
 pub use auth::UserInfo;
 pub use auth::oidc::OidcConfig;
 pub use client::LocalClient;
 pub use config::{
-    CONVERTED_ANNOTATION, Config, Converter, DEFAULT_ISSUER, Limits, Role, ServiceAccountConfig,
+    AuditConfig, CONVERTED_ANNOTATION, Config, Converter, DEFAULT_ISSUER, Limits, Role, ServiceAccountConfig,
 };
 pub use federation_store::Location;
+pub use flags::ApiFlags;
 pub use logs::{LogOptions, LogSource};
 pub use server::{ApiServer, BindError, Bound};
 

@@ -17,6 +17,8 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
+use crate::audit::log::AuditWriter;
+use crate::audit::{self, Audit, LogError, Policy, PolicyError};
 use crate::auth::oidc::{Oidc, OidcConfigError};
 use crate::auth::service_accounts::keys::{KeyError, Keys};
 use crate::auth::service_accounts::{self, ServiceAccounts};
@@ -24,13 +26,17 @@ use crate::auth::tokens::{TokenFile, TokenFileError};
 use crate::auth::{Authenticator, IMPERSONATORS, MASTERS, PeerIdentity};
 use crate::client::LocalClient;
 use crate::config::{Config, DEFAULT_ISSUER, Role};
-use crate::http::App;
+use crate::encryption::store::StoreHandle;
+use crate::encryption::{ConfigError, Encryption};
+use crate::fairness::Places;
+use crate::http::metrics::Metrics;
+use crate::http::{App, ClientAddr};
 use crate::registry::resource::split_api_version;
 use crate::registry::write::WriteOptions;
 use crate::registry::{Registry, services};
 use crate::status::ApiError;
 use crate::value::str_at;
-use crate::{crd, gc, rbac, simulation};
+use crate::{crd, encryption, gc, rbac, simulation};
 
 /// Lifetime of the certificates made at start: the serving one is made anew with every start, as are those in
 /// kubeconfigs.
@@ -69,6 +75,12 @@ pub enum BindError {
     Tokens(#[from] TokenFileError),
     #[error(transparent)]
     ServiceAccountKey(#[from] KeyError),
+    #[error(transparent)]
+    AuditPolicy(#[from] PolicyError),
+    #[error(transparent)]
+    AuditLog(#[from] LogError),
+    #[error("failed to set up encryption at rest")]
+    Encryption(#[from] ConfigError),
     #[error("failed to set up OpenID Connect")]
     Oidc(#[from] OidcConfigError),
     #[error("failed to listen on {address}: choose another address or port")]
@@ -98,6 +110,8 @@ pub struct Bound {
     tls: ServerTls,
     registry: Arc<Registry>,
     authenticator: Authenticator,
+    audit: Option<Audit>,
+    audit_writer: Option<AuditWriter>,
     mounts: Vec<(String, Router)>,
 }
 
@@ -136,6 +150,8 @@ impl ApiServer {
             None => StoreConfig::exclusive(dir.join("store.db")),
         };
         let store = Store::open(store).await.map_err(BindError::Store)?;
+        let encryption = Arc::new(Encryption::load(config.encryption_provider_config.clone())?);
+        let store = StoreHandle::new(store, encryption);
         let registry = Arc::new(
             Registry::new(store, config.role, CancellationToken::new())
                 .with_converter(config.converter.clone()),
@@ -146,8 +162,27 @@ impl ApiServer {
         let oidc = config.oidc.clone().map(Oidc::new).transpose()?;
         let authenticator =
             Authenticator::new(tokens, config.anonymous_auth).with_service_accounts(accounts).with_oidc(oidc);
-        let bound =
-            Bound { listener, address, authority, tls, registry, authenticator, mounts: Vec::new(), config };
+        let (audit, audit_writer) = match &config.audit {
+            None => (None, None),
+            Some(flags) => {
+                let policy = Arc::new(Policy::read(&flags.policy_file)?);
+                let (sink, writer) = audit::log::open(flags.log.clone())?;
+                (Some(Audit { policy, sink }), Some(writer))
+            }
+        };
+        let mounts = Vec::new();
+        let bound = Bound {
+            listener,
+            address,
+            authority,
+            tls,
+            registry,
+            authenticator,
+            audit,
+            audit_writer,
+            mounts,
+            config,
+        };
         bound.write_kubeconfig(&bound.admin_kubeconfig(), "cellway:admin", &[MASTERS])?;
         if bound.config.role == Role::Member {
             let path = bound.agent_kubeconfig();
@@ -239,6 +274,9 @@ impl Bound {
         let mut tasks = JoinSet::new();
         tasks.spawn(crd::run(self.registry.clone()).instrument(tracing::info_span!("crd")));
         tasks.spawn(gc::run(self.registry.clone()).instrument(tracing::info_span!("gc")));
+        let encryption =
+            encryption::run(self.registry.store.encryption().clone(), self.registry.shutdown.clone());
+        tasks.spawn(encryption.instrument(tracing::info_span!("encryption")));
         tasks.spawn(rbac::index::run(self.registry.clone()).instrument(tracing::info_span!("rbac")));
         let aggregation = rbac::aggregation::run(self.registry.clone());
         tasks.spawn(aggregation.instrument(tracing::info_span!("aggregation")));
@@ -260,44 +298,58 @@ impl Bound {
                 Some(simulation::start(client, self.config.simulation.clone()))
             }
         };
+        let reading = Places::new(self.config.limits.reading);
+        let changing = Places::new(self.config.limits.changing);
         let app = Arc::new(App {
             registry: self.registry.clone(),
             authenticator: self.authenticator,
             jwks_uri,
             limits: self.config.limits,
+            audit: self.audit,
+            metrics: Metrics::new(&reading, &changing),
+            reading,
+            changing,
             logs: simulated.as_ref().map(|s| Arc::new(s.logs()) as Arc<dyn crate::LogSource>),
             mounts: self.mounts,
             openapi: crate::openapi::Cache::default(),
             ready: std::sync::atomic::AtomicBool::new(true),
         });
+        let mut audit_task = JoinSet::new();
+        if let Some(writer) = self.audit_writer {
+            audit_task.spawn(writer.run().instrument(tracing::info_span!("audit")));
+        }
         tracing::info!(address = %self.address, role = ?self.config.role, "API server is listening");
         let draining = CancellationToken::new();
         let gate = Gate::new(self.config.limits.connections);
         let mut connections: JoinSet<()> = JoinSet::new();
-        let told = async {
-            shutdown.cancelled().await;
-            app.ready.store(false, std::sync::atomic::Ordering::Relaxed);
-            tracing::info!(delay = ?app.limits.shutdown_delay, "stopping: not ready any more");
-            tokio::time::sleep(app.limits.shutdown_delay).await;
-        };
-        let mut told = std::pin::pin!(told);
-        loop {
-            let accepted = tokio::select! {
-                () = told.as_mut() => break,
-                Some(_) = connections.join_next(), if !connections.is_empty() => continue,
-                accepted = self.listener.accept() => accepted,
+        // Of its own, so that nothing borrows the app afterwards: the audit log ends with its last owner.
+        {
+            let told = async {
+                shutdown.cancelled().await;
+                app.ready.store(false, std::sync::atomic::Ordering::Relaxed);
+                tracing::info!(delay = ?app.limits.shutdown_delay, "stopping: not ready any more");
+                tokio::time::sleep(app.limits.shutdown_delay).await;
             };
-            let (stream, remote) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    tracing::warn!(%error, "failed to accept a connection");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            };
-            let serve = serve(stream, self.tls.clone(), app.clone(), gate.enter(), draining.clone());
-            let span = tracing::debug_span!("connection", client.addr = %remote);
-            connections.spawn(serve.instrument(span));
+            let mut told = std::pin::pin!(told);
+            loop {
+                let accepted = tokio::select! {
+                    () = told.as_mut() => break,
+                    Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+                    accepted = self.listener.accept() => accepted,
+                };
+                let (stream, remote) = match accepted {
+                    Ok(accepted) => accepted,
+                    Err(error) => {
+                        tracing::warn!(%error, "failed to accept a connection");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                        continue;
+                    }
+                };
+                let serve =
+                    serve(stream, remote, self.tls.clone(), app.clone(), gate.enter(), draining.clone());
+                let span = tracing::debug_span!("connection", client.addr = %remote);
+                connections.spawn(serve.instrument(span));
+            }
         }
         drop(self.listener);
         // Ends watches and logs; they would otherwise hold their connections for as long as they like.
@@ -312,6 +364,9 @@ impl Bound {
             simulated.shutdown().await;
         }
         while tasks.join_next().await.is_some() {}
+        // The last sink goes with the last connection; then the writer ends by itself.
+        drop(app);
+        while audit_task.join_next().await.is_some() {}
         self.registry.store.close().await;
         tracing::info!("API server has stopped");
     }
@@ -319,6 +374,7 @@ impl Bound {
 
 async fn serve(
     stream: TcpStream,
+    remote: SocketAddr,
     tls: ServerTls,
     app: Arc<App>,
     mut entrance: Entrance,
@@ -366,6 +422,7 @@ async fn serve(
             if let Some(peer) = peer {
                 request.extensions_mut().insert(peer);
             }
+            request.extensions_mut().insert(ClientAddr(remote));
             app.handle(request).await
         }
     };

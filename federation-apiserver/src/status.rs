@@ -231,6 +231,12 @@ impl ApiError {
         )
     }
 
+    /// 504: the request took longer than it may.
+    pub fn timeout() -> Self {
+        let message = "Timeout: request did not complete within the allotted timeout";
+        Self::new(504, "Timeout", message).detailed(json!({}))
+    }
+
     /// 413: the body is too large.
     pub fn too_large(limit: usize) -> Self {
         Self::new(413, "RequestEntityTooLarge", format!("Request entity too large: limit is {limit}"))

@@ -15,7 +15,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("federation-core", &[]),
     ("federation-controller", &["federation-core"]),
     ("federation-store", &[]),
-    ("federation-apiserver", &["federation-store", "tls", "service"]),
+    ("federation-apiserver", &["federation-store", "proto", "tls", "service"]),
     ("proxy-agent", &["tunnel", "tls", "service"]),
     (
         "proxy-server",

@@ -147,6 +147,10 @@ async fn load(registry: &Registry, graph: &mut Graph) -> Result<Revision, ApiErr
     let revision = objects.applied();
     for kind in objects.kinds() {
         for entry in kind.snapshot(b"", None, None).entries {
+            // What cannot be decrypted stays out of the picture until it can be.
+            if entry.kv.value.starts_with(crate::encryption::ENCRYPTED) {
+                continue;
+            }
             graph.put(entry.kv.key.to_vec(), Node::read(&entry.kv.value).map_err(ApiError::internal)?);
         }
         // A hundred thousand objects take a while: requests go first.
@@ -160,6 +164,7 @@ fn absorb(graph: &mut Graph, event: &Event) -> Result<BTreeSet<Vec<u8>>, ApiErro
     let key = event.kv.key.to_vec();
     let mut due = BTreeSet::new();
     match event.kind {
+        EventKind::Put if event.kv.value.starts_with(crate::encryption::ENCRYPTED) => {}
         EventKind::Put => {
             let node = Node::read(&event.kv.value).map_err(ApiError::internal)?;
             let acts = node.deleting || !node.owners.is_empty();
@@ -404,6 +409,7 @@ mod tests {
     #[tokio::test]
     async fn old_events_are_swept() {
         let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
+        let store = crate::encryption::store::StoreHandle::new(store, Arc::default());
         let registry = Registry::new(store, Role::Hub, CancellationToken::new());
         let options = WriteOptions::by("test");
         let namespace = registry.core("namespaces", "", "").expect("served");

@@ -1,7 +1,9 @@
 //! From a request to an answer: authentication, impersonation, authorisation, dispatch.
 
 pub(crate) mod body;
+pub(crate) mod metrics;
 pub(crate) mod negotiate;
+mod observe;
 pub(crate) mod path;
 mod protobuf;
 mod protobuf_fields;
@@ -18,18 +20,26 @@ use http::{Method, Request, Response, StatusCode};
 use serde_json::json;
 use tower::ServiceExt as _;
 
-use crate::auth::{Authenticator, PeerIdentity, UserInfo, impersonation};
+use crate::audit::{About, Audit, Level, Stage, Trail};
+use crate::auth::{Authenticator, MASTERS, PeerIdentity, UserInfo, impersonation};
 use crate::config::Limits;
+use crate::fairness::Places;
 use crate::logs::LogSource;
 use crate::rbac::{Attributes, ResourceAttributes};
 use crate::registry::Registry;
 use crate::registry::selectors::FieldSelector;
 use crate::status::ApiError;
-use crate::{discovery, openapi};
+use crate::{discovery, encryption, openapi};
+use metrics::Metrics;
+use observe::Trace;
 use path::{Path, Query};
 
 /// Paths that tell how the server is.
 const HEALTH: &[&str] = &["/livez", "/readyz", "/healthz"];
+
+/// What is encrypted in the store under which key, and to write what is under an old one anew.
+const ENCRYPTION: &str = "/encryption";
+const ENCRYPTION_REWRITE: &str = "/encryption/rewrite";
 
 /// Everything that answers requests.
 pub(crate) struct App {
@@ -38,12 +48,21 @@ pub(crate) struct App {
     /// Where the public keys of service accounts' tokens are served.
     pub(crate) jwks_uri: String,
     pub(crate) limits: Limits,
+    pub(crate) audit: Option<Audit>,
+    pub(crate) metrics: Metrics,
+    /// Places of requests that read, and of those that change something.
+    pub(crate) reading: Places,
+    pub(crate) changing: Places,
     pub(crate) logs: Option<Arc<dyn LogSource>>,
     /// Routers of the embedding program by path prefix, longest first.
     pub(crate) mounts: Vec<(String, Router)>,
     pub(crate) openapi: openapi::Cache,
     pub(crate) ready: std::sync::atomic::AtomicBool,
 }
+
+/// Where a request comes from, put into it by the server.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ClientAddr(pub(crate) std::net::SocketAddr);
 
 /// A request that passed authentication.
 pub(crate) struct Call {
@@ -58,39 +77,99 @@ pub(crate) struct Call {
 impl App {
     /// Answers one request. Never fails: errors become `Status` answers.
     pub(crate) async fn handle(self: Arc<Self>, request: Request<Body>) -> Response<Body> {
-        match self.try_handle(request).await {
+        let mut trace = Trace::new();
+        let response = match self.clone().try_handle(request, &mut trace).await {
             Ok(response) => response,
             Err(error) => {
                 tracing::debug!(code = error.code(), %error, "request refused");
                 response::error(&error)
             }
-        }
+        };
+        trace.finish(&self, response).await
     }
 
-    async fn try_handle(self: Arc<Self>, mut request: Request<Body>) -> Result<Response<Body>, ApiError> {
+    async fn try_handle(
+        self: Arc<Self>,
+        mut request: Request<Body>,
+        trace: &mut Trace,
+    ) -> Result<Response<Body>, ApiError> {
         let peer = request.extensions_mut().remove::<PeerIdentity>();
-        let user = self.authenticator.authenticate(peer.as_ref(), request.headers()).await?;
-        let target = impersonation::impersonate(&user, request.headers(), &self.registry.rbac)?;
-        let user = target.unwrap_or(user);
+        let client = request.extensions_mut().remove::<ClientAddr>().map(|c| c.0.ip());
         let url = request.uri().path().to_owned();
-        for (prefix, router) in &self.mounts {
-            if url == *prefix || url.strip_prefix(prefix.as_str()).is_some_and(|r| r.starts_with('/')) {
-                if user.is_anonymous() {
-                    return Err(ApiError::unauthorized());
-                }
-                return self.mounted(prefix, router.clone(), user, request).await;
+        let query = Query::parse(request.uri().query().unwrap_or_default())?;
+        let method = request.method().clone();
+        let mounted = self.mounts.iter().find(|(prefix, _)| {
+            url == *prefix || url.strip_prefix(prefix.as_str()).is_some_and(|r| r.starts_with('/'))
+        });
+        let parsed = match mounted {
+            // Their paths are their own.
+            Some(_) => Path::Other(url.clone()),
+            None => path::parse(&url)?,
+        };
+        let attributes = attributes(&method, &parsed, &query)?;
+        trace.long_running = mounted.is_some() || is_long_running(&attributes);
+        trace.attributes = Some(attributes.clone());
+        let user = self.authenticator.authenticate(peer.as_ref(), request.headers()).await;
+        if let Some(audit) = &self.audit {
+            let nobody = UserInfo::default();
+            let uri = request.uri().to_string();
+            let who = user.as_ref().unwrap_or(&nobody);
+            let about = About { id: &trace.id, uri: &uri, headers: request.headers(), client };
+            trace.trail = audit.begin(who, &attributes, &about, trace.received);
+            if let Some(trail) = &mut trace.trail {
+                trail.stage(Stage::RequestReceived, trace.received).await;
             }
         }
-        let query = Query::parse(request.uri().query().unwrap_or_default())?;
-        let parsed = path::parse(&url)?;
-        let method = request.method().clone();
-        let attributes = attributes(&method, &parsed, &query)?;
-        self.registry.rbac.check(&user, &attributes)?;
-        let call = Call { method, query, user: Arc::new(user), request };
+        let user = user?;
+        let user = match impersonation::impersonate(&user, request.headers(), &self.registry.rbac)? {
+            None => user,
+            Some(target) => {
+                if let Some(trail) = &mut trace.trail {
+                    trail.impersonated(&target);
+                }
+                target
+            }
+        };
+        if let Some((prefix, router)) = mounted {
+            if user.is_anonymous() {
+                return Err(ApiError::unauthorized());
+            }
+            return self.mounted(prefix, router.clone(), user, request).await;
+        }
+        let decision = self.registry.rbac.authorise(&user, &attributes);
+        if let Some(trail) = &mut trace.trail {
+            trail.decided(decision.allowed, &decision.reason);
+        }
+        if !decision.allowed {
+            return Err(attributes.forbidden(&user, &decision.reason));
+        }
+        if trace.long_running {
+            return self.dispatch(parsed, Call { method, query, user: Arc::new(user), request }).await;
+        }
+        let place = if user.is_in(MASTERS) || is_probe(&attributes) {
+            None
+        } else {
+            let places = if is_reading(&attributes) { &self.reading } else { &self.changing };
+            let busy = |_| ApiError::too_many_requests("Too many requests, please try again later.");
+            Some(places.enter(&user.name).await.map_err(busy)?)
+        };
+        let work = async {
+            if let Some(trail) = trace.trail.as_mut().filter(|t| t.level() >= Level::Request) {
+                request = record(trail, request, self.limits.body).await?;
+            }
+            let call = Call { method, query, user: Arc::new(user), request };
+            self.clone().dispatch(parsed, call).await
+        };
+        let answer = tokio::time::timeout(self.limits.request_timeout, work).await;
+        drop(place);
+        answer.unwrap_or_else(|_| Err(ApiError::timeout()))
+    }
+
+    async fn dispatch(self: Arc<Self>, parsed: Path, call: Call) -> Result<Response<Body>, ApiError> {
         match parsed {
             Path::Resource(path) if is_review(&path) => reviews::handle(&self, &path, call).await,
             Path::Resource(path) => resources::handle(&self, path, call).await,
-            Path::Other(path) => self.other(&path, call),
+            Path::Other(path) => self.other(&path, call).await,
         }
     }
 
@@ -117,11 +196,24 @@ impl App {
         }
     }
 
-    fn other(&self, path: &str, call: Call) -> Result<Response<Body>, ApiError> {
+    async fn other(&self, path: &str, call: Call) -> Result<Response<Body>, ApiError> {
+        let path = path.trim_end_matches('/');
+        // Ours, not Kubernetes': for `cellway hub encryption`.
+        let answer = match (&call.method, path) {
+            (&Method::GET, ENCRYPTION) => Some(encryption::status(&self.registry).await?),
+            (&Method::POST, ENCRYPTION_REWRITE) => Some(encryption::rewrite(&self.registry).await?),
+            _ => None,
+        };
+        if let Some(answer) = answer {
+            return Ok(response::value(
+                StatusCode::OK,
+                &answer,
+                negotiate::accept(call.request.headers())?.encoding,
+            ));
+        }
         if call.method != Method::GET && call.method != Method::HEAD {
             return Err(ApiError::no_such_path());
         }
-        let path = path.trim_end_matches('/');
         if HEALTH.iter().any(|p| path == *p || path.strip_prefix(p).is_some_and(|r| r.starts_with('/'))) {
             let ready = self.ready.load(std::sync::atomic::Ordering::Relaxed);
             return Ok(if ready || path.starts_with("/livez") {
@@ -142,6 +234,10 @@ impl App {
                 return Ok(response::with_type(StatusCode::OK, document.to_string(), media));
             }
         }
+        if path == "/metrics" {
+            let text = self.metrics.encode();
+            return Ok(response::with_type(StatusCode::OK, text, service::metrics::CONTENT_TYPE));
+        }
         let accept = negotiate::accept(call.request.headers());
         if let Some(rest) = path.strip_prefix("/openapi/") {
             return self.openapi.answer(&self.registry.catalog(), rest, call.request.headers());
@@ -157,6 +253,45 @@ impl App {
         }
         discovery::answer(&catalog, path, accept).ok_or_else(ApiError::no_such_path)
     }
+}
+
+/// Requests that go on for as long as the client likes.
+fn is_long_running(attributes: &Attributes) -> bool {
+    let Some(resource) = &attributes.resource else { return false };
+    attributes.verb == "watch"
+        || matches!(resource.subresource.as_str(), "log" | "exec" | "attach" | "portforward" | "proxy")
+}
+
+/// Probes: a busy server is not a dead one.
+fn is_probe(attributes: &Attributes) -> bool {
+    attributes.resource.is_none()
+        && HEALTH
+            .iter()
+            .any(|p| attributes.path.strip_prefix(p).is_some_and(|r| r.is_empty() || r.starts_with('/')))
+}
+
+/// Requests that change nothing.
+fn is_reading(attributes: &Attributes) -> bool {
+    matches!(attributes.verb.as_str(), "get" | "list" | "watch" | "head")
+}
+
+/// Puts a request's body into its audit trail.
+async fn record(trail: &mut Trail, request: Request<Body>, limit: usize) -> Result<Request<Body>, ApiError> {
+    let (parts, body) = request.into_parts();
+    let bytes = body::read(&parts.headers, body, limit).await?;
+    let media = body::media_type(&parts.headers);
+    // What cannot be read is refused later, and was no object.
+    let decoded = match media.as_str() {
+        "application/apply-patch+yaml" => body::decode_yaml(&bytes),
+        patch if patch.contains("patch+json") => body::decode_json(&bytes),
+        media => body::decode(media, &bytes),
+    };
+    if let Ok(decoded) = decoded
+        && !decoded.value.is_null()
+    {
+        trail.request(decoded.value);
+    }
+    Ok(Request::from_parts(parts, Body::from(bytes)))
 }
 
 fn is_review(path: &path::ResourcePath) -> bool {

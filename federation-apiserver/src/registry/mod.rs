@@ -20,11 +20,12 @@ pub mod write;
 
 use std::sync::Arc;
 
-use federation_store::{KeyValue, Revision, Store};
+use federation_store::{KeyValue, Revision};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Converter, Role};
+use crate::encryption::store::{StoreFault, StoreHandle};
 use crate::status::ApiError;
 use crate::value;
 use cache::Cache;
@@ -46,10 +47,6 @@ pub struct Registry {
     pub(crate) shutdown: CancellationToken,
 }
 
-/// The store; hides that it has no `Debug`.
-#[derive(Clone)]
-pub(crate) struct StoreHandle(pub(crate) Store);
-
 /// An object, or with an empty name a collection.
 #[derive(Clone, Debug)]
 pub struct Target {
@@ -63,22 +60,6 @@ pub struct Target {
 pub struct Stored {
     pub object: Value,
     pub revision: Revision,
-}
-
-// === impl StoreHandle ===
-
-impl std::fmt::Debug for StoreHandle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Store")
-    }
-}
-
-impl std::ops::Deref for StoreHandle {
-    type Target = Store;
-
-    fn deref(&self) -> &Store {
-        &self.0
-    }
 }
 
 // === impl Target ===
@@ -104,8 +85,7 @@ impl Target {
 
 impl Registry {
     /// A registry that serves the built-in kinds of a role.
-    pub fn new(store: Store, role: Role, shutdown: CancellationToken) -> Self {
-        let store = StoreHandle(store);
+    pub(crate) fn new(store: StoreHandle, role: Role, shutdown: CancellationToken) -> Self {
         let cache = Cache::new(store.clone(), shutdown.clone());
         let registry = Self {
             store,
@@ -150,6 +130,12 @@ impl Registry {
 
 /// The API form of a stored value in the version of `resource`.
 pub(crate) fn to_api(resource: &Resource, kv: &KeyValue) -> Result<Value, ApiError> {
+    if kv.value.starts_with(crate::encryption::ENCRYPTED) {
+        return Err(ApiError::internal(format_args!(
+            "{} cannot be decrypted: see the warnings about encryption",
+            String::from_utf8_lossy(&kv.key)
+        )));
+    }
     let mut object: Value = serde_json::from_slice(&kv.value).map_err(ApiError::internal)?;
     if resource.is_new_event() {
         events::to_new(&mut object);
@@ -207,8 +193,14 @@ pub(crate) fn to_stored(resource: &Resource, object: &Value) -> Result<Vec<u8>, 
 }
 
 /// A store error as a client sees it.
-pub(crate) fn store_error(error: federation_store::Error) -> ApiError {
+pub(crate) fn store_error(error: impl Into<StoreFault>) -> ApiError {
     use federation_store::Error;
+    let error = match error.into() {
+        StoreFault::Store(error) => error,
+        fault @ (StoreFault::Encryption { .. } | StoreFault::Unreadable) => {
+            return ApiError::internal(service::error_chain(&fault));
+        }
+    };
     match error {
         Error::Compacted { requested, compacted } => {
             ApiError::expired(format!("too old resource version: {} ({})", requested.0, compacted.0))

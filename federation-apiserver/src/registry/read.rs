@@ -11,6 +11,7 @@ use super::cache::Entry;
 use super::resource::Resource;
 use super::selectors::Filter;
 use super::{Registry, Stored, Target, parse_revision, store_error};
+use crate::encryption::store::StoreFault;
 use crate::status::ApiError;
 use crate::value::str_at;
 
@@ -235,12 +236,14 @@ fn freshness(options: &ListOptions) -> Result<(Freshness, Option<String>), ApiEr
     Ok((freshness, None))
 }
 
-fn expired_token(error: federation_store::Error, token: &str) -> ApiError {
+fn expired_token(error: StoreFault, token: &str) -> ApiError {
     match error {
-        federation_store::Error::Compacted { .. } if !token.is_empty() => match decode_token(token) {
-            Ok((_, key)) => ApiError::expired_token(encode_token(None, &key)),
-            Err(error) => error,
-        },
+        StoreFault::Store(federation_store::Error::Compacted { .. }) if !token.is_empty() => {
+            match decode_token(token) {
+                Ok((_, key)) => ApiError::expired_token(encode_token(None, &key)),
+                Err(error) => error,
+            }
+        }
         other => store_error(other),
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use federation_store::{KeyRange, Revision, Watcher};
+use federation_store::{KeyRange, Revision};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::{Instant, Sleep};
@@ -21,6 +21,7 @@ use super::read::ListOptions;
 use super::resource::Resource;
 use super::selectors::Filter;
 use super::{Registry, Target, parse_revision, store_error};
+use crate::encryption::store::{StoreFault, StoreWatcher};
 use crate::status::ApiError;
 
 /// How often a watcher that allows them gets bookmarks, as kube-apiserver's watch cache.
@@ -85,7 +86,7 @@ enum Source {
     /// The kind's latest changes, from this position on.
     Memory(u64),
     /// The store's log, until it has caught up.
-    Log(Watcher),
+    Log(StoreWatcher),
 }
 
 /// An event before it is written out.
@@ -304,7 +305,7 @@ impl Watch {
                                 self.source = Source::Memory(position);
                             }
                         }
-                        Err(federation_store::Error::Closed) => self.ended = true,
+                        Err(StoreFault::Store(federation_store::Error::Closed)) => self.ended = true,
                         Err(error) => self.ready.push_back(Item::Error(store_error(error))),
                     }
                 }

@@ -87,6 +87,22 @@ impl Server {
         }
     }
 
+    /// A handle of a server in another process.
+    pub(crate) fn attach(address: SocketAddr, dir: &std::path::Path) -> Self {
+        let kubeconfig = dir.join("admin.kubeconfig");
+        Self {
+            address,
+            ca: authority(&kubeconfig),
+            admin: identity(&kubeconfig),
+            kubeconfig,
+            dir: dir.to_owned(),
+            shutdown: CancellationToken::new(),
+            tasks: JoinSet::new(),
+            connections: Default::default(),
+            _temporary: None,
+        }
+    }
+
     /// Tells the server to stop; clients' connections stay as they are.
     pub(crate) fn begin_stop(&self) {
         self.shutdown.cancel();
@@ -243,6 +259,15 @@ impl Events {
         let (kind, object) = self.next().await.expect("an event");
         (kind, object["metadata"]["name"].as_str().unwrap_or_default().to_owned())
     }
+}
+
+/// Certificate of the authority in a kubeconfig.
+pub(crate) fn authority(kubeconfig: &std::path::Path) -> String {
+    let text = std::fs::read_to_string(kubeconfig).expect("a kubeconfig");
+    let config: Value = serde_json::from_str(&text).expect("JSON");
+    let data = config["clusters"][0]["cluster"]["certificate-authority-data"].as_str().expect("data");
+    let bytes = base64::engine::general_purpose::STANDARD.decode(data).expect("base64");
+    String::from_utf8(bytes).expect("PEM")
 }
 
 /// Certificate and key of a kubeconfig.

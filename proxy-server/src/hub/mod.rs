@@ -136,6 +136,9 @@ pub struct HubArgs {
     /// Leave out the log line that each connection and API request gets at its end.
     #[arg(long)]
     pub no_access_log: bool,
+    /// What the hub API takes of kube-apiserver's flags.
+    #[command(flatten)]
+    pub api: federation_apiserver::ApiFlags,
 }
 
 /// Why a hub could not be started, or ended.
@@ -416,6 +419,7 @@ async fn bind_api(
     config.bind = SocketAddr::new(args.bind_address, args.api_port);
     config.advertise = Some(advertised_host.to_owned());
     config.token_auth_file.clone_from(&args.token_auth_file);
+    args.api.clone().configure(&mut config);
     let crds = federation_core::crds(&Conversion::InProcess);
     config.crds = crds.iter().filter_map(|crd| serde_json::to_value(crd).ok()).collect();
     config.converter = Some(Converter::new(|object, api_version| {
@@ -605,6 +609,10 @@ fn shown(args: &HubArgs, data_dir: &Path) -> serde_json::Value {
         "backend-dial-timeout": args.backend_dial_timeout,
         "graceful-shutdown-timeout": args.graceful_shutdown_timeout,
         "token-auth-file": args.token_auth_file,
+        "encryption-provider-config": args.api.encryption_provider_config,
+        "audit-policy-file": args.api.audit_policy_file,
+        "audit-log-path": args.api.audit_log_path,
+        "oidc-issuer-url": args.api.oidc_issuer_url,
         "no-access-log": args.no_access_log,
     })
 }

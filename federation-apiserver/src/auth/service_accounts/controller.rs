@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
-use federation_store::{EventKind, KeyRange, Watcher};
+use federation_store::{EventKind, KeyRange};
 use serde_json::{Value, json};
 
 use super::{ServiceAccounts, is_token_secret};
+use crate::encryption::store::StoreWatcher;
 use crate::registry::delete::DeleteOptions;
 use crate::registry::selectors::Filter;
 use crate::registry::write::WriteOptions;
@@ -73,7 +74,7 @@ async fn follow(accounts: &ServiceAccounts, ca: &str) -> Result<(), ApiError> {
 }
 
 /// What the next event of a watch is about. Cancel-safe, as the watcher is.
-async fn next(watcher: &mut Watcher) -> Result<Option<Due>, ApiError> {
+async fn next(watcher: &mut StoreWatcher) -> Result<Option<Due>, ApiError> {
     let event = watcher.next().await.map_err(store_error)?;
     let key = String::from_utf8_lossy(&event.kv.key).into_owned();
     let parts: Vec<&str> = key.trim_start_matches("/registry/core/").split('/').collect();

@@ -34,13 +34,16 @@ use tracing::Instrument as _;
 
 pub(crate) use self::entry::Entry;
 pub(crate) use self::kind::{Change, Kind, Read, Side, Watching};
-use super::{StoreHandle, store_error};
+use super::store_error;
+use crate::encryption::store::{StoreFault, StoreHandle};
 use crate::status::ApiError;
 
 /// Objects read from the store at once when the cache is filled.
 const PAGE: usize = 20_000;
 /// Pause after a failure of the store before following on.
 const RETRY: Duration = Duration::from_millis(500);
+/// How often values that could not be decrypted are read again: a plug-in may be back, a key in its place.
+const REOPEN: Duration = Duration::from_secs(15);
 /// How long a read waits for a revision to come, as kube-apiserver's watch cache.
 const MAX_WAIT: Duration = Duration::from_secs(3);
 /// No key of objects is shorter than this part of it.
@@ -261,7 +264,7 @@ fn kind_prefix(key: &[u8]) -> Option<&[u8]> {
 }
 
 /// Reads all objects at one revision.
-async fn load(store: &StoreHandle) -> Result<(Loaded, Revision), Error> {
+async fn load(store: &StoreHandle) -> Result<(Loaded, Revision), StoreFault> {
     let mut loaded = Loaded::new();
     let mut request = ListRequest::prefix(ROOT).limit(PAGE);
     loop {
@@ -293,7 +296,7 @@ async fn load(store: &StoreHandle) -> Result<(Loaded, Revision), Error> {
 /// Applies the store's log until the store is closed.
 async fn follow(objects: &Objects, mut from: Revision) {
     while let Err(error) = apply_log(objects, from).await {
-        if matches!(error, Error::WentBack { .. }) {
+        if matches!(error, StoreFault::Store(Error::WentBack { .. })) {
             objects.epoch.fetch_add(1, Ordering::AcqRel);
         }
         tracing::warn!(error = &error as &dyn std::error::Error, "the cache reads the store anew");
@@ -305,7 +308,7 @@ async fn follow(objects: &Objects, mut from: Revision) {
                     from = revision;
                     break;
                 }
-                Err(Error::Closed) => return,
+                Err(StoreFault::Store(Error::Closed)) => return,
                 Err(error) => tracing::warn!(
                     error = &error as &dyn std::error::Error,
                     "failed to read the store, trying again"
@@ -316,16 +319,24 @@ async fn follow(objects: &Objects, mut from: Revision) {
 }
 
 /// Returns when the store is closed, or with an error when changes were lost.
-async fn apply_log(objects: &Objects, from: Revision) -> Result<(), Error> {
+async fn apply_log(objects: &Objects, from: Revision) -> Result<(), StoreFault> {
     let mut watcher = objects.store.watch(KeyRange::prefix(""), from)?;
     // Kinds whose watchers have not been told yet, with the moment from which they may be.
     let mut untold: Vec<(Arc<Kind>, Instant)> = Vec::new();
+    let mut reopen = Instant::now() + REOPEN;
     loop {
         let due = untold.iter().map(|(_, due)| *due).min();
         let event = tokio::select! {
             biased;
             event = watcher.next() => Some(event),
             () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => None,
+            () = tokio::time::sleep_until(reopen) => {
+                reopen = Instant::now() + REOPEN;
+                if objects.store.encryption().take_unreadable() {
+                    return Err(StoreFault::Unreadable);
+                }
+                None
+            }
         };
         match event {
             Some(Ok(event)) => {
@@ -340,8 +351,8 @@ async fn apply_log(objects: &Objects, from: Revision) -> Result<(), Error> {
                 objects.advance(watcher.progress());
             }
             None => {}
-            Some(Err(Error::Closed)) => return Ok(()),
-            Some(Err(error @ Error::Database { .. })) => {
+            Some(Err(StoreFault::Store(Error::Closed))) => return Ok(()),
+            Some(Err(error @ StoreFault::Store(Error::Database { .. }))) => {
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
                     "failed to read the log, trying again"

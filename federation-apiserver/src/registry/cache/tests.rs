@@ -30,7 +30,11 @@ async fn store() -> Store {
 }
 
 async fn registry(store: &Store) -> Arc<Registry> {
-    let registry = Arc::new(Registry::new(store.clone(), Role::Hub, CancellationToken::new()));
+    let registry = Arc::new(Registry::new(
+        crate::encryption::store::StoreHandle::new(store.clone(), Arc::default()),
+        Role::Hub,
+        CancellationToken::new(),
+    ));
     let namespaces = registry.core("namespaces", "", "").expect("served");
     let object = json!({"metadata": {"name": "default"}});
     // A second registry on the same store finds it there.

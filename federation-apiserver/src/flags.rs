@@ -1,0 +1,141 @@
+//! kube-apiserver's flags, as far as the API server has them too: for `cellway-apiserver` and for a whole hub.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use service::duration::GoDuration;
+
+use crate::audit::AuditLogConfig;
+use crate::auth::oidc::OidcConfig;
+use crate::config::{AuditConfig, Config, ServiceAccountConfig};
+
+/// Flags of authentication, encryption, audit and limits. Flatten into a program's arguments.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "API server")]
+pub struct ApiFlags {
+    /// Serve requests without credentials as system:anonymous, with what its roles allow; else refuse them.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub anonymous_auth: bool,
+    /// What is encrypted in the store and with what: an EncryptionConfiguration of apiserver.config.k8s.io/v1.
+    #[arg(long, value_name = "FILE")]
+    pub encryption_provider_config: Option<PathBuf>,
+    /// Which requests the audit log tells of, and how much: a Policy of audit.k8s.io/v1.
+    #[arg(long, value_name = "FILE", requires = "audit_log_path")]
+    pub audit_policy_file: Option<PathBuf>,
+    /// The file of the audit log; - for standard output.
+    #[arg(long, value_name = "FILE", requires = "audit_policy_file")]
+    pub audit_log_path: Option<PathBuf>,
+    /// Size in MiB at which the audit log is set aside; 0 never.
+    #[arg(long, value_name = "MIB", default_value_t = 100)]
+    pub audit_log_maxsize: u64,
+    /// Audit logs set aside that are kept; 0 all.
+    #[arg(long, value_name = "COUNT", default_value_t = 10)]
+    pub audit_log_maxbackup: usize,
+    /// Days for which they are kept; 0 without end.
+    #[arg(long, value_name = "DAYS", default_value_t = 0)]
+    pub audit_log_maxage: u64,
+    /// Reading requests that run at once; more wait, in turn by user; 0 no limit.
+    #[arg(long, value_name = "COUNT", default_value_t = 400)]
+    pub max_requests_inflight: usize,
+    /// The same of requests that change something.
+    #[arg(long, value_name = "COUNT", default_value_t = 200)]
+    pub max_mutating_requests_inflight: usize,
+    /// How long a request may take that is no watch and no log.
+    #[arg(long, value_name = "DURATION", default_value = "1m")]
+    pub request_timeout: GoDuration,
+    /// Issuer of service accounts' tokens; further ones are accepted as well.
+    #[arg(long, value_name = "URL")]
+    pub service_account_issuer: Vec<String>,
+    /// Key that signs service accounts' tokens, the same in every replica; made in the data directory when not given.
+    #[arg(long, value_name = "FILE")]
+    pub service_account_signing_key_file: Option<PathBuf>,
+    /// Further keys, public or private, with which such tokens are accepted.
+    #[arg(long, value_name = "FILE")]
+    pub service_account_key_file: Vec<PathBuf>,
+    /// Where verifiers find the public keys, when not at this server.
+    #[arg(long, value_name = "URL")]
+    pub service_account_jwks_uri: Option<String>,
+    /// Longest life of a token that is asked for.
+    #[arg(long, value_name = "DURATION")]
+    pub service_account_max_token_expiration: Option<GoDuration>,
+    /// Audiences of this server; the issuer when not given.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub api_audiences: Vec<String>,
+    /// Accept ID tokens of this OpenID Connect issuer.
+    #[arg(long, value_name = "URL")]
+    pub oidc_issuer_url: Option<String>,
+    /// The audience that its tokens have to name.
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    pub oidc_client_id: String,
+    /// The claim that is the user's name.
+    #[arg(long, value_name = "CLAIM", default_value = "sub")]
+    pub oidc_username_claim: String,
+    /// What goes before the user's name [default: the issuer and #, nothing for email; - for nothing].
+    #[arg(long, value_name = "TEXT")]
+    pub oidc_username_prefix: Option<String>,
+    /// The claim that holds the user's groups.
+    #[arg(long, value_name = "CLAIM", default_value = "", hide_default_value = true)]
+    pub oidc_groups_claim: String,
+    /// What goes before each group.
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub oidc_groups_prefix: String,
+    /// A claim with a value that tokens have to have; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    pub oidc_required_claim: Vec<(String, String)>,
+    /// Algorithms that tokens may be signed with.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "RS256")]
+    pub oidc_signing_algs: Vec<String>,
+    /// Certificate authorities of the issuer [default: the system's].
+    #[arg(long, value_name = "FILE")]
+    pub oidc_ca_file: Option<PathBuf>,
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or_else(|| "write it as key=value".to_owned())?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+// === impl ApiFlags ===
+
+impl ApiFlags {
+    /// Puts what the flags say into a configuration.
+    pub fn configure(self, config: &mut Config) {
+        config.anonymous_auth = self.anonymous_auth;
+        config.encryption_provider_config = self.encryption_provider_config;
+        config.audit = match (self.audit_policy_file, self.audit_log_path) {
+            (Some(policy_file), Some(path)) => Some(AuditConfig {
+                policy_file,
+                log: AuditLogConfig {
+                    path,
+                    max_size: self.audit_log_maxsize << 20,
+                    max_backups: self.audit_log_maxbackup,
+                    max_age: Duration::from_secs(self.audit_log_maxage.saturating_mul(86_400)),
+                },
+            }),
+            // Each asks for the other.
+            _ => None,
+        };
+        config.limits.reading = self.max_requests_inflight;
+        config.limits.changing = self.max_mutating_requests_inflight;
+        config.limits.request_timeout = self.request_timeout.0;
+        config.service_accounts = ServiceAccountConfig {
+            issuers: self.service_account_issuer,
+            signing_key_file: self.service_account_signing_key_file,
+            key_files: self.service_account_key_file,
+            jwks_uri: self.service_account_jwks_uri,
+            api_audiences: self.api_audiences,
+            max_token_expiration: self.service_account_max_token_expiration.map(|d| d.0),
+        };
+        config.oidc = self.oidc_issuer_url.map(|issuer_url| OidcConfig {
+            issuer_url,
+            client_id: self.oidc_client_id,
+            username_claim: self.oidc_username_claim,
+            username_prefix: self.oidc_username_prefix,
+            groups_claim: self.oidc_groups_claim,
+            groups_prefix: self.oidc_groups_prefix,
+            required_claims: self.oidc_required_claim.into_iter().collect(),
+            signing_algs: self.oidc_signing_algs,
+            ca_file: self.oidc_ca_file,
+        });
+    }
+}

@@ -1,0 +1,340 @@
+//! Encryption at rest, by the real program: nothing of a Secret is on disk or in a log, keys rotate, a KMS plug-in is
+//! asked as its protocol says.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+
+use base64::Engine as _;
+use bytes::{BufMut as _, Bytes, BytesMut};
+use common::Server;
+use http_body_util::{BodyExt as _, StreamBody};
+use hyper::body::Frame;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use parking_lot::Mutex;
+use prost::Message;
+use proto::kms::v2::{DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, StatusResponse};
+use serde_json::{Value, json};
+use tokio::process::{Child, Command};
+use tokio::task::JoinSet;
+
+const SECRETS: &str = "/api/v1/namespaces/default/secrets";
+const PLAIN: &str = "correct-horse-battery-staple";
+
+/// The program, on a free port, logging everything into a file.
+struct Program {
+    child: Child,
+    server: Server,
+    log: PathBuf,
+}
+
+impl Program {
+    async fn start(dir: &Path, config: &Path) -> Self {
+        let log = dir.join("server.log");
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(&log).expect("a log");
+        let data = dir.join("data");
+        let kubeconfig = data.join("admin.kubeconfig");
+        let _ = std::fs::remove_file(&kubeconfig);
+        let child = Command::new(env!("CARGO_BIN_EXE_cellway-apiserver"))
+            .args(["--secure-port=0", "--log=trace", "--data-dir"])
+            .arg(&data)
+            .arg("--encryption-provider-config")
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().expect("a handle"))
+            .stderr(file)
+            .kill_on_drop(true)
+            .spawn()
+            .expect("the program starts");
+        let wait = async {
+            loop {
+                let text = std::fs::read_to_string(&log).unwrap_or_default();
+                let ready = text.lines().rfind(|l| l.contains("API server is listening")).is_some();
+                if let (true, Ok(text)) = (ready, std::fs::read_to_string(&kubeconfig)) {
+                    let config: Value = serde_json::from_str(&text).expect("JSON");
+                    let url = config["clusters"][0]["cluster"]["server"].as_str().expect("a URL").to_owned();
+                    break url.trim_start_matches("https://").parse::<SocketAddr>().expect("an address");
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        let address = tokio::time::timeout(common::LIMIT, wait).await.expect("the program comes up");
+        Self { child, server: Server::attach(address, &data), log }
+    }
+
+    async fn stop(mut self) -> PathBuf {
+        self.child.kill().await.expect("ended");
+        self.log
+    }
+}
+
+/// Every file below a folder that holds one of the words.
+fn found_in(dir: &Path, words: &[String]) -> BTreeSet<PathBuf> {
+    let mut found = BTreeSet::new();
+    for entry in std::fs::read_dir(dir).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            found.extend(found_in(&path, words));
+        } else if let Ok(bytes) = std::fs::read(&path)
+            && words.iter().any(|w| bytes.windows(w.len()).any(|window| window == w.as_bytes()))
+        {
+            found.insert(path);
+        }
+    }
+    found
+}
+
+fn words() -> Vec<String> {
+    vec![PLAIN.to_owned(), base64::engine::general_purpose::STANDARD.encode(PLAIN)]
+}
+
+fn write(path: &Path, providers: &str) {
+    let text = format!(
+        "apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfiguration\nresources:\n- resources: [secrets, '*.types.kubefed.io']\n  providers: [{providers}]\n"
+    );
+    std::fs::write(path, text).expect("written");
+}
+
+fn key(name: &str, byte: char) -> String {
+    format!("{{name: {name}, secret: {}=}}", byte.to_string().repeat(43))
+}
+
+async fn create(server: &Server, name: &str) {
+    let secret = json!({"metadata": {"name": name}, "stringData": {"password": PLAIN}});
+    let answer = server.call("POST", SECRETS, Some(&secret)).await;
+    assert_eq!(answer.code, 201, "{}", answer.text);
+}
+
+async fn readable(server: &Server, name: &str) {
+    let answer = server.get(&format!("{SECRETS}/{name}")).await;
+    let encoded = base64::engine::general_purpose::STANDARD.encode(PLAIN);
+    assert_eq!(answer.body["data"]["password"], json!(encoded), "{}", answer.text);
+    let list = server.get(SECRETS).await;
+    assert_eq!(list.code, 200, "{}", list.text);
+}
+
+#[tokio::test]
+async fn nothing_of_a_secret_is_on_disk_and_keys_rotate() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = dir.path().join("encryption.yaml");
+    write(&config, &format!("{{aesgcm: {{keys: [{}]}}}}, {{identity: {{}}}}", key("one", 'A')));
+    let program = Program::start(dir.path(), &config).await;
+    let server = &program.server;
+    create(server, "a").await;
+    let patch = json!({"metadata": {"labels": {"x": "y"}}});
+    assert_eq!(server.call("PATCH", &format!("{SECRETS}/a"), Some(&patch)).await.code, 200);
+    readable(server, "a").await;
+    let mut watch = server.watch(&format!("{SECRETS}?watch=true")).await;
+    assert_eq!(watch.brief().await, ("ADDED".to_owned(), "a".to_owned()));
+    // In the database, its journal, the log at its most talkative: nowhere. The proof can fail: the data is readable
+    // where it is not encrypted.
+    let open = json!({"metadata": {"name": "open"}, "data": {"x": format!("{PLAIN}-open")}});
+    assert_eq!(server.call("POST", "/api/v1/namespaces/default/configmaps", Some(&open)).await.code, 201);
+    assert!(!found_in(dir.path(), &[format!("{PLAIN}-open")]).is_empty(), "the search finds what is there");
+    server.call("DELETE", "/api/v1/namespaces/default/configmaps/open", None).await;
+    let only_secret: Vec<String> =
+        vec![format!("{PLAIN}\""), base64::engine::general_purpose::STANDARD.encode(PLAIN)];
+    assert_eq!(found_in(dir.path(), &only_secret), BTreeSet::new());
+    // Rotation: the new key first, then what is under the old one written anew.
+    write(
+        &config,
+        &format!(
+            "{{secretbox: {{keys: [{}]}}}}, {{aesgcm: {{keys: [{}]}}}}, {{identity: {{}}}}",
+            key("box", 'E'),
+            key("one", 'A')
+        ),
+    );
+    let rewritten = server.call("POST", "/encryption/rewrite", None).await;
+    assert_eq!((rewritten.code, &rewritten.body["failed"]), (200, &json!(0)), "{}", rewritten.text);
+    assert_eq!(watch.brief().await, ("MODIFIED".to_owned(), "a".to_owned()));
+    let status = server.get("/encryption").await.body;
+    let entry = json!({"resource": "secrets", "key": "secretbox/box", "objects": 1, "stale": 0});
+    assert!(status["objects"].as_array().is_some_and(|o| o.contains(&entry)), "{status}");
+    assert_eq!(status["stale"], 0);
+    // Only who may.
+    assert_eq!(server.anonymous("GET", "/encryption", &[]).await.code, 403);
+    // Without the old key, after a restart.
+    write(&config, &format!("{{secretbox: {{keys: [{}]}}}}", key("box", 'E')));
+    program.stop().await;
+    let program = Program::start(dir.path(), &config).await;
+    readable(&program.server, "a").await;
+    // Without any key that reads it: an error, not garbage.
+    let log = program.stop().await;
+    write(&config, &format!("{{aescbc: {{keys: [{}]}}}}", key("other", 'I')));
+    let program = Program::start(dir.path(), &config).await;
+    let unreadable = program.server.get(&format!("{SECRETS}/a")).await;
+    assert_eq!(unreadable.code, 500, "{}", unreadable.text);
+    create(&program.server, "b").await;
+    readable_alone(&program.server, "b").await;
+    program.stop().await;
+    assert_eq!(found_in(dir.path(), &only_secret), BTreeSet::new());
+    assert!(
+        std::fs::read_to_string(log).expect("a log").contains("TRACE"),
+        "the log is as talkative as it gets"
+    );
+}
+
+async fn readable_alone(server: &Server, name: &str) {
+    let answer = server.get(&format!("{SECRETS}/{name}")).await;
+    assert_eq!(answer.code, 200, "{}", answer.text);
+}
+
+/// A plug-in whose key is a number: XOR with it, which is no encryption and serves here.
+#[derive(Default)]
+struct Plugin {
+    key: u8,
+    healthy: bool,
+    calls: Vec<&'static str>,
+}
+
+impl Plugin {
+    fn answer(&mut self, path: &str, body: &[u8]) -> Result<Vec<u8>, String> {
+        let message = body.get(5..).unwrap_or_default();
+        match path {
+            "/v2.KeyManagementService/Status" => {
+                let healthz = if self.healthy { "ok" } else { "out of order" };
+                Ok(StatusResponse {
+                    version: "v2".into(),
+                    healthz: healthz.into(),
+                    key_id: format!("key-{}", self.key),
+                }
+                .encode_to_vec())
+            }
+            "/v2.KeyManagementService/Encrypt" => {
+                self.calls.push("Encrypt");
+                let request = EncryptRequest::decode(message).map_err(|e| e.to_string())?;
+                let ciphertext: Vec<u8> = request.plaintext.iter().map(|b| b ^ self.key).collect();
+                Ok(EncryptResponse {
+                    ciphertext: ciphertext.into(),
+                    key_id: format!("key-{}", self.key),
+                    annotations: [("note.test".to_owned(), Bytes::from(vec![self.key]))].into(),
+                }
+                .encode_to_vec())
+            }
+            "/v2.KeyManagementService/Decrypt" => {
+                self.calls.push("Decrypt");
+                let request = DecryptRequest::decode(message).map_err(|e| e.to_string())?;
+                let key = request.annotations.get("note.test").and_then(|a| a.first()).copied();
+                let key = key.filter(|k| request.key_id == format!("key-{k}")).ok_or("wrong annotations")?;
+                let plaintext: Vec<u8> = request.ciphertext.iter().map(|b| b ^ key).collect();
+                Ok(DecryptResponse { plaintext: plaintext.into() }.encode_to_vec())
+            }
+            other => Err(format!("no such call: {other}")),
+        }
+    }
+}
+
+/// Serves a plug-in at a socket until dropped.
+fn serve(socket: &Path, plugin: Arc<Mutex<Plugin>>) -> JoinSet<()> {
+    let listener = tokio::net::UnixListener::bind(socket).expect("a socket");
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut connections = JoinSet::new();
+        loop {
+            let (stream, _) = listener.accept().await.expect("a connection");
+            let plugin = plugin.clone();
+            let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
+                let plugin = plugin.clone();
+                async move {
+                    let path = request.uri().path().to_owned();
+                    let body = request.into_body().collect().await.expect("a body").to_bytes();
+                    let answer = plugin.lock().answer(&path, &body);
+                    let mut trailers = http::HeaderMap::new();
+                    let mut frames = Vec::new();
+                    match answer {
+                        Ok(message) => {
+                            let mut data = BytesMut::new();
+                            data.put_u8(0);
+                            data.put_u32(u32::try_from(message.len()).expect("short"));
+                            data.extend_from_slice(&message);
+                            frames.push(Frame::data(data.freeze()));
+                            trailers.insert("grpc-status", "0".parse().expect("a value"));
+                        }
+                        Err(why) => {
+                            trailers.insert("grpc-status", "2".parse().expect("a value"));
+                            trailers.insert("grpc-message", why.parse().expect("a value"));
+                        }
+                    }
+                    frames.push(Frame::trailers(trailers));
+                    let frames = frames.into_iter().map(Ok::<_, std::convert::Infallible>);
+                    let body = StreamBody::new(futures::stream::iter(frames));
+                    Ok::<_, std::convert::Infallible>(
+                        http::Response::builder()
+                            .header("content-type", "application/grpc")
+                            .body(body)
+                            .expect("an answer"),
+                    )
+                }
+            });
+            connections.spawn(async move {
+                let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                drop(builder.serve_connection(TokioIo::new(stream), service).await);
+            });
+        }
+    });
+    tasks
+}
+
+#[tokio::test]
+async fn a_kms_plugin_holds_the_key() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let socket = dir.path().join("kms.sock");
+    let plugin = Arc::new(Mutex::new(Plugin { key: 1, healthy: true, calls: Vec::new() }));
+    let running = serve(&socket, plugin.clone());
+    let config = dir.path().join("encryption.yaml");
+    write(
+        &config,
+        &format!(
+            "{{kms: {{apiVersion: v2, name: vault, endpoint: 'unix://{}', timeout: 5s}}}}",
+            socket.display()
+        ),
+    );
+    let program = Program::start(dir.path(), &config).await;
+    for i in 0..20 {
+        create(&program.server, &format!("s{i}")).await;
+    }
+    readable(&program.server, "s3").await;
+    assert_eq!(plugin.lock().calls, ["Encrypt"], "one seed serves many objects");
+    assert_eq!(found_in(dir.path(), &words()), BTreeSet::new());
+    // After a restart the seed is asked for once.
+    program.stop().await;
+    plugin.lock().calls.clear();
+    let program = Program::start(dir.path(), &config).await;
+    readable(&program.server, "s3").await;
+    readable(&program.server, "s19").await;
+    let calls = plugin.lock().calls.clone();
+    assert_eq!(calls.iter().filter(|c| **c == "Decrypt").count(), 1, "{calls:?}");
+    // The plug-in rotates its key: what is written from then on, and rewritten, is under the new one.
+    plugin.lock().key = 2;
+    let rewritten = program.server.call("POST", "/encryption/rewrite", None).await;
+    assert_eq!(rewritten.body["failed"], 0, "{}", rewritten.text);
+    assert!(rewritten.body["rewritten"].as_u64().is_some_and(|n| n >= 20), "{}", rewritten.text);
+    let status = program.server.get("/encryption").await.body;
+    let under =
+        |key: &str| status["objects"].as_array().into_iter().flatten().filter(|o| o["key"] == key).count();
+    assert_eq!(
+        (under("kms/vault/key-1"), under("kms/vault/key-2"), &status["stale"]),
+        (0, 1, &json!(0)),
+        "{status}"
+    );
+    // Out of order: said, and what needs it fails, the rest goes on.
+    plugin.lock().healthy = false;
+    let status = program.server.get("/encryption").await.body;
+    assert!(status["problems"][0].as_str().is_some_and(|p| p.contains("out of order")), "{status}");
+    readable(&program.server, "s3").await;
+    program.stop().await;
+    drop(running);
+    let _ = std::fs::remove_file(&socket);
+    let program = Program::start(dir.path(), &config).await;
+    assert_eq!(program.server.get(&format!("{SECRETS}/s3")).await.code, 500);
+    let open = json!({"metadata": {"name": "open"}});
+    assert_eq!(
+        program.server.call("POST", "/api/v1/namespaces/default/configmaps", Some(&open)).await.code,
+        201
+    );
+    program.stop().await;
+}
