@@ -109,14 +109,32 @@ pub(crate) struct UpArgs {
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct HubCommand {
+    /// Instead of running a hub: look after one.
     #[command(subcommand)]
-    pub(crate) store: Option<StoreCommand>,
+    pub(crate) action: Option<HubAction>,
     #[command(flatten)]
     pub(crate) hub: proxy_server::hub::HubArgs,
     #[command(flatten)]
     pub(crate) log: service::log::LogArgs,
     #[command(flatten)]
     pub(crate) child: ChildArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HubAction {
+    #[command(flatten)]
+    Store(StoreCommand),
+    /// What of a running hub's objects is encrypted under which key.
+    #[command(subcommand)]
+    Encryption(EncryptionCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum EncryptionCommand {
+    /// Show how many objects are under which key.
+    Status(ListArgs),
+    /// Write everything that is under an old key anew under the current one.
+    Rewrite(ListArgs),
 }
 
 /// What looks after a hub's data in its SQLite file.

@@ -2,6 +2,7 @@
 
 mod args;
 mod dial;
+mod encryption;
 mod error;
 mod federate;
 mod hub;
@@ -21,7 +22,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, FromArgMatches as _};
 
 use crate::{
-    args::{Args, ClusterCommand, Command, DevCommand},
+    args::{Args, ClusterCommand, Command, DevCommand, HubAction},
     error::{Error, Result},
     federate::FederateCommand,
 };
@@ -50,9 +51,10 @@ fn report(error: &Error) -> ExitCode {
 
 async fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Hub(args) => match args.store {
-            Some(command) => store::run(command).await,
+        Command::Hub(mut args) => match args.action.take() {
             None => return run_hub::run(*args).await,
+            Some(HubAction::Store(command)) => store::run(command).await,
+            Some(HubAction::Encryption(command)) => encryption::run(command).await,
         },
         Command::Dev(DevCommand::Member(args)) => return run_member::run(*args).await,
         Command::Up(args) => up::run(args).await,

@@ -1,0 +1,97 @@
+//! `hub encryption`: what of the hub's objects is under which key, and moving on to the current one.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    args::{EncryptionCommand, ListArgs},
+    error::{Error, Result},
+    hub::{Hub, explain},
+    output::{self, Cell, Paint, Table, text_out},
+};
+
+/// `GET /encryption`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Status {
+    configured: bool,
+    /// Objects that are not under the current key.
+    stale: u64,
+    objects: Vec<Group>,
+    /// What is wrong with KMS plug-ins.
+    #[serde(default)]
+    problems: Vec<String>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Group {
+    resource: String,
+    /// Provider and key: `aesgcm/key1`, `kms/NAME/KEY-ID`, `identity`.
+    key: String,
+    objects: u64,
+    stale: u64,
+}
+
+/// `POST /encryption/rewrite`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Rewritten {
+    rewritten: u64,
+    failed: u64,
+    #[serde(default)]
+    failed_keys: Vec<String>,
+}
+
+pub(crate) async fn run(command: EncryptionCommand) -> Result<()> {
+    match command {
+        EncryptionCommand::Status(args) => status(args).await,
+        EncryptionCommand::Rewrite(args) => rewrite(args).await,
+    }
+}
+
+async fn status(args: ListArgs) -> Result<()> {
+    const TRIED: &str = "ask what is under which key";
+    let hub = Hub::open(&args.hub).await?;
+    let request = http::Request::get("/encryption").body(Vec::new()).map_err(|e| Error::usage(TRIED, e))?;
+    let status: Status = hub.client().request(request).await.map_err(explain(TRIED))?;
+    output::print(args.output.output, &status, table)?;
+    for problem in &status.problems {
+        tracing::warn!(problem, "a KMS plug-in is not well");
+    }
+    Ok(())
+}
+
+fn table(status: &Status) -> Table {
+    let mut table = Table::new("no objects").columns(&["RESOURCE", "KEY", "OBJECTS", "UNDER AN OLD KEY"]);
+    for group in &status.objects {
+        let paint = if group.stale > 0 { Paint::Bad } else { Paint::Plain };
+        table.row(vec![
+            Cell::new(&group.resource),
+            Cell::new(&group.key),
+            Cell::new(group.objects),
+            Cell::new(group.stale).paint(paint),
+        ]);
+    }
+    table
+}
+
+async fn rewrite(args: ListArgs) -> Result<()> {
+    const TRIED: &str = "rewrite what is under an old key";
+    let hub = Hub::open(&args.hub).await?;
+    let request =
+        http::Request::post("/encryption/rewrite").body(Vec::new()).map_err(|e| Error::usage(TRIED, e))?;
+    let done: Rewritten = hub.client().request(request).await.map_err(explain(TRIED))?;
+    if done.failed > 0 {
+        let first = done.failed_keys.first().map_or("", String::as_str);
+        return Err(Error::failed(
+            TRIED,
+            format!(
+                "{} objects were rewritten, {} were not, {first} among them",
+                done.rewritten, done.failed
+            ),
+        )
+        .remedy(
+            "see the hub's log; the former keys have to stay in the configuration until all are rewritten",
+        ));
+    }
+    text_out(&format!("{} objects rewritten under the current key\n", done.rewritten))
+}
