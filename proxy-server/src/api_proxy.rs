@@ -14,6 +14,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -56,7 +57,7 @@ const MAX_IDLE_PER_CLUSTER: usize = 8;
 /// How long an idle connection is kept: less than the agent's gateway keeps its side.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(50);
 
-/// How long a member may take to begin its answer. kube-apiserver gives up on an ordinary request after 60 s.
+/// How long a request may take to arrive and the member to begin its answer. kube-apiserver gives up on an ordinary request after 60 s.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Requests under way at one time, watches and upgrades included. Each holds some 20 KiB of buffers.
@@ -194,9 +195,16 @@ impl<T: Tunnel> ApiProxy<T> {
             .map_err(|()| ProxyError::BadRequest("the user's name or groups cannot be said in a header"))?;
         *request.uri_mut() = gateway_uri(cluster, Some(path));
         *request.version_mut() = http::Version::HTTP_11;
+        let arrived = Arc::new(AtomicBool::new(request.body().is_end_stream()));
+        let request = request.map(|body| Body::new(Upload { body, arrived: arrived.clone() }));
         let answer = tokio::time::timeout(ANSWER_TIMEOUT, self.send(request)).await;
-        let timed_out =
-            || ProxyError::Dial { target: "the member's API".to_owned(), error: tunnel::DialError::TimedOut };
+        let timed_out = || match arrived.load(Ordering::Relaxed) {
+            true => {
+                ProxyError::Dial { target: "the member's API".to_owned(), error: tunnel::DialError::TimedOut }
+            }
+            // The member cannot answer what it has not read.
+            false => ProxyError::BodyTimeout,
+        };
         let mut response = answer.map_err(|_| timed_out())??;
 
         let switching = response.status() == StatusCode::SWITCHING_PROTOCOLS;
@@ -273,6 +281,36 @@ impl<T: Tunnel> ApiProxy<T> {
 impl<T: Tunnel> Drop for Inner<T> {
     fn drop(&mut self) {
         self.cut.cancel();
+    }
+}
+
+/// A request body that says when all of it has come.
+struct Upload {
+    body: Body,
+    arrived: Arc<AtomicBool>,
+}
+
+impl http_body::Body for Upload {
+    type Data = bytes::Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Self::Data>, Self::Error>>> {
+        let frame = Pin::new(&mut self.body).poll_frame(cx);
+        if matches!(frame, Poll::Ready(None)) || self.body.is_end_stream() {
+            self.arrived.store(true, Ordering::Relaxed);
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.body.size_hint()
     }
 }
 

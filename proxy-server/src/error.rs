@@ -73,6 +73,9 @@ pub enum ProxyError {
     /// The head did not come in time.
     #[error("the request's head did not arrive in time")]
     HeadTimeout,
+    /// The body did not come in time.
+    #[error("the request's body did not arrive in time")]
+    BodyTimeout,
     /// Another method than CONNECT.
     #[error("this proxy only supports CONNECT passthrough")]
     NotConnect,
@@ -122,7 +125,7 @@ impl ProxyError {
             Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
             Self::BadTarget(_) | Self::BadRequest(_) => StatusCode::BAD_REQUEST,
             Self::HeadTooLarge { .. } => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-            Self::HeadTimeout => StatusCode::REQUEST_TIMEOUT,
+            Self::HeadTimeout | Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::NotConnect => StatusCode::METHOD_NOT_ALLOWED,
         }
     }
@@ -143,6 +146,7 @@ impl ProxyError {
             Self::BadRequest(_) => "bad-request",
             Self::HeadTooLarge { .. } => "head-too-large",
             Self::HeadTimeout => "head-timeout",
+            Self::BodyTimeout => "body-timeout",
             Self::NotConnect => "not-connect",
         }
     }
@@ -187,6 +191,7 @@ impl ProxyError {
             Self::BadRequest(_) => "send an HTTP/1.1 CONNECT request",
             Self::HeadTooLarge { .. } => "send fewer or shorter headers",
             Self::HeadTimeout => "send the whole head at once",
+            Self::BodyTimeout => "send the whole body within 90 s",
             Self::NotConnect => "send CONNECT host:port",
         }
     }

@@ -47,6 +47,10 @@ async fn gateway(mut request: Request<Incoming>) -> Result<Response<Body>, Infal
                 .header("upgrade", "SPDY/3.1")
                 .body(Body::empty())
         }
+        "/silent" => {
+            let _ = request.collect().await;
+            std::future::pending().await
+        }
         "/redirect" => Response::builder().status(301).header("location", "/api/v1").body(Body::empty()),
         "/watch" => {
             // Never ends by itself.
@@ -186,6 +190,29 @@ async fn errors_are_status_objects() {
         assert_eq!((status["kind"].as_str(), status["code"].as_u64()), (Some("Status"), Some(code.into())));
     }
     assert_eq!(send(&setup, get("/clusters/")).await.0.status, 404);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_timeout_blames_the_side_that_kept_silent() {
+    let setup = start([]);
+    for (body, code, word) in [
+        (Body::from("{}"), 504, "timed-out"),
+        (Body::empty(), 504, "timed-out"),
+        (
+            Body::from_stream(futures::stream::pending::<Result<bytes::Bytes, Infallible>>()),
+            408,
+            "body-timeout",
+        ),
+    ] {
+        let mut request = get("/clusters/west/silent");
+        *request.method_mut() = Method::POST;
+        *request.body_mut() = body;
+        let (parts, _) = send(&setup, request).await;
+        assert_eq!(
+            (parts.status.as_u16(), &parts.headers["cellway-error"]),
+            (code, &HeaderValue::from_static(word))
+        );
+    }
 }
 
 #[tokio::test]
