@@ -18,12 +18,12 @@
 //!   through the same code.
 //! - The registry does not know HTTP, and in-process clients use it with the same checks as remote ones.
 //!
-//! Not served yet: admission webhooks, CEL rules
-//! (stored, not evaluated), conversion webhooks, exec and port-forward.
+//! Not served yet: admission webhooks, conversion webhooks, exec and port-forward.
 
 pub mod apply;
 pub mod audit;
 pub mod auth;
+mod cel;
 mod client;
 mod config;
 mod crd;

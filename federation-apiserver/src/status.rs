@@ -54,7 +54,9 @@ impl FieldError {
 
     /// The value is none of those allowed.
     pub fn not_supported(field: impl Into<String>, value: &Value, allowed: &[Value]) -> Self {
-        let allowed: Vec<String> = allowed.iter().map(brief).collect();
+        // Whatever is allowed is shown as text, numbers too.
+        let quoted = |v: &Value| if v.is_string() { brief(v) } else { brief(&Value::String(v.to_string())) };
+        let allowed: Vec<String> = allowed.iter().map(quoted).collect();
         let message =
             format!("Unsupported value: {}: supported values: {}", brief(value), allowed.join(", "));
         Self { reason: "FieldValueNotSupported", field: field.into(), message }
@@ -71,9 +73,41 @@ impl FieldError {
         Self { reason: "FieldValueDuplicate", field: field.into(), message }
     }
 
+    /// The value is not acceptable and says nothing by itself (objects and lists).
+    pub fn invalid_here(field: impl Into<String>, detail: impl fmt::Display) -> Self {
+        Self { reason: "FieldValueInvalid", field: field.into(), message: format!("Invalid value: {detail}") }
+    }
+
+    /// As [`FieldError::invalid`], with the value as text of the caller's choice.
+    pub fn invalid_text(field: impl Into<String>, shown: &str, detail: impl fmt::Display) -> Self {
+        let message = format!("Invalid value: {shown}: {detail}");
+        Self { reason: "FieldValueInvalid", field: field.into(), message }
+    }
+
+    /// A list has too many items, or a map too many entries.
+    pub fn too_many(field: impl Into<String>, count: u64, most: u64) -> Self {
+        let unit = if most == 1 { "item" } else { "items" };
+        let message = format!("Too many: {count}: must have at most {most} {unit}");
+        Self { reason: "FieldValueTooMany", field: field.into(), message }
+    }
+
     /// The value is longer or larger than allowed.
     pub fn too_long(field: impl Into<String>, detail: impl fmt::Display) -> Self {
         Self { reason: "FieldValueTooLong", field: field.into(), message: format!("Too long: {detail}") }
+    }
+}
+
+impl FieldError {
+    /// Is the value so wrong that rules about it would only add noise?
+    pub(crate) fn blocks_rules(&self) -> bool {
+        matches!(
+            self.reason,
+            "FieldValueNotSupported"
+                | "FieldValueRequired"
+                | "FieldValueTooLong"
+                | "FieldValueTooMany"
+                | "FieldValueTypeInvalid"
+        )
     }
 }
 
@@ -331,10 +365,16 @@ fn details(group: &str, kind: &str, name: &str) -> Value {
     Value::Object(d)
 }
 
+/// JSON as Go writes it by default: safe inside of HTML.
+pub(crate) fn escape_html(json: &str) -> String {
+    json.replace('&', "\\u0026").replace('<', "\\u003c").replace('>', "\\u003e")
+}
+
 /// A value in an error message: whole when short, else its start. Objects from clients can be megabytes.
 fn brief(value: &Value) -> String {
     const LONGEST: usize = 200;
     let text = value.to_string();
+    let text = if value.is_object() || value.is_array() { escape_html(&text) } else { text };
     match text.char_indices().nth(LONGEST) {
         None => text,
         Some((end, _)) => format!("{}…", &text[..end]),

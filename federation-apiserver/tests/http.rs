@@ -386,14 +386,18 @@ async fn custom_resources_come_and_go() {
     assert_eq!(list["resources"][0]["shortNames"], json!(["wd"]));
     let document = server.get("/openapi/v3/apis/example.com/v1").await.body;
     assert!(document["components"]["schemas"]["com.example.v1.Widget"]["properties"]["spec"]["properties"]["color"].is_object());
-    // Rules that are not evaluated are not passed over in silence.
+    // Rules are compiled before they are stored.
     let mut cel = crd();
     cel["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["x-kubernetes-validations"] =
-        json!([{"rule": "self.size < 10"}]);
-    let warned =
+        json!([{"rule": "self.size < 'ten'"}]);
+    let refused =
         server.patch(&format!("{CRDS}/widgets.example.com"), "application/merge-patch+json", &cel).await;
-    assert_eq!(warned.code, 200, "{}", warned.text);
-    assert!(warned.headers["warning"].to_str().expect("text").contains("not evaluated"));
+    assert_eq!(refused.code, 422, "{}", refused.text);
+    assert!(
+        refused.text.contains("found no matching overload for '_<_' applied to '(int, string)'"),
+        "{}",
+        refused.text
+    );
     // Not structural, wrong name: refused.
     let mut bad = crd();
     bad["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"] = json!({"properties": {}});

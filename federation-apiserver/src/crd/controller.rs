@@ -1,10 +1,11 @@
 //! Follows CRDs: accepts their names, sets their conditions, and serves what they define.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use federation_store::KeyRange;
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::{is_converted, is_established, resources, update_status};
@@ -71,6 +72,7 @@ pub(crate) async fn refresh(registry: &Registry) -> Result<(), ApiError> {
         }
     }
     let mut served = builtin;
+    registry.compiled.keep(&crds);
     for crd in &crds {
         let name = str_at(crd, &["metadata", "name"]).to_owned();
         let group = str_at(crd, &["spec", "group"]).to_owned();
@@ -103,15 +105,42 @@ pub(crate) async fn refresh(registry: &Registry) -> Result<(), ApiError> {
             .await?;
         if let Some(crd) = updated.filter(is_established) {
             let converter = registry.converter.clone().filter(|_| is_converted(&crd));
-            served.extend(
-                resources(&crd)
-                    .into_iter()
-                    .map(|resource| Resource { converter: converter.clone(), ..resource }),
-            );
+            let compiled = registry.compiled.resources(crd).await?.into_iter();
+            served.extend(compiled.map(|resource| Resource { converter: converter.clone(), ..resource }));
         }
     }
     registry.catalog.replace(Catalog::new(served));
     Ok(())
+}
+
+/// What CRDs make served, kept from one refresh to the next: compiling rules and schemas is dear.
+#[derive(Debug, Default)]
+pub(crate) struct Compiled(Mutex<HashMap<String, (Value, Vec<Resource>)>>);
+
+// === impl Compiled ===
+
+impl Compiled {
+    /// The resources of a CRD, compiled when its spec is new.
+    async fn resources(&self, crd: Value) -> Result<Vec<Resource>, ApiError> {
+        let name = str_at(&crd, &["metadata", "name"]).to_owned();
+        let key = json!([crd.get("spec"), meta::is_deleting(&crd)]);
+        if let Some((known, resources)) = self.0.lock().get(&name)
+            && *known == key
+        {
+            return Ok(resources.clone());
+        }
+        // A schema with many rules takes a while, which other tasks should not wait for.
+        let compiled =
+            tokio::task::spawn_blocking(move || resources(&crd)).await.map_err(ApiError::internal)?;
+        self.0.lock().insert(name, (key, compiled.clone()));
+        Ok(compiled)
+    }
+
+    /// Forgets CRDs that are gone.
+    fn keep(&self, crds: &[Value]) {
+        let names: HashSet<&str> = crds.iter().map(|c| str_at(c, &["metadata", "name"])).collect();
+        self.0.lock().retain(|name, _| names.contains(name.as_str()));
+    }
 }
 
 fn names(crd: &Value) -> Vec<String> {

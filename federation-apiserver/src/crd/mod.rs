@@ -1,12 +1,13 @@
 //! CustomResourceDefinitions: defaults, validation, conditions, and what they make the server serve.
 //!
-//! Conversion between versions is `None` only (same content, other apiVersion). `x-kubernetes-validations` (CEL) are
-//! accepted, stored and published, but not evaluated yet; a CRD that has them gets a note in its `Established`
-//! condition's message so that nobody relies on them.
+//! Conversion between versions is `None` only (same content, other apiVersion).
 
 mod controller;
+pub(crate) mod rules;
+mod validation;
 
-pub(crate) use controller::{ensure, refresh, run};
+pub(crate) use controller::{Compiled, ensure, refresh, run};
+pub(crate) use validation::validate_crd;
 
 use std::sync::Arc;
 
@@ -14,12 +15,8 @@ use serde_json::{Value, json};
 
 use crate::registry::meta;
 use crate::registry::resource::{CustomInfo, Origin, Resource, ScalePaths, api_version};
-use crate::schema::{defaults, structural};
-use crate::status::FieldError;
+use crate::schema::defaults;
 use crate::value::{self, at, str_at};
-
-/// Versions that one CRD may have; each costs a compiled schema.
-const MAX_VERSIONS: usize = 32;
 
 /// Defaults of a CRD object.
 pub(crate) fn default_crd(crd: &mut Value) {
@@ -35,105 +32,6 @@ pub(crate) fn default_crd(crd: &mut Value) {
         }
     }
     spec.entry("conversion").or_insert_with(|| json!({"strategy": "None"}));
-}
-
-/// Errors of a CRD object.
-pub(crate) fn validate_crd(crd: &Value) -> Vec<FieldError> {
-    let mut errors = Vec::new();
-    let text = |path: &[&str]| str_at(crd, path).to_owned();
-    let (group, plural, kind) =
-        (text(&["spec", "group"]), text(&["spec", "names", "plural"]), text(&["spec", "names", "kind"]));
-    let name = text(&["metadata", "name"]);
-    if !group.is_empty() && !plural.is_empty() && name != format!("{plural}.{group}") {
-        errors.push(FieldError::invalid(
-            "metadata.name",
-            &json!(name),
-            "must be spec.names.plural+\".\"+spec.group",
-        ));
-    }
-    if !group.is_empty() && (!meta::is_dns_subdomain(&group) || !group.contains('.')) {
-        errors.push(FieldError::invalid(
-            "spec.group",
-            &json!(group),
-            "should be a domain with at least one dot",
-        ));
-    }
-    for (field, v) in [("plural", &plural), ("singular", &text(&["spec", "names", "singular"]))] {
-        if !v.is_empty() && !meta::is_dns_label(v) {
-            errors.push(FieldError::invalid(format!("spec.names.{field}"), &json!(v), "must be a DNS label"));
-        }
-    }
-    if !kind.is_empty() && !meta::is_dns_label(&kind.to_lowercase()) {
-        errors.push(FieldError::invalid(
-            "spec.names.kind",
-            &json!(kind),
-            "may have mixed case, but should otherwise match: a DNS label",
-        ));
-    }
-    let scope = text(&["spec", "scope"]);
-    if !scope.is_empty() && scope != "Namespaced" && scope != "Cluster" {
-        errors.push(FieldError::not_supported(
-            "spec.scope",
-            &json!(scope),
-            &[json!("Cluster"), json!("Namespaced")],
-        ));
-    }
-    let strategy = text(&["spec", "conversion", "strategy"]);
-    if !strategy.is_empty() && strategy != "None" {
-        errors.push(FieldError::not_supported(
-            "spec.conversion.strategy",
-            &json!(strategy),
-            &[json!("None")],
-        ));
-    }
-    let versions = at(crd, &["spec", "versions"]).and_then(Value::as_array).cloned().unwrap_or_default();
-    if versions.len() > MAX_VERSIONS {
-        errors.push(FieldError::too_long("spec.versions", format!("must have at most {MAX_VERSIONS} items")));
-        return errors;
-    }
-    let mut storage = 0;
-    let mut seen = std::collections::HashSet::new();
-    for (i, version) in versions.iter().enumerate() {
-        let path = format!("spec.versions[{i}]");
-        let name = str_at(version, &["name"]);
-        if !meta::is_dns_label(name) {
-            errors.push(FieldError::invalid(
-                format!("{path}.name"),
-                &json!(name),
-                "must be a DNS-1035 label",
-            ));
-        }
-        if !seen.insert(name.to_owned()) {
-            errors.push(FieldError::duplicate(format!("{path}.name"), &json!(name)));
-        }
-        storage += usize::from(version.get("storage") == Some(&json!(true)));
-        match at(version, &["schema", "openAPIV3Schema"]) {
-            None => errors
-                .push(FieldError::required(format!("{path}.schema.openAPIV3Schema"), "schemas are required")),
-            Some(schema) => {
-                errors.extend(structural::check(schema, &format!("{path}.schema.openAPIV3Schema")))
-            }
-        }
-        if let Some(scale) = at(version, &["subresources", "scale"]) {
-            for field in ["specReplicasPath", "statusReplicasPath"] {
-                if ScalePaths::parse(str_at(scale, &[field])).is_none() {
-                    errors.push(FieldError::invalid(
-                        format!("{path}.subresources.scale.{field}"),
-                        scale.get(field).unwrap_or(&Value::Null),
-                        "should be a json path under .spec or .status",
-                    ));
-                }
-            }
-        }
-    }
-    if !versions.is_empty() && storage != 1 {
-        errors.push(FieldError::invalid(
-            "spec.versions",
-            &json!(seen.len()),
-            "must have exactly one version marked as storage version",
-        ));
-    }
-    errors
 }
 
 /// Is the CRD served?
@@ -190,6 +88,7 @@ pub(crate) fn resources(crd: &Value) -> Vec<Resource> {
             selectable_fields: selectable.map(|f| str_at(f, &["jsonPath"]).to_owned()).collect(),
             warning,
             terminating: meta::is_deleting(crd),
+            rules: schema.as_ref().and_then(rules::Validator::compile),
             schema: schema.clone(),
         };
         let scale = at(version, &["subresources", "scale"]).and_then(|s| {
@@ -231,23 +130,6 @@ pub(crate) fn is_converted(crd: &Value) -> bool {
         && matches!(str_at(crd, &["spec", "conversion", "strategy"]), "" | "None")
 }
 
-/// Does any version have CEL rules?
-pub(crate) fn has_cel(crd: &Value) -> bool {
-    fn look(value: &Value, depth: usize) -> bool {
-        if depth > defaults::MAX_DEPTH {
-            return false;
-        }
-        match value {
-            Value::Object(map) => {
-                map.contains_key("x-kubernetes-validations") || map.values().any(|v| look(v, depth + 1))
-            }
-            Value::Array(items) => items.iter().any(|v| look(v, depth + 1)),
-            _ => false,
-        }
-    }
-    at(crd, &["spec", "versions"]).is_some_and(|v| look(v, 0))
-}
-
 /// Brings a CRD's status up to date; `taken` tells why its names clash, if they do. Returns whether it changed.
 fn update_status(crd: &mut Value, taken: Option<&str>, now: &str) -> bool {
     let before = crd.get("status").cloned();
@@ -259,11 +141,7 @@ fn update_status(crd: &mut Value, taken: Option<&str>, now: &str) -> bool {
     if taken.is_none() {
         let names = at(crd, &["spec", "names"]).cloned().unwrap_or_default();
         value::set(crd, &["status", "acceptedNames"], names);
-        let message = if has_cel(crd) {
-            "the initial names have been accepted; x-kubernetes-validations are stored but not evaluated by this server yet"
-        } else {
-            "the initial names have been accepted"
-        };
+        let message = "the initial names have been accepted";
         set_condition(crd, "Established", "True", "InitialNamesAccepted", message, now);
     } else if condition(crd, "Established") != "True" {
         set_condition(crd, "Established", "False", "NotAccepted", "not all names are accepted", now);

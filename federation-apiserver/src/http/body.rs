@@ -113,7 +113,10 @@ impl Path<'_> {
     fn text(&self) -> String {
         match self {
             Self::Root => String::new(),
-            Self::Field(above, key) => crate::schema::defaults::join(&above.text(), key),
+            Self::Field(above, key) => {
+                let above = above.text();
+                if above.is_empty() { (*key).to_owned() } else { format!("{above}.{key}") }
+            }
             Self::Item(above, index) => format!("{}[{index}]", above.text()),
         }
     }

@@ -43,6 +43,8 @@ pub struct Registry {
     pub(crate) rbac: crate::rbac::Index,
     /// For definitions that ask for it.
     pub(crate) converter: Option<Converter>,
+    /// What CRDs make served, compiled.
+    pub(crate) compiled: crate::crd::Compiled,
     /// Ends watches when the server stops.
     pub(crate) shutdown: CancellationToken,
 }
@@ -94,6 +96,7 @@ impl Registry {
             role,
             rbac: crate::rbac::Index::default(),
             converter: None,
+            compiled: crate::crd::Compiled::default(),
             shutdown,
         };
         registry.catalog.replace(resource::Catalog::new(builtin::resources(role)));

@@ -61,6 +61,8 @@ pub struct CustomInfo {
     pub warning: String,
     /// Not yet established, or being deleted: served for reading only.
     pub terminating: bool,
+    /// `x-kubernetes-validations` of the schema, compiled.
+    pub(crate) rules: Option<crate::crd::rules::Validator>,
 }
 
 /// JSON paths of the scale subresource (`.spec.replicas`).

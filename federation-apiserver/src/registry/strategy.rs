@@ -18,9 +18,6 @@ const IMMUTABLE: &[(&str, &[&str])] = &[
     ("statefulsets", &["spec", "podManagementPolicy"]),
     ("secrets", &["type"]),
     ("endpointslices", &["addressType"]),
-    ("customresourcedefinitions", &["spec", "group"]),
-    ("customresourcedefinitions", &["spec", "scope"]),
-    ("customresourcedefinitions", &["spec", "names", "plural"]),
 ];
 
 /// Fields that must be there: plural, path.
@@ -35,11 +32,6 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("statefulsets", &["spec", "template"]),
     ("pods", &["spec", "containers"]),
     ("endpointslices", &["addressType"]),
-    ("customresourcedefinitions", &["spec", "group"]),
-    ("customresourcedefinitions", &["spec", "scope"]),
-    ("customresourcedefinitions", &["spec", "versions"]),
-    ("customresourcedefinitions", &["spec", "names", "plural"]),
-    ("customresourcedefinitions", &["spec", "names", "kind"]),
 ];
 
 /// Keys of all data in one ConfigMap or Secret, as in Kubernetes.
@@ -286,7 +278,6 @@ pub fn validate(resource: &Resource, old: Option<&Value>, new: &Value) -> Vec<Fi
                 errors.push(FieldError::required(format!("metadata.annotations[{name}]"), ""));
             }
         }
-        "customresourcedefinitions" => errors.extend(crate::crd::validate_crd(new)),
         "events" => {
             let (involved, namespace) =
                 (str_at(new, &["involvedObject", "namespace"]), str_at(new, &["metadata", "namespace"]));

@@ -138,7 +138,7 @@ impl Registry {
         {
             return Err(ApiError::method_not_allowed(&resource.group, &resource.plural, "create"));
         }
-        let warnings = self.prepare(target, None, &mut object, options)?;
+        let warnings = self.prepare(target, None, &mut object, options).await?;
         self.check_escalation(target, None, &object, options)?;
         if resource.plural == "services" && !resource.is_custom() {
             self.allocate_service(&mut object, options.dry_run).await?;
@@ -408,7 +408,7 @@ impl Registry {
         }
         value::remove(&mut new, &["metadata", "selfLink"]);
         strategy::keep_on_update(resource, old, &mut new);
-        let warnings = self.prepare(target, Some(old), &mut new, options)?;
+        let warnings = self.prepare(target, Some(old), &mut new, options).await?;
         self.check_escalation(target, Some(old), &new, options)?;
         if resource.plural == "services" && !resource.is_custom() && options.subresource.is_empty() {
             let kept = str_at(old, &["spec", "clusterIP"]);
@@ -574,7 +574,7 @@ impl Registry {
     }
 
     /// Fields, defaults and validation.
-    fn prepare(
+    async fn prepare(
         &self,
         target: &Target,
         old: Option<&Value>,
@@ -584,14 +584,35 @@ impl Registry {
         let resource = &target.resource;
         let mut warnings = self.admit_fields(target, object, options)?;
         let ty = resource.schema.as_ref();
+        if resource.is_custom() {
+            defaults::drop_nulls(ty, object);
+        }
         defaults::apply_defaults(ty, object);
         strategy::default_object(resource, object);
         let mut errors = meta::errors(&resource.kind, resource.namespaced, object);
         if resource.is_custom() {
-            errors.extend(validate::validate(ty, object, validate::Mode::Full));
+            errors.extend(validate::validate_custom(ty, object, old));
             let meta_errors = at(object, &["metadata"])
                 .map(|m| validate::validate_at(ty.object_meta(), m, "metadata", validate::Mode::Types));
             errors.extend(meta_errors.into_iter().flatten());
+            if let super::resource::Origin::Custom(info) = &resource.origin
+                && let Some(rules) = &info.rules
+            {
+                if errors.iter().any(FieldError::blocks_rules) {
+                    let detail = "some validation rules were not checked because the object was invalid; correct the existing errors to complete validation";
+                    errors.push(FieldError::invalid("<nil>", &Value::Null, detail));
+                } else {
+                    let findings = rules.evaluate(object, old);
+                    errors.extend(findings.errors);
+                    warnings.extend(findings.warnings);
+                }
+            }
+        } else if resource.plural == "customresourcedefinitions" && resource.group == "apiextensions.k8s.io" {
+            let (new, old) = (object.clone(), old.cloned());
+            let status = options.subresource == "status";
+            // A schema with many rules takes a while, which other tasks should not wait for.
+            let check = move || crate::crd::validate_crd(&new, old.as_ref(), status);
+            errors.extend(tokio::task::spawn_blocking(check).await.map_err(ApiError::internal)?);
         } else if options.subresource.is_empty() {
             errors.extend(strategy::validate(resource, old, object));
         }
@@ -599,9 +620,6 @@ impl Registry {
             && !info.warning.is_empty()
         {
             warnings.push(info.warning.clone());
-        }
-        if resource.plural == "customresourcedefinitions" && crate::crd::has_cel(object) {
-            warnings.push("x-kubernetes-validations are stored but not evaluated by this server yet".into());
         }
         if errors.is_empty() {
             return Ok(warnings);

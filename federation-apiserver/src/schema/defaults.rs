@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use super::path::Path;
 use super::{ListKind, RootType, TypeRef, builtin};
 
 /// Deepest object that is walked. Requests are limited to the same depth when parsed; stored objects obey it too.
@@ -48,17 +49,43 @@ fn default_at(ty: TypeRef<'_>, value: &mut Value, depth: usize) {
     }
 }
 
+/// Removes nulls of declared fields that may not be null and have no default, as Kubernetes does before it fills in
+/// defaults. Only for custom resources: typed ones lose all their nulls when they are decoded.
+pub fn drop_nulls(ty: TypeRef<'_>, value: &mut Value) {
+    drop_nulls_at(ty, value, 0);
+}
+
+fn drop_nulls_at(ty: TypeRef<'_>, value: &mut Value, depth: usize) {
+    if depth > MAX_DEPTH {
+        return;
+    }
+    match value {
+        Value::Object(map) => {
+            map.retain(|key, v| {
+                let declared = ty.property(key).filter(|_| v.is_null());
+                declared.is_none_or(|p| p.schema().nullable || p.is_untyped() || p.schema().default.is_some())
+            });
+            map.iter_mut().for_each(|(k, v)| drop_nulls_at(ty.field(k), v, depth + 1));
+        }
+        Value::Array(items) => {
+            let item = ty.items();
+            items.iter_mut().for_each(|v| drop_nulls_at(item, v, depth + 1));
+        }
+        _ => {}
+    }
+}
+
 /// Removes fields that the type does not know, and returns their paths (`spec.foo`, `spec.list[0].bar`).
 pub fn prune(ty: TypeRef<'_>, value: &mut Value) -> Vec<String> {
     let mut removed = Vec::new();
-    prune_at(ty, value, "", &mut removed, 0);
+    prune_at(ty, value, &Path::start(""), &mut removed, 0);
     removed
 }
 
 /// As many unknown fields as are told; the rest is removed silently.
 const MAX_REPORTED: usize = 100;
 
-fn prune_at(ty: TypeRef<'_>, value: &mut Value, path: &str, removed: &mut Vec<String>, depth: usize) {
+fn prune_at(ty: TypeRef<'_>, value: &mut Value, path: &Path<'_>, removed: &mut Vec<String>, depth: usize) {
     if depth > MAX_DEPTH {
         return;
     }
@@ -67,27 +94,22 @@ fn prune_at(ty: TypeRef<'_>, value: &mut Value, path: &str, removed: &mut Vec<St
             map.retain(|key, _| {
                 let keep = ty.keeps(key);
                 if !keep && removed.len() < MAX_REPORTED {
-                    removed.push(join(path, key));
+                    removed.push(path.field(key).to_string());
                 }
                 keep
             });
             for (key, child) in map.iter_mut() {
-                prune_at(ty.field(key), child, &join(path, key), removed, depth + 1);
+                prune_at(ty.field(key), child, &path.field(key), removed, depth + 1);
             }
         }
         Value::Array(items) => {
             let item = ty.items();
             for (i, child) in items.iter_mut().enumerate() {
-                prune_at(item, child, &format!("{path}[{i}]"), removed, depth + 1);
+                prune_at(item, child, &path.index(i), removed, depth + 1);
             }
         }
         _ => {}
     }
-}
-
-/// Joins a field path.
-pub fn join(path: &str, key: &str) -> String {
-    if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
 }
 
 /// The root type of a custom resource: its schema with the standard `apiVersion`, `kind` and `metadata`.

@@ -7,6 +7,10 @@
 
 pub mod builtin;
 pub mod defaults;
+pub(crate) mod format;
+pub(crate) mod names;
+pub(crate) mod path;
+pub mod pattern;
 pub mod structural;
 pub mod validate;
 

@@ -1,33 +1,192 @@
-//! Is a CRD's schema structural? The rules of apiextensions that keep pruning and defaulting well defined.
+//! Is a CRD's schema acceptable? Structurality, the rules for single keywords, defaults, and what its expressions cost.
+//!
+//! The rules and words are those of `apiextensions-apiserver` (`pkg/apiserver/schema/validation.go`,
+//! `pkg/apis/apiextensions/validation/validation.go`), which keep pruning and defaulting well defined.
+
+use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
-use super::defaults::MAX_DEPTH;
-use super::validate;
+use super::defaults::{self, MAX_DEPTH};
+use super::{pattern, validate};
+use crate::cel::schema as declare;
+use crate::crd::rules::{Rule, Validator};
 use crate::status::FieldError;
+use crate::value::str_at;
 
 /// As many errors as one answer lists.
-const MAX_ERRORS: usize = 20;
+const MAX_ERRORS: usize = 50;
+/// Different patterns in one schema; each costs memory when it is used. The largest CRDs in use have some hundreds.
+const MAX_PATTERNS: usize = 1_000;
+/// Most that one rule may cost by its estimate.
+const RULE_LIMIT: u64 = 10_000_000;
+/// Most that all rules of a schema may cost together.
+const SCHEMA_LIMIT: u64 = 100_000_000;
+
+/// What is known about a schema beyond itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Context {
+    /// `/status` is a subresource.
+    pub status: bool,
+    /// The schema was accepted before as it is: single rules are not judged by their cost again.
+    pub unchanged: bool,
+}
+
+/// Is the schema structural in the narrow sense?
+pub fn violations(schema: &Value, path: &str) -> Vec<FieldError> {
+    let mut errors = Vec::new();
+    invariants(schema, Level::Root, path, 0, &mut errors);
+    completeness(schema, path, &mut errors);
+    errors.sort_by_key(FieldError::to_string);
+    errors.dedup();
+    errors
+}
 
 /// Errors of `schema`, found at `path`.
-pub fn check(schema: &Value, path: &str) -> Vec<FieldError> {
+pub fn check(schema: &Value, path: &str, context: Context) -> Vec<FieldError> {
     let mut errors = Vec::new();
-    if schema.get("type").and_then(Value::as_str) != Some("object") {
-        errors.push(FieldError::invalid(
-            format!("{path}.type"),
-            schema.get("type").unwrap_or(&json!("")),
-            "must be object at the root",
-        ));
+    if !schema.is_object() {
+        return vec![FieldError::type_invalid(path, schema, "must be a schema object")];
     }
-    node(schema, path, false, 0, &mut errors);
+    if context.status
+        && let Some(map) = schema.as_object()
+        && let Some(odd) = map.keys().find(|k| !ALLOWED_AT_ROOT.contains(&k.as_str()))
+    {
+        tracing::debug!(
+            keyword = odd.as_str(),
+            "a schema with a status subresource has more at its root than it may"
+        );
+        let detail = format!(
+            "only [{ROOT_FIELDS}] fields are allowed at the root of the schema if the status subresource is enabled"
+        );
+        errors.push(FieldError::invalid(path, schema, detail));
+    }
+    if schema.get("nullable") == Some(&json!(true)) {
+        errors.push(FieldError::forbidden(format!("{path}.nullable"), "nullable cannot be true at the root"));
+    }
+    let mut patterns = BTreeSet::new();
+    collect_patterns(schema, 0, &mut patterns);
+    if patterns.len() > MAX_PATTERNS {
+        errors.push(FieldError::too_many(path, patterns.len() as u64, MAX_PATTERNS as u64));
+        return errors;
+    }
+    let mut structural = violations(schema, path);
+    if structural.is_empty() {
+        check_defaults(schema, schema, path, false, 0, &mut structural);
+    }
+    let sound = structural.is_empty();
+    errors.append(&mut structural);
+    let mut walk =
+        Walk { schema_errors: Vec::new(), rule_errors: Vec::new(), total: 0, dearest: Vec::new(), context };
+    let scope = Scope {
+        cardinality: Some(1),
+        uncorrelated: None,
+        inside_meta: false,
+        no_default: None,
+        rules: sound,
+    };
+    walk.node(schema, path, true, &scope, "self", 0);
+    errors.append(&mut walk.schema_errors);
+    errors.append(&mut walk.rule_errors);
+    if walk.total > SCHEMA_LIMIT {
+        for (at, _) in &walk.dearest {
+            errors.push(FieldError::forbidden(
+                at.as_str(),
+                "contributed to estimated rule cost total exceeding cost limit for entire OpenAPIv3 schema",
+            ));
+        }
+        let detail = cost_message(
+            "x-kubernetes-validations estimated rule cost total for entire OpenAPIv3 schema",
+            walk.total,
+            SCHEMA_LIMIT,
+        );
+        errors.push(FieldError::forbidden(path, detail));
+    }
     errors.truncate(MAX_ERRORS);
     errors
 }
 
-fn node(schema: &Value, path: &str, in_logic: bool, depth: usize, errors: &mut Vec<FieldError>) {
-    if errors.len() >= MAX_ERRORS {
-        return;
+const ROOT_FIELDS: &str = "Description Type Format Title Maximum ExclusiveMaximum Minimum ExclusiveMinimum MaxLength MinLength Pattern MaxItems MinItems UniqueItems MultipleOf Required Items Properties ExternalDocs Example XPreserveUnknownFields XValidations";
+const ALLOWED_AT_ROOT: &[&str] = &[
+    "description",
+    "type",
+    "format",
+    "title",
+    "maximum",
+    "exclusiveMaximum",
+    "minimum",
+    "exclusiveMinimum",
+    "maxLength",
+    "minLength",
+    "pattern",
+    "maxItems",
+    "minItems",
+    "uniqueItems",
+    "multipleOf",
+    "required",
+    "items",
+    "properties",
+    "externalDocs",
+    "example",
+    "x-kubernetes-preserve-unknown-fields",
+    "x-kubernetes-validations",
+    // Told by a message of its own.
+    "nullable",
+];
+
+fn flag(map: &Map<String, Value>, key: &str) -> bool {
+    map.get(key).and_then(Value::as_bool).unwrap_or(false)
+}
+
+fn text<'a>(map: &'a Map<String, Value>, key: &str) -> &'a str {
+    map.get(key).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn list<'a>(map: &'a Map<String, Value>, key: &str) -> impl Iterator<Item = (usize, &'a Value)> {
+    map.get(key).and_then(Value::as_array).into_iter().flatten().enumerate()
+}
+
+fn properties(map: &Map<String, Value>) -> impl Iterator<Item = (&String, &Value)> {
+    map.get("properties").and_then(Value::as_object).into_iter().flatten()
+}
+
+fn collect_patterns<'a>(schema: &'a Value, depth: usize, found: &mut BTreeSet<&'a str>) {
+    let Some(map) = schema.as_object().filter(|_| depth <= MAX_DEPTH) else { return };
+    if let Some(pattern) = map.get("pattern").and_then(Value::as_str) {
+        found.insert(pattern);
     }
+    children(map, |_, child, _| collect_patterns(child, depth + 1, found));
+}
+
+/// Calls with the place below, the child schema, and whether it lies in logic.
+fn children<'a>(map: &'a Map<String, Value>, mut each: impl FnMut(String, &'a Value, bool)) {
+    for (key, child) in properties(map) {
+        each(format!("properties[{key}]"), child, false);
+    }
+    for key in ["items", "additionalProperties"] {
+        if let Some(child) = map.get(key).filter(|c| c.is_object()) {
+            each(key.to_owned(), child, false);
+        }
+    }
+    for key in ["allOf", "anyOf", "oneOf"] {
+        for (i, child) in list(map, key) {
+            each(format!("{key}[{i}]"), child, true);
+        }
+    }
+    if let Some(child) = map.get("not").filter(|c| c.is_object()) {
+        each("not".to_owned(), child, true);
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Level {
+    Root,
+    Item,
+    Field,
+}
+
+/// The structure: every field has a type, logic only restricts.
+fn invariants(schema: &Value, level: Level, path: &str, depth: usize, errors: &mut Vec<FieldError>) {
     let Some(map) = schema.as_object() else {
         errors.push(FieldError::type_invalid(path, schema, "must be a schema object"));
         return;
@@ -36,158 +195,817 @@ fn node(schema: &Value, path: &str, in_logic: bool, depth: usize, errors: &mut V
         errors.push(FieldError::too_long(path, "nested too deeply"));
         return;
     }
-    let flag = |key: &str| map.get(key).and_then(Value::as_bool).unwrap_or(false);
-    let typed = map.get("type").and_then(Value::as_str).unwrap_or_default();
-    if !in_logic {
-        if typed.is_empty()
-            && !flag("x-kubernetes-int-or-string")
-            && !flag("x-kubernetes-preserve-unknown-fields")
-        {
-            errors.push(FieldError::required(
-                format!("{path}.type"),
-                "must not be empty for specified object fields",
-            ));
-        }
-    } else {
-        for key in ["type", "default", "additionalProperties", "nullable", "description", "title"] {
-            // Inside int-or-string's own anyOf a type is the idiom.
-            if map.contains_key(key) && !(key == "type" && map.len() == 1) {
-                errors.push(FieldError::forbidden(
-                    format!("{path}.{key}"),
-                    "must be undefined to be structural",
-                ));
-            }
-        }
+    if errors.len() >= MAX_ERRORS {
+        return;
     }
-    if !typed.is_empty() && super::JsonType::parse(typed).is_none() {
-        errors.push(FieldError::not_supported(
-            format!("{path}.type"),
-            &json!(typed),
-            &["array", "boolean", "integer", "number", "object", "string"].map(Value::from),
-        ));
-    }
-    for key in ["$ref", "definitions", "dependencies", "patternProperties", "id"] {
-        if map.contains_key(key) {
-            errors.push(FieldError::forbidden(format!("{path}.{key}"), format!("{key} is not supported")));
-        }
-    }
-    if flag("uniqueItems") {
-        errors.push(FieldError::forbidden(
-            format!("{path}.uniqueItems"),
-            "uniqueItems cannot be set to true since the runtime complexity becomes quadratic",
-        ));
-    }
-    if let Some(pattern) = map.get("pattern").and_then(Value::as_str)
-        && let Err(error) = validate::compile_pattern(pattern)
-    {
-        let text = error.to_string();
-        let last = text.lines().last().unwrap_or_default().to_owned();
-        errors.push(FieldError::invalid(format!("{path}.pattern"), &json!(pattern), last));
-    }
-    let has_properties = map.get("properties").and_then(Value::as_object).is_some_and(|p| !p.is_empty());
-    let additional = map.get("additionalProperties");
-    if has_properties && additional.is_some_and(|a| a != &Value::Bool(false)) {
-        errors.push(FieldError::forbidden(
-            format!("{path}.additionalProperties"),
-            "additionalProperties and properties are mutual exclusive",
-        ));
-    }
-    lists(map, path, errors);
-    for (key, child) in map.get("properties").and_then(Value::as_object).into_iter().flatten() {
-        node(child, &format!("{path}.properties[{key}]"), in_logic, depth + 1, errors);
-    }
-    if let Some(items) = map.get("items") {
-        node(items, &format!("{path}.items"), in_logic, depth + 1, errors);
-    } else if typed == "array" && !in_logic {
+    let typed = text(map, "type");
+    let (int_or_string, preserve, embedded) = (
+        flag(map, "x-kubernetes-int-or-string"),
+        flag(map, "x-kubernetes-preserve-unknown-fields"),
+        flag(map, "x-kubernetes-embedded-resource"),
+    );
+    if typed == "array" && !map.get("items").is_some_and(Value::is_object) {
         errors.push(FieldError::required(format!("{path}.items"), "must be specified"));
     }
-    if let Some(child) = additional.filter(|a| a.is_object()) {
-        node(child, &format!("{path}.additionalProperties"), in_logic, depth + 1, errors);
+    if let Some(items) = map.get("items").filter(|i| i.is_object()) {
+        invariants(items, Level::Item, &format!("{path}.items"), depth + 1, errors);
     }
-    for key in ["allOf", "anyOf", "oneOf"] {
-        for (i, child) in map.get(key).and_then(Value::as_array).into_iter().flatten().enumerate() {
-            node(child, &format!("{path}.{key}[{i}]"), true, depth + 1, errors);
+    for (key, child) in properties(map) {
+        invariants(child, Level::Field, &format!("{path}.properties[{key}]"), depth + 1, errors);
+    }
+    if let Some(additional) = map.get("additionalProperties") {
+        if level == Level::Root {
+            errors.push(FieldError::forbidden(
+                format!("{path}.additionalProperties"),
+                "must not be used at the root",
+            ));
+        }
+        if additional.is_object() {
+            invariants(additional, Level::Field, &format!("{path}.additionalProperties"), depth + 1, errors);
+        }
+        if embedded {
+            errors.push(FieldError::forbidden(
+                format!("{path}.additionalProperties"),
+                "must not be used if x-kubernetes-embedded-resource is set",
+            ));
+        }
+    }
+    for (other, set) in
+        [("x-kubernetes-preserve-unknown-fields", preserve), ("x-kubernetes-embedded-resource", embedded)]
+    {
+        if int_or_string && set {
+            errors.push(FieldError::invalid(
+                format!("{path}.{other}"),
+                &json!(true),
+                "must be false if x-kubernetes-int-or-string is true",
+            ));
+        }
+    }
+    let idiom = json!([{"type": "integer"}, {"type": "string"}]);
+    for key in ["anyOf", "allOf", "oneOf"] {
+        let skip_all = key == "anyOf" && int_or_string && map.get("anyOf") == Some(&idiom);
+        for (i, child) in list(map, key).filter(|_| !skip_all) {
+            let skip = key == "allOf" && i == 0 && int_or_string && child.get("anyOf") == Some(&idiom);
+            nested(child, skip, &format!("{path}.{key}[{i}]"), depth + 1, errors);
         }
     }
     if let Some(child) = map.get("not") {
-        node(child, &format!("{path}.not"), true, depth + 1, errors);
+        nested(child, false, &format!("{path}.not"), depth + 1, errors);
+    }
+    check_pattern(map, path, errors);
+    let at = format!("{path}.type");
+    let why = "must be object if x-kubernetes-embedded-resource is true";
+    if embedded && typed != "object" {
+        errors.push(if typed.is_empty() {
+            FieldError::required(at.clone(), why)
+        } else {
+            FieldError::invalid(at.clone(), &json!(typed), why)
+        });
+    } else if typed.is_empty() && !int_or_string && !preserve {
+        let why = match level {
+            Level::Root => "must not be empty at the root",
+            Level::Item => "must not be empty for specified array items",
+            Level::Field => "must not be empty for specified object fields",
+        };
+        errors.push(FieldError::required(at.clone(), why));
+    }
+    if level == Level::Root && !typed.is_empty() && typed != "object" {
+        errors.push(FieldError::invalid(at, &json!(typed), "must be object at the root"));
+    }
+    metadata(map, level, embedded, path, errors);
+    if embedded && !preserve && properties(map).next().is_none() {
+        errors.push(FieldError::required(
+            format!("{path}.properties"),
+            "must not be empty if x-kubernetes-embedded-resource is true without x-kubernetes-preserve-unknown-fields",
+        ));
     }
 }
 
-fn lists(map: &Map<String, Value>, path: &str, errors: &mut Vec<FieldError>) {
-    let kind = map.get("x-kubernetes-list-type").and_then(Value::as_str);
-    let keys = map.get("x-kubernetes-list-map-keys").and_then(Value::as_array);
-    match kind {
-        None | Some("atomic" | "set") => {
-            if keys.is_some_and(|k| !k.is_empty()) {
-                errors.push(FieldError::forbidden(
-                    format!("{path}.x-kubernetes-list-map-keys"),
-                    "must not be set unless x-kubernetes-list-type is map",
-                ));
+/// Of the standard fields only names may be restricted.
+fn metadata(
+    map: &Map<String, Value>,
+    level: Level,
+    embedded: bool,
+    path: &str,
+    errors: &mut Vec<FieldError>,
+) {
+    let resource = level == Level::Root || embedded;
+    let property = |name: &str| map.get("properties").and_then(|p| p.get(name));
+    for name in ["kind", "apiVersion"] {
+        if let Some(schema) = property(name).filter(|_| resource) {
+            let typed = str_at(schema, &["type"]);
+            if typed != "string" {
+                let at = format!("{path}.properties[{name}].type");
+                errors.push(FieldError::invalid(at, &json!(typed), "must be string"));
             }
         }
-        Some("map") => {
-            if keys.is_none_or(Vec::is_empty) {
+    }
+    let Some(schema) = property("metadata") else { return };
+    let at = format!("{path}.properties[metadata]");
+    let typed = str_at(schema, &["type"]);
+    if resource && typed != "object" {
+        errors.push(FieldError::invalid(format!("{at}.type"), &json!(typed), "must be object"));
+    }
+    if level == Level::Root {
+        let known = |k: &String| k == "name" || k == "generateName";
+        let names = schema.get("properties").and_then(Value::as_object);
+        let only_names = names.is_none_or(|n| n.keys().all(known));
+        let others = schema.as_object().is_some_and(|m| {
+            m.keys().any(|k| !matches!(k.as_str(), "type" | "properties" | "default" | "description"))
+        });
+        let described = schema.get("description").is_some_and(|d| d != "");
+        if !only_names || others || described {
+            errors.push(FieldError::forbidden(
+                at,
+                "must not specify anything other than name and generateName, but metadata is implicitly specified",
+            ));
+        }
+    }
+}
+
+fn check_pattern(map: &Map<String, Value>, path: &str, errors: &mut Vec<FieldError>) {
+    let pattern = text(map, "pattern");
+    if !pattern.is_empty()
+        && let Err(error) = pattern::compile(pattern)
+    {
+        let why = error.to_string();
+        let last = why.lines().last().unwrap_or_default().trim_start_matches("error: ");
+        errors.push(FieldError::invalid(
+            format!("{path}.pattern"),
+            &json!(pattern),
+            format!("must be a valid regular expression, but isn't: error parsing regexp: {last}"),
+        ));
+    }
+}
+
+/// Schemas in logic restrict values and define nothing.
+fn nested(schema: &Value, skip_any_of: bool, path: &str, depth: usize, errors: &mut Vec<FieldError>) {
+    let Some(map) = schema.as_object() else {
+        errors.push(FieldError::type_invalid(path, schema, "must be a schema object"));
+        return;
+    };
+    if depth > MAX_DEPTH || errors.len() >= MAX_ERRORS {
+        return;
+    }
+    let mut forbid = |key: &str, why: &str| errors.push(FieldError::forbidden(format!("{path}.{key}"), why));
+    for key in ["type", "title", "description"] {
+        if !text(map, key).is_empty() {
+            forbid(key, "must be empty to be structural");
+        }
+    }
+    for key in ["additionalProperties", "default", "x-kubernetes-list-type", "x-kubernetes-map-type"] {
+        if map.contains_key(key) {
+            forbid(key, "must be undefined to be structural");
+        }
+    }
+    for key in [
+        "nullable",
+        "x-kubernetes-preserve-unknown-fields",
+        "x-kubernetes-embedded-resource",
+        "x-kubernetes-int-or-string",
+    ] {
+        if flag(map, key) {
+            forbid(key, "must be false to be structural");
+        }
+    }
+    for key in ["x-kubernetes-list-map-keys", "x-kubernetes-validations"] {
+        if map.get(key).and_then(Value::as_array).is_some_and(|l| !l.is_empty()) {
+            forbid(key, "must be empty to be structural");
+        }
+    }
+    if map.get("properties").is_some_and(|p| p.get("metadata").is_some()) {
+        forbid("properties[metadata]", "must not be specified in a nested context");
+    }
+    check_pattern(map, path, errors);
+    children(map, |step, child, _| {
+        if step != "additionalProperties" && !(skip_any_of && step.starts_with("anyOf[")) {
+            nested(child, false, &format!("{path}.{step}"), depth + 1, errors);
+        }
+    });
+}
+
+/// Whatever logic at the root speaks of is also specified outside of it. Kubernetes asks this of the root only.
+fn completeness(schema: &Value, path: &str, errors: &mut Vec<FieldError>) {
+    let Some(map) = schema.as_object() else { return };
+    children(map, |step, child, logic| {
+        if logic {
+            covered(child, schema, path, &format!("{path}.{step}"), 1, errors);
+        }
+    });
+}
+
+fn covered(
+    restriction: &Value,
+    structure: &Value,
+    structure_path: &str,
+    path: &str,
+    depth: usize,
+    errors: &mut Vec<FieldError>,
+) {
+    let Some(map) = restriction.as_object().filter(|_| depth <= MAX_DEPTH) else { return };
+    let because = format!("because it is defined in {path}");
+    children(map, |step, child, logic| {
+        if logic {
+            return covered(child, structure, structure_path, &format!("{path}.{step}"), depth + 1, errors);
+        }
+        let inner = match step.strip_prefix("properties[").and_then(|s| s.strip_suffix(']')) {
+            Some(name) => structure.get("properties").and_then(|p| p.get(name)),
+            None => structure.get(&step),
+        };
+        let (below, at) = (format!("{structure_path}.{step}"), format!("{path}.{step}"));
+        match inner {
+            Some(inner) => covered(child, inner, &below, &at, depth + 1, errors),
+            None if step == "additionalProperties" => {}
+            None => errors.push(FieldError::required(below, &format!("{because}.{step}"))),
+        }
+    });
+}
+
+/// Defaults are valid, known to the schema, and not where they could not be applied.
+fn check_defaults(
+    schema: &Value,
+    resource: &Value,
+    path: &str,
+    inside_meta: bool,
+    depth: usize,
+    errors: &mut Vec<FieldError>,
+) {
+    let Some(map) = schema.as_object().filter(|_| depth <= MAX_DEPTH) else { return };
+    if errors.len() >= MAX_ERRORS {
+        return;
+    }
+    let embedded = flag(map, "x-kubernetes-embedded-resource");
+    if let Some(default) = map.get("default") {
+        let at = format!("{path}.default");
+        let compiled = std::sync::Arc::new(super::Schema::compile(schema));
+        let root = super::RootType { definitions: super::builtin::definitions(), root: compiled };
+        let mut pruned = default.clone();
+        if !inside_meta && !defaults::prune(root.as_ref(), &mut pruned).is_empty() {
+            errors.push(FieldError::invalid(at.clone(), default, "must not have unknown fields"));
+        }
+        let found = validate::validate_default(root.as_ref(), default, &at);
+        if found.is_empty()
+            && let Some(rules) = Validator::compile_node(schema, embedded)
+        {
+            // As a value that stays, and as one that comes.
+            let kept = rules.evaluate_at(default, Some(default), &at).errors;
+            errors.extend(if kept.is_empty() { rules.evaluate_at(default, None, &at).errors } else { kept });
+        }
+        errors.extend(found);
+    }
+    if let Some(items) = map.get("items").filter(|i| i.is_object()) {
+        check_defaults(items, resource, &format!("{path}.items"), inside_meta, depth + 1, errors);
+    }
+    for (key, child) in properties(map) {
+        let meta = (embedded || depth == 0) && matches!(key.as_str(), "metadata" | "apiVersion" | "kind");
+        let at = format!("{path}.properties[{key}]");
+        check_defaults(child, resource, &at, inside_meta || meta, depth + 1, errors);
+    }
+}
+
+/// What holds at a place of a schema.
+#[derive(Clone)]
+struct Scope {
+    /// How many values there can be; `None` without a bound.
+    cardinality: Option<u64>,
+    /// The schema above whose values cannot be told apart over time.
+    uncorrelated: Option<String>,
+    inside_meta: bool,
+    /// Why there may be no default here.
+    no_default: Option<String>,
+    /// Expressions are looked at.
+    rules: bool,
+}
+
+struct Walk {
+    schema_errors: Vec<FieldError>,
+    rule_errors: Vec<FieldError>,
+    total: u64,
+    /// The dearest rules with their places.
+    dearest: Vec<(String, u64)>,
+    context: Context,
+}
+
+/// A cost error in Kubernetes' words.
+#[allow(clippy::cast_precision_loss)]
+fn cost_message(what: &str, cost: u64, limit: u64) -> String {
+    let exceeds = cost as f64 / limit as f64;
+    let factor = if exceeds > 100.0 {
+        "more than 100x".to_owned()
+    } else if exceeds < 1.5 {
+        format!("{exceeds:.6}x")
+    } else {
+        format!("{exceeds:.1}x")
+    };
+    format!(
+        "{what} exceeds budget by factor of {factor} (try simplifying the rule, or adding maxItems, maxProperties, and maxLength where arrays, maps, and strings are declared)"
+    )
+}
+
+/// By how much a schema multiplies what it holds.
+fn multiplicity(map: &Map<String, Value>) -> Option<u64> {
+    let bound = |key: &str| map.get(key).and_then(Value::as_i64).map(|n| u64::try_from(n).unwrap_or(0));
+    match text(map, "type") {
+        "object" if map.contains_key("additionalProperties") => bound("maxProperties"),
+        "array" => bound("maxItems"),
+        _ => Some(1),
+    }
+}
+
+// === impl Walk ===
+
+impl Walk {
+    fn node(&mut self, schema: &Value, path: &str, root: bool, scope: &Scope, name: &str, depth: usize) {
+        let Some(map) = schema.as_object().filter(|_| depth <= MAX_DEPTH) else { return };
+        let before = self.schema_errors.len();
+        if before >= MAX_ERRORS {
+            return;
+        }
+        self.keywords(map, path, scope);
+        let mut inner = scope.clone();
+        inner.cardinality = match (scope.cardinality, multiplicity(map)) {
+            (Some(a), Some(b)) => Some(a.saturating_mul(b)),
+            _ => None,
+        };
+        let embedded = flag(map, "x-kubernetes-embedded-resource");
+        if let Some(child) = map.get("additionalProperties").filter(|a| a.is_object()) {
+            let mut below = inner.clone();
+            if scope.inside_meta {
+                below.no_default = Some("inside additionalProperties applying to object metadata".into());
+            }
+            self.node(
+                child,
+                &format!("{path}.additionalProperties"),
+                false,
+                &below,
+                &format!("{name}.@elem"),
+                depth + 1,
+            );
+        }
+        for (key, child) in properties(map) {
+            let mut below = inner.clone();
+            if (root || embedded) && matches!(key.as_str(), "metadata" | "kind" | "apiVersion") {
+                below.inside_meta = true;
+                if root {
+                    below.no_default = Some(format!("in top-level {key}"));
+                }
+            }
+            let at = format!("{path}.properties[{key}]");
+            self.node(child, &at, false, &below, &format!("{name}.{key}"), depth + 1);
+        }
+        let mut logic = scope.clone();
+        logic.rules = false;
+        children(map, |step, child, in_logic| {
+            if in_logic {
+                self.node(child, &format!("{path}.{step}"), false, &logic, name, depth + 1);
+            }
+        });
+        if let Some(items) = map.get("items").filter(|i| i.is_object()) {
+            let mut below = inner;
+            if text(map, "x-kubernetes-list-type") != "map" && below.uncorrelated.is_none() {
+                below.uncorrelated = Some(path.to_owned());
+            }
+            self.node(items, &format!("{path}.items"), false, &below, &format!("{name}.@idx"), depth + 1);
+        }
+        self.lists(map, path);
+        self.rule_texts(map, schema, path);
+        if scope.rules && self.schema_errors.len() == before {
+            self.rules(map, schema, path, root || embedded, scope, name);
+        }
+    }
+
+    fn keywords(&mut self, map: &Map<String, Value>, path: &str, scope: &Scope) {
+        let errors = &mut self.schema_errors;
+        let typed = text(map, "type");
+        if !typed.is_empty() && super::JsonType::parse(typed).is_none() {
+            let known = ["array", "boolean", "integer", "number", "object", "string"].map(Value::from);
+            errors.push(FieldError::not_supported(format!("{path}.type"), &json!(typed), &known));
+        }
+        if map.contains_key("default")
+            && let Some(reason) = &scope.no_default
+        {
+            errors
+                .push(FieldError::forbidden(format!("{path}.default"), format!("must not be set {reason}")));
+        }
+        for key in ["id", "additionalItems", "patternProperties", "definitions", "dependencies", "$ref"] {
+            if map.get(key).is_some_and(|v| v.as_object().is_none_or(|m| !m.is_empty())) {
+                errors
+                    .push(FieldError::forbidden(format!("{path}.{key}"), format!("{key} is not supported")));
+            }
+        }
+        if typed == "null" {
+            errors.push(FieldError::forbidden(
+                format!("{path}.type"),
+                "type cannot be set to null, use nullable as an alternative",
+            ));
+        }
+        if map.get("items").is_some_and(Value::is_array) {
+            errors.push(FieldError::forbidden(
+                format!("{path}.items"),
+                "items must be a schema object and not an array",
+            ));
+        }
+        if scope.inside_meta && flag(map, "x-kubernetes-embedded-resource") {
+            errors.push(FieldError::forbidden(
+                format!("{path}.x-kubernetes-embedded-resource"),
+                "must not be used inside of resource meta",
+            ));
+        }
+        if flag(map, "uniqueItems") {
+            errors.push(FieldError::forbidden(
+                format!("{path}.uniqueItems"),
+                "uniqueItems cannot be set to true since the runtime complexity becomes quadratic",
+            ));
+        }
+        let has_properties = properties(map).next().is_some();
+        if has_properties && map.get("additionalProperties").is_some_and(|a| a != &json!(true)) {
+            errors.push(FieldError::forbidden(
+                format!("{path}.additionalProperties"),
+                "additionalProperties and properties are mutual exclusive",
+            ));
+        }
+        if map.get("x-kubernetes-preserve-unknown-fields") == Some(&json!(false)) {
+            errors.push(FieldError::invalid(
+                format!("{path}.x-kubernetes-preserve-unknown-fields"),
+                &json!(false),
+                "must be true or undefined",
+            ));
+        }
+        for (key, wanted, allowed) in [
+            ("x-kubernetes-map-type", "object", &["atomic", "granular"][..]),
+            ("x-kubernetes-list-type", "array", &["atomic", "set", "map"][..]),
+        ] {
+            let Some(value) = map.get(key).and_then(Value::as_str) else { continue };
+            let why = format!("must be {wanted} if {key} is specified");
+            if typed.is_empty() {
+                errors.push(FieldError::required(format!("{path}.type"), &why));
+            } else if typed != wanted {
+                errors.push(FieldError::invalid(format!("{path}.type"), &json!(typed), why));
+            }
+            if !allowed.contains(&value) {
+                let allowed: Vec<Value> = allowed.iter().map(|a| json!(a)).collect();
+                errors.push(FieldError::not_supported(format!("{path}.{key}"), &json!(value), &allowed));
+            }
+        }
+    }
+
+    fn lists(&mut self, map: &Map<String, Value>, path: &str) {
+        let errors = &mut self.schema_errors;
+        let kind = map.get("x-kubernetes-list-type").and_then(Value::as_str);
+        let keys: Vec<&str> =
+            list(map, "x-kubernetes-list-map-keys").filter_map(|(_, k)| k.as_str()).collect();
+        let items = map.get("items").and_then(Value::as_object);
+        let at_keys = format!("{path}.x-kubernetes-list-map-keys");
+        if kind == Some("set")
+            && text(map, "type") == "array"
+            && let Some(items) = items
+        {
+            let why = "must be atomic as item of a list with x-kubernetes-list-type=set";
+            let (key, relation) = match text(items, "type") {
+                "array" => {
+                    ("x-kubernetes-list-type", items.get("x-kubernetes-list-type").or(Some(&Value::Null)))
+                }
+                "object" => ("x-kubernetes-map-type", items.get("x-kubernetes-map-type")),
+                _ => ("", None),
+            };
+            let atomic = relation == Some(&json!("atomic")) || relation == Some(&Value::Null);
+            if !key.is_empty() && !atomic {
+                let shown = items.get("x-kubernetes-list-type").unwrap_or(&Value::Null);
+                errors.push(FieldError::invalid(format!("{path}.items.{key}"), shown, why));
+            }
+        }
+        if !keys.is_empty() && kind != Some("map") {
+            let (at, why) = (
+                format!("{path}.x-kubernetes-list-type"),
+                "must be map if x-kubernetes-list-map-keys is non-empty",
+            );
+            errors.push(match kind {
+                None => FieldError::required(at, why),
+                Some(kind) => FieldError::invalid(at, &json!(kind), why),
+            });
+        }
+        if kind == Some("map") {
+            if keys.is_empty() {
                 errors.push(FieldError::required(
-                    format!("{path}.x-kubernetes-list-map-keys"),
+                    at_keys.clone(),
                     "must not be empty if x-kubernetes-list-type is map",
                 ));
             }
-            for (i, key) in keys.into_iter().flatten().enumerate() {
-                let known = key.as_str().is_some_and(|k| {
-                    map.get("items").and_then(|v| v.get("properties")).and_then(|p| p.get(k)).is_some()
-                });
-                if !known {
-                    errors.push(FieldError::invalid(
-                        format!("{path}.x-kubernetes-list-map-keys[{i}]"),
-                        key,
-                        "entries must all be names of item properties",
-                    ));
+            match items {
+                None => errors.push(FieldError::required(
+                    format!("{path}.items"),
+                    "must have a schema if x-kubernetes-list-type is map",
+                )),
+                Some(items) if text(items, "type") != "object" => errors.push(FieldError::invalid(
+                    format!("{path}.items.type"),
+                    &json!(text(items, "type")),
+                    "must be object if parent array's x-kubernetes-list-type is map",
+                )),
+                Some(items) => {
+                    let mut seen = BTreeSet::new();
+                    for key in &keys {
+                        match items.get("properties").and_then(|p| p.get(key)) {
+                            None => errors.push(FieldError::invalid(
+                                at_keys.clone(),
+                                &json!(keys),
+                                "entries must all be names of item properties",
+                            )),
+                            Some(property) if matches!(str_at(property, &["type"]), "array" | "object") => {
+                                errors.push(FieldError::invalid(
+                                    format!("{path}.items.properties[{key}].type"),
+                                    &json!(text(items, "type")),
+                                    "must be a scalar type if parent array's x-kubernetes-list-type is map",
+                                ));
+                            }
+                            Some(_) => {}
+                        }
+                        if !seen.insert(*key) {
+                            errors.push(FieldError::invalid(
+                                at_keys.clone(),
+                                &json!(keys),
+                                "must not contain duplicate entries",
+                            ));
+                        }
+                    }
                 }
             }
         }
-        Some(other) => errors.push(FieldError::not_supported(
-            format!("{path}.x-kubernetes-list-type"),
-            &json!(other),
-            &["atomic", "set", "map"].map(Value::from),
-        )),
+        let (Some(kind @ ("set" | "map")), Some(items)) = (kind, items) else { return };
+        if flag(items, "nullable") {
+            errors.push(FieldError::forbidden(
+                format!("{path}.items.nullable"),
+                format!("cannot be nullable when x-kubernetes-list-type is {kind}"),
+            ));
+        }
+        if kind != "map" {
+            return;
+        }
+        let required: Vec<&str> = list(items, "required").filter_map(|(_, k)| k.as_str()).collect();
+        for key in keys {
+            let Some(property) = items.get("properties").and_then(|p| p.get(key)) else { continue };
+            let at = format!("{path}.items.properties[{key}]");
+            if !required.contains(&key) && property.get("default").is_none() {
+                errors.push(FieldError::required(
+                    format!("{at}.default"),
+                    "this property is in x-kubernetes-list-map-keys, so it must have a default or be a required property",
+                ));
+            }
+            if property.get("nullable") == Some(&json!(true)) {
+                errors.push(FieldError::forbidden(
+                    format!("{at}.nullable"),
+                    "this property is in x-kubernetes-list-map-keys, so it cannot be nullable",
+                ));
+            }
+        }
     }
+
+    /// The texts around rules.
+    fn rule_texts(&mut self, map: &Map<String, Value>, schema: &Value, path: &str) {
+        let errors = &mut self.schema_errors;
+        let breaks = |s: &str| s.contains(['\n', '\r']);
+        for (i, rule) in list(map, "x-kubernetes-validations") {
+            let at = |field: &str| format!("{path}.x-kubernetes-validations[{i}].{field}");
+            let part = |key: &str| str_at(rule, &[key]);
+            let (source, message) = (part("rule").trim(), part("message"));
+            if source.is_empty() {
+                errors.push(FieldError::required(at("rule"), "rule is not specified"));
+            } else if !message.is_empty() && message.trim().is_empty() {
+                errors.push(FieldError::invalid(
+                    at("message"),
+                    &json!(message),
+                    "must be non-empty if specified",
+                ));
+            } else if breaks(message.trim()) {
+                errors.push(FieldError::invalid(
+                    at("message"),
+                    &json!(message),
+                    "must not contain line breaks",
+                ));
+            } else if breaks(source) && message.trim().is_empty() {
+                errors.push(FieldError::required(
+                    at("message"),
+                    "message must be specified if rule contains line breaks",
+                ));
+            }
+            let expression = part("messageExpression");
+            if !expression.is_empty() && expression.trim().is_empty() {
+                errors.push(FieldError::required(
+                    at("messageExpression"),
+                    "messageExpression must be non-empty if specified",
+                ));
+            }
+            let reasons =
+                ["FieldValueDuplicate", "FieldValueForbidden", "FieldValueInvalid", "FieldValueRequired"];
+            if let Some(reason) = rule.get("reason").and_then(Value::as_str)
+                && !reasons.contains(&reason)
+            {
+                let reasons = reasons.map(Value::from);
+                errors.push(FieldError::not_supported(at("reason"), &json!(reason), &reasons));
+            }
+            let field = part("fieldPath");
+            if !field.is_empty() {
+                let mut wrong =
+                    |why: &str| errors.push(FieldError::invalid(at("fieldPath"), &json!(field), why));
+                if field.trim().is_empty() {
+                    wrong("must be non-empty if specified");
+                }
+                if breaks(field) {
+                    wrong("must not contain line breaks");
+                }
+                if crate::crd::rules::field_path(field, schema, true).is_err() {
+                    wrong("must be a valid path");
+                }
+            }
+        }
+    }
+
+    fn observe(&mut self, place: String, cost: u64) {
+        self.total = self.total.saturating_add(cost);
+        if cost >= SCHEMA_LIMIT / 100 {
+            self.dearest.push((place, cost));
+            self.dearest.sort_by_key(|(_, cost)| std::cmp::Reverse(*cost));
+            self.dearest.truncate(4);
+        }
+    }
+
+    /// The rules themselves: types and costs.
+    fn rules(
+        &mut self,
+        map: &Map<String, Value>,
+        schema: &Value,
+        path: &str,
+        root: bool,
+        scope: &Scope,
+        name: &str,
+    ) {
+        if list(map, "x-kubernetes-validations").next().is_none() {
+            return;
+        }
+        let Some(decl) = declare::declare(schema, root, name) else {
+            self.rule_errors.push(FieldError::forbidden(
+                format!("{path}.x-kubernetes-validations"),
+                "values of this schema cannot be seen by expressions",
+            ));
+            return;
+        };
+        // Without a bound: as many as fit into one request.
+        let times = scope.cardinality.unwrap_or(declare::MAX_REQUEST / (decl.min_size + 1));
+        for (i, source) in list(map, "x-kubernetes-validations") {
+            let at = |field: &str| format!("{path}.x-kubernetes-validations[{i}].{field}");
+            let shown = rule_json(source);
+            let (rule, errors) = Rule::compile(source, &decl, schema);
+            if let Some(rule) = &rule {
+                let (cost, message_cost) = rule.worst_case(&decl);
+                let cost = cost.saturating_mul(times);
+                if cost > RULE_LIMIT && !self.context.unchanged {
+                    let detail = cost_message("estimated rule cost", cost, RULE_LIMIT);
+                    self.rule_errors.push(FieldError::forbidden(at("rule"), detail));
+                }
+                self.observe(at("rule"), cost);
+                if message_cost > RULE_LIMIT && !self.context.unchanged {
+                    let detail = cost_message("estimated messageExpression cost", message_cost, RULE_LIMIT);
+                    self.rule_errors.push(FieldError::forbidden(at("messageExpression"), detail));
+                }
+                if message_cost > 0 {
+                    self.observe(at("messageExpression"), message_cost);
+                }
+            }
+            if let Some(error) = errors.rule {
+                self.rule_errors.push(FieldError::invalid_text(at("rule"), &shown, error));
+            }
+            if let Some(error) = errors.message {
+                self.rule_errors.push(FieldError::invalid_text(at("messageExpression"), &shown, error));
+            }
+            let Some(rule) = rule else { continue };
+            if rule.transition {
+                if let Some(above) = &scope.uncorrelated {
+                    let detail = format!(
+                        "oldSelf cannot be used on the uncorrelatable portion of the schema within {above}"
+                    );
+                    self.rule_errors.push(FieldError::invalid(at("rule"), &source["rule"], detail));
+                }
+            } else if let Some(flag) = source.get("optionalOldSelf") {
+                self.rule_errors.push(FieldError::invalid(
+                    at("optionalOldSelf"),
+                    flag,
+                    "may not be set if oldSelf is not used in rule",
+                ));
+            }
+        }
+    }
+}
+
+/// A rule as Kubernetes prints it in errors: the fields of its Go struct.
+fn rule_json(rule: &Value) -> String {
+    let text = |key: &str| Value::from(str_at(rule, &[key]));
+    let reason = rule.get("reason").unwrap_or(&Value::Null);
+    let optional = rule.get("optionalOldSelf").unwrap_or(&Value::Null);
+    let shown = format!(
+        r#"{{"Rule":{},"Message":{},"MessageExpression":{},"Reason":{reason},"FieldPath":{},"OptionalOldSelf":{optional}}}"#,
+        text("rule"),
+        text("message"),
+        text("messageExpression"),
+        text("fieldPath"),
+    );
+    crate::status::escape_html(&shown)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn count(schema: Value) -> usize {
-        check(&schema, "s").len()
+    fn errors(spec: Value) -> Vec<String> {
+        let schema = json!({"type": "object", "properties": {"spec": spec}});
+        check(&schema, "s", Context::default()).iter().map(FieldError::to_string).collect()
     }
 
     #[test]
-    fn rules() {
-        let object = |p: Value| json!({"type": "object", "properties": {"spec": p}});
-        assert_eq!(count(object(json!({"type": "string"}))), 0);
-        assert_eq!(count(object(json!({}))), 1);
-        assert_eq!(
-            count(object(
-                json!({"x-kubernetes-int-or-string": true, "anyOf": [{"type": "integer"}, {"type": "string"}]})
+    fn schemas_that_are_fine() {
+        for spec in [
+            json!({"type": "string"}),
+            json!({"x-kubernetes-int-or-string": true, "anyOf": [{"type": "integer"}, {"type": "string"}]}),
+            json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true}),
+            json!({"type": "object", "x-kubernetes-embedded-resource": true, "x-kubernetes-preserve-unknown-fields": true}),
+            json!({"type": "array", "items": {"type": "string"}, "x-kubernetes-list-type": "set"}),
+            json!({"type": "object", "properties": {"a": {"type": "string", "default": "x"}}, "default": {}}),
+            json!({"type": "string", "maxLength": 10, "x-kubernetes-validations": [{"rule": "self.startsWith('a')"}]}),
+            json!({"type": "object", "properties": {"a": {"type": "string"}}, "anyOf": [{"required": ["a"]}, {"properties": {"a": {"maxLength": 2}}}]}),
+        ] {
+            assert_eq!(errors(spec.clone()), Vec::<String>::new(), "{spec}");
+        }
+    }
+
+    #[test]
+    fn schemas_that_are_refused() {
+        let cases = [
+            (
+                json!({}),
+                "s.properties[spec].type: Required value: must not be empty for specified object fields",
+            ),
+            (json!({"type": "array"}), "s.properties[spec].items: Required value: must be specified"),
+            (
+                json!({"type": "string", "pattern": "("}),
+                "s.properties[spec].pattern: Invalid value: \"(\": must be a valid regular expression, but isn't: error parsing regexp: unclosed group",
+            ),
+            (
+                json!({"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": {"type": "string"}}),
+                "s.properties[spec].additionalProperties: Forbidden: additionalProperties and properties are mutual exclusive",
+            ),
+            (
+                json!({"type": "string", "default": 1}),
+                "s.properties[spec].default: Invalid value: \"integer\":  in body must be of type string: \"integer\"",
+            ),
+            (
+                json!({"type": "object", "properties": {}, "default": {"x": 1}}),
+                "s.properties[spec].default: Invalid value: {\"x\":1}: must not have unknown fields",
+            ),
+            (
+                json!({"type": "string", "anyOf": [{"type": "string"}]}),
+                "s.properties[spec].anyOf[0].type: Forbidden: must be empty to be structural",
+            ),
+            (
+                json!({"type": "array", "items": {"type": "object", "properties": {"k": {"type": "string"}}}, "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["k"]}),
+                "s.properties[spec].items.properties[k].default: Required value: this property is in x-kubernetes-list-map-keys, so it must have a default or be a required property",
+            ),
+            (
+                json!({"type": "integer", "x-kubernetes-validations": [{"rule": "self == 'a'"}]}),
+                "s.properties[spec].x-kubernetes-validations[0].rule: Invalid value: {\"Rule\":\"self == 'a'\",\"Message\":\"\",\"MessageExpression\":\"\",\"Reason\":null,\"FieldPath\":\"\",\"OptionalOldSelf\":null}: compilation failed: ERROR: <input>:1:6: found no matching overload for '_==_' applied to '(int, string)'\n | self == 'a'\n | .....^",
+            ),
+            (
+                json!({"type": "integer", "x-kubernetes-validations": [{"rule": "self + 1"}]}),
+                "s.properties[spec].x-kubernetes-validations[0].rule: Invalid value: {\"Rule\":\"self + 1\",\"Message\":\"\",\"MessageExpression\":\"\",\"Reason\":null,\"FieldPath\":\"\",\"OptionalOldSelf\":null}: cel expression must evaluate to a bool",
+            ),
+            (
+                json!({"type": "array", "items": {"type": "string", "x-kubernetes-validations": [{"rule": "self == oldSelf"}]}, "maxItems": 1}),
+                "s.properties[spec].items.x-kubernetes-validations[0].rule: Invalid value: \"self == oldSelf\": oldSelf cannot be used on the uncorrelatable portion of the schema within s.properties[spec]",
+            ),
+        ];
+        for (spec, wanted) in cases {
+            let found = errors(spec.clone());
+            assert!(found.iter().any(|e| e == wanted), "{spec}\n{found:#?}");
+        }
+    }
+
+    #[test]
+    fn rules_that_cost_too_much_are_refused() {
+        let spec = json!({"type": "array", "items": {"type": "string"},
+            "x-kubernetes-validations": [{"rule": "self.all(x, self.exists_one(y, x == y))"}]});
+        let found = errors(spec);
+        assert!(found[0].starts_with("s.properties[spec].x-kubernetes-validations[0].rule: Forbidden: estimated rule cost exceeds budget by factor of more than 100x"), "{found:?}");
+        assert!(
+            found.last().is_some_and(|e| e.starts_with(
+                "s: Forbidden: x-kubernetes-validations estimated rule cost total for entire OpenAPIv3 schema"
             )),
-            0
+            "{found:?}"
         );
-        assert_eq!(count(object(json!({"type": "array"}))), 1);
-        assert_eq!(count(object(json!({"type": "string", "pattern": "("}))), 1);
-        assert_eq!(
-            count(object(
-                json!({"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": {"type": "string"}})
-            )),
-            1
-        );
-        assert_eq!(count(json!({"type": "string"})), 1);
-        assert_eq!(
-            count(object(
-                json!({"type": "array", "items": {"type": "object", "properties": {"k": {"type": "string"}}},
-            "x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["z"]})
-            )),
-            1
-        );
+    }
+
+    #[test]
+    fn patterns_are_bounded_in_number() {
+        let properties: Map<String, Value> = (0..1_001)
+            .map(|i| (format!("p{i}"), json!({"type": "string", "pattern": format!("^a{i}$")})))
+            .collect();
+        let found = errors(json!({"type": "object", "properties": properties}));
+        assert!(found[0].contains("Too many: 1001"), "{found:?}");
     }
 }
