@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 use tls::CertificateAuthority;
 
 /// Longer than any run.
@@ -16,7 +17,7 @@ const LIFETIME: Duration = Duration::from_secs(24 * 3600);
 pub(crate) const SERVER_NAME: &str = "localhost";
 
 /// Files in PEM.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Certificates {
     pub(crate) authority: PathBuf,
     pub(crate) server: PathBuf,

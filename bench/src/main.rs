@@ -8,6 +8,7 @@ mod api;
 mod certificates;
 mod flood;
 mod load;
+mod loss;
 mod process;
 mod report;
 mod scenario;
@@ -26,15 +27,20 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
+use test_support::netns::Namespace;
 use tokio::{runtime, signal};
 
 use crate::{
     certificates::Certificates,
-    process::Helper,
+    process::{Helper, HelperError},
     report::{Entry, Machine, Report},
     scenario::{Outcome, Scenario, Sizes, Stage},
     subject::{Places, Subject, Surroundings},
 };
+
+/// Beyond the time of any one case: what it starts has limits of its own.
+const CASE_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The target server only has to bind a port.
 const TARGET_TIMEOUT: Duration = Duration::from_secs(10);
@@ -88,14 +94,26 @@ enum HelperCommand {
     Flood { flood: String },
     /// Compares our API server with a stock kube-apiserver on etcd.
     Api(Box<api::ApiArgs>),
+    /// One scenario against one subject, inside another network.
+    #[command(hide = true)]
+    Measure { bench: String, case: String },
 }
 
 /// One run of the program.
+#[derive(Serialize, Deserialize)]
 struct Bench {
     places: Places,
     certificates: Certificates,
     directory: PathBuf,
     sizes: Sizes,
+}
+
+/// What is measured at one time.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct Case {
+    scenario: Scenario,
+    subject: Subject,
+    round: u32,
 }
 
 fn main() -> ExitCode {
@@ -105,6 +123,7 @@ fn main() -> ExitCode {
         Some(HelperCommand::Load { via, job }) => load::run(via, job),
         Some(HelperCommand::Flood { flood }) => flood::run(flood),
         Some(HelperCommand::Api(args)) => api::run(args),
+        Some(HelperCommand::Measure { bench, case }) => measure(bench, case),
         None => compare(&args),
     };
     match result {
@@ -114,6 +133,14 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Measures one case and prints its results.
+fn measure(bench: &str, case: &str) -> Result<()> {
+    let bench: Bench = serde_json::from_str(bench).context("failed to parse the run")?;
+    let case: Case = serde_json::from_str(case).context("failed to parse the case")?;
+    let runtime = runtime::Runtime::new().context("failed to start a runtime")?;
+    process::run_helper(runtime, async { process::say(&bench.measure(case, None).await) })
 }
 
 fn compare(args: &Args) -> Result<()> {
@@ -188,14 +215,26 @@ async fn run(args: &Args) -> Result<Report> {
     }
     let scenarios = if args.only.is_empty() { Scenario::value_variants() } else { &args.only };
     let bench = Bench { places, certificates, directory, sizes: Sizes { scale: args.scale } };
+    let lossy = scenarios.iter().any(|scenario| scenario.is_lossy());
+    let namespace = match lossy.then(loss::namespace) {
+        Some(Err(error)) => {
+            eprintln!("a path that loses packets is absent: {error:#}");
+            report.absent.insert("a path that loses packets", format!("{error:#}"));
+            None
+        }
+        Some(Ok(namespace)) => Some(namespace),
+        None => None,
+    };
     // The subjects of one scenario follow each other within seconds: what else the machine does hits them alike.
     for round in 0..args.repeat {
         for scenario in scenarios {
             for subject in report.subjects.clone() {
-                if !scenario.applies_to(subject) {
+                if !scenario.applies_to(subject) || (scenario.is_lossy() && namespace.is_none()) {
                     continue;
                 }
-                for result in bench.measure(*scenario, subject, round).await {
+                let case = Case { scenario: *scenario, subject, round };
+                let namespace = namespace.as_ref().filter(|_| scenario.is_lossy());
+                for result in bench.measure(case, namespace).await {
                     eprintln!("{}", progress(subject, &result));
                     report.results.push(Entry { subject, round, result });
                 }
@@ -207,9 +246,13 @@ async fn run(args: &Args) -> Result<Report> {
 }
 
 impl Bench {
-    /// Starts a target and the subject afresh, runs one scenario, and stops both. What goes wrong is a result too.
-    async fn measure(&self, scenario: Scenario, subject: Subject, round: u32) -> Vec<scenario::Result> {
-        match self.try_measure(scenario, subject, round).await {
+    /// Measures one case, here or in a network of its own. What goes wrong is a result too.
+    async fn measure(&self, case: Case, namespace: Option<&Namespace>) -> Vec<scenario::Result> {
+        let measured = match namespace {
+            None => self.measure_here(case).await,
+            Some(namespace) => self.measure_inside(case, namespace).await,
+        };
+        match measured {
             Ok(results) => results,
             Err(error) => {
                 let outcome = Outcome::from(error);
@@ -218,20 +261,39 @@ impl Bench {
                     outcome: outcome.clone(),
                     figures: None,
                 };
-                scenario.metrics().iter().map(result).collect()
+                case.scenario.metrics().iter().map(result).collect()
             }
         }
     }
 
-    async fn try_measure(
-        &self,
-        scenario: Scenario,
-        subject: Subject,
-        round: u32,
-    ) -> Result<Vec<scenario::Result>> {
+    /// Measures in a process of this program inside `namespace`: all that it starts is inside too.
+    async fn measure_inside(&self, case: Case, namespace: &Namespace) -> Result<Vec<scenario::Result>> {
+        let directory = self.directory_of(case)?;
+        let bench = serde_json::to_string(self).context("failed to encode the run")?;
+        let case = serde_json::to_string(&case).context("failed to encode a case")?;
+        let program = std::env::current_exe().context("failed to find this program's own file")?;
+        let command = namespace.command(program);
+        let mut helper = Helper::spawn("measure", command, &["measure", &bench, &case], &directory)?;
+        let results = helper.line(CASE_TIMEOUT).await;
+        helper.stop().await;
+        match results {
+            Ok(results) => Ok(results),
+            Err(HelperError::TimedOut) => bail!("no result after {CASE_TIMEOUT:?}"),
+            Err(HelperError::Failed(error)) => Err(error),
+        }
+    }
+
+    fn directory_of(&self, Case { scenario, subject, round }: Case) -> Result<PathBuf> {
         let directory = self.directory.join(format!("{}-{}-{}", scenario.name(), subject.name(), round + 1));
         fs::create_dir_all(&directory)
             .with_context(|| format!("failed to create {}", directory.display()))?;
+        Ok(directory)
+    }
+
+    /// Starts a target and the subject afresh, runs one scenario, and stops both.
+    async fn measure_here(&self, case: Case) -> Result<Vec<scenario::Result>> {
+        let Case { scenario, subject, .. } = case;
+        let directory = self.directory_of(case)?;
         let mut target = Helper::start("target", &["target"], &directory)?;
         let target_port = match target.line::<target::Ready>(TARGET_TIMEOUT).await {
             Ok(ready) => ready.port,

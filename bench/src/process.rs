@@ -117,14 +117,26 @@ impl Helper {
     /// Starts this very program with `arguments`.
     pub(crate) fn start(name: &str, arguments: &[&str], directory: &Path) -> Result<Self> {
         let program = std::env::current_exe().context("failed to find this program's own file")?;
+        let mut command = Command::new(program);
+        command.kill_on_drop(true);
+        Self::spawn(name, command, arguments, directory)
+    }
+
+    /// Starts `command`, which is this program in other surroundings, with `arguments`. Dropped, it is not killed: it
+    /// ends with its standard input, and ends what it started.
+    pub(crate) fn spawn(
+        name: &str,
+        mut command: Command,
+        arguments: &[&str],
+        directory: &Path,
+    ) -> Result<Self> {
         let log = directory.join(format!("{name}.log"));
         let errors = File::create(&log).with_context(|| format!("failed to create {}", log.display()))?;
-        let mut child = Command::new(program)
+        let mut child = command
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(errors)
-            .kill_on_drop(true)
             .spawn()
             .with_context(|| format!("failed to start {name}"))?;
         let stdin = child.stdin.take();

@@ -4,13 +4,14 @@ use std::{path::Path, time::Duration};
 
 use anyhow::anyhow;
 use clap::ValueEnum;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::time;
 
 use crate::{
     certificates::Certificates,
     flood::{Flood, Flooded},
     load::{Figures, Held, Holding, Job, Via},
+    loss,
     process::{Helper, HelperError, Usage},
     subject::{Running, Subject},
 };
@@ -44,7 +45,7 @@ const SLOWEST_TRANSFER: u64 = 20 << 20;
 const SLOWEST_OPENING: usize = 50;
 
 /// What is done to each subject.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Scenario {
     /// 64-byte ping-pong on one connection.
@@ -68,6 +69,10 @@ pub(crate) enum Scenario {
     Idle,
     /// Ping-pong beside four busy downloads.
     BesideBusy,
+    /// Ping-pong beside four busy downloads while the path loses one packet in a hundred.
+    BesideBusyLossy,
+    /// Download on one connection over such a path.
+    DownloadLossy,
     /// Ping-pong beside four readers that have stopped, as a share of the ping-pong alone.
     BesideStalled,
     /// Memory of a server that holds 2,000 tunnels.
@@ -79,7 +84,7 @@ pub(crate) enum Scenario {
 }
 
 /// One row of the table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Metric {
     PingPong1,
@@ -91,13 +96,15 @@ pub(crate) enum Metric {
     CpuPerGib,
     Idle,
     BesideBusy,
+    BesideBusyLossy,
+    DownloadLossy,
     BesideStalled,
     Tunnels2000,
     Tunnels5000,
 }
 
 /// What one metric of one run came to.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Outcome {
     Value(f64),
@@ -129,7 +136,7 @@ pub(crate) struct Description {
 }
 
 /// One result with what the load generator said.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Result {
     pub(crate) metric: Metric,
     pub(crate) outcome: Outcome,
@@ -137,7 +144,7 @@ pub(crate) struct Result {
 }
 
 /// The sizes of a run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Sizes {
     pub(crate) scale: f64,
 }
@@ -179,6 +186,10 @@ impl Metric {
                 Some(Goal::AtMost(12.0)),
             ),
             Self::BesideBusy => description("ping-pong beside 4 downloads", "ops/s", 0, true, None),
+            Self::BesideBusyLossy => description("the same, 1 % of packets lost", "ops/s", 0, true, None),
+            Self::DownloadLossy => {
+                description("download, 1 connection, 1 % of packets lost", "MiB/s", 0, true, None)
+            }
             Self::BesideStalled => description(
                 "ping-pong beside 4 stalled readers",
                 "× alone",
@@ -264,6 +275,8 @@ impl Scenario {
             Self::Upload1 => &[Metric::Upload1],
             Self::Idle => &[Metric::Idle],
             Self::BesideBusy => &[Metric::BesideBusy],
+            Self::BesideBusyLossy => &[Metric::BesideBusyLossy],
+            Self::DownloadLossy => &[Metric::DownloadLossy],
             Self::BesideStalled => &[Metric::BesideStalled],
             Self::Tunnels2000 => &[Metric::Tunnels2000],
             Self::Tunnels5000 => &[Metric::Tunnels5000],
@@ -280,6 +293,11 @@ impl Scenario {
         }
     }
 
+    /// Whether the path loses packets, which wants a network of its own.
+    pub(crate) fn is_lossy(self) -> bool {
+        matches!(self, Self::BesideBusyLossy | Self::DownloadLossy)
+    }
+
     pub(crate) async fn run(self, stage: &mut Stage<'_>) -> Vec<Result> {
         match self {
             Self::PingPong1 => vec![stage.ping_pong(Metric::PingPong1, 1).await],
@@ -289,7 +307,9 @@ impl Scenario {
             Self::Download8 => vec![stage.transfer(Metric::Download8, false, 8).await],
             Self::Upload1 => vec![stage.transfer(Metric::Upload1, true, 1).await],
             Self::Idle => vec![stage.idle().await],
-            Self::BesideBusy => vec![stage.beside_busy().await],
+            Self::BesideBusy => vec![stage.beside_busy(Metric::BesideBusy).await],
+            Self::BesideBusyLossy => vec![stage.lossy_beside_busy().await],
+            Self::DownloadLossy => vec![stage.lossy_download().await],
             Self::BesideStalled => vec![stage.beside_stalled().await],
             Self::Tunnels2000 => vec![stage.tunnels(Metric::Tunnels2000, 2_000).await],
             Self::Tunnels5000 => vec![stage.tunnels(Metric::Tunnels5000, 5_000).await],
@@ -392,13 +412,27 @@ impl Stage<'_> {
         }
     }
 
-    async fn beside_busy(&mut self) -> Result {
+    async fn lossy_beside_busy(&mut self) -> Result {
+        match loss::lose(self.running.path_port()).await {
+            Ok(()) => self.beside_busy(Metric::BesideBusyLossy).await,
+            Err(error) => Result::new(Metric::BesideBusyLossy, error),
+        }
+    }
+
+    async fn lossy_download(&mut self) -> Result {
+        match loss::lose(self.running.path_port()).await {
+            Ok(()) => self.transfer(Metric::DownloadLossy, false, 1).await,
+            Err(error) => Result::new(Metric::DownloadLossy, error),
+        }
+    }
+
+    async fn beside_busy(&mut self, metric: Metric) -> Result {
         let held = match self.hold(BESIDE, Held::Busy).await {
             Ok(held) => held,
-            Err(error) => return Result::new(Metric::BesideBusy, error),
+            Err(error) => return Result::new(metric, error),
         };
         time::sleep(SETTLE).await;
-        let result = self.ping_pong(Metric::BesideBusy, 1).await;
+        let result = self.ping_pong(metric, 1).await;
         held.stop().await;
         result
     }

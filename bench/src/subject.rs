@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::ValueEnum;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::{
     process::Command,
     time::{self, Instant},
@@ -41,7 +41,7 @@ const PORTS: std::ops::Range<u16> = 20_000..32_000;
 const HAPROXY_CONNECTIONS: u32 = 6_000;
 
 /// What is compared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Subject {
     /// No tunnel: the client connects to the target.
@@ -59,7 +59,7 @@ pub(crate) enum Subject {
 }
 
 /// Where the subjects' programs are.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Places {
     /// The folder of cellway's `proxy-server` and `proxy-agent`.
     pub(crate) cellway: PathBuf,
@@ -82,6 +82,8 @@ pub(crate) struct Running {
     processes: Vec<Process>,
     /// Where agents dial the server.
     agents_port: Option<u16>,
+    /// The port that the bytes pass on their way between the subject's two processes, or to the target without them.
+    path_port: u16,
 }
 
 // === impl Subject ===
@@ -130,6 +132,7 @@ impl Subject {
                 via: Via::Tcp { address: around.target() },
                 processes: Vec::new(),
                 agents_port: None,
+                path_port: around.target_port,
             },
             Self::CellwayH2 | Self::CellwayQuic => start_cellway(around, self.transport().unwrap_or("auto"))?,
             Self::Rathole => start_rathole(around).await?,
@@ -167,6 +170,11 @@ impl Running {
 
     pub(crate) fn server_id(&self) -> Result<u32> {
         self.processes.first().ok_or_else(|| anyhow!("this subject has no processes"))?.id()
+    }
+
+    /// Where a path that loses packets loses them.
+    pub(crate) fn path_port(&self) -> u16 {
+        self.path_port
     }
 
     /// Where agents dial the server, `host:port`.
@@ -223,7 +231,8 @@ fn cellway(places: &Places) -> Result<[PathBuf; 2]> {
 
 fn start_cellway(around: &Surroundings<'_>, transport: &str) -> Result<Running> {
     let [server, agent] = cellway(around.places)?;
-    konnectivity_pair(around, &server, &agent, &[], &["--transport", transport])
+    // As quiet as the others, which write nothing for a connection.
+    konnectivity_pair(around, &server, &agent, &["--log=warn"], &["--log=warn", "--transport", transport])
 }
 
 /// Starts a server and an agent that take upstream konnectivity's flags.
@@ -262,7 +271,7 @@ fn konnectivity_pair(
         .args(agent_flags);
     let agent = Process::start("agent", command, around.directory)?;
     let via = Via::Connect { socket, target: around.target() };
-    Ok(Running { via, processes: vec![server, agent], agents_port: Some(agents) })
+    Ok(Running { via, processes: vec![server, agent], agents_port: Some(agents), path_port: agents })
 }
 
 fn flag(name: &str, path: &Path) -> String {
@@ -309,7 +318,12 @@ async fn start_rathole(around: &Surroundings<'_>) -> Result<Running> {
         Process::start(name, command, around.directory)
     };
     let processes = vec![start("server", "--server", &server)?, start("client", "--client", &client)?];
-    Ok(Running { via: Via::Tcp { address: format!("127.0.0.1:{exposed}") }, processes, agents_port: None })
+    Ok(Running {
+        via: Via::Tcp { address: format!("127.0.0.1:{exposed}") },
+        processes,
+        agents_port: None,
+        path_port: channel,
+    })
 }
 
 // === HAProxy ===
@@ -350,7 +364,12 @@ fn start_haproxy(around: &Surroundings<'_>) -> Result<Running> {
         Process::start(name, command, around.directory)
     };
     let processes = vec![start("near", &near)?, start("far", &far)?];
-    Ok(Running { via: Via::Tcp { address: format!("127.0.0.1:{plain}") }, processes, agents_port: None })
+    Ok(Running {
+        via: Via::Tcp { address: format!("127.0.0.1:{plain}") },
+        processes,
+        agents_port: None,
+        path_port: encrypted,
+    })
 }
 
 // === upstream konnectivity ===

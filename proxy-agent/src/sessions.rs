@@ -4,7 +4,7 @@
 //! channel. A drain is a message, not an end: servers are asked for no new work, what is under way goes on, and each
 //! tunnel closes when its last connection has ended.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
 
 use rand::{SeedableRng, rngs::StdRng};
 use service::{drain::DrainWatch, error_chain};
@@ -243,6 +243,10 @@ async fn serve(
         return CloseReason::Local("the agent ends".to_owned());
     }
     let (mut asked, mut told) = (false, false);
+    // Made once: every dial passes through this loop.
+    let mut ended = pin!(handle.closed());
+    let mut drained = pin!(drain.signaled());
+    let mut server_drains = pin!(async { server_draining.wait_for(|draining| *draining).await.is_ok() });
     loop {
         tokio::select! {
             dial = tunnel.accept() => match dial {
@@ -253,13 +257,14 @@ async fn serve(
                 }
                 Some(dial) => {
                     let span = tracing::debug_span!("dial", target = %dial.target());
-                    dials.spawn(serve_dial(context.clone(), dial, id, drain.clone()).instrument(span));
+                    let drain = dial.target().is_api_gateway().then(|| drain.clone());
+                    dials.spawn(serve_dial(context.clone(), dial, id, drain).instrument(span));
                 }
                 None => break,
             },
-            _ = handle.closed() => break,
-            Some(ended) = dials.join_next(), if !dials.is_empty() => {
-                if let Err(error) = ended {
+            _ = &mut ended => break,
+            Some(finished) = dials.join_next(), if !dials.is_empty() => {
+                if let Err(error) = finished {
                     tracing::error!(%error, "a connection's task has failed");
                 }
             }
@@ -269,15 +274,16 @@ async fn serve(
                     break;
                 }
             }
-            // The guard that `wait_for` gives must not live across an await.
-            true = async { server_draining.wait_for(|draining| *draining).await.is_ok() }, if !told => {
+            drains = &mut server_drains, if !told => {
                 told = true;
-                tracing::info!("the server is draining");
-                if events.send(Event::Draining { tunnel: id }).await.is_err() {
-                    break;
+                if drains {
+                    tracing::info!("the server is draining");
+                    if events.send(Event::Draining { tunnel: id }).await.is_err() {
+                        break;
+                    }
                 }
             }
-            () = drain.signaled(), if !asked => {
+            () = &mut drained, if !asked => {
                 asked = true;
                 handle.drain();
             }
@@ -287,12 +293,12 @@ async fn serve(
             break;
         }
     }
-    let reason = end(handle, dials, id).await;
+    let reason = end(&handle, dials, id).await;
     drop(row);
     reason
 }
 
-async fn end(handle: AgentTunnelHandle, mut dials: JoinSet<()>, id: u64) -> CloseReason {
+async fn end(handle: &AgentTunnelHandle, mut dials: JoinSet<()>, id: u64) -> CloseReason {
     let reason = handle.closed().await;
     // The connections have ended with the tunnel; each says so in its last line. Dials under way are dropped.
     let last_words = async { while dials.join_next().await.is_some() {} };
@@ -302,10 +308,11 @@ async fn end(handle: AgentTunnelHandle, mut dials: JoinSet<()>, id: u64) -> Clos
 }
 
 /// One dial of a server: policy, connection, relay, and one line in the access log.
-async fn serve_dial(context: Arc<Context>, dial: IncomingDial, tunnel: u64, drain: DrainWatch) {
+/// `drain` is there for the gateway, which answers requests until then.
+async fn serve_dial(context: Arc<Context>, dial: IncomingDial, tunnel: u64, drain: Option<DrainWatch>) {
     let target = dial.target().clone();
     let begin = Instant::now();
-    if target.is_api_gateway() {
+    if let Some(drain) = drain {
         return serve_api(&context, dial, tunnel, drain).await;
     }
     let socket = match context.dialer.dial(&target, dial.timeout()).await {

@@ -28,11 +28,10 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tunnel::{
     AgentStatistics, Carrier, Connection, ConnectionInfo, DialError, LocalSocket, ServerTunnel, Target,
-    TunnelStats,
+    TunnelStats, UnixSocket,
 };
 
 use crate::directory::{ClusterDirectory, Lookup};
@@ -78,7 +77,7 @@ pub trait Proxied: AsyncRead + AsyncWrite + Unpin + Send + 'static {
     fn id(&self) -> u64;
 
     /// Copies both ways to and from a Unix socket until both directions have ended.
-    fn relay_unix(self, local: UnixStream) -> impl Future<Output = Relayed> + Send;
+    fn relay_unix(self, local: UnixSocket) -> impl Future<Output = Relayed> + Send;
 }
 
 /// What a relay did.
@@ -697,7 +696,7 @@ impl Proxied for Connection {
         Connection::id(self)
     }
 
-    async fn relay_unix(self, local: UnixStream) -> Relayed {
+    async fn relay_unix(self, local: UnixSocket) -> Relayed {
         let report = self.relay(LocalSocket::Unix(local)).await;
         Relayed {
             bytes_sent: report.bytes_sent,

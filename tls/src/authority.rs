@@ -2,6 +2,7 @@
 
 use std::{
     fmt, fs, io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -178,7 +179,11 @@ impl CertificateAuthority {
     /// # Errors
     /// When the files cannot be read or written, or the key is missing beside an existing certificate.
     pub fn load_or_create(directory: &Path, common_name: &str) -> Result<Self, AuthorityError> {
-        fs::create_dir_all(directory)
+        // Only for its owner, whatever the umask: it is where the key lies.
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
             .map_err(|source| AuthorityError::Directory { path: directory.to_owned(), source })?;
         let certificate_path = directory.join(CERTIFICATE_FILE);
         let key_path = directory.join(KEY_FILE);
@@ -567,6 +572,8 @@ mod tests {
         assert_eq!(one.public_key_hash().to_string().len(), "sha256:".len() + 64);
         let mode = fs::metadata(path.join(KEY_FILE)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
 
         // Cut off before the certificate was written: the key, and with it the hash, stays.
         fs::remove_file(path.join(CERTIFICATE_FILE)).unwrap();

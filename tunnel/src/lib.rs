@@ -26,6 +26,7 @@ mod fuzz;
 mod h2;
 mod hello;
 mod limits;
+mod piece;
 pub mod policy;
 mod quic;
 mod relay;
@@ -33,6 +34,7 @@ mod reset;
 mod server;
 mod session;
 mod table;
+mod unix;
 
 pub use address::{ParseTargetError, Target};
 pub use agent::{AgentTunnel, AgentTunnelHandle, ConnectError, ConnectOptions, IncomingDial, connect};
@@ -49,6 +51,7 @@ pub use server::{
     TunnelListener,
 };
 pub use table::{ConnectionInfo, TunnelStats};
+pub use unix::{UnixAcceptor, UnixSocket};
 
 /// What fuzz targets and property tests call: the parsers of peer input, as plain functions.
 #[doc(hidden)]

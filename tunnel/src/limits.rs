@@ -39,6 +39,14 @@ impl Default for Limits {
     }
 }
 
+/// What the agent is told of a dial that this server waits `timeout` for: less, so that its answer comes in time even
+/// when the time is up. A server that hears nothing then knows that the tunnel is silent, not the destination.
+pub(crate) fn agents_share(timeout: Duration) -> Duration {
+    /// A long round trip and a busy machine.
+    const PATH: Duration = Duration::from_secs(1);
+    timeout - PATH.min(timeout / 4)
+}
+
 /// Bytes that may be promised to peers as receive windows. A promise is taken before it is made and given back when
 /// its connection ends, so buffered data can never exceed the limit, whatever the peers do.
 #[derive(Debug)]
@@ -157,6 +165,13 @@ impl Drop for Reservation {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_agent_has_less_time_than_the_server_waits() {
+        for (timeout, share) in [(10_000, 9_000), (5_000, 4_000), (400, 300), (0, 0)] {
+            assert_eq!(agents_share(Duration::from_millis(timeout)), Duration::from_millis(share));
+        }
+    }
 
     #[test]
     fn a_child_never_exceeds_its_parent_and_gives_everything_back() {

@@ -2,20 +2,20 @@
 //! length-prefixed `Dial` that the agent answers with a `DialResult`; then raw bytes.
 
 use std::{
-    cell::RefCell,
-    io,
+    io::{self, IoSlice},
     net::SocketAddr,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
+    pin::{Pin, pin},
+    slice,
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use futures::{StreamExt, stream::FuturesUnordered};
 use proto::tunnel::v1;
 use quinn::{
-    MtuDiscoveryConfig, TransportConfig, VarInt,
+    AckFrequencyConfig, MtuDiscoveryConfig, TransportConfig, VarInt,
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
 use rustls::pki_types::CertificateDer;
@@ -28,7 +28,8 @@ use crate::{
     address::Target,
     control::{printable, read_framed, write_framed},
     error::{CloseReason, DialError, TunnelError},
-    limits::{Budget, Limits, Reservation},
+    limits::{Budget, Limits, Reservation, agents_share},
+    piece::Piece,
     relay::{LocalReader, LocalSocket, LocalWriter, RelayOutcome, RelayReport},
     reset::ResetKey,
     table::{Place, Table},
@@ -60,8 +61,12 @@ const MAX_OPENING: usize = 256;
 /// ten packets in one segmented send, which fails above 65,507 bytes, and it takes that for loss.
 const MAX_PACKET: u16 = 6500;
 
-/// One copy between a stream and a socket.
-const COPY: usize = 128 * 1024;
+/// Received chunks that are written to a socket at once: one for each packet, so up to 100 KiB.
+const CHUNKS: usize = 16;
+
+/// Packets that a peer may leave unacknowledged, instead of two (draft-ietf-quic-ack-frequency): what one segmented
+/// send carries. A packet out of order is still acknowledged at once.
+const ACK_EVERY: u32 = 10;
 
 /// Application error codes of CONNECTION_CLOSE and RESET_STREAM.
 mod code {
@@ -71,10 +76,6 @@ mod code {
     /// A lasting refusal of the peer itself.
     pub(super) const REFUSED: VarInt = VarInt::from_u32(1);
     pub(super) const CANCELLED: VarInt = VarInt::from_u32(8);
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; COPY]);
 }
 
 /// One QUIC connection.
@@ -165,6 +166,8 @@ fn transport(limits: &Limits, streams: usize) -> TransportConfig {
     let mut transport = TransportConfig::default();
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(MAX_PACKET);
+    let mut acks = AckFrequencyConfig::default();
+    acks.ack_eliciting_threshold(VarInt::from_u32(ACK_EVERY));
     let idle = limits.keepalive_interval + limits.keepalive_timeout;
     transport
         .max_concurrent_bidi_streams(VarInt::from_u32(u32::try_from(streams).unwrap_or(u32::MAX)))
@@ -176,6 +179,7 @@ fn transport(limits: &Limits, streams: usize) -> TransportConfig {
         .send_window(SEND_WINDOW)
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(Some(mtu))
+        .ack_frequency_config(Some(acks))
         .keep_alive_interval(Some(limits.keepalive_interval))
         // Durations of some seconds are far below the limit of 2^62 ms.
         .max_idle_timeout(idle.try_into().ok());
@@ -316,7 +320,7 @@ impl QuicLink {
         target: &Target,
         timeout: Duration,
     ) -> Result<QuicConnection, DialError> {
-        tokio::time::timeout(timeout, self.open(Some(target), timeout))
+        tokio::time::timeout(timeout, self.open(Some(target), agents_share(timeout)))
             .await
             .unwrap_or(Err(DialError::TimedOut))
     }
@@ -461,8 +465,8 @@ impl QuicConnection {
         // What was received to its end and passed on must still reach the local peer: no reset then.
         if failure.is_some() && receiving {
             reader.abort();
-            writer.forget();
         }
+        writer.forget();
         let (sent, received) = self.place.as_ref().map_or((0, 0), Place::bytes);
         RelayReport {
             bytes_sent: sent,
@@ -471,88 +475,92 @@ impl QuicConnection {
         }
     }
 
-    /// One copy from the stream to the socket; false at the stream's end. `held` is what the socket did not take.
+    /// Some chunks from the stream to the socket; false at the stream's end. `held` is what the socket did not take.
     fn poll_down(
         &mut self,
         cx: &mut Context<'_>,
         writer: &LocalWriter,
         held: &mut Bytes,
     ) -> Poll<Result<bool, RelayOutcome>> {
-        let write = |bytes: &[u8]| match writer.try_write(bytes) {
+        let written = |result: io::Result<usize>| match result {
             Ok(written) => Ok(written),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
             Err(_) => Err(RelayOutcome::LocalReset),
         };
         while !held.is_empty() {
             match writer.poll_write_ready(cx) {
-                Poll::Ready(Ok(())) => held.advance(write(held)?),
+                Poll::Ready(Ok(())) => held.advance(written(writer.try_write(held))?),
                 Poll::Ready(Err(_)) => return Poll::Ready(Err(RelayOutcome::LocalReset)),
                 Poll::Pending => return Poll::Pending,
             }
         }
-        SCRATCH.with_borrow_mut(|scratch| {
-            let mut buffer = ReadBuf::new(scratch);
-            match AsyncRead::poll_read(Pin::new(&mut self.recv), cx, &mut buffer) {
-                Poll::Pending => Poll::Pending,
-                Poll::Ready(Err(_)) => Poll::Ready(Err(self.broken())),
-                Poll::Ready(Ok(())) => {
-                    let bytes = buffer.filled();
-                    if let Some(place) = &self.place {
-                        place
-                            .entry
-                            .received
-                            .fetch_add(bytes.len() as u64, std::sync::atomic::Ordering::Relaxed);
-                    }
-                    if bytes.is_empty() {
-                        return Poll::Ready(Ok(false));
-                    }
-                    let written = write(bytes)?;
-                    *held = Bytes::copy_from_slice(&bytes[written..]);
-                    Poll::Ready(Ok(true))
-                }
+        // An idle connection keeps no buffer.
+        *held = Bytes::new();
+        let mut chunks: [Bytes; CHUNKS] = Default::default();
+        let polled = pin!(self.recv.read_chunks(&mut chunks)).poll(cx);
+        let count = match ready!(polled) {
+            Ok(Some(count)) => count,
+            Ok(None) => return Poll::Ready(Ok(false)),
+            Err(_) => return Poll::Ready(Err(self.broken())),
+        };
+        let chunks = &chunks[..count];
+        let length: usize = chunks.iter().map(Bytes::len).sum();
+        if let Some(place) = &self.place {
+            place.entry.received.fetch_add(length as u64, Ordering::Relaxed);
+        }
+        let mut slices = [IoSlice::new(&[]); CHUNKS];
+        for (slice, chunk) in slices.iter_mut().zip(chunks) {
+            *slice = IoSlice::new(chunk);
+        }
+        let mut taken = written(writer.try_write_vectored(&slices[..count]))?;
+        if taken < length {
+            // A chunk is part of a whole datagram's buffer, which must not wait for a slow reader.
+            let mut rest = BytesMut::with_capacity(length - taken);
+            for chunk in chunks {
+                let skip = taken.min(chunk.len());
+                rest.extend_from_slice(&chunk[skip..]);
+                taken -= skip;
             }
-        })
+            *held = rest.freeze();
+        }
+        Poll::Ready(Ok(true))
     }
 
-    /// One copy from the socket to the stream; false at the socket's end. `held` is what the stream did not take.
+    /// One piece from the socket to the stream; false at the socket's end. `held` is what the stream did not take.
     fn poll_up(
         &mut self,
         cx: &mut Context<'_>,
         reader: &mut LocalReader,
         held: &mut Bytes,
     ) -> Poll<Result<bool, RelayOutcome>> {
-        while !held.is_empty() {
-            match AsyncWrite::poll_write(Pin::new(&mut self.send), cx, held) {
-                Poll::Ready(Ok(written)) => held.advance(written),
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(self.broken())),
-                Poll::Pending => return Poll::Pending,
+        if held.is_empty() {
+            let mut piece = Piece::take();
+            let mut buffer = ReadBuf::new(piece.buffer());
+            let read = ready!(reader.poll_read(cx, &mut buffer)).map(|()| buffer.filled().len());
+            match read {
+                Err(_) => return Poll::Ready(Err(RelayOutcome::LocalReset)),
+                Ok(0) => {
+                    self.sent_end = true;
+                    // Fails only when the server stopped the stream, which the other direction reports.
+                    let _ = self.send.finish();
+                    return Poll::Ready(Ok(false));
+                }
+                Ok(length) => {
+                    if let Some(place) = &self.place {
+                        place.entry.sent.fetch_add(length as u64, Ordering::Relaxed);
+                    }
+                    *held = piece.into_bytes(length);
+                }
             }
         }
-        SCRATCH.with_borrow_mut(|scratch| {
-            let mut buffer = ReadBuf::new(scratch);
-            match reader.poll_read(cx, &mut buffer) {
-                Poll::Pending => return Poll::Pending,
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(RelayOutcome::LocalReset)),
-                Poll::Ready(Ok(())) => {}
+        while !held.is_empty() {
+            // The stream takes the bytes as they are, and leaves here what it has no room for.
+            let polled = pin!(self.send.write_chunks(slice::from_mut(held))).poll(cx);
+            if ready!(polled).is_err() {
+                return Poll::Ready(Err(self.broken()));
             }
-            let bytes = buffer.filled();
-            if bytes.is_empty() {
-                self.sent_end = true;
-                // Fails only when the server stopped the stream, which the other direction reports.
-                let _ = self.send.finish();
-                return Poll::Ready(Ok(false));
-            }
-            if let Some(place) = &self.place {
-                place.entry.sent.fetch_add(bytes.len() as u64, std::sync::atomic::Ordering::Relaxed);
-            }
-            let written = match AsyncWrite::poll_write(Pin::new(&mut self.send), cx, bytes) {
-                Poll::Ready(Ok(written)) => written,
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(self.broken())),
-                Poll::Pending => 0,
-            };
-            *held = Bytes::copy_from_slice(&bytes[written..]);
-            Poll::Ready(Ok(true))
-        })
+        }
+        Poll::Ready(Ok(true))
     }
 
     fn broken(&self) -> RelayOutcome {
@@ -573,10 +581,7 @@ impl AsyncRead for QuicConnection {
         let before = buffer.filled().len();
         let polled = AsyncRead::poll_read(Pin::new(&mut self.recv), cx, buffer);
         if let Some(place) = &self.place {
-            place
-                .entry
-                .received
-                .fetch_add((buffer.filled().len() - before) as u64, std::sync::atomic::Ordering::Relaxed);
+            place.entry.received.fetch_add((buffer.filled().len() - before) as u64, Ordering::Relaxed);
         }
         polled
     }
@@ -586,7 +591,7 @@ impl AsyncWrite for QuicConnection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let polled = AsyncWrite::poll_write(Pin::new(&mut self.send), cx, bytes);
         if let (Some(place), Poll::Ready(Ok(written))) = (&self.place, &polled) {
-            place.entry.sent.fetch_add(*written as u64, std::sync::atomic::Ordering::Relaxed);
+            place.entry.sent.fetch_add(*written as u64, Ordering::Relaxed);
         }
         polled
     }

@@ -1,7 +1,7 @@
 //! The two ends of a relay: a local socket, how it is split, and how a relay ended.
 
 use std::{
-    io,
+    io::{self, IoSlice},
     net::Shutdown,
     pin::Pin,
     task::{Context, Poll},
@@ -10,14 +10,17 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, ReadBuf},
-    net::{TcpStream, UnixStream, tcp, unix},
+    net::{TcpStream, tcp},
 };
 
-/// A socket on this machine that a connection is relayed to.
+use crate::unix::{UnixReader, UnixSocket, UnixWriter};
+
+/// A socket on this machine that a connection is relayed to. A TCP socket should have `TCP_NODELAY` set: small writes
+/// are whole messages here, and a relay must not hold them back.
 #[derive(Debug)]
 pub enum LocalSocket {
     Tcp(TcpStream),
-    Unix(UnixStream),
+    Unix(UnixSocket),
 }
 
 /// How a relay ended, for the access log.
@@ -45,12 +48,12 @@ pub struct RelayReport {
 
 pub(crate) enum LocalReader {
     Tcp(tcp::OwnedReadHalf),
-    Unix(unix::OwnedReadHalf),
+    Unix(UnixReader),
 }
 
 pub(crate) enum LocalWriter {
     Tcp(tcp::OwnedWriteHalf),
-    Unix(unix::OwnedWriteHalf),
+    Unix(UnixWriter),
 }
 
 // === impl RelayOutcome ===
@@ -73,8 +76,6 @@ impl LocalSocket {
     pub(crate) fn into_split(self) -> (LocalReader, LocalWriter) {
         match self {
             Self::Tcp(socket) => {
-                // Small writes are whole messages here; a relay must not hold them back.
-                let _ = socket.set_nodelay(true);
                 let (reader, writer) = socket.into_split();
                 (LocalReader::Tcp(reader), LocalWriter::Tcp(writer))
             }
@@ -96,7 +97,7 @@ impl LocalReader {
     ) -> Poll<io::Result<()>> {
         match self {
             Self::Tcp(reader) => Pin::new(reader).poll_read(cx, buffer),
-            Self::Unix(reader) => Pin::new(reader).poll_read(cx, buffer),
+            Self::Unix(reader) => reader.poll_read(cx, buffer),
         }
     }
 
@@ -120,10 +121,17 @@ impl LocalWriter {
         }
     }
 
+    pub(crate) fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(writer) => writer.try_write_vectored(slices),
+            Self::Unix(writer) => writer.try_write_vectored(slices),
+        }
+    }
+
     pub(crate) fn poll_write_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
             Self::Tcp(writer) => writer.as_ref().poll_write_ready(cx),
-            Self::Unix(writer) => writer.as_ref().poll_write_ready(cx),
+            Self::Unix(writer) => writer.poll_write_ready(cx),
         }
     }
 
@@ -132,15 +140,15 @@ impl LocalWriter {
         // A socket that is not connected any more has nobody to tell.
         let _ = match self {
             Self::Tcp(writer) => socket2::SockRef::from(writer.as_ref()).shutdown(Shutdown::Write),
-            Self::Unix(writer) => socket2::SockRef::from(writer.as_ref()).shutdown(Shutdown::Write),
+            Self::Unix(writer) => writer.shutdown(),
         };
     }
 
-    /// Gives the half up without the orderly end that dropping it would send.
+    /// Gives the half up without the orderly end that dropping it would send: after [`LocalWriter::shutdown`] it is
+    /// one too many, before a reset it would be a lie, and otherwise the socket's closing says it.
     pub(crate) fn forget(self) {
-        match self {
-            Self::Tcp(writer) => writer.forget(),
-            Self::Unix(writer) => writer.forget(),
+        if let Self::Tcp(writer) = self {
+            writer.forget();
         }
     }
 }

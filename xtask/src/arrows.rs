@@ -37,7 +37,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("test-support", &[]),
     ("integration-tests", &[]),
     ("e2e-tests", &["test-support", "tunnel", "tls"]),
-    ("bench", &["tunnel", "tls", "service"]),
+    ("bench", &["tunnel", "tls", "service", "test-support"]),
     ("xtask", &[]),
 ];
 

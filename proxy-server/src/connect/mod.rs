@@ -14,17 +14,20 @@ pub mod head;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use service::drain::DrainWatch;
 use tls::ServerTls;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::Instrument;
+use tunnel::{UnixAcceptor, UnixSocket};
 
 use self::head::{HeadError, MAX_HEAD};
 use crate::error::{ERROR_HEADER, ProxyError};
@@ -123,7 +126,7 @@ pub struct ConnectFrontend<T: Tunnel> {
 /// A Unix socket that is unlinked on drop.
 #[derive(Debug)]
 pub struct BoundUnix {
-    listener: UnixListener,
+    listener: UnixAcceptor,
     path: PathBuf,
     /// Device and inode: a successor's socket of the same name is not ours to remove.
     identity: Option<(u64, u64)>,
@@ -174,12 +177,13 @@ impl<T: Tunnel> ConnectFrontend<T> {
     /// Serves a Unix socket until the drain, then waits for the open connections.
     pub async fn serve_unix(self: Arc<Self>, bound: BoundUnix, drain: DrainWatch) {
         let mut connections = JoinSet::new();
+        let mut drained = pin!(drain.signaled());
         loop {
             tokio::select! {
-                () = drain.signaled() => break,
+                () = &mut drained => break,
                 Some(_) = connections.join_next(), if !connections.is_empty() => {}
                 accepted = bound.listener.accept() => match accepted {
-                    Ok((stream, _)) => {
+                    Ok(stream) => {
                         let frontend = self.clone();
                         let span = tracing::debug_span!("connect", client.addr = "unix");
                         connections.spawn(async move { frontend.handle_unix(stream).await }.instrument(span));
@@ -203,9 +207,10 @@ impl<T: Tunnel> ConnectFrontend<T> {
     ) {
         let allowed = Arc::new(allowed);
         let mut connections = JoinSet::new();
+        let mut drained = pin!(drain.signaled());
         loop {
             tokio::select! {
-                () = drain.signaled() => break,
+                () = &mut drained => break,
                 Some(_) = connections.join_next(), if !connections.is_empty() => {}
                 accepted = listener.accept() => match accepted {
                     Ok((stream, remote)) => {
@@ -223,7 +228,7 @@ impl<T: Tunnel> ConnectFrontend<T> {
         while connections.join_next().await.is_some() {}
     }
 
-    async fn handle_unix(&self, mut stream: UnixStream) {
+    async fn handle_unix(&self, mut stream: UnixSocket) {
         let key = ClientKey::Local;
         // Boxed, because a connection that is established should not keep the space of its negotiation.
         let negotiation = Box::pin(self.negotiate(&mut stream, Frontend::ConnectUds, &key, "unix"));
@@ -520,7 +525,7 @@ impl BoundUnix {
         let temporary = path.with_file_name(format!(".{name}.{}", std::process::id()));
         let _ = std::fs::remove_file(&temporary);
         let bind = || {
-            let listener = UnixListener::bind(&temporary)?;
+            let listener = UnixAcceptor::new(UnixListener::bind(&temporary)?)?;
             std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o770))?;
             std::fs::rename(&temporary, &path)?;
             Ok(listener)

@@ -1,5 +1,6 @@
 //! The CONNECT frontend over real Unix sockets, with tunnels that do as they are told.
 
+use tokio::net::UnixStream;
 use tokio::sync::Notify;
 use tunnel::DialError;
 
@@ -162,7 +163,8 @@ async fn a_file_in_the_way_is_never_deleted() {
 
 #[tokio::test]
 async fn an_idle_connection_is_small() {
-    let (near, _far) = UnixStream::pair().unwrap();
+    let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
+    let near = UnixSocket::new(near).unwrap();
     let frontend = ConnectFrontend::new(
         Registry::<tunnel::ServerTunnel>::new(
             crate::directory::ClusterDirectory::open(Default::default()),

@@ -109,7 +109,7 @@ impl Proxied for FakeConnection {
         1
     }
 
-    async fn relay_unix(mut self, mut local: UnixStream) -> Relayed {
+    async fn relay_unix(mut self, mut local: UnixSocket) -> Relayed {
         match tokio::io::copy_bidirectional(&mut local, &mut self.0).await {
             Ok((bytes_sent, bytes_received)) => {
                 Relayed { bytes_sent, bytes_received, outcome: "closed".into() }

@@ -79,6 +79,66 @@ async fn a_gigabyte_each_way_over_quic() -> Result<()> {
     both_ways("quic").await
 }
 
+/// Nothing is lost, and no connection fails, on a path that loses one packet in a hundred while it is full.
+async fn through_a_lossy_path(transport: &str) -> Result<()> {
+    const LENGTH: u64 = 24 * 1024 * 1024;
+    const SHORT: usize = 64 * 1024;
+    if let Err(reason) = test_support::tools::nft() {
+        println!("not run: {reason}");
+        return Ok(());
+    }
+    let Some((fleet, target)) = fleet_with_target(transport, &[]).await? else { return Ok(()) };
+    let before = tunnel_ids(&fleet).await?;
+    fleet.star.lose(100)?;
+    let full = |seed| {
+        let (fleet, target) = (&fleet, &target);
+        async move { download(&mut fleet.connected("west", target).await?, seed, LENGTH).await }
+    };
+    let mut downloads = std::pin::pin!(async { tokio::try_join!(full(41), full(42), full(43), full(44)) });
+    let began = Instant::now();
+    let mut short = 0;
+    loop {
+        let echo = async {
+            let mut stream = fleet.connected("west", &target).await?;
+            stream.write_all(b"echo\n").await?;
+            let sent = vec![short as u8; SHORT];
+            let mut back = vec![0; SHORT];
+            let (mut read, mut write) = stream.split();
+            tokio::try_join!(write.write_all(&sent), read.read_exact(&mut back))?;
+            ensure!(back == sent, "the echo differs");
+            anyhow::Ok(())
+        };
+        tokio::select! {
+            done = &mut downloads => {
+                done.with_context(|| format!("a download over {transport}\nhub:\n{}", fleet.hub_log()))?;
+                break;
+            }
+            done = echo => {
+                done.with_context(|| format!("echo {short} over {transport}\nhub:\n{}", fleet.hub_log()))?;
+            }
+        }
+        ensure!(began.elapsed() < TRANSFER_LIMIT, "the downloads hang");
+        short += 1;
+    }
+    ensure!(tunnel_ids(&fleet).await? == before, "a tunnel was given up");
+    println!("{transport}: {short} echoes beside the downloads, {:.1} s", began.elapsed().as_secs_f64());
+    Ok(())
+}
+
+async fn tunnel_ids(fleet: &Fleet) -> Result<Vec<String>> {
+    Ok(fleet.tunnels("west").await?.iter().map(|tunnel| tunnel["id"].to_string()).collect())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_packets_fail_no_connection_over_h2() -> Result<()> {
+    through_a_lossy_path("h2").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_packets_fail_no_connection_over_quic() -> Result<()> {
+    through_a_lossy_path("quic").await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn dial_joins_standard_input_and_output_over_mtls() -> Result<()> {
     let Some((fleet, target)) = fleet_with_target("auto", &[]).await? else { return Ok(()) };

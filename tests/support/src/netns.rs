@@ -87,6 +87,26 @@ impl Drop for Namespace {
     }
 }
 
+/// What `nft` is told so that a namespace loses one TCP or UDP packet in `one_in` at each of `hooks` (`input`,
+/// `output`), of one port only if there is one. The loss is the kernel's, so that TCP and QUIC each do what they do about
+/// it: a relay of streams could only delay.
+pub fn loss_rules(one_in: u32, hooks: &[&str], port: Option<u16>) -> String {
+    let mut rules = vec!["add table ip loss".to_owned()];
+    for hook in hooks {
+        rules.push(format!("add chain ip loss {hook} {{ type filter hook {hook} priority 0; }}"));
+        let ends = match port {
+            Some(port) => vec![format!("th sport {port}"), format!("th dport {port}")],
+            None => vec![String::new()],
+        };
+        rules.extend(ends.iter().map(|end| {
+            format!(
+                "add rule ip loss {hook} meta l4proto {{ tcp, udp }} {end} numgen random mod {one_in} == 0 drop"
+            )
+        }));
+    }
+    rules.join("; ")
+}
+
 /// A hub and its members, linked one by one.
 #[derive(Debug)]
 pub struct Star {
@@ -146,6 +166,22 @@ impl Star {
     /// A member's namespace, in the order given to `new`.
     pub fn member(&self, index: usize) -> &Namespace {
         &self.members[index]
+    }
+
+    /// From now on one packet in `one_in` is lost between the hub and its members, each way.
+    pub fn lose(&self, one_in: u32) -> Result<()> {
+        let rules = loss_rules(one_in, &["input", "output"], None);
+        let nft = tools::nft()?;
+        let output = Command::new(&self.hub.ip)
+            .args(["netns", "exec", self.hub.name()])
+            .arg(nft)
+            .arg(rules)
+            .output()
+            .context("cannot start `nft`")?;
+        if !output.status.success() {
+            bail!("`nft` failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(())
     }
 
     /// Takes the member's link down: nothing passes and nobody is told.

@@ -31,6 +31,11 @@ pub fn ip() -> Result<PathBuf, Missing> {
     named("CELLWAY_IP", "ip", "install the Debian package iproute2")
 }
 
+/// nftables' `nft`, which loses packets on request.
+pub fn nft() -> Result<PathBuf, Missing> {
+    named("CELLWAY_NFT", "nft", "install the Debian package nftables")
+}
+
 /// HAProxy.
 pub fn haproxy() -> Result<PathBuf, Missing> {
     named("CELLWAY_HAPROXY", "haproxy", "install the Debian package haproxy")

@@ -33,7 +33,7 @@ use super::{
 use crate::{
     address::Target,
     error::{CloseReason, DialError, TunnelError},
-    limits::{Budget, Limits},
+    limits::{Budget, Limits, agents_share},
     table::Table,
 };
 
@@ -258,7 +258,8 @@ impl Link {
         target: &Target,
         timeout: Duration,
     ) -> Result<H2Connection, DialError> {
-        let (connection, answered) = self.open(&headers::write_connect(target, timeout), Some(target))?;
+        let (connection, answered) =
+            self.open(&headers::write_connect(target, agents_share(timeout)), Some(target))?;
         // Dropping `connection` on any of these errors resets the stream.
         match tokio::time::timeout(timeout, answered).await {
             Ok(Ok(Ok(()))) => Ok(connection),

@@ -365,8 +365,8 @@ impl H2Connection {
         // What was received to its end and passed on must still reach the local peer: no reset then.
         if failure.is_some() && receiving {
             reader.abort();
-            sink.into_iter().for_each(LocalWriter::forget);
         }
+        sink.into_iter().for_each(LocalWriter::forget);
         let (sent, received) = self.place.as_ref().map_or((0, 0), Place::bytes);
         RelayReport {
             bytes_sent: sent,
