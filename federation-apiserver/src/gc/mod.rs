@@ -4,20 +4,21 @@
 //! from the graph and the store as they are, and it starts over from a list after an error.
 
 mod graph;
+mod namespace;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use federation_store::{Event, EventKind, KeyRange, Revision};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::registry::delete::{DeleteOptions, Propagation};
 use crate::registry::resource::Resource;
 use crate::registry::selectors::Filter;
 use crate::registry::{Registry, Target, meta, store_error};
 use crate::status::ApiError;
-use crate::value::{self, at, i64_at, set, str_at};
+use crate::value::{self, at, i64_at, str_at};
 use graph::{Graph, Node};
 
 /// Finalizer of a foreground deletion: dependents first.
@@ -235,7 +236,7 @@ async fn settle(registry: &Registry, graph: &Graph, key: &[u8]) -> Result<bool, 
             return foreground(registry, graph, node, &target).await;
         }
         if target.resource.plural == "namespaces" && target.resource.group.is_empty() {
-            return empty_namespace(registry, &target).await;
+            return namespace::empty(registry, &target).await;
         }
         if node.has(CUSTOM_RESOURCES) {
             return remove_custom_resources(registry, &target).await;
@@ -352,36 +353,15 @@ async fn remove_finalizer(registry: &Registry, target: &Target, finalizer: &str)
         .map(drop)
 }
 
-/// Deletes all that is in a namespace; when nothing is left, lets the namespace go.
-async fn empty_namespace(registry: &Registry, namespace: &Target) -> Result<bool, ApiError> {
-    let mut left = 0;
-    for resource in registry.catalog().stored().into_iter().filter(|r| r.namespaced) {
-        let collection = Target { resource, namespace: namespace.name.clone(), name: String::new() };
-        left += delete_content(registry, &collection).await?;
-    }
-    if left > 0 {
-        // Deletions of the content bring us back; so does a later look, for what was created meanwhile.
-        return Ok(false);
-    }
-    registry
-        .modify(namespace, |object| {
-            if str_at(object, &["metadata", "deletionTimestamp"]).is_empty() {
-                return false;
-            }
-            set(object, &["spec", "finalizers"], json!([]));
-            true
-        })
-        .await?;
-    Ok(true)
-}
-
-/// Deletes what is not being deleted yet; how many objects there were.
-async fn delete_content(registry: &Registry, collection: &Target) -> Result<usize, ApiError> {
+/// Deletes what is not being deleted yet; what is left after that.
+async fn delete_content(registry: &Registry, collection: &Target) -> Result<Vec<Value>, ApiError> {
     let mut objects = registry.list_all(collection, &Filter::default()).await?;
-    let left = objects.len();
+    if objects.is_empty() {
+        return Ok(objects);
+    }
     objects.retain(|object| !meta::is_deleting(object));
     registry.delete_all(collection, objects, &DeleteOptions::default()).await?;
-    Ok(left)
+    registry.list_all(collection, &Filter::default()).await
 }
 
 /// Deletes all custom resources of a CRD; when none is left, lets the CRD go.
@@ -389,7 +369,7 @@ async fn remove_custom_resources(registry: &Registry, crd: &Target) -> Result<bo
     let Some((plural, group)) = crd.name.split_once('.') else { return Ok(true) };
     if let Some(resource) = registry.catalog().by_key(group, plural) {
         let collection = Target { resource, namespace: String::new(), name: String::new() };
-        if delete_content(registry, &collection).await? > 0 {
+        if !delete_content(registry, &collection).await?.is_empty() {
             return Ok(false);
         }
     }
@@ -400,6 +380,7 @@ async fn remove_custom_resources(registry: &Registry, crd: &Target) -> Result<bo
 #[cfg(test)]
 mod tests {
     use federation_store::{Store, StoreConfig};
+    use serde_json::json;
     use tokio_util::sync::CancellationToken;
 
     use super::*;

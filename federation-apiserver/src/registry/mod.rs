@@ -21,6 +21,7 @@ pub mod write;
 use std::sync::Arc;
 
 use federation_store::{KeyValue, Revision};
+use serde::ser::{Serialize, SerializeMap as _, Serializer};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
@@ -158,7 +159,7 @@ pub(crate) fn to_api(resource: &Resource, kv: &KeyValue) -> Result<Value, ApiErr
 
 /// The API form of an object that has just been written, without reading it back.
 pub(crate) fn written_form(resource: &Resource, mut object: Value, kv: &KeyValue) -> Result<Value, ApiError> {
-    if resource.is_new_event() {
+    if resource.is_new_event() || resource.converter.is_some() {
         return to_api(resource, kv);
     }
     value::set(&mut object, &["apiVersion"], Value::String(resource.api_version()));
@@ -171,28 +172,71 @@ const MAX_STORED_DEPTH: usize = 127;
 
 /// The stored form of an object.
 pub(crate) fn to_stored(resource: &Resource, object: &Value) -> Result<Vec<u8>, ApiError> {
-    let mut object = object.clone();
-    if resource.is_new_event() {
-        events::to_core(&mut object);
-    }
-    if let Some(converter) = &resource.converter {
-        object = converter
-            .convert(object, &resource.storage_api_version)
-            .map_err(|reason| ApiError::unprocessable(format!("cannot be stored: {reason}")))?;
-    }
-    value::set(&mut object, &["apiVersion"], Value::String(resource.storage_api_version.clone()));
-    value::remove(&mut object, &["metadata", "resourceVersion"]);
     // Patches and managedFields can nest deeper than any request; deeper ones could not be read from the store again.
-    if !value::is_within(&object, MAX_STORED_DEPTH) {
+    if !value::is_within(object, MAX_STORED_DEPTH) {
         return Err(ApiError::unprocessable(format!(
             "the object is nested more than {MAX_STORED_DEPTH} levels deep, with what is kept about its fields"
         )));
     }
-    let bytes = serde_json::to_vec(&object).map_err(ApiError::internal)?;
+    let version = resource.storage_api_version.as_str();
+    let bytes = if resource.is_new_event() {
+        let mut object = object.clone();
+        events::to_core(&mut object);
+        serde_json::to_vec(&StoredForm { object: &object, version })
+    } else if let Some(converter) = &resource.converter {
+        let object = converter
+            .convert(object.clone(), version)
+            .map_err(|reason| ApiError::unprocessable(format!("cannot be stored: {reason}")))?;
+        if !value::is_within(&object, MAX_STORED_DEPTH) {
+            return Err(ApiError::unprocessable("the converted object is nested too deep"));
+        }
+        serde_json::to_vec(&StoredForm { object: &object, version })
+    } else {
+        serde_json::to_vec(&StoredForm { object, version })
+    };
+    let bytes = bytes.map_err(ApiError::internal)?;
     if bytes.len() > federation_store::MAX_VALUE_BYTES {
         return Err(ApiError::too_large(federation_store::MAX_VALUE_BYTES));
     }
     Ok(bytes)
+}
+
+/// An object as it is written down: in the storage version and without its resourceVersion.
+struct StoredForm<'a> {
+    object: &'a Value,
+    version: &'a str,
+}
+
+/// The same of its metadata.
+struct StoredMetadata<'a>(&'a Value);
+
+impl Serialize for StoredForm<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Some(fields) = self.object.as_object() else { return self.object.serialize(serializer) };
+        let mut map = serializer.serialize_map(None)?;
+        if !fields.contains_key("apiVersion") {
+            map.serialize_entry("apiVersion", self.version)?;
+        }
+        for (key, value) in fields {
+            match key.as_str() {
+                "apiVersion" => map.serialize_entry(key, self.version)?,
+                "metadata" => map.serialize_entry(key, &StoredMetadata(value))?,
+                _ => map.serialize_entry(key, value)?,
+            }
+        }
+        map.end()
+    }
+}
+
+impl Serialize for StoredMetadata<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.0.as_object() {
+            Some(fields) => {
+                serializer.collect_map(fields.iter().filter(|(key, _)| *key != "resourceVersion"))
+            }
+            None => self.0.serialize(serializer),
+        }
+    }
 }
 
 /// A store error as a client sees it.

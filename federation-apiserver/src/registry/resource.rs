@@ -127,7 +127,10 @@ impl Resource {
             None => (&b""[..], stored),
         };
         // Custom objects may get defaults, or another version, when they are read.
-        !self.is_custom() && group == self.group.as_bytes() && version == self.version.as_bytes()
+        !self.is_custom()
+            && self.converter.is_none()
+            && group == self.group.as_bytes()
+            && version == self.version.as_bytes()
     }
 
     /// Is this the events.k8s.io form of events, which are stored in the core form?

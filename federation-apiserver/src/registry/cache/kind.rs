@@ -157,11 +157,11 @@ impl Kind {
             Some(after) if after >= prefix => Bound::Excluded(after),
             _ => Bound::Included(prefix),
         };
-        let mut found = inner
-            .objects
-            .range::<[u8], _>((start, Bound::Unbounded))
-            .take_while(|(key, _)| key.starts_with(prefix))
-            .map(|(_, entry)| entry);
+        // The first key without the prefix, whose last byte, a slash, is never the greatest: an end to the range saves
+        // comparing every key that is only counted.
+        let end = prefix.split_last().map(|(last, rest)| [rest, &[last.saturating_add(1)]].concat());
+        let end = end.as_deref().map_or(Bound::Unbounded, Bound::Excluded);
+        let mut found = inner.objects.range::<[u8], _>((start, end)).map(|(_, entry)| entry);
         let entries = match limit {
             None => found.by_ref().cloned().collect(),
             Some(limit) => found.by_ref().take(limit).cloned().collect(),
