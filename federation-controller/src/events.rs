@@ -3,18 +3,25 @@
 //! Events are for people and never hold anything up: they go through a bounded queue, and what does not fit is dropped
 //! and counted.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tracing::debug;
 
 use crate::member::chain;
+use crate::pace::Bucket;
 
 /// Waiting events: a burst of a few hundred objects.
 const QUEUE: usize = 512;
+/// Normal events per second, and at once.
+const NORMAL_RATE: u32 = 10;
+const NORMAL_BURST: u32 = 100;
 /// Longest note that the API takes, in bytes.
 const LONGEST_NOTE: usize = 1000;
 /// Longest time for one event.
@@ -26,6 +33,8 @@ const REPORTER: &str = "federation-controller";
 #[derive(Debug, Clone)]
 pub(crate) struct Events {
     queue: mpsc::Sender<Entry>,
+    /// What normal events may take of the hub: a mass change must not cost a write for each of its steps.
+    pace: Arc<Mutex<Bucket>>,
     dropped: Counter,
 }
 
@@ -45,13 +54,18 @@ pub(crate) struct Publisher {
 /// A queue of events: both of its ends. `dropped` counts what does not fit.
 pub(crate) fn channel(dropped: Counter) -> (Events, Publisher) {
     let (sender, receiver) = mpsc::channel(QUEUE);
-    (Events { queue: sender, dropped }, Publisher { queue: receiver })
+    let pace = Arc::new(Mutex::new(Bucket::new(NORMAL_RATE, NORMAL_BURST, Instant::now())));
+    (Events { queue: sender, pace, dropped }, Publisher { queue: receiver })
 }
 
 // === impl Events ===
 
 impl Events {
     pub(crate) fn normal(&self, about: &ObjectReference, reason: &'static str, note: String) {
+        if !self.pace.lock().try_take(Instant::now()) {
+            self.dropped.inc();
+            return;
+        }
         self.send(about, false, reason, note);
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use federation_core::api::{
     Cell, FederatedRevision, FederatedTypeConfig, KubeFedCluster, Placement, PropagationConfig,
-    ReplicaSchedulingPreference, TopologyType,
+    ReplicaSchedulingPreference, Tenant, Tombstone, TopologyType,
 };
 use federation_core::metadata::PropagationRules;
 use federation_core::names;
@@ -42,6 +42,10 @@ pub(crate) struct HubState {
     preferences: HashMap<(String, String), Arc<ReplicaSchedulingPreference>>,
     /// By namespace and source mark, then by name.
     revisions: HashMap<(String, String), BTreeMap<String, Arc<FederatedRevision>>>,
+    tombstones: BTreeMap<String, Arc<Tombstone>>,
+    tenants: BTreeMap<String, Tenant>,
+    /// What each tenant sees of the topology.
+    tenant_topologies: BTreeMap<String, Arc<Topology>>,
     topology: Arc<Topology>,
     rules: Arc<PropagationRules>,
     /// Sorts of objects that have not been listed yet. While there is one, nothing is known not to exist.
@@ -80,7 +84,10 @@ impl ObjectKey {
 impl HubState {
     /// A state in which nothing has been listed.
     pub(crate) fn new() -> Self {
-        Self { unlisted: [CELLS, CLUSTERS, CONFIGS, PREFERENCES, REVISIONS, TYPES].into(), ..Self::default() }
+        Self {
+            unlisted: [CELLS, CLUSTERS, CONFIGS, PREFERENCES, REVISIONS, TENANTS, TYPES].into(),
+            ..Self::default()
+        }
     }
 
     /// Whether everything that concerns objects of a type has been listed.
@@ -117,8 +124,26 @@ impl HubState {
         self.objects.keys().cloned().collect()
     }
 
-    pub(crate) fn topology(&self) -> Arc<Topology> {
-        Arc::clone(&self.topology)
+    /// The topology that objects of a namespace see. A namespace that two tenants claim sees nothing.
+    pub(crate) fn topology(&self, namespace: &str) -> Arc<Topology> {
+        let mut owners = self
+            .tenants
+            .iter()
+            .filter(|(_, tenant)| tenant.spec.namespaces.iter().any(|own| own == namespace));
+        match (owners.next(), owners.next()) {
+            (None, _) => Arc::clone(&self.topology),
+            (Some((tenant, _)), None) => self.tenant_topologies.get(tenant).cloned().unwrap_or_default(),
+            // Nobody is called this.
+            (Some(_), Some(_)) => Arc::new(self.topology.of_tenant("")),
+        }
+    }
+
+    /// Takes tenants in; returns whether they changed.
+    pub(crate) fn change_tenants(&mut self, change: Change<Tenant>) -> bool {
+        let before: Vec<_> = self.tenants.values().map(|tenant| tenant.spec.clone()).collect();
+        change_map(&mut self.tenants, change, &mut self.unlisted, TENANTS);
+        self.rebuild_topology();
+        !self.tenants.values().map(|tenant| &tenant.spec).eq(before.iter())
     }
 
     pub(crate) fn rules(&self) -> Arc<PropagationRules> {
@@ -174,6 +199,26 @@ impl HubState {
         }
     }
 
+    /// Deletions that wait for their member.
+    pub(crate) fn tombstones(&self) -> Vec<Arc<Tombstone>> {
+        self.tombstones.values().cloned().collect()
+    }
+
+    /// Takes tombstones in.
+    pub(crate) fn change_tombstones(&mut self, change: Change<Tombstone>) {
+        match change {
+            Change::Replace(all) => {
+                self.tombstones = all.into_iter().map(|stone| (stone.name_any(), Arc::new(stone))).collect();
+            }
+            Change::Apply(stone) => {
+                self.tombstones.insert(stone.name_any(), Arc::new(stone));
+            }
+            Change::Delete(stone) => {
+                self.tombstones.remove(&stone.name_any());
+            }
+        }
+    }
+
     /// Where a namespace goes. `kind`: the slot of the namespaces' federated type.
     pub(crate) fn namespace_placement(&self, kind: usize, namespace: &str) -> NamespacePlacement {
         let Some(object) = self.objects.get(&ObjectKey::new(kind, namespace, namespace)) else {
@@ -182,7 +227,7 @@ impl HubState {
         let spec = &object.data["spec"];
         let placement: Placement = serde_json::from_value(spec["placement"].clone()).unwrap_or_default();
         let topology: TopologyType = serde_json::from_value(spec["topologyType"].clone()).unwrap_or_default();
-        match self.topology.resolve(topology, &placement) {
+        match self.topology(namespace).resolve(topology, &placement) {
             Ok(placed) => {
                 NamespacePlacement::Clusters(placed.units.values().map(|unit| unit.cluster.clone()).collect())
             }
@@ -318,6 +363,8 @@ impl HubState {
     fn rebuild_topology(&mut self) {
         self.topology =
             Arc::new(Topology::new(self.cells.values(), self.clusters.values().map(AsRef::as_ref)));
+        let own = |tenant: &String| (tenant.clone(), Arc::new(self.topology.of_tenant(tenant)));
+        self.tenant_topologies = self.tenants.keys().map(own).collect();
     }
 }
 
@@ -326,6 +373,7 @@ const CLUSTERS: &str = "clusters";
 const CONFIGS: &str = "propagationconfigs";
 const REVISIONS: &str = "revisions";
 const PREFERENCES: &str = "replicaschedulingpreferences";
+const TENANTS: &str = "tenants";
 const TYPES: &str = "federatedtypeconfigs";
 
 fn change_map<K: Resource>(
@@ -480,6 +528,7 @@ mod tests {
         assert!(state.type_configs().is_none());
         state.change_type_configs(Change::Replace(vec![]));
         state.change_preferences(Change::Replace(vec![]));
+        state.change_tenants(Change::Replace(vec![]));
         assert!(!state.is_complete(0));
         assert!(state.change_clusters(Change::Replace(vec![])));
         assert!(state.is_complete(0) && !state.is_complete(1));

@@ -16,9 +16,9 @@
 //!   each unit may be.
 //! - Members do not wait for each other: each has its own connection pool, queue, workers, rate and time limits.
 //!
-//! What it leaves to later: several controllers (leader election), tombstones for members that never come back (a
-//! federated object that is being deleted waits for them, and says so), federated namespaces (missing namespaces are
-//! made in members and never removed).
+//! - Of several controllers the holder of a Lease acts, and no other.
+//!
+//! What it leaves to later: namespaces that it made in members because an object needed them are never removed.
 
 mod client;
 pub mod connector;
@@ -30,6 +30,7 @@ mod metrics;
 mod pace;
 mod queue;
 mod reconcile;
+mod tombstones;
 mod types;
 
 use std::collections::{BTreeMap, HashMap};
@@ -38,7 +39,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use federation_core::api::{
-    Cell, Conversion, FederatedRevision, PropagationConfig, ReplicaSchedulingPreference,
+    Cell, Conversion, FederatedRevision, PropagationConfig, ReplicaSchedulingPreference, Tenant,
 };
 use federation_core::types::FederatedType;
 use kube::Api;
@@ -129,6 +130,8 @@ pub(crate) struct Shared {
     types: Types,
     /// The set of type configurations has changed.
     types_changed: Notify,
+    /// There are new tombstones, or a member is back.
+    tombstones_due: Notify,
     /// The set of clusters has changed.
     clusters_changed: Notify,
     queue: WorkQueue<ObjectKey>,
@@ -156,8 +159,8 @@ impl Default for Options {
             identity: Identity::default(),
             workers: 4,
             member_writers: 4,
-            member_rate: 50,
-            member_burst: 100,
+            member_rate: 300,
+            member_burst: 600,
             request_timeout: Duration::from_secs(30),
             probe_interval: Duration::from_secs(10),
             probe_timeout: Duration::from_secs(3),
@@ -222,6 +225,7 @@ impl Controller {
             members: RwLock::default(),
             types: Types::new(),
             types_changed: Notify::new(),
+            tombstones_due: Notify::new(),
             clusters_changed: Notify::new(),
             queue: WorkQueue::new(),
             failures: Mutex::default(),
@@ -237,6 +241,7 @@ impl Controller {
         tasks.spawn(publisher.run(shared.hub.clone()).instrument(info_span!("events")));
         Self::spawn_watches(&shared, &mut tasks);
         tasks.spawn(keep_members(Arc::clone(&shared)).instrument(info_span!("members")));
+        tasks.spawn(tombstones::run(Arc::clone(&shared)).instrument(info_span!("tombstones")));
         tasks.spawn(resync(Arc::clone(&shared)).instrument(info_span!("resync")));
         for _ in 0..shared.options.workers.max(1) {
             tasks.spawn(work(Arc::clone(&shared)).instrument(info_span!("reconcile")));
@@ -337,6 +342,23 @@ impl Controller {
                 hub_trouble("revisions"),
             )
             .instrument(info_span!("watch", kind = "FederatedRevision")),
+        );
+
+        let at = shared();
+        let tenants: Api<Tenant> = Api::all(hub.clone());
+        tasks.spawn(
+            follow(
+                tenants,
+                config(),
+                admit_all,
+                move |change| {
+                    let listed = matches!(change, Change::Replace(_));
+                    let changed = at.state.write().change_tenants(change);
+                    at.after(changed || listed)
+                },
+                hub_trouble("tenants"),
+            )
+            .instrument(info_span!("watch", kind = "Tenant")),
         );
 
         let at = shared();

@@ -60,6 +60,20 @@ impl Bucket {
     }
 }
 
+impl Bucket {
+    /// Takes a token if there is one.
+    pub(crate) fn try_take(&mut self, now: Instant) -> bool {
+        let earned = now.saturating_duration_since(self.at).as_secs_f64() * self.per_second;
+        self.tokens = (self.tokens + earned).min(self.burst);
+        self.at = now;
+        let there = self.tokens >= 1.0;
+        if there {
+            self.tokens -= 1.0;
+        }
+        there
+    }
+}
+
 // === impl FightGuard ===
 
 impl FightGuard {
@@ -124,6 +138,9 @@ mod tests {
         let waits: Vec<_> = (0..5).map(|_| bucket.take(now).as_millis()).collect();
         assert_eq!(waits, [0, 0, 0, 100, 200]);
         assert_eq!(bucket.take(now + Duration::from_secs(60)).as_millis(), 0);
+        let mut bucket = Bucket::new(1, 1, now);
+        let later = now + Duration::from_secs(1);
+        assert_eq!([bucket.try_take(now), bucket.try_take(now), bucket.try_take(later)], [true, false, true]);
     }
 
     #[test]

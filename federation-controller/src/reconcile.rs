@@ -1,5 +1,6 @@
 //! Brings one federated object a step further: observe, plan, and carry out, in the order that keeps the plan's promises.
 //!
+//! 0. tombstones, so that a deletion that cannot be done now is not forgotten;
 //! 1. the finalizer, so that nothing is forgotten on deletion;
 //! 2. the new revision, so that what is about to be applied can be found again;
 //! 3. the status, with the state that was planned from as a precondition: it says which unit is about to move where;
@@ -25,8 +26,8 @@ use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tracing::{debug, info};
 
-use crate::Shared;
 use crate::hub::{ObjectKey, lighten};
+use crate::{Shared, tombstones};
 
 /// Why a pass ended early.
 #[derive(Debug, Error)]
@@ -70,7 +71,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
         let Some(object) = state.object(key) else { return Ok(()) };
         let namespace = namespaces.map(|kind| state.namespace_placement(kind, &key.namespace));
         let preference = state.preference(of, key);
-        (object, state.topology(), state.rules(), preference, namespace.unwrap_or_default())
+        (object, state.topology(&key.namespace), state.rules(), preference, namespace.unwrap_or_default())
     };
     let pass = Pass {
         shared,
@@ -122,6 +123,9 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
     });
     debug!(writes = made.writes.len(), summary = made.status.summary, "planned");
 
+    for stone in &made.tombstones {
+        tombstones::store(&shared.hub, stone).await.map_err(|error| hub("store a tombstone", error))?;
+    }
     if made.finished {
         return pass.finish(&object, &stored).await;
     }

@@ -86,6 +86,14 @@ impl Types {
         (stage != Stage::Retired).then(|| Arc::clone(&slot.of))
     }
 
+    /// The enabled type with this plural at the hub.
+    pub(crate) fn by_plural(&self, plural: &str) -> Option<(usize, Arc<FederatedType>)> {
+        let slots = self.slots.read();
+        let live = |slot: &Slot| *slot.stage.borrow() != Stage::Retired;
+        let found = slots.iter().position(|slot| slot.of.plural == plural && live(slot))?;
+        Some((found, Arc::clone(&slots[found].of)))
+    }
+
     /// The slot of the type that federates namespaces.
     pub(crate) fn namespaces(&self) -> Option<usize> {
         let slots = self.slots.read();

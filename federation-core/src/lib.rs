@@ -37,6 +37,8 @@ pub fn crds(conversion: &api::Conversion) -> Vec<CustomResourceDefinition> {
         api::PropagationConfig::crd(),
         api::FederatedRevision::crd(),
         api::ReplicaSchedulingPreference::crd(),
+        api::Tenant::crd(),
+        api::Tombstone::crd(),
     ];
     all.extend(types::builtin().iter().map(|of| api::federated_crd(of, conversion)));
     all
@@ -65,6 +67,8 @@ mod tests {
                 "propagationconfigs.policy.cellway.io",
                 "federatedrevisions.types.kubefed.io",
                 "replicaschedulingpreferences.scheduling.kubefed.io",
+                "tenants.policy.cellway.io",
+                "tombstones.policy.cellway.io",
                 "federateddeployments.types.kubefed.io",
                 "federatedconfigmaps.types.kubefed.io",
                 "federatednamespaces.types.kubefed.io",
@@ -90,7 +94,7 @@ mod tests {
                 assert!(!text.contains("\"anyOf\""), "{}: {text}", crd.spec.names.kind);
             }
         }
-        let deployment = serde_json::to_value(&crds[6]).expect("serialises");
+        let deployment = serde_json::to_value(&crds[8]).expect("serialises");
         assert_eq!(deployment["spec"]["scope"], "Namespaced");
         assert_eq!(
             deployment["spec"]["versions"][1]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]

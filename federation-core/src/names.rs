@@ -19,6 +19,11 @@ pub const DELETE_OPTION_ANNOTATION: &str = "kubefed.io/deleteoption";
 /// Annotation on a federated object: whether member objects that the hub did not create are taken over (`"true"`) or left
 /// alone (`"false"`), whatever the hub's default.
 pub const ADOPT_ANNOTATION: &str = "cellway.io/adopt";
+/// Annotation on a federated object: what becomes of its deletion in a member that cannot be reached. `Wait` (the default)
+/// keeps the object at the hub until the member is back; `Tombstone` lets it go, and the member's part is done later.
+pub const UNREACHABLE_ANNOTATION: &str = "cellway.io/unreachable";
+/// Label on a cluster or a cell: the tenant that it belongs to. Set by the platform.
+pub const TENANT_LABEL: &str = "cellway.io/tenant";
 /// Finalizer that keeps a federated object until its member objects are gone or orphaned.
 pub const FINALIZER: &str = "kubefed.io/sync-controller";
 /// The one field manager of every write into a member.

@@ -34,12 +34,13 @@ use serde_json::Value;
 
 use crate::api::{
     FederatedObject, FederatedRevision, FederatedRevisionSpec, FederatedStatus, NamespaceRule, Naming, Phase,
-    ReplicaSchedulingPreferenceSpec, Snapshot, UnitStatus,
+    ReplicaSchedulingPreferenceSpec, Snapshot, TombstoneSpec, UnitStatus,
 };
 use crate::drift::{self, Baseline};
 use crate::metadata::PropagationRules;
 use crate::names::{
     self, ADOPT_ANNOTATION, DELETE_OPTION_ANNOTATION, ORPHAN_ANNOTATION, REVISION_ANNOTATION,
+    UNREACHABLE_ANNOTATION,
 };
 use crate::overrides;
 use crate::render::{Rendered, object_name, render};
@@ -119,8 +120,11 @@ pub enum MemberState {
         /// A sentence for people.
         message: String,
     },
-    /// It does not serve the target kind.
-    NoSuchType,
+    /// It does not serve the target kind in the version asked for.
+    NoSuchType {
+        /// Versions of the kind that it serves.
+        served: Vec<String>,
+    },
 }
 
 /// A member's object.
@@ -152,6 +156,8 @@ pub struct Plan {
     pub revision: Option<RevisionWrite>,
     /// The status to store before any write.
     pub status: FederatedStatus,
+    /// Deletions that are to be remembered before anything else, because their members cannot be reached.
+    pub tombstones: Vec<TombstoneSpec>,
     /// Writes into members.
     pub writes: Vec<Write>,
     /// Revisions that may be deleted.
@@ -262,6 +268,7 @@ struct Planner<'a> {
     deleting: bool,
     adopt: bool,
     findings: Vec<Finding>,
+    tombstones: Vec<TombstoneSpec>,
     writes: Vec<Write>,
     /// Objects that are to go and have not gone, as `<name> in <cluster>`.
     leftovers: Vec<String>,
@@ -287,6 +294,7 @@ impl<'a> Planner<'a> {
                 None => input.adopt,
             },
             findings: Vec::new(),
+            tombstones: Vec::new(),
             writes: Vec::new(),
             leftovers: Vec::new(),
             keep: BTreeMap::new(),
@@ -340,7 +348,7 @@ impl<'a> Planner<'a> {
         let revision = current
             .filter(|current| !current.exists || current.renumber)
             .map(|current| RevisionWrite { name: current.name, spec: current.spec, exists: current.exists });
-        Plan { revision, status, writes: self.writes, surplus, finished }
+        Plan { revision, status, tombstones: self.tombstones, writes: self.writes, surplus, finished }
     }
 
     /// The units of the placement, and whether it could be read.
@@ -496,7 +504,13 @@ impl<'a> Planner<'a> {
             waits(&mut draft, Phase::Missing, "ClusterMissing", message);
             return draft;
         }
+        // A controller that has just begun does not know the members yet. What is at rest, as far as was known, is not told
+        // to be pending for that.
+        let at_rest = matches!(draft.status.phase, Phase::Synced | Phase::Masked)
+            && draft.status.pending_revision.is_none()
+            && (!draft.allowed || draft.status.revision.as_deref() == Some(current));
         let view = match input.members.get(&unit.cluster) {
+            None if at_rest => return draft,
             None => {
                 waits(
                     &mut draft,
@@ -510,6 +524,7 @@ impl<'a> Planner<'a> {
         };
         match &view.state {
             MemberState::Synced => {}
+            MemberState::Syncing if at_rest => return draft,
             MemberState::Syncing => {
                 waits(
                     &mut draft,
@@ -524,10 +539,17 @@ impl<'a> Planner<'a> {
                 waits(&mut draft, Phase::Unreachable, reason, message);
                 return draft;
             }
-            MemberState::NoSuchType => {
+            MemberState::NoSuchType { served } => {
                 let target = &input.of.target;
-                let message = format!("the member does not serve {} {}", target.api_version(), target.kind);
-                waits(&mut draft, Phase::Failed, "TypeNotServed", message);
+                let mut message =
+                    format!("the member does not serve {} {}", target.api_version(), target.kind);
+                let reason = if served.is_empty() {
+                    "TypeNotServed"
+                } else {
+                    message.push_str(&format!(", but has it in {}", served.join(", ")));
+                    "VersionNotServed"
+                };
+                waits(&mut draft, Phase::Failed, reason, message);
                 return draft;
             }
         }
@@ -862,6 +884,7 @@ impl<'a> Planner<'a> {
             }
         }
 
+        let mut buried = Vec::new();
         let present: BTreeSet<(String, String)> =
             units.iter().map(|unit| (unit.name.clone(), unit.cluster.clone())).collect();
         for record in &self.before.units {
@@ -879,7 +902,7 @@ impl<'a> Planner<'a> {
                 continue;
             }
             let (reason, message) = match input.members.get(&record.cluster).map(|view| (view, &view.state)) {
-                Some((_, MemberState::NoSuchType)) => continue,
+                Some((_, MemberState::NoSuchType { .. })) => continue,
                 Some((view, MemberState::Synced)) => {
                     let own = [self.name.to_owned(), format!("{}-{}", self.name, record.name)];
                     let left = leftovers
@@ -891,6 +914,10 @@ impl<'a> Planner<'a> {
                         Some(failure) => (failure.reason.clone(), failure.message.clone()),
                         None => ("WaitingForRemoval".into(), format!("{object} is being removed")),
                     }
+                }
+                Some((_, MemberState::Unreachable { .. })) if self.deleting && self.leaves_tombstones() => {
+                    buried.push(record);
+                    continue;
                 }
                 Some((_, MemberState::Unreachable { reason, message })) => {
                     let message = format!(
@@ -906,6 +933,9 @@ impl<'a> Planner<'a> {
             record.reason = Some(reason);
             record.message = Some(message);
             units.push(record);
+        }
+        for record in &buried {
+            self.bury(record, orphan);
         }
         // Objects whose unit is forgotten: being deleted still, so the object must not be let go of yet.
         if self.deleting {
@@ -924,6 +954,32 @@ impl<'a> Planner<'a> {
                         });
                     }
                 }
+            }
+        }
+    }
+
+    fn leaves_tombstones(&self) -> bool {
+        let annotations = self.input.object.metadata.annotations.as_ref();
+        annotations.and_then(|all| all.get(UNREACHABLE_ANNOTATION)).is_some_and(|said| said == "Tombstone")
+    }
+
+    /// Remembers what a unit may have in a member that cannot be reached.
+    fn bury(&mut self, record: &UnitStatus, orphan: bool) {
+        let names: BTreeSet<String> = match &record.object {
+            Some(object) => [object.clone()].into(),
+            None => [self.name.to_owned(), format!("{}-{}", self.name, record.name)].into(),
+        };
+        for name in names {
+            let tombstone = TombstoneSpec {
+                cluster: record.cluster.clone(),
+                target: self.input.of.target_spec(),
+                namespace: self.input.of.target_namespace(self.namespace).to_owned(),
+                name,
+                source: self.source.clone(),
+                orphan,
+            };
+            if !self.tombstones.contains(&tombstone) {
+                self.tombstones.push(tombstone);
             }
         }
     }

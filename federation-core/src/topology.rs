@@ -8,6 +8,7 @@ use kube::core::{Selector, SelectorExt as _};
 use thiserror::Error;
 
 use crate::api::{Cell, KubeFedCluster, Placement, TopologyType};
+use crate::names::TENANT_LABEL;
 
 /// Something to place on: a cell or a whole cluster.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,6 +39,8 @@ pub struct Topology {
     clusters: BTreeMap<String, Unit>,
     /// Names of cells by cluster.
     by_cluster: BTreeMap<String, BTreeSet<String>>,
+    /// Names of all clusters, whosever they are.
+    registered: BTreeSet<String>,
 }
 
 /// What a placement comes to.
@@ -105,12 +108,32 @@ impl Topology {
             labels: cluster.metadata.labels.clone().unwrap_or_default(),
             cell: None,
         };
+        self.registered.insert(name.clone());
         self.clusters.insert(name, unit);
     }
 
     /// Whether a cluster is registered.
     pub fn has_cluster(&self, name: &str) -> bool {
-        self.clusters.contains_key(name)
+        self.registered.contains(name)
+    }
+
+    /// The part of it that belongs to a tenant: nothing else has a name or a label there. That a cluster is registered is
+    /// known all the same, as a tenant's cells may lie in one that is nobody's.
+    pub fn of_tenant(&self, tenant: &str) -> Self {
+        let is_theirs = |unit: &&Unit| match (tenant_label(unit), &unit.cell) {
+            (Some(owner), _) => owner == tenant,
+            (None, Some(_)) => self.clusters.get(&unit.cluster).and_then(tenant_label) == Some(tenant),
+            (None, None) => false,
+        };
+        let mut own = Self { registered: self.registered.clone(), ..Self::default() };
+        for unit in self.cells.values().filter(is_theirs) {
+            own.by_cluster.entry(unit.cluster.clone()).or_default().insert(unit.name.clone());
+            own.cells.insert(unit.name.clone(), unit.clone());
+        }
+        for unit in self.clusters.values().filter(is_theirs) {
+            own.clusters.insert(unit.name.clone(), unit.clone());
+        }
+        own
     }
 
     /// Names of the cells of a cluster.
@@ -167,6 +190,11 @@ impl Topology {
     }
 }
 
+/// Whose a unit is, as its own label says.
+fn tenant_label(unit: &Unit) -> Option<&str> {
+    unit.labels.get(TENANT_LABEL).map(String::as_str)
+}
+
 /// Reads a label selector.
 pub fn parse_selector(selector: &LabelSelector) -> Result<Selector, SelectorError> {
     Selector::try_from(selector.clone()).map_err(|error| SelectorError { reason: error.to_string() })
@@ -218,6 +246,29 @@ mod tests {
         };
         assert_eq!(names(&zone).0, ["b", "c"]);
         assert_eq!(names(&Placement::default()), (vec![], vec![]));
+    }
+
+    #[test]
+    fn a_tenant_sees_only_its_own_units() {
+        use crate::api::KubeFedClusterSpec;
+
+        let owned = |tenant: &str| Some([(TENANT_LABEL.to_owned(), tenant.to_owned())].into());
+        let mut cells = [cell("a", "x", "1"), cell("b", "x", "2"), cell("c", "y", "2"), cell("d", "z", "2")];
+        cells[0].metadata.labels = owned("red");
+        cells[1].metadata.labels = owned("blue");
+        let mut clusters =
+            ["x", "y", "z"].map(|name| KubeFedCluster::new(name, KubeFedClusterSpec::default()));
+        clusters[1].metadata.labels = owned("red");
+        let red = Topology::new(&cells, &clusters).of_tenant("red");
+        let names = |topology, placement: &Placement| {
+            let placed = red.resolve(topology, placement).expect("selector");
+            (placed.units.into_keys().collect::<Vec<_>>(), placed.unknown.into_iter().collect::<Vec<_>>())
+        };
+        let all = Placement { units: None, unit_selector: Some(LabelSelector::default()) };
+        assert_eq!(names(TopologyType::Cell, &all).0, ["a", "c"], "c is in red's cluster");
+        assert_eq!(names(TopologyType::Cluster, &all).0, ["y"]);
+        assert_eq!(names(TopologyType::Cell, &by_names(&["b", "a"])), (vec!["a".into()], vec!["b".into()]));
+        assert!(!red.has_unit(TopologyType::Cell, "b") && red.has_cluster("x"));
     }
 
     #[test]

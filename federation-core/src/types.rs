@@ -240,13 +240,7 @@ impl FederatedType {
     pub fn to_config(&self) -> FederatedTypeConfig {
         let scope = |namespaced| if namespaced { Scope::Namespaced } else { Scope::Cluster };
         let spec = FederatedTypeConfigSpec {
-            target_type: ApiResourceSpec {
-                group: self.target.group.clone(),
-                version: self.target.version.clone(),
-                kind: self.target.kind.clone(),
-                plural_name: self.target.plural.clone(),
-                scope: scope(self.target.namespaced),
-            },
+            target_type: self.target_spec(),
             propagation: Mode::Enabled,
             federated_type: ApiResourceSpec {
                 group: self.group.clone(),
@@ -261,6 +255,17 @@ impl FederatedType {
         let mut config = FederatedTypeConfig::new(&self.config_name(), spec);
         config.metadata.namespace = Some(FEDERATION_NAMESPACE.into());
         config
+    }
+
+    /// The member resource as configurations name it.
+    pub fn target_spec(&self) -> ApiResourceSpec {
+        ApiResourceSpec {
+            group: self.target.group.clone(),
+            version: self.target.version.clone(),
+            kind: self.target.kind.clone(),
+            plural_name: self.target.plural.clone(),
+            scope: if self.target.namespaced { Scope::Namespaced } else { Scope::Cluster },
+        }
     }
 
     /// Name of its configuration: `<target plural>.<target group>`.

@@ -11,10 +11,16 @@ mod writer;
 
 use std::sync::Arc;
 
+use federation_core::names::{
+    FIELD_MANAGER, MANAGED_LABEL, RENDERED_ANNOTATION, REVISION_ANNOTATION, SOURCE_ANNOTATION,
+};
 use federation_core::plan::{MemberView, Write};
 use federation_core::types::FederatedType;
 use k8s_openapi::api::core::v1::ObjectReference;
+use kube::Api;
+use kube::api::{DynamicObject, Patch, PatchParams};
 use parking_lot::Mutex;
+use serde_json::json;
 use tokio::sync::{Notify, watch as cell};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -98,6 +104,32 @@ impl Member {
                 changed = types.changed() => if changed.is_err() { return },
             }
         }
+    }
+
+    /// Whether it is read and written.
+    pub(crate) fn is_online(&self) -> bool {
+        self.health.lock().is_online()
+    }
+
+    /// Its API.
+    pub(crate) fn client(&self) -> &kube::Client {
+        &self.client
+    }
+
+    /// Takes the hub's marks off an object, if it is still the one that was meant.
+    pub(crate) async fn release(
+        &self,
+        api: &Api<DynamicObject>,
+        name: &str,
+        uid: Option<&str>,
+    ) -> Result<DynamicObject, kube::Error> {
+        let patch = json!({"metadata": {
+            "uid": uid,
+            "labels": {MANAGED_LABEL: null},
+            "annotations": {SOURCE_ANNOTATION: null, REVISION_ANNOTATION: null, RENDERED_ANNOTATION: null},
+        }});
+        let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+        api.patch(name, &params, &Patch::Merge(patch)).await
     }
 
     /// Asks for a probe now.

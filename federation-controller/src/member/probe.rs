@@ -95,6 +95,7 @@ fn note(member: &Member, shared: &Shared, found: Probe) {
             shared.events.warning(&about, "ClusterNotReachable", trouble.1);
         }
     }
+    shared.tombstones_due.notify_one();
     shared.enqueue_all();
 }
 

@@ -1,6 +1,6 @@
 //! What is known of a member's objects, and of the writes on their way to it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,6 +35,8 @@ pub(crate) struct TargetKey {
 pub(super) struct Store {
     kinds: Vec<Kind>,
     jobs: HashMap<TargetKey, Job>,
+    /// What waits for each federated object.
+    jobs_of: HashMap<ObjectKey, HashSet<TargetKey>>,
     in_flight: HashMap<TargetKey, Begun>,
     failures: HashMap<TargetKey, Failure>,
     fights: HashMap<TargetKey, FightGuard>,
@@ -59,7 +61,8 @@ pub(super) enum Listing {
     #[default]
     Syncing,
     Synced,
-    NoSuchType,
+    /// Not in the version asked for; these are served.
+    NoSuchType(Vec<String>),
     Failing(String),
 }
 
@@ -101,6 +104,7 @@ impl Store {
     pub(super) fn drop_kind(&mut self, kind: usize) {
         *self.kind(kind) = Kind::default();
         self.jobs.retain(|target, _| target.kind != kind);
+        self.jobs_of.retain(|source, _| source.kind != kind);
         self.failures.retain(|target, _| target.kind != kind);
         self.fights.retain(|target, _| target.kind != kind);
     }
@@ -123,7 +127,7 @@ impl Store {
             (Some((reason, message)), _) => MemberState::Unreachable { reason: reason.into(), message },
             (None, Listing::Syncing) => MemberState::Syncing,
             (None, Listing::Synced) => MemberState::Synced,
-            (None, Listing::NoSuchType) => MemberState::NoSuchType,
+            (None, Listing::NoSuchType(served)) => MemberState::NoSuchType { served: served.clone() },
             (None, Listing::Failing(message)) => {
                 MemberState::Unreachable { reason: "WatchFailing".into(), message: message.clone() }
             }
@@ -264,23 +268,47 @@ impl Store {
         {
             return Err(failure.retry_at - now);
         }
-        self.jobs.insert(target.clone(), job);
+        self.jobs_of.entry(job.source.clone()).or_default().insert(target.clone());
+        if let Some(before) = self.jobs.insert(target.clone(), job) {
+            self.forget_job(&before.source, &target);
+        }
         Ok(target)
     }
 
     /// Takes back what has not begun.
     pub(super) fn cancel(&mut self, source: &ObjectKey) {
-        self.jobs.retain(|_, job| job.source != *source);
+        for target in self.jobs_of.remove(source).unwrap_or_default() {
+            self.jobs.remove(&target);
+        }
     }
 
     /// Forgets a write that has not begun.
     pub(super) fn discard(&mut self, target: &TargetKey) {
-        self.jobs.remove(target);
+        self.take_job(target);
+    }
+
+    fn take_job(&mut self, target: &TargetKey) -> Option<Job> {
+        let job = self.jobs.remove(target)?;
+        self.forget_job(&job.source, target);
+        Some(job)
+    }
+
+    /// A job of `source` for `target` waits no more, unless another one of the same source took its place.
+    fn forget_job(&mut self, source: &ObjectKey, target: &TargetKey) {
+        if self.jobs.get(target).is_some_and(|job| job.source == *source) {
+            return;
+        }
+        if let Some(targets) = self.jobs_of.get_mut(source) {
+            targets.remove(target);
+            if targets.is_empty() {
+                self.jobs_of.remove(source);
+            }
+        }
     }
 
     /// Begins a write, if it has not been taken back.
     pub(super) fn begin(&mut self, target: &TargetKey) -> Option<Job> {
-        let job = self.jobs.remove(target)?;
+        let job = self.take_job(target)?;
         let known = self.kinds.get(target.kind).and_then(|kind| kind.get(&target.namespace, &target.name));
         let version = known.and_then(|known| resource_version(&known.value));
         self.in_flight.insert(target.clone(), Begun { source: job.source.clone(), version, gone: None });

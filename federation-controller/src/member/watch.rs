@@ -4,6 +4,7 @@
 //! planned: what happened meanwhile (perhaps by a write of ours whose answer was lost) must be seen first.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use federation_core::names::{MANAGED_LABEL, parse_source};
 use federation_core::types::FederatedType;
@@ -11,6 +12,7 @@ use kube::Api;
 use kube::api::DynamicObject;
 use kube::runtime::watcher;
 use serde_json::Value;
+use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::store::{Listing, MAX_BYTES, MAX_OBJECTS, weight};
@@ -23,6 +25,12 @@ use crate::types::Stage;
 const PAGE: u32 = 100;
 /// A watch is begun again after this many seconds, so that a connection that died silently is noticed.
 const WATCH_SECONDS: u32 = 240;
+/// A type that a member does not serve is asked for again so often.
+const RECHECK: Duration = Duration::from_secs(10);
+/// Longest time for finding out which versions a member serves instead.
+const ASKING: Duration = Duration::from_secs(10);
+/// Versions of a group that are looked at.
+const MAX_VERSIONS: usize = 8;
 /// Failures in a row after which the kind counts as not seen.
 const TOLERATED_FAILURES: u32 = 3;
 
@@ -57,15 +65,27 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
                     if before == 0 { 0 } else { bytes } + weight(&object.data) + annotations_weight(object);
                 before < MAX_OBJECTS && bytes < MAX_BYTES
             };
+            let mut missing = false;
             let watching = follow(
                 api,
                 config,
                 admit,
                 |change| take(member, shared, kind, of, change),
-                |trouble| on_trouble(member, shared, kind, &trouble),
+                |trouble| {
+                    missing = is_missing(&trouble);
+                    !missing && on_trouble(member, shared, kind, &trouble)
+                },
             );
             tokio::select! {
-                () = watching => {
+                () = watching => if missing {
+                    let served = timeout(ASKING, served_versions(&member.client, of)).await.unwrap_or_default();
+                    if member.store.lock().set_listing(kind, Listing::NoSuchType(served)) {
+                        debug!(kind = of.target.kind, "the member does not serve the type");
+                        shared.enqueue_kind(kind);
+                    }
+                    // It may be installed at any time.
+                    if timeout(RECHECK, epoch.changed()).await.is_ok_and(|changed| changed.is_err()) { return }
+                } else {
                     // It holds more than may be kept: looked at again when the member comes back or is distrusted.
                     warn!(kind = of.target.kind, "the member has too many managed objects, or too large ones");
                     let message = format!(
@@ -76,7 +96,7 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
                     member.store.lock().set_listing(kind, Listing::Failing(message));
                     shared.enqueue_all();
                     if epoch.changed().await.is_err() { return }
-                }
+                },
                 changed = epoch.changed() => if changed.is_err() { return },
             }
         } else if epoch.changed().await.is_err() {
@@ -130,15 +150,42 @@ fn take(
     true
 }
 
-fn on_trouble(member: &Member, shared: &Shared, kind: usize, trouble: &WatchTrouble) -> bool {
-    let missing = match &trouble.error {
+/// Whether the member says that it does not serve the type.
+fn is_missing(trouble: &WatchTrouble) -> bool {
+    match &trouble.error {
         watcher::Error::InitialListFailed(kube::Error::Api(status))
         | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == 404,
         _ => false,
+    }
+}
+
+/// Versions in which the member serves the kind, as far as it says so.
+async fn served_versions(client: &kube::Client, of: &FederatedType) -> Vec<String> {
+    let ask = async |path: String| -> Option<Value> {
+        client.request(http::Request::get(path).body(Vec::new()).ok()?).await.ok()
     };
-    let listing = if missing {
-        Listing::NoSuchType
-    } else if trouble.failures >= TOLERATED_FAILURES {
+    let target = &of.target;
+    let root = if target.group.is_empty() { "/api".to_owned() } else { format!("/apis/{}", target.group) };
+    let Some(group) = ask(root.clone()).await else { return Vec::new() };
+    let mut served = Vec::new();
+    for version in group["versions"].as_array().into_iter().flatten().take(MAX_VERSIONS) {
+        let Some(version) = version["version"].as_str().or(version.as_str()) else { continue };
+        let Some(found) = ask(format!("{root}/{version}")).await else { continue };
+        let has = found["resources"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .any(|one| one["kind"] == target.kind.as_str());
+        // It came from a member: what cannot be a version is none.
+        if has && version.len() <= 63 {
+            served.push(version.to_owned());
+        }
+    }
+    served
+}
+
+fn on_trouble(member: &Member, shared: &Shared, kind: usize, trouble: &WatchTrouble) -> bool {
+    let listing = if trouble.failures >= TOLERATED_FAILURES {
         Listing::Failing(chain(&trouble.error))
     } else {
         // Whatever is wrong, a probe tells soonest.

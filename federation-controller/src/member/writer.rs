@@ -3,9 +3,7 @@
 use std::sync::Arc;
 
 use federation_core::drift::{Refusal, admit};
-use federation_core::names::{
-    FIELD_MANAGER, MANAGED_LABEL, RENDERED_ANNOTATION, REVISION_ANNOTATION, SOURCE_ANNOTATION,
-};
+use federation_core::names::{FIELD_MANAGER, MANAGED_LABEL};
 use federation_core::plan::{Action, Cause, WriteFailure};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::Api;
@@ -93,7 +91,8 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
     if let Some(wait) = member.store.lock().rest(target, Instant::now()) {
         shared.queue.add_after(job.source.clone(), wait);
     }
-    shared.queue.add(job.source);
+    // Other members are about to be done too: one look, and one status, for all of them.
+    shared.queue.add_after(job.source, crate::SETTLE);
 }
 
 /// Does it; gives back the object, or `None` when it is gone.
@@ -124,14 +123,21 @@ async fn perform(
                         admit(&plain(found)?, &source, *adopt)?;
                         exists = true;
                     }
-                    None if of.target.namespaced => ensure_namespace(member, &target.namespace).await?,
                     None => {}
                 }
             }
             let mut params = PatchParams::apply(FIELD_MANAGER);
             // Force only over what is ours: an object that appeared this very moment makes a conflict instead.
             params.force = exists;
-            let mut answer = answered(api.patch(name, &params, &Patch::Apply(desired)).await)?;
+            let first = api.patch(name, &params, &Patch::Apply(desired)).await;
+            let mut answer = match first {
+                // Mostly the namespace is there: it is made when it turns out not to be.
+                Err(kube::Error::Api(status)) if status.code == 404 && of.target.namespaced => {
+                    ensure_namespace(member, &target.namespace).await?;
+                    answered(api.patch(name, &params, &Patch::Apply(desired)).await)?
+                }
+                first => answered(first)?,
+            };
             if !remove_annotations.is_empty() || !remove_labels.is_empty() {
                 let nulls = |keys: &[String]| -> Map<String, Value> {
                     keys.iter().map(|key| (key.clone(), Value::Null)).collect()
@@ -177,19 +183,11 @@ async fn perform(
                 Err(error) => Err(from_error(error)),
             }
         }
-        Action::Orphan { uid } => {
-            let patch = json!({"metadata": {
-                "uid": uid,
-                "labels": {MANAGED_LABEL: null},
-                "annotations": {SOURCE_ANNOTATION: null, REVISION_ANNOTATION: null, RENDERED_ANNOTATION: null},
-            }});
-            let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
-            match api.patch(name, &params, &Patch::Merge(patch)).await {
-                Ok(_) => Ok(None),
-                Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
-                Err(error) => Err(from_error(error)),
-            }
-        }
+        Action::Orphan { uid } => match member.release(&api, name, uid.as_deref()).await {
+            Ok(_) => Ok(None),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
+            Err(error) => Err(from_error(error)),
+        },
     }
 }
 

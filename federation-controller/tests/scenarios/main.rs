@@ -421,3 +421,108 @@ async fn many_objects_and_a_dead_member() {
         .until("all are in y", || (world.member("y").names("apps/deployments").len() == 40).then_some(()))
         .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tombstone_is_carried_out_when_the_member_is_back() {
+    let world = placed(&["a", "c"]).await;
+    let stones = "policy.cellway.io/tombstones";
+    world.tunnel("y", false);
+    world
+        .settled(DEPLOYMENTS, "y is gone", |status| {
+            status.units.iter().any(|unit| unit.phase == Phase::Unreachable)
+        })
+        .await;
+    world.edit(|object| {
+        object["metadata"]["annotations"]["cellway.io/unreachable"] = "Tombstone".into();
+        object["metadata"]["deletionTimestamp"] = "2026-11-21T00:00:00Z".into();
+    });
+    world
+        .until("it is gone from the hub", || {
+            world.hub.get(DEPLOYMENTS, "shop", "web").is_none().then_some(())
+        })
+        .await;
+    assert_eq!(world.hub.names(stones).len(), 1);
+    assert!(world.deployment("y", "web-c").is_some());
+    world.tunnel("y", true);
+    world.until("it is gone from y", || world.deployment("y", "web-c").is_none().then_some(())).await;
+    world.until("nothing is left to do", || world.hub.names(stones).is_empty().then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mass_of_objects_costs_the_hub_few_writes() {
+    const OBJECTS: usize = 200;
+    let mut world = World::start().await;
+    let before = world.hub.writes().len();
+    for index in 0..OBJECTS {
+        let name = format!("settings-{index}");
+        let mut object = federated("FederatedConfigMap", &["a", "c"], json!({"data": {"k": "v"}}));
+        object["metadata"]["name"] = name.as_str().into();
+        world.hub.put(CONFIG_MAPS, "shop", &name, Some(object));
+    }
+    for index in 0..OBJECTS {
+        let name = format!("settings-{index}");
+        world
+            .until("it is propagated", || {
+                let object = world.hub.get(CONFIG_MAPS, "shop", &name)?;
+                (condition(&object, "Propagated") == Some("True")).then_some(())
+            })
+            .await;
+    }
+    let writes = world.hub.writes().len() - before;
+    eprintln!("{writes} hub writes for {OBJECTS} objects");
+    // The finalizer, the revision, where it goes, that it is there; and events, which are paced.
+    assert!(writes <= 6 * OBJECTS, "{writes}");
+    // At rest nothing is written at all.
+    let settled = world.hub.writes().len();
+    world.stop().await;
+    world.run(options());
+    world.edit_config_map("settings-0", |object| object["spec"]["template"]["data"]["k"] = "w".into());
+    world
+        .until("the change arrives", || {
+            (world.member("y").get("/configmaps", "shop", "settings-0")?["data"]["k"] == "w").then_some(())
+        })
+        .await;
+    let after = world.hub.writes().len() - settled;
+    assert!(after < OBJECTS / 4, "{after} writes for one change and a restart");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tenants_objects_reach_only_its_own_units() {
+    let world = World::start().await;
+    let tenant = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "Tenant",
+        "metadata": {"name": "red"}, "spec": {"namespaces": ["shop"]}});
+    world.hub.put("policy.cellway.io/tenants", "", "red", Some(tenant));
+    for (cell, tenant) in [("a", "red"), ("b", "blue")] {
+        world.hub.edit("topology.cellway.io/cells", "", cell, |cell| {
+            cell["metadata"]["labels"]["cellway.io/tenant"] = tenant.into();
+        });
+    }
+    // By name: another tenant's cell and one of the platform are as if they were not there.
+    let object = federated("FederatedDeployment", &["a", "b", "c"], template("web:1", 2));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    world
+        .settled(DEPLOYMENTS, "a has it", |status| {
+            is_true(status, "PlacementInvalid")
+                && status.units.iter().any(|unit| unit.name == "a" && unit.phase == Phase::Synced)
+        })
+        .await;
+    // By a selector of everything, by a mask, by overrides.
+    world.edit(|object| {
+        object["spec"]["placement"] = json!({"unitSelector": {}});
+        object["spec"]["placementMask"] = json!({"units": ["a", "b"]});
+        object["spec"]["overrides"] =
+            json!([{"unitSelector": {}, "patches": [{"path": "/spec/replicas", "value": 3}]}]);
+    });
+    let status = world
+        .settled(DEPLOYMENTS, "a has followed", |status| {
+            status.units.len() == 1
+                && status.units[0].phase == Phase::Synced
+                && is_true(status, "MaskInvalid")
+        })
+        .await;
+    let mask = status.conditions.iter().find(|condition| condition.type_ == "MaskInvalid").expect("mask");
+    assert!(mask.message.contains("b does not exist"), "{}", mask.message);
+    assert_eq!(world.member("x").names("apps/deployments"), ["web-a"]);
+    assert!(world.member("y").names("apps/deployments").is_empty());
+}

@@ -153,6 +153,11 @@ impl World {
         self.hub.edit(DEPLOYMENTS, "shop", "web", change);
     }
 
+    /// Applies a change to a federated config map.
+    pub(crate) fn edit_config_map(&self, name: &str, change: impl FnOnce(&mut Value)) {
+        self.hub.edit(CONFIG_MAPS, "shop", name, change);
+    }
+
     pub(crate) async fn until<T>(&self, what: &str, mut found: impl FnMut() -> Option<T>) -> T {
         let waiting = async {
             loop {

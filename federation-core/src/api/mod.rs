@@ -7,6 +7,8 @@ mod propagation;
 mod revision;
 mod scheduling;
 mod schema;
+mod tenant;
+mod tombstone;
 mod type_config;
 
 pub use self::cell::{Cell, CellSpec};
@@ -21,6 +23,8 @@ pub use self::federated::{
 pub use self::propagation::{KeyClass, KeyRule, PropagationConfig, PropagationConfigSpec};
 pub use self::revision::{FederatedRevision, FederatedRevisionSpec, Snapshot};
 pub use self::scheduling::{ReplicaSchedulingPreference, ReplicaSchedulingPreferenceSpec, UnitPreference};
+pub use self::tenant::{Tenant, TenantSpec};
+pub use self::tombstone::{Tombstone, TombstoneSpec};
 pub use self::type_config::{
     ApiResourceSpec, ControllerState, FederatedTypeConfig, FederatedTypeConfigSpec,
     FederatedTypeConfigStatus, Mode, Scope,

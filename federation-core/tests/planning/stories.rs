@@ -287,7 +287,7 @@ fn an_unreachable_member_keeps_everything_and_stops_nobody() {
 #[test]
 fn a_member_without_the_type_is_one_units_condition() {
     let mut world = World::deployment();
-    world.members.get_mut("y").expect("y").state = MemberState::NoSuchType;
+    world.members.get_mut("y").expect("y").state = MemberState::NoSuchType { served: Vec::new() };
     world.place(&["a", "c"]).settle();
     assert_eq!(world.unit("a").phase, Phase::Synced);
     assert_eq!(world.unit("c").reason.as_deref(), Some("TypeNotServed"));
@@ -784,4 +784,37 @@ fn adoption_is_the_objects_to_allow() {
     world.settle();
     assert_eq!(world.live("x", "web")["data"]["k"], "v");
     assert_eq!(world.unit("a").phase, Phase::Synced);
+}
+
+#[test]
+fn another_version_of_a_type_is_named() {
+    let mut world = World::deployment();
+    world.place(&["a", "c"]);
+    world.members.get_mut("y").expect("y").state =
+        MemberState::NoSuchType { served: vec!["v1beta1".into(), "v1beta2".into()] };
+    world.settle();
+    assert_eq!(world.unit("a").phase, Phase::Synced);
+    assert_eq!(world.unit("c").reason.as_deref(), Some("VersionNotServed"));
+    assert!(world.unit("c").message.as_deref().is_some_and(|text| text.contains("v1beta1, v1beta2")));
+}
+
+#[test]
+fn a_deletion_does_not_wait_where_tombstones_are_wanted() {
+    let mut world = World::deployment();
+    world.place(&["a", "b", "c"]);
+    world.settle();
+    world.members.get_mut("x").expect("x").state = unreachable();
+    world.object.metadata.annotations =
+        Some([("cellway.io/unreachable".to_owned(), "Tombstone".to_owned())].into());
+    // Taken out of the placement it waits: the object is still there to remember it.
+    world.place(&["c"]);
+    assert!(world.settle().tombstones.is_empty());
+    world.object.metadata.deletion_timestamp =
+        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+    let plan = world.plan();
+    let buried: Vec<_> =
+        plan.tombstones.iter().map(|stone| (stone.cluster.as_str(), stone.name.as_str())).collect();
+    assert_eq!(buried, [("x", "web-a"), ("x", "web-b")]);
+    world.carry_out(&plan);
+    assert!(world.plan().finished);
 }

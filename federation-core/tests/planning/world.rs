@@ -31,6 +31,7 @@ pub(crate) struct World {
     pub(crate) members: BTreeMap<String, MemberView>,
     pub(crate) preference: Option<ReplicaSchedulingPreferenceSpec>,
     pub(crate) namespace: NamespacePlacement,
+    pub(crate) tenant: Option<String>,
     pub(crate) writes: usize,
     uids: u64,
 }
@@ -51,6 +52,7 @@ impl World {
             members: BTreeMap::new(),
             preference: None,
             namespace: NamespacePlacement::default(),
+            tenant: None,
             writes: 0,
             uids: 0,
         };
@@ -91,7 +93,10 @@ impl World {
     }
 
     pub(crate) fn plan(&self) -> Plan {
-        let topology = Topology::new(&self.cells, &self.clusters);
+        let mut topology = Topology::new(&self.cells, &self.clusters);
+        if let Some(tenant) = &self.tenant {
+            topology = topology.of_tenant(tenant);
+        }
         let rules = PropagationRules::new(&self.configs);
         let revisions: Vec<_> = self.revisions.iter().collect();
         plan(&PlanInput {

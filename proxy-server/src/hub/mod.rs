@@ -11,6 +11,7 @@
 //! still be looked at.
 
 pub mod admin_api;
+mod convert;
 mod feed;
 mod tokens;
 
@@ -24,7 +25,7 @@ use axum::Router;
 use axum::extract::Request;
 use axum::middleware::Next;
 use federation_apiserver::{ApiServer, Converter, Role, UserInfo};
-use federation_controller::{ConnectError, Connector, Controller, Handle, Options, connector};
+use federation_controller::{ConnectError, Connector, Controller, Handle, LeaseOptions, Options, connector};
 use federation_core::api::Conversion;
 use parking_lot::RwLock;
 use serde_json::json;
@@ -133,6 +134,9 @@ pub struct HubArgs {
     /// Static tokens for the hub API, in kube-apiserver's form.
     #[arg(long, value_name = "FILE")]
     pub token_auth_file: Option<PathBuf>,
+    /// Take over objects in members that the hub did not create, unless a federated object says otherwise.
+    #[arg(long)]
+    pub adopt: bool,
     /// Leave out the log line that each connection and API request gets at its end.
     #[arg(long)]
     pub no_access_log: bool,
@@ -273,7 +277,12 @@ impl Hub {
         parts.register(&metrics);
         let connector = member_connector(parts.registry.clone(), args.backend_dial_timeout.0);
         let controller = {
-            let options = Options { conversion: Conversion::InProcess, ..Options::default() };
+            let options = Options {
+                conversion: Conversion::InProcess,
+                adopt: args.adopt,
+                lease: Some(LeaseOptions::new(config.server_id.clone())),
+                ..Options::default()
+            };
             Controller::new(client.clone(), connector, options)
         };
         metrics.with(|registry| controller.register(registry.sub_registry_with_prefix("cellway_federation")));
@@ -294,6 +303,7 @@ impl Hub {
         let mut api = api;
         api.mount("/clusters", with_user(parts.api_proxy.router()));
         api.mount("/cellway/v1", with_user(pages.router()));
+        api.mount("/cellway/v1/convert", convert::router());
 
         let mut admin = Admin::new(readiness, metrics).config(shown(&args, &data_dir));
         if let Some(log) = log {

@@ -1,0 +1,25 @@
+//! `Tenant`: whose a namespace is.
+
+use kube::CustomResource;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Namespaces at the hub that belong to one tenant. Federated objects in them reach only clusters and cells that carry the
+/// tenant's name in the label `cellway.io/tenant`, by whatever name or selector; a cell without the label is its cluster's
+/// tenant's. Objects in namespaces of no tenant are the platform's and reach everything.
+#[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "policy.cellway.io",
+    version = "v1alpha1",
+    kind = "Tenant",
+    plural = "tenants",
+    derive = "PartialEq",
+    printcolumn = r#"{"name":"Namespaces","type":"string","jsonPath":".spec.namespaces"}"#,
+    printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
+)]
+#[serde(rename_all = "camelCase")]
+pub struct TenantSpec {
+    /// Names of namespaces. One that two tenants name belongs to neither, and what lies in it reaches no unit.
+    #[serde(default)]
+    pub namespaces: Vec<String>,
+}
