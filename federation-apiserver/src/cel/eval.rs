@@ -368,7 +368,8 @@ impl<'a> Evaluator<'a, '_> {
                     }
                 }
                 Value::Map(map) => {
-                    (keys[i].to_value(), map.get(&keys[i]).transpose().map_err(EvalError::Fault)?)
+                    let Some(key) = keys.get(i) else { break };
+                    (key.to_value(), map.get(key).transpose().map_err(EvalError::Fault)?)
                 }
                 _ => return Err(error),
             };

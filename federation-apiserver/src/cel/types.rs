@@ -22,7 +22,8 @@ pub(crate) enum Type {
     List(Arc<Type>),
     Map(Arc<Type>, Arc<Type>),
     Optional(Arc<Type>),
-    /// The type of a type.
+    /// The type of a type; CEL calls it so.
+    #[allow(clippy::enum_variant_names)]
     Type(Arc<Type>),
     /// A type of a library: `kubernetes.Quantity`, `net.IP` and so on.
     Opaque(&'static str),

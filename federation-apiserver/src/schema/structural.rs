@@ -72,7 +72,7 @@ pub fn check(schema: &Value, path: &str, context: Context) -> Vec<FieldError> {
     }
     let mut structural = violations(schema, path);
     if structural.is_empty() {
-        check_defaults(schema, schema, path, false, 0, &mut structural);
+        check_defaults(schema, path, false, 0, &mut structural);
     }
     let sound = structural.is_empty();
     errors.append(&mut structural);
@@ -422,14 +422,7 @@ fn covered(
 }
 
 /// Defaults are valid, known to the schema, and not where they could not be applied.
-fn check_defaults(
-    schema: &Value,
-    resource: &Value,
-    path: &str,
-    inside_meta: bool,
-    depth: usize,
-    errors: &mut Vec<FieldError>,
-) {
+fn check_defaults(schema: &Value, path: &str, inside_meta: bool, depth: usize, errors: &mut Vec<FieldError>) {
     let Some(map) = schema.as_object().filter(|_| depth <= MAX_DEPTH) else { return };
     if errors.len() >= MAX_ERRORS {
         return;
@@ -454,12 +447,12 @@ fn check_defaults(
         errors.extend(found);
     }
     if let Some(items) = map.get("items").filter(|i| i.is_object()) {
-        check_defaults(items, resource, &format!("{path}.items"), inside_meta, depth + 1, errors);
+        check_defaults(items, &format!("{path}.items"), inside_meta, depth + 1, errors);
     }
     for (key, child) in properties(map) {
         let meta = (embedded || depth == 0) && matches!(key.as_str(), "metadata" | "apiVersion" | "kind");
         let at = format!("{path}.properties[{key}]");
-        check_defaults(child, resource, &at, inside_meta || meta, depth + 1, errors);
+        check_defaults(child, &at, inside_meta || meta, depth + 1, errors);
     }
 }
 

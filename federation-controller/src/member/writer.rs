@@ -117,13 +117,10 @@ async fn perform(
             let mut exists = *exists;
             if !exists {
                 // Unseen is not absent: objects without the hub's label are not watched.
-                match optional(api.get_opt(name).await)? {
-                    Some(found) => {
-                        let source = federation_core::names::source(&of.plural, &job.source.name);
-                        admit(&plain(found)?, &source, *adopt)?;
-                        exists = true;
-                    }
-                    None => {}
+                if let Some(found) = optional(api.get_opt(name).await)? {
+                    let source = federation_core::names::source(&of.plural, &job.source.name);
+                    admit(&plain(found)?, &source, *adopt)?;
+                    exists = true;
                 }
             }
             let mut params = PatchParams::apply(FIELD_MANAGER);

@@ -43,12 +43,7 @@ pub(crate) fn parse(text: &str) -> Result<Url, String> {
     };
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
     if !rest.starts_with('/') {
-        return Err(bad(if scheme.is_empty() {
-            "invalid URI for request"
-        } else {
-            "invalid URI for request"
-        }
-        .into()));
+        return Err(bad("invalid URI for request".into()));
     }
     let (host, path) = match rest.strip_prefix("//") {
         Some(after) if !scheme.is_empty() || !rest.starts_with("///") => {
