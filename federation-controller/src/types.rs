@@ -188,7 +188,7 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
             stays
         });
         let mut again = false;
-        for (name, (config, of)) in wanted {
+        for (name, (config, of)) in namespaces_first(wanted) {
             let state = match of {
                 Err(reason) => Err(reason),
                 Ok(of) => {
@@ -264,11 +264,11 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>)
     .await;
 }
 
+/// A configuration, and the type that it makes or a reason and message why it makes none.
+type Wanted = (FederatedTypeConfig, Result<FederatedType, (&'static str, String)>);
+
 /// What each configuration asks for, or why it makes no type. Of two that clash the older one counts.
-#[allow(clippy::type_complexity)] // said once, here
-fn sorted(
-    mut configs: Vec<FederatedTypeConfig>,
-) -> BTreeMap<String, (FederatedTypeConfig, Result<FederatedType, (&'static str, String)>)> {
+fn sorted(mut configs: Vec<FederatedTypeConfig>) -> BTreeMap<String, Wanted> {
     configs.sort_by_key(|config| (config.metadata.creation_timestamp.clone(), config.name_any()));
     let mut taken: BTreeSet<String> = BTreeSet::new();
     let mut all = BTreeMap::new();
@@ -293,9 +293,20 @@ fn sorted(
     all
 }
 
+/// The type of namespaces before all others: while it is not followed, nothing would hold an object back from clusters
+/// that its namespace does not go to.
+fn namespaces_first(wanted: BTreeMap<String, Wanted>) -> Vec<(String, Wanted)> {
+    let mut wanted: Vec<_> = wanted.into_iter().collect();
+    wanted.sort_by_key(|(_, (_, of))| !of.as_ref().is_ok_and(FederatedType::is_namespace));
+    wanted
+}
+
 async fn enable_defaults(shared: &Shared) {
     let api = configs(shared.hub.clone());
-    for of in &shared.options.default_types {
+    // Whoever sees only some of them sees the one that holds the others back.
+    let (namespaces, others): (Vec<_>, Vec<_>) =
+        shared.options.default_types.iter().partition(|of| of.is_namespace());
+    for of in namespaces.into_iter().chain(others) {
         match api.create(&PostParams::default(), &of.to_config()).await {
             Ok(_) => {}
             Err(kube::Error::Api(status)) if status.code == 409 => {}
@@ -423,6 +434,14 @@ mod tests {
         let said: Vec<_> =
             all.values().map(|(_, of)| of.as_ref().map_or_else(|error| error.0, |_| "ok")).collect();
         assert_eq!(said, ["Disabled", "ok", "Conflict"]);
+    }
+
+    #[test]
+    fn namespaces_are_followed_before_what_lies_in_them() {
+        let configs = federation_core::types::builtin().iter().map(FederatedType::to_config).collect();
+        let order = namespaces_first(sorted(configs));
+        assert!(order.len() > 1);
+        assert!(order[0].1.1.as_ref().is_ok_and(FederatedType::is_namespace), "{:?}", order[0].0);
     }
 
     #[test]
