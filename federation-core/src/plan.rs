@@ -26,18 +26,12 @@
 //! desired object cannot be determined (lost snapshot, failing override, missing Cell) is left as it is, and so is any
 //! object that might be its own.
 
+mod model;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
-use serde::Deserialize;
-use serde_json::Value;
-
-use crate::api::{
-    FederatedObject, FederatedRevision, FederatedRevisionSpec, FederatedStatus, NamespaceRule, Naming, Phase,
-    ReplicaSchedulingPreferenceSpec, Snapshot, TombstoneSpec, UnitStatus,
-};
-use crate::drift::{self, Baseline};
-use crate::metadata::PropagationRules;
+use crate::api::{FederatedStatus, NamespaceRule, Naming, Phase, Snapshot, TombstoneSpec, UnitStatus};
+use crate::drift;
 use crate::names::{
     self, ADOPT_ANNOTATION, DELETE_OPTION_ANNOTATION, ORPHAN_ANNOTATION, REVISION_ANNOTATION,
     UNREACHABLE_ANNOTATION,
@@ -49,199 +43,12 @@ use crate::schedule::{self, Candidate};
 use crate::status::{
     self, Finding, MASK_INVALID, NAMESPACE_NOT_FEDERATED, OVERRIDES_INVALID, PLACEMENT_INVALID,
 };
-use crate::topology::{Placed, Topology, Unit};
-use crate::types::FederatedType;
+use crate::topology::{Placed, Unit};
 
-/// Everything that a plan is made from.
-#[derive(Debug, Clone)]
-pub struct PlanInput<'a> {
-    /// The object's type.
-    pub of: &'a FederatedType,
-    /// The object, with the status that was last stored.
-    pub object: &'a FederatedObject,
-    /// Every cell and cluster. It must be complete: what is not in it does not exist.
-    pub topology: &'a Topology,
-    /// Whose annotations and labels are.
-    pub rules: &'a PropagationRules,
-    /// The object's revisions.
-    pub revisions: &'a [&'a FederatedRevision],
-    /// What is seen of each member, by cluster name.
-    pub members: &'a BTreeMap<String, MemberView>,
-    /// How the object's replicas are to be split, if somebody said so.
-    pub preference: Option<&'a ReplicaSchedulingPreferenceSpec>,
-    /// Where the object's namespace goes.
-    pub namespace: NamespacePlacement,
-    /// Whether objects that the hub did not create may be taken over, unless the object itself says so or not.
-    pub adopt: bool,
-    /// The present moment (RFC 3339), for conditions that change.
-    pub now: &'a str,
-}
-
-/// Where a namespace is federated to.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum NamespacePlacement {
-    /// Namespaces are not federated at this hub, or the kind has none: it restricts nothing.
-    #[default]
-    Unrestricted,
-    /// There is no FederatedNamespace.
-    Absent,
-    /// To these clusters.
-    Clusters(BTreeSet<String>),
-}
-
-/// What is seen of one member, as far as one federated object is concerned.
-#[derive(Debug, Clone, Default)]
-pub struct MemberView {
-    /// Whether it is seen whole.
-    pub state: MemberState,
-    /// Its managed objects of the target kind in the object's namespace, by name: at least those that carry the
-    /// object's source mark or one of its units' names.
-    pub objects: BTreeMap<String, LiveObject>,
-    /// Objects that a write has been started for and not finished.
-    pub in_flight: BTreeSet<String>,
-    /// What became of the last write to an object, when it failed.
-    pub failures: BTreeMap<String, WriteFailure>,
-    /// Objects that something else keeps changing back, with a sentence; they are left alone for a while.
-    pub contended: BTreeMap<String, String>,
-}
-
-/// Whether a member is seen whole.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum MemberState {
-    /// Its objects have not been listed yet.
-    #[default]
-    Syncing,
-    /// It is reachable and its objects are known.
-    Synced,
-    /// It cannot be reached.
-    Unreachable {
-        /// One word for programs.
-        reason: String,
-        /// A sentence for people.
-        message: String,
-    },
-    /// It does not serve the target kind in the version asked for.
-    NoSuchType {
-        /// Versions of the kind that it serves.
-        served: Vec<String>,
-    },
-}
-
-/// A member's object.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LiveObject {
-    /// The whole object.
-    pub value: Arc<Value>,
-    /// What the member answered to the last apply, if that is remembered.
-    pub baseline: Option<Arc<Baseline>>,
-}
-
-/// A write that failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct WriteFailure {
-    /// The hash of what was to be written; empty for a deletion. A failure counts only until something else is asked for.
-    pub hash: String,
-    /// One word for programs.
-    pub reason: String,
-    /// A sentence for people.
-    pub message: String,
-    /// Whether the object is somebody else's, rather than something having gone wrong.
-    pub conflict: bool,
-}
-
-/// What is to be done, in this order: revision, status, writes, surplus.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Plan {
-    /// A revision to create, or to give a new number.
-    pub revision: Option<RevisionWrite>,
-    /// The status to store before any write.
-    pub status: FederatedStatus,
-    /// Deletions that are to be remembered before anything else, because their members cannot be reached.
-    pub tombstones: Vec<TombstoneSpec>,
-    /// Writes into members.
-    pub writes: Vec<Write>,
-    /// Revisions that may be deleted.
-    pub surplus: Vec<String>,
-    /// The object is being deleted and nothing of it is left in any member that counts.
-    pub finished: bool,
-}
-
-/// A revision that is to be stored.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RevisionWrite {
-    /// Its name.
-    pub name: String,
-    /// What it says.
-    pub spec: FederatedRevisionSpec,
-    /// Whether it exists and only its number changes.
-    pub exists: bool,
-}
-
-/// One write into one member.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Write {
-    /// The member.
-    pub cluster: String,
-    /// Name of the object in the object's namespace.
-    pub object: String,
-    /// What to do.
-    pub action: Action,
-}
-
-/// What a write does.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Action {
-    /// Server-side apply.
-    Apply {
-        /// The whole object.
-        desired: Value,
-        /// Its [`Rendered::hash`].
-        hash: String,
-        /// Why it is written.
-        cause: Cause,
-        /// Whether it may be taken over, should it be there and nobody's.
-        adopt: bool,
-        /// Whether it has been seen. What has not been seen may still be there, unmarked, and somebody else's.
-        exists: bool,
-        /// Annotations that are the hub's and are not asked for.
-        remove_annotations: Vec<String>,
-        /// Labels that are the hub's and are not asked for.
-        remove_labels: Vec<String>,
-    },
-    /// Delete it, if it is still the object that was seen.
-    Delete {
-        /// The uid that was seen.
-        uid: Option<String>,
-        /// How.
-        options: DeleteOptions,
-    },
-    /// Leave it in place and take the hub's marks off.
-    Orphan {
-        /// The uid that was seen.
-        uid: Option<String>,
-    },
-}
-
-/// How member objects are deleted, from KubeFed's annotation `kubefed.io/deleteoption`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct DeleteOptions {
-    /// `Background`, `Foreground` or `Orphan` (of what the object owns); `Background` when absent.
-    pub propagation_policy: Option<String>,
-    /// Time that the object has to end.
-    pub grace_period_seconds: Option<u32>,
-}
-
-/// Why an object is applied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
-    /// It is not there, and was not before.
-    Create,
-    /// Something else is asked for than before.
-    Update,
-    /// The same is asked for as before, and the object differs or is gone.
-    Heal,
-}
+pub use self::model::{
+    Action, Cause, DeleteOptions, LiveObject, MemberState, MemberView, NamespacePlacement, Plan, PlanInput,
+    RevisionWrite, Write, WriteFailure,
+};
 
 /// A unit on its way through the planning.
 struct Draft<'a> {
