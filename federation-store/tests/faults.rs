@@ -157,6 +157,7 @@ async fn a_read_only_server_is_read() {
             "ALTER SYSTEM SET default_transaction_read_only = off",
         ),
         (Kind::MariaDb, "SET GLOBAL read_only = 1", "SET GLOBAL read_only = 0"),
+        (Kind::MySql, "SET GLOBAL read_only = 1", "SET GLOBAL read_only = 0"),
     ] {
         let server = test_support::require!(Server::start(kind).await.unwrap());
         let store = open(&server.database().await.unwrap()).await.unwrap();
@@ -206,7 +207,7 @@ fn copy(kind: Kind, from: &Path, to: &Path) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_to_the_same_data_is_a_pause_and_to_older_data_is_noticed() {
-    for kind in [Kind::Postgres, Kind::MariaDb] {
+    for kind in [Kind::Postgres, Kind::MariaDb, Kind::MySql] {
         let folder = tempfile::tempdir().unwrap();
         std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         let mut first = test_support::require!(Server::start(kind).await.unwrap());
@@ -278,7 +279,7 @@ async fn a_server_that_cannot_take_large_values_is_refused() {
 
 #[tokio::test]
 async fn large_values_and_newer_schemas() {
-    for kind in [Kind::Postgres, Kind::MariaDb] {
+    for kind in [Kind::Postgres, Kind::MariaDb, Kind::MySql] {
         let server = test_support::require!(Server::start(kind).await.unwrap());
         let url = server.database().await.unwrap();
         let store = open(&url).await.unwrap();
@@ -318,7 +319,7 @@ async fn tls_to_the_database_is_verified() {
     let certificate = file("server.pem", &issued.certificate_pem);
     let key = file("server.key", &issued.key_pem);
     std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
-    for kind in [Kind::Postgres, Kind::MariaDb] {
+    for kind in [Kind::Postgres, Kind::MariaDb, Kind::MySql] {
         give(kind, &key).unwrap();
         let (certificate, key) = (certificate.display(), key.display());
         let (arguments, mode, ca) = match kind {
@@ -331,7 +332,7 @@ async fn tls_to_the_database_is_verified() {
                 "&sslmode=verify-full",
                 "&sslrootcert=",
             ),
-            Kind::MariaDb => (
+            Kind::MariaDb | Kind::MySql => (
                 vec![
                     "--require-secure-transport=ON".to_owned(),
                     format!("--ssl-cert={certificate}"),

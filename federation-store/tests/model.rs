@@ -416,3 +416,8 @@ fn store_in_postgresql_follows_the_model() {
 fn store_in_mariadb_follows_the_model() {
     check_server(Kind::MariaDb, 8);
 }
+
+#[test]
+fn store_in_mysql_follows_the_model() {
+    check_server(Kind::MySql, 8);
+}

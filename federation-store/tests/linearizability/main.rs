@@ -251,6 +251,11 @@ fn mariadb_replicas_are_one_store() {
     on_server(Kind::MariaDb);
 }
 
+#[test]
+fn mysql_replicas_are_one_store() {
+    on_server(Kind::MySql);
+}
+
 /// Writes at a modest pace, so that waiting for the machine is not what is measured. The promise is 100 ms; the test
 /// allows for a machine that is busy with others.
 fn prompt(runtime: &tokio::runtime::Runtime, url: &str) {
@@ -264,7 +269,7 @@ fn events_reach_other_replicas_promptly() {
     let runtime = runtime();
     let folder = tempfile::tempdir().unwrap();
     prompt(&runtime, &format!("sqlite://{}", folder.path().join("store.db").display()));
-    for kind in [Kind::Postgres, Kind::MariaDb] {
+    for kind in [Kind::Postgres, Kind::MariaDb, Kind::MySql] {
         let server = test_support::require!(runtime.block_on(Server::start(kind)).unwrap());
         prompt(&runtime, &runtime.block_on(server.database()).unwrap());
     }

@@ -2,6 +2,7 @@
 //! test that owns them.
 //!
 //! What is missing is installed with apt when the test is root on a Debian system; else the reason names the package.
+//! Debian's releases have no MySQL: one joins where `CELLWAY_MYSQLD` names its server program.
 
 use std::fs::{File, Permissions};
 use std::os::unix::fs::{PermissionsExt as _, chown};
@@ -21,11 +22,16 @@ use crate::{TestDir, free_port, wait_until};
 /// A loaded machine initialises a database in a minute; a test that waits longer has failed.
 const START: Duration = Duration::from_secs(120);
 
+/// Names the `mysqld` to test with.
+const MYSQLD: &str = "CELLWAY_MYSQLD";
+
 /// Which server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// MariaDB, for `mysql://`.
     MariaDb,
+    /// MySQL 8.4 or newer, for `mysql://`.
+    MySql,
     /// PostgreSQL, for `postgres://`.
     Postgres,
 }
@@ -37,6 +43,7 @@ pub struct Server {
     /// Where its data is; elsewhere than in `folder` when the test said so.
     data: PathBuf,
     port: u16,
+    /// The folder of its programs; for MySQL the one program.
     programs: PathBuf,
     user: Option<u32>,
     arguments: Vec<String>,
@@ -95,7 +102,7 @@ impl Server {
     pub async fn database(&self) -> Result<String> {
         let name = format!("test_{}", self.databases.fetch_add(1, Ordering::Relaxed));
         match self.kind {
-            Kind::MariaDb => {
+            Kind::MariaDb | Kind::MySql => {
                 self.run(&format!("CREATE DATABASE {name}")).await?;
                 Ok(self.url_through(&name, self.port))
             }
@@ -125,7 +132,7 @@ impl Server {
     /// Runs one statement as the administrator.
     pub async fn run(&self, statement: &str) -> Result<String> {
         let mut command = match self.kind {
-            Kind::MariaDb => {
+            Kind::MariaDb | Kind::MySql => {
                 let mut command = Command::new("mariadb");
                 command.args([
                     "--no-defaults",
@@ -170,7 +177,7 @@ impl Server {
     pub async fn stop(&mut self) -> Result<()> {
         if let Some(mut process) = self.process.take() {
             match self.kind {
-                Kind::MariaDb => process.terminate()?,
+                Kind::MariaDb | Kind::MySql => process.terminate()?,
                 // "Fast": SIGTERM would wait for the clients to go.
                 Kind::Postgres => process.interrupt()?,
             }
@@ -212,14 +219,16 @@ impl Server {
     fn command(&self) -> Result<(Command, &'static str)> {
         let data = self.data.display();
         let (mut command, ready) = match self.kind {
-            Kind::MariaDb => {
+            Kind::MariaDb | Kind::MySql => {
                 let init = self.folder.join("init.sql");
                 std::fs::write(
                     &init,
                     "CREATE USER IF NOT EXISTS 'cellway'@'%' IDENTIFIED BY 'secret';\n\
                      GRANT ALL ON `test\\_%`.* TO 'cellway'@'%';\n",
                 )?;
-                let mut command = Command::new(self.programs.join("mariadbd"));
+                let mysql = self.kind == Kind::MySql;
+                let program = if mysql { self.programs.clone() } else { self.programs.join("mariadbd") };
+                let mut command = Command::new(program);
                 command.args([
                     "--no-defaults",
                     "--bind-address=127.0.0.1",
@@ -228,12 +237,20 @@ impl Server {
                 ]);
                 // What several replicas want: durable commits that are not shown before they are.
                 command.args(["--log-bin=binlog", "--sync-binlog=1", "--innodb-flush-log-at-trx-commit=1"]);
-                command.args(["--max-allowed-packet=32M", "--expire-logs-days=1", "--max-binlog-size=64M"]);
+                command.args([
+                    "--max-allowed-packet=32M",
+                    "--binlog-expire-logs-seconds=86400",
+                    "--max-binlog-size=64M",
+                ]);
                 command.arg(format!("--datadir={data}"));
                 command.arg(format!("--port={}", self.port));
                 command.arg(format!("--socket={}", self.folder.join("socket").display()));
                 command.arg(format!("--pid-file={}", self.folder.join("pid").display()));
                 command.arg(format!("--init-file={}", init.display()));
+                if mysql {
+                    // Another protocol on a port of its own.
+                    command.arg("--mysqlx=OFF");
+                }
                 if rustix::process::geteuid().is_root() {
                     command.arg("--user=root");
                 }
@@ -259,6 +276,15 @@ impl Server {
             Kind::MariaDb => {
                 let mut command = Command::new("mariadb-install-db");
                 command.args(["--no-defaults", "--auth-root-authentication-method=normal", "--skip-test-db"]);
+                command.arg(format!("--datadir={}", self.data.display()));
+                if rustix::process::geteuid().is_root() {
+                    command.arg("--user=root");
+                }
+                command
+            }
+            Kind::MySql => {
+                let mut command = Command::new(&self.programs);
+                command.args(["--no-defaults", "--initialize-insecure"]);
                 command.arg(format!("--datadir={}", self.data.display()));
                 if rustix::process::geteuid().is_root() {
                     command.arg("--user=root");
@@ -297,7 +323,7 @@ impl Server {
 
     fn url_through(&self, name: &str, port: u16) -> String {
         match self.kind {
-            Kind::MariaDb => format!("mysql://cellway:secret@127.0.0.1:{port}/{name}"),
+            Kind::MariaDb | Kind::MySql => format!("mysql://cellway:secret@127.0.0.1:{port}/{name}"),
             Kind::Postgres => {
                 format!("postgres://cellway:secret@127.0.0.1:{port}/postgres?options=-csearch_path%3D{name}")
             }
@@ -339,6 +365,13 @@ fn children(parent: u32) -> Vec<rustix::process::Pid> {
 fn programs(kind: Kind) -> Result<PathBuf, Missing> {
     let (package, client, find): (_, _, fn() -> Option<PathBuf>) = match kind {
         Kind::MariaDb => ("mariadb-server-core", "mariadb-client-core", mariadb),
+        Kind::MySql => {
+            // Its statements are run by MariaDB's client, which speaks the same protocol.
+            programs(Kind::MariaDb)?;
+            return std::env::var_os(MYSQLD).map(PathBuf::from).ok_or_else(|| {
+                Missing::new(format!("{MYSQLD} does not name a MySQL server program (mysqld 8.4 or newer)"))
+            });
+        }
         Kind::Postgres => ("postgresql", "postgresql-client", postgres),
     };
     if let Some(found) = find() {
