@@ -6,6 +6,8 @@
 
 mod api;
 mod certificates;
+mod client;
+mod federation;
 mod flood;
 mod load;
 mod loss;
@@ -94,6 +96,8 @@ enum HelperCommand {
     Flood { flood: String },
     /// Compares our API server with a stock kube-apiserver on etcd.
     Api(Box<api::ApiArgs>),
+    /// Measures the federation: a real hub and simulated members behind real tunnels.
+    Federation(Box<federation::FederationArgs>),
     /// One scenario against one subject, inside another network.
     #[command(hide = true)]
     Measure { bench: String, case: String },
@@ -123,6 +127,7 @@ fn main() -> ExitCode {
         Some(HelperCommand::Load { via, job }) => load::run(via, job),
         Some(HelperCommand::Flood { flood }) => flood::run(flood),
         Some(HelperCommand::Api(args)) => api::run(args),
+        Some(HelperCommand::Federation(args)) => federation::run(args),
         Some(HelperCommand::Measure { bench, case }) => measure(bench, case),
         None => compare(&args),
     };

@@ -95,7 +95,7 @@ fn bench(args: &[String]) -> Result<()> {
     tools::prepare_for_bench()?;
     Cmd::new("cargo")
         .args(["build", "--release", "-p", "proxy-server", "-p", "proxy-agent", "-p", "federation-apiserver"])
-        .args(["-p", "bench"])
+        .args(["-p", "cli", "-p", "bench"])
         .run()?;
     Cmd::new("cargo").args(["run", "--release", "-p", "bench", "--"]).args(args).run()
 }

@@ -21,7 +21,7 @@ use tokio::{
     time::{self, Instant, MissedTickBehavior},
 };
 
-use super::client::{Access, Client, Protocol};
+use crate::client::{Access, Client, Protocol};
 
 /// Bytes of a ConfigMap's one value: with its metadata half a KiB.
 const VALUE: usize = 400;

@@ -1,6 +1,5 @@
 //! `bench api`: our API server on SQLite beside a stock kube-apiserver with etcd, the same requests to both in one run.
 
-mod client;
 mod load;
 mod server;
 
@@ -11,8 +10,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use tokio::{runtime, signal};
 
-use crate::{process, report};
-use client::Protocol;
+use crate::{client::Protocol, process, report};
 use load::Load;
 use server::{Running, Server};
 

@@ -7,15 +7,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use base64::Engine as _;
 use bytes::Bytes;
 use clap::ValueEnum;
 use http::Method;
-use serde_json::Value;
 use tls::{CertificateAuthority, ClientTls};
 use tokio::{process::Command, time};
 
-use super::client::{Access, Client, Protocol};
+use crate::client::{Access, Client, Protocol};
 use crate::process::{Process, Usage};
 use crate::subject::free_ports;
 
@@ -168,12 +166,11 @@ impl Running {
 
     /// How clients reach it.
     pub(super) fn access(&self) -> Result<Access> {
-        let tls = match (&self.tls, &self.kubeconfig) {
-            (Some(tls), _) => tls.clone(),
-            (None, Some(path)) => identity(path)?,
+        match (&self.tls, &self.kubeconfig) {
+            (Some(tls), _) => Ok(Access { port: self.port, tls: tls.clone() }),
+            (None, Some(path)) => Access::from_kubeconfig(path),
             (None, None) => bail!("there is no client certificate"),
-        };
-        Ok(Access { port: self.port, tls })
+        }
     }
 
     /// Resident memory of all its processes.
@@ -232,20 +229,4 @@ impl Running {
         client.call(Method::GET, "/api/v1/configmaps?limit=1", Bytes::new()).await?;
         Ok(())
     }
-}
-
-/// The client of a kubeconfig that is JSON with everything in it.
-fn identity(path: &Path) -> Result<ClientTls> {
-    let text = fs::read(path).with_context(|| format!("failed to read {}", path.display()))?;
-    let config: Value = serde_json::from_slice(&text).context("the kubeconfig is not JSON")?;
-    let pem = |pointer: &str| -> Result<String> {
-        let encoded =
-            config.pointer(pointer).and_then(Value::as_str).context("the kubeconfig lacks a field")?;
-        let bytes = base64::engine::general_purpose::STANDARD.decode(encoded)?;
-        Ok(String::from_utf8(bytes)?)
-    };
-    let certificate = pem("/users/0/user/client-certificate-data")?;
-    let key = pem("/users/0/user/client-key-data")?;
-    ClientTls::from_pem(&pem("/clusters/0/cluster/certificate-authority-data")?, Some((&certificate, &key)))
-        .context("failed to set up the client")
 }

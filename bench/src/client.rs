@@ -1,8 +1,9 @@
 //! A client of an API server: one TLS connection with a client certificate, HTTP/2 or HTTP/1.1.
 
-use std::time::Duration;
+use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
+use base64::Engine as _;
 use bytes::Bytes;
 use clap::ValueEnum;
 use http::{Method, Request, Response, header};
@@ -12,6 +13,7 @@ use hyper::{
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use serde_json::Value;
 use tls::{ClientTls, ServerName};
 use tokio::{net::TcpStream, time};
 use tokio_util::task::AbortOnDropHandle;
@@ -24,20 +26,20 @@ const CONNECTION_WINDOW: u32 = 1 << 30;
 
 /// What is spoken on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Protocol {
+pub(crate) enum Protocol {
     H2,
     H1,
 }
 
 /// Where a server is and who may ask it.
 #[derive(Clone)]
-pub(super) struct Access {
-    pub(super) port: u16,
-    pub(super) tls: ClientTls,
+pub(crate) struct Access {
+    pub(crate) port: u16,
+    pub(crate) tls: ClientTls,
 }
 
 /// One connection.
-pub(super) struct Client {
+pub(crate) struct Client {
     sender: Sender,
     _connection: AbortOnDropHandle<()>,
 }
@@ -47,10 +49,37 @@ enum Sender {
     H1(http1::SendRequest<Full<Bytes>>),
 }
 
+// === impl Access ===
+
+impl Access {
+    /// What a kubeconfig says that is JSON with everything in it, as cellway writes them.
+    pub(crate) fn from_kubeconfig(path: &Path) -> Result<Self> {
+        let text = fs::read(path).with_context(|| format!("failed to read {}", path.display()))?;
+        let config: Value = serde_json::from_slice(&text).context("the kubeconfig is not JSON")?;
+        let field = |pointer: &str| -> Result<&str> {
+            let found = config.pointer(pointer).and_then(Value::as_str);
+            found.with_context(|| format!("the kubeconfig lacks {pointer}"))
+        };
+        let pem = |pointer: &str| -> Result<String> {
+            let bytes = base64::engine::general_purpose::STANDARD.decode(field(pointer)?)?;
+            Ok(String::from_utf8(bytes)?)
+        };
+        let certificate = pem("/users/0/user/client-certificate-data")?;
+        let key = pem("/users/0/user/client-key-data")?;
+        let authority = pem("/clusters/0/cluster/certificate-authority-data")?;
+        let tls = ClientTls::from_pem(&authority, Some((&certificate, &key)))
+            .context("failed to set up the client")?;
+        let server = field("/clusters/0/cluster/server")?;
+        let (_, port) = server.rsplit_once(':').context("the server's address has no port")?;
+        let port = port.parse().with_context(|| format!("{server} does not end in a port"))?;
+        Ok(Self { port, tls })
+    }
+}
+
 // === impl Client ===
 
 impl Client {
-    pub(super) async fn connect(access: &Access, protocol: Protocol) -> Result<Self> {
+    pub(crate) async fn connect(access: &Access, protocol: Protocol) -> Result<Self> {
         time::timeout(TIMEOUT, Self::try_connect(access, protocol)).await.context("the connection hangs")?
     }
 
@@ -84,12 +113,14 @@ impl Client {
     }
 
     /// Sends a request and gives its answer as soon as the head is there.
-    pub(super) async fn open(
+    pub(crate) async fn open(
         &mut self,
         method: Method,
         path: &str,
         body: Bytes,
     ) -> Result<Response<Incoming>> {
+        let content_type =
+            if method == Method::PATCH { "application/merge-patch+json" } else { "application/json" };
         let mut request = Request::builder().method(method);
         request = match &self.sender {
             Sender::H2(_) => request.uri(format!("https://localhost{path}")),
@@ -97,7 +128,7 @@ impl Client {
         };
         let request = request
             .header(header::ACCEPT, "application/json")
-            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::CONTENT_TYPE, content_type)
             .header(header::USER_AGENT, "bench/1")
             .body(Full::new(body))
             .context("failed to make a request")?;
@@ -117,7 +148,7 @@ impl Client {
     }
 
     /// Sends a request, reads the whole answer, and gives its length; anything but success is an error.
-    pub(super) async fn call(&mut self, method: Method, path: &str, body: Bytes) -> Result<usize> {
+    pub(crate) async fn call(&mut self, method: Method, path: &str, body: Bytes) -> Result<usize> {
         let response = self.open(method, path, body).await?;
         let status = response.status();
         let mut body = response.into_body();
@@ -131,5 +162,20 @@ impl Client {
         }
         ensure!(length > 0, "{path} was answered with nothing");
         Ok(length)
+    }
+
+    /// Sends a request and reads the whole answer; anything but success is an error.
+    pub(crate) async fn text(&mut self, method: Method, path: &str, body: Bytes) -> Result<Bytes> {
+        let response = self.open(method, path, body).await?;
+        let status = response.status();
+        let text = response.into_body().collect().await.context("the answer broke off")?.to_bytes();
+        ensure!(status.is_success(), "{path} was answered with {status}: {}", String::from_utf8_lossy(&text));
+        Ok(text)
+    }
+
+    /// Sends a request and reads the JSON that is the answer.
+    pub(crate) async fn json(&mut self, method: Method, path: &str, body: Bytes) -> Result<Value> {
+        let text = self.text(method, path, body).await?;
+        serde_json::from_slice(&text).with_context(|| format!("the answer to {path} is not JSON"))
     }
 }

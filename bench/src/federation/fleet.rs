@@ -1,0 +1,386 @@
+//! A hub and its simulated members, as processes on loopback.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use bytes::Bytes;
+use futures::{StreamExt as _, TryStreamExt as _};
+use http::Method;
+use http_body_util::{BodyExt as _, Empty};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use tokio::{
+    net::TcpStream,
+    process::Command,
+    time::{self, Instant},
+};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::client::{Access, Client, Protocol};
+use crate::process::{Process, Usage};
+use crate::subject::free_ports;
+
+/// For a hub or member to answer, on a busy machine and with many objects.
+const START: Duration = Duration::from_secs(120);
+/// For all members to be enrolled and seen by the hub.
+const JOIN: Duration = Duration::from_secs(300);
+/// For a hub to end in order.
+const STOP: Duration = Duration::from_secs(60);
+/// Between two looks whether something is ready: what a start is measured to.
+const LOOK: Duration = Duration::from_millis(5);
+/// Between two looks at things that are not measured.
+const GLANCE: Duration = Duration::from_millis(200);
+/// Members that are enrolled at once: each is two processes for a moment.
+const ENROL_AT_ONCE: usize = 4;
+/// Verbs of requests that change something, as kube-apiserver's metrics spell them.
+const CHANGING: [&str; 6] = ["POST", "PUT", "PATCH", "APPLY", "DELETE", "DELETECOLLECTION"];
+
+/// A hub that serves, and its members.
+pub(super) struct Fleet {
+    cellway: PathBuf,
+    directory: PathBuf,
+    ports: [u16; 5],
+    hub: Option<Process>,
+    hubs_started: usize,
+    pub(super) members: Vec<Member>,
+}
+
+/// A simulated member.
+pub(super) struct Member {
+    pub(super) name: String,
+    process: Process,
+    /// Straight to its API, past the tunnel: what a member holds is asked of itself.
+    pub(super) access: Access,
+}
+
+/// Successful requests that changed something at the hub, by verb and resource.
+#[derive(Clone, Debug, Default)]
+pub(super) struct HubWrites(BTreeMap<String, u64>);
+
+// === impl Fleet ===
+
+impl Fleet {
+    /// Starts a hub on an empty store and so many members, and waits until the hub sees all of them.
+    pub(super) async fn start(cellway: &Path, directory: &Path, members: usize) -> Result<Self> {
+        ensure!(cellway.is_file(), "{} does not exist: build it with cargo build -p cli", cellway.display());
+        fs::create_dir_all(directory).with_context(|| format!("failed to create {}", directory.display()))?;
+        let mut fleet = Self {
+            cellway: cellway.to_owned(),
+            directory: directory.to_owned(),
+            ports: free_ports()?,
+            hub: None,
+            hubs_started: 0,
+            members: Vec::new(),
+        };
+        fleet.start_hub()?;
+        fleet.hub_file().await?;
+        let joined: Vec<Member> = futures::stream::iter(0..members)
+            .map(|index| fleet.join(format!("m-{index:03}")))
+            .buffered(ENROL_AT_ONCE)
+            .try_collect()
+            .await?;
+        fleet.members = joined;
+        time::timeout(JOIN, fleet.all_online()).await.context("not every member came online in time")??;
+        Ok(fleet)
+    }
+
+    fn data(&self) -> PathBuf {
+        self.directory.join("hub")
+    }
+
+    /// Starts the hub's process, on the ports of the one before.
+    pub(super) fn start_hub(&mut self) -> Result<()> {
+        let [api, agents, connect, health, admin] = self.ports;
+        let mut command = Command::new(&self.cellway);
+        command
+            .arg("hub")
+            .arg("--data-dir")
+            .arg(self.data())
+            .args(["--bind-address=127.0.0.1", "--no-access-log", "--v=0"])
+            .arg(format!("--api-port={api}"))
+            .arg(format!("--agent-port={agents}"))
+            .arg(format!("--connect-port={connect}"))
+            .arg(format!("--health-port={health}"))
+            .arg(format!("--admin-port={admin}"));
+        self.hubs_started += 1;
+        let name = format!("hub-{}", self.hubs_started);
+        self.hub = Some(Process::start(&name, command, &self.directory)?);
+        Ok(())
+    }
+
+    /// Asks the hub to end and waits until it has.
+    pub(super) async fn stop_hub(&mut self) -> Result<()> {
+        match self.hub.take() {
+            Some(hub) => hub.terminate(STOP).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Kills the hub.
+    pub(super) async fn kill_hub(&mut self) {
+        if let Some(hub) = self.hub.take() {
+            hub.stop().await;
+        }
+    }
+
+    /// Waits until the hub says that it is ready.
+    async fn hub_file(&mut self) -> Result<()> {
+        let file = self.data().join("hub.json");
+        let end = Instant::now() + START;
+        while !file.is_file() {
+            self.check()?;
+            ensure!(Instant::now() < end, "the hub did not become ready within {START:?}");
+            time::sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// An error when the hub is no longer running.
+    pub(super) fn check(&mut self) -> Result<()> {
+        self.hub.as_mut().ok_or_else(|| anyhow!("there is no hub"))?.check()
+    }
+
+    /// How the hub's API is reached.
+    pub(super) fn hub_access(&self) -> Result<Access> {
+        Access::from_kubeconfig(&self.data().join("admin.kubeconfig"))
+    }
+
+    /// A connection to the hub's API.
+    pub(super) async fn hub_client(&self) -> Result<Client> {
+        Client::connect(&self.hub_access()?, Protocol::H2).await
+    }
+
+    /// Enrols a member as a person would, and starts it.
+    async fn join(&self, name: String) -> Result<Member> {
+        let added = Command::new(&self.cellway)
+            .args(["cluster", "add", &name, "--output=json", "--data-dir"])
+            .arg(self.data())
+            .kill_on_drop(true)
+            .output()
+            .await
+            .context("failed to run cellway cluster add")?;
+        ensure!(
+            added.status.success(),
+            "cellway cluster add {name}: {}",
+            String::from_utf8_lossy(&added.stderr).trim()
+        );
+        let enrolment: Value =
+            serde_json::from_slice(&added.stdout).context("cellway cluster add printed no JSON")?;
+        let field = |key: &str| {
+            enrolment[key].as_str().with_context(|| format!("cellway cluster add printed no {key}"))
+        };
+        let data = self.directory.join(&name);
+        fs::create_dir_all(&data).with_context(|| format!("failed to create {}", data.display()))?;
+        let token = data.join("enrolment-token");
+        tls::write_private(&token, field("token")?.as_bytes())
+            .with_context(|| format!("failed to write {}", token.display()))?;
+        let mut command = Command::new(&self.cellway);
+        command
+            .args(["dev", "member", &name, "--v=0"])
+            .arg(format!("--zone={name}-a"))
+            .arg("--data-dir")
+            .arg(&data)
+            .args(["--hub", field("hub")?, "--ca-hash", field("caHash")?])
+            .arg("--enrolment-token-file")
+            .arg(&token);
+        let mut process = Process::start(&name, command, &self.directory)?;
+        let end = Instant::now() + START;
+        let access = loop {
+            process.check()?;
+            let seen = match Access::from_kubeconfig(&data.join("admin.kubeconfig")) {
+                Ok(access) => match Client::connect(&access, Protocol::H2).await {
+                    Ok(_) => break access,
+                    Err(error) => error,
+                },
+                Err(error) => error,
+            };
+            if Instant::now() > end {
+                return Err(seen.context(format!("{name} did not become ready within {START:?}")));
+            }
+            time::sleep(GLANCE).await;
+        };
+        Ok(Member { name, process, access })
+    }
+
+    /// Waits until the hub says of every member that it is ready.
+    async fn all_online(&mut self) -> Result<()> {
+        let path = "/apis/core.kubefed.io/v1beta1/namespaces/kube-federation-system/kubefedclusters";
+        let mut client = self.hub_client().await?;
+        loop {
+            self.check()?;
+            let list = client.json(Method::GET, path, Bytes::new()).await?;
+            let ready = |cluster: &&Value| {
+                let conditions = cluster["status"]["conditions"].as_array();
+                conditions.into_iter().flatten().any(|one| one["type"] == "Ready" && one["status"] == "True")
+            };
+            let online = list["items"].as_array().into_iter().flatten().filter(ready).count();
+            if online >= self.members.len() {
+                return Ok(());
+            }
+            time::sleep(GLANCE).await;
+        }
+    }
+
+    /// What the hub's process has used so far.
+    pub(super) fn hub_usage(&self) -> Result<Usage> {
+        let hub = self.hub.as_ref().ok_or_else(|| anyhow!("there is no hub"))?;
+        Usage::of(&[hub.id()?])
+    }
+
+    /// What all members' processes have used so far.
+    pub(super) fn member_usage(&self) -> Result<Usage> {
+        let ids = self.members.iter().map(|member| member.process.id()).collect::<Result<Vec<_>>>()?;
+        Usage::of(&ids)
+    }
+
+    /// What has been written at the hub since its start.
+    pub(super) async fn hub_writes(&self, client: &mut Client) -> Result<HubWrites> {
+        let text = client.text(Method::GET, "/metrics", Bytes::new()).await?;
+        Ok(HubWrites::parse(&String::from_utf8_lossy(&text)))
+    }
+
+    /// Passes of the controller over objects since the hub's start.
+    pub(super) async fn passes(&self) -> Result<u64> {
+        let text = plain_get(self.ports[3], "/metrics").await?;
+        let number = |line: &str| line.rsplit(' ').next()?.parse::<f64>().ok();
+        Ok(text
+            .lines()
+            .filter(|line| line.starts_with("cellway_federation_reconcile_total"))
+            .filter_map(number)
+            .sum::<f64>() as u64)
+    }
+
+    pub(super) async fn stop(mut self) {
+        self.kill_hub().await;
+        for member in self.members.drain(..) {
+            member.process.stop().await;
+        }
+    }
+}
+
+/// GET without TLS, of the port for probes and metrics.
+async fn plain_get(port: u16, path: &str) -> Result<String> {
+    let tcp = TcpStream::connect(("127.0.0.1", port)).await.context("failed to connect to the metrics")?;
+    let (mut sender, connection) =
+        http1::handshake(TokioIo::new(tcp)).await.context("failed to speak HTTP to the metrics")?;
+    let _connection = AbortOnDropHandle::new(tokio::spawn(async move { drop(connection.await) }));
+    let request =
+        http::Request::get(path).header(http::header::HOST, "localhost").body(Empty::<Bytes>::new());
+    let response = sender.send_request(request.context("failed to make a request")?).await?;
+    ensure!(response.status().is_success(), "{path} was answered with {}", response.status());
+    let body = response.into_body().collect().await.context("the metrics broke off")?;
+    String::from_utf8(body.to_bytes().to_vec()).context("the metrics are not text")
+}
+
+// === impl HubWrites ===
+
+impl HubWrites {
+    /// Reads kube-apiserver's `apiserver_request_total`.
+    fn parse(text: &str) -> Self {
+        let mut writes = BTreeMap::new();
+        for line in text.lines() {
+            let Some((labels, number)) =
+                line.strip_prefix("apiserver_request_total{").and_then(|line| line.split_once("} "))
+            else {
+                continue;
+            };
+            let label = |name: &str| {
+                let (_, rest) = labels.split_once(&format!("{name}=\""))?;
+                rest.split_once('"').map(|(value, _)| value)
+            };
+            let (Some(verb), Some(code)) = (label("verb"), label("code")) else { continue };
+            if !CHANGING.contains(&verb) || !code.starts_with('2') {
+                continue;
+            }
+            // `resource="` is also the end of `subresource="`.
+            let labels = format!(",{labels}");
+            let of = |name: &str| {
+                let (_, rest) = labels.split_once(&format!(",{name}=\""))?;
+                rest.split_once('"').map(|(value, _)| value.to_owned())
+            };
+            let mut what = format!("{verb} {}", of("resource").unwrap_or_default());
+            if let Some(sub) = of("subresource").filter(|sub| !sub.is_empty()) {
+                what = format!("{what}/{sub}");
+            }
+            let number = number.trim().parse::<f64>().unwrap_or_default();
+            *writes.entry(what).or_default() += number as u64;
+        }
+        Self(writes)
+    }
+
+    /// What came in addition to `before`.
+    pub(super) fn since(&self, before: &Self) -> Self {
+        let more = |(what, number): (&String, &u64)| {
+            let more = number.saturating_sub(before.0.get(what).copied().unwrap_or_default());
+            (more > 0).then(|| (what.clone(), more))
+        };
+        Self(self.0.iter().filter_map(more).collect())
+    }
+
+    /// All of them but renewals of leases, which come by the clock, whatever else happens.
+    pub(super) fn total(&self) -> u64 {
+        self.0.iter().filter(|(what, _)| !what.contains(" leases")).map(|(_, number)| number).sum()
+    }
+
+    /// Renewals of leases.
+    pub(super) fn leases(&self) -> u64 {
+        self.0.iter().filter(|(what, _)| what.contains(" leases")).map(|(_, number)| number).sum()
+    }
+
+    /// For people.
+    pub(super) fn describe(&self) -> String {
+        let parts: Vec<_> = self.0.iter().map(|(what, number)| format!("{number} × {what}")).collect();
+        if parts.is_empty() { "none".into() } else { parts.join(", ") }
+    }
+}
+
+/// Waits until a look at something gives the same twice, `still` apart.
+pub(super) async fn quiet<T, F>(mut look: impl FnMut() -> F, still: Duration, limit: Duration) -> Result<T>
+where
+    T: PartialEq + std::fmt::Debug,
+    F: Future<Output = Result<T>>,
+{
+    let end = Instant::now() + limit;
+    let mut before = look().await?;
+    loop {
+        time::sleep(still).await;
+        let now = look().await?;
+        if now == before {
+            return Ok(now);
+        }
+        if Instant::now() > end {
+            bail!("it did not come to rest within {limit:?}: {before:?}, then {now:?}");
+        }
+        before = now;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writes_are_counted_by_what_they_change() {
+        let line = |verb: &str, resource: &str, sub: &str, code: u16, number: u64| {
+            format!(
+                "apiserver_request_total{{verb=\"{verb}\",group=\"\",version=\"v1\",resource=\"{resource}\",\
+                 subresource=\"{sub}\",scope=\"resource\",component=\"apiserver\",code=\"{code}\"}} {number}\n"
+            )
+        };
+        let first = line("PATCH", "things", "status", 200, 3) + &line("GET", "things", "", 200, 9);
+        let before = HubWrites::parse(&first);
+        assert_eq!((before.total(), before.describe()), (3, "3 × PATCH things/status".into()));
+        let then = line("PATCH", "things", "status", 200, 5)
+            + &line("POST", "things", "", 201, 2)
+            + &line("POST", "things", "", 409, 7)
+            + &line("PUT", "leases", "", 200, 4);
+        let since = HubWrites::parse(&then).since(&before);
+        assert_eq!((since.total(), since.leases()), (4, 4), "{}", since.describe());
+    }
+}
