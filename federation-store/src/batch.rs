@@ -8,7 +8,9 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
-use crate::types::{Event, EventKind, Expect, KeyValue, Revision, Transaction, TransactionOutcome, Write};
+use crate::types::{
+    Event, EventKind, Expect, KeyValue, Lease, LeaseChange, Revision, Transaction, TransactionOutcome, Write,
+};
 
 /// Where a record is in the log: its revision, and its number among the records of that revision. One number, so that
 /// it can be a primary key in any database.
@@ -42,6 +44,8 @@ pub(crate) struct Basis {
     pub(crate) heads: HashMap<Bytes, Record>,
     /// The newest write to each range of `unchanged`, in the order of the batch.
     pub(crate) newest: Vec<Revision>,
+    /// The leases that the batch names, those that exist. `heads` has the keys of those that it revokes.
+    pub(crate) leases: HashMap<i64, Lease>,
 }
 
 /// What a batch comes to.
@@ -53,6 +57,8 @@ pub(crate) struct Decision {
     pub(crate) records: Vec<Record>,
     /// One for each record.
     pub(crate) events: Vec<Event>,
+    /// Leases to write or, `None`, to remove.
+    pub(crate) leases: BTreeMap<i64, Option<Lease>>,
     /// One for each transaction.
     pub(crate) outcomes: Vec<Outcome>,
 }
@@ -69,11 +75,13 @@ pub(crate) enum Outcome {
         revision: Revision,
         current: Option<KeyValue>,
     },
+    NoLease,
+    LeaseExists,
 }
 
 /// Decides `transactions`.
 pub(crate) fn decide(basis: Basis, transactions: &[Transaction]) -> Decision {
-    let Basis { revision: mut at, compacted, mut heads, newest } = basis;
+    let Basis { revision: mut at, compacted, mut heads, newest, mut leases } = basis;
     let mut newest = newest.into_iter();
     let mut decision = Decision::default();
     for transaction in transactions {
@@ -82,8 +90,13 @@ pub(crate) fn decide(basis: Basis, transactions: &[Transaction]) -> Decision {
             decision.outcomes.push(Outcome::Conflict { revision: at, current });
             continue;
         }
+        if let Some(refusal) = refused(transaction, &leases) {
+            decision.outcomes.push(refusal);
+            continue;
+        }
         let begin = decision.events.len();
-        for write in &transaction.writes {
+        let orphans = orphans(transaction, &heads);
+        for write in transaction.writes.iter().chain(&orphans) {
             let head = heads.get(&write.key);
             let current = head.and_then(Record::key_value);
             if write.value.is_none() && current.is_none() {
@@ -102,6 +115,22 @@ pub(crate) fn decide(basis: Basis, transactions: &[Transaction]) -> Decision {
         }
         if decision.events.len() > begin {
             at = at.next();
+        }
+        if let Some(change) = transaction.lease {
+            match change {
+                LeaseChange::Grant(lease) => {
+                    leases.insert(lease.id, lease);
+                }
+                LeaseChange::KeepAlive { id, expires_at } => {
+                    if let Some(lease) = leases.get_mut(&id) {
+                        lease.expires_at = expires_at;
+                    }
+                }
+                LeaseChange::Revoke { id, .. } => {
+                    leases.remove(&id);
+                }
+            }
+            decision.leases.insert(change.id(), leases.get(&change.id()).copied());
         }
         decision.outcomes.push(Outcome::Applied { revision: at, events: begin..decision.events.len() });
     }
@@ -130,6 +159,37 @@ fn conflict(
         newest <= since && compacted <= *since && !written.iter().any(|record| range.contains(&record.key))
     });
     if unchanged { None } else { Some(None) }
+}
+
+/// The lease that keeps the transaction from being applied, if one does.
+fn refused(transaction: &Transaction, leases: &HashMap<i64, Lease>) -> Option<Outcome> {
+    if transaction.writes.iter().any(|write| write.lease != 0 && !leases.contains_key(&write.lease)) {
+        return Some(Outcome::NoLease);
+    }
+    let change = transaction.lease?;
+    match (change, leases.get(&change.id())) {
+        (LeaseChange::Grant(_), None) | (LeaseChange::KeepAlive { .. }, Some(_)) => None,
+        (LeaseChange::Grant(_), Some(_)) => Some(Outcome::LeaseExists),
+        (LeaseChange::Revoke { expired_at, .. }, Some(lease)) => {
+            // Somebody may have kept it alive since it was found to have ended.
+            expired_at.is_some_and(|now| lease.expires_at > now).then_some(Outcome::NoLease)
+        }
+        (LeaseChange::KeepAlive { .. } | LeaseChange::Revoke { .. }, None) => Some(Outcome::NoLease),
+    }
+}
+
+/// The deletions that a revocation brings.
+fn orphans(transaction: &Transaction, heads: &HashMap<Bytes, Record>) -> Vec<Write> {
+    let Some(lease) = transaction.revoked() else { return Vec::new() };
+    let attached = heads.values().filter(|head| !head.deleted && head.lease == lease);
+    let mut keys: Vec<&Bytes> = attached
+        .map(|head| &head.key)
+        .filter(|key| !transaction.writes.iter().any(|write| write.key == *key))
+        .collect();
+    keys.sort_unstable();
+    keys.into_iter()
+        .map(|key| Write { key: key.clone(), value: None, lease: 0, expect: Expect::Any })
+        .collect()
 }
 
 // === impl Place ===
@@ -184,6 +244,11 @@ impl Expect {
 // === impl Decision ===
 
 impl Decision {
+    /// Whether there is nothing to write.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.records.is_empty() && self.leases.is_empty()
+    }
+
     /// The newest record of each key that was written.
     pub(crate) fn heads(&self) -> Vec<&Record> {
         let heads: BTreeMap<&Bytes, &Record> =
@@ -201,6 +266,8 @@ impl Decision {
             Outcome::Conflict { revision, current } => {
                 TransactionOutcome::Conflict { revision: *revision, current: current.clone() }
             }
+            Outcome::NoLease => TransactionOutcome::NoLease,
+            Outcome::LeaseExists => TransactionOutcome::LeaseExists,
         })
     }
 }
@@ -304,7 +371,7 @@ mod tests {
         let all = vec![put("a", "1", Expect::Any), put("b", "1", Expect::Absent), delete("c", Expect::Any)];
         let stale = vec![put("c", "1", Expect::Any), put("b", "2", Expect::Absent)];
         let range = KeyRange::prefix("a");
-        let transaction = |writes, unchanged| Transaction { writes, unchanged, expects: Vec::new() };
+        let transaction = |writes, unchanged| Transaction { writes, unchanged, ..Transaction::default() };
         let basis =
             Basis { newest: vec![Revision(6), Revision(6), Revision(5)], compacted: Revision(5), ..at(7) };
         let decision = decide(
@@ -336,5 +403,42 @@ mod tests {
         let places: Vec<Place> = decision.records.iter().map(|record| record.place).collect();
         assert_eq!(places, [Place::new(Revision(8), 0), Place::new(Revision(8), 1)]);
         assert!(places[1] < Place::after(Revision(8)));
+    }
+
+    #[test]
+    fn leases_own_their_keys() {
+        let lease = Lease { id: 5, ttl: 10, expires_at: 1000 };
+        let change = |change| Transaction { lease: Some(change), ..Transaction::default() };
+        let leased =
+            |key: &'static str, id| Transaction::single(Write { lease: id, ..put(key, "", Expect::Any) });
+        let revoke = |expired_at| change(LeaseChange::Revoke { id: 5, expired_at });
+        let decision = decide(
+            at(1),
+            &[
+                leased("a", 5),
+                change(LeaseChange::Grant(lease)),
+                change(LeaseChange::Grant(lease)),
+                leased("c", 5),
+                leased("b", 5),
+                // The second write takes the key off the lease.
+                leased("b", 0),
+                leased("a", 5),
+                change(LeaseChange::KeepAlive { id: 5, expires_at: 2000 }),
+                revoke(Some(1500)),
+                revoke(Some(2000)),
+                revoke(None),
+            ],
+        );
+        let outcomes: Vec<_> = decision.answers().collect();
+        assert_eq!(outcomes[0], TransactionOutcome::NoLease);
+        assert_eq!(outcomes[2], TransactionOutcome::LeaseExists);
+        assert_eq!(outcomes[8], TransactionOutcome::NoLease);
+        assert!(matches!(&outcomes[9], TransactionOutcome::Applied { revision: Revision(6), events }
+            if events.iter().map(|event| event.kv.key.as_ref()).eq([b"a", b"c"])));
+        assert_eq!(outcomes[10], TransactionOutcome::NoLease);
+        assert_eq!(decision.leases[&5], None);
+        // A lease alone has no revision.
+        let decision = decide(at(1), &[change(LeaseChange::Grant(lease))]);
+        assert!(!decision.is_empty() && decision.revision == Revision(1));
     }
 }

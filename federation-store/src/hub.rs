@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::error::Error;
 use crate::types::{Event, KeyRange, Revision};
 
 /// Recent events kept, by number and by weight. A watcher that is a few seconds behind at full speed still fits.
@@ -26,7 +27,7 @@ pub(crate) struct Hub {
     /// The newest revision whose event is in the ring or in the database.
     revision: watch::Sender<Revision>,
     compacted: AtomicU64,
-    swept: AtomicU64,
+    sweep: watch::Sender<Sweep>,
     /// How often the database went back, and to where the last time.
     back: Mutex<(u64, Revision)>,
     watchers: Mutex<Watchers>,
@@ -46,6 +47,14 @@ pub(crate) struct Counters {
     pub(crate) resolved: AtomicU64,
     pub(crate) foreign: AtomicU64,
     pub(crate) size: AtomicU64,
+}
+
+/// How far the removal of compacted rows has come.
+#[derive(Debug, Clone)]
+pub(crate) struct Sweep {
+    pub(crate) upto: Revision,
+    /// Why it does not go on.
+    pub(crate) failed: Option<Error>,
 }
 
 /// What the ring has for a watcher.
@@ -87,7 +96,7 @@ impl Hub {
             revision: watch::Sender::new(revision),
             back: Mutex::new((0, Revision::ZERO)),
             compacted: AtomicU64::new(compacted.0),
-            swept: AtomicU64::new(swept.0),
+            sweep: watch::Sender::new(Sweep { upto: swept, failed: None }),
             watchers: Mutex::default(),
             closed: CancellationToken::new(),
             counters: Counters::default(),
@@ -148,7 +157,17 @@ impl Hub {
     pub(crate) fn set_compacted(&self, compacted: Revision, swept: Revision) {
         // Several tasks tell of it, not in order.
         self.compacted.fetch_max(compacted.0, Ordering::AcqRel);
-        self.swept.fetch_max(swept.0, Ordering::AcqRel);
+        self.sweep.send_modify(|sweep| *sweep = Sweep { upto: sweep.upto.max(swept), failed: None });
+    }
+
+    /// The sweep rests until there is something new to do.
+    pub(crate) fn sweep_failed(&self, error: Error) {
+        self.sweep.send_modify(|sweep| sweep.failed = Some(error));
+    }
+
+    /// Follows the sweep.
+    pub(crate) fn subscribe_sweep(&self) -> watch::Receiver<Sweep> {
+        self.sweep.subscribe()
     }
 
     pub(crate) fn revision(&self) -> Revision {
@@ -164,7 +183,7 @@ impl Hub {
     }
 
     pub(crate) fn swept(&self) -> Revision {
-        Revision(self.swept.load(Ordering::Acquire))
+        self.sweep.borrow().upto
     }
 
     /// The matching events after `after`, a bounded number of them.
@@ -199,8 +218,13 @@ impl Hub {
 // === impl Position ===
 
 impl Position {
+    /// The same number for others to read.
+    pub(crate) fn shared(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.at)
+    }
+
     pub(crate) fn set(&self, at: Revision) {
-        self.at.store(at.0, Ordering::Relaxed);
+        self.at.store(at.0, Ordering::Release);
     }
 }
 

@@ -37,6 +37,7 @@
 mod backend;
 mod batch;
 mod error;
+pub mod etcd;
 pub mod files;
 mod follower;
 mod hub;
@@ -54,8 +55,8 @@ pub use self::error::{Error, OpenError};
 pub use self::location::Location;
 pub use self::store::{Compaction, Store, StoreConfig, StoreMetrics};
 pub use self::types::{
-    Event, EventKind, Expect, KeyRange, KeyValue, ListRequest, ListResponse, MAX_KEY_BYTES,
-    MAX_TRANSACTION_BYTES, MAX_TRANSACTION_KEYS, MAX_VALUE_BYTES, Revision, Transaction, TransactionOutcome,
-    Write, WriteOutcome,
+    Event, EventKind, Expect, KeyRange, KeyValue, Lease, LeaseChange, ListRequest, ListResponse,
+    MAX_KEY_BYTES, MAX_TRANSACTION_BYTES, MAX_TRANSACTION_KEYS, MAX_VALUE_BYTES, Revision, Transaction,
+    TransactionOutcome, Write, WriteOutcome,
 };
-pub use self::watcher::Watcher;
+pub use self::watcher::{WatchPosition, Watcher};

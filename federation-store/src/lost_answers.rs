@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use bytes::Bytes;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 
@@ -11,7 +12,7 @@ use crate::backend::{Backend, Listed, Logged, State, WriteError};
 use crate::batch::{Basis, Decision, decide};
 use crate::error::Error;
 use crate::store::{Compaction, Store};
-use crate::types::{KeyRange, KeyValue, Revision, Transaction};
+use crate::types::{Expect, KeyRange, KeyValue, Lease, Revision, Transaction};
 
 /// What happens to the next writes.
 #[derive(Default)]
@@ -24,6 +25,8 @@ struct Plan {
     questions: AtomicUsize,
     /// Writes that fail before their commit.
     writes: AtomicUsize,
+    /// Removals of compacted rows that fail.
+    sweeps: AtomicUsize,
 }
 
 struct Lossy {
@@ -110,12 +113,24 @@ impl Backend for Lossy {
             .boxed()
     }
 
+    fn leases(&self) -> BoxFuture<'_, Result<Vec<Lease>, Error>> {
+        self.inner.leases()
+    }
+
+    fn lease(&self, id: i64) -> BoxFuture<'_, Result<Option<Lease>, Error>> {
+        self.inner.lease(id)
+    }
+
+    fn leased(&self, id: i64) -> BoxFuture<'_, Result<Vec<Bytes>, Error>> {
+        self.inner.leased(id)
+    }
+
     fn mark_compacted(&self, revision: Revision) -> BoxFuture<'_, Result<State, Error>> {
         self.inner.mark_compacted(revision)
     }
 
     fn sweep(&self) -> BoxFuture<'_, Result<State, Error>> {
-        self.inner.sweep()
+        async move { if due(&self.plan.sweeps) { Err(lost()) } else { self.inner.sweep().await } }.boxed()
     }
 
     fn size(&self) -> BoxFuture<'_, Result<u64, Error>> {
@@ -175,4 +190,23 @@ async fn what_cannot_be_found_out_is_said() {
     store.close().await;
     let unresolved = write.await.unwrap();
     assert!(matches!(unresolved, Err(Error::Unresolved { .. })), "{unresolved:?}");
+}
+
+#[tokio::test]
+async fn whoever_waits_for_a_sweep_hears_that_it_failed() {
+    let (store, plan) = store().await;
+    let write = async |value: &'static str| store.put("/a", value, 0, Expect::Any).await.unwrap();
+    write("1").await;
+    write("2").await;
+    let newest = store.revision();
+    plan.sweeps.store(1, Ordering::Relaxed);
+    store.compact(newest).await.unwrap();
+    assert!(matches!(store.swept(newest).await, Err(Error::Database { .. })));
+    // The next request brings another try.
+    write("3").await;
+    let swept = async || store.swept(newest).await.map_err(|error| error.to_string());
+    test_support::wait_until(swept, std::time::Duration::from_secs(60), "the sweep").await.unwrap();
+    assert_eq!(store.metrics().unswept, 0);
+    store.close().await;
+    assert!(matches!(store.swept(store.revision()).await, Err(Error::Closed)));
 }

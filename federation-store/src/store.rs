@@ -17,8 +17,8 @@ use crate::follower::Follower;
 use crate::hub::Hub;
 use crate::location::Location;
 use crate::types::{
-    Expect, KeyRange, KeyValue, ListRequest, ListResponse, MAX_TRANSACTION_BYTES, Revision, Transaction,
-    TransactionOutcome, Write, WriteOutcome,
+    Expect, KeyRange, KeyValue, Lease, ListRequest, ListResponse, MAX_TRANSACTION_BYTES, Revision,
+    Transaction, TransactionOutcome, Write, WriteOutcome,
 };
 use crate::watcher::Watcher;
 use crate::writer::{Request, Writer};
@@ -351,6 +351,24 @@ impl Store {
         answered.await.map_err(|_| Error::Closed)?
     }
 
+    /// All leases, in no order.
+    pub async fn leases(&self) -> Result<Vec<Lease>, Error> {
+        self.alive()?;
+        self.inner.backend.leases().await
+    }
+
+    /// One lease.
+    pub async fn lease(&self, id: i64) -> Result<Option<Lease>, Error> {
+        self.alive()?;
+        self.inner.backend.lease(id).await
+    }
+
+    /// The keys that are attached to a lease, in order.
+    pub async fn leased(&self, id: i64) -> Result<Vec<Bytes>, Error> {
+        self.alive()?;
+        self.inner.backend.leased(id).await
+    }
+
     /// Follows a range: all events with revisions **after** `from`. To follow from a list, pass its revision; to follow
     /// from now, [`Self::revision`]. A revision that this process has not seen yet is waited for: another one may have
     /// answered with it. Whether it exists at all, [`Self::sync`] knows.
@@ -370,6 +388,26 @@ impl Store {
         let (answer, answered) = oneshot::channel();
         self.send(Request::Compact { revision, answer }).await?;
         answered.await.map_err(|_| Error::Closed)?
+    }
+
+    /// Waits until the rows that the compaction of `revision` made unreachable are gone. Fails when their removal does;
+    /// it is tried again with the next write.
+    pub async fn swept(&self, revision: Revision) -> Result<(), Error> {
+        let mut sweep = self.inner.hub.subscribe_sweep();
+        loop {
+            let now = sweep.borrow_and_update().clone();
+            if now.upto >= revision {
+                return Ok(());
+            }
+            if let Some(error) = now.failed {
+                return Err(error);
+            }
+            tokio::select! {
+                () = self.inner.hub.closed.cancelled() => return Err(Error::Closed),
+                // The sender is in the hub.
+                _ = sweep.changed() => {}
+            }
+        }
     }
 
     /// What the store is doing.
@@ -430,6 +468,9 @@ impl Store {
             },
             TransactionOutcome::Conflict { revision, current } => {
                 WriteOutcome::Conflict { current, revision }
+            }
+            TransactionOutcome::NoLease | TransactionOutcome::LeaseExists => {
+                return Err(Error::InvalidTransaction { reason: "its lease does not exist" });
             }
         })
     }

@@ -32,7 +32,7 @@ pub struct KeyValue {
     pub mod_revision: Revision,
     /// How many writes the key has had since its creation, which is 1. 0 in the `kv` of a delete event.
     pub version: u64,
-    /// The lease that the last write attached the key to; 0: none. The store only keeps it.
+    /// The lease that the last write attached the key to; 0: none.
     pub lease: i64,
 }
 
@@ -98,7 +98,7 @@ pub struct Write {
     pub key: Bytes,
     /// The new value; `None` deletes.
     pub value: Option<Bytes>,
-    /// The lease that the key is attached to; 0: none.
+    /// The lease that the key is attached to, which must exist; 0: none.
     pub lease: i64,
     /// What must hold, or nothing of the whole transaction is written.
     pub expect: Expect,
@@ -116,6 +116,40 @@ pub struct Transaction {
     pub unchanged: Vec<(KeyRange, Revision)>,
     /// No key twice. The deletion of a missing key that expects nothing is no write and has no event.
     pub writes: Vec<Write>,
+    /// Done after the writes, which see the leases as they were before. A revocation deletes no key that they write.
+    pub lease: Option<LeaseChange>,
+}
+
+/// A promise to delete the keys attached to it unless it is kept alive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lease {
+    /// Its number, not 0.
+    pub id: i64,
+    /// How long it lives after it was granted or kept alive, in seconds.
+    pub ttl: i64,
+    /// When it ends, in milliseconds since 1970. The store only keeps it: to end a lease in time is up to its user.
+    pub expires_at: i64,
+}
+
+/// A change of a lease. It has no revision of its own; the deletions that a revocation brings have one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeaseChange {
+    /// Makes a lease that does not exist.
+    Grant(Lease),
+    /// Moves the end of one that does.
+    KeepAlive {
+        /// Which.
+        id: i64,
+        /// Its new end, as in [`Lease::expires_at`].
+        expires_at: i64,
+    },
+    /// Removes it, and deletes the keys attached to it.
+    Revoke {
+        /// Which.
+        id: i64,
+        /// Only if it has ended by then.
+        expired_at: Option<i64>,
+    },
 }
 
 /// How a transaction ended.
@@ -135,6 +169,10 @@ pub enum TransactionOutcome {
         /// The key whose expectation failed, as it is; `None` when there is none or a range was changed.
         current: Option<KeyValue>,
     },
+    /// A lease that it names does not exist (or has not ended by then), nothing was written.
+    NoLease,
+    /// The lease to grant exists, nothing was written.
+    LeaseExists,
 }
 
 /// The most keys that one transaction may name: its events are kept in memory together.
@@ -236,6 +274,17 @@ impl KeyValue {
     }
 }
 
+// === impl LeaseChange ===
+
+impl LeaseChange {
+    pub(crate) fn id(&self) -> i64 {
+        match self {
+            Self::Grant(lease) => lease.id,
+            Self::KeepAlive { id, .. } | Self::Revoke { id, .. } => *id,
+        }
+    }
+}
+
 // === impl Transaction ===
 
 impl Transaction {
@@ -247,6 +296,20 @@ impl Transaction {
     pub(crate) fn keys(&self) -> impl Iterator<Item = &Bytes> {
         let writes = self.writes.iter().map(|write| &write.key);
         writes.chain(self.expects.iter().map(|(key, _)| key))
+    }
+
+    /// All leases that it names.
+    pub(crate) fn leases(&self) -> impl Iterator<Item = i64> {
+        let writes = self.writes.iter().map(|write| write.lease);
+        writes.chain(self.lease.iter().map(LeaseChange::id)).filter(|id| *id != 0)
+    }
+
+    /// The lease that it revokes.
+    pub(crate) fn revoked(&self) -> Option<i64> {
+        match self.lease {
+            Some(LeaseChange::Revoke { id, .. }) => Some(id),
+            _ => None,
+        }
     }
 
     /// About how much memory the transaction holds, in bytes.
@@ -328,6 +391,11 @@ impl KeyRange {
     /// Keys from `start`, included, to `end`, excluded.
     pub fn between(start: impl Into<Bytes>, end: impl Into<Bytes>) -> Self {
         Self { start: start.into(), end: Some(end.into()) }
+    }
+
+    /// Keys from `start`, included, to the last one.
+    pub fn starting(start: impl Into<Bytes>) -> Self {
+        Self { start: start.into(), end: None }
     }
 
     /// Whether `key` is in the range.

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures::Stream;
 use tokio::sync::watch;
@@ -27,6 +27,19 @@ pub struct Watcher {
     /// How often the database had gone back when the watcher began.
     back: u64,
     position: Position,
+}
+
+/// How far a watcher has come, seen from outside.
+#[derive(Debug, Clone)]
+pub struct WatchPosition(Arc<AtomicU64>);
+
+// === impl WatchPosition ===
+
+impl WatchPosition {
+    /// [`Watcher::progress`] of now.
+    pub fn get(&self) -> Revision {
+        Revision(self.0.load(Ordering::Acquire))
+    }
 }
 
 // === impl Watcher ===
@@ -102,6 +115,11 @@ impl Watcher {
             Some(event) => Revision(event.revision.0 - 1),
             None => self.read,
         }
+    }
+
+    /// [`Self::progress`], readable while the watcher is being polled or waited for by another.
+    pub fn position(&self) -> WatchPosition {
+        WatchPosition(self.position.shared())
     }
 
     /// The same as a stream that ends after its first error.

@@ -326,6 +326,7 @@ impl Writer {
                     error = &error as &dyn std::error::Error,
                     "failed to remove compacted history, will try after the next write"
                 );
+                self.hub.sweep_failed(error);
                 false
             }
         }

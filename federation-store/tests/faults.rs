@@ -11,7 +11,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use federation_store::{
-    Compaction, Error, KeyRange, ListRequest, Location, OpenError, Revision, Store, StoreConfig,
+    Compaction, Error, Expect, KeyRange, Lease, LeaseChange, ListRequest, Location, OpenError, Revision,
+    Store, StoreConfig, Transaction,
 };
 use test_support::databases::{Kind, Server, give};
 use test_support::relay::{Impairment, Relay};
@@ -275,6 +276,46 @@ async fn a_server_that_cannot_take_large_values_is_refused() {
     assert!(matches!(error, OpenError::Unsuitable { .. }), "{error:?}");
     assert!(error.to_string().contains("set max_allowed_packet=16M"), "{error}");
     assert!(!error.to_string().contains("secret"), "{error}");
+}
+
+#[tokio::test]
+async fn older_schemas_are_brought_up_to_date() {
+    for kind in [Kind::Postgres, Kind::MariaDb, Kind::MySql] {
+        let server = test_support::require!(Server::start(kind).await.unwrap());
+        let url = server.database().await.unwrap();
+        let store = open(&url).await.unwrap();
+        store.create("/kept", "1").await.unwrap();
+        store.close().await;
+        // What version 1 did not have.
+        for statement in [
+            "DELETE FROM test_0.store_schema WHERE version > 1",
+            "DROP TABLE test_0.store_lease",
+            match kind {
+                Kind::Postgres => "DROP INDEX test_0.store_log_lease",
+                Kind::MariaDb | Kind::MySql => "DROP INDEX store_log_lease ON test_0.store_log",
+            },
+        ] {
+            server.run(statement).await.unwrap();
+        }
+        // Two replicas of a new release, started together.
+        let (one, other) = tokio::join!(open(&url), open(&url));
+        let (one, other) = (one.unwrap(), other.unwrap());
+        assert_eq!(one.get("/kept", None).await.unwrap().0.unwrap().value, "1");
+        let lease = Lease { id: 7, ttl: 60, expires_at: i64::MAX };
+        let grant = Transaction { lease: Some(LeaseChange::Grant(lease)), ..Transaction::default() };
+        one.transact(grant).await.unwrap();
+        other.put("/leased", "1", 7, Expect::Absent).await.unwrap().applied().unwrap();
+        assert_eq!(one.leases().await.unwrap(), [lease]);
+        assert_eq!(one.leased(7).await.unwrap(), ["/leased"]);
+        // A definition that went through before its version was written down is no obstacle.
+        one.close().await;
+        other.close().await;
+        if kind != Kind::Postgres {
+            server.run("DELETE FROM test_0.store_schema WHERE version > 1").await.unwrap();
+            let again = open(&url).await.unwrap();
+            assert_eq!(again.leases().await.unwrap(), [lease]);
+        }
+    }
 }
 
 #[tokio::test]

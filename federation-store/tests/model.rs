@@ -8,8 +8,8 @@
 use std::collections::BTreeMap;
 
 use federation_store::{
-    Compaction, Error, Event, EventKind, Expect, KeyRange, KeyValue, ListRequest, Location, Revision, Store,
-    StoreConfig, Transaction, TransactionOutcome, Write, WriteOutcome,
+    Compaction, Error, Event, EventKind, Expect, KeyRange, KeyValue, Lease, LeaseChange, ListRequest,
+    Location, Revision, Store, StoreConfig, Transaction, TransactionOutcome, Write, WriteOutcome,
 };
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -61,6 +61,10 @@ enum Op {
     Compact {
         back: u64,
     },
+    /// A lease is revoked and granted again.
+    Revoke {
+        lease: u8,
+    },
     Reopen,
 }
 
@@ -81,6 +85,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (key, 0_u64..20).prop_map(|(key, back)| Op::Get { key, back }),
         2 => (0_u64..30, any::<bool>()).prop_map(|(back, prefix)| Op::Watch { back, prefix }),
         1 => (0_u64..12).prop_map(|back| Op::Compact { back }),
+        1 => (1..KEYS).prop_map(|lease| Op::Revoke { lease }),
         1 => Just(Op::Reopen),
     ]
 }
@@ -167,6 +172,14 @@ impl Model {
     }
 }
 
+fn lease(id: u8) -> Lease {
+    Lease { id: id.into(), ttl: 60, expires_at: i64::from(id) * 1000 }
+}
+
+fn lease_change(change: LeaseChange) -> Transaction {
+    Transaction { lease: Some(change), ..Transaction::default() }
+}
+
 async fn run(ops: Vec<Op>, location: Location, replicas: usize) {
     let memory = location.to_string().contains(":memory:");
     let config = StoreConfig { location, compaction: Compaction::Manual };
@@ -175,6 +188,11 @@ async fn run(ops: Vec<Op>, location: Location, replicas: usize) {
         stores.push(Store::open(config.clone()).await.unwrap());
     }
     let mut model = Model { events: Vec::new(), compacted: 0 };
+    // Those that transactions name.
+    for lease in 1..KEYS {
+        let outcome = stores[0].transact(lease_change(LeaseChange::Grant(self::lease(lease)))).await.unwrap();
+        assert!(matches!(outcome, TransactionOutcome::Applied { revision: Revision(1), .. }), "{outcome:?}");
+    }
     for (counter, op) in ops.into_iter().enumerate() {
         let turn = counter % replicas;
         let store = stores[turn].clone();
@@ -262,7 +280,33 @@ async fn run(ops: Vec<Op>, location: Location, replicas: usize) {
                         model.events.extend(events);
                         assert_eq!(revision, model.revision());
                     }
+                    TransactionOutcome::NoLease | TransactionOutcome::LeaseExists => {
+                        panic!("the leases are there")
+                    }
                 }
+            }
+            Op::Revoke { lease: id } => {
+                let lease = lease(id);
+                let attached: Vec<u8> = (0..KEYS)
+                    .filter(|key| model.current(*key).is_some_and(|kv| kv.lease == lease.id))
+                    .collect();
+                let mut events: Vec<Event> = attached.iter().map(|key| model.event(*key, None, 0)).collect();
+                events.sort_by(|a, b| a.kv.key.cmp(&b.kv.key));
+                let keys: Vec<_> = events.iter().map(|event| event.kv.key.clone()).collect();
+                assert_eq!(store.leased(lease.id).await.unwrap(), keys);
+                assert_eq!(store.lease(lease.id).await.unwrap(), Some(lease));
+                let early = LeaseChange::Revoke { id: lease.id, expired_at: Some(lease.expires_at - 1) };
+                assert_eq!(store.transact(lease_change(early)).await.unwrap(), TransactionOutcome::NoLease);
+                let again = store.transact(lease_change(LeaseChange::Grant(lease))).await.unwrap();
+                assert_eq!(again, TransactionOutcome::LeaseExists);
+                let revoke = LeaseChange::Revoke { id: lease.id, expired_at: None };
+                model.events.extend(events.clone());
+                let revoked = TransactionOutcome::Applied { revision: model.revision(), events };
+                assert_eq!(store.transact(lease_change(revoke)).await.unwrap(), revoked);
+                let none = store.put(name(0), "", lease.id, Expect::Any).await;
+                assert!(matches!(none, Err(Error::InvalidTransaction { .. })), "{none:?}");
+                store.transact(lease_change(LeaseChange::Grant(lease))).await.unwrap();
+                assert_eq!(store.leases().await.unwrap().len(), usize::from(KEYS) - 1);
             }
             Op::List { back, limit, prefix } => {
                 let revision = model.back(back);

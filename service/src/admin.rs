@@ -78,6 +78,11 @@ impl Admin {
             .with_state(Arc::new(self.clone()))
     }
 
+    /// `/metrics` alone, for a program with probes of its own.
+    pub fn metrics_router(&self) -> Router {
+        Router::new().route("/metrics", get(metrics)).with_state(Arc::new(self.clone()))
+    }
+
     /// The health pages and `/config /debug/ /debug/<table> /debug/log-level`.
     pub fn admin_router(&self) -> Router {
         let own = Router::new()

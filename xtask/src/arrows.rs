@@ -14,7 +14,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("tunnel", &["proto", "tls"]),
     ("federation-core", &[]),
     ("federation-controller", &["federation-core"]),
-    ("federation-store", &[]),
+    ("federation-store", &["proto", "tls", "service"]),
     ("federation-apiserver", &["federation-store", "proto", "tls", "service"]),
     ("proxy-agent", &["tunnel", "tls", "service"]),
     (

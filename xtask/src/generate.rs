@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use prost_build::{Service, ServiceGenerator};
 
 use crate::shell::{Cmd, root};
 
@@ -51,6 +52,8 @@ pub(crate) fn messages(out: &Path) -> Result<()> {
     let mut config = prost_build::Config::new();
     // `Bytes` share the buffer that was read instead of copying out of it.
     config.bytes(["."]).btree_map(["."]).out_dir(out);
+    let services = tonic_prost_build::configure().build_transport(false).service_generator();
+    config.service_generator(Box::new(EtcdServices(services)));
     config.compile_fds(descriptors).context("cannot write the messages' code")?;
     for entry in fs::read_dir(out)? {
         let path = entry?.path();
@@ -59,9 +62,31 @@ pub(crate) fn messages(out: &Path) -> Result<()> {
             fs::write(&path, format!("{HEAD}{text}"))
                 .with_context(|| format!("cannot write {}", path.display()))?;
         }
-        Cmd::new("rustfmt").args(["--edition", "2024", "--quiet"]).arg(&path).read()?;
+        // The target folder may be elsewhere, where there is no `rustfmt.toml`.
+        let style = root()?.join("rustfmt.toml");
+        Cmd::new("rustfmt")
+            .args(["--edition", "2024", "--quiet", "--config-path"])
+            .arg(style)
+            .arg(&path)
+            .read()?;
     }
     Ok(())
+}
+
+/// Generates the services of etcd's API and its health check. The others have a call or two, over connections of their own
+/// making; they need no gRPC library.
+struct EtcdServices(Box<dyn ServiceGenerator>);
+
+impl ServiceGenerator for EtcdServices {
+    fn generate(&mut self, service: Service, code: &mut String) {
+        if ["etcdserverpb", "grpc.health.v1"].contains(&service.package.as_str()) {
+            self.0.generate(service, code);
+        }
+    }
+
+    fn finalize(&mut self, code: &mut String) {
+        self.0.finalize(code);
+    }
 }
 
 const HEAD: &str = "// Written by `cargo xtask generate` from proto/*.proto: change those, not this.\n";

@@ -94,8 +94,8 @@ fn test(args: &[String]) -> Result<()> {
 fn bench(args: &[String]) -> Result<()> {
     tools::prepare_for_bench()?;
     Cmd::new("cargo")
-        .args(["build", "--release", "-p", "proxy-server", "-p", "proxy-agent", "-p", "federation-apiserver"])
-        .args(["-p", "cli", "-p", "bench"])
+        .args(["build", "--release", "-p", "proxy-server", "-p", "proxy-agent"])
+        .args(["-p", "federation-apiserver", "-p", "federation-store", "-p", "cli", "-p", "bench"])
         .run()?;
     Cmd::new("cargo").args(["run", "--release", "-p", "bench", "--"]).args(args).run()
 }

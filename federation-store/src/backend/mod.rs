@@ -12,22 +12,25 @@
 //! ```text
 //! store_state    one row: the counter, the compacted and the swept revision. Whoever writes locks it first
 //! store_log      every write, by place; (name, prev) is unique: two writes cannot replace the same one
+//! store_lease    the leases; the log has the lease of each row's key
 //! store_head     for each key its newest row, tombstones included: a list costs its keys, not their history
 //! store_replica  for each writing process the last batch that it committed: tells a lost answer from a lost commit
 //! store_schema   the version of all this
 //! ```
 
+mod leases;
 pub(crate) mod mysql;
 pub(crate) mod postgres;
 mod remote;
 mod rows;
 pub(crate) mod sqlite;
 
+use bytes::Bytes;
 use futures::future::BoxFuture;
 
 use crate::batch::Decision;
 use crate::error::Error;
-use crate::types::{Event, KeyRange, KeyValue, Revision, Transaction};
+use crate::types::{Event, KeyRange, KeyValue, Lease, Revision, Transaction};
 
 /// Events fetched from the log at once, by number and by the bytes of their values: what a slow watcher may hold.
 const EVENTS_PER_READ: usize = 256;
@@ -123,6 +126,15 @@ pub(crate) trait Backend: Send + Sync + 'static {
 
     /// Whether `batch`, the last that this process wrote, was committed. If not, it never will be.
     fn committed(&self, batch: i64) -> BoxFuture<'_, Result<bool, Error>>;
+
+    /// All leases.
+    fn leases(&self) -> BoxFuture<'_, Result<Vec<Lease>, Error>>;
+
+    /// One lease.
+    fn lease(&self, id: i64) -> BoxFuture<'_, Result<Option<Lease>, Error>>;
+
+    /// The keys attached to a lease, in order.
+    fn leased(&self, id: i64) -> BoxFuture<'_, Result<Vec<Bytes>, Error>>;
 
     /// Records that nothing before `revision` may be read any more.
     fn mark_compacted(&self, revision: Revision) -> BoxFuture<'_, Result<State, Error>>;

@@ -11,9 +11,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt as _, TryFutureExt as _};
-use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlPool, MySqlPoolOptions};
+use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlDatabaseError, MySqlPool, MySqlPoolOptions};
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Executor as _, Row as _};
 
+use super::leases::{attached, lease_functions};
 use super::remote::{
     ACQUIRE_TIMEOUT, IDLE_TRANSACTION_SECONDS, LOCK_SECONDS, READERS, limited, read, settle,
 };
@@ -21,41 +22,52 @@ use super::rows::{PREVIOUS, end_of, event_of, place_of, record_of, sql, state_of
 use super::{Backend, EVENTS_PER_READ, Listed, Logged, REPLICA_SECONDS, State, WriteError};
 use crate::batch::{Basis, Decision, Record, decide};
 use crate::error::{Error, OpenError};
-use crate::types::{KeyRange, KeyValue, MAX_KEY_BYTES, MAX_VALUE_BYTES, Revision, Transaction};
+use crate::types::{KeyRange, KeyValue, Lease, MAX_KEY_BYTES, MAX_VALUE_BYTES, Revision, Transaction};
 
 /// Schema steps in order; the version is the position, counted from 1. Released steps never change. Every statement may
 /// be repeated: a definition commits at once, and several replicas may start together.
-const MIGRATIONS: &[&[&str]] = &[&[
-    "CREATE TABLE IF NOT EXISTS store_state (
-        id        TINYINT NOT NULL PRIMARY KEY,
-        revision  BIGINT NOT NULL,
-        compacted BIGINT NOT NULL,
-        swept     BIGINT NOT NULL
-    ) ENGINE = InnoDB",
-    "INSERT IGNORE INTO store_state (id, revision, compacted, swept) VALUES (1, 1, 0, 0)",
-    "CREATE TABLE IF NOT EXISTS store_log (
-        place           BIGINT NOT NULL PRIMARY KEY,
-        name            VARBINARY(1024) NOT NULL,
-        prev            BIGINT NOT NULL,
-        create_revision BIGINT NOT NULL,
-        version         BIGINT NOT NULL,
-        lease           BIGINT NOT NULL,
-        deleted         TINYINT(1) NOT NULL,
-        value           MEDIUMBLOB NOT NULL,
-        UNIQUE KEY store_log_cas (name, prev),
-        KEY store_log_name (name, place)
-    ) ENGINE = InnoDB",
-    "CREATE TABLE IF NOT EXISTS store_head (
-        name    VARBINARY(1024) NOT NULL PRIMARY KEY,
-        place   BIGINT NOT NULL,
-        deleted TINYINT(1) NOT NULL
-    ) ENGINE = InnoDB",
-    "CREATE TABLE IF NOT EXISTS store_replica (
-        id    VARBINARY(16) NOT NULL PRIMARY KEY,
-        batch BIGINT NOT NULL,
-        seen  BIGINT NOT NULL
-    ) ENGINE = InnoDB",
-]];
+const MIGRATIONS: &[&[&str]] = &[
+    &[
+        "CREATE TABLE IF NOT EXISTS store_state (
+            id        TINYINT NOT NULL PRIMARY KEY,
+            revision  BIGINT NOT NULL,
+            compacted BIGINT NOT NULL,
+            swept     BIGINT NOT NULL
+        ) ENGINE = InnoDB",
+        "INSERT IGNORE INTO store_state (id, revision, compacted, swept) VALUES (1, 1, 0, 0)",
+        "CREATE TABLE IF NOT EXISTS store_log (
+            place           BIGINT NOT NULL PRIMARY KEY,
+            name            VARBINARY(1024) NOT NULL,
+            prev            BIGINT NOT NULL,
+            create_revision BIGINT NOT NULL,
+            version         BIGINT NOT NULL,
+            lease           BIGINT NOT NULL,
+            deleted         TINYINT(1) NOT NULL,
+            value           MEDIUMBLOB NOT NULL,
+            UNIQUE KEY store_log_cas (name, prev),
+            KEY store_log_name (name, place)
+        ) ENGINE = InnoDB",
+        "CREATE TABLE IF NOT EXISTS store_head (
+            name    VARBINARY(1024) NOT NULL PRIMARY KEY,
+            place   BIGINT NOT NULL,
+            deleted TINYINT(1) NOT NULL
+        ) ENGINE = InnoDB",
+        "CREATE TABLE IF NOT EXISTS store_replica (
+            id    VARBINARY(16) NOT NULL PRIMARY KEY,
+            batch BIGINT NOT NULL,
+            seen  BIGINT NOT NULL
+        ) ENGINE = InnoDB",
+    ],
+    // Leases that end.
+    &[
+        "CREATE INDEX store_log_lease ON store_log (lease)",
+        "CREATE TABLE IF NOT EXISTS store_lease (
+            id         BIGINT NOT NULL PRIMARY KEY,
+            ttl        BIGINT NOT NULL,
+            expires_at BIGINT NOT NULL
+        ) ENGINE = InnoDB",
+    ],
+];
 
 const NAME: &str = "MySQL";
 
@@ -97,6 +109,9 @@ const MIN_PACKET: u64 = (MAX_VALUE_BYTES + MAX_STATEMENT_BYTES + MAX_ROWS * MAX_
 /// for a transaction whose client has gone silent, and such a transaction may hold the counter.
 const WAIT_SECONDS: u32 = 60;
 const POOL_IDLE: std::time::Duration = std::time::Duration::from_secs(45);
+
+/// The server's number for an index that exists already.
+const ER_DUP_KEYNAME: u16 = 1061;
 
 /// Revisions looked at in one step of the sweep, which holds the counter: writes get in between.
 const REVISIONS_PER_SWEEP: u64 = 500;
@@ -167,7 +182,7 @@ impl MySqlBackend {
                 return Err(failed(error.unwrap_or(sqlx::Error::WorkerCrashed)));
             }
         };
-        if decision.records.is_empty() {
+        if decision.is_empty() {
             let ended = limited(connection.execute("ROLLBACK").map_ok(drop)).await;
             // Nothing was written: what became of the connection matters only to itself.
             let _ = settle(connection, ended).await;
@@ -244,6 +259,24 @@ impl Backend for MySqlBackend {
     fn committed(&self, batch: i64) -> BoxFuture<'_, Result<bool, Error>> {
         async move { read!(&self.writer, |connection| committed(&mut connection, &self.replica, batch)) }
             .map_err(failed("look for a commit"))
+            .boxed()
+    }
+
+    fn leases(&self) -> BoxFuture<'_, Result<Vec<Lease>, Error>> {
+        async move { read!(&self.readers, |connection| all_leases(&mut connection)) }
+            .map_err(failed("read the leases"))
+            .boxed()
+    }
+
+    fn lease(&self, id: i64) -> BoxFuture<'_, Result<Option<Lease>, Error>> {
+        async move { read!(&self.readers, |connection| read_lease(&mut connection, id)) }
+            .map_err(failed("read a lease"))
+            .boxed()
+    }
+
+    fn leased(&self, id: i64) -> BoxFuture<'_, Result<Vec<Bytes>, Error>> {
+        async move { read!(&self.readers, |connection| leased_keys(&mut connection, id)) }
+            .map_err(failed("read the keys of a lease"))
             .boxed()
     }
 
@@ -343,7 +376,11 @@ async fn migrate(pool: &MySqlPool) -> Result<(), OpenError> {
     }
     for (version, statements) in (1_i64..).zip(MIGRATIONS).filter(|(version, _)| *version > found) {
         for statement in *statements {
-            sqlx::query(*statement).execute(pool).await.map_err(step(version))?;
+            match sqlx::query(*statement).execute(pool).await {
+                // Not every server knows IF NOT EXISTS for an index.
+                Err(error) if number(&error) == Some(ER_DUP_KEYNAME) => {}
+                made => made.map(drop).map_err(step(version))?,
+            }
         }
         sqlx::query("INSERT IGNORE INTO store_schema (version) VALUES (?)")
             .bind(version)
@@ -358,6 +395,11 @@ async fn migrate(pool: &MySqlPool) -> Result<(), OpenError> {
         .await
         .map(drop)
         .map_err(step(known))
+}
+
+/// The server's number of an error.
+fn number(error: &sqlx::Error) -> Option<u16> {
+    Some(error.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?.number())
 }
 
 async fn read_state(connection: &mut MySqlConnection) -> Result<State, sqlx::Error> {
@@ -498,13 +540,15 @@ async fn write_batch(
     // Not the driver's transaction: the caller has to tell a failed commit from any other failure.
     connection.execute("START TRANSACTION").await?;
     let state = state_of(&sqlx::query(LOCKED_STATE).fetch_one(&mut *connection).await?)?;
-    let basis = read_basis(connection, transactions, state).await?;
+    let mut basis = read_basis(connection, transactions, state).await?;
+    read_leases(connection, transactions, &mut basis).await?;
     let decision = decide(basis, transactions);
-    if decision.records.is_empty() {
+    if decision.is_empty() {
         return Ok(decision);
     }
     append(connection, &decision.records).await?;
     move_heads(connection, &decision.heads()).await?;
+    write_leases(connection, &decision.leases).await?;
     sqlx::query(
         "INSERT INTO store_replica (id, batch, seen) VALUES (?, ?, UNIX_TIMESTAMP())
              ON DUPLICATE KEY UPDATE batch = VALUES(batch), seen = VALUES(seen)",
@@ -519,6 +563,8 @@ async fn write_batch(
         .await?;
     Ok(decision)
 }
+
+lease_functions!(MySqlConnection, "?", "?", "?");
 
 async fn read_basis(
     connection: &mut MySqlConnection,

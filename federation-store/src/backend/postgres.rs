@@ -8,11 +8,13 @@ use std::str::FromStr as _;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt as _, TryFutureExt as _};
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgListener, PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Executor as _, Row as _};
 
+use super::leases::{attached, lease_functions};
 use super::remote::{
     ACQUIRE_TIMEOUT, IDLE_TRANSACTION_SECONDS, LOCK_SECONDS, OPERATION_TIMEOUT, READERS, limited, read,
     settle,
@@ -21,10 +23,11 @@ use super::rows::{PREVIOUS, end_of, event_of, place_of, record_of, sql, state_of
 use super::{Backend, Changes, EVENTS_PER_READ, Listed, Logged, REPLICA_SECONDS, State, WriteError};
 use crate::batch::{Basis, Decision, Record, decide};
 use crate::error::{Error, OpenError};
-use crate::types::{KeyRange, KeyValue, Revision, Transaction};
+use crate::types::{KeyRange, KeyValue, Lease, Revision, Transaction};
 
 /// Schema steps in order; the version is the position, counted from 1. Released steps never change.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE store_state (
         id        SMALLINT PRIMARY KEY CHECK (id = 1),
         revision  BIGINT NOT NULL,
@@ -54,7 +57,17 @@ const MIGRATIONS: &[&str] = &["
         batch BIGINT NOT NULL,
         seen  BIGINT NOT NULL
     );
-"];
+",
+    // Leases that end.
+    "
+    CREATE INDEX store_log_lease ON store_log (lease) WHERE lease <> 0;
+    CREATE TABLE store_lease (
+        id         BIGINT PRIMARY KEY,
+        ttl        BIGINT NOT NULL,
+        expires_at BIGINT NOT NULL
+    );
+",
+];
 
 /// Only one process at a time looks at the schema. Any number that nobody else has.
 const MIGRATION_LOCK: i64 = 0x6365_6c6c_7761_7901;
@@ -170,7 +183,7 @@ impl PostgresBackend {
                 ));
             }
         };
-        if decision.records.is_empty() {
+        if decision.is_empty() {
             let ended = limited(connection.execute("ROLLBACK").map_ok(drop)).await;
             // Nothing was written: what became of the connection matters only to itself.
             let _ = settle(connection, ended).await;
@@ -247,6 +260,24 @@ impl Backend for PostgresBackend {
     fn committed(&self, batch: i64) -> BoxFuture<'_, Result<bool, Error>> {
         async move { read!(&self.writer, |connection| committed(&mut connection, &self.replica, batch)) }
             .map_err(failed("look for a commit"))
+            .boxed()
+    }
+
+    fn leases(&self) -> BoxFuture<'_, Result<Vec<Lease>, Error>> {
+        async move { read!(&self.readers, |connection| all_leases(&mut connection)) }
+            .map_err(failed("read the leases"))
+            .boxed()
+    }
+
+    fn lease(&self, id: i64) -> BoxFuture<'_, Result<Option<Lease>, Error>> {
+        async move { read!(&self.readers, |connection| read_lease(&mut connection, id)) }
+            .map_err(failed("read a lease"))
+            .boxed()
+    }
+
+    fn leased(&self, id: i64) -> BoxFuture<'_, Result<Vec<Bytes>, Error>> {
+        async move { read!(&self.readers, |connection| leased_keys(&mut connection, id)) }
+            .map_err(failed("read the keys of a lease"))
             .boxed()
     }
 
@@ -499,13 +530,17 @@ async fn write_batch(
     // Not the driver's transaction: the caller has to tell a failed commit from any other failure.
     connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED").await?;
     let state = state_of(&sqlx::query(LOCKED_STATE).fetch_one(&mut *connection).await?)?;
-    let basis = read_basis(connection, transactions, state).await?;
+    let mut basis = read_basis(connection, transactions, state).await?;
+    read_leases(connection, transactions, &mut basis).await?;
     let decision = decide(basis, transactions);
-    if !decision.records.is_empty() {
+    if !decision.is_empty() {
         append(connection, &decision, replica, batch).await?;
+        write_leases(connection, &decision.leases).await?;
     }
     Ok(decision)
 }
+
+lease_functions!(PgConnection, "$1", "$2", "$3");
 
 async fn read_basis(
     connection: &mut PgConnection,

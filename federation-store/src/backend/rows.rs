@@ -4,7 +4,7 @@ use sqlx::{ColumnIndex, Decode, Row, Type};
 
 use super::{EVENT_BYTES_PER_READ, EVENTS_PER_READ, State};
 use crate::batch::{Place, Record};
-use crate::types::{Event, EventKind, KeyRange, KeyValue, MAX_KEY_BYTES, Revision};
+use crate::types::{Event, EventKind, KeyRange, KeyValue, Lease, MAX_KEY_BYTES, Revision};
 
 /// The longest key and one byte: greater than any key.
 const AFTER_ALL: &[u8] = &[u8::MAX; MAX_KEY_BYTES + 1];
@@ -64,6 +64,12 @@ pub(super) fn record_of(row: &impl StoreRow) -> Result<Record, sqlx::Error> {
         value: row.bytes("value")?.ok_or_else(|| missing("value"))?.into(),
         deleted: row.flag("deleted")?,
     })
+}
+
+/// A row of the leases.
+pub(super) fn lease_of(row: &impl StoreRow) -> Result<Lease, sqlx::Error> {
+    let number = |column| row.int(column)?.ok_or_else(|| missing(column));
+    Ok(Lease { id: number("id")?, ttl: number("ttl")?, expires_at: number("expires_at")? })
 }
 
 pub(super) fn place_of(row: &impl StoreRow, column: &str) -> Result<Place, sqlx::Error> {

@@ -21,11 +21,12 @@ use sqlx::sqlite::{
 };
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Executor as _, Row as _, Sqlite};
 
+use super::leases::{attached, lease_functions};
 use super::rows::{PREVIOUS, end_of, event_of, place_of, record_of, sql, state_of, unsigned, upto, visible};
 use super::{Backend, EVENTS_PER_READ, Listed, Logged, REPLICA_SECONDS, State, WriteError};
 use crate::batch::{Basis, Decision, Record, decide};
 use crate::error::{Error, OpenError};
-use crate::types::{KeyRange, KeyValue, Revision, Transaction};
+use crate::types::{KeyRange, KeyValue, Lease, Revision, Transaction};
 
 /// Connections that read. Each is a thread; a read is short, and SQLite readers do not block each other.
 const READERS: u32 = 4;
@@ -123,6 +124,15 @@ pub(crate) const MIGRATIONS: &[&str] = &[
         batch INTEGER NOT NULL,
         seen  INTEGER NOT NULL
     ) WITHOUT ROWID;
+",
+    // Leases that end.
+    "
+    CREATE INDEX store_log_lease ON store_log (lease) WHERE lease <> 0;
+    CREATE TABLE store_lease (
+        id         INTEGER PRIMARY KEY,
+        ttl        INTEGER NOT NULL,
+        expires_at INTEGER NOT NULL
+    );
 ",
 ];
 
@@ -323,11 +333,11 @@ impl SqliteBackend {
                 return Err(failed(error.unwrap_or(sqlx::Error::WorkerCrashed)));
             }
         };
-        let end = if decision.records.is_empty() { "ROLLBACK" } else { "COMMIT" };
+        let end = if decision.is_empty() { "ROLLBACK" } else { "COMMIT" };
         let ended = connection.execute(end).await.map(drop);
         match self.release(connection, ended).await {
             Ok(()) => Ok(decision),
-            Err(_) if decision.records.is_empty() => Ok(decision),
+            Err(_) if decision.is_empty() => Ok(decision),
             // A full disk or a lock has no commit record. After any other error the record may be in the file.
             Err(error) if matches!(code(&error), Some(SQLITE_BUSY | SQLITE_FULL)) => Err(failed(error)),
             Err(error) => Err(WriteError::Unknown { decision, error: self::failed("commit")(error) }),
@@ -419,6 +429,33 @@ impl Backend for SqliteBackend {
 
     fn committed(&self, batch: i64) -> BoxFuture<'_, Result<bool, Error>> {
         self.try_committed(batch).map_err(failed("look for a commit")).boxed()
+    }
+
+    fn leases(&self) -> BoxFuture<'_, Result<Vec<Lease>, Error>> {
+        async move {
+            let mut connection = self.readers.acquire().await?;
+            all_leases(&mut connection).await
+        }
+        .map_err(failed("read the leases"))
+        .boxed()
+    }
+
+    fn lease(&self, id: i64) -> BoxFuture<'_, Result<Option<Lease>, Error>> {
+        async move {
+            let mut connection = self.readers.acquire().await?;
+            read_lease(&mut connection, id).await
+        }
+        .map_err(failed("read a lease"))
+        .boxed()
+    }
+
+    fn leased(&self, id: i64) -> BoxFuture<'_, Result<Vec<Bytes>, Error>> {
+        async move {
+            let mut connection = self.readers.acquire().await?;
+            leased_keys(&mut connection, id).await
+        }
+        .map_err(failed("read the keys of a lease"))
+        .boxed()
     }
 
     fn mark_compacted(&self, revision: Revision) -> BoxFuture<'_, Result<State, Error>> {
@@ -562,13 +599,15 @@ async fn write_batch(
     // to tell a failed commit from any other failure.
     connection.execute(IMMEDIATE).await?;
     let state = read_state(connection).await?;
-    let basis = read_basis(connection, transactions, state).await?;
+    let mut basis = read_basis(connection, transactions, state).await?;
+    read_leases(connection, transactions, &mut basis).await?;
     let decision = decide(basis, transactions);
-    if decision.records.is_empty() {
+    if decision.is_empty() {
         return Ok(decision);
     }
     append(connection, &decision.records).await?;
     move_heads(connection, &decision.heads()).await?;
+    write_leases(connection, &decision.leases).await?;
     sqlx::query(
         "INSERT INTO store_replica (id, batch, seen) VALUES (?1, ?2, unixepoch())
              ON CONFLICT (id) DO UPDATE SET batch = excluded.batch, seen = excluded.seen",
@@ -665,6 +704,8 @@ async fn count(
     unsigned(&row, "number")
 }
 
+lease_functions!(SqliteConnection, "?1", "?2", "?3");
+
 /// What the batch is decided on.
 async fn read_basis(
     connection: &mut SqliteConnection,
@@ -758,11 +799,68 @@ async fn move_heads(connection: &mut SqliteConnection, heads: &[&Record]) -> Res
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{Expect, Write};
+    use crate::types::{Expect, LeaseChange, Write};
 
     fn create(key: impl Into<Bytes>, size: usize) -> Transaction {
         let value = Some(Bytes::from(vec![0; size]));
         Transaction::single(Write { key: key.into(), value, lease: 0, expect: Expect::Absent })
+    }
+
+    #[tokio::test]
+    async fn older_schemas_are_brought_up_to_date() {
+        let folder = tempfile::tempdir().unwrap();
+        for version in 1..MIGRATIONS.len() {
+            let path = folder.path().join(format!("{version}.db"));
+            let mut old =
+                SqliteConnectOptions::new().filename(&path).create_if_missing(true).connect().await.unwrap();
+            old.execute("CREATE TABLE store_schema (version INTEGER PRIMARY KEY)").await.unwrap();
+            for (number, step) in (1..).zip(MIGRATIONS).take(version) {
+                sqlx::raw_sql(*step).execute(&mut old).await.unwrap();
+                sqlx::query("INSERT INTO store_schema VALUES (?1)")
+                    .bind(number)
+                    .execute(&mut old)
+                    .await
+                    .unwrap();
+            }
+            // Three writes: a key, another, and the deletion of the first.
+            let rows = if version == 1 {
+                "INSERT INTO store_log (revision, name, prev_revision, create_revision, version, deleted, value)
+                     VALUES (2, x'61', 0, 2, 1, 0, x'01'), (3, x'62', 0, 3, 1, 0, x'02'), (4, x'61', 2, 0, 0, 1, x'');
+                 INSERT INTO store_head (name, revision) VALUES (x'61', 4), (x'62', 3)"
+            } else {
+                "INSERT INTO store_log (place, name, prev, create_revision, version, lease, deleted, value)
+                     VALUES (2 << 20, x'61', 0, 2, 1, 0, 0, x'01'), (3 << 20, x'62', 0, 3, 1, 0, 0, x'02'),
+                            (4 << 20, x'61', 2 << 20, 0, 0, 0, 1, x'');
+                 INSERT INTO store_head (name, place, deleted) VALUES (x'61', 4 << 20, 1), (x'62', 3 << 20, 0)"
+            };
+            sqlx::raw_sql(rows).execute(&mut old).await.unwrap();
+            old.execute("UPDATE store_state SET revision = 4").await.unwrap();
+            old.close().await.unwrap();
+
+            let backend = SqliteBackend::open(&path, false).await.unwrap();
+            let all = KeyRange::prefix("");
+            let now = backend.list(&all, None, None).await.unwrap();
+            assert_eq!((now.state.revision, now.items.len()), (Revision(4), 1), "from version {version}");
+            assert_eq!((now.items[0].key.as_ref(), now.items[0].mod_revision), (&b"b"[..], Revision(3)));
+            let then = backend.list(&all, Some(Revision(3)), None).await.unwrap();
+            assert_eq!(then.items.len(), 2);
+            let log = backend.events(&all, Revision(1)).await.unwrap();
+            let revisions: Vec<u64> = log.events.iter().map(|event| event.revision.0).collect();
+            assert_eq!(revisions, [2, 3, 4]);
+            let lease = Lease { id: 7, ttl: 5, expires_at: 9 };
+            let grant = Transaction { lease: Some(LeaseChange::Grant(lease)), ..Transaction::default() };
+            let attached = Transaction::single(Write {
+                key: Bytes::from_static(b"a"),
+                value: Some(Bytes::new()),
+                lease: 7,
+                expect: Expect::Absent,
+            });
+            let decision = backend.write(&[grant, attached], 1).await.unwrap();
+            assert_eq!(decision.revision, Revision(5));
+            assert_eq!(backend.leases().await.unwrap(), [lease]);
+            assert_eq!(backend.leased(7).await.unwrap(), ["a"]);
+            backend.close().await;
+        }
     }
 
     #[tokio::test]

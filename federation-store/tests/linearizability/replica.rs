@@ -221,6 +221,9 @@ async fn write(
                         known.insert(n, current);
                         say(&format!("C {operation} {end} {revision} {n} {current}\n"));
                     }
+                    Ok(TransactionOutcome::NoLease | TransactionOutcome::LeaseExists) => {
+                        unreachable!("no lease was named")
+                    }
                     Err(error) => {
                         let known = !matches!(error, Error::Unresolved { .. });
                         say(&format!("{} {operation} {end}\n", if known { "F" } else { "N" }));

@@ -1,0 +1,169 @@
+//! `cellway-store`: the store with etcd's v3 API, as a program of its own.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use federation_store::etcd::{self, EtcdConfig, EtcdServer, ListenUrl, Listener};
+use federation_store::{Compaction, Store, StoreConfig};
+use service::admin::Admin;
+use service::duration::GoDuration;
+use service::flags::Parsed;
+use service::metrics::SharedRegistry;
+use service::ready::Readiness;
+use service::{drain, exit, flags, signals};
+use tls::{ClientAuth, ServerTls, TlsVersions};
+use tokio::task::JoinSet;
+
+/// How often the certificate files are looked at.
+const RELOAD: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// etcd's v3 API over SQLite, MySQL or PostgreSQL, for stock kube-apiservers and etcdctl.
+#[derive(Debug, Parser)]
+#[command(name = "cellway-store", version)]
+struct Args {
+    /// The flags of this program as a YAML map; the command line wins.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where the data is: sqlite:///PATH, mysql://USER:PASSWORD@HOST/DATABASE or postgres://…; see docs/store.md.
+    #[arg(
+        long,
+        value_name = "URL",
+        default_value = "sqlite://cellway-store.db",
+        env = "CELLWAY_STORE",
+        hide_env_values = true
+    )]
+    store: String,
+    /// Where to listen for clients: http://HOST:PORT, https://HOST:PORT, unix:///PATH; several, separated by commas.
+    #[arg(long, value_name = "URLS", value_delimiter = ',', default_value = "http://127.0.0.1:2379")]
+    listen_client_urls: Vec<ListenUrl>,
+    /// The URLs that clients are told; those listened on when not given.
+    #[arg(long, value_name = "URLS", value_delimiter = ',')]
+    advertise_client_urls: Vec<String>,
+    /// Where to answer probes and /metrics without a client certificate.
+    #[arg(long, value_name = "URLS", value_delimiter = ',')]
+    listen_metrics_urls: Vec<ListenUrl>,
+    /// This member's name in `etcdctl member list`.
+    #[arg(long, default_value = "default")]
+    name: String,
+    /// The certificate for https URLs. It and the files below are read again when they change.
+    #[arg(long, value_name = "FILE")]
+    cert_file: Option<PathBuf>,
+    /// Its key.
+    #[arg(long, value_name = "FILE")]
+    key_file: Option<PathBuf>,
+    /// The CA that signs clients' certificates; those that are presented are checked against it.
+    #[arg(long, value_name = "FILE")]
+    trusted_ca_file: Option<PathBuf>,
+    /// Refuse clients without a certificate.
+    #[arg(long)]
+    client_cert_auth: bool,
+    /// The largest request, in bytes.
+    #[arg(long, default_value_t = etcd::DEFAULT_MAX_REQUEST_BYTES)]
+    max_request_bytes: usize,
+    /// The most operations in a transaction.
+    #[arg(long, default_value_t = etcd::DEFAULT_MAX_TXN_OPS)]
+    max_txn_ops: usize,
+    /// How often a quiet watch is told the revision.
+    #[arg(long, default_value = "5s")]
+    watch_progress_notify_interval: GoDuration,
+    /// Revisions to keep when the history is compacted by itself; 0: only when a client asks for it, as a kube-apiserver
+    /// does every five minutes.
+    #[arg(long, default_value_t = 0)]
+    auto_compaction_retention: u64,
+    /// How long requests may take to finish after SIGTERM. Watches are cut then.
+    #[arg(long, default_value = "1s")]
+    shutdown_grace_period: GoDuration,
+    #[command(flatten)]
+    log: service::log::LogArgs,
+}
+
+fn main() -> ExitCode {
+    let Parsed { args, .. } = flags::parse::<Args>();
+    match run(args) {
+        Ok(code) => code,
+        Err(error) => {
+            tracing::error!("{}", service::error_chain(error.as_ref()));
+            ExitCode::from(exit::INIT)
+        }
+    }
+}
+
+#[tokio::main]
+async fn run(args: Args) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    args.log.init()?;
+    let mut signals = signals::Signals::install()?;
+    let tls = tls(&args)?;
+    let mut client_listeners = Vec::new();
+    for url in &args.listen_client_urls {
+        client_listeners.push(Listener::bind(url, tls.as_ref()).await?);
+    }
+    let mut metrics_listeners = Vec::new();
+    for url in &args.listen_metrics_urls {
+        metrics_listeners.push(Listener::bind(url, tls.as_ref()).await?);
+    }
+    let listening: Vec<String> = client_listeners.iter().map(Listener::url).collect();
+    let advertised = if args.advertise_client_urls.is_empty() {
+        listening.clone()
+    } else {
+        args.advertise_client_urls.clone()
+    };
+    let mut config = StoreConfig::from_url(&args.store)?;
+    config.compaction = match args.auto_compaction_retention {
+        0 => Compaction::Manual,
+        revisions => Compaction::Retain(revisions),
+    };
+    let store = Store::open(config).await?;
+    let server = EtcdServer::new(
+        store.clone(),
+        EtcdConfig {
+            name: args.name.clone(),
+            client_urls: advertised,
+            max_request_bytes: args.max_request_bytes,
+            max_txn_ops: args.max_txn_ops,
+            progress_notify_interval: args.watch_progress_notify_interval.0,
+        },
+    );
+    let registry = SharedRegistry::new("cellway-store");
+    registry.with(|registry| store.register(registry.sub_registry_with_prefix("cellway_store")));
+    let admin = Admin::new(Readiness::default(), registry);
+    let (drain, watch) = drain::channel();
+    let mut tasks = JoinSet::new();
+    if let Some(tls) = tls {
+        tasks.spawn(tls.watch_files(RELOAD));
+    }
+    for listener in client_listeners {
+        tasks.spawn(listener.serve(server.router(), watch.clone()));
+    }
+    for listener in metrics_listeners {
+        // The probes' pages are the server's, which look at the database.
+        tasks.spawn(listener.serve(server.health_router().merge(admin.metrics_router()), watch.clone()));
+    }
+    drop(watch);
+    tracing::info!(urls = listening.join(","), revision = store.revision().get(), "serving");
+    let signal = signals.recv().await;
+    tracing::info!(signal, "stopping");
+    let ending = signals::drain(drain, args.shutdown_grace_period.0, &mut signals).await;
+    tasks.shutdown().await;
+    drop(server);
+    store.close().await;
+    Ok(ending.into())
+}
+
+/// The TLS configuration of the https URLs, if a certificate is given.
+fn tls(args: &Args) -> Result<Option<ServerTls>, Box<dyn std::error::Error>> {
+    let (certificate, key) = match (&args.cert_file, &args.key_file) {
+        (Some(certificate), Some(key)) => (certificate, key),
+        (None, None) if !args.client_cert_auth => return Ok(None),
+        (None, None) => return Err("--client-cert-auth needs --cert-file and --key-file".into()),
+        _ => return Err("--cert-file and --key-file go together: only one of them was given".into()),
+    };
+    let auth = match (args.client_cert_auth, &args.trusted_ca_file) {
+        (true, Some(_)) => ClientAuth::Required,
+        (true, None) => return Err("--client-cert-auth needs --trusted-ca-file".into()),
+        (false, Some(_)) => ClientAuth::Optional,
+        (false, None) => ClientAuth::None,
+    };
+    let tls = ServerTls::from_files(certificate, key, args.trusted_ca_file.clone(), auth)?;
+    Ok(Some(tls.with_versions(TlsVersions::From12)?))
+}
