@@ -1,4 +1,5 @@
-//! `bench api`: our API server on SQLite beside a stock kube-apiserver with etcd, the same requests to both in one run.
+//! `bench api`: our API server beside a stock kube-apiserver with etcd, the same requests to both in one run; either also
+//! on other databases.
 
 mod load;
 mod server;
@@ -22,9 +23,12 @@ pub(crate) struct ApiArgs {
     /// Only these groups of measurements.
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Group>,
-    /// Only these servers.
-    #[arg(long, value_enum, value_delimiter = ',')]
+    /// These servers.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Server::Cellway, Server::KubeApiserver])]
     servers: Vec<Server>,
+    /// Goes through all of them so often; the table shows the median of each figure.
+    #[arg(long, default_value_t = 1)]
+    repeat: usize,
     /// Clients that ask at once, each on a connection of its own.
     #[arg(long, default_value_t = 16)]
     clients: usize,
@@ -74,7 +78,7 @@ enum Group {
     Cold,
 }
 
-/// A figure with its unit and what is wanted of it beside the stock server.
+/// A figure with its unit and what is wanted of it, of ours on SQLite beside the stock server with etcd.
 #[derive(Clone, Copy)]
 struct Row {
     key: &'static str,
@@ -116,8 +120,8 @@ const ROWS: &[Row] = &[
 struct Results {
     absent: BTreeMap<&'static str, String>,
     failures: Vec<String>,
-    /// By server, then by row.
-    figures: BTreeMap<&'static str, BTreeMap<&'static str, f64>>,
+    /// By server, then by row: one of each round.
+    figures: BTreeMap<&'static str, BTreeMap<&'static str, Vec<f64>>>,
 }
 
 /// Runs the comparison and prints its table.
@@ -131,7 +135,7 @@ pub(crate) fn run(args: &ApiArgs) -> Result<()> {
             _ = signal::ctrl_c() => bail!("interrupted"),
         }
     })?;
-    let table = results.markdown();
+    let table = results.markdown(&args.servers);
     std::io::stdout().write_all(table.as_bytes()).context("failed to print the table")?;
     if let Some(path) = &args.markdown {
         fs::write(path, table).with_context(|| format!("failed to write {}", path.display()))?;
@@ -150,10 +154,10 @@ async fn compare(args: &ApiArgs) -> Result<Results> {
         .context("failed to create a temporary folder")?;
     let directory = args.keep.clone().unwrap_or_else(|| folder.path().to_owned());
     let mut results = Results::default();
-    let servers = if args.servers.is_empty() { Server::value_variants() } else { &args.servers };
     let groups = if args.only.is_empty() { Group::value_variants() } else { &args.only };
-    for group in groups {
-        for server in servers {
+    let rounds = (0..args.repeat.max(1)).flat_map(|_| groups.iter());
+    for group in rounds {
+        for server in &args.servers {
             let programs = match server.find(args.cellway_dir.as_deref()) {
                 Ok(programs) => programs,
                 Err(error) => {
@@ -177,8 +181,9 @@ async fn compare(args: &ApiArgs) -> Result<Results> {
             match measured {
                 Ok(figures) => {
                     for (key, value) in figures {
-                        eprintln!("{:<16} {key:<14} {value:.2}", server.name());
-                        results.figures.entry(server.name()).or_default().insert(key, value);
+                        eprintln!("{:<18} {key:<14} {value:.2}", server.name());
+                        let figures = results.figures.entry(server.name()).or_default();
+                        figures.entry(key).or_default().push(value);
                     }
                 }
                 Err(error) => {
@@ -232,35 +237,40 @@ async fn measure(group: Group, args: &ApiArgs, server: &mut Running) -> Result<V
 // === impl Results ===
 
 impl Results {
+    /// The median of the rounds.
     fn figure(&self, server: Server, key: &str) -> Option<f64> {
-        self.figures.get(server.name())?.get(key).copied()
+        let mut rounds = self.figures.get(server.name())?.get(key)?.clone();
+        rounds.sort_by(f64::total_cmp);
+        rounds.get(rounds.len() / 2).copied()
     }
 
-    fn markdown(&self) -> String {
-        let mut text = String::from(
-            "| | unit | cellway | kube-apiserver + etcd | ratio | to reach |\n|---|---|---:|---:|---:|---|\n",
-        );
+    fn markdown(&self, servers: &[Server]) -> String {
+        let mut text = String::from("| | unit |");
+        for server in servers {
+            // Writing to a string does not fail.
+            let _ = write!(text, " {} |", server.title());
+        }
+        let wanted = servers.contains(&Server::Cellway);
+        text.push_str(if wanted { " to reach |\n|---|---|" } else { "\n|---|---|" });
+        text.push_str(&"---:|".repeat(servers.len()));
+        text.push_str(if wanted { "---|\n" } else { "\n" });
         for row in ROWS {
-            let (ours, stock) =
-                (self.figure(Server::Cellway, row.key), self.figure(Server::KubeApiserver, row.key));
-            if ours.is_none() && stock.is_none() {
+            if servers.iter().all(|server| self.figure(*server, row.key).is_none()) {
                 continue;
             }
-            let cell = |value: Option<f64>| value.map_or("–".into(), |v| report::number(v, row.digits));
-            let ratio = match (ours, stock) {
-                (Some(ours), Some(stock)) if stock > 0.0 => format!("{:.2} ×", ours / stock),
-                _ => String::new(),
-            };
-            // Writing to a string does not fail.
-            let _ = writeln!(
-                text,
-                "| {} | {} | {} | {} | {ratio} | {} |",
-                row.title,
-                row.unit,
-                cell(ours),
-                cell(stock),
-                row.wanted
-            );
+            let _ = write!(text, "| {} | {} |", row.title, row.unit);
+            let stock = self.figure(Server::KubeApiserver, row.key).filter(|stock| *stock > 0.0);
+            for server in servers {
+                let value = self.figure(*server, row.key);
+                let cell = value.map_or("–".into(), |value| report::number(value, row.digits));
+                let _ = match (value, stock) {
+                    (Some(value), Some(stock)) if *server != Server::KubeApiserver => {
+                        write!(text, " {cell} ({:.2} ×) |", value / stock)
+                    }
+                    _ => write!(text, " {cell} |"),
+                };
+            }
+            let _ = if wanted { writeln!(text, " {} |", row.wanted) } else { writeln!(text) };
         }
         for (server, why) in &self.absent {
             let _ = writeln!(text, "\n{server} was not measured: {why}");
@@ -279,12 +289,15 @@ mod tests {
     #[test]
     fn a_table_has_ratios_and_says_what_is_absent() {
         let mut results = Results::default();
-        results.figures.entry("cellway").or_default().insert("gets", 12_000.0);
-        results.figures.entry("kube-apiserver").or_default().insert("gets", 2_000.0);
-        results.absent.insert("kube-apiserver", "not there".into());
-        let table = results.markdown();
-        assert!(table.contains("| gets | /s | 12,000 | 2,000 | 6.00 × | ≥ 6 × |"), "{table}");
-        assert!(table.contains("kube-apiserver was not measured: not there"), "{table}");
+        results.figures.entry("cellway").or_default().insert("gets", vec![13_000.0, 12_000.0, 1.0]);
+        results.figures.entry("kube-apiserver").or_default().insert("gets", vec![2_000.0]);
+        results.absent.insert("kube-sqlite", "not there".into());
+        let servers = [Server::Cellway, Server::KubeApiserver, Server::KubeSqlite];
+        let table = results.markdown(&servers);
+        assert!(table.contains("| gets | /s | 12,000 (6.00 ×) | 2,000 | – | ≥ 6 × |"), "{table}");
+        assert!(table.contains("kube-sqlite was not measured: not there"), "{table}");
         assert!(!table.contains("creates"), "{table}");
+        let table = results.markdown(&servers[1..]);
+        assert!(table.contains("|---|---|---:|---:|\n| gets | /s | 2,000 | – |\n"), "{table}");
     }
 }

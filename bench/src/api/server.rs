@@ -10,6 +10,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
 use clap::ValueEnum;
 use http::Method;
+use test_support::databases::{Kind, Server as Database};
 use tls::{CertificateAuthority, ClientTls};
 use tokio::{process::Command, time};
 
@@ -29,11 +30,36 @@ const LIFETIME: Duration = Duration::from_secs(24 * 3600);
 pub(super) enum Server {
     /// `cellway-apiserver` on SQLite with durable commits.
     Cellway,
+    /// The same on a MariaDB of its own, with a synced binary log.
+    CellwayMariadb,
+    /// The same on a PostgreSQL of its own.
+    CellwayPostgresql,
     /// The stock server on etcd, both from `$KUBEBUILDER_ASSETS`.
     KubeApiserver,
+    /// The stock server on `cellway-store` with SQLite in etcd's place.
+    KubeSqlite,
+    /// The same with a MariaDB.
+    KubeMariadb,
+    /// The same with a PostgreSQL.
+    KubePostgresql,
 }
 
-/// Files of a server's programs.
+/// What answers requests.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Api {
+    Cellway,
+    Kube,
+}
+
+/// What keeps the data.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keeper {
+    Etcd,
+    Sqlite,
+    Database(Kind),
+}
+
+/// Files of a server's programs: first the one that keeps the data, if it is not in the other.
 pub(super) struct Programs(Vec<PathBuf>);
 
 /// A server that serves.
@@ -45,6 +71,8 @@ pub(super) struct Running {
     tls: Option<ClientTls>,
     /// Where cellway-apiserver says how to reach it.
     kubeconfig: Option<PathBuf>,
+    /// Killed with the value.
+    _database: Option<Database>,
 }
 
 // === impl Server ===
@@ -53,26 +81,57 @@ impl Server {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Cellway => "cellway",
+            Self::CellwayMariadb => "cellway-mariadb",
+            Self::CellwayPostgresql => "cellway-postgresql",
             Self::KubeApiserver => "kube-apiserver",
+            Self::KubeSqlite => "kube-sqlite",
+            Self::KubeMariadb => "kube-mariadb",
+            Self::KubePostgresql => "kube-postgresql",
+        }
+    }
+
+    /// For people.
+    pub(super) fn title(self) -> &'static str {
+        match self {
+            Self::Cellway => "cellway",
+            Self::CellwayMariadb => "cellway on MariaDB",
+            Self::CellwayPostgresql => "cellway on PostgreSQL",
+            Self::KubeApiserver => "kube-apiserver + etcd",
+            Self::KubeSqlite => "kube-apiserver + cellway-store on SQLite",
+            Self::KubeMariadb => "kube-apiserver + cellway-store on MariaDB",
+            Self::KubePostgresql => "kube-apiserver + cellway-store on PostgreSQL",
+        }
+    }
+
+    fn parts(self) -> (Api, Keeper) {
+        match self {
+            Self::Cellway => (Api::Cellway, Keeper::Sqlite),
+            Self::CellwayMariadb => (Api::Cellway, Keeper::Database(Kind::MariaDb)),
+            Self::CellwayPostgresql => (Api::Cellway, Keeper::Database(Kind::Postgres)),
+            Self::KubeApiserver => (Api::Kube, Keeper::Etcd),
+            Self::KubeSqlite => (Api::Kube, Keeper::Sqlite),
+            Self::KubeMariadb => (Api::Kube, Keeper::Database(Kind::MariaDb)),
+            Self::KubePostgresql => (Api::Kube, Keeper::Database(Kind::Postgres)),
         }
     }
 
     /// Where its programs are.
     pub(super) fn find(self, cellway: Option<&Path>) -> Result<Programs> {
-        let (folder, names): (PathBuf, &[&str]) = match self {
-            Self::Cellway => {
-                let own = std::env::current_exe().context("failed to find this program's own file")?;
-                let folder = cellway.or(own.parent()).map(Path::to_owned).unwrap_or_default();
-                (folder, &["cellway-apiserver"])
-            }
-            Self::KubeApiserver => {
-                let folder = std::env::var_os("KUBEBUILDER_ASSETS").ok_or_else(|| {
-                    anyhow!("KUBEBUILDER_ASSETS does not name a folder with kube-apiserver and etcd")
-                })?;
-                (folder.into(), &["etcd", "kube-apiserver"])
-            }
+        let own = || -> Result<PathBuf> {
+            let own = std::env::current_exe().context("failed to find this program's own file")?;
+            Ok(cellway.or(own.parent()).map(Path::to_owned).unwrap_or_default())
         };
-        let files: Vec<PathBuf> = names.iter().map(|name| folder.join(name)).collect();
+        let assets = || -> Result<PathBuf> {
+            let folder = std::env::var_os("KUBEBUILDER_ASSETS").ok_or_else(|| {
+                anyhow!("KUBEBUILDER_ASSETS does not name a folder with kube-apiserver and etcd")
+            })?;
+            Ok(folder.into())
+        };
+        let files = match self.parts() {
+            (Api::Cellway, _) => vec![own()?.join("cellway-apiserver")],
+            (Api::Kube, Keeper::Etcd) => vec![assets()?.join("etcd"), assets()?.join("kube-apiserver")],
+            (Api::Kube, _) => vec![own()?.join("cellway-store"), assets()?.join("kube-apiserver")],
+        };
         for file in &files {
             ensure!(file.is_file(), "{} does not exist", file.display());
         }
@@ -89,20 +148,37 @@ impl Running {
         let [port, etcd, peers] = free_ports()?;
         let data = directory.join("data");
         let text = |path: PathBuf| path.to_string_lossy().into_owned();
-        let (commands, tls, kubeconfig) = match server {
-            Server::Cellway => {
-                let arguments = vec![
+        let (api, keeper) = server.parts();
+        let database = match keeper {
+            Keeper::Database(kind) => Some(
+                Database::start(kind)
+                    .await
+                    .context("failed to start a database")?
+                    .map_err(|missing| anyhow!("{missing}"))?,
+            ),
+            _ => None,
+        };
+        let store = match &database {
+            Some(database) => database.database().await.context("failed to make a database")?,
+            None => format!("sqlite://{}", directory.join("store.db").display()),
+        };
+        let (commands, tls, kubeconfig) = match api {
+            Api::Cellway => {
+                let mut arguments = vec![
                     format!("--data-dir={}", data.display()),
                     format!("--secure-port={port}"),
                     "--v=0".into(),
                 ];
+                if database.is_some() {
+                    arguments.push(format!("--store={store}"));
+                }
                 (
                     vec![("cellway-apiserver", programs.0[0].clone(), arguments)],
                     None,
                     Some(data.join("admin.kubeconfig")),
                 )
             }
-            Server::KubeApiserver => {
+            Api::Kube => {
                 let authority = CertificateAuthority::create("cellway bench")
                     .context("failed to create a certificate authority")?;
                 let serving = authority
@@ -120,15 +196,28 @@ impl Running {
                 let ca = write("ca.crt", authority.certificate_pem())?;
                 let certificate = write("server.crt", &serving.certificate_pem)?;
                 let key = write("server.key", &serving.key_pem)?;
-                let database = vec![
-                    format!("--data-dir={}", data.display()),
-                    format!("--listen-client-urls=http://127.0.0.1:{etcd}"),
-                    format!("--advertise-client-urls=http://127.0.0.1:{etcd}"),
-                    format!("--listen-peer-urls=http://127.0.0.1:{peers}"),
-                    format!("--initial-advertise-peer-urls=http://127.0.0.1:{peers}"),
-                    format!("--initial-cluster=default=http://127.0.0.1:{peers}"),
-                    "--log-level=warn".into(),
-                ];
+                let keeper = match keeper {
+                    Keeper::Etcd => (
+                        "etcd",
+                        vec![
+                            format!("--data-dir={}", data.display()),
+                            format!("--listen-client-urls=http://127.0.0.1:{etcd}"),
+                            format!("--advertise-client-urls=http://127.0.0.1:{etcd}"),
+                            format!("--listen-peer-urls=http://127.0.0.1:{peers}"),
+                            format!("--initial-advertise-peer-urls=http://127.0.0.1:{peers}"),
+                            format!("--initial-cluster=default=http://127.0.0.1:{peers}"),
+                            "--log-level=warn".into(),
+                        ],
+                    ),
+                    _ => (
+                        "cellway-store",
+                        vec![
+                            format!("--store={store}"),
+                            format!("--listen-client-urls=http://127.0.0.1:{etcd}"),
+                            "--v=0".into(),
+                        ],
+                    ),
+                };
                 let server = vec![
                     format!("--etcd-servers=http://127.0.0.1:{etcd}"),
                     "--bind-address=127.0.0.1".into(),
@@ -151,14 +240,21 @@ impl Running {
                 )
                 .context("failed to set up the client")?;
                 let commands = vec![
-                    ("etcd", programs.0[0].clone(), database),
+                    (keeper.0, programs.0[0].clone(), keeper.1),
                     ("kube-apiserver", programs.0[1].clone(), server),
                 ];
                 (commands, Some(tls), None)
             }
         };
-        let mut running =
-            Self { commands, processes: Vec::new(), directory: directory.to_owned(), port, tls, kubeconfig };
+        let mut running = Self {
+            commands,
+            processes: Vec::new(),
+            directory: directory.to_owned(),
+            port,
+            tls,
+            kubeconfig,
+            _database: database,
+        };
         running.spawn()?;
         running.ready().await?;
         Ok(running)
@@ -173,7 +269,7 @@ impl Running {
         }
     }
 
-    /// Resident memory of all its processes.
+    /// Resident memory of all its processes but the database's.
     pub(super) fn resident_mib(&self) -> Result<f64> {
         let ids = self.processes.iter().map(Process::id).collect::<Result<Vec<_>>>()?;
         Ok(Usage::of(&ids)?.resident_kib / 1024.0)
