@@ -7,6 +7,7 @@ use clap_complete::Shell;
 use service::duration::GoDuration;
 
 use crate::{
+    failover::FailoverCommand,
     federate::{DescribeArgs, DiffArgs, FederateCommand, LogsArgs, PreviewArgs, RevisionsArgs, RollbackArgs},
     kubeconfig::HubArgs,
     output::OutputArgs,
@@ -54,6 +55,9 @@ pub(crate) enum Command {
     Rollback(RollbackArgs),
     /// Show what each unit would do under a mask, without one, or as things are.
     Preview(PreviewArgs),
+    /// Give up a cell or a cluster, so that its replicas go elsewhere, and take it back.
+    #[command(subcommand)]
+    Failover(FailoverCommand),
     /// List the live tunnels.
     Tunnels(FilteredListArgs),
     /// List the live proxied connections.

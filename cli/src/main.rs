@@ -4,6 +4,7 @@ mod args;
 mod dial;
 mod encryption;
 mod error;
+mod failover;
 mod federate;
 mod hub;
 mod kubeconfig;
@@ -70,6 +71,7 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Diff(args) => federate::diff(args).await,
         Command::Rollback(args) => federate::rollback(args).await,
         Command::Preview(args) => federate::preview(args).await,
+        Command::Failover(command) => failover::run(command).await,
         Command::Tunnels(args) => lists::tunnels(args).await,
         Command::Connections(args) => lists::connections(args).await,
         Command::Ping(args) => lists::ping(args).await,

@@ -42,12 +42,8 @@ pub(crate) fn crds(args: &CrdsArgs) -> Result<()> {
         // clap sees to it that they come together.
         _ => Conversion::Unserved,
     };
-    let mut text = String::new();
-    for crd in federation_core::crds(&conversion) {
-        let yaml = serde_yaml_ng::to_string(&crd).map_err(|error| Error::failed("print the CRDs", error))?;
-        text.push_str("---\n");
-        text.push_str(&yaml);
-    }
+    let text =
+        federation_core::crds_yaml(&conversion).map_err(|error| Error::failed("print the CRDs", error))?;
     text_out(&text)
 }
 

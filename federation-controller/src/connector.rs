@@ -1,10 +1,13 @@
 //! How the controller reaches a member: a service that turns a cluster's name into a byte stream.
 //!
 //! The controller does not know what a tunnel is. Whoever embeds it hands in a [`Connector`]; at the other end of the
-//! stream it expects the member's API gateway, speaking plain HTTP/1.1 and honouring impersonation headers.
+//! stream it expects the member's API gateway, speaking plain HTTP/1.1 and honouring impersonation headers; or, where the
+//! hub holds a credential of the member, the member's API itself, inside TLS that is the connector's to make.
 
 use std::future::Future;
+use std::sync::Arc;
 
+use federation_core::credentials::Access;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tower::util::BoxCloneSyncService;
@@ -17,8 +20,19 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 /// Any byte stream to a member.
 pub type BoxedIo = Box<dyn Io>;
 
-/// Turns a cluster's name into a byte stream to its API gateway. Dropping the future gives the attempt up.
-pub type Connector = BoxCloneSyncService<String, BoxedIo, ConnectError>;
+/// Where a stream is to go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Destination {
+    /// The member.
+    pub cluster: String,
+    /// `None`: its API gateway, in the clear. Else its API, inside TLS with what this says: the host and port to dial
+    /// from the member, the CA and the name that the server is checked with, and the client certificate, if that is the
+    /// credential. A token is not the connector's business.
+    pub direct: Option<Arc<Access>>,
+}
+
+/// Turns a destination into a byte stream. Dropping the future gives the attempt up.
+pub type Connector = BoxCloneSyncService<Destination, BoxedIo, ConnectError>;
 
 /// Why there is no stream to a member. The variants are what the cluster's conditions tell apart.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -50,12 +64,12 @@ pub enum ConnectError {
 /// Makes a connector from a function.
 pub fn connector<F, Fut, C>(dial: F) -> Connector
 where
-    F: Fn(String) -> Fut + Clone + Send + Sync + 'static,
+    F: Fn(Destination) -> Fut + Clone + Send + Sync + 'static,
     Fut: Future<Output = Result<C, ConnectError>> + Send + 'static,
     C: Io + 'static,
 {
-    BoxCloneSyncService::new(tower::service_fn(move |cluster: String| {
-        let dialling = dial(cluster);
+    BoxCloneSyncService::new(tower::service_fn(move |to: Destination| {
+        let dialling = dial(to);
         async move {
             let io: BoxedIo = Box::new(dialling.await?);
             Ok(io)

@@ -3,6 +3,7 @@
 //! Events are for people and never hold anything up: they go through a bounded queue, and what does not fit is dropped
 //! and counted.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,7 +43,7 @@ pub(crate) struct Events {
 struct Entry {
     about: ObjectReference,
     warning: bool,
-    reason: &'static str,
+    reason: Cow<'static, str>,
     note: String,
 }
 
@@ -66,14 +67,23 @@ impl Events {
             self.dropped.inc();
             return;
         }
-        self.send(about, false, reason, note);
+        self.send(about, false, reason.into(), note);
     }
 
     pub(crate) fn warning(&self, about: &ObjectReference, reason: &'static str, note: String) {
-        self.send(about, true, reason, note);
+        self.send(about, true, reason.into(), note);
     }
 
-    fn send(&self, about: &ObjectReference, warning: bool, reason: &'static str, mut note: String) {
+    /// A member's own Warning. It is paced as normal events are: members choose how many there are.
+    pub(crate) fn copied(&self, about: &ObjectReference, reason: String, note: String) {
+        if !self.pace.lock().try_take(Instant::now()) {
+            self.dropped.inc();
+            return;
+        }
+        self.send(about, true, reason.into(), note);
+    }
+
+    fn send(&self, about: &ObjectReference, warning: bool, reason: Cow<'static, str>, mut note: String) {
         let mut end = note.len().min(LONGEST_NOTE);
         while !note.is_char_boundary(end) {
             end -= 1;
@@ -81,7 +91,7 @@ impl Events {
         note.truncate(end);
         if self.queue.try_send(Entry { about: about.clone(), warning, reason, note }).is_err() {
             self.dropped.inc();
-            debug!(reason, "an event was dropped: the hub takes them too slowly");
+            debug!("an event was dropped: the hub takes them too slowly");
         }
     }
 }
@@ -95,17 +105,17 @@ impl Publisher {
         while let Some(entry) = self.queue.recv().await {
             let event = Event {
                 type_: if entry.warning { EventType::Warning } else { EventType::Normal },
-                reason: entry.reason.into(),
+                reason: entry.reason.to_string(),
                 note: Some(entry.note),
-                action: entry.reason.into(),
+                action: entry.reason.to_string(),
                 secondary: None,
             };
             match tokio::time::timeout(TIMEOUT, recorder.publish(&event, &entry.about)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
-                    debug!(reason = entry.reason, error = chain(&error), "cannot publish an event")
+                    debug!(reason = %entry.reason, error = chain(&error), "cannot publish an event")
                 }
-                Err(_) => debug!(reason = entry.reason, "publishing an event took too long"),
+                Err(_) => debug!(reason = %entry.reason, "publishing an event took too long"),
             }
         }
     }

@@ -14,12 +14,15 @@ use federation_core::plan::NamespacePlacement;
 use federation_core::topology::Topology;
 use federation_core::types::FederatedType;
 use futures::StreamExt as _;
+use k8s_openapi::api::core::v1::Secret;
 use kube::api::DynamicObject;
 use kube::runtime::watcher;
 use kube::{Api, Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
 use tracing::{debug, warn};
 
+use crate::credentials::{Sealed, Way, missing};
+use crate::failover::{GivenUp, Place};
 use crate::pace::retry_delay;
 
 /// A federated object: which type (its slot), and where.
@@ -44,6 +47,8 @@ pub(crate) struct HubState {
     revisions: HashMap<(String, String), BTreeMap<String, Arc<FederatedRevision>>>,
     tombstones: BTreeMap<String, Arc<Tombstone>>,
     tenants: BTreeMap<String, Tenant>,
+    /// Secrets that clusters may name; `None` until they have been listed.
+    secrets: Option<BTreeMap<String, Sealed>>,
     /// What each tenant sees of the topology.
     tenant_topologies: BTreeMap<String, Arc<Topology>>,
     topology: Arc<Topology>,
@@ -120,6 +125,34 @@ impl HubState {
         self.objects.get(key).cloned()
     }
 
+    /// Every federated object.
+    pub(crate) fn objects(&self) -> Vec<(ObjectKey, Arc<DynamicObject>)> {
+        self.objects.iter().map(|(key, object)| (key.clone(), Arc::clone(object))).collect()
+    }
+
+    /// Cells and clusters that are given up, or whose status still speaks of it.
+    pub(crate) fn given_up(&self) -> BTreeMap<Place, GivenUp> {
+        let cells = self.cells.iter().map(|(name, cell)| {
+            let status = cell.status.as_ref().and_then(|status| status.failover.clone());
+            (Place::Cell(name.clone()), GivenUp { spec: cell.spec.failover.clone(), status })
+        });
+        let clusters = self.clusters.iter().map(|(name, cluster)| {
+            let status = cluster.status.as_ref().and_then(|status| status.failover.clone());
+            (Place::Cluster(name.clone()), GivenUp { spec: cluster.spec.failover.clone(), status })
+        });
+        cells.chain(clusters).filter(|(_, of)| of.spec.is_some() || of.status.is_some()).collect()
+    }
+
+    /// Units where workloads of a namespace run replicas for units that were given up, without being placed there.
+    pub(crate) fn held_stand_ins(&self, namespace: &str) -> BTreeSet<String> {
+        let objects = self.objects.iter().filter(|(key, _)| &*key.namespace == namespace);
+        objects
+            .flat_map(|(_, object)| object.data["status"]["units"].as_array().into_iter().flatten())
+            .filter(|unit| unit["standIn"] == true && unit["extra"].as_i64().is_some_and(|extra| extra > 0))
+            .filter_map(|unit| unit["name"].as_str().map(str::to_owned))
+            .collect()
+    }
+
     pub(crate) fn keys(&self) -> Vec<ObjectKey> {
         self.objects.keys().cloned().collect()
     }
@@ -161,6 +194,36 @@ impl HubState {
     pub(crate) fn revisions(&self, namespace: &str, source: &str) -> Vec<Arc<FederatedRevision>> {
         let of = self.revisions.get(&(namespace.to_owned(), source.to_owned()));
         of.into_iter().flat_map(BTreeMap::values).cloned().collect()
+    }
+
+    /// Whether a cluster names a Secret.
+    pub(crate) fn wants_secrets(&self) -> bool {
+        self.clusters.values().any(|cluster| cluster.spec.secret_ref.is_some())
+    }
+
+    /// Takes Secrets in; only those that a cluster may name are kept.
+    pub(crate) fn change_secrets(&mut self, change: Change<Secret>) {
+        let mut secrets = self.secrets.take().unwrap_or_default();
+        match change {
+            Change::Replace(all) => {
+                secrets = all.into_iter().map(|secret| (secret.name_any(), Sealed::new(secret))).collect();
+            }
+            Change::Apply(secret) => {
+                secrets.insert(secret.name_any(), Sealed::new(secret));
+            }
+            Change::Delete(secret) => {
+                secrets.remove(&secret.name_any());
+            }
+        }
+        self.secrets = Some(secrets);
+    }
+
+    /// How a cluster's API is reached; `None` while that is not known.
+    pub(crate) fn way(&self, name: &str) -> Option<Way> {
+        let cluster = self.clusters.get(name)?;
+        let Some(reference) = &cluster.spec.secret_ref else { return Some(Way::Gateway) };
+        let found = self.secrets.as_ref()?.get(&reference.name);
+        Some(found.map_or_else(|| missing(&reference.name), |secret| secret.way(cluster)))
     }
 
     /// What is asked for about the replicas of a federated object.
@@ -227,9 +290,15 @@ impl HubState {
         let spec = &object.data["spec"];
         let placement: Placement = serde_json::from_value(spec["placement"].clone()).unwrap_or_default();
         let topology: TopologyType = serde_json::from_value(spec["topologyType"].clone()).unwrap_or_default();
-        match self.topology(namespace).resolve(topology, &placement) {
-            Ok(placed) => {
-                NamespacePlacement::Clusters(placed.units.values().map(|unit| unit.cluster.clone()).collect())
+        let seen = self.topology(namespace);
+        match seen.resolve(topology, &placement) {
+            Ok(mut placed) => {
+                placed.units.extend(seen.stand_ins(topology, placed.units.clone().into_values()));
+                let standing_in = object.data["status"]["units"].as_array().into_iter().flatten();
+                let standing_in = standing_in.filter(|unit| unit["standIn"] == true);
+                let standing_in = standing_in.filter_map(|unit| unit["cluster"].as_str().map(str::to_owned));
+                let placed = placed.units.values().map(|unit| unit.cluster.clone());
+                NamespacePlacement::Clusters(placed.chain(standing_in).collect())
             }
             // It cannot be read: nothing is taken away for that.
             Err(_) => NamespacePlacement::Unrestricted,
@@ -295,15 +364,12 @@ impl HubState {
         true
     }
 
-    /// Takes cells in; returns whether anything changed.
+    /// Takes cells in; returns whether anything but a status changed.
     pub(crate) fn change_cells(&mut self, change: Change<Cell>) -> bool {
-        let before = self.cells.clone();
         change_map(&mut self.cells, change, &mut self.unlisted, CELLS);
-        let changed = self.cells != before;
-        if changed {
-            self.rebuild_topology();
-        }
-        changed
+        let before = Arc::clone(&self.topology);
+        self.rebuild_topology();
+        before != self.topology
     }
 
     /// Takes clusters in; returns whether anything but a status changed.

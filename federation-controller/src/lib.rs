@@ -22,7 +22,9 @@
 
 mod client;
 pub mod connector;
+mod credentials;
 mod events;
+mod failover;
 mod hub;
 mod lease;
 mod member;
@@ -53,7 +55,7 @@ use tokio::time::Instant;
 use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
 pub use self::client::{Identity, IdentityError, member_client};
-pub use self::connector::{BoxedIo, ConnectError, Connector, Io, connector};
+pub use self::connector::{BoxedIo, ConnectError, Connector, Destination, Io, connector};
 use self::events::Events;
 use self::hub::{Change, HubState, ObjectKey, WatchTrouble, admit_all, follow, lighten};
 pub use self::lease::LeaseOptions;
@@ -99,6 +101,12 @@ pub struct Options {
     pub probe_timeout: Duration,
     /// Unanswered probes in a row that make a member offline. A lost tunnel makes it offline at once.
     pub failure_threshold: u32,
+    /// How often a member's nodes and pods are counted, while replicas are divided by the room that there is: sooner is
+    /// noticed sooner, and costs lists.
+    pub room_interval: Duration,
+    /// How often a member's Warnings about objects that are not ready are looked at: sooner is told sooner, and costs a list
+    /// for each namespace with such objects.
+    pub warning_interval: Duration,
     /// Every object is looked at again so often, whatever the watches say.
     pub resync: Duration,
 }
@@ -132,6 +140,10 @@ pub(crate) struct Shared {
     types_changed: Notify,
     /// There are new tombstones, or a member is back.
     tombstones_due: Notify,
+    /// A cluster may have named a Secret.
+    secrets_due: Notify,
+    /// Something about units that were given up is to be told.
+    failover_due: Notify,
     /// The set of clusters has changed.
     clusters_changed: Notify,
     queue: WorkQueue<ObjectKey>,
@@ -165,6 +177,8 @@ impl Default for Options {
             probe_interval: Duration::from_secs(10),
             probe_timeout: Duration::from_secs(3),
             failure_threshold: 3,
+            room_interval: Duration::from_secs(15),
+            warning_interval: Duration::from_secs(15),
             resync: Duration::from_secs(600),
         }
     }
@@ -226,6 +240,8 @@ impl Controller {
             types: Types::new(),
             types_changed: Notify::new(),
             tombstones_due: Notify::new(),
+            secrets_due: Notify::new(),
+            failover_due: Notify::new(),
             clusters_changed: Notify::new(),
             queue: WorkQueue::new(),
             failures: Mutex::default(),
@@ -242,6 +258,8 @@ impl Controller {
         Self::spawn_watches(&shared, &mut tasks);
         tasks.spawn(keep_members(Arc::clone(&shared)).instrument(info_span!("members")));
         tasks.spawn(tombstones::run(Arc::clone(&shared)).instrument(info_span!("tombstones")));
+        tasks.spawn(credentials::run(Arc::clone(&shared)).instrument(info_span!("credentials")));
+        tasks.spawn(failover::run(Arc::clone(&shared)).instrument(info_span!("failover")));
         tasks.spawn(resync(Arc::clone(&shared)).instrument(info_span!("resync")));
         for _ in 0..shared.options.workers.max(1) {
             tasks.spawn(work(Arc::clone(&shared)).instrument(info_span!("reconcile")));
@@ -300,6 +318,8 @@ impl Controller {
                 admit_all,
                 move |change| {
                     let changed = at.state.write().change_clusters(change);
+                    at.secrets_due.notify_one();
+                    credentials::refresh(&at);
                     if changed {
                         at.clusters_changed.notify_one();
                     }
@@ -426,6 +446,7 @@ impl Shared {
     fn after(&self, changed: bool) -> bool {
         if changed {
             self.enqueue_all();
+            self.failover_due.notify_one();
         }
         true
     }
@@ -526,14 +547,16 @@ async fn keep_members(shared: Arc<Shared>) {
             if running.contains_key(&name) {
                 continue;
             }
-            let client = match member_client(&name, shared.connector.clone(), &shared.options.identity) {
-                Ok(client) => client,
+            // What is not known yet is asked for in a moment: until then there is no way.
+            let Some(way) = shared.state.read().way(&name) else { continue };
+            let made = Member::new(&name, way, &shared);
+            let member = match made {
+                Ok(member) => Arc::new(member),
                 Err(failure) => {
                     error!(cluster = name, error = %failure, "cannot make a client for the member");
                     continue;
                 }
             };
-            let member = Arc::new(Member::new(&name, client, &shared));
             shared.members.write().insert(name.clone(), Arc::clone(&member));
             let span = info_span!("member", cluster = %name);
             let task = tasks.spawn(member.run(Arc::clone(&shared)).instrument(span));

@@ -9,15 +9,19 @@
 //!
 //! A step that fails ends the pass; the next pass plans anew.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use federation_core::FederatedType;
-use federation_core::api::{Condition, FederatedObject, FederatedRevision, FederatedStatus, Phase};
+use federation_core::api::{
+    Condition, Division, FederatedObject, FederatedRevision, FederatedStatus, Phase,
+    ReplicaSchedulingPreferenceSpec, UnitStatus,
+};
 use federation_core::names::{FIELD_MANAGER, FINALIZER, source};
 use federation_core::plan::{MemberView, Plan, PlanInput, RevisionWrite, plan};
 use federation_core::status::PROPAGATED;
+use federation_core::topology::{Topology, Unit};
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
@@ -100,12 +104,20 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
 
     let mark = source(&of.plural, &key.name);
     let members = shared.members();
+    let rooms = needs_room(preference.as_ref().map(|of| &of.spec), &federated, &topology);
+    let stands_in = federated.status.iter().flat_map(|status| &status.units).any(|unit| unit.stand_in);
+    let held_stand_ins =
+        if stands_in { shared.state.read().held_stand_ins(&key.namespace) } else { BTreeSet::new() };
     let mut views: BTreeMap<String, MemberView> = BTreeMap::new();
     for (name, member) in &members {
         // What has not begun is planned anew; what has begun is in the view.
         member.cancel(key);
         let cells = topology.cells_in(name);
-        views.insert(name.clone(), member.view(key, of, &mark, cells));
+        let mut view = member.view(key, of, &mark, cells);
+        if rooms.contains(name) {
+            view.room = member.room(key);
+        }
+        views.insert(name.clone(), view);
     }
     let stored = shared.state.read().revisions(of.revision_namespace(&key.namespace), &mark);
     let revisions: Vec<&FederatedRevision> = stored.iter().map(AsRef::as_ref).collect();
@@ -118,6 +130,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
         preference: preference.as_ref().map(|preference| &preference.spec),
         namespace,
         members: &views,
+        held_stand_ins: &held_stand_ins,
         adopt: shared.options.adopt,
         now: &crate::now(),
     });
@@ -136,6 +149,26 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
     if made.status != before {
         pass.store_status(&object, &made.status).await?;
         pass.announce(&before, &made);
+        let moves = |status: &FederatedStatus| status.units.iter().any(|unit| unit.evacuation.is_some());
+        if moves(&before) || moves(&made.status) {
+            shared.failover_due.notify_one();
+        }
+        let stands_in =
+            |status: &FederatedStatus| status.units.iter().any(|unit| unit.stand_in && unit.extra.is_some());
+        if stands_in(&before) && !stands_in(&made.status) {
+            // What was placed beside it is not needed any more.
+            let beside = shared.state.read().keys_in(&key.namespace);
+            beside.into_iter().for_each(|key| shared.queue.add(key));
+        }
+    }
+    let in_trouble = |unit: &&UnitStatus| unit.ready == Some(false) || unit.phase == Phase::Failed;
+    let mut troubled: BTreeMap<&str, Vec<&UnitStatus>> = BTreeMap::new();
+    for unit in made.status.units.iter().filter(in_trouble) {
+        troubled.entry(unit.cluster.as_str()).or_default().push(unit);
+    }
+    for (name, member) in &members {
+        let units = troubled.get(name.as_str()).map(Vec::as_slice).unwrap_or_default();
+        member.note_troubles(key, &pass.about, of.target_namespace(&key.namespace), units);
     }
     for write in made.writes {
         if let Some(member) = members.get(&write.cluster) {
@@ -145,7 +178,45 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
     for name in &made.surplus {
         pass.drop_revision(name).await?;
     }
+    if let Some(wait) = made.look_again {
+        shared.queue.add_after(key.clone(), wait);
+    }
     Ok(())
+}
+
+/// The members whose room decides about an object's replicas.
+fn needs_room(
+    preference: Option<&ReplicaSchedulingPreferenceSpec>,
+    object: &FederatedObject,
+    topology: &Topology,
+) -> BTreeSet<String> {
+    let of = object.spec.topology_type;
+    let goes_by_room =
+        |of: &&ReplicaSchedulingPreferenceSpec| of.divide_by == Division::Capacity || of.rebalance;
+    let anywhere = preference.is_some_and(|of| !of.intersect_with_cluster_selector);
+    let placed =
+        || topology.resolve(of, &object.spec.placement).map(|placed| placed.units).unwrap_or_default();
+    let mut needed = BTreeSet::new();
+    if preference.filter(goes_by_room).is_some() {
+        let all = topology.all(of).map(|(_, unit)| unit);
+        needed.extend(if anywhere { clusters_of(all) } else { clusters_of(placed().into_values()) });
+    }
+    if topology.is_given_up() {
+        // Those that it has something in, whoever placed it there, and those that may stand in.
+        let records = object.status.iter().flat_map(|status| &status.units);
+        let mut units: BTreeMap<String, &Unit> =
+            records.filter_map(|unit| Some((unit.name.clone(), topology.unit(of, &unit.name)?))).collect();
+        units.extend(placed());
+        if units.values().any(|unit| topology.failover_of(unit).is_some()) {
+            units.extend(topology.stand_ins(of, units.clone().into_values()));
+            needed.extend(clusters_of(units.into_values()));
+        }
+    }
+    needed
+}
+
+fn clusters_of<'a>(units: impl Iterator<Item = &'a Unit>) -> BTreeSet<String> {
+    units.map(|unit| unit.cluster.clone()).collect()
 }
 
 struct Pass<'a> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use federation_apiserver::simulation::SimulationConfig;
 use federation_apiserver::{ApiServer, Config, Converter, Role};
-use federation_controller::{ConnectError, Controller, Handle, Options, connector};
+use federation_controller::{ConnectError, Controller, Destination, Handle, Options, connector};
 use federation_core::api::{
     Cell, CellSpec, Conversion, FederatedStatus, KubeFedCluster, KubeFedClusterSpec, Phase,
     PropagationConfig, PropagationConfigSpec,
@@ -81,7 +81,8 @@ impl World {
             Arc::<Mutex<Vec<(String, AbortOnDropHandle<()>)>>>::default(),
         );
         let (members, is_down, opened) = (gateways, Arc::clone(&down), Arc::clone(&open));
-        let connector = connector(move |cluster: String| {
+        let connector = connector(move |to: Destination| {
+            let cluster = to.cluster;
             let gateway = members
                 .iter()
                 .find(|(name, _)| *name == cluster && !is_down.lock().contains(&cluster))
@@ -130,7 +131,7 @@ impl World {
             let spec = CellSpec {
                 cluster: cluster.into(),
                 node_selector: [(ZONE.to_owned(), zone.to_owned())].into(),
-                tolerations: vec![],
+                ..CellSpec::default()
             };
             let mut cell = Cell::new(name, spec);
             cell.metadata.labels = Some([("member".to_owned(), cluster.to_owned())].into());

@@ -10,7 +10,9 @@
 //! should be), [`plan`] (all of it together), [`status`].
 
 pub mod api;
+pub mod capacity;
 pub mod conversion;
+pub mod credentials;
 pub mod drift;
 pub mod metadata;
 pub mod names;
@@ -44,6 +46,13 @@ pub fn crds(conversion: &api::Conversion) -> Vec<CustomResourceDefinition> {
     all
 }
 
+/// The same as one YAML text, a document each.
+pub fn crds_yaml(conversion: &api::Conversion) -> Result<String, serde_yaml_ng::Error> {
+    let documents =
+        crds(conversion).into_iter().map(|crd| Ok(format!("---\n{}", serde_yaml_ng::to_string(&crd)?)));
+    documents.collect()
+}
+
 /// What fuzz targets call: the parsers of what users write, as plain functions.
 #[doc(hidden)]
 pub mod fuzzing {
@@ -53,6 +62,19 @@ pub mod fuzzing {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The definitions in the documentation. `UPDATE_GOLDEN=1` writes them anew, as `cargo xtask generate` does.
+    #[test]
+    fn the_documentation_holds_these_definitions() {
+        let head = "# Written by `cargo xtask generate` from federation-core.\n";
+        let text = crds_yaml(&api::Conversion::Unserved).expect("serialises");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/crds.yaml");
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            std::fs::write(path, format!("{head}{text}")).expect("written");
+        }
+        let written = std::fs::read_to_string(path).expect("docs/crds.yaml");
+        assert!(written == format!("{head}{text}"), "docs/crds.yaml is stale: run `cargo xtask generate`");
+    }
 
     #[test]
     fn crds_are_structural_and_named_as_the_groups_say() {

@@ -26,11 +26,15 @@
 //! desired object cannot be determined (lost snapshot, failing override, missing Cell) is left as it is, and so is any
 //! object that might be its own.
 
+mod failover;
 mod model;
+mod replicas;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::api::{FederatedStatus, NamespaceRule, Naming, Phase, Snapshot, TombstoneSpec, UnitStatus};
+use crate::api::{
+    FederatedStatus, NamespaceRule, Naming, Phase, Setback, Snapshot, TombstoneSpec, UnitStatus,
+};
 use crate::drift;
 use crate::names::{
     self, ADOPT_ANNOTATION, DELETE_OPTION_ANNOTATION, ORPHAN_ANNOTATION, REVISION_ANNOTATION,
@@ -39,7 +43,6 @@ use crate::names::{
 use crate::overrides;
 use crate::render::{Rendered, object_name, render};
 use crate::revision::{self, DEFAULT_HISTORY_LIMIT};
-use crate::schedule::{self, Candidate};
 use crate::status::{
     self, Finding, MASK_INVALID, NAMESPACE_NOT_FEDERATED, OVERRIDES_INVALID, PLACEMENT_INVALID,
 };
@@ -81,6 +84,8 @@ struct Planner<'a> {
     leftovers: Vec<String>,
     /// By cluster: names of objects that must stay.
     keep: BTreeMap<String, BTreeSet<String>>,
+    setbacks: Vec<Setback>,
+    look_again: Option<std::time::Duration>,
 }
 
 // === impl Planner ===
@@ -105,6 +110,8 @@ impl<'a> Planner<'a> {
             writes: Vec::new(),
             leftovers: Vec::new(),
             keep: BTreeMap::new(),
+            setbacks: Vec::new(),
+            look_again: None,
         }
     }
 
@@ -112,12 +119,21 @@ impl<'a> Planner<'a> {
         let input = self.input;
         let spec = &input.object.spec;
 
-        let (mut placed, readable) = self.place();
-        let current = (!self.deleting && readable).then(|| {
-            let replicas = self.split(&mut placed);
+        let (mut placed, mut readable) = self.place();
+        let mut replicas = None;
+        if readable && !self.deleting {
+            replicas = self.split(&mut placed);
+            if replicas.is_none() {
+                readable = false;
+                placed = Placed::default();
+            }
+        }
+        let current = replicas.map(|replicas| {
             let snapshot = revision::snapshot(input.object, input.rules, replicas);
             revision::choose(input.of, self.name, snapshot, input.revisions)
         });
+        let own: BTreeSet<String> = placed.units.keys().cloned().collect();
+        self.add_stand_ins(&mut placed);
         let snapshots: BTreeMap<&str, &Snapshot> = input
             .revisions
             .iter()
@@ -134,9 +150,11 @@ impl<'a> Planner<'a> {
             }
             let mut drafts: Vec<Draft<'_>> =
                 placed.units.values().map(|unit| self.draft(unit, &current.name, &snapshots)).collect();
+            self.fail_over(&mut drafts, &own, &current.name, &snapshots);
             self.settle(&mut drafts, &current.name);
             units.extend(drafts.into_iter().map(|draft| draft.status));
         } else if !self.deleting {
+            self.setbacks.clone_from(&self.before.setbacks);
             // The placement cannot be read: everything stays as it is.
             units.extend(self.before.units.iter().cloned());
             for unit in &units {
@@ -155,7 +173,15 @@ impl<'a> Planner<'a> {
         let revision = current
             .filter(|current| !current.exists || current.renumber)
             .map(|current| RevisionWrite { name: current.name, spec: current.spec, exists: current.exists });
-        Plan { revision, status, tombstones: self.tombstones, writes: self.writes, surplus, finished }
+        Plan {
+            revision,
+            status,
+            tombstones: self.tombstones,
+            writes: self.writes,
+            surplus,
+            look_again: self.look_again,
+            finished,
+        }
     }
 
     /// The units of the placement, and whether it could be read.
@@ -202,64 +228,6 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Splits the replicas, when somebody asked for it; says of each unit how many it gets. Without
-    /// `intersectWithClusterSelector` the split also decides which units there are.
-    fn split(&self, placed: &mut Placed<'a>) -> BTreeMap<String, i64> {
-        let input = self.input;
-        let spec = &input.object.spec;
-        let Some(preference) = input.preference.filter(|_| input.of.has_replicas()) else {
-            return BTreeMap::new();
-        };
-        let newest = input.revisions.iter().max_by_key(|revision| revision.spec.number);
-        let mut candidates = BTreeMap::new();
-        let mut all = BTreeMap::new();
-        if preference.intersect_with_cluster_selector {
-            all.clone_from(&placed.units);
-        } else {
-            let allowed = |cluster: &str| match &input.namespace {
-                NamespacePlacement::Clusters(clusters) => clusters.contains(cluster),
-                _ => true,
-            };
-            let every = input.topology.all(spec.topology_type);
-            all.extend(
-                every.filter(|(_, unit)| allowed(&unit.cluster)).map(|(name, unit)| (name.clone(), unit)),
-            );
-        }
-        for (name, unit) in &all {
-            let current = newest.and_then(|revision| revision.spec.snapshot.replicas.get(name).copied());
-            let reachable =
-                input.members.get(&unit.cluster).is_some_and(|view| view.state == MemberState::Synced);
-            let capacity = if reachable {
-                self.runnable(name, &unit.cluster, current)
-            } else {
-                // Nothing is moved for a lost tunnel; and nothing new goes where nobody answers.
-                Some(current.unwrap_or(0))
-            };
-            candidates.insert(name.clone(), Candidate { current, capacity });
-        }
-        let key = format!("{}/{}", self.namespace, self.name);
-        let mut replicas = schedule::split(preference, &candidates, &key);
-        if !preference.intersect_with_cluster_selector {
-            replicas.retain(|_, replicas| *replicas > 0);
-            placed.units = all.into_iter().filter(|(name, _)| replicas.contains_key(name)).collect();
-        }
-        replicas
-    }
-
-    /// How many of its replicas a unit can run, when its Deployment has given up on some of them.
-    fn runnable(&self, unit: &str, cluster: &str, current: Option<i64>) -> Option<i64> {
-        let record = self.before.units.iter().find(|old| old.name == unit && old.cluster == cluster)?;
-        let live = self.input.members.get(cluster)?.objects.get(record.object.as_deref()?)?;
-        let status = &live.value["status"];
-        let stuck = status["conditions"].as_array().into_iter().flatten().any(|condition| {
-            condition["type"] == "Progressing"
-                && condition["status"] == "False"
-                && condition["reason"] == "ProgressDeadlineExceeded"
-        });
-        let current = current?;
-        stuck.then(|| status["availableReplicas"].as_i64().unwrap_or(0).clamp(0, current))
-    }
-
     fn check_mask(&mut self, placed: &Placed<'_>) {
         let spec = &self.input.object.spec;
         let Some(mask) = &spec.placement_mask else { return };
@@ -295,7 +263,10 @@ impl<'a> Planner<'a> {
                 name: unit.name.clone(),
                 cluster: unit.cluster.clone(),
                 // A cell that moves to another cluster takes its revision along.
-                revision: self.elsewhere(unit).and_then(|old| old.revision.clone()),
+                revision: self
+                    .elsewhere(unit)
+                    .and_then(|old| old.revision.clone())
+                    .or_else(|| self.revision_to_stand_in(unit)),
                 ..UnitStatus::default()
             });
         let mut draft = Draft { unit, allowed, status: record, base: None, target: None };
@@ -343,6 +314,9 @@ impl<'a> Planner<'a> {
             }
             MemberState::Unreachable { reason, message } => {
                 let message = format!("{message}; nothing is changed until it is back");
+                if draft.status.last_heard.is_none() {
+                    draft.status.last_heard = view.last_heard.clone();
+                }
                 waits(&mut draft, Phase::Unreachable, reason, message);
                 return draft;
             }
@@ -361,6 +335,7 @@ impl<'a> Planner<'a> {
             }
         }
 
+        draft.status.last_heard = None;
         let names = self.names_of(unit);
         if names.iter().any(|name| view.in_flight.contains(name)) {
             self.keep_names(&unit.name, &unit.cluster);
@@ -858,6 +833,7 @@ impl<'a> Planner<'a> {
             ready_replicas,
             conditions: status::conditions(&findings, &self.before.conditions, generation, self.input.now),
             units,
+            setbacks: std::mem::take(&mut self.setbacks),
         }
     }
 

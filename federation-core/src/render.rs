@@ -132,10 +132,9 @@ pub fn render(
     }
     strip_nulls(&mut document);
 
-    let mut digest = hash(&document);
-    digest.truncate(RENDERED_HASH_DIGITS);
-    document["metadata"]["annotations"][RENDERED_ANNOTATION] = digest.clone().into();
-    Ok(Rendered { name, hash: digest, retain_replicas: retain, value: document })
+    let mut rendered = Rendered { name, hash: String::new(), retain_replicas: retain, value: document };
+    rendered.sign();
+    Ok(rendered)
 }
 
 // === impl Rendered ===
@@ -146,6 +145,32 @@ impl Rendered {
         let mut value = self.value.clone();
         value["metadata"]["annotations"][REVISION_ANNOTATION] = revision.into();
         value
+    }
+
+    /// The replicas that it asks for; one, as the API has it, when it does not say.
+    pub fn replicas(&self) -> i64 {
+        self.value["spec"]["replicas"].as_i64().unwrap_or(1).clamp(0, i64::from(i32::MAX))
+    }
+
+    /// The same object with so many replicas.
+    pub fn scaled(&self, replicas: i64) -> Self {
+        if replicas == self.replicas() {
+            return self.clone();
+        }
+        let mut scaled = self.clone();
+        scaled.value["spec"]["replicas"] = replicas.max(0).into();
+        scaled.sign();
+        scaled
+    }
+
+    /// Marks the object with the hash of everything else in it.
+    fn sign(&mut self) {
+        if let Value::Object(annotations) = &mut self.value["metadata"]["annotations"] {
+            annotations.remove(RENDERED_ANNOTATION);
+        }
+        self.hash = hash(&self.value);
+        self.hash.truncate(RENDERED_HASH_DIGITS);
+        self.value["metadata"]["annotations"][RENDERED_ANNOTATION] = self.hash.clone().into();
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::api::{ReplicaSchedulingPreferenceSpec, UnitPreference};
+use crate::api::{Division, ReplicaSchedulingPreferenceSpec, UnitPreference};
 
 /// The most replicas that are ever split; more in a manifest counts as this.
 const MAX_REPLICAS: i64 = 1_000_000;
@@ -15,10 +15,13 @@ const MAX_REPLICAS: i64 = 1_000_000;
 pub struct Candidate {
     /// Replicas that it is to have now, if it has the object.
     pub current: Option<i64>,
-    /// Replicas that it can run, when that is known to be less than wanted: those of `current` that do not stay
-    /// unschedulable.
+    /// Replicas that it can run at most, when that is known.
     pub capacity: Option<i64>,
 }
+
+/// How far the division by capacity may be off the mark before `rebalance` moves what runs: one part in so many, and one
+/// replica at least. Room changes with every pod of anybody else; replicas do not follow each of those changes.
+const TOLERANCE: i64 = 10;
 
 /// One unit on its way through the split.
 struct Share<'a> {
@@ -38,6 +41,7 @@ pub fn split(
     candidates: &BTreeMap<String, Candidate>,
     key: &str,
 ) -> BTreeMap<String, i64> {
+    let by_capacity = preference.divide_by == Division::Capacity;
     let even = UnitPreference { weight: 1, ..UnitPreference::default() };
     let mut shares: Vec<Share<'_>> = candidates
         .iter()
@@ -49,10 +53,11 @@ pub fn split(
             };
             let bound = |value: i64| value.clamp(0, MAX_REPLICAS);
             let max = bound(of.max_replicas.unwrap_or(MAX_REPLICAS));
-            let limit = max.min(bound(candidate.capacity.unwrap_or(MAX_REPLICAS)));
+            let capacity = bound(candidate.capacity.unwrap_or(MAX_REPLICAS));
+            let limit = max.min(capacity);
             Some(Share {
                 name,
-                weight: bound(of.weight),
+                weight: if by_capacity { capacity } else { bound(of.weight) },
                 min: bound(of.min_replicas),
                 limit,
                 given: 0,
@@ -69,7 +74,17 @@ pub fn split(
         share.given = share.min.min(share.limit).min(left);
         left -= share.given;
     }
-    if preference.rebalance {
+    let mut rebalance = preference.rebalance;
+    if rebalance && by_capacity {
+        let mut ideal: Vec<Share<'_>> = shares.iter().map(|share| Share { ..*share }).collect();
+        by_weight(&mut ideal, left);
+        let tolerated = (total / TOLERANCE).max(1);
+        rebalance = ideal.iter().any(|ideal| {
+            let current = candidates.get(ideal.name).and_then(|candidate| candidate.current).unwrap_or(0);
+            (ideal.given - current).abs() > tolerated
+        });
+    }
+    if rebalance {
         by_weight(&mut shares, left);
     } else {
         // What a unit has stays, as far as there is enough; what is too many goes from where it is furthest above its share.
@@ -210,6 +225,25 @@ mod tests {
         check(&any, &[("a", Some(3), Some(1)), ("b", Some(3), None)], &[1, 5]);
         let back = preference(6, true, &[("*", 0, None, 1)]);
         check(&back, &[("a", Some(1), None), ("b", Some(5), None)], &[3, 3]);
+    }
+
+    #[test]
+    fn by_capacity_rooms_decide_and_small_changes_move_nothing() {
+        let by = |total, rebalance| ReplicaSchedulingPreferenceSpec {
+            divide_by: Division::Capacity,
+            ..preference(total, rebalance, &[])
+        };
+        let new = [("a", None, Some(20)), ("b", None, Some(10)), ("c", None, Some(0))];
+        check(&by(9, false), &new, &[6, 3, 0]);
+        check(&by(40, false), &new, &[20, 10, 0]);
+        // Somebody else's pods come and go.
+        let less = [("a", Some(6), Some(15)), ("b", Some(3), Some(12)), ("c", Some(0), Some(1))];
+        check(&by(9, true), &less, &[6, 3, 0]);
+        let much_less = [("a", Some(6), Some(7)), ("b", Some(3), Some(30)), ("c", Some(0), Some(0))];
+        check(&by(9, false), &much_less, &[6, 3, 0]);
+        check(&by(9, true), &much_less, &[1, 8, 0]);
+        // What does not fit any more has to go.
+        check(&by(9, false), &[("a", Some(6), Some(4)), ("b", Some(3), Some(9))], &[4, 5]);
     }
 
     proptest! {

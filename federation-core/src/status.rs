@@ -19,6 +19,10 @@ pub const PLACEMENT_INVALID: &str = "PlacementInvalid";
 pub const NAMESPACE_NOT_FEDERATED: &str = "NamespaceNotFederated";
 /// Condition, present only when true: overrides name unknown units or forbidden paths.
 pub const OVERRIDES_INVALID: &str = "OverridesInvalid";
+/// Condition, present only when true: replicas that are to be divided fit nowhere, or it cannot be told where they fit.
+pub const REPLICAS_UNPLACED: &str = "ReplicasUnplaced";
+/// Condition, present only while a unit of the object is given up or comes back: how far that is.
+pub const EVACUATING: &str = "Evacuating";
 
 /// The status fields of a workload that are shown for each unit.
 const OBSERVED_REPLICAS: [&str; 5] =

@@ -7,7 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::core::{Selector, SelectorExt as _};
 use thiserror::Error;
 
-use crate::api::{Cell, KubeFedCluster, Placement, TopologyType};
+use crate::api::{Cell, Failover, KubeFedCluster, Placement, TopologyType};
 use crate::names::TENANT_LABEL;
 
 /// Something to place on: a cell or a whole cluster.
@@ -41,6 +41,8 @@ pub struct Topology {
     by_cluster: BTreeMap<String, BTreeSet<String>>,
     /// Names of all clusters, whosever they are.
     registered: BTreeSet<String>,
+    /// Cells and clusters that were given up, whosever they are.
+    given_up: BTreeMap<(TopologyType, String), Failover>,
 }
 
 /// What a placement comes to.
@@ -90,6 +92,7 @@ impl Topology {
                 tolerations: cell.spec.tolerations.clone(),
             }),
         };
+        self.give_up(TopologyType::Cell, &name, cell.spec.failover.as_ref());
         self.by_cluster.entry(unit.cluster.clone()).or_default().insert(name.clone());
         if let Some(before) = self.cells.insert(name.clone(), unit)
             && before.cluster != cell.spec.cluster
@@ -108,6 +111,7 @@ impl Topology {
             labels: cluster.metadata.labels.clone().unwrap_or_default(),
             cell: None,
         };
+        self.give_up(TopologyType::Cluster, &name, cluster.spec.failover.as_ref());
         self.registered.insert(name.clone());
         self.clusters.insert(name, unit);
     }
@@ -125,7 +129,8 @@ impl Topology {
             (None, Some(_)) => self.clusters.get(&unit.cluster).and_then(tenant_label) == Some(tenant),
             (None, None) => false,
         };
-        let mut own = Self { registered: self.registered.clone(), ..Self::default() };
+        let mut own =
+            Self { registered: self.registered.clone(), given_up: self.given_up.clone(), ..Self::default() };
         for unit in self.cells.values().filter(is_theirs) {
             own.by_cluster.entry(unit.cluster.clone()).or_default().insert(unit.name.clone());
             own.cells.insert(unit.name.clone(), unit.clone());
@@ -134,6 +139,54 @@ impl Topology {
             own.clusters.insert(unit.name.clone(), unit.clone());
         }
         own
+    }
+
+    fn give_up(&mut self, of: TopologyType, name: &str, failover: Option<&Failover>) {
+        let key = (of, name.to_owned());
+        match failover {
+            Some(failover) => self.given_up.insert(key, failover.clone()),
+            None => self.given_up.remove(&key),
+        };
+    }
+
+    /// Whether anything is given up.
+    pub fn is_given_up(&self) -> bool {
+        !self.given_up.is_empty()
+    }
+
+    /// What an operator said of a unit, or of its cluster, if it is given up.
+    pub fn failover_of(&self, unit: &Unit) -> Option<&Failover> {
+        if self.given_up.is_empty() {
+            return None;
+        }
+        let said = |of, name: &str| self.given_up.get(&(of, name.to_owned()));
+        let own = unit.cell.as_ref().and_then(|_| said(TopologyType::Cell, &unit.name));
+        own.or_else(|| said(TopologyType::Cluster, &unit.cluster))
+    }
+
+    /// The units that stand in for those of `placed` that are given up.
+    pub fn stand_ins<'a>(
+        &'a self,
+        of: TopologyType,
+        placed: impl Iterator<Item = &'a Unit>,
+    ) -> BTreeMap<String, &'a Unit> {
+        let mut units = BTreeMap::new();
+        for placement in placed.filter_map(|unit| self.failover_of(unit)?.to.as_ref()) {
+            // A selector that cannot be read selects nothing.
+            let Ok(found) = self.resolve(of, placement) else { continue };
+            units.extend(found.units);
+            let clusters = found.unknown.iter().filter(|_| of == TopologyType::Cell);
+            for name in clusters.flat_map(|cluster| self.cells_in(cluster)) {
+                units.extend(self.cells.get(name).map(|unit| (name.to_owned(), unit)));
+            }
+        }
+        units.retain(|_, unit| self.failover_of(unit).is_none());
+        units
+    }
+
+    /// A unit by name.
+    pub fn unit(&self, of: TopologyType, name: &str) -> Option<&Unit> {
+        self.units(of).get(name)
     }
 
     /// Names of the cells of a cluster.

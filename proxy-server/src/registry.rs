@@ -441,8 +441,11 @@ impl<T: Tunnel> Registry<T> {
             // Only agents without a cluster serve such requests, and those allow everything else, as upstream does.
             return Ok(());
         };
-        let allowed =
-            self.0.directory.lookup(cluster.as_str(), |info| target.is_api_gateway() || info.allows(target));
+        let allowed = self.0.directory.lookup(cluster.as_str(), |info| {
+            // The controller goes where the cluster's own object says that its API is.
+            let ours = target.is_api_gateway() || request.frontend == Frontend::Controller;
+            ours || info.allows(target)
+        });
         match allowed {
             Lookup::Known(true) => Ok(()),
             Lookup::Known(false) => {

@@ -53,6 +53,10 @@ pub(crate) struct Health {
     failures: u32,
     online: bool,
     version: Option<String>,
+    /// When it last answered (RFC 3339).
+    last_heard: Option<String>,
+    /// Why a newer credential is not in use.
+    refused: Option<String>,
 }
 
 // === impl Probe ===
@@ -116,6 +120,23 @@ impl Health {
         self.last = Some(probe);
     }
 
+    /// Says why a newer credential is not in use, or that there is none; returns whether that is news.
+    pub(crate) fn refuse(&mut self, why: Option<String>) -> bool {
+        let news = self.refused != why;
+        self.refused = why;
+        news
+    }
+
+    /// Remembers that it answers now.
+    pub(crate) fn heard(&mut self, now: &str) {
+        self.last_heard = Some(now.to_owned());
+    }
+
+    /// When it last answered (RFC 3339), in this process' life.
+    pub(crate) fn last_heard(&self) -> Option<String> {
+        self.last_heard.clone()
+    }
+
     /// Whether the member may be read and written.
     pub(crate) fn is_online(&self) -> bool {
         self.online
@@ -153,6 +174,10 @@ impl Health {
             Some(Unauthorized { message }) => (unknown, unknown, ("False", "Unauthorized", message)),
             Some(NoAnswer { message }) => (well, ("False", "NotAnswering", message), unknown),
         };
+        let credentials = match &self.refused {
+            Some(why) if credentials.0 == "True" => ("False", "NewCredentialRefused", why.as_str()),
+            _ => credentials,
+        };
         let ready = match &self.last {
             Some(Answers { .. }) => ("True", "ClusterReady", "/readyz responded with ok"),
             Some(NotReady { message }) => ("False", "ClusterNotReady", message.as_str()),
@@ -184,6 +209,7 @@ impl Health {
         KubeFedClusterStatus {
             conditions,
             kubernetes_version: self.version.clone().or_else(|| before.kubernetes_version.clone()),
+            failover: before.failover.clone(),
         }
     }
 }

@@ -5,12 +5,16 @@
 
 mod health;
 mod probe;
+mod room;
 mod store;
+mod warnings;
 mod watch;
 mod writer;
 
 use std::sync::Arc;
 
+use federation_core::api::UnitStatus;
+use federation_core::capacity::RoomView;
 use federation_core::names::{
     FIELD_MANAGER, MANAGED_LABEL, RENDERED_ANNOTATION, REVISION_ANNOTATION, SOURCE_ANNOTATION,
 };
@@ -28,8 +32,12 @@ use tracing::Instrument as _;
 
 use self::health::Health;
 pub(crate) use self::health::chain;
+use self::room::Rooms;
 use self::store::{Store, TargetKey};
+use self::warnings::Troubles;
 use crate::Shared;
+use crate::client::{IdentityError, Path, client_along};
+use crate::credentials::Way;
 use crate::hub::ObjectKey;
 use crate::pace::Bucket;
 use crate::queue::WorkQueue;
@@ -38,10 +46,16 @@ use crate::queue::WorkQueue;
 pub(crate) struct Member {
     pub(crate) name: Arc<str>,
     client: kube::Client,
+    /// Where the client goes.
+    path: Path,
+    /// Another way that is to be tried before it is taken.
+    candidate: Mutex<Option<Way>>,
     health: Mutex<Health>,
     store: Mutex<Store>,
     jobs: WorkQueue<TargetKey>,
     bucket: Mutex<Bucket>,
+    rooms: Rooms,
+    troubles: Troubles,
     /// Asks for a probe now.
     nudge: Notify,
     /// Whether the member is online, and a number that grows when its watches are to begin anew.
@@ -68,24 +82,49 @@ struct Job {
 // === impl Member ===
 
 impl Member {
-    pub(crate) fn new(name: &str, client: kube::Client, shared: &Shared) -> Self {
+    pub(crate) fn new(name: &str, way: Way, shared: &Shared) -> Result<Self, IdentityError> {
         let options = &shared.options;
-        Self {
+        let path = Path::new(way);
+        let client = client_along(path.clone(), name, shared.connector.clone(), &options.identity)?;
+        Ok(Self {
             name: name.into(),
             client,
+            path,
+            candidate: Mutex::default(),
             health: Mutex::default(),
             store: Mutex::new(Store::default()),
             jobs: WorkQueue::new(),
             bucket: Mutex::new(Bucket::new(options.member_rate, options.member_burst, Instant::now())),
+            rooms: Rooms::default(),
+            troubles: Troubles::default(),
             nudge: Notify::new(),
             epoch: cell::Sender::new(Epoch { online: false, number: 0 }),
+        })
+    }
+
+    /// Has the way changed, soon: one that works is left only for one that has been tried. Returns whether it is another.
+    pub(crate) fn take_way(&self, way: Way) -> bool {
+        let mut candidate = self.candidate.lock();
+        let known = candidate.as_ref().map_or_else(|| self.path.now().1, Way::clone);
+        if known == way {
+            return false;
         }
+        if self.path.now().1 == way {
+            *candidate = None;
+        } else {
+            *candidate = Some(way);
+        }
+        drop(candidate);
+        self.nudge();
+        true
     }
 
     /// Lives until dropped.
     pub(crate) async fn run(self: Arc<Self>, shared: Arc<Shared>) {
         let mut tasks = JoinSet::new();
         tasks.spawn(probe::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
+        tasks.spawn(warnings::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
+        tasks.spawn(room::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
         for _ in 0..shared.options.member_writers.max(1) {
             tasks.spawn(writer::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
         }
@@ -150,7 +189,30 @@ impl Member {
             (health.is_known() && !health.is_online()).then(|| health.trouble())
         };
         let home = of.target_namespace(&key.namespace);
-        self.store.lock().view(key, home, source, cells, offline, Instant::now())
+        let last_heard = self.health.lock().last_heard();
+        let view = self.store.lock().view(key, home, source, cells, offline, Instant::now());
+        MemberView { last_heard, ..view }
+    }
+
+    /// What is known of its room; from now on the object is looked at again when that changes.
+    pub(crate) fn room(&self, key: &ObjectKey) -> RoomView {
+        self.rooms.ask(key, Instant::now())
+    }
+
+    /// Takes in which units of an object are in trouble here: the member's own Warnings about them are copied.
+    pub(crate) fn note_troubles(
+        &self,
+        key: &ObjectKey,
+        about: &ObjectReference,
+        namespace: &str,
+        units: &[&UnitStatus],
+    ) {
+        self.troubles.keep(key, &units.iter().map(|unit| unit.name.as_str()).collect());
+        for unit in units {
+            if let Some(object) = &unit.object {
+                self.troubles.add(key, &unit.name, about, namespace, object);
+            }
+        }
     }
 
     /// Takes back the writes for an object that no worker has begun.

@@ -15,6 +15,7 @@ use tracing::{debug, info, warn};
 use super::Member;
 use super::health::{Probe, chain, shortened};
 use crate::Shared;
+use crate::client::{Path, client_along};
 use crate::hub;
 use crate::metrics::MemberLabels;
 
@@ -25,6 +26,7 @@ const LEAST_INTERVAL: Duration = Duration::from_millis(200);
 pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
     loop {
         let began = Instant::now();
+        try_candidate(&member, &shared).await;
         let found = probe(&member, shared.options.probe_timeout).await;
         note(&member, &shared, found);
         tell(&member, &shared).await;
@@ -35,8 +37,51 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
     }
 }
 
+/// Tries another way, should there be one, and takes it when it works, or when the present one does not.
+async fn try_candidate(member: &Member, shared: &Shared) {
+    let Some(way) = member.candidate.lock().clone() else { return };
+    let client = client_along(
+        Path::new(way.clone()),
+        &member.name,
+        shared.connector.clone(),
+        &shared.options.identity,
+    );
+    // The identity has been a header before.
+    let Ok(client) = client else { return };
+    let found = probe_with(&client, shared.options.probe_timeout).await;
+    let works = matches!(found, Probe::Answers { .. } | Probe::NotReady { .. });
+    let refused = match &found {
+        Probe::Unauthorized { message } => Some(message.clone()),
+        Probe::NoAnswer { message } => Some(format!("the API does not answer to it: {message}")),
+        _ => None,
+    };
+    let take = works || !member.is_online();
+    let mut candidate = member.candidate.lock();
+    if candidate.as_ref() != Some(&way) {
+        // Replaced meanwhile: that one is tried next.
+        return;
+    }
+    if take {
+        *candidate = None;
+        drop(candidate);
+        member.path.turn(way);
+        info!("the member's API is reached another way");
+        member.health.lock().refuse(None);
+    } else if let Some(message) = refused {
+        let message =
+            format!("the credential of spec.secretRef is not taken, and the one before stays: {message}");
+        if member.health.lock().refuse(Some(message.clone())) {
+            warn!(message, "a credential is not taken");
+        }
+    }
+}
+
 async fn probe(member: &Member, limit: Duration) -> Probe {
-    match timeout(limit, ask(&member.client)).await {
+    probe_with(&member.client, limit).await
+}
+
+async fn probe_with(client: &kube::Client, limit: Duration) -> Probe {
+    match timeout(limit, ask(client)).await {
         Ok(Ok(probe)) => probe,
         Ok(Err(error)) => Probe::from_error(&error),
         Err(_) => Probe::NoAnswer { message: format!("no answer within {:.1} s", limit.as_secs_f64()) },
@@ -61,6 +106,9 @@ fn note(member: &Member, shared: &Shared, found: Probe) {
     let (before, after, trouble) = {
         let mut health = member.health.lock();
         let before = health.is_online();
+        if matches!(found, Probe::Answers { .. } | Probe::NotReady { .. }) {
+            health.heard(&crate::now());
+        }
         health.observe(found, shared.options.failure_threshold);
         (before, health.is_online(), health.trouble())
     };
@@ -107,6 +155,8 @@ async fn tell(member: &Member, shared: &Shared) {
     if status == before {
         return;
     }
+    // What became of a failover is told by somebody else.
+    let status = KubeFedClusterStatus { failover: None, ..status };
     let patch = Patch::Merge(json!({ "status": status }));
     let api = hub::clusters(shared.hub.clone());
     let params = PatchParams {

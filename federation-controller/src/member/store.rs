@@ -174,6 +174,7 @@ impl Store {
                     Some((target.name.to_string(), fight_message(&target.name)))
                 })
                 .collect(),
+            ..MemberView::default()
         }
     }
 

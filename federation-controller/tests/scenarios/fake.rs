@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -28,6 +28,10 @@ pub(crate) struct FakeApi {
     pub(crate) unserved: Mutex<Vec<String>>,
     /// Answers to writes of objects by name: a status code and a message.
     pub(crate) refuses: Mutex<BTreeMap<String, (u16, String)>>,
+    /// Bearer tokens that are taken; without any, everybody is.
+    pub(crate) tokens: Mutex<Vec<String>>,
+    /// Requests whose token was not taken.
+    pub(crate) refused: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -78,6 +82,8 @@ impl FakeApi {
             hangs: AtomicBool::new(false),
             unserved: Mutex::default(),
             refuses: Mutex::default(),
+            tokens: Mutex::default(),
+            refused: AtomicUsize::new(0),
         };
         Arc::new(api)
     }
@@ -128,11 +134,16 @@ impl FakeApi {
             std::future::pending::<()>().await;
         }
         let headers = request.headers();
-        let user = headers
-            .get("impersonate-user")
-            .and_then(|user| user.to_str().ok())
-            .unwrap_or_default()
-            .to_owned();
+        let said = |name: &str| headers.get(name).and_then(|user| user.to_str().ok());
+        let user = said("authorization").or(said("impersonate-user")).unwrap_or_default().to_owned();
+        let taken = {
+            let tokens = self.tokens.lock();
+            tokens.is_empty() || tokens.iter().any(|token| user == format!("Bearer {token}"))
+        };
+        if !taken {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            return answer(Err((StatusCode::UNAUTHORIZED, "Unauthorized", "Unauthorized".into())));
+        }
         self.state.lock().users.push(user);
         match request.uri().path() {
             "/version" => return answer(Ok(json!({"gitVersion": "v1.37.0"}))),

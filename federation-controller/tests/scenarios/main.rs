@@ -2,8 +2,11 @@
 //! real HTTP/1.1. Each test changes something and waits until the world is as it should be.
 
 mod any_type;
+mod credentials;
+mod failover;
 mod fake;
 mod leaders;
+mod replicas;
 mod world;
 
 use std::sync::atomic::Ordering;
@@ -452,7 +455,9 @@ async fn a_tombstone_is_carried_out_when_the_member_is_back() {
 async fn a_mass_of_objects_costs_the_hub_few_writes() {
     const OBJECTS: usize = 200;
     let mut world = World::start().await;
-    let before = world.hub.writes().len();
+    // Events are paced, so how many there are is a matter of time.
+    let count = |world: &World| world.hub.writes().iter().filter(|write| !write.contains("events")).count();
+    let before = count(&world);
     for index in 0..OBJECTS {
         let name = format!("settings-{index}");
         let mut object = federated("FederatedConfigMap", &["a", "c"], json!({"data": {"k": "v"}}));
@@ -468,10 +473,10 @@ async fn a_mass_of_objects_costs_the_hub_few_writes() {
             })
             .await;
     }
-    let writes = world.hub.writes().len() - before;
+    let writes = count(&world) - before;
     eprintln!("{writes} hub writes for {OBJECTS} objects");
-    // The finalizer, the revision, where it goes, that it is there; and events, which are paced.
-    assert!(writes <= 6 * OBJECTS, "{writes}");
+    // The finalizer, the revision, where it goes, that it is there; in two members perhaps not at once.
+    assert!(writes <= 5 * OBJECTS, "{writes}");
     // At rest nothing is written at all.
     let settled = world.hub.writes().len();
     world.stop().await;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use federation_controller::{ConnectError, Controller, Handle, Options, connector};
+use federation_controller::{ConnectError, Controller, Destination, Handle, Options, connector};
 use federation_core::api::FederatedStatus;
 use http::Request;
 use http_body_util::BodyExt as _;
@@ -80,7 +80,8 @@ impl World {
         });
         let client = kube::Client::new(service, "default");
         let (members, down, open) = (self.members.clone(), Arc::clone(&self.down), Arc::clone(&self.open));
-        let connector = connector(move |cluster: String| {
+        let connector = connector(move |to: Destination| {
+            let cluster = to.cluster;
             let (members, down, open) = (members.clone(), Arc::clone(&down), Arc::clone(&open));
             async move {
                 let Some(api) = members.get(&cluster).filter(|_| !down.lock().contains(&cluster)) else {

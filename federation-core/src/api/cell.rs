@@ -7,14 +7,18 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::failover::{Failover, FailoverStatus};
+
 /// A deployment unit: the part of one member cluster that a node selector describes.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "topology.cellway.io",
     version = "v1alpha1",
     kind = "Cell",
+    status = "CellStatus",
     derive = "PartialEq",
     printcolumn = r#"{"name":"Cluster","type":"string","jsonPath":".spec.cluster"}"#,
+    printcolumn = r#"{"name":"Failover","type":"string","jsonPath":".status.failover.phase"}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase")]
@@ -29,4 +33,16 @@ pub struct CellSpec {
     /// Tolerations added to every workload placed in the cell.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tolerations: Vec<Toleration>,
+    /// The cell is lost, or is to be emptied: its replicas go elsewhere, and come back when this is taken away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failover: Option<Failover>,
+}
+
+/// What the hub says of a cell.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CellStatus {
+    /// How far its evacuation, or the return from it, is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failover: Option<FailoverStatus>,
 }

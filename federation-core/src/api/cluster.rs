@@ -4,6 +4,8 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::failover::{Failover, FailoverStatus};
+
 /// A member cluster. A member that joined through a tunnel needs no field at all.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
@@ -22,21 +24,27 @@ use serde::{Deserialize, Serialize};
 )]
 #[serde(rename_all = "camelCase")]
 pub struct KubeFedClusterSpec {
-    /// Address of the member's API as KubeFed reads it. cellway reaches members through their tunnels and ignores it.
+    /// Address of the member's API, as the member itself resolves it: where the tunnel leads with `secretRef`. Without that
+    /// the agent's gateway is asked, and this is not read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub api_endpoint: Option<String>,
-    /// Base64 of the CA bundle of `apiEndpoint`, as KubeFed reads it.
+    /// Base64 of the CA bundle of `apiEndpoint`, where the Secret has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_bundle: Option<String>,
-    /// Secret with a token for `apiEndpoint`, as KubeFed reads it.
+    /// Secret with a credential for the member's API that the hub holds: `kubeconfig`; or `token`; or `tls.crt` and `tls.key`;
+    /// and `ca.crt`. Absent: the agent's gateway uses its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<LocalSecretReference>,
-    /// TLS checks to leave out towards `apiEndpoint`, as KubeFed reads them.
+    /// TLS checks to leave out, as KubeFed reads them: none can be, so with `secretRef` this is refused.
     #[serde(default, rename = "disabledTLSValidations", skip_serializing_if = "Vec::is_empty")]
     pub disabled_tls_validations: Vec<String>,
-    /// Proxy towards `apiEndpoint`, as KubeFed reads it.
+    /// Proxy towards `apiEndpoint`, as KubeFed reads it: the tunnel is the way, so with `secretRef` this is refused.
     #[serde(default, rename = "proxyURL", skip_serializing_if = "Option::is_none")]
     pub proxy_url: Option<String>,
+    /// The cluster is lost, or is to be emptied: the replicas of all its cells go elsewhere, and come back when this is
+    /// taken away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failover: Option<Failover>,
 }
 
 /// A secret in the same namespace.
@@ -58,6 +66,9 @@ pub struct KubeFedClusterStatus {
     /// The member's version, as its `/version` says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kubernetes_version: Option<String>,
+    /// How far its evacuation, or the return from it, is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failover: Option<FailoverStatus>,
 }
 
 /// One condition of a member, in KubeFed's shape.

@@ -14,6 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::failover::Evacuation;
 use super::schema::{any_object, any_value};
 use crate::types::FederatedType;
 
@@ -68,7 +69,7 @@ pub struct FederatedSpec {
 }
 
 /// What a unit is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TopologyType {
     #[default]
@@ -184,6 +185,30 @@ pub struct FederatedStatus {
     /// Every unit that has, or is to have or to lose, an object.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub units: Vec<UnitStatus>,
+    /// Units that did not run all of the replicas that a `ReplicaSchedulingPreference` gave them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub setbacks: Vec<Setback>,
+}
+
+/// What a unit could not run: it gets no more than this for a while, and longer each time that it happens again.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Setback {
+    /// Name of the unit.
+    pub unit: String,
+    /// The member that it lies in.
+    pub cluster: String,
+    /// Replicas that ran.
+    pub replicas: i64,
+    /// For how many more its nodes seemed to have room then, if that is known. More room than this is tried at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub room: Option<i64>,
+    /// How often it has happened.
+    pub times: u32,
+    /// When it last happened (RFC 3339).
+    pub since: String,
+    /// Hash of the pod template that it happened with. Another template is tried at once.
+    pub template: String,
 }
 
 /// A condition in the shape of Kubernetes' own.
@@ -241,6 +266,9 @@ pub struct UnitStatus {
     /// A sentence for people, with what to do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
+    /// When the member last answered (RFC 3339), while it does not: everything else said here is as old as that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_heard: Option<String>,
     /// What the member's object reports of itself, last seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "any_object")]
@@ -251,6 +279,15 @@ pub struct UnitStatus {
     /// Collected labels of class `Status`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+    /// What became of its replicas since it was given up, until it has them back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evacuation: Option<Evacuation>,
+    /// Replicas that it runs for units that were given up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub extra: Option<i64>,
+    /// Whether it is not in the placement and only stands in for a unit that was given up.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stand_in: bool,
 }
 
 /// Where a unit stands. `Pending`: a write is due or under way. `Synced`: its object is as the newest revision says.

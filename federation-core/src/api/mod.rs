@@ -2,6 +2,7 @@
 
 mod cell;
 mod cluster;
+mod failover;
 mod federated;
 mod propagation;
 mod revision;
@@ -11,18 +12,21 @@ mod tenant;
 mod tombstone;
 mod type_config;
 
-pub use self::cell::{Cell, CellSpec};
+pub use self::cell::{Cell, CellSpec, CellStatus};
 pub use self::cluster::{
     ClusterCondition, KubeFedCluster, KubeFedClusterSpec, KubeFedClusterStatus, LocalSecretReference,
 };
+pub use self::failover::{Evacuation, Failover, FailoverPhase, FailoverStatus};
 pub use self::federated::{
     CONVERTED_ANNOTATION, Condition, Conversion, FederatedObject, FederatedSpec, FederatedStatus,
-    NamespaceRule, Naming, Override, Patch, PatchOp, Phase, Placement, PlacementMask, TopologyType,
+    NamespaceRule, Naming, Override, Patch, PatchOp, Phase, Placement, PlacementMask, Setback, TopologyType,
     UnitReference, UnitStatus, federated_crd,
 };
 pub use self::propagation::{KeyClass, KeyRule, PropagationConfig, PropagationConfigSpec};
 pub use self::revision::{FederatedRevision, FederatedRevisionSpec, Snapshot};
-pub use self::scheduling::{ReplicaSchedulingPreference, ReplicaSchedulingPreferenceSpec, UnitPreference};
+pub use self::scheduling::{
+    Division, ReplicaSchedulingPreference, ReplicaSchedulingPreferenceSpec, UnitPreference,
+};
 pub use self::tenant::{Tenant, TenantSpec};
 pub use self::tombstone::{Tombstone, TombstoneSpec};
 pub use self::type_config::{

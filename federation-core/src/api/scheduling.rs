@@ -29,6 +29,9 @@ pub struct ReplicaSchedulingPreferenceSpec {
     /// Replicas over all units.
     #[schemars(range(min = 0, max = 1_000_000))]
     pub total_replicas: i64,
+    /// What replicas are divided by.
+    #[serde(default, skip_serializing_if = "Division::is_weight")]
+    pub divide_by: Division,
     /// Whether replicas that run may be moved to come nearer to the weights. Otherwise only what is missing or too many is
     /// distributed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -41,6 +44,16 @@ pub struct ReplicaSchedulingPreferenceSpec {
     /// unit that nothing speaks of gets nothing.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub clusters: BTreeMap<String, UnitPreference>,
+}
+
+/// What replicas are divided by. `Weight`: the weights in `clusters`, as in KubeFed. `Capacity`: the room that units have,
+/// which is what their nodes can allocate minus what pods request, and no unit gets more than it has room for; weights are
+/// not looked at.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Division {
+    #[default]
+    Weight,
+    Capacity,
 }
 
 /// What one unit is to get.
@@ -64,4 +77,13 @@ pub struct UnitPreference {
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde passes references
 fn is_zero(value: &i64) -> bool {
     *value == 0
+}
+
+// === impl Division ===
+
+impl Division {
+    /// Whether it is the default.
+    pub fn is_weight(&self) -> bool {
+        *self == Self::Weight
+    }
 }

@@ -10,6 +10,7 @@ use crate::api::{
     FederatedObject, FederatedRevision, FederatedRevisionSpec, FederatedStatus,
     ReplicaSchedulingPreferenceSpec, TombstoneSpec,
 };
+use crate::capacity::RoomView;
 use crate::drift::Baseline;
 use crate::metadata::PropagationRules;
 use crate::topology::Topology;
@@ -34,6 +35,9 @@ pub struct PlanInput<'a> {
     pub preference: Option<&'a ReplicaSchedulingPreferenceSpec>,
     /// Where the object's namespace goes.
     pub namespace: NamespacePlacement,
+    /// Units that stand in and where workloads of the object's namespace run replicas for others: what else was placed there
+    /// stays as long.
+    pub held_stand_ins: &'a BTreeSet<String>,
     /// Whether objects that the hub did not create may be taken over, unless the object itself says so or not.
     pub adopt: bool,
     /// The present moment (RFC 3339), for conditions that change.
@@ -66,6 +70,10 @@ pub struct MemberView {
     pub failures: BTreeMap<String, WriteFailure>,
     /// Objects that something else keeps changing back, with a sentence; they are left alone for a while.
     pub contended: BTreeMap<String, String>,
+    /// When it last answered (RFC 3339), if that is known.
+    pub last_heard: Option<String>,
+    /// What its nodes have left, for objects whose replicas are divided by that.
+    pub room: RoomView,
 }
 
 /// Whether a member is seen whole.
@@ -125,6 +133,8 @@ pub struct Plan {
     pub writes: Vec<Write>,
     /// Revisions that may be deleted.
     pub surplus: Vec<String>,
+    /// When the object is to be looked at again even if nothing happens.
+    pub look_again: Option<std::time::Duration>,
     /// The object is being deleted and nothing of it is left in any member that counts.
     pub finished: bool,
 }

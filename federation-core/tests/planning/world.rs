@@ -32,6 +32,8 @@ pub(crate) struct World {
     pub(crate) preference: Option<ReplicaSchedulingPreferenceSpec>,
     pub(crate) namespace: NamespacePlacement,
     pub(crate) tenant: Option<String>,
+    pub(crate) now: &'static str,
+    pub(crate) held_stand_ins: BTreeSet<String>,
     pub(crate) writes: usize,
     uids: u64,
 }
@@ -53,6 +55,8 @@ impl World {
             preference: None,
             namespace: NamespacePlacement::default(),
             tenant: None,
+            now: "2026-11-21T00:00:00Z",
+            held_stand_ins: BTreeSet::new(),
             writes: 0,
             uids: 0,
         };
@@ -60,7 +64,7 @@ impl World {
             let spec = CellSpec {
                 cluster: cluster.into(),
                 node_selector: [("zone".to_owned(), name.to_owned())].into(),
-                tolerations: Vec::new(),
+                ..CellSpec::default()
             };
             let mut cell = Cell::new(name, spec);
             cell.metadata.labels = Some([("cell".to_owned(), name.to_owned())].into());
@@ -108,8 +112,9 @@ impl World {
             members: &self.members,
             preference: self.preference.as_ref(),
             namespace: self.namespace.clone(),
+            held_stand_ins: &self.held_stand_ins,
             adopt: false,
-            now: "2026-11-21T00:00:00Z",
+            now: self.now,
         })
     }
 

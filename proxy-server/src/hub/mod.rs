@@ -25,8 +25,11 @@ use axum::Router;
 use axum::extract::Request;
 use axum::middleware::Next;
 use federation_apiserver::{ApiServer, Converter, Role, UserInfo};
-use federation_controller::{ConnectError, Connector, Controller, Handle, LeaseOptions, Options, connector};
+use federation_controller::{
+    BoxedIo, ConnectError, Connector, Controller, Destination, Handle, Io, LeaseOptions, Options, connector,
+};
 use federation_core::api::Conversion;
+use federation_core::credentials::{Access, Login};
 use parking_lot::RwLock;
 use serde_json::json;
 use service::admin::Admin;
@@ -35,7 +38,8 @@ use service::duration::GoDuration;
 use service::log::LogHandle;
 use service::metrics::SharedRegistry;
 use service::ready::{Readiness, ReadyGuard};
-use tls::{CertificateAuthority, ClientAuth, ServerTls, TlsVersions, TrustDomain};
+use tls::{CertificateAuthority, ClientAuth, ClientTls, ServerName, ServerTls, TlsVersions, TrustDomain};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -539,12 +543,17 @@ async fn own_client(api: &federation_apiserver::Bound, data_dir: &Path) -> Resul
 
 /// How the controller reaches members.
 fn member_connector(registry: Registry<ServerTunnel>, timeout: Duration) -> Connector {
-    connector(move |cluster: String| {
+    connector(move |to: Destination| {
         let registry = registry.clone();
         async move {
+            let Destination { cluster, direct } = to;
             let dial = async {
                 let name = parse_cluster(&cluster)?;
-                let route = Route { cluster: Some(name), target: Target::api_gateway() };
+                let target = match &direct {
+                    Some(access) => Target { host: access.host.clone(), port: access.port },
+                    None => Target::api_gateway(),
+                };
+                let route = Route { cluster: Some(name), target };
                 let request = DialRequest {
                     route: &route,
                     frontend: Frontend::Controller,
@@ -553,9 +562,35 @@ fn member_connector(registry: Registry<ServerTunnel>, timeout: Duration) -> Conn
                 };
                 registry.dial(request).await
             };
-            dial.await.map_err(|error| connect_error(cluster.clone(), &error))
+            let stream = dial.await.map_err(|error| connect_error(cluster.clone(), &error))?;
+            let io: BoxedIo = match direct {
+                None => Box::new(stream),
+                Some(access) => match secured(&access, stream).await {
+                    Ok(stream) => Box::new(stream),
+                    Err(message) => return Err(ConnectError::Unauthorized { cluster, message }),
+                },
+            };
+            Ok(io)
         }
     })
+}
+
+/// TLS to a member's API, end to end through the tunnel, with what the hub holds of it.
+async fn secured<S>(access: &Access, stream: S) -> Result<impl Io + use<S>, String>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let identity = match &access.login {
+        Login::Certificate { chain, key } => Some((chain.as_str(), key.as_str())),
+        Login::Token(_) => None,
+    };
+    let tls = ClientTls::from_pem(&access.ca, identity)
+        .and_then(|tls| tls.with_versions(TlsVersions::From12))
+        .map_err(|error| format!("the credential of spec.secretRef cannot be used: {error}"))?;
+    let name = ServerName::try_from(access.server_name.clone())
+        .map_err(|_| format!("{:?} cannot be the name of a server", access.server_name))?;
+    let connecting = tls.connector(&[b"http/1.1"]).connect(name, stream);
+    connecting.await.map_err(|error| format!("no TLS with {}:{}: {error}", access.host, access.port))
 }
 
 /// What the cluster's conditions tell apart.

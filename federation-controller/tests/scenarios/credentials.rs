@@ -1,0 +1,83 @@
+//! Credentials that the hub holds for a member, rotated while they are used.
+
+use std::sync::atomic::Ordering;
+
+use base64::Engine as _;
+use serde_json::{Value, json};
+
+use crate::world::{DEPLOYMENTS, World, federated, is_true, options, template};
+
+const CLUSTERS: &str = "core.kubefed.io/kubefedclusters";
+const NAMESPACE: &str = "kube-federation-system";
+const CA: &str = "-----BEGIN CERTIFICATE-----\nca\n-----END CERTIFICATE-----\n";
+
+fn secret(token: &str) -> Value {
+    let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
+    json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x-access", "namespace": NAMESPACE},
+        "data": {"token": encode(token), "ca.crt": encode(CA)}})
+}
+
+/// Reason and message of the condition that speaks of credentials.
+fn credentials(world: &World) -> Option<(String, String)> {
+    let cluster = world.hub.get(CLUSTERS, NAMESPACE, "x")?;
+    let conditions = cluster["status"]["conditions"].as_array()?.clone();
+    let found = conditions.into_iter().find(|one| one["type"] == "CredentialsValid")?;
+    let text = |field: &str| found[field].as_str().unwrap_or_default().to_owned();
+    Some((text("reason"), text("message")))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_is_rotated_in_use_and_a_wrong_one_breaks_nothing() {
+    let mut world = World::stopped();
+    let member = |world: &World| std::sync::Arc::clone(&world.members["x"]);
+    *member(&world).tokens.lock() = vec!["sesame-one".into()];
+    world
+        .hub
+        .edit(CLUSTERS, NAMESPACE, "x", |cluster| cluster["spec"]["secretRef"] = json!({"name": "x-access"}));
+    world.run(options());
+    world
+        .until("the missing secret is told", || {
+            credentials(&world)
+                .filter(|(_, message)| message.contains("x-access") && message.contains("not exist"))
+        })
+        .await;
+    world.hub.put("/secrets", NAMESPACE, "x-access", Some(secret("sesame-one")));
+    let object = federated("FederatedDeployment", &["a", "c"], template("web:1", 2));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    let users = member(&world).users();
+    assert!(users.iter().all(|user| user == "Bearer sesame-one"), "{users:?}");
+
+    // One that the member does not take: what runs goes on.
+    let failed = member(&world).refused.load(Ordering::Relaxed);
+    world
+        .hub
+        .edit("/secrets", NAMESPACE, "x-access", |value| value["data"] = secret("wrong")["data"].clone());
+    world
+        .until("it is told", || credentials(&world).filter(|(reason, _)| reason == "NewCredentialRefused"))
+        .await;
+    world.edit(|object| object["spec"]["template"] = template("web:2", 2));
+    world.settled(DEPLOYMENTS, "it is written all the same", |status| is_true(status, "Ready")).await;
+    assert!(member(&world).refused.load(Ordering::Relaxed) > failed, "it was tried");
+
+    // The next one is good, and only afterwards is the old one withdrawn: no request fails for it.
+    *member(&world).tokens.lock() = vec!["sesame-one".into(), "sesame-two".into()];
+    world.hub.edit("/secrets", NAMESPACE, "x-access", |value| {
+        value["data"] = secret("sesame-two")["data"].clone()
+    });
+    world.until("it is taken", || credentials(&world).filter(|(reason, _)| reason == "Accepted")).await;
+    let failed = member(&world).refused.load(Ordering::Relaxed);
+    *member(&world).tokens.lock() = vec!["sesame-two".into()];
+    world.edit(|object| object["spec"]["template"] = template("web:3", 2));
+    world.settled(DEPLOYMENTS, "it is written with the new one", |status| is_true(status, "Ready")).await;
+    assert_eq!(member(&world).refused.load(Ordering::Relaxed), failed);
+
+    // Nothing at the hub shows it but the Secret.
+    let shown: String = [(CLUSTERS, NAMESPACE, "x"), (DEPLOYMENTS, "shop", "web")]
+        .iter()
+        .filter_map(|(resource, namespace, name)| world.hub.get(resource, namespace, name))
+        .map(|value| value.to_string())
+        .collect();
+    assert!(!shown.contains("sesame"), "{shown}");
+    world.stop().await;
+}

@@ -1,0 +1,52 @@
+//! Replicas divided by the room that members' nodes have.
+
+use std::time::Duration;
+
+use federation_controller::Options;
+use serde_json::{Value, json};
+
+use crate::world::{DEPLOYMENTS, World, federated, is_true, options, template};
+
+const PREFERENCES: &str = "scheduling.kubefed.io/replicaschedulingpreferences";
+
+fn node(name: &str, zone: &str, cpu: &str) -> Value {
+    json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"zone": zone}}, "spec": {},
+        "status": {"allocatable": {"cpu": cpu, "pods": "110"}, "conditions": [{"type": "Ready", "status": "True"}]}})
+}
+
+fn replicas(world: &World) -> Option<[i64; 2]> {
+    let of = |member: &str, name: &str| world.deployment(member, name)?["spec"]["replicas"].as_i64();
+    Some([of("x", "web-a")?, of("y", "web-c")?])
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_follow_the_room_of_the_nodes() {
+    let mut world = World::stopped();
+    world.member("x").put("/nodes", "", "n1", Some(node("n1", "a", "4")));
+    world.member("y").put("/nodes", "", "n2", Some(node("n2", "c", "10")));
+    // Somebody else's pod.
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "db", "namespace": "other"},
+        "spec": {"nodeName": "n2", "containers": [{"name": "db", "resources": {"requests": {"cpu": "2"}}}]}});
+    world.member("y").put("/pods", "other", "db", Some(pod));
+    world.run(Options { room_interval: Duration::from_millis(100), ..options() });
+    let preference = json!({"apiVersion": "scheduling.kubefed.io/v1alpha1", "kind": "ReplicaSchedulingPreference",
+        "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {"targetKind": "FederatedDeployment", "totalReplicas": 6, "divideBy": "Capacity",
+            "intersectWithClusterSelector": true}});
+    world.hub.put(PREFERENCES, "shop", "web", Some(preference));
+    let mut template = template("web:1", 1);
+    template["spec"]["template"]["spec"]["containers"][0]["resources"] = json!({"requests": {"cpu": "1"}});
+    let object = federated("FederatedDeployment", &["a", "c"], template);
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    world.until("they are divided by room", || replicas(&world).filter(|found| *found == [2, 4])).await;
+
+    // More is asked for than there is room for; a node makes the room.
+    world.hub.edit(PREFERENCES, "shop", "web", |object| object["spec"]["totalReplicas"] = 20.into());
+    let short = |status: &federation_core::api::FederatedStatus| is_true(status, "ReplicasUnplaced");
+    world.settled(DEPLOYMENTS, "it is told that they do not fit", short).await;
+    world.member("x").put("/nodes", "", "n3", Some(node("n3", "a", "20")));
+    world.settled(DEPLOYMENTS, "they fit", |status| !short(status) && is_true(status, "Ready")).await;
+    let found = replicas(&world).expect("both are there");
+    assert_eq!(found.iter().sum::<i64>(), 20, "{found:?}");
+    world.stop().await;
+}

@@ -1,0 +1,265 @@
+//! Dividing replicas over units, and remembering which unit could not run what it got.
+//!
+//! A unit whose pods stay unschedulable keeps those that run, and the rest goes elsewhere. That is remembered as a
+//! [`Setback`], because afterwards nothing in the member shows it any more: without the memory a standing wish to
+//! rebalance would send the replicas back at once, to fail again. A setback ends when the unit's nodes have more room
+//! than they had then, when its time is up (each time twice as long as before), or with another pod template; and it is
+//! forgotten when the unit runs more than it could.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use serde_json::Value;
+
+use super::{MemberState, NamespacePlacement, Planner};
+use crate::api::{Division, Setback, Snapshot};
+use crate::capacity::{Room, RoomView};
+use crate::drift;
+use crate::render::render;
+use crate::revision::{self, hash};
+use crate::schedule::{self, Candidate};
+use crate::status::REPLICAS_UNPLACED;
+use crate::topology::{Placed, Unit};
+
+/// How long a unit that could not run its replicas gets no more of them, the first time.
+const FIRST_SETBACK: SignedDuration = SignedDuration::from_mins(10);
+/// The longest that it ever waits.
+const LONGEST_SETBACK: SignedDuration = SignedDuration::from_hours(6);
+/// Doublings after which the longest wait is reached anyway.
+const MOST_DOUBLINGS: u32 = 6;
+/// Digits of a template's hash.
+const TEMPLATE_DIGITS: usize = 10;
+
+/// What is known of one unit that may get replicas.
+struct Found {
+    /// Replicas of its object that can run: all but those that stay unschedulable; `None` without an object.
+    runs: Option<i64>,
+    /// Replicas of its object that had a node when the room was counted.
+    bound: i64,
+    /// Whether some of its replicas stay unschedulable.
+    stuck: bool,
+    /// Whether everything asked for runs.
+    complete: bool,
+    /// For how many more its nodes have room.
+    fits: Option<i64>,
+}
+
+impl<'a> Planner<'a> {
+    /// Divides the replicas, when somebody asked for it; says of each unit how many it gets. Without
+    /// `intersectWithClusterSelector` the division also decides which units there are.
+    ///
+    /// `None`: it cannot be told yet, and everything is to stay as it is.
+    pub(super) fn split(&mut self, placed: &mut Placed<'a>) -> Option<BTreeMap<String, i64>> {
+        let input = self.input;
+        let spec = &input.object.spec;
+        let Some(preference) = input.preference.filter(|_| input.of.has_replicas()) else {
+            return Some(BTreeMap::new());
+        };
+        let by_capacity = preference.divide_by == Division::Capacity;
+        let newest = input.revisions.iter().max_by_key(|revision| revision.spec.number);
+        let mut all = BTreeMap::new();
+        if preference.intersect_with_cluster_selector {
+            all.clone_from(&placed.units);
+        } else {
+            let allowed = |cluster: &str| match &input.namespace {
+                NamespacePlacement::Clusters(clusters) => clusters.contains(cluster),
+                _ => true,
+            };
+            let every = input.topology.all(spec.topology_type);
+            all.extend(
+                every.filter(|(_, unit)| allowed(&unit.cluster)).map(|(name, unit)| (name.clone(), unit)),
+            );
+        }
+        let template = self.pod_template_hash();
+        let plain = revision::snapshot(input.object, input.rules, BTreeMap::new());
+        let mut candidates = BTreeMap::new();
+        let mut unreadable = BTreeSet::new();
+        for (name, unit) in &all {
+            let current = newest.and_then(|revision| revision.spec.snapshot.replicas.get(name).copied());
+            let view = input.members.get(&unit.cluster).filter(|view| {
+                view.state == MemberState::Synced && input.topology.failover_of(unit).is_none()
+            });
+            let Some(view) = view else {
+                // Nothing is moved for a lost tunnel, and nothing new goes where nobody answers. What becomes of a unit that
+                // was given up is decided after the division.
+                self.keep_setback(unit, &template);
+                candidates.insert(name.clone(), Candidate { current, capacity: Some(current.unwrap_or(0)) });
+                continue;
+            };
+            if by_capacity && view.room == RoomView::Unknown {
+                let message = format!("the room in {} is being counted", unit.cluster);
+                self.find(REPLICAS_UNPLACED, "RoomUnknown", message);
+                return None;
+            }
+            let found = self.look(unit, view.room.known(), &plain);
+            let held = self.setback(unit, current, &found, &template);
+            let room = match (by_capacity, found.fits) {
+                (false, _) => None,
+                (true, Some(fits)) => Some(found.bound.saturating_add(fits)),
+                // It is not known: what is there stays, and nothing comes.
+                (true, None) => {
+                    if let RoomView::Unreadable(why) = &view.room {
+                        unreadable.insert(format!("{}: {why}", unit.cluster));
+                    }
+                    Some(current.unwrap_or(0))
+                }
+            };
+            let capacity = match (room, held) {
+                (Some(room), Some(held)) => Some(room.min(held)),
+                (room, held) => room.or(held),
+            };
+            candidates.insert(name.clone(), Candidate { current, capacity });
+        }
+        let key = format!("{}/{}", self.namespace, self.name);
+        let mut replicas = schedule::split(preference, &candidates, &key);
+        let missing = preference.total_replicas - replicas.values().sum::<i64>();
+        if !unreadable.is_empty() {
+            let what = unreadable.into_iter().collect::<Vec<_>>().join("; ");
+            let message =
+                format!("cannot tell how much room there is, so replicas stay as they are ({what})");
+            self.find(REPLICAS_UNPLACED, "RoomUnreadable", message);
+        } else if missing > 0 {
+            let message = format!(
+                "{missing} of {} replicas fit nowhere: add nodes, raise maxReplicas, or place the object in more units",
+                preference.total_replicas
+            );
+            self.find(REPLICAS_UNPLACED, "NoRoom", message);
+        }
+        if !preference.intersect_with_cluster_selector {
+            replicas.retain(|_, replicas| *replicas > 0);
+            placed.units = all.into_iter().filter(|(name, _)| replicas.contains_key(name)).collect();
+        }
+        Some(replicas)
+    }
+
+    /// What is seen of a unit's replicas and of the room that it has for more.
+    fn look(&self, unit: &Unit, room: Option<&Room>, plain: &Snapshot) -> Found {
+        let input = self.input;
+        let rendered = render(input.of, self.namespace, self.name, plain, unit).ok();
+        let pods = rendered.as_ref().map(|rendered| rendered.at(""));
+        let fits = match (room, &pods) {
+            (Some(room), Some(object)) => Some(room.fits(&object["spec"]["template"]["spec"])),
+            _ => None,
+        };
+        let live = rendered.as_ref().and_then(|rendered| {
+            let live = input.members.get(&unit.cluster)?.objects.get(&rendered.name)?;
+            drift::belongs_to(&live.value, &self.source).then_some(&live.value)
+        });
+        let Some(live) = live else {
+            return Found { runs: None, bound: 0, stuck: false, complete: false, fits };
+        };
+        let labels = pod_labels(live);
+        // Counted at the same moment as what is free: what has come since is in neither.
+        let bound = room.map_or(0, |room| room.bound(self.target_namespace(), &labels));
+        let status = &live["status"];
+        let wanted = live["spec"]["replicas"].as_i64().unwrap_or(1);
+        let there = status["replicas"].as_i64().unwrap_or(0).clamp(0, wanted.max(0));
+        let available = status["availableReplicas"].as_i64().unwrap_or(0).clamp(0, wanted.max(0));
+        let gave_up = status["conditions"].as_array().into_iter().flatten().any(|condition| {
+            condition["type"] == "Progressing"
+                && condition["status"] == "False"
+                && condition["reason"] == "ProgressDeadlineExceeded"
+        });
+        let stays = room.map_or(0, |room| room.waiting(self.target_namespace(), &labels)).min(there);
+        let mut runs = there - stays;
+        if gave_up {
+            runs = runs.min(available);
+        }
+        Found {
+            runs: Some(runs),
+            bound,
+            stuck: stays > 0 || (gave_up && available < wanted),
+            complete: available >= wanted && stays == 0,
+            fits,
+        }
+    }
+
+    fn target_namespace(&self) -> &'a str {
+        self.input.of.target_namespace(self.namespace)
+    }
+
+    /// Keeps the memory of a unit up; returns the most replicas that it may get while a setback counts.
+    fn setback(&mut self, unit: &Unit, current: Option<i64>, found: &Found, template: &str) -> Option<i64> {
+        let old = self.known_setback(unit, template);
+        let now = self.input.now;
+        let given = current.unwrap_or(0);
+        let happened = found.stuck && found.runs.is_some_and(|runs| runs < given);
+        let record = match (old, happened) {
+            (Some(old), true) if given <= old.replicas => {
+                // Fewer run than then, without anything new having been tried.
+                Setback { replicas: found.runs.unwrap_or(0), ..old }
+            }
+            (old, true) => Setback {
+                unit: unit.name.clone(),
+                cluster: unit.cluster.clone(),
+                replicas: found.runs.unwrap_or(0),
+                room: found.fits,
+                times: old.map_or(0, |old| old.times).saturating_add(1),
+                since: now.to_owned(),
+                template: template.to_owned(),
+            },
+            (Some(old), false) => {
+                let runs_more = found.complete && found.runs.is_some_and(|runs| runs > old.replicas);
+                if runs_more && given > old.replicas {
+                    return None;
+                }
+                old
+            }
+            (None, false) => return None,
+        };
+        let limit = match remaining(&record, now) {
+            Some(left) => {
+                self.look_again_in(left);
+                let more = match (found.fits, record.room) {
+                    (Some(fits), Some(then)) => (fits - then).max(0),
+                    // Room became known since: it has to be more than none.
+                    (Some(fits), None) => fits,
+                    (None, _) => 0,
+                };
+                // Once it has been given more, that is what it is tried with.
+                Some(if more > 0 { record.replicas.saturating_add(more).max(given) } else { record.replicas })
+            }
+            None => None,
+        };
+        self.setbacks.push(record);
+        limit
+    }
+
+    /// A unit that cannot be seen keeps what is remembered of it.
+    fn keep_setback(&mut self, unit: &Unit, template: &str) {
+        self.setbacks.extend(self.known_setback(unit, template));
+    }
+
+    fn known_setback(&self, unit: &Unit, template: &str) -> Option<Setback> {
+        let known = &self.before.setbacks;
+        let is_it =
+            |old: &&Setback| old.unit == unit.name && old.cluster == unit.cluster && old.template == template;
+        known.iter().find(is_it).cloned()
+    }
+
+    fn pod_template_hash(&self) -> String {
+        let mut digest = hash(&self.input.object.spec.template["spec"]["template"]);
+        digest.truncate(TEMPLATE_DIGITS);
+        digest
+    }
+
+    fn look_again_in(&mut self, wait: Duration) {
+        self.look_again = Some(self.look_again.map_or(wait, |known| known.min(wait)));
+    }
+}
+
+/// How long a setback counts still.
+fn remaining(record: &Setback, now: &str) -> Option<Duration> {
+    let (since, now) = (record.since.parse::<Timestamp>().ok()?, now.parse::<Timestamp>().ok()?);
+    let doublings = record.times.saturating_sub(1).min(MOST_DOUBLINGS);
+    let wait = (FIRST_SETBACK * 2i32.pow(doublings)).min(LONGEST_SETBACK);
+    let left = wait - now.duration_since(since);
+    Duration::try_from(left).ok().filter(|left| !left.is_zero())
+}
+
+/// Labels that the pods of a workload have.
+fn pod_labels(live: &Value) -> BTreeMap<String, String> {
+    let Value::Object(map) = &live["spec"]["selector"]["matchLabels"] else { return BTreeMap::new() };
+    map.iter().filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
+}

@@ -1,0 +1,218 @@
+//! Giving a unit up, in steps and with a look at the room elsewhere, and taking it back.
+
+use std::sync::Arc;
+
+use federation_core::api::{Failover, Placement, UnitReference};
+use federation_core::capacity::{Room, RoomView};
+use federation_core::plan::MemberState;
+use serde_json::{Value, json};
+
+use crate::world::{World, deployment};
+
+fn to(units: &[&str]) -> Failover {
+    let units = units.iter().map(|name| UnitReference { name: (*name).into() }).collect();
+    Failover { to: Some(Placement { units: Some(units), unit_selector: None }), ..Failover::default() }
+}
+
+fn give_up(world: &mut World, cell: &str, failover: Option<Failover>) {
+    let cell = world.cells.iter_mut().find(|one| one.metadata.name.as_deref() == Some(cell)).expect("cell");
+    cell.spec.failover = failover;
+}
+
+/// So many pods of the world's fit into each zone of a member, besides those that are there.
+fn set_room(world: &mut World, cluster: &str, zones: &[(&str, i64)]) {
+    let mut room = Room::default();
+    for (zone, pods) in zones {
+        room.add_node(&json!({"metadata": {"name": zone, "labels": {"zone": zone}}, "spec": {},
+            "status": {"allocatable": {"pods": pods.to_string()}, "conditions": [{"type": "Ready", "status": "True"}]}}));
+    }
+    world.members.get_mut(cluster).expect("member").room = RoomView::Known(Arc::new(room));
+}
+
+fn count(world: &World, cluster: &str, name: &str) -> i64 {
+    let live = world.members[cluster].objects.get(name);
+    live.map_or(0, |live| live.value["spec"]["replicas"].as_i64().expect("number"))
+}
+
+/// The replicas of `a`, `b` and `c`.
+fn counts(world: &World) -> [i64; 3] {
+    [count(world, "x", "web-a"), count(world, "x", "web-b"), count(world, "y", "web-c")]
+}
+
+fn world(replicas: i64, units: &[&str]) -> World {
+    let mut world = World::new(0, deployment("web:1", replicas));
+    set_room(&mut world, "x", &[("a", 100), ("b", 100)]);
+    set_room(&mut world, "y", &[("c", 100)]);
+    world.place(units).settle();
+    world
+}
+
+/// Carries plans out one at a time; returns the counts after each that changed them.
+fn steps(world: &mut World) -> Vec<[i64; 3]> {
+    let mut seen = vec![counts(world)];
+    for _ in 0..60 {
+        let plan = world.plan();
+        let rest = plan.writes.is_empty() && Some(&plan.status) == world.object.status.as_ref();
+        world.carry_out(&plan);
+        if rest {
+            return seen;
+        }
+        if seen.last() != Some(&counts(world)) {
+            seen.push(counts(world));
+        }
+    }
+    panic!("does not come to rest: {seen:?} {:#?}", world.status());
+}
+
+#[test]
+fn a_cell_is_emptied_in_steps_and_filled_again() {
+    let mut world = world(8, &["a", "b", "c"]);
+    let before = counts(&world);
+    give_up(&mut world, "a", Some(Failover::default()));
+    let out = steps(&mut world);
+    assert_eq!(out.last(), Some(&[0, 12, 12]), "{out:?}");
+    // A quarter of what the cell has at a time, first added elsewhere, then taken away; never fewer than before.
+    for pair in out.windows(2) {
+        let sum = |of: &[i64; 3]| of.iter().sum::<i64>();
+        assert!(sum(&pair[1]) >= 24 && sum(&pair[1]) <= 24 + 4, "{out:?}");
+        assert!(pair[0][0] - pair[1][0] <= 2, "{out:?}");
+    }
+    assert_eq!(world.condition("Evacuating"), Some(("True", "Evacuated")));
+    assert_eq!(world.unit("a").evacuation.as_ref().map(|of| (of.moved, of.left)), Some((8, 0)));
+
+    give_up(&mut world, "a", None);
+    let back = steps(&mut world);
+    assert_eq!(back.last(), Some(&before), "{back:?}");
+    assert!(back.iter().all(|of| of.iter().sum::<i64>() >= 24), "{back:?}");
+    assert!(back.len() > 3, "{back:?}");
+    assert!(world.condition("Evacuating").is_none());
+    assert!(world.status().units.iter().all(|unit| unit.evacuation.is_none() && unit.extra.is_none()));
+}
+
+#[test]
+fn the_next_step_waits_until_the_last_one_is_ready() {
+    let mut world = world(8, &["a", "b"]);
+    give_up(&mut world, "a", Some(Failover { step_percent: Some(50), ..Failover::default() }));
+    let plan = world.plan();
+    world.carry_out(&plan);
+    assert_eq!(counts(&world), [8, 12, 0]);
+    world.live_mut("x", "web-b")["status"]["availableReplicas"] = 8.into();
+    world.settle();
+    assert_eq!(counts(&world), [8, 12, 0]);
+    assert_eq!(world.condition("Evacuating"), Some(("True", "Waiting")));
+    world.live_mut("x", "web-b")["status"]["availableReplicas"] = 12.into();
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 16, 0]);
+}
+
+#[test]
+fn a_lost_member_is_replaced_and_has_nothing_twice_when_it_is_back() {
+    let mut world = world(4, &["a", "c"]);
+    world.members.get_mut("y").expect("y").state =
+        MemberState::Unreachable { reason: "NoTunnel".into(), message: "no tunnel".into() };
+    world.settle();
+    assert_eq!(counts(&world), [4, 0, 4], "a lost tunnel alone moves nothing");
+    world.clusters[1].spec.failover = Some(Failover { step_percent: Some(100), ..Failover::default() });
+    steps(&mut world);
+    assert_eq!(counts(&world), [8, 0, 4], "what lies in the lost member cannot be touched");
+    // It comes back while it is still given up: its replicas run elsewhere.
+    world.members.get_mut("y").expect("y").state = MemberState::Synced;
+    steps(&mut world);
+    assert_eq!(counts(&world), [8, 0, 0]);
+    world.clusters[1].spec.failover = None;
+    steps(&mut world);
+    assert_eq!(counts(&world), [4, 0, 4]);
+}
+
+#[test]
+fn others_stand_in_with_everything_and_go_afterwards() {
+    let mut world = world(4, &["a"]);
+    give_up(&mut world, "a", Some(to(&["c"])));
+    let out = steps(&mut world);
+    assert_eq!(out.last(), Some(&[0, 0, 4]), "{out:?}");
+    assert!(world.unit("c").stand_in);
+    assert_eq!(world.unit("c").revision, world.unit("a").revision);
+    give_up(&mut world, "a", None);
+    steps(&mut world);
+    assert_eq!(counts(&world), [4, 0, 0]);
+    assert!(world.names("y").is_empty());
+
+    // Of a kind without replicas there is one more, and it stays as long as workloads need it.
+    let mut maps = World::new(1, json!({"data": {"k": "v"}}));
+    maps.place(&["a"]).settle();
+    give_up(&mut maps, "a", Some(to(&["y"])));
+    maps.settle();
+    assert_eq!((maps.names("x"), maps.names("y")), (["web"].into(), ["web"].into()));
+    give_up(&mut maps, "a", None);
+    maps.held_stand_ins = ["c".to_owned()].into();
+    maps.settle();
+    assert_eq!(maps.names("y"), ["web"].into());
+    maps.held_stand_ins.clear();
+    maps.settle();
+    assert!(maps.names("y").is_empty());
+}
+
+#[test]
+fn a_mask_keeps_revisions_while_replicas_move() {
+    let mut world = world(4, &["a", "c"]);
+    world.object.spec.template = deployment("web:2", 4);
+    world.mask(Some(&["a"])).settle();
+    give_up(&mut world, "a", Some(to(&["b"])));
+    steps(&mut world);
+    assert_eq!(counts(&world).iter().sum::<i64>(), 8);
+    let image = |world: &World, cluster: &str, name: &str| -> Value {
+        world.live(cluster, name)["spec"]["template"]["spec"]["containers"][0]["image"].clone()
+    };
+    assert_eq!(image(&world, "y", "web-c"), "web:1");
+    assert_eq!(image(&world, "x", "web-b"), "web:2", "it stands in at the revision of the one that left");
+}
+
+#[test]
+fn there_has_to_be_room() {
+    let mut world = world(8, &["a", "b"]);
+    set_room(&mut world, "x", &[("a", 100), ("b", 0)]);
+    give_up(&mut world, "a", Some(Failover::default()));
+    steps(&mut world);
+    assert_eq!(counts(&world), [8, 8, 0]);
+    assert_eq!(world.condition("Evacuating"), Some(("True", "NoRoom")));
+    world.members.get_mut("x").expect("x").room = RoomView::Unreadable("forbidden".into());
+    steps(&mut world);
+    assert_eq!(counts(&world), [8, 8, 0]);
+    give_up(&mut world, "a", Some(Failover { ignore_capacity: true, ..Failover::default() }));
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 16, 0]);
+}
+
+#[test]
+fn with_nowhere_to_go_everything_stays() {
+    let mut world = world(2, &["a"]);
+    give_up(&mut world, "a", Some(Failover::default()));
+    steps(&mut world);
+    assert_eq!(counts(&world), [2, 0, 0]);
+    assert_eq!(world.condition("Evacuating"), Some(("True", "NoTarget")));
+}
+
+#[test]
+fn scaling_in_the_middle_of_an_evacuation_counts() {
+    let mut world = world(4, &["a", "b"]);
+    give_up(&mut world, "a", Some(Failover::default()));
+    let plan = world.plan();
+    world.carry_out(&plan);
+    world.object.spec.template = deployment("web:1", 10);
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 20, 0]);
+    world.object.spec.template = deployment("web:1", 1);
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 2, 0]);
+}
+
+#[test]
+fn members_that_decide_about_replicas_go_on_doing_so() {
+    let mut world = World::new(0, deployment("web:1", 3));
+    world.object.spec.retain_replicas = true;
+    world.place(&["a", "b"]).settle();
+    give_up(&mut world, "a", Some(Failover::default()));
+    world.settle();
+    assert_eq!(counts(&world), [3, 3, 0]);
+    assert_eq!(world.condition("Evacuating"), Some(("True", "RetainsReplicas")));
+}

@@ -1,0 +1,185 @@
+//! Replicas by room, away from a cell that cannot run them, and back.
+
+use std::sync::Arc;
+
+use federation_core::api::{Division, ReplicaSchedulingPreferenceSpec};
+use federation_core::capacity::{Room, RoomView};
+use serde_json::json;
+
+use crate::world::World;
+
+fn preference(total: i64, divide_by: Division, rebalance: bool) -> ReplicaSchedulingPreferenceSpec {
+    ReplicaSchedulingPreferenceSpec {
+        target_kind: "FederatedDeployment".into(),
+        total_replicas: total,
+        divide_by,
+        rebalance,
+        intersect_with_cluster_selector: true,
+        ..ReplicaSchedulingPreferenceSpec::default()
+    }
+}
+
+/// A node with so many processors in the zone of each cell of a member; every pod of the world wants one, those that run
+/// have one.
+fn set_room(world: &mut World, cluster: &str, zones: &[(&str, i64)]) {
+    let mut room = nodes(zones);
+    for (zone, _) in zones {
+        let live = world.members[cluster].objects.get(&format!("web-{zone}"));
+        for _ in 0..live.map_or(0, |live| live.value["spec"]["replicas"].as_i64().unwrap_or(0)) {
+            let pod = json!({"metadata": {"namespace": "shop", "labels": {"app": "web", "cellway.io/cell": zone}},
+                "spec": {"nodeName": zone, "containers": [{"resources": {"requests": {"cpu": "1"}}}]}});
+            room.add_pod(&pod, "2026-11-21T00:00:00Z".parse().expect("a time"));
+        }
+    }
+    world.members.get_mut(cluster).expect("member").room = RoomView::Known(Arc::new(room));
+}
+
+fn nodes(zones: &[(&str, i64)]) -> Room {
+    let mut room = Room::default();
+    for (zone, cpus) in zones {
+        room.add_node(&json!({"metadata": {"name": zone, "labels": {"zone": zone}}, "spec": {},
+            "status": {"allocatable": {"cpu": cpus.to_string(), "pods": "100"},
+                "conditions": [{"type": "Ready", "status": "True"}]}}));
+    }
+    room
+}
+
+fn world(divide_by: Division, total: i64, rebalance: bool) -> World {
+    let mut world = World::deployment();
+    world.object.spec.template["spec"]["template"]["spec"]["containers"][0]["resources"] =
+        json!({"requests": {"cpu": "1"}});
+    world.place(&["a", "b", "c"]).preference = Some(preference(total, divide_by, rebalance));
+    world
+}
+
+fn counts(world: &World) -> [i64; 3] {
+    [("x", "web-a"), ("x", "web-b"), ("y", "web-c")]
+        .map(|(cluster, name)| world.live(cluster, name)["spec"]["replicas"].as_i64().expect("number"))
+}
+
+/// Some of a Deployment's pods find no node, and it gives up.
+fn give_up(world: &mut World, name: &str, available: i64) {
+    let live = world.live_mut("x", name);
+    live["status"]["availableReplicas"] = available.into();
+    live["status"]["conditions"] =
+        json!([{"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}]);
+}
+
+#[test]
+fn replicas_go_where_the_room_is() {
+    let mut world = world(Division::Capacity, 12, false);
+    set_room(&mut world, "x", &[("a", 4), ("b", 8)]);
+    set_room(&mut world, "y", &[("c", 12)]);
+    world.settle();
+    assert_eq!(counts(&world), [2, 4, 6]);
+
+    // They take the room that they were given: what is free shrinks, and nothing moves for it.
+    set_room(&mut world, "x", &[("a", 4), ("b", 8)]);
+    set_room(&mut world, "y", &[("c", 12)]);
+    let writes = world.writes;
+    world.settle();
+    assert_eq!(world.writes, writes);
+
+    // More than there is room for.
+    world.preference = Some(preference(40, Division::Capacity, false));
+    world.settle();
+    assert_eq!(counts(&world), [4, 8, 12]);
+    assert_eq!(world.condition("ReplicasUnplaced"), Some(("True", "NoRoom")));
+}
+
+#[test]
+fn while_the_room_is_not_known_everything_stays() {
+    let mut world = world(Division::Capacity, 6, false);
+    set_room(&mut world, "x", &[("a", 4), ("b", 4)]);
+    world.members.get_mut("y").expect("y").room = RoomView::Unreadable("forbidden".into());
+    world.settle();
+    assert_eq!(counts(&world), [3, 3, 0]);
+    assert_eq!(world.condition("ReplicasUnplaced"), Some(("True", "RoomUnreadable")));
+    for cluster in ["x", "y"] {
+        world.members.get_mut(cluster).expect("member").room = RoomView::Unknown;
+    }
+    world.settle();
+    assert_eq!(counts(&world), [3, 3, 0]);
+}
+
+#[test]
+fn a_cell_that_stays_unschedulable_is_not_tried_again_at_once() {
+    let mut world = world(Division::Weight, 9, true);
+    world.settle();
+    assert_eq!(counts(&world), [3, 3, 3]);
+    for (attempt, (now, too_soon, due)) in [
+        ("2026-11-21T00:10:00Z", "2026-11-21T00:19:59Z", "2026-11-21T00:20:00Z"),
+        ("2026-11-21T00:30:00Z", "2026-11-21T00:49:59Z", "2026-11-21T00:50:00Z"),
+        ("2026-11-21T01:00:00Z", "2026-11-21T01:39:59Z", "2026-11-21T01:40:00Z"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        world.now = now;
+        give_up(&mut world, "web-a", 1);
+        let plan = world.settle();
+        assert_eq!(counts(&world), [1, 4, 4], "attempt {attempt}");
+        assert!(plan.look_again.is_some(), "it is tried again in time");
+        assert_eq!(world.status().setbacks[0].times as usize, attempt + 1);
+        world.now = too_soon;
+        world.settle();
+        assert_eq!(counts(&world), [1, 4, 4], "attempt {attempt}");
+        world.now = due;
+        let plan = world.plan();
+        world.carry_out(&plan);
+        assert_eq!(counts(&world), [3, 3, 3], "attempt {attempt}");
+    }
+    // The last time it worked, and that is forgotten.
+    world.settle();
+    assert!(world.status().setbacks.is_empty());
+}
+
+#[test]
+fn replicas_come_back_when_nodes_do() {
+    let mut world = world(Division::Weight, 9, true);
+    set_room(&mut world, "x", &[("a", 1), ("b", 50)]);
+    set_room(&mut world, "y", &[("c", 50)]);
+    world.settle();
+    set_room(&mut world, "x", &[("a", 1), ("b", 50)]);
+    give_up(&mut world, "web-a", 1);
+    world.settle();
+    assert_eq!(counts(&world), [1, 4, 4]);
+    set_room(&mut world, "x", &[("a", 5), ("b", 50)]);
+    world.settle();
+    assert_eq!(counts(&world), [3, 3, 3]);
+    assert!(world.status().setbacks.is_empty());
+}
+
+#[test]
+fn pods_without_a_node_for_long_count_even_when_the_deployment_says_nothing() {
+    let mut world = world(Division::Weight, 9, true);
+    world.settle();
+    let mut room = Room::default();
+    let pod = json!({"metadata": {"namespace": "shop", "labels": {"app": "web", "cellway.io/cell": "a"}}, "spec": {},
+        "status": {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+            "lastTransitionTime": "2026-11-20T23:00:00Z"}]}});
+    for _ in 0..2 {
+        room.add_pod(&pod, "2026-11-21T00:00:00Z".parse().expect("a time"));
+    }
+    world.members.get_mut("x").expect("x").room = RoomView::Known(Arc::new(room));
+    let plan = world.plan();
+    world.carry_out(&plan);
+    assert_eq!(counts(&world), [1, 4, 4]);
+}
+
+#[test]
+fn without_rebalance_what_moved_stays_and_another_template_is_tried_at_once() {
+    let mut world = world(Division::Weight, 9, false);
+    world.settle();
+    give_up(&mut world, "web-a", 1);
+    world.settle();
+    let moved = counts(&world);
+    assert_eq!(moved[0], 1);
+    world.now = "2026-11-22T00:00:00Z";
+    world.settle();
+    assert_eq!(counts(&world), moved);
+    world.object.spec.template["spec"]["template"]["spec"]["containers"][0]["image"] = "web:small".into();
+    world.preference = Some(preference(12, Division::Weight, false));
+    world.settle();
+    assert!(counts(&world)[0] > 1, "{:?}", counts(&world));
+}
