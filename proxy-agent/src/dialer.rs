@@ -12,7 +12,6 @@ use std::{
 };
 
 use futures::{StreamExt, stream::FuturesUnordered};
-use service::socket;
 use tokio::{net::TcpStream, sync::Semaphore, time::Instant};
 use tunnel::{DialError, Target, policy::DestinationPolicy};
 
@@ -160,9 +159,9 @@ async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
 
 async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let stream = TcpStream::connect(address).await?;
-    // A destination that vanishes must not hold its connection for ever. And the tunnel has gathered what belongs
-    // together: waiting for more only adds delay.
-    socket::keep_alive(&stream);
+    // The tunnel has gathered what belongs together: waiting for more only adds delay. Keep-alive follows once the
+    // connection has lasted.
+    stream.set_nodelay(true)?;
     Ok(stream)
 }
 
@@ -254,15 +253,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_destination_that_vanishes_is_noticed() {
-        use rustix::net::sockopt;
+    async fn small_messages_leave_at_once() {
         let (_listener, port) = listener().await;
         let stream = dialer("127.0.0.1").dial(&target("127.0.0.1", port), TIMEOUT).await.unwrap();
-        assert!(sockopt::socket_keepalive(&stream).unwrap());
-        assert_eq!(sockopt::tcp_keepidle(&stream).unwrap(), socket::KEEPALIVE_IDLE);
         assert!(stream.nodelay().unwrap());
         // One that is alive may stop reading for as long as it likes.
-        assert_eq!(sockopt::tcp_user_timeout(&stream).unwrap(), 0);
+        assert_eq!(rustix::net::sockopt::tcp_user_timeout(&stream).unwrap(), 0);
     }
 
     #[test]

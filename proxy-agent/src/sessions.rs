@@ -9,6 +9,7 @@ use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
 use rand::{SeedableRng, rngs::StdRng};
 use service::{drain::DrainWatch, error_chain};
 use tokio::{
+    net::TcpStream,
     sync::{mpsc, oneshot, watch},
     task::{Id, JoinSet},
     time::Instant,
@@ -329,7 +330,9 @@ async fn serve_dial(context: Arc<Context>, dial: IncomingDial, tunnel: u64, drai
             return;
         }
     };
-    let report = connection.relay(LocalSocket::Tcp(socket)).await;
+    // A destination that vanishes must not hold its connection for ever.
+    let settled = |socket: &TcpStream| service::socket::keep_alive(socket);
+    let report = connection.relay(LocalSocket::Settling(socket, settled)).await;
     tracing::info!(
         target: "access",
         destination = %target,

@@ -2,6 +2,7 @@
 
 use std::{fmt, io};
 
+use rustls::pki_types::UnixTime;
 use thiserror::Error;
 
 /// Why a connection through a tunnel could not be opened. The code travels in the `cellway-error` header.
@@ -66,6 +67,38 @@ pub enum CloseReason {
     KeepAlive,
     /// The peer broke the protocol.
     Protocol(String),
+}
+
+// === impl TunnelError ===
+
+impl From<rustls::Error> for TunnelError {
+    /// In words that tell a wrong clock from a wrong certificate: both times are said.
+    fn from(error: rustls::Error) -> Self {
+        use rustls::CertificateError::{ExpiredContext, NotValidYetContext};
+        let text = match &error {
+            rustls::Error::InvalidCertificate(NotValidYetContext { time, not_before }) => format!(
+                "the peer's certificate is valid from {} on, and here it is {}: is this machine's clock slow, or the \
+                 other's fast?",
+                date(*not_before),
+                date(*time)
+            ),
+            rustls::Error::InvalidCertificate(ExpiredContext { time, not_after }) => format!(
+                "the peer's certificate has expired at {}, and here it is {}: renew it, unless this machine's clock is \
+                 fast",
+                date(*not_after),
+                date(*time)
+            ),
+            _ => error.to_string(),
+        };
+        Self::Tls(text)
+    }
+}
+
+fn date(time: UnixTime) -> String {
+    let seconds = i64::try_from(time.as_secs()).ok();
+    let date = seconds.and_then(|seconds| jiff::Timestamp::from_second(seconds).ok());
+    // A certificate can bear any date.
+    date.map_or_else(|| format!("{} s after 1970", time.as_secs()), |date| date.to_string())
 }
 
 // === impl DialError ===
@@ -168,5 +201,20 @@ mod tests {
             assert_eq!(DialError::from_code(code), error);
         }
         assert_eq!(DialError::from_code("of-a-newer-version"), DialError::Failed);
+    }
+
+    #[test]
+    fn a_wrong_clock_is_told_with_both_times() {
+        let at = |seconds| UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds));
+        let early = rustls::CertificateError::NotValidYetContext {
+            time: at(1_800_000_000),
+            not_before: at(1_800_003_600),
+        };
+        let text = TunnelError::from(rustls::Error::InvalidCertificate(early)).to_string();
+        assert!(text.contains("2027-01-15T08:00:00Z") && text.contains("2027-01-15T09:00:00Z"), "{text}");
+        let late =
+            rustls::CertificateError::ExpiredContext { time: at(u64::MAX), not_after: at(1_800_000_000) };
+        let text = TunnelError::from(rustls::Error::InvalidCertificate(late)).to_string();
+        assert!(text.contains("expired at 2027-01-15T08:00:00Z"), "{text}");
     }
 }

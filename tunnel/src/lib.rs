@@ -44,7 +44,7 @@ pub use egress::EgressProxy;
 pub use error::{CloseReason, DialError, RefusalKind, TunnelError};
 pub use hello::{Carrier, CarrierChoice, Hello, ServerHello};
 pub use limits::{Budget, Limits};
-pub use relay::{LocalSocket, RelayOutcome, RelayReport};
+pub use relay::{LocalSocket, RelayOutcome, RelayReport, SETTLED};
 pub use reset::ResetKey;
 pub use server::{
     Accepted, BindError, HttpsConnection, ListenerConfig, PendingTunnel, Rejections, ServerTunnel,

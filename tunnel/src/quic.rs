@@ -421,9 +421,10 @@ impl QuicConnection {
     pub(crate) async fn relay(mut self, local: LocalSocket) -> RelayReport {
         let (mut reader, writer) = local.into_split();
         let (mut up, mut down) = (Bytes::new(), Bytes::new());
-        let (mut sending, mut receiving) = (true, true);
+        let (mut sending, mut receiving, mut discarding) = (true, true, false);
         let mut failure = None;
         std::future::poll_fn(|cx| {
+            reader.poll_settle(cx);
             while receiving {
                 match self.poll_down(cx, &writer, &mut down) {
                     Poll::Ready(Ok(true)) => {}
@@ -446,7 +447,10 @@ impl QuicConnection {
             while sending {
                 match self.poll_up(cx, &mut reader, &mut up) {
                     Poll::Ready(Ok(true)) => {}
-                    Poll::Ready(Ok(false)) => sending = false,
+                    // A local peer that is gone reads nothing more either: the rest is stopped when this is dropped.
+                    Poll::Ready(Ok(false)) => {
+                        (sending, receiving) = (false, receiving && !reader.is_hung_up())
+                    }
                     Poll::Ready(Err(RelayOutcome::LocalReset)) => {
                         failure = Some(RelayOutcome::LocalReset);
                         return Poll::Ready(());
@@ -454,10 +458,13 @@ impl QuicConnection {
                     // The peer takes no more; what it has still to say is delivered.
                     Poll::Ready(Err(outcome)) => {
                         failure.get_or_insert(outcome);
-                        sending = false;
+                        (sending, discarding) = (false, true);
                     }
                     Poll::Pending => break,
                 }
+            }
+            if discarding && receiving {
+                discarding = reader.poll_discard(cx).is_pending();
             }
             if sending || receiving { Poll::Pending } else { Poll::Ready(()) }
         })

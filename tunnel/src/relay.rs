@@ -2,24 +2,32 @@
 
 use std::{
     io::{self, IoSlice},
+    mem::MaybeUninit,
     net::Shutdown,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, ReadBuf},
     net::{TcpStream, tcp},
+    time::Sleep,
 };
 
 use crate::unix::{UnixReader, UnixSocket, UnixWriter};
+
+/// One read of bytes that nobody wants, on the stack.
+const DISCARD: usize = 8 * 1024;
 
 /// A socket on this machine that a connection is relayed to. A TCP socket should have `TCP_NODELAY` set: small writes
 /// are whole messages here, and a relay must not hold them back.
 #[derive(Debug)]
 pub enum LocalSocket {
     Tcp(TcpStream),
+    /// What is called once the connection has lasted [`SETTLED`]: options that matter to long connections only. Most are
+    /// over sooner, and each option costs a system call.
+    Settling(TcpStream, fn(&TcpStream)),
     Unix(UnixSocket),
 }
 
@@ -46,8 +54,17 @@ pub struct RelayReport {
     pub outcome: RelayOutcome,
 }
 
+/// The age at which a connection counts as a long one.
+pub const SETTLED: Duration = Duration::from_secs(15);
+
+/// An action that waits for [`SETTLED`].
+pub(crate) struct Settling {
+    timer: Pin<Box<Sleep>>,
+    action: fn(&TcpStream),
+}
+
 pub(crate) enum LocalReader {
-    Tcp(tcp::OwnedReadHalf),
+    Tcp(tcp::OwnedReadHalf, Option<Settling>),
     Unix(UnixReader),
 }
 
@@ -77,7 +94,12 @@ impl LocalSocket {
         match self {
             Self::Tcp(socket) => {
                 let (reader, writer) = socket.into_split();
-                (LocalReader::Tcp(reader), LocalWriter::Tcp(writer))
+                (LocalReader::Tcp(reader, None), LocalWriter::Tcp(writer))
+            }
+            Self::Settling(socket, action) => {
+                let (reader, writer) = socket.into_split();
+                let settling = Settling { timer: Box::pin(tokio::time::sleep(SETTLED)), action };
+                (LocalReader::Tcp(reader, Some(settling)), LocalWriter::Tcp(writer))
             }
             Self::Unix(socket) => {
                 let (reader, writer) = socket.into_split();
@@ -96,15 +118,49 @@ impl LocalReader {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         match self {
-            Self::Tcp(reader) => Pin::new(reader).poll_read(cx, buffer),
+            Self::Tcp(reader, _) => Pin::new(reader).poll_read(cx, buffer),
             Self::Unix(reader) => reader.poll_read(cx, buffer),
+        }
+    }
+
+    /// Does what waits for the connection to settle, when it is time. To be called whenever the relay is polled.
+    pub(crate) fn poll_settle(&mut self, cx: &mut Context<'_>) {
+        if let Self::Tcp(reader, waiting) = self
+            && let Some(settling) = waiting
+            && settling.timer.as_mut().poll(cx).is_ready()
+        {
+            (settling.action)(reader.as_ref());
+            // A connection that stays idle keeps no timer either.
+            *waiting = None;
+        }
+    }
+
+    /// Reads what the other side of the tunnel does not take any more, until nothing is there or the socket has ended:
+    /// a local peer that waits for its answers to be taken would read nothing itself.
+    pub(crate) fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut nowhere = [MaybeUninit::uninit(); DISCARD];
+        loop {
+            let mut buffer = ReadBuf::uninit(&mut nowhere);
+            match ready!(self.poll_read(cx, &mut buffer)) {
+                Ok(()) if !buffer.filled().is_empty() => {}
+                // Its end, or an error that the other direction finds too.
+                Ok(()) | Err(_) => return Poll::Ready(()),
+            }
+        }
+    }
+
+    /// After the end was read: whether the local peer is known to read no more either. TCP does not tell.
+    pub(crate) fn is_hung_up(&self) -> bool {
+        match self {
+            Self::Tcp(..) => false,
+            Self::Unix(reader) => reader.is_hung_up(),
         }
     }
 
     /// Makes the closing of the socket a reset, so that its peer cannot take a cut stream for a complete one. Only
     /// TCP knows resets.
     pub(crate) fn abort(&self) {
-        if let Self::Tcp(reader) = self {
+        if let Self::Tcp(reader, _) = self {
             // A socket that refuses the option closes in order: all that can be done.
             let _ = socket2::SockRef::from(reader.as_ref()).set_linger(Some(Duration::ZERO));
         }
@@ -150,5 +206,37 @@ impl LocalWriter {
         if let Self::Tcp(writer) = self {
             writer.forget();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::TcpListener;
+
+    #[tokio::test]
+    async fn a_connection_settles_once_it_has_lasted() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let action = |socket: &TcpStream| socket2::SockRef::from(socket).set_keepalive(true).unwrap();
+        let (mut reader, _writer) = LocalSocket::Settling(socket, action).into_split();
+        // Whether the timer is gone, and whether the action was taken.
+        let mut poll = |cx: &mut Context<'_>| {
+            reader.poll_settle(cx);
+            let LocalReader::Tcp(half, waiting) = &reader else { unreachable!("it is a TCP socket") };
+            (waiting.is_none(), socket2::SockRef::from(half.as_ref()).keepalive().unwrap())
+        };
+        let early = std::future::poll_fn(|cx| Poll::Ready(poll(cx))).await;
+        assert_eq!(early, (false, false));
+        if let LocalReader::Tcp(_, Some(settling)) = &mut reader {
+            settling.timer.as_mut().reset(tokio::time::Instant::now());
+        }
+        std::future::poll_fn(|cx| {
+            reader.poll_settle(cx);
+            if matches!(reader, LocalReader::Tcp(_, None)) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+        let LocalReader::Tcp(half, _) = &reader else { unreachable!("it is a TCP socket") };
+        assert!(socket2::SockRef::from(half.as_ref()).keepalive().unwrap());
     }
 }

@@ -2,7 +2,9 @@
 //!
 //! The kernel reports a Unix socket as writable whenever its peer has read something, whether or not anybody waits for
 //! room, and every report wakes a thread that finds nothing to do: twice for each small answer. So a socket is
-//! registered for reading only, and the first write that finds no room registers a second descriptor for writing.
+//! registered for reading only, and the first write that finds no room registers a second descriptor for writing. For
+//! reading it is registered once a read has found nothing more: what a client sends first is there already when its
+//! connection is accepted.
 
 use std::{
     io::{self, IoSlice, Read as _, Write as _},
@@ -16,6 +18,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
+use rustix::net::{SocketFlags, accept_with};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, unix::AsyncFd};
 
 /// A connected Unix stream socket.
@@ -30,7 +33,11 @@ pub struct UnixSocket {
 pub struct UnixAcceptor(AsyncFd<UnixListener>);
 
 #[derive(Debug)]
-pub(crate) struct UnixReader(AsyncFd<Arc<UnixStream>>);
+pub(crate) struct UnixReader {
+    socket: Arc<UnixStream>,
+    /// The registration for reading; there once a read has taken all there was.
+    input: Option<AsyncFd<Arc<UnixStream>>>,
+}
 
 #[derive(Debug)]
 pub(crate) struct UnixWriter {
@@ -42,15 +49,19 @@ pub(crate) struct UnixWriter {
 // === impl UnixSocket ===
 
 impl UnixSocket {
-    /// Takes a connected socket over. Has to be called within a runtime.
+    /// Takes a connected socket over. Has to be used within a runtime.
     ///
     /// # Errors
-    /// When the socket cannot be registered with the runtime.
+    /// When the socket cannot be made non-blocking.
     pub fn new(socket: UnixStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
+        Ok(Self::nonblocking(socket))
+    }
+
+    fn nonblocking(socket: UnixStream) -> Self {
         let socket = Arc::new(socket);
-        let reader = UnixReader(register(socket.clone(), Interest::READABLE)?);
-        Ok(Self { reader, writer: UnixWriter { socket, room: OnceLock::new() } })
+        let reader = UnixReader { socket: socket.clone(), input: None };
+        Self { reader, writer: UnixWriter { socket, room: OnceLock::new() } }
     }
 
     pub(crate) fn into_split(self) -> (UnixReader, UnixWriter) {
@@ -60,7 +71,7 @@ impl UnixSocket {
 
 impl AsyncRead for UnixSocket {
     fn poll_read(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
@@ -106,8 +117,11 @@ impl UnixAcceptor {
     /// # Errors
     /// Those of `accept(2)`.
     pub async fn accept(&self) -> io::Result<UnixSocket> {
-        let (socket, _) = self.0.async_io(Interest::READABLE, UnixListener::accept).await?;
-        UnixSocket::new(socket)
+        // Non-blocking from the start: one system call less than by `UnixListener::accept`.
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let accept = |listener: &UnixListener| Ok(accept_with(listener, flags)?);
+        let socket = self.0.async_io(Interest::READABLE, accept).await?;
+        Ok(UnixSocket::nonblocking(socket.into()))
     }
 }
 
@@ -120,26 +134,49 @@ fn register<T: AsRawFd>(inner: T, interest: Interest) -> io::Result<AsyncFd<T>> 
 // === impl UnixReader ===
 
 impl UnixReader {
-    pub(crate) fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    pub(crate) fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         loop {
-            let mut ready = ready!(self.0.poll_read_ready(cx))?;
+            let mut ready = match &self.input {
+                Some(input) => Some(ready!(input.poll_read_ready(cx))?),
+                None => None,
+            };
             let room = buffer.initialize_unfilled();
             let wanted = room.len();
-            let mut socket: &UnixStream = self.0.get_ref();
-            match socket.read(room) {
+            let mut socket: &UnixStream = &self.socket;
+            // Fewer than asked for were all there were: saves the read that would say so.
+            let emptied = match socket.read(room) {
                 Ok(read) => {
-                    // Fewer than asked for were all there were: saves the read that would say so.
-                    if 0 < read && read < wanted {
-                        ready.clear_ready();
-                    }
                     buffer.advance(read);
-                    return Poll::Ready(Ok(()));
+                    if read == 0 || read == wanted {
+                        return Poll::Ready(Ok(()));
+                    }
+                    true
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Poll::Ready(Err(error)),
+            };
+            match &mut ready {
+                Some(ready) => ready.clear_ready(),
+                // What comes from now on, or has come since the read, is reported.
+                None => self.input = Some(register(self.socket.clone(), Interest::READABLE)?),
+            }
+            if emptied {
+                return Poll::Ready(Ok(()));
             }
         }
+    }
+
+    /// Whether the peer is known to have closed its socket rather than only its sending half: nobody reads any more.
+    /// For those whose read has found the end. False when it is not known.
+    pub(crate) fn is_hung_up(&self) -> bool {
+        // The kernel reports EPOLLHUP with the end, whatever a socket is registered for; it counts as the end of writing.
+        // Nothing else can, as the socket is not registered for writing here.
+        self.input.as_ref().is_some_and(|input| input.try_io(Interest::WRITABLE, |_| Ok(())).is_ok())
     }
 }
 
@@ -225,6 +262,31 @@ mod tests {
         near.write_all(&[0; 4096]).await.unwrap();
         assert!(near.writer.room.get().is_some());
         reader.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_closed_peer_is_told_from_one_that_only_ends() {
+        for closes in [false, true] {
+            let (near, far) = UnixStream::pair().unwrap();
+            let mut near = UnixSocket::new(near).unwrap();
+            (&far).write_all(b"first").unwrap();
+            // More than there is: the socket waits for what follows.
+            let mut first = [0; 64];
+            assert_eq!(near.read(&mut first).await.unwrap(), 5);
+            assert!(!near.reader.is_hung_up(), "the peer is there");
+            let held = if closes {
+                drop(far);
+                None
+            } else {
+                far.shutdown(Shutdown::Write).unwrap();
+                Some(far)
+            };
+            let mut rest = Vec::new();
+            near.read_to_end(&mut rest).await.unwrap();
+            assert!(rest.is_empty());
+            assert_eq!(near.reader.is_hung_up(), closes);
+            drop(held);
+        }
     }
 
     #[tokio::test]

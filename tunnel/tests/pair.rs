@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use support::{Pair, both, pattern};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tunnel::{CarrierChoice, DialError, Limits, LocalSocket, Target};
+use tunnel::{CarrierChoice, DialError, Limits, LocalSocket, Target, UnixSocket};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -157,6 +157,83 @@ async fn relays_between_sockets_both_ways() {
         assert_eq!(near.outcome, tunnel::RelayOutcome::Complete);
     })
     .await;
+}
+
+/// What a client has sent before it closes its socket for good arrives in full. A target that answers all the same, and
+/// reads no further until its answers are taken, is not left waiting.
+#[tokio::test]
+async fn a_client_that_closes_has_still_sent_everything() {
+    both(|carrier| async move {
+        for answers in [0, 100] {
+            let mut pair = Pair::new(carrier).await;
+            let (near, far) = pair.connection().await;
+            let (client, client_end) = std::os::unix::net::UnixStream::pair().unwrap();
+            let (mut target, target_end) = support::tcp_pair().await;
+            let near = tokio::spawn(near.relay(LocalSocket::Unix(UnixSocket::new(client_end).unwrap())));
+            let far = tokio::spawn(far.relay(LocalSocket::Tcp(target_end)));
+            // More than all buffers hold: much of it is on its way when the client closes.
+            let sent = pattern(16_000_001);
+            let bytes = sent.clone();
+            let writer =
+                tokio::task::spawn_blocking(move || std::io::Write::write_all(&mut &client, &bytes).unwrap());
+            let mut heard = Vec::new();
+            let mut buffer = vec![0; 64 * 1024];
+            let talk = async {
+                while let Ok(read @ 1..) = target.read(&mut buffer).await {
+                    heard.extend_from_slice(&buffer[..read]);
+                    // Sooner, the client would close on unread bytes, which is a reset.
+                    for _ in 0..if writer.is_finished() { answers } else { 0 } {
+                        if target.write_all(&buffer[..read]).await.is_err() {
+                            break;
+                        }
+                    }
+                }
+            };
+            tokio::time::timeout(TIMEOUT, talk).await.expect("the target is not left waiting");
+            // As without a tunnel, answers to a closed client reset the connection under what is on its way.
+            assert!(answers > 0 || heard == sent, "{} of {} bytes, or changed", heard.len(), sent.len());
+            writer.await.unwrap();
+            drop(target);
+            near.await.unwrap();
+            far.await.unwrap();
+        }
+    })
+    .await;
+}
+
+/// A client that closes its Unix socket is gone for the target at once, although the target keeps its own end open; one
+/// that only ends its direction still gets the answer.
+#[tokio::test]
+async fn a_closed_client_is_told_from_one_that_only_ends() {
+    for closes in [true, false] {
+        let mut pair = Pair::new(CarrierChoice::H2).await;
+        let (near, far) = pair.connection().await;
+        let (client, client_end) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (mut target, target_end) = support::tcp_pair().await;
+        let near = tokio::spawn(near.relay(LocalSocket::Unix(UnixSocket::new(client_end).unwrap())));
+        let far = tokio::spawn(far.relay(LocalSocket::Tcp(target_end)));
+        std::io::Write::write_all(&mut &client, b"request").unwrap();
+        let mut heard = [0; 7];
+        target.read_exact(&mut heard).await.unwrap();
+        let client = if closes {
+            drop(client);
+            None
+        } else {
+            client.shutdown(std::net::Shutdown::Write).unwrap();
+            Some(client)
+        };
+        assert_eq!(target.read(&mut heard).await.unwrap(), 0, "the target learns of the end");
+        if let Some(client) = client {
+            target.write_all(b"answer").await.unwrap();
+            drop(target);
+            let mut answer = String::new();
+            let read = move || std::io::Read::read_to_string(&mut &client, &mut answer).map(|_| answer);
+            assert_eq!(tokio::task::spawn_blocking(read).await.unwrap().unwrap(), "answer");
+        }
+        // In the other case the target has not closed yet.
+        let outcomes = (near.await.unwrap().outcome, far.await.unwrap().outcome);
+        assert_eq!(outcomes, (tunnel::RelayOutcome::Complete, tunnel::RelayOutcome::Complete));
+    }
 }
 
 #[tokio::test]

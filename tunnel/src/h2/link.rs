@@ -360,6 +360,18 @@ impl Link {
         self.send(&frame::end_stream(stream));
     }
 
+    /// Ends a stream whose local peer neither sends nor reads any more; `open` says whether the peer may still send.
+    pub(super) fn end_both(&self, stream: u32, open: bool) {
+        self.remove(stream);
+        let end = frame::end_stream(stream);
+        if open {
+            // In one piece, so that the peer finds both together.
+            self.send(&[&end[..], &frame::reset(stream, Code::NoError)].concat());
+        } else {
+            self.send(&end);
+        }
+    }
+
     pub(super) fn credit(&self, stream: u32, increment: u32) {
         self.send(&frame::window_update(stream, increment));
     }

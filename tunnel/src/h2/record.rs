@@ -59,10 +59,10 @@ pub(crate) struct Decrypted {
 macro_rules! step {
     ($connection:expr, $incoming:expr, $plain:expr, $out:expr) => {{
         let UnbufferedStatus { mut discard, state } = $connection.process_tls_records($incoming);
-        let step = match state.map_err(|error| TunnelError::Tls(error.to_string()))? {
+        let step = match state.map_err(TunnelError::from)? {
             ConnectionState::ReadTraffic(mut traffic) => {
                 while let Some(record) = traffic.next_record() {
-                    let record = record.map_err(|error| TunnelError::Tls(error.to_string()))?;
+                    let record = record.map_err(TunnelError::from)?;
                     discard += record.discard;
                     $plain.extend_from_slice(record.payload);
                 }
@@ -107,8 +107,7 @@ impl Records {
         config: Arc<rustls::ClientConfig>,
         name: ServerName<'static>,
     ) -> Result<(Self, Early), TunnelError> {
-        let connection = UnbufferedClientConnection::new(config, name)
-            .map_err(|error| TunnelError::Tls(error.to_string()))?;
+        let connection = UnbufferedClientConnection::new(config, name)?;
         let mut records = Self::Client(connection);
         let early = records.handshake(tcp, Vec::new()).await?;
         Ok((records, early))
@@ -120,8 +119,7 @@ impl Records {
         config: Arc<rustls::ServerConfig>,
         first: Vec<u8>,
     ) -> Result<(Self, Early), TunnelError> {
-        let connection =
-            UnbufferedServerConnection::new(config).map_err(|error| TunnelError::Tls(error.to_string()))?;
+        let connection = UnbufferedServerConnection::new(config)?;
         let mut records = Self::Server(connection);
         let early = records.handshake(tcp, first).await?;
         Ok((records, early))
@@ -215,11 +213,7 @@ impl Records {
         macro_rules! write {
             ($connection:expr) => {
                 loop {
-                    match $connection
-                        .process_tls_records(&mut [])
-                        .state
-                        .map_err(|error| TunnelError::Tls(error.to_string()))?
-                    {
+                    match $connection.process_tls_records(&mut []).state.map_err(TunnelError::from)? {
                         ConnectionState::WriteTraffic(mut traffic) => {
                             let room = plain.map_or(0, <[u8]>::len);
                             out.reserve(room + (room / MAX_PLAIN + 1) * RECORD_OVERHEAD);

@@ -5,6 +5,10 @@
 //!   open ──────────────────────▶ half-closed ──────────────────────▶ closed      (removed from the link)
 //!     └── reset by either side, or the tunnel ended ──▶ dead
 //! ```
+//!
+//! A side whose local peer has closed its socket for good ends its direction and resets the stream with NO_ERROR right
+//! behind: the other side delivers everything up to the end, and then closes without waiting for an end in return, just
+//! as the closing of a TCP connection would reach the target without a tunnel.
 
 use std::{
     io,
@@ -33,7 +37,7 @@ use super::{
 use crate::{
     error::DialError,
     limits::Reservation,
-    relay::{LocalSocket, LocalWriter, RelayOutcome, RelayReport},
+    relay::{LocalReader, LocalSocket, LocalWriter, RelayOutcome, RelayReport},
     table::{Entry, Place},
 };
 
@@ -88,6 +92,18 @@ pub(super) struct Delivered {
     pub(super) finished: bool,
 }
 
+/// What came of one read of the local socket.
+enum Sent {
+    /// Bytes went into the tunnel.
+    Some,
+    /// The local peer ended its direction.
+    End,
+    /// The other side of the tunnel takes nothing more.
+    Unwanted,
+    /// The local peer is gone: it reads nothing more either.
+    Gone,
+}
+
 /// One proxied connection; dropping it before both directions ended resets it.
 pub(crate) struct H2Connection {
     link: Arc<Link>,
@@ -100,6 +116,8 @@ const REMOTE_END: u8 = 2;
 const RESET: u8 = 4;
 const REFUSED: u8 = 8;
 const TUNNEL_CLOSED: u8 = 16;
+/// The peer has ended its direction and takes nothing more.
+const PEER_GONE: u8 = 32;
 
 // === impl Stream ===
 
@@ -200,8 +218,14 @@ impl Stream {
         before + bytes <= frame::MAX_WINDOW
     }
 
-    pub(super) fn reset_by_peer(&self, refused: bool) {
-        self.die(if refused { RESET | REFUSED } else { RESET });
+    pub(super) fn reset_by_peer(&self, code: u32) {
+        self.die(if code == Code::RefusedStream as u32 {
+            RESET | REFUSED
+        } else if code == Code::NoError as u32 && self.state() & REMOTE_END != 0 {
+            PEER_GONE
+        } else {
+            RESET
+        });
     }
 
     pub(super) fn reset_locally(&self) {
@@ -235,7 +259,7 @@ impl Stream {
 
     /// Whether nothing can be sent any more.
     pub(super) fn is_dead(&self) -> bool {
-        self.state() & (RESET | TUNNEL_CLOSED) != 0
+        self.state() & (RESET | TUNNEL_CLOSED | PEER_GONE) != 0
     }
 
     fn dead(&self) -> Option<io::Error> {
@@ -247,6 +271,11 @@ impl Stream {
             ))
         } else if state & TUNNEL_CLOSED != 0 {
             Some(io::Error::new(io::ErrorKind::ConnectionAborted, "the tunnel closed"))
+        } else if state & PEER_GONE != 0 {
+            Some(io::Error::new(
+                io::ErrorKind::BrokenPipe,
+                "the other side of the tunnel takes nothing more for this connection",
+            ))
         } else {
             None
         }
@@ -313,7 +342,7 @@ impl H2Connection {
 
     fn end_sending(&self) {
         let before = self.stream.state.fetch_or(LOCAL_END, Ordering::AcqRel);
-        if before & (LOCAL_END | RESET | TUNNEL_CLOSED) == 0 {
+        if before & (LOCAL_END | RESET | TUNNEL_CLOSED | PEER_GONE) == 0 {
             self.link.end(self.stream.id);
             if before & REMOTE_END != 0 {
                 self.link.remove(self.stream.id);
@@ -321,13 +350,22 @@ impl H2Connection {
         }
     }
 
+    /// Ends sending for a local peer that is gone, so that nothing has to come back either.
+    fn end_both(&self) {
+        let before = self.stream.state.fetch_or(LOCAL_END | REMOTE_END, Ordering::AcqRel);
+        if before & (LOCAL_END | RESET | TUNNEL_CLOSED | PEER_GONE) == 0 {
+            self.link.end_both(self.stream.id, before & REMOTE_END == 0);
+        }
+    }
+
     /// Copies both ways between the stream and a local socket until both directions ended.
     pub(crate) async fn relay(self, local: LocalSocket) -> RelayReport {
         let (mut reader, writer) = local.into_split();
         self.stream.recv.lock().sink = Some(writer);
-        let (mut sending, mut receiving) = (true, true);
+        let (mut sending, mut receiving, mut discarding) = (true, true, false);
         let mut failure = None;
         std::future::poll_fn(|cx| {
+            reader.poll_settle(cx);
             if receiving {
                 match self.poll_drain(cx) {
                     Poll::Ready(Ok(())) => receiving = false,
@@ -345,11 +383,13 @@ impl H2Connection {
             }
             while sending {
                 match self.poll_send_from(cx, &mut reader) {
-                    Poll::Ready(Ok(true)) => {}
-                    Poll::Ready(Ok(false)) => sending = false,
+                    Poll::Ready(Ok(Sent::Some)) => {}
+                    Poll::Ready(Ok(Sent::End)) => sending = false,
+                    Poll::Ready(Ok(Sent::Unwanted)) => (sending, discarding) = (false, true),
+                    Poll::Ready(Ok(Sent::Gone)) => (sending, receiving) = (false, false),
                     Poll::Ready(Err(outcome)) => {
                         failure.get_or_insert(outcome);
-                        sending = false;
+                        (sending, discarding) = (false, true);
                         // What was received in full is still delivered.
                         if !self.stream.recv.lock().ended {
                             return Poll::Ready(());
@@ -357,6 +397,9 @@ impl H2Connection {
                     }
                     Poll::Pending => break,
                 }
+            }
+            if discarding && receiving {
+                discarding = reader.poll_discard(cx).is_pending();
             }
             if sending || receiving { Poll::Pending } else { Poll::Ready(()) }
         })
@@ -375,18 +418,18 @@ impl H2Connection {
         }
     }
 
-    /// One read of the local socket into the tunnel; false at its end.
+    /// One read of the local socket into the tunnel.
     fn poll_send_from(
         &self,
         cx: &mut Context<'_>,
-        reader: &mut crate::relay::LocalReader,
-    ) -> Poll<Result<bool, RelayOutcome>> {
-        if self.stream.state() & (RESET | TUNNEL_CLOSED) != 0 {
-            return Poll::Ready(Err(self.broken()));
+        reader: &mut LocalReader,
+    ) -> Poll<Result<Sent, RelayOutcome>> {
+        if self.stream.is_dead() {
+            return Poll::Ready(self.broken());
         }
         let granted = ready!(self.link.poll_take(cx, &self.stream, usize::MAX));
         if granted == 0 {
-            return Poll::Ready(Err(RelayOutcome::TunnelClosed));
+            return Poll::Ready(self.broken());
         }
         let read = self.link.send_data(&self.stream, granted, |buffer| {
             let mut buffer = ReadBuf::new(buffer);
@@ -394,11 +437,15 @@ impl H2Connection {
             (buffer.filled().len(), polled.map_ok(|()| buffer.filled().len()))
         });
         match ready!(read) {
+            Ok(0) if reader.is_hung_up() => {
+                self.end_both();
+                Poll::Ready(Ok(Sent::Gone))
+            }
             Ok(0) => {
                 self.end_sending();
-                Poll::Ready(Ok(false))
+                Poll::Ready(Ok(Sent::End))
             }
-            Ok(_) => Poll::Ready(Ok(true)),
+            Ok(_) => Poll::Ready(Ok(Sent::Some)),
             Err(_) => Poll::Ready(Err(RelayOutcome::LocalReset)),
         }
     }
@@ -435,7 +482,10 @@ impl H2Connection {
             // An idle connection keeps no buffer.
             recv.backlog = BytesMut::new();
             if recv.ended {
-                sink.shutdown();
+                // Otherwise the socket's closing says it, which follows at once.
+                if self.stream.state() & PEER_GONE == 0 {
+                    sink.shutdown();
+                }
                 return Poll::Ready(Ok(()));
             }
             if self.stream.state() & TUNNEL_CLOSED != 0 {
@@ -450,8 +500,16 @@ impl H2Connection {
         Poll::Pending
     }
 
-    fn broken(&self) -> RelayOutcome {
-        if self.stream.state() & RESET != 0 { RelayOutcome::RemoteReset } else { RelayOutcome::TunnelClosed }
+    /// Why nothing can be sent any more. After the peer's orderly end it is no failure.
+    fn broken(&self) -> Result<Sent, RelayOutcome> {
+        let state = self.stream.state();
+        if state & RESET != 0 {
+            Err(RelayOutcome::RemoteReset)
+        } else if state & PEER_GONE != 0 {
+            Ok(Sent::Unwanted)
+        } else {
+            Err(RelayOutcome::TunnelClosed)
+        }
     }
 }
 
@@ -531,7 +589,7 @@ impl AsyncWrite for H2Connection {
 impl Drop for H2Connection {
     fn drop(&mut self) {
         let state = self.stream.state();
-        if state & (RESET | TUNNEL_CLOSED) == 0
+        if state & (RESET | TUNNEL_CLOSED | PEER_GONE) == 0
             && state & (LOCAL_END | REMOTE_END) != (LOCAL_END | REMOTE_END)
         {
             self.stream.state.fetch_or(RESET, Ordering::AcqRel);

@@ -277,7 +277,7 @@ impl Reader {
                 link.known(stream)?;
                 let removed = link.streams.lock().open.remove(&stream);
                 if let Some(stream) = removed {
-                    stream.reset_by_peer(code == Code::RefusedStream as u32);
+                    stream.reset_by_peer(code);
                 }
             }
             Event::Settings(settings) => link.peer_settings(settings)?,
@@ -412,7 +412,7 @@ impl Reader {
             }
             HeaderError::Malformed(_) => {
                 if let Some(stream) = stream {
-                    stream.reset_by_peer(false);
+                    stream.reset_locally();
                 }
                 link.remove(id);
                 link.queue(&frame::reset(id, Code::Protocol));
