@@ -60,3 +60,9 @@ pub use self::types::{
     TransactionOutcome, Write, WriteOutcome,
 };
 pub use self::watcher::{WatchPosition, Watcher};
+
+/// What fuzz targets call: what clients of the etcd API send, as plain functions.
+#[doc(hidden)]
+pub mod fuzzing {
+    pub use crate::etcd::fuzz::{listen_url, read, transaction, watch};
+}

@@ -14,6 +14,7 @@
 mod check;
 mod convert;
 mod errors;
+pub(crate) mod fuzz;
 mod kv;
 mod lease;
 mod listen;

@@ -38,7 +38,7 @@ pub(crate) struct Transactions {
 }
 
 /// One key's revision compared with one number, and that key written: what can be put to the store as it is.
-struct Expected<'a> {
+pub(crate) struct Expected<'a> {
     write: Write,
     kind: WriteKind,
     prev_kv: bool,
@@ -469,7 +469,7 @@ fn previous(events: Vec<Event>) -> Option<mvccpb::KeyValue> {
 // === impl Expected ===
 
 impl<'a> Expected<'a> {
-    fn of(request: &'a TxnRequest) -> Option<Self> {
+    pub(crate) fn of(request: &'a TxnRequest) -> Option<Self> {
         let [compare] = request.compare.as_slice() else { return None };
         let [RequestOp { request: Some(success) }] = request.success.as_slice() else { return None };
         if !compare.range_end.is_empty() || compare.result != CompareResult::Equal as i32 {

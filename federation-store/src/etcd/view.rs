@@ -39,10 +39,10 @@ pub(crate) struct View<'a> {
 }
 
 /// Some keys of a range.
-struct Found {
-    items: Vec<KeyValue>,
+pub(crate) struct Found {
+    pub(crate) items: Vec<KeyValue>,
     /// How many the range has.
-    total: u64,
+    pub(crate) total: u64,
 }
 
 /// Why something was not read.
@@ -140,7 +140,7 @@ async fn fetch(
 }
 
 /// Filters, sorts, cuts off.
-fn respond(request: &RangeRequest, found: Found, revision: Revision) -> RangeResponse {
+pub(crate) fn respond(request: &RangeRequest, found: Found, revision: Revision) -> RangeResponse {
     let Found { mut items, total } = found;
     let header = ResponseHeader { revision: signed(revision), ..ResponseHeader::default() };
     let count = count(total);

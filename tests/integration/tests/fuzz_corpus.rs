@@ -99,6 +99,10 @@ const TARGETS: &[(&str, Body)] = &[
     ("apiserver_object", federation_apiserver::fuzzing::object),
     ("apiserver_crd", federation_apiserver::fuzzing::crd),
     ("apiserver_jsonpath", federation_apiserver::fuzzing::jsonpath),
+    ("store_transaction", federation_store::fuzzing::transaction),
+    ("store_read", federation_store::fuzzing::read),
+    ("store_watch", federation_store::fuzzing::watch),
+    ("store_listen_url", federation_store::fuzzing::listen_url),
     ("core_overrides", federation_core::fuzzing::patches),
 ];
 
