@@ -18,11 +18,11 @@
 //! store_schema   the version of all this
 //! ```
 
-mod leases;
 pub(crate) mod mysql;
 pub(crate) mod postgres;
 mod remote;
 mod rows;
+mod sql;
 pub(crate) mod sqlite;
 
 use bytes::Bytes;

@@ -6,23 +6,22 @@
 //! several statements. There are no notifications: other replicas look at the counter.
 
 use std::str::FromStr as _;
-use std::sync::Arc;
+use std::time::Duration;
 
-use bytes::Bytes;
-use futures::future::BoxFuture;
-use futures::{FutureExt as _, TryFutureExt as _};
+use futures::FutureExt as _;
 use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlDatabaseError, MySqlPool, MySqlPoolOptions};
-use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Executor as _, Row as _};
+use sqlx::pool::PoolConnection;
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Executor as _, MySql, Row as _};
 
-use super::leases::{attached, lease_functions};
 use super::remote::{
-    ACQUIRE_TIMEOUT, IDLE_TRANSACTION_SECONDS, LOCK_SECONDS, READERS, limited, read, settle,
+    ACQUIRE_TIMEOUT, IDLE_TRANSACTION_SECONDS, LOCK_SECONDS, OPERATION_TIMEOUT, READERS, TRIES, hang_up,
 };
-use super::rows::{PREVIOUS, end_of, event_of, place_of, record_of, sql, state_of, unsigned, upto, visible};
-use super::{Backend, EVENTS_PER_READ, Listed, Logged, REPLICA_SECONDS, State, WriteError};
-use crate::batch::{Basis, Decision, Record, decide};
-use crate::error::{Error, OpenError};
-use crate::types::{KeyRange, KeyValue, Lease, MAX_KEY_BYTES, MAX_VALUE_BYTES, Revision, Transaction};
+use super::rows::{PREVIOUS, end_of, event_of, lease_of, place_of, record_of, sql, state_of, unsigned};
+use super::sql::{Dialect, SqlBackend};
+use super::{REPLICA_SECONDS, State};
+use crate::batch::{Decision, Place, Record};
+use crate::error::OpenError;
+use crate::types::{Event, KeyRange, KeyValue, Lease, MAX_KEY_BYTES, MAX_VALUE_BYTES};
 
 /// Schema steps in order; the version is the position, counted from 1. Released steps never change. Every statement may
 /// be repeated: a definition commits at once, and several replicas may start together.
@@ -69,16 +68,11 @@ const MIGRATIONS: &[&[&str]] = &[
     ],
 ];
 
-const NAME: &str = "MySQL";
-
 const STATE: &str = "SELECT revision AS s_revision, compacted AS s_compacted, swept AS s_swept
                        FROM store_state WHERE id = 1";
 
 const LOCKED_STATE: &str = "SELECT revision AS s_revision, compacted AS s_compacted, swept AS s_swept
                               FROM store_state WHERE id = 1 FOR UPDATE";
-
-/// Several statements with one view.
-const SNAPSHOT: &str = "START TRANSACTION WITH CONSISTENT SNAPSHOT";
 
 /// The row of a head that is visible before a place: nearly always the head's own. The places come first: the
 /// parameters have no numbers here.
@@ -108,18 +102,16 @@ const MIN_PACKET: u64 = (MAX_VALUE_BYTES + MAX_STATEMENT_BYTES + MAX_ROWS * MAX_
 /// Idle connections are closed by the server after so long, and by the pool before that. MySQL has no limit of its own
 /// for a transaction whose client has gone silent, and such a transaction may hold the counter.
 const WAIT_SECONDS: u32 = 60;
-const POOL_IDLE: std::time::Duration = std::time::Duration::from_secs(45);
+const POOL_IDLE: Duration = Duration::from_secs(45);
 
 /// The server's number for an index that exists already.
 const ER_DUP_KEYNAME: u16 = 1061;
 
-/// Revisions looked at in one step of the sweep, which holds the counter: writes get in between.
-const REVISIONS_PER_SWEEP: u64 = 500;
-
 /// The store's tables in one MySQL database.
-pub(crate) struct MySqlBackend {
-    writer: MySqlPool,
-    readers: MySqlPool,
+pub(crate) type MySqlBackend = SqlBackend<MySqlDialect>;
+
+/// MySQL's way of saying it.
+pub(crate) struct MySqlDialect {
     /// This process among those that write to the database.
     replica: [u8; 16],
 }
@@ -169,151 +161,272 @@ impl MySqlBackend {
         suitable(&writer, database).await?;
         migrate(&writer).await?;
         let readers = pool(READERS, "REPEATABLE READ").connect_with(options).await.map_err(open)?;
-        Ok(Self { writer, readers, replica: rand::random() })
-    }
-
-    async fn try_write(&self, transactions: &[Transaction], batch: i64) -> Result<Decision, WriteError> {
-        let failed = |error| WriteError::Failed(failed("write")(error));
-        let mut connection = self.writer.acquire().await.map_err(failed)?;
-        let decision = match limited(write_batch(&mut connection, transactions, &self.replica, batch)).await {
-            Ok(decision) => decision,
-            Err(error) => {
-                let error = settle::<_, ()>(connection, Err(error)).await.err();
-                return Err(failed(error.unwrap_or(sqlx::Error::WorkerCrashed)));
-            }
-        };
-        if decision.is_empty() {
-            let ended = limited(connection.execute("ROLLBACK").map_ok(drop)).await;
-            // Nothing was written: what became of the connection matters only to itself.
-            let _ = settle(connection, ended).await;
-            return Ok(decision);
-        }
-        let ended = limited(connection.execute("COMMIT").map_ok(drop)).await;
-        match settle(connection, ended).await {
-            Ok(()) => Ok(decision),
-            Err(error) => Err(WriteError::Unknown { decision, error: self::failed("commit")(error) }),
-        }
+        Ok(Self { writer, readers, dialect: MySqlDialect { replica: rand::random() } })
     }
 }
 
-impl Backend for MySqlBackend {
-    fn name(&self) -> &'static str {
-        NAME
+// === impl MySqlDialect ===
+
+impl Dialect for MySqlDialect {
+    type Database = MySql;
+
+    const NAME: &'static str = "MySQL";
+    const SNAPSHOT: &'static str = "START TRANSACTION WITH CONSISTENT SNAPSHOT";
+    const WRITE: &'static str = "START TRANSACTION";
+    const LIMIT: Option<Duration> = Some(OPERATION_TIMEOUT);
+    const TRIES: u32 = TRIES;
+    const REVISIONS_PER_SWEEP: u64 = 500;
+
+    async fn run(connection: &mut MySqlConnection, statement: &'static str) -> Result<(), sqlx::Error> {
+        connection.execute(statement).await.map(drop)
     }
 
-    fn shared(&self) -> bool {
-        true
+    async fn state(connection: &mut MySqlConnection, lock: bool) -> Result<State, sqlx::Error> {
+        state_of(&sqlx::query(if lock { LOCKED_STATE } else { STATE }).fetch_one(connection).await?)
     }
 
-    fn state(&self) -> BoxFuture<'_, Result<State, Error>> {
-        async move { read!(&self.readers, |connection| read_state(&mut connection)) }
-            .map_err(failed("read the counter"))
-            .boxed()
+    async fn record(
+        connection: &mut MySqlConnection,
+        key: &[u8],
+        before: i64,
+    ) -> Result<(State, Option<Record>), sqlx::Error> {
+        let row = sqlx::query(
+            "SELECT s.revision AS s_revision, s.compacted AS s_compacted, s.swept AS s_swept, l.*
+               FROM store_state s LEFT JOIN store_log l ON l.place =
+                    (SELECT r.place FROM store_log r WHERE r.name = ? AND r.place < ?
+                      ORDER BY r.place DESC LIMIT 1)
+              WHERE s.id = 1",
+        )
+        .bind(key)
+        .bind(before)
+        .fetch_one(connection)
+        .await?;
+        let found: Option<i64> = row.try_get("place")?;
+        Ok((state_of(&row)?, found.map(|_| record_of(&row)).transpose()?))
     }
 
-    fn get<'a>(
-        &'a self,
-        key: &'a [u8],
-        at: Option<Revision>,
-    ) -> BoxFuture<'a, Result<(State, Option<KeyValue>), Error>> {
-        async move { read!(&self.readers, |connection| get(&mut connection, key, at)) }
-            .map_err(failed("get a key"))
-            .boxed()
+    async fn page(
+        connection: &mut MySqlConnection,
+        range: &KeyRange,
+        before: i64,
+        limit: i64,
+    ) -> Result<Vec<KeyValue>, sqlx::Error> {
+        let rows = sqlx::query(concat!(visible_rows!("l.*"), " ORDER BY h.name LIMIT ?"))
+            .bind(before)
+            .bind(before)
+            .bind(range.start().as_ref())
+            .bind(end_of(range))
+            .bind(limit)
+            .fetch_all(connection)
+            .await?;
+        rows.iter().map(|row| Ok(record_of(row)?.event_key_value())).collect()
     }
 
-    fn list<'a>(
-        &'a self,
-        range: &'a KeyRange,
-        at: Option<Revision>,
-        limit: Option<usize>,
-    ) -> BoxFuture<'a, Result<Listed, Error>> {
-        async move { read!(&self.readers, |connection| list(&mut connection, range, at, limit)) }
-            .map_err(failed("list keys"))
-            .boxed()
+    async fn count(
+        connection: &mut MySqlConnection,
+        range: &KeyRange,
+        before: Option<i64>,
+    ) -> Result<u64, sqlx::Error> {
+        let query = match before {
+            None => sqlx::query(
+                "SELECT COUNT(*) AS number FROM store_head WHERE name >= ? AND name < ? AND deleted = 0",
+            ),
+            Some(before) => sqlx::query(visible_rows!("COUNT(*) AS number")).bind(before).bind(before),
+        };
+        let row = query.bind(range.start().as_ref()).bind(end_of(range)).fetch_one(connection).await?;
+        unsigned(&row, "number")
     }
 
-    fn count<'a>(
-        &'a self,
-        range: &'a KeyRange,
-        at: Option<Revision>,
-    ) -> BoxFuture<'a, Result<(State, u64), Error>> {
-        async move { read!(&self.readers, |connection| count_at(&mut connection, range, at)) }
-            .map_err(failed("count keys"))
-            .boxed()
+    async fn sizes(
+        connection: &mut MySqlConnection,
+        range: &KeyRange,
+        from: i64,
+        limit: i64,
+    ) -> Result<Vec<(Place, u64)>, sqlx::Error> {
+        let rows = sqlx::query(
+            "SELECT place, CAST(OCTET_LENGTH(value) AS SIGNED) AS size FROM store_log FORCE INDEX (PRIMARY)
+              WHERE place >= ? AND name >= ? AND name < ? ORDER BY place LIMIT ?",
+        )
+        .bind(from)
+        .bind(range.start().as_ref())
+        .bind(end_of(range))
+        .bind(limit)
+        .fetch_all(connection)
+        .await?;
+        rows.iter().map(|row| Ok((place_of(row, "place")?, unsigned(row, "size")?))).collect()
     }
 
-    fn events<'a>(&'a self, range: &'a KeyRange, after: Revision) -> BoxFuture<'a, Result<Logged, Error>> {
-        async move { read!(&self.readers, |connection| events(&mut connection, range, after)) }
-            .map_err(failed("read the log"))
-            .boxed()
+    async fn events(
+        connection: &mut MySqlConnection,
+        range: &KeyRange,
+        from: i64,
+        to: i64,
+    ) -> Result<Vec<Event>, sqlx::Error> {
+        // Always the same text.
+        let statement = format!(
+            "SELECT l.*, {PREVIOUS}
+               FROM store_log l FORCE INDEX (PRIMARY)
+                    LEFT JOIN store_log p ON p.place = l.prev AND p.deleted = 0
+              WHERE l.place >= ? AND l.name >= ? AND l.name < ? AND l.place < ?
+              ORDER BY l.place"
+        );
+        let rows = sqlx::query(AssertSqlSafe(statement))
+            .bind(from)
+            .bind(range.start().as_ref())
+            .bind(end_of(range))
+            .bind(to)
+            .fetch_all(connection)
+            .await?;
+        rows.iter().map(event_of).collect()
     }
 
-    fn write<'a>(
-        &'a self,
-        transactions: &'a [Transaction],
-        batch: i64,
-    ) -> BoxFuture<'a, Result<Decision, WriteError>> {
-        self.try_write(transactions, batch).boxed()
-    }
-
-    fn committed(&self, batch: i64) -> BoxFuture<'_, Result<bool, Error>> {
-        async move { read!(&self.writer, |connection| committed(&mut connection, &self.replica, batch)) }
-            .map_err(failed("look for a commit"))
-            .boxed()
-    }
-
-    fn leases(&self) -> BoxFuture<'_, Result<Vec<Lease>, Error>> {
-        async move { read!(&self.readers, |connection| all_leases(&mut connection)) }
-            .map_err(failed("read the leases"))
-            .boxed()
-    }
-
-    fn lease(&self, id: i64) -> BoxFuture<'_, Result<Option<Lease>, Error>> {
-        async move { read!(&self.readers, |connection| read_lease(&mut connection, id)) }
-            .map_err(failed("read a lease"))
-            .boxed()
-    }
-
-    fn leased(&self, id: i64) -> BoxFuture<'_, Result<Vec<Bytes>, Error>> {
-        async move { read!(&self.readers, |connection| leased_keys(&mut connection, id)) }
-            .map_err(failed("read the keys of a lease"))
-            .boxed()
-    }
-
-    fn mark_compacted(&self, revision: Revision) -> BoxFuture<'_, Result<State, Error>> {
-        async move { read!(&self.writer, |connection| mark_compacted(&mut connection, revision)) }
-            .map_err(failed("compact"))
-            .boxed()
-    }
-
-    fn sweep(&self) -> BoxFuture<'_, Result<State, Error>> {
-        async move { read!(&self.writer, |connection| sweep(&mut connection)) }
-            .map_err(failed("remove compacted rows"))
-            .boxed()
-    }
-
-    fn size(&self) -> BoxFuture<'_, Result<u64, Error>> {
-        async move { read!(&self.readers, |connection| size(&mut connection)) }
-            .map_err(failed("read the size"))
-            .boxed()
-    }
-
-    fn close(&self) -> BoxFuture<'_, ()> {
-        async move {
-            self.readers.close().await;
-            self.writer.close().await;
+    async fn heads(connection: &mut MySqlConnection, keys: &[&[u8]]) -> Result<Vec<Record>, sqlx::Error> {
+        let mut records = Vec::with_capacity(keys.len());
+        for chunk in keys.chunks(MAX_ROWS) {
+            // Rounded up by naming a key twice.
+            let rows = chunk.len().next_power_of_two();
+            let names = vec!["?"; rows].join(",");
+            // Only the number of question marks is put into the text.
+            let statement = format!(
+                "SELECT l.* FROM store_head h STRAIGHT_JOIN store_log l ON l.place = h.place WHERE h.name IN ({names})"
+            );
+            let mut query = sqlx::query(AssertSqlSafe(statement));
+            for index in 0..rows {
+                query = query.bind(chunk[index.min(chunk.len() - 1)]);
+            }
+            for row in &query.fetch_all(&mut *connection).await? {
+                records.push(record_of(row)?);
+            }
         }
-        .boxed()
+        Ok(records)
+    }
+
+    async fn newest(connection: &mut MySqlConnection, range: &KeyRange) -> Result<Place, sqlx::Error> {
+        let row = sqlx::query(
+            "SELECT COALESCE(MAX(place), 0) AS place FROM store_head WHERE name >= ? AND name < ?",
+        )
+        .bind(range.start().as_ref())
+        .bind(end_of(range))
+        .fetch_one(connection)
+        .await?;
+        place_of(&row, "place")
+    }
+
+    async fn append(
+        &self,
+        connection: &mut MySqlConnection,
+        decision: &Decision,
+        batch: i64,
+    ) -> Result<(), sqlx::Error> {
+        append(connection, &decision.records).await?;
+        move_heads(connection, &decision.heads()).await?;
+        sqlx::query(
+            "INSERT INTO store_replica (id, batch, seen) VALUES (?, ?, UNIX_TIMESTAMP())
+                 ON DUPLICATE KEY UPDATE batch = VALUES(batch), seen = VALUES(seen)",
+        )
+        .bind(&self.replica[..])
+        .bind(batch)
+        .execute(&mut *connection)
+        .await?;
+        sqlx::query("UPDATE store_state SET revision = ? WHERE id = 1")
+            .bind(sql(decision.revision.0))
+            .execute(connection)
+            .await
+            .map(drop)
+    }
+
+    async fn last_batch(&self, connection: &mut MySqlConnection) -> Result<Option<i64>, sqlx::Error> {
+        let row = sqlx::query("SELECT batch FROM store_replica WHERE id = ?")
+            .bind(&self.replica[..])
+            .fetch_optional(connection)
+            .await?;
+        row.map(|row| row.try_get("batch")).transpose()
+    }
+
+    async fn leases(connection: &mut MySqlConnection, id: Option<i64>) -> Result<Vec<Lease>, sqlx::Error> {
+        let rows = match id {
+            Some(id) => {
+                let query = sqlx::query("SELECT id, ttl, expires_at FROM store_lease WHERE id = ?");
+                query.bind(id).fetch_all(connection).await?
+            }
+            None => sqlx::query("SELECT id, ttl, expires_at FROM store_lease").fetch_all(connection).await?,
+        };
+        rows.iter().map(lease_of).collect()
+    }
+
+    async fn leased(connection: &mut MySqlConnection, id: i64) -> Result<Vec<Record>, sqlx::Error> {
+        let rows = sqlx::query(
+            "SELECT l.* FROM store_log l JOIN store_head h ON h.name = l.name AND h.place = l.place
+              WHERE l.lease = ? AND l.deleted = 0",
+        )
+        .bind(id)
+        .fetch_all(connection)
+        .await?;
+        rows.iter().map(record_of).collect()
+    }
+
+    async fn replace_lease(
+        connection: &mut MySqlConnection,
+        id: i64,
+        lease: Option<Lease>,
+    ) -> Result<(), sqlx::Error> {
+        sqlx::query("DELETE FROM store_lease WHERE id = ?").bind(id).execute(&mut *connection).await?;
+        let Some(lease) = lease else { return Ok(()) };
+        sqlx::query("INSERT INTO store_lease (id, ttl, expires_at) VALUES (?, ?, ?)")
+            .bind(lease.id)
+            .bind(lease.ttl)
+            .bind(lease.expires_at)
+            .execute(connection)
+            .await
+            .map(drop)
+    }
+
+    async fn compact(connection: &mut MySqlConnection, revision: i64) -> Result<(), sqlx::Error> {
+        sqlx::query("UPDATE store_state SET compacted = GREATEST(compacted, LEAST(revision, ?)) WHERE id = 1")
+            .bind(revision)
+            .execute(connection)
+            .await
+            .map(drop)
+    }
+
+    async fn remove(connection: &mut MySqlConnection, from: i64, to: i64) -> Result<(), sqlx::Error> {
+        // Joins of several tables: MySQL cannot delete from a table that a subquery reads.
+        for statement in [
+            "DELETE o FROM store_log l STRAIGHT_JOIN store_log o ON o.place = l.prev
+              WHERE l.place >= ? AND l.place < ? AND l.prev > 0",
+            "DELETE h FROM store_log l STRAIGHT_JOIN store_head h ON h.name = l.name AND h.place = l.place
+              WHERE l.place >= ? AND l.place < ? AND l.deleted = 1",
+            "DELETE FROM store_log WHERE place >= ? AND place < ? AND deleted = 1",
+        ] {
+            sqlx::query(statement).bind(from).bind(to).execute(&mut *connection).await?;
+        }
+        Ok(())
+    }
+
+    async fn set_swept(connection: &mut MySqlConnection, revision: i64) -> Result<(), sqlx::Error> {
+        let query = sqlx::query("UPDATE store_state SET swept = ? WHERE id = 1");
+        query.bind(revision).execute(connection).await.map(drop)
+    }
+
+    async fn size(connection: &mut MySqlConnection) -> Result<u64, sqlx::Error> {
+        let row = sqlx::query(
+            "SELECT CAST(COALESCE(SUM(data_length + index_length), 0) AS SIGNED) AS number
+               FROM information_schema.tables
+              WHERE table_schema = DATABASE() AND table_name IN ('store_log', 'store_head')",
+        )
+        .fetch_one(connection)
+        .await?;
+        unsigned(&row, "number")
+    }
+
+    async fn discard(&self, connection: PoolConnection<MySql>) {
+        hang_up(connection).await;
     }
 }
 
 /// Connection options out of a URL.
 pub(crate) fn options(url: &str) -> Result<MySqlConnectOptions, sqlx::Error> {
     MySqlConnectOptions::from_str(url)
-}
-
-fn failed(action: &'static str) -> impl Fn(sqlx::Error) -> Error + Copy {
-    move |source| Error::Database { action, backend: NAME, source: Arc::new(source) }
 }
 
 /// Refuses a server that could not take the largest value, and says what a server's settings do not promise.
@@ -402,207 +515,6 @@ fn number(error: &sqlx::Error) -> Option<u16> {
     Some(error.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?.number())
 }
 
-async fn read_state(connection: &mut MySqlConnection) -> Result<State, sqlx::Error> {
-    state_of(&sqlx::query(STATE).fetch_one(connection).await?)
-}
-
-async fn get(
-    connection: &mut MySqlConnection,
-    key: &[u8],
-    at: Option<Revision>,
-) -> Result<(State, Option<KeyValue>), sqlx::Error> {
-    // One statement is one snapshot.
-    let row = sqlx::query(
-        "SELECT s.revision AS s_revision, s.compacted AS s_compacted, s.swept AS s_swept, l.*
-           FROM store_state s LEFT JOIN store_log l ON l.place =
-                (SELECT r.place FROM store_log r WHERE r.name = ? AND r.place < ?
-                  ORDER BY r.place DESC LIMIT 1)
-          WHERE s.id = 1",
-    )
-    .bind(key)
-    .bind(visible(at))
-    .fetch_one(connection)
-    .await?;
-    let found: Option<i64> = row.try_get("place")?;
-    Ok((state_of(&row)?, if found.is_some() { record_of(&row)?.key_value() } else { None }))
-}
-
-async fn list(
-    connection: &mut MySqlConnection,
-    range: &KeyRange,
-    at: Option<Revision>,
-    limit: Option<usize>,
-) -> Result<Listed, sqlx::Error> {
-    let mut snapshot = connection.begin_with(SNAPSHOT).await?;
-    let state = read_state(&mut snapshot).await?;
-    let rows = sqlx::query(concat!(visible_rows!("l.*"), " ORDER BY h.name LIMIT ?"))
-        .bind(visible(at))
-        .bind(visible(at))
-        .bind(range.start().as_ref())
-        .bind(end_of(range))
-        .bind(limit.map_or(i64::MAX, |limit| sql(limit as u64)))
-        .fetch_all(&mut *snapshot)
-        .await?;
-    let items = rows
-        .iter()
-        .map(|row| Ok(record_of(row)?.event_key_value()))
-        .collect::<Result<Vec<_>, sqlx::Error>>()?;
-    let full = limit.is_some_and(|limit| items.len() >= limit);
-    let remaining = match items.last() {
-        Some(last) if full => count(&mut snapshot, &range.after(&last.key), at, state).await?,
-        None if full => count(&mut snapshot, range, at, state).await?,
-        _ => 0,
-    };
-    snapshot.commit().await?;
-    Ok(Listed { state, items, remaining })
-}
-
-async fn count_at(
-    connection: &mut MySqlConnection,
-    range: &KeyRange,
-    at: Option<Revision>,
-) -> Result<(State, u64), sqlx::Error> {
-    let mut snapshot = connection.begin_with(SNAPSHOT).await?;
-    let state = read_state(&mut snapshot).await?;
-    let number = count(&mut snapshot, range, at, state).await?;
-    snapshot.commit().await?;
-    Ok((state, number))
-}
-
-async fn count(
-    connection: &mut MySqlConnection,
-    range: &KeyRange,
-    at: Option<Revision>,
-    state: State,
-) -> Result<u64, sqlx::Error> {
-    let query = if at.is_none_or(|at| at >= state.revision) {
-        sqlx::query("SELECT COUNT(*) AS number FROM store_head WHERE name >= ? AND name < ? AND deleted = 0")
-    } else {
-        sqlx::query(visible_rows!("COUNT(*) AS number")).bind(visible(at)).bind(visible(at))
-    };
-    let row = query.bind(range.start().as_ref()).bind(end_of(range)).fetch_one(connection).await?;
-    unsigned(&row, "number")
-}
-
-async fn events(
-    connection: &mut MySqlConnection,
-    range: &KeyRange,
-    after: Revision,
-) -> Result<Logged, sqlx::Error> {
-    let mut snapshot = connection.begin_with(SNAPSHOT).await?;
-    let state = read_state(&mut snapshot).await?;
-    let sizes = sqlx::query(
-        "SELECT place, CAST(OCTET_LENGTH(value) AS SIGNED) AS size FROM store_log FORCE INDEX (PRIMARY)
-          WHERE place >= ? AND name >= ? AND name < ? ORDER BY place LIMIT ?",
-    )
-    .bind(visible(Some(after)))
-    .bind(range.start().as_ref())
-    .bind(end_of(range))
-    .bind(EVENTS_PER_READ as i64)
-    .fetch_all(&mut *snapshot)
-    .await?
-    .iter()
-    .map(|row| Ok((place_of(row, "place")?, unsigned(row, "size")?)))
-    .collect::<Result<Vec<_>, sqlx::Error>>()?;
-    let upto = upto(&sizes, state.revision.max(after));
-    let mut events = Vec::with_capacity(sizes.len());
-    if !sizes.is_empty() {
-        // Always the same text.
-        let statement = format!(
-            "SELECT l.*, {PREVIOUS}
-               FROM store_log l FORCE INDEX (PRIMARY)
-                    LEFT JOIN store_log p ON p.place = l.prev AND p.deleted = 0
-              WHERE l.place >= ? AND l.name >= ? AND l.name < ? AND l.place < ?
-              ORDER BY l.place"
-        );
-        let rows = sqlx::query(AssertSqlSafe(statement))
-            .bind(visible(Some(after)))
-            .bind(range.start().as_ref())
-            .bind(end_of(range))
-            .bind(visible(Some(upto)))
-            .fetch_all(&mut *snapshot)
-            .await?;
-        for row in &rows {
-            events.push(event_of(row)?);
-        }
-    }
-    snapshot.commit().await?;
-    Ok(Logged { state, events, upto })
-}
-
-/// Everything of a batch but its commit.
-async fn write_batch(
-    connection: &mut MySqlConnection,
-    transactions: &[Transaction],
-    replica: &[u8],
-    batch: i64,
-) -> Result<Decision, sqlx::Error> {
-    // Not the driver's transaction: the caller has to tell a failed commit from any other failure.
-    connection.execute("START TRANSACTION").await?;
-    let state = state_of(&sqlx::query(LOCKED_STATE).fetch_one(&mut *connection).await?)?;
-    let mut basis = read_basis(connection, transactions, state).await?;
-    read_leases(connection, transactions, &mut basis).await?;
-    let decision = decide(basis, transactions);
-    if decision.is_empty() {
-        return Ok(decision);
-    }
-    append(connection, &decision.records).await?;
-    move_heads(connection, &decision.heads()).await?;
-    write_leases(connection, &decision.leases).await?;
-    sqlx::query(
-        "INSERT INTO store_replica (id, batch, seen) VALUES (?, ?, UNIX_TIMESTAMP())
-             ON DUPLICATE KEY UPDATE batch = VALUES(batch), seen = VALUES(seen)",
-    )
-    .bind(replica)
-    .bind(batch)
-    .execute(&mut *connection)
-    .await?;
-    sqlx::query("UPDATE store_state SET revision = ? WHERE id = 1")
-        .bind(sql(decision.revision.0))
-        .execute(&mut *connection)
-        .await?;
-    Ok(decision)
-}
-
-lease_functions!(MySqlConnection, "?", "?", "?");
-
-async fn read_basis(
-    connection: &mut MySqlConnection,
-    transactions: &[Transaction],
-    state: State,
-) -> Result<Basis, sqlx::Error> {
-    let mut basis = Basis { revision: state.revision, compacted: state.compacted, ..Basis::default() };
-    let keys: Vec<&Bytes> = transactions.iter().flat_map(Transaction::keys).collect();
-    for chunk in keys.chunks(MAX_ROWS) {
-        // Rounded up by naming a key twice.
-        let rows = chunk.len().next_power_of_two();
-        let names = vec!["?"; rows].join(",");
-        // Only the number of question marks is put into the text.
-        let statement = format!(
-            "SELECT l.* FROM store_head h STRAIGHT_JOIN store_log l ON l.place = h.place WHERE h.name IN ({names})"
-        );
-        let mut query = sqlx::query(AssertSqlSafe(statement));
-        for index in 0..rows {
-            query = query.bind(chunk[index.min(chunk.len() - 1)].as_ref());
-        }
-        for row in &query.fetch_all(&mut *connection).await? {
-            let record = record_of(row)?;
-            basis.heads.insert(record.key.clone(), record);
-        }
-    }
-    for (range, _) in transactions.iter().flat_map(|transaction| &transaction.unchanged) {
-        let row = sqlx::query(
-            "SELECT COALESCE(MAX(place), 0) AS place FROM store_head WHERE name >= ? AND name < ?",
-        )
-        .bind(range.start().as_ref())
-        .bind(end_of(range))
-        .fetch_one(&mut *connection)
-        .await?;
-        basis.newest.push(place_of(&row, "place")?.revision());
-    }
-    Ok(basis)
-}
-
 async fn append(connection: &mut MySqlConnection, records: &[Record]) -> Result<(), sqlx::Error> {
     let mut rest = records;
     while !rest.is_empty() {
@@ -659,73 +571,4 @@ async fn move_heads(connection: &mut MySqlConnection, heads: &[&Record]) -> Resu
         query.execute(&mut *connection).await?;
     }
     Ok(())
-}
-
-async fn committed(
-    connection: &mut MySqlConnection,
-    replica: &[u8],
-    batch: i64,
-) -> Result<bool, sqlx::Error> {
-    let mut transaction = connection.begin().await?;
-    // The lost transaction holds the counter until it has ended, one way or the other.
-    sqlx::query(LOCKED_STATE).fetch_one(&mut *transaction).await?;
-    let row = sqlx::query("SELECT batch FROM store_replica WHERE id = ?")
-        .bind(replica)
-        .fetch_optional(&mut *transaction)
-        .await?;
-    transaction.rollback().await?;
-    let found: Option<i64> = row.map(|row| row.try_get("batch")).transpose()?;
-    Ok(found == Some(batch))
-}
-
-async fn mark_compacted(connection: &mut MySqlConnection, revision: Revision) -> Result<State, sqlx::Error> {
-    let mut transaction = connection.begin().await?;
-    sqlx::query("UPDATE store_state SET compacted = GREATEST(compacted, LEAST(revision, ?)) WHERE id = 1")
-        .bind(sql(revision.0))
-        .execute(&mut *transaction)
-        .await?;
-    let state = read_state(&mut transaction).await?;
-    transaction.commit().await?;
-    Ok(state)
-}
-
-/// Walks the writes between `swept` and `compacted`: what each of them replaced is unreachable, and a tombstone is
-/// itself. So the work is proportional to the writes since the last compaction, not to the store.
-async fn sweep(connection: &mut MySqlConnection) -> Result<State, sqlx::Error> {
-    let mut transaction = connection.begin().await?;
-    let mut state = state_of(&sqlx::query(LOCKED_STATE).fetch_one(&mut *transaction).await?)?;
-    if state.swept >= state.compacted {
-        transaction.rollback().await?;
-        return Ok(state);
-    }
-    let from = visible(Some(state.swept));
-    state.swept = Revision(state.compacted.0.min(state.swept.0 + REVISIONS_PER_SWEEP));
-    let to = visible(Some(state.swept));
-    // Joins of several tables: MySQL cannot delete from a table that a subquery reads.
-    for statement in [
-        "DELETE o FROM store_log l STRAIGHT_JOIN store_log o ON o.place = l.prev
-          WHERE l.place >= ? AND l.place < ? AND l.prev > 0",
-        "DELETE h FROM store_log l STRAIGHT_JOIN store_head h ON h.name = l.name AND h.place = l.place
-          WHERE l.place >= ? AND l.place < ? AND l.deleted = 1",
-        "DELETE FROM store_log WHERE place >= ? AND place < ? AND deleted = 1",
-    ] {
-        sqlx::query(statement).bind(from).bind(to).execute(&mut *transaction).await?;
-    }
-    sqlx::query("UPDATE store_state SET swept = ? WHERE id = 1")
-        .bind(sql(state.swept.0))
-        .execute(&mut *transaction)
-        .await?;
-    transaction.commit().await?;
-    Ok(state)
-}
-
-async fn size(connection: &mut MySqlConnection) -> Result<u64, sqlx::Error> {
-    let row = sqlx::query(
-        "SELECT CAST(COALESCE(SUM(data_length + index_length), 0) AS SIGNED) AS number
-           FROM information_schema.tables
-          WHERE table_schema = DATABASE() AND table_name IN ('store_log', 'store_head')",
-    )
-    .fetch_one(connection)
-    .await?;
-    unsigned(&row, "number")
 }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
-use sqlx::{Connection as _, Database, Pool};
+use sqlx::{Connection as _, Database};
 
 /// How long anything but a commit may take. A list of everything in a large store takes seconds; a database that takes
 /// longer than this is gone.
@@ -22,75 +22,14 @@ pub(super) const LOCK_SECONDS: u32 = 8;
 /// Connections that read.
 pub(super) const READERS: u32 = 8;
 
-/// Tries of a read: a restarted database leaves as many dead connections in the pool as it has, and one more try finds
+/// Tries: a restarted database leaves as many dead connections in the pool as it has, and one more try finds
 /// it alive or gone.
-pub(super) const READ_TRIES: u32 = READERS + 2;
+pub(super) const TRIES: u32 = READERS + 2;
 
-/// A connection out of the pool. Failing to get one is not worth another try at once.
-pub(super) async fn acquire<DB: Database>(pool: &Pool<DB>) -> Result<PoolConnection<DB>, sqlx::Error> {
-    pool.acquire().await
-}
-
-/// Runs `work` with a limit.
-pub(super) async fn limited<T>(work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
-    match tokio::time::timeout(OPERATION_TIMEOUT, work).await {
-        Ok(outcome) => outcome,
-        Err(_) => Err(sqlx::Error::Io(std::io::Error::new(
-            std::io::ErrorKind::TimedOut,
-            format!("no answer within {OPERATION_TIMEOUT:?}"),
-        ))),
+/// Closes a connection without a word: what state it is in is anyone's guess, and the server rolls back what it had begun.
+pub(super) async fn hang_up<DB: Database>(connection: PoolConnection<DB>) {
+    let closed = tokio::time::timeout(Duration::from_secs(1), connection.detach().close_hard()).await;
+    if !matches!(closed, Ok(Ok(()))) {
+        tracing::debug!("a broken connection did not close in order");
     }
 }
-
-/// Gives the connection back, or, after an error, closes it without a word: what state it is in is anyone's guess, and
-/// the server rolls back what it had begun.
-pub(super) async fn settle<DB: Database, T>(
-    connection: PoolConnection<DB>,
-    outcome: Result<T, sqlx::Error>,
-) -> Result<T, sqlx::Error> {
-    if outcome.is_err() {
-        let closed = tokio::time::timeout(Duration::from_secs(1), connection.detach().close_hard()).await;
-        if !matches!(closed, Ok(Ok(()))) {
-            tracing::debug!("a broken connection did not close in order");
-        }
-    }
-    outcome
-}
-
-/// Whether the connection broke, rather than that the database refused.
-pub(super) fn broken(error: &sqlx::Error) -> bool {
-    match error {
-        sqlx::Error::Io(error) => error.kind() != std::io::ErrorKind::TimedOut,
-        sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => true,
-        // The servers' farewells: PostgreSQL's shutdowns, MySQL's "server shutdown in progress" and "killed".
-        sqlx::Error::Database(error) => {
-            matches!(error.code().as_deref(), Some("57P01" | "57P02" | "57P03" | "08S01" | "70100"))
-        }
-        _ => false,
-    }
-}
-
-/// Reads with a connection of the pool, again with the next one when it turns out to be dead.
-macro_rules! read {
-    ($pool:expr, |$connection:ident| $work:expr) => {{
-        let mut tries = 1;
-        loop {
-            let mut $connection = match crate::backend::remote::acquire($pool).await {
-                Ok(connection) => connection,
-                Err(error) => break Err(error),
-            };
-            let outcome = crate::backend::remote::limited($work).await;
-            match crate::backend::remote::settle($connection, outcome).await {
-                Err(error)
-                    if crate::backend::remote::broken(&error)
-                        && tries < crate::backend::remote::READ_TRIES =>
-                {
-                    tries += 1;
-                }
-                outcome => break outcome,
-            }
-        }
-    }};
-}
-
-pub(super) use read;

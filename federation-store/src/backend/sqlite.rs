@@ -7,26 +7,23 @@
 use std::fs::{DirBuilder, File, TryLockError};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use futures::future::BoxFuture;
-use futures::{FutureExt as _, TryFutureExt as _};
 use parking_lot::Mutex;
 use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
     SqliteSynchronous,
 };
-use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Executor as _, Row as _, Sqlite};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Executor as _, Row as _, Sqlite};
 
-use super::leases::{attached, lease_functions};
-use super::rows::{PREVIOUS, end_of, event_of, place_of, record_of, sql, state_of, unsigned, upto, visible};
-use super::{Backend, EVENTS_PER_READ, Listed, Logged, REPLICA_SECONDS, State, WriteError};
-use crate::batch::{Basis, Decision, Record, decide};
-use crate::error::{Error, OpenError};
-use crate::types::{KeyRange, KeyValue, Lease, Revision, Transaction};
+use super::REPLICA_SECONDS;
+use super::State;
+use super::rows::{PREVIOUS, end_of, event_of, lease_of, place_of, record_of, sql, state_of, unsigned};
+use super::sql::{Dialect, SqlBackend};
+use crate::batch::{Decision, Place, Record};
+use crate::error::OpenError;
+use crate::types::{Event, KeyRange, KeyValue, Lease};
 
 /// Connections that read. Each is a thread; a read is short, and SQLite readers do not block each other.
 const READERS: u32 = 4;
@@ -36,9 +33,6 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long an operation waits for a free reader before it fails.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Revisions looked at in one step of the sweep: a step takes some milliseconds, writes get in between.
-const REVISIONS_PER_SWEEP: u64 = 1000;
 
 /// The row of a head that is visible before a place: nearly always the head's own.
 macro_rules! visible_rows {
@@ -136,18 +130,14 @@ pub(crate) const MIGRATIONS: &[&str] = &[
 ",
 ];
 
-const NAME: &str = "SQLite";
-
 const STATE: &str = "SELECT revision AS s_revision, compacted AS s_compacted, swept AS s_swept
                        FROM store_state WHERE id = 1";
 
-/// Takes the write lock at once instead of at the first write, when it could fail.
-const IMMEDIATE: &str = "BEGIN IMMEDIATE";
-
 /// The store's tables in one SQLite database.
-pub(crate) struct SqliteBackend {
-    writer: SqlitePool,
-    readers: SqlitePool,
+pub(crate) type SqliteBackend = SqlBackend<SqliteDialect>;
+
+/// SQLite's way of saying it.
+pub(crate) struct SqliteDialect {
     on_disk: bool,
     /// Other processes may write to the file.
     shared: bool,
@@ -179,7 +169,8 @@ impl SqliteBackend {
             .await
             .map_err(open)?;
         let (shared, lock) = (!exclusive, Mutex::new(Some(lock)));
-        Ok(Self { writer, readers, on_disk: true, shared, replica: rand::random(), lock })
+        let dialect = SqliteDialect { on_disk: true, shared, replica: rand::random(), lock };
+        Ok(Self { writer, readers, dialect })
     }
 
     /// A store that lives as long as the value.
@@ -195,290 +186,302 @@ impl SqliteBackend {
             .await
             .map_err(|source| OpenError::Open { database: ":memory:".to_owned(), source })?;
         migrate(&writer).await?;
-        Ok(Self {
-            readers: writer.clone(),
-            writer,
-            on_disk: false,
-            shared: false,
-            replica: rand::random(),
-            lock: Mutex::new(None),
-        })
+        let lock = Mutex::new(None);
+        let dialect = SqliteDialect { on_disk: false, shared: false, replica: rand::random(), lock };
+        Ok(Self { readers: writer.clone(), writer, dialect })
+    }
+}
+
+// === impl SqliteDialect ===
+
+impl Dialect for SqliteDialect {
+    type Database = Sqlite;
+
+    const NAME: &'static str = "SQLite";
+    const SNAPSHOT: &'static str = "BEGIN";
+
+    /// Takes the write lock at once instead of at the first write, when it could fail, and so that nobody writes between
+    /// the counter's being read and being bumped.
+    const WRITE: &'static str = "BEGIN IMMEDIATE";
+
+    /// A statement is a call into this process.
+    const LIMIT: Option<Duration> = None;
+    const TRIES: u32 = 1;
+
+    /// A step takes some milliseconds.
+    const REVISIONS_PER_SWEEP: u64 = 1000;
+
+    async fn run(connection: &mut SqliteConnection, statement: &'static str) -> Result<(), sqlx::Error> {
+        connection.execute(statement).await.map(drop)
     }
 
-    async fn try_get(
-        &self,
+    async fn state(connection: &mut SqliteConnection, _: bool) -> Result<State, sqlx::Error> {
+        state_of(&sqlx::query(STATE).fetch_one(connection).await?)
+    }
+
+    async fn record(
+        connection: &mut SqliteConnection,
         key: &[u8],
-        at: Option<Revision>,
-    ) -> Result<(State, Option<KeyValue>), sqlx::Error> {
-        // One statement is one snapshot.
+        before: i64,
+    ) -> Result<(State, Option<Record>), sqlx::Error> {
         let row = sqlx::query(
             "SELECT s.revision AS s_revision, s.compacted AS s_compacted, s.swept AS s_swept, l.*
                FROM store_state s LEFT JOIN store_log l ON l.place =
                     (SELECT MAX(r.place) FROM store_log r WHERE r.name = ?1 AND r.place < ?2)",
         )
         .bind(key)
-        .bind(visible(at))
-        .fetch_one(&self.readers)
+        .bind(before)
+        .fetch_one(connection)
         .await?;
         let found: Option<i64> = row.try_get("place")?;
-        Ok((state_of(&row)?, if found.is_some() { record_of(&row)?.key_value() } else { None }))
+        Ok((state_of(&row)?, found.map(|_| record_of(&row)).transpose()?))
     }
 
-    async fn try_list(
-        &self,
+    async fn page(
+        connection: &mut SqliteConnection,
         range: &KeyRange,
-        at: Option<Revision>,
-        limit: Option<usize>,
-    ) -> Result<Listed, sqlx::Error> {
-        let mut snapshot = self.readers.begin().await?;
-        let state = read_state(&mut snapshot).await?;
+        before: i64,
+        limit: i64,
+    ) -> Result<Vec<KeyValue>, sqlx::Error> {
         let rows = sqlx::query(LIST)
             .bind(range.start().as_ref())
             .bind(end_of(range))
-            .bind(visible(at))
-            .bind(limit.map_or(-1, |limit| sql(limit as u64)))
-            .fetch_all(&mut *snapshot)
+            .bind(before)
+            .bind(limit)
+            .fetch_all(connection)
             .await?;
-        let items = rows
-            .iter()
-            .map(|row| Ok(record_of(row)?.event_key_value()))
-            .collect::<Result<Vec<_>, sqlx::Error>>()?;
-        let full = limit.is_some_and(|limit| items.len() >= limit);
-        let remaining = match items.last() {
-            Some(last) if full => count(&mut snapshot, &range.after(&last.key), at, state).await?,
-            None if full => count(&mut snapshot, range, at, state).await?,
-            _ => 0,
+        rows.iter().map(|row| Ok(record_of(row)?.event_key_value())).collect()
+    }
+
+    async fn count(
+        connection: &mut SqliteConnection,
+        range: &KeyRange,
+        before: Option<i64>,
+    ) -> Result<u64, sqlx::Error> {
+        let query = match before {
+            None => {
+                "SELECT COUNT(*) AS number FROM store_head WHERE name >= ?1 AND name < ?2 AND ?3 > 0 AND deleted = 0"
+            }
+            Some(_) => visible_rows!("COUNT(*) AS number"),
         };
-        snapshot.commit().await?;
-        Ok(Listed { state, items, remaining })
+        let row = sqlx::query(query)
+            .bind(range.start().as_ref())
+            .bind(end_of(range))
+            .bind(before.unwrap_or(i64::MAX))
+            .fetch_one(connection)
+            .await?;
+        unsigned(&row, "number")
     }
 
-    async fn try_count(&self, range: &KeyRange, at: Option<Revision>) -> Result<(State, u64), sqlx::Error> {
-        let mut snapshot = self.readers.begin().await?;
-        let state = read_state(&mut snapshot).await?;
-        let number = count(&mut snapshot, range, at, state).await?;
-        snapshot.commit().await?;
-        Ok((state, number))
-    }
-
-    async fn try_events(&self, range: &KeyRange, after: Revision) -> Result<Logged, sqlx::Error> {
-        let mut snapshot = self.readers.begin().await?;
-        let state = read_state(&mut snapshot).await?;
+    async fn sizes(
+        connection: &mut SqliteConnection,
+        range: &KeyRange,
+        from: i64,
+        limit: i64,
+    ) -> Result<Vec<(Place, u64)>, sqlx::Error> {
         // The plus keeps the planner on the primary key: rows come in the order of their places, none is sorted.
-        let sizes = sqlx::query(
+        let rows = sqlx::query(
             "SELECT place, LENGTH(value) AS size FROM store_log
               WHERE place >= ?1 AND +name >= ?2 AND +name < ?3 ORDER BY place LIMIT ?4",
         )
-        .bind(visible(Some(after)))
+        .bind(from)
         .bind(range.start().as_ref())
         .bind(end_of(range))
-        .bind(EVENTS_PER_READ as i64)
-        .fetch_all(&mut *snapshot)
-        .await?
-        .iter()
-        .map(|row| Ok((place_of(row, "place")?, unsigned(row, "size")?)))
-        .collect::<Result<Vec<_>, sqlx::Error>>()?;
-        let upto = upto(&sizes, state.revision.max(after));
-        let mut events = Vec::with_capacity(sizes.len());
-        if !sizes.is_empty() {
-            // Always the same text.
+        .bind(limit)
+        .fetch_all(connection)
+        .await?;
+        rows.iter().map(|row| Ok((place_of(row, "place")?, unsigned(row, "size")?))).collect()
+    }
+
+    async fn events(
+        connection: &mut SqliteConnection,
+        range: &KeyRange,
+        from: i64,
+        to: i64,
+    ) -> Result<Vec<Event>, sqlx::Error> {
+        // Always the same text.
+        let statement = format!(
+            "SELECT l.*, {PREVIOUS}
+               FROM store_log l LEFT JOIN store_log p ON p.place = l.prev AND p.deleted = 0
+              WHERE l.place >= ?1 AND +l.name >= ?2 AND +l.name < ?3 AND l.place < ?4
+              ORDER BY l.place"
+        );
+        let rows = sqlx::query(AssertSqlSafe(statement))
+            .bind(from)
+            .bind(range.start().as_ref())
+            .bind(end_of(range))
+            .bind(to)
+            .fetch_all(connection)
+            .await?;
+        rows.iter().map(event_of).collect()
+    }
+
+    async fn heads(connection: &mut SqliteConnection, keys: &[&[u8]]) -> Result<Vec<Record>, sqlx::Error> {
+        let mut records = Vec::with_capacity(keys.len());
+        for chunk in keys.chunks(MAX_ROWS) {
+            // Rounded up by naming a key twice.
+            let rows = chunk.len().next_power_of_two();
+            let names = vec!["(?)"; rows].join(",");
+            // Only the number of question marks is put into the text.
             let statement = format!(
-                "SELECT l.*, {PREVIOUS}
-                   FROM store_log l LEFT JOIN store_log p ON p.place = l.prev AND p.deleted = 0
-                  WHERE l.place >= ?1 AND +l.name >= ?2 AND +l.name < ?3 AND l.place < ?4
-                  ORDER BY l.place"
+                "WITH k (name) AS (VALUES {names})
+                 SELECT l.* FROM k CROSS JOIN store_head h ON h.name = k.name
+                                   CROSS JOIN store_log l ON l.place = h.place"
             );
-            let rows = sqlx::query(AssertSqlSafe(statement))
-                .bind(visible(Some(after)))
-                .bind(range.start().as_ref())
-                .bind(end_of(range))
-                .bind(visible(Some(upto)))
-                .fetch_all(&mut *snapshot)
-                .await?;
-            for row in &rows {
-                events.push(event_of(row)?);
+            let mut query = sqlx::query(AssertSqlSafe(statement));
+            for index in 0..rows {
+                query = query.bind(chunk[index.min(chunk.len() - 1)]);
+            }
+            for row in &query.fetch_all(&mut *connection).await? {
+                records.push(record_of(row)?);
             }
         }
-        snapshot.commit().await?;
-        Ok(Logged { state, events, upto })
+        Ok(records)
     }
 
-    /// Gives the writing connection back. After an error it is closed and the next write opens another: SQLite may have
-    /// rolled back by itself (a full disk does that), which the driver does not notice, and a transaction that only one
-    /// of the two believes in would fail every write after it.
-    async fn release<T>(
+    async fn newest(connection: &mut SqliteConnection, range: &KeyRange) -> Result<Place, sqlx::Error> {
+        let row = sqlx::query(
+            "SELECT COALESCE(MAX(place), 0) AS place FROM store_head WHERE name >= ?1 AND name < ?2",
+        )
+        .bind(range.start().as_ref())
+        .bind(end_of(range))
+        .fetch_one(connection)
+        .await?;
+        place_of(&row, "place")
+    }
+
+    async fn append(
         &self,
-        mut connection: PoolConnection<Sqlite>,
-        outcome: Result<T, sqlx::Error>,
-    ) -> Result<T, sqlx::Error> {
-        if outcome.is_err() {
-            if !self.on_disk {
-                // A database in memory would go with its connection. There may be nothing to roll back.
-                let _ = connection.execute("ROLLBACK").await;
-            } else if let Err(error) = connection.close().await {
-                tracing::debug!(%error, "failed to close a connection after an error");
-            }
-        }
-        outcome
+        connection: &mut SqliteConnection,
+        decision: &Decision,
+        batch: i64,
+    ) -> Result<(), sqlx::Error> {
+        append(connection, &decision.records).await?;
+        move_heads(connection, &decision.heads()).await?;
+        sqlx::query(
+            "INSERT INTO store_replica (id, batch, seen) VALUES (?1, ?2, unixepoch())
+                 ON CONFLICT (id) DO UPDATE SET batch = excluded.batch, seen = excluded.seen",
+        )
+        .bind(&self.replica[..])
+        .bind(batch)
+        .execute(&mut *connection)
+        .await?;
+        sqlx::query("UPDATE store_state SET revision = ?1 WHERE id = 1")
+            .bind(sql(decision.revision.0))
+            .execute(connection)
+            .await
+            .map(drop)
     }
 
-    async fn try_write(&self, transactions: &[Transaction], batch: i64) -> Result<Decision, WriteError> {
-        let failed = |error| WriteError::Failed(failed("write")(error));
-        let mut connection = self.writer.acquire().await.map_err(failed)?;
-        let written = write_batch(&mut connection, transactions, &self.replica, batch).await;
-        let decision = match written {
-            Ok(decision) => decision,
-            Err(error) => {
-                let error = self.release::<()>(connection, Err(error)).await.err();
-                return Err(failed(error.unwrap_or(sqlx::Error::WorkerCrashed)));
+    async fn last_batch(&self, connection: &mut SqliteConnection) -> Result<Option<i64>, sqlx::Error> {
+        let row = sqlx::query("SELECT batch FROM store_replica WHERE id = ?1")
+            .bind(&self.replica[..])
+            .fetch_optional(connection)
+            .await?;
+        row.map(|row| row.try_get("batch")).transpose()
+    }
+
+    async fn leases(connection: &mut SqliteConnection, id: Option<i64>) -> Result<Vec<Lease>, sqlx::Error> {
+        let rows = match id {
+            Some(id) => {
+                let query = sqlx::query("SELECT id, ttl, expires_at FROM store_lease WHERE id = ?1");
+                query.bind(id).fetch_all(connection).await?
             }
+            None => sqlx::query("SELECT id, ttl, expires_at FROM store_lease").fetch_all(connection).await?,
         };
-        let end = if decision.is_empty() { "ROLLBACK" } else { "COMMIT" };
-        let ended = connection.execute(end).await.map(drop);
-        match self.release(connection, ended).await {
-            Ok(()) => Ok(decision),
-            Err(_) if decision.is_empty() => Ok(decision),
-            // A full disk or a lock has no commit record. After any other error the record may be in the file.
-            Err(error) if matches!(code(&error), Some(SQLITE_BUSY | SQLITE_FULL)) => Err(failed(error)),
-            Err(error) => Err(WriteError::Unknown { decision, error: self::failed("commit")(error) }),
+        rows.iter().map(lease_of).collect()
+    }
+
+    async fn leased(connection: &mut SqliteConnection, id: i64) -> Result<Vec<Record>, sqlx::Error> {
+        // The index is one of rows with a lease.
+        let rows = sqlx::query(
+            "SELECT l.* FROM store_log l JOIN store_head h ON h.name = l.name AND h.place = l.place
+              WHERE l.lease <> 0 AND l.lease = ?1 AND NOT l.deleted",
+        )
+        .bind(id)
+        .fetch_all(connection)
+        .await?;
+        rows.iter().map(record_of).collect()
+    }
+
+    async fn replace_lease(
+        connection: &mut SqliteConnection,
+        id: i64,
+        lease: Option<Lease>,
+    ) -> Result<(), sqlx::Error> {
+        sqlx::query("DELETE FROM store_lease WHERE id = ?1").bind(id).execute(&mut *connection).await?;
+        let Some(lease) = lease else { return Ok(()) };
+        sqlx::query("INSERT INTO store_lease (id, ttl, expires_at) VALUES (?1, ?2, ?3)")
+            .bind(lease.id)
+            .bind(lease.ttl)
+            .bind(lease.expires_at)
+            .execute(connection)
+            .await
+            .map(drop)
+    }
+
+    async fn compact(connection: &mut SqliteConnection, revision: i64) -> Result<(), sqlx::Error> {
+        sqlx::query("UPDATE store_state SET compacted = MAX(compacted, MIN(revision, ?1)) WHERE id = 1")
+            .bind(revision)
+            .execute(connection)
+            .await
+            .map(drop)
+    }
+
+    async fn remove(connection: &mut SqliteConnection, from: i64, to: i64) -> Result<(), sqlx::Error> {
+        for statement in [
+            "DELETE FROM store_log WHERE place IN
+                (SELECT prev FROM store_log WHERE place >= ?1 AND place < ?2)",
+            "DELETE FROM store_head WHERE (name, place) IN
+                (SELECT name, place FROM store_log WHERE place >= ?1 AND place < ?2 AND deleted = 1)",
+            "DELETE FROM store_log WHERE place >= ?1 AND place < ?2 AND deleted = 1",
+        ] {
+            sqlx::query(statement).bind(from).bind(to).execute(&mut *connection).await?;
         }
+        Ok(())
     }
 
-    async fn try_committed(&self, batch: i64) -> Result<bool, sqlx::Error> {
-        let mut connection = self.writer.acquire().await?;
-        let outcome = committed(&mut connection, &self.replica, batch).await;
-        self.release(connection, outcome).await
+    async fn set_swept(connection: &mut SqliteConnection, revision: i64) -> Result<(), sqlx::Error> {
+        let query = sqlx::query("UPDATE store_state SET swept = ?1 WHERE id = 1");
+        query.bind(revision).execute(connection).await.map(drop)
     }
 
-    async fn try_mark_compacted(&self, revision: Revision) -> Result<State, sqlx::Error> {
-        let mut connection = self.writer.acquire().await?;
-        let outcome = mark_compacted(&mut connection, revision).await;
-        self.release(connection, outcome).await
-    }
-
-    async fn try_sweep(&self) -> Result<State, sqlx::Error> {
-        let mut connection = self.writer.acquire().await?;
-        let outcome = sweep(&mut connection).await;
-        self.release(connection, outcome).await
-    }
-
-    async fn try_size(&self) -> Result<u64, sqlx::Error> {
+    async fn size(connection: &mut SqliteConnection) -> Result<u64, sqlx::Error> {
         let row = sqlx::query(
             "SELECT c.page_count * s.page_size AS number FROM pragma_page_count() c, pragma_page_size() s",
         )
-        .fetch_one(&self.readers)
+        .fetch_one(connection)
         .await?;
         unsigned(&row, "number")
-    }
-}
-
-impl Backend for SqliteBackend {
-    fn name(&self) -> &'static str {
-        NAME
     }
 
     fn shared(&self) -> bool {
         self.shared
     }
 
-    fn state(&self) -> BoxFuture<'_, Result<State, Error>> {
-        async move {
-            let mut connection = self.readers.acquire().await?;
-            read_state(&mut connection).await
+    /// A full disk or a lock has no commit record. After any other error the record may be in the file.
+    fn kept_nothing(error: &sqlx::Error) -> bool {
+        matches!(code(error), Some(SQLITE_BUSY | SQLITE_FULL))
+    }
+
+    /// A commit that writes over what may be left of the failed one in the write-ahead log: a crash would find it.
+    async fn bury(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+        Self::run(connection, "UPDATE store_state SET revision = revision WHERE id = 1").await
+    }
+
+    /// SQLite may have rolled back by itself (a full disk does that), which the driver does not notice, and a transaction
+    /// that only one of the two believes in would fail every write after it.
+    async fn discard(&self, mut connection: PoolConnection<Sqlite>) {
+        if !self.on_disk {
+            // A database in memory would go with its connection. There may be nothing to roll back.
+            let _ = connection.execute("ROLLBACK").await;
+        } else if let Err(error) = connection.close().await {
+            tracing::debug!(%error, "failed to close a connection after an error");
         }
-        .map_err(failed("read the counter"))
-        .boxed()
     }
 
-    fn get<'a>(
-        &'a self,
-        key: &'a [u8],
-        at: Option<Revision>,
-    ) -> BoxFuture<'a, Result<(State, Option<KeyValue>), Error>> {
-        self.try_get(key, at).map_err(failed("get a key")).boxed()
-    }
-
-    fn list<'a>(
-        &'a self,
-        range: &'a KeyRange,
-        at: Option<Revision>,
-        limit: Option<usize>,
-    ) -> BoxFuture<'a, Result<Listed, Error>> {
-        self.try_list(range, at, limit).map_err(failed("list keys")).boxed()
-    }
-
-    fn count<'a>(
-        &'a self,
-        range: &'a KeyRange,
-        at: Option<Revision>,
-    ) -> BoxFuture<'a, Result<(State, u64), Error>> {
-        self.try_count(range, at).map_err(failed("count keys")).boxed()
-    }
-
-    fn events<'a>(&'a self, range: &'a KeyRange, after: Revision) -> BoxFuture<'a, Result<Logged, Error>> {
-        self.try_events(range, after).map_err(failed("read the log")).boxed()
-    }
-
-    fn write<'a>(
-        &'a self,
-        transactions: &'a [Transaction],
-        batch: i64,
-    ) -> BoxFuture<'a, Result<Decision, WriteError>> {
-        self.try_write(transactions, batch).boxed()
-    }
-
-    fn committed(&self, batch: i64) -> BoxFuture<'_, Result<bool, Error>> {
-        self.try_committed(batch).map_err(failed("look for a commit")).boxed()
-    }
-
-    fn leases(&self) -> BoxFuture<'_, Result<Vec<Lease>, Error>> {
-        async move {
-            let mut connection = self.readers.acquire().await?;
-            all_leases(&mut connection).await
-        }
-        .map_err(failed("read the leases"))
-        .boxed()
-    }
-
-    fn lease(&self, id: i64) -> BoxFuture<'_, Result<Option<Lease>, Error>> {
-        async move {
-            let mut connection = self.readers.acquire().await?;
-            read_lease(&mut connection, id).await
-        }
-        .map_err(failed("read a lease"))
-        .boxed()
-    }
-
-    fn leased(&self, id: i64) -> BoxFuture<'_, Result<Vec<Bytes>, Error>> {
-        async move {
-            let mut connection = self.readers.acquire().await?;
-            leased_keys(&mut connection, id).await
-        }
-        .map_err(failed("read the keys of a lease"))
-        .boxed()
-    }
-
-    fn mark_compacted(&self, revision: Revision) -> BoxFuture<'_, Result<State, Error>> {
-        self.try_mark_compacted(revision).map_err(failed("compact")).boxed()
-    }
-
-    fn sweep(&self) -> BoxFuture<'_, Result<State, Error>> {
-        self.try_sweep().map_err(failed("remove compacted rows")).boxed()
-    }
-
-    fn size(&self) -> BoxFuture<'_, Result<u64, Error>> {
-        self.try_size().map_err(failed("read the size")).boxed()
-    }
-
-    fn close(&self) -> BoxFuture<'_, ()> {
-        async move {
-            // Readers first: the last connection to go folds the write-ahead log into the database, and only the
-            // writer may.
-            self.readers.close().await;
-            self.writer.close().await;
-            self.lock.lock().take();
-        }
-        .boxed()
+    fn closed(&self) {
+        self.lock.lock().take();
     }
 }
 
@@ -491,10 +494,6 @@ fn code(error: &sqlx::Error) -> Option<i32> {
     let code: i32 = error.as_database_error()?.code()?.parse().ok()?;
     // The upper bits refine it.
     Some(code & 0xff)
-}
-
-fn failed(action: &'static str) -> impl Fn(sqlx::Error) -> Error + Copy {
-    move |source| Error::Database { action, backend: NAME, source: Arc::new(source) }
 }
 
 fn pool(connections: u32) -> SqlitePoolOptions {
@@ -553,7 +552,7 @@ pub(crate) fn open_private(path: &Path) -> Result<File, OpenError> {
 async fn migrate(pool: &SqlitePool) -> Result<(), OpenError> {
     let step = |version| move |source| OpenError::Migrate { version, source };
     // One process at a time looks at the schema.
-    let mut transaction = pool.begin_with(IMMEDIATE).await.map_err(step(0))?;
+    let mut transaction = pool.begin_with(SqliteDialect::WRITE).await.map_err(step(0))?;
     sqlx::query("CREATE TABLE IF NOT EXISTS store_schema (version INTEGER PRIMARY KEY)")
         .execute(&mut *transaction)
         .await
@@ -582,168 +581,6 @@ async fn migrate(pool: &SqlitePool) -> Result<(), OpenError> {
         .await
         .map_err(step(known))?;
     transaction.commit().await.map_err(step(known))
-}
-
-async fn read_state(connection: &mut SqliteConnection) -> Result<State, sqlx::Error> {
-    state_of(&sqlx::query(STATE).fetch_one(connection).await?)
-}
-
-/// Everything of a batch but its commit.
-async fn write_batch(
-    connection: &mut SqliteConnection,
-    transactions: &[Transaction],
-    replica: &[u8],
-    batch: i64,
-) -> Result<Decision, sqlx::Error> {
-    // Immediate: nobody writes between reading the counter and bumping it. Not the driver's transaction: the caller has
-    // to tell a failed commit from any other failure.
-    connection.execute(IMMEDIATE).await?;
-    let state = read_state(connection).await?;
-    let mut basis = read_basis(connection, transactions, state).await?;
-    read_leases(connection, transactions, &mut basis).await?;
-    let decision = decide(basis, transactions);
-    if decision.is_empty() {
-        return Ok(decision);
-    }
-    append(connection, &decision.records).await?;
-    move_heads(connection, &decision.heads()).await?;
-    write_leases(connection, &decision.leases).await?;
-    sqlx::query(
-        "INSERT INTO store_replica (id, batch, seen) VALUES (?1, ?2, unixepoch())
-             ON CONFLICT (id) DO UPDATE SET batch = excluded.batch, seen = excluded.seen",
-    )
-    .bind(replica)
-    .bind(batch)
-    .execute(&mut *connection)
-    .await?;
-    sqlx::query("UPDATE store_state SET revision = ?1 WHERE id = 1")
-        .bind(sql(decision.revision.0))
-        .execute(&mut *connection)
-        .await?;
-    Ok(decision)
-}
-
-async fn committed(
-    connection: &mut SqliteConnection,
-    replica: &[u8],
-    batch: i64,
-) -> Result<bool, sqlx::Error> {
-    let mut transaction = connection.begin_with(IMMEDIATE).await?;
-    let row = sqlx::query("SELECT batch FROM store_replica WHERE id = ?1")
-        .bind(replica)
-        .fetch_optional(&mut *transaction)
-        .await?;
-    let found: Option<i64> = row.map(|row| row.try_get("batch")).transpose()?;
-    if found != Some(batch) {
-        // A commit that writes over what may be left of the failed one in the write-ahead log: a crash would find it.
-        sqlx::query("UPDATE store_state SET revision = revision WHERE id = 1")
-            .execute(&mut *transaction)
-            .await?;
-    }
-    transaction.commit().await?;
-    Ok(found == Some(batch))
-}
-
-async fn mark_compacted(connection: &mut SqliteConnection, revision: Revision) -> Result<State, sqlx::Error> {
-    let mut transaction = connection.begin_with(IMMEDIATE).await?;
-    sqlx::query("UPDATE store_state SET compacted = MAX(compacted, MIN(revision, ?1)) WHERE id = 1")
-        .bind(sql(revision.0))
-        .execute(&mut *transaction)
-        .await?;
-    let state = read_state(&mut transaction).await?;
-    transaction.commit().await?;
-    Ok(state)
-}
-
-/// Walks the writes between `swept` and `compacted`: what each of them replaced is unreachable, and a tombstone is
-/// itself. So the work is proportional to the writes since the last compaction, not to the store.
-async fn sweep(connection: &mut SqliteConnection) -> Result<State, sqlx::Error> {
-    let mut transaction = connection.begin_with(IMMEDIATE).await?;
-    let mut state = read_state(&mut transaction).await?;
-    if state.swept >= state.compacted {
-        transaction.rollback().await?;
-        return Ok(state);
-    }
-    let from = visible(Some(state.swept));
-    state.swept = Revision(state.compacted.0.min(state.swept.0 + REVISIONS_PER_SWEEP));
-    let to = visible(Some(state.swept));
-    for statement in [
-        "DELETE FROM store_log WHERE place IN
-            (SELECT prev FROM store_log WHERE place >= ?1 AND place < ?2)",
-        "DELETE FROM store_head WHERE (name, place) IN
-            (SELECT name, place FROM store_log WHERE place >= ?1 AND place < ?2 AND deleted = 1)",
-        "DELETE FROM store_log WHERE place >= ?1 AND place < ?2 AND deleted = 1",
-    ] {
-        sqlx::query(statement).bind(from).bind(to).execute(&mut *transaction).await?;
-    }
-    sqlx::query("UPDATE store_state SET swept = ?1 WHERE id = 1")
-        .bind(sql(state.swept.0))
-        .execute(&mut *transaction)
-        .await?;
-    transaction.commit().await?;
-    Ok(state)
-}
-
-async fn count(
-    connection: &mut SqliteConnection,
-    range: &KeyRange,
-    at: Option<Revision>,
-    state: State,
-) -> Result<u64, sqlx::Error> {
-    let query = if at.is_none_or(|at| at >= state.revision) {
-        "SELECT COUNT(*) AS number FROM store_head WHERE name >= ?1 AND name < ?2 AND ?3 > 0 AND deleted = 0"
-    } else {
-        visible_rows!("COUNT(*) AS number")
-    };
-    let row = sqlx::query(query)
-        .bind(range.start().as_ref())
-        .bind(end_of(range))
-        .bind(visible(at))
-        .fetch_one(connection)
-        .await?;
-    unsigned(&row, "number")
-}
-
-lease_functions!(SqliteConnection, "?1", "?2", "?3");
-
-/// What the batch is decided on.
-async fn read_basis(
-    connection: &mut SqliteConnection,
-    transactions: &[Transaction],
-    state: State,
-) -> Result<Basis, sqlx::Error> {
-    let mut basis = Basis { revision: state.revision, compacted: state.compacted, ..Basis::default() };
-    let keys: Vec<&Bytes> = transactions.iter().flat_map(Transaction::keys).collect();
-    for chunk in keys.chunks(MAX_ROWS) {
-        // Rounded up by naming a key twice.
-        let rows = chunk.len().next_power_of_two();
-        let names = vec!["(?)"; rows].join(",");
-        // Only the number of question marks is put into the text.
-        let statement = format!(
-            "WITH k (name) AS (VALUES {names})
-             SELECT l.* FROM k CROSS JOIN store_head h ON h.name = k.name
-                               CROSS JOIN store_log l ON l.place = h.place"
-        );
-        let mut query = sqlx::query(AssertSqlSafe(statement));
-        for index in 0..rows {
-            query = query.bind(chunk[index.min(chunk.len() - 1)].as_ref());
-        }
-        for row in &query.fetch_all(&mut *connection).await? {
-            let record = record_of(row)?;
-            basis.heads.insert(record.key.clone(), record);
-        }
-    }
-    for (range, _) in transactions.iter().flat_map(|transaction| &transaction.unchanged) {
-        let row = sqlx::query(
-            "SELECT COALESCE(MAX(place), 0) AS place FROM store_head WHERE name >= ?1 AND name < ?2",
-        )
-        .bind(range.start().as_ref())
-        .bind(end_of(range))
-        .fetch_one(&mut *connection)
-        .await?;
-        basis.newest.push(place_of(&row, "place")?.revision());
-    }
-    Ok(basis)
 }
 
 /// Adds the records to the log.
@@ -798,8 +635,13 @@ async fn move_heads(connection: &mut SqliteConnection, heads: &[&Record]) -> Res
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+    use sqlx::Connection as _;
+
     use super::*;
-    use crate::types::{Expect, LeaseChange, Write};
+    use crate::backend::{Backend as _, WriteError};
+    use crate::error::Error;
+    use crate::types::{Expect, LeaseChange, Revision, Transaction, Write};
 
     fn create(key: impl Into<Bytes>, size: usize) -> Transaction {
         let value = Some(Bytes::from(vec![0; size]));
@@ -895,11 +737,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let backend = SqliteBackend::open(&folder.path().join("store.db"), false).await.unwrap();
         let mut connection = backend.writer.acquire().await.unwrap();
-        let mut transaction = connection.begin_with(IMMEDIATE).await.unwrap();
+        let mut transaction = connection.begin_with(SqliteDialect::WRITE).await.unwrap();
         sqlx::raw_sql("ROLLBACK").execute(&mut *transaction).await.unwrap();
         drop(transaction);
-        let outcome: Result<(), _> = backend.release(connection, Err(sqlx::Error::WorkerCrashed)).await;
-        assert!(outcome.is_err());
+        backend.dialect.discard(connection).await;
         backend.write(&[create("k", 0)], 1).await.unwrap();
         backend.close().await;
     }
