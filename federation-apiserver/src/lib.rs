@@ -6,7 +6,7 @@
 //!
 //! ```text
 //!  TLS ─▶ http: authenticate, impersonate, authorise, decode ─▶ registry: get list watch create update patch delete
-//!                 │                                               │  schema: defaults, pruning, validation
+//!                 │                                               │  schema: defaults, pruning, validation; admission
 //!                 ├─▶ discovery, openapi, tables                  │  apply, patch
 //!                 └─▶ mounted routers                             ▼
 //!                                                            federation-store ◀── crd, gc (follow the store)
@@ -18,8 +18,9 @@
 //!   through the same code.
 //! - The registry does not know HTTP, and in-process clients use it with the same checks as remote ones.
 //!
-//! Not served yet: admission webhooks, conversion webhooks, exec and port-forward.
+//! Not served yet: conversion webhooks, exec and port-forward.
 
+mod admission;
 pub mod apply;
 pub mod audit;
 pub mod auth;
@@ -45,6 +46,7 @@ pub mod simulation;
 pub mod status;
 mod table;
 mod value;
+mod webhook;
 
 pub use audit::AuditLogConfig;
 pub use auth::UserInfo;

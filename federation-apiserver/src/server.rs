@@ -306,7 +306,7 @@ impl Bound {
             jwks_uri,
             limits: self.config.limits,
             audit: self.audit,
-            metrics: Metrics::new(&reading, &changing),
+            metrics: Metrics::new(&reading, &changing, &self.registry.admission.metrics),
             reading,
             changing,
             logs: simulated.as_ref().map(|s| Arc::new(s.logs()) as Arc<dyn crate::LogSource>),

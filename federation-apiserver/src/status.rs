@@ -4,6 +4,7 @@
 //! Nothing internal (SQL, paths, backtraces) reaches a client: [`ApiError::internal`] logs its cause and answers with a
 //! fixed text.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use serde_json::{Value, json};
@@ -12,9 +13,10 @@ use serde_json::{Value, json};
 #[derive(Clone, Debug, PartialEq)]
 pub struct ApiError {
     code: u16,
-    reason: &'static str,
+    reason: Cow<'static, str>,
     message: String,
-    details: Option<Value>,
+    /// Boxed: results of everything carry the size of their error.
+    details: Option<Box<Value>>,
     /// Token for the rest of a list whose own has expired.
     token: Option<Box<str>>,
 }
@@ -121,11 +123,11 @@ impl fmt::Display for FieldError {
 
 impl ApiError {
     fn new(code: u16, reason: &'static str, message: impl Into<String>) -> Self {
-        Self { code, reason, message: message.into(), details: None, token: None }
+        Self { code, reason: Cow::Borrowed(reason), message: message.into(), details: None, token: None }
     }
 
     fn detailed(mut self, details: Value) -> Self {
-        self.details = Some(details);
+        self.details = Some(Box::new(details));
         self
     }
 
@@ -287,6 +289,22 @@ impl ApiError {
         Self::new(500, "InternalError", "Internal error occurred: see the server's log")
     }
 
+    /// 500 whose cause is the client's, or a webhook's, to know.
+    pub fn internal_told(cause: &str) -> Self {
+        Self::new(500, "InternalError", format!("Internal error occurred: {cause}"))
+            .detailed(json!({"causes": [{ "message": cause }]}))
+    }
+
+    /// What somebody else answered: a `Status` of failure with its code.
+    pub(crate) fn of_status(status: &Value) -> Self {
+        let text = |key: &str| status.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let code = status.get("code").and_then(Value::as_u64).and_then(|c| u16::try_from(c).ok());
+        // HTTP knows no code of four digits.
+        let code = code.filter(|c| (400..1000).contains(c)).unwrap_or(500);
+        let details = status.get("details").filter(|d| d.is_object()).cloned().map(Box::new);
+        Self { reason: Cow::Owned(text("reason")), details, ..Self::new(code, "", text("message")) }
+    }
+
     /// 503: the server cannot answer just now.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(503, "ServiceUnavailable", message)
@@ -298,8 +316,8 @@ impl ApiError {
     }
 
     /// Kubernetes' machine-readable reason.
-    pub fn reason(&self) -> &'static str {
-        self.reason
+    pub fn reason(&self) -> &str {
+        &self.reason
     }
 
     /// Text for people.
@@ -331,10 +349,13 @@ impl ApiError {
     pub fn to_status(&self) -> Value {
         let mut status = json!({
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
-            "message": self.message, "reason": self.reason, "code": self.code,
+            "message": self.message, "code": self.code,
         });
+        if !self.reason.is_empty() {
+            status["reason"] = json!(self.reason);
+        }
         if let Some(details) = &self.details {
-            status["details"] = details.clone();
+            status["details"] = (**details).clone();
         }
         if let Some(token) = &self.token {
             status["metadata"]["continue"] = json!(token);

@@ -3,6 +3,7 @@
 pub mod log;
 pub mod policy;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -12,6 +13,7 @@ use serde_json::{Value, json};
 pub use log::{AuditLogConfig, AuditSink, LogError};
 pub use policy::{Level, Policy, PolicyError, Stage, Verdict};
 
+use crate::admission::Annotation;
 use crate::auth::UserInfo;
 use crate::rbac::Attributes;
 use crate::registry::reviews;
@@ -110,6 +112,15 @@ impl Trail {
         let decision = if allowed { "allow" } else { "forbid" };
         self.event["annotations"]["authorization.k8s.io/decision"] = json!(decision);
         self.event["annotations"]["authorization.k8s.io/reason"] = json!(reason);
+    }
+
+    /// What admission has noted; content of the request from level Request on only.
+    pub(crate) fn annotate(&mut self, annotations: BTreeMap<String, Annotation>) {
+        for (key, annotation) in annotations {
+            if !annotation.content || self.verdict.level >= Level::Request {
+                self.event["annotations"][key] = json!(annotation.value);
+            }
+        }
     }
 
     /// The request's body, told from level Request on.

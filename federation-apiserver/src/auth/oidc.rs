@@ -26,6 +26,7 @@ use tracing::Instrument as _;
 use super::UserInfo;
 use super::service_accounts::strings;
 use crate::value::str_at;
+use crate::webhook::client::system_authorities;
 
 /// Between two fetches of the keys: unknown key ids cost the issuer nothing more.
 const MIN_REFRESH: Duration = Duration::from_secs(10);
@@ -35,9 +36,6 @@ const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_ANSWER: usize = 1 << 20;
 /// How far clocks may be apart, in seconds.
 const LEEWAY: u64 = 60;
-/// Where systems keep the certificate authorities that they trust.
-const SYSTEM_CA: &[&str] =
-    &["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
 
 /// kube-apiserver's `--oidc-…` flags.
 #[derive(Clone, Debug, Default)]
@@ -135,8 +133,7 @@ impl Oidc {
             other => Err(OidcConfigError::Algorithm { name: other.to_owned() }),
         });
         let algorithms = algorithms.collect::<Result<_, _>>()?;
-        let system = || SYSTEM_CA.iter().map(PathBuf::from).find(|p| p.exists());
-        let ca = config.ca_file.clone().or_else(system).ok_or(OidcConfigError::NoAuthorities)?;
+        let ca = config.ca_file.clone().or_else(system_authorities).ok_or(OidcConfigError::NoAuthorities)?;
         let tls = ClientTls::from_files(ca, None, None)?.with_versions(tls::TlsVersions::From12)?;
         Ok(Self { config, algorithms, tls, keys: RwLock::default(), fetched: Mutex::new(None) })
     }

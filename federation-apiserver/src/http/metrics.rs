@@ -70,7 +70,7 @@ pub(crate) struct LongRunning(Gauge);
 // === impl Metrics ===
 
 impl Metrics {
-    pub(crate) fn new(reading: &Places, changing: &Places) -> Self {
+    pub(crate) fn new(reading: &Places, changing: &Places, admission: &crate::admission::Metrics) -> Self {
         let registry = SharedRegistry::new("cellway-apiserver");
         let metrics = Self {
             requests: Family::default(),
@@ -83,6 +83,7 @@ impl Metrics {
         let refused: Family<KindLabels, Gauge> = Family::default();
         registry.with(|registry| {
             metrics.register(registry);
+            admission.register(registry);
             registry.register(
                 "apiserver_current_inflight_requests",
                 "Requests that have a place now, by kind",

@@ -20,6 +20,7 @@ use http::{Method, Request, Response, StatusCode};
 use serde_json::json;
 use tower::ServiceExt as _;
 
+use crate::admission::Notes;
 use crate::audit::{About, Audit, Level, Stage, Trail};
 use crate::auth::{Authenticator, MASTERS, PeerIdentity, UserInfo, impersonation};
 use crate::config::Limits;
@@ -69,6 +70,8 @@ pub(crate) struct Call {
     pub(crate) method: Method,
     pub(crate) query: Query,
     pub(crate) user: Arc<UserInfo>,
+    /// What admission has to say.
+    pub(crate) notes: Arc<Notes>,
     pub(crate) request: Request<Body>,
 }
 
@@ -78,13 +81,14 @@ impl App {
     /// Answers one request. Never fails: errors become `Status` answers.
     pub(crate) async fn handle(self: Arc<Self>, request: Request<Body>) -> Response<Body> {
         let mut trace = Trace::new();
-        let response = match self.clone().try_handle(request, &mut trace).await {
+        let mut response = match self.clone().try_handle(request, &mut trace).await {
             Ok(response) => response,
             Err(error) => {
                 tracing::debug!(code = error.code(), %error, "request refused");
                 response::error(&error)
             }
         };
+        response::warn(&mut response, &trace.notes.warnings());
         trace.finish(&self, response).await
     }
 
@@ -144,7 +148,9 @@ impl App {
             return Err(attributes.forbidden(&user, &decision.reason));
         }
         if trace.long_running {
-            return self.dispatch(parsed, Call { method, query, user: Arc::new(user), request }).await;
+            let notes = trace.notes.clone();
+            let call = Call { method, query, user: Arc::new(user), notes, request };
+            return self.dispatch(parsed, call).await;
         }
         let place = if user.is_in(MASTERS) || is_probe(&attributes) {
             None
@@ -157,7 +163,8 @@ impl App {
             if let Some(trail) = trace.trail.as_mut().filter(|t| t.level() >= Level::Request) {
                 request = record(trail, request, self.limits.body).await?;
             }
-            let call = Call { method, query, user: Arc::new(user), request };
+            let notes = trace.notes.clone();
+            let call = Call { method, query, user: Arc::new(user), notes, request };
             self.clone().dispatch(parsed, call).await
         };
         let answer = tokio::time::timeout(self.limits.request_timeout, work).await;

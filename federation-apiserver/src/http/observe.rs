@@ -1,6 +1,7 @@
 //! What is told of a request besides its answer: metrics and the audit trail.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use tokio::time::Instant;
 
 use super::App;
 use super::metrics::LongRunning;
+use crate::admission::Notes;
 use crate::audit::{Level, Stage, Trail};
 use crate::rbac::Attributes;
 
@@ -27,6 +29,7 @@ pub(super) struct Trace {
     /// Watches, logs and what mounted routers pass on: no place, no deadline, and no end in sight.
     pub(super) long_running: bool,
     pub(super) trail: Option<Trail>,
+    pub(super) notes: Arc<Notes>,
 }
 
 /// The body of a long-running answer, with what ends when it does.
@@ -47,6 +50,7 @@ impl Trace {
             attributes: None,
             long_running: false,
             trail: None,
+            notes: Arc::default(),
         }
     }
 
@@ -69,6 +73,7 @@ impl Trace {
             return response.map(|body| Body::new(Watched { body, trail, _running: running }));
         }
         let Some(mut trail) = self.trail else { return response };
+        trail.annotate(self.notes.annotations());
         let wants_body = !streams && (trail.level() == Level::RequestResponse || code.as_u16() >= 400);
         if !wants_body {
             trail.response(code.as_u16(), b"");

@@ -252,6 +252,15 @@ fn write_options(call: &Call, subresource: &'static str) -> Result<WriteOptions,
     if manager.is_empty() {
         manager = "unknown".into();
     }
+    let mut sent = serde_json::Map::new();
+    for field in ["fieldManager", "fieldValidation"] {
+        if !query.get(field).is_empty() {
+            sent.insert(field.into(), json!(query.get(field)));
+        }
+    }
+    if dry_run {
+        sent.insert("dryRun".into(), json!(["All"]));
+    }
     Ok(WriteOptions {
         manager,
         dry_run,
@@ -260,6 +269,8 @@ fn write_options(call: &Call, subresource: &'static str) -> Result<WriteOptions,
         force: query.flag("force")?,
         duplicates: Vec::new(),
         user: Some(call.user.clone()),
+        sent,
+        notes: call.notes.clone(),
     })
 }
 
@@ -396,7 +407,11 @@ async fn finalize(
 
 fn delete_options(call: &Call) -> Result<DeleteOptions, ApiError> {
     let query = &call.query;
-    let mut options = DeleteOptions { user: Some(call.user.clone()), ..DeleteOptions::default() };
+    let mut options = DeleteOptions {
+        user: Some(call.user.clone()),
+        notes: call.notes.clone(),
+        ..DeleteOptions::default()
+    };
     let grace = query.number("gracePeriodSeconds")?;
     options.grace_seconds = grace.map(|g| i64::try_from(g).unwrap_or(i64::MAX));
     if !query.get("propagationPolicy").is_empty() {

@@ -1,11 +1,15 @@
 //! Delete and delete-collection.
 
+use std::sync::Arc;
+
 use federation_store::WriteOutcome;
 use futures::{StreamExt as _, TryStreamExt as _};
 use serde_json::{Value, json};
 
 use super::selectors::Filter;
 use super::{Registry, Stored, Target, meta, store_error};
+use crate::admission::{self, Notes, Operation};
+use crate::auth::UserInfo;
 use crate::gc::{FOREGROUND, ORPHAN};
 use crate::status::ApiError;
 use crate::value::{self, at, i64_at, set, str_at};
@@ -37,8 +41,12 @@ pub struct DeleteOptions {
     pub uid: Option<String>,
     pub resource_version: Option<String>,
     pub dry_run: bool,
-    /// On whose behalf; `None`: the server itself.
-    pub user: Option<std::sync::Arc<crate::auth::UserInfo>>,
+    /// On whose behalf; `None`: the server itself, which no admission holds up.
+    pub user: Option<Arc<UserInfo>>,
+    /// One of a collection that goes.
+    pub(crate) collection: bool,
+    /// What admission has to say.
+    pub(crate) notes: Arc<Notes>,
 }
 
 /// How a delete ended.
@@ -76,6 +84,28 @@ impl DeleteOptions {
             self.dry_run = true;
         }
         Ok(())
+    }
+}
+
+impl DeleteOptions {
+    /// The options as an object.
+    fn to_object(&self) -> Value {
+        let mut object = json!({"kind": "DeleteOptions", "apiVersion": "meta.k8s.io/v1"});
+        if let Some(seconds) = self.grace_seconds {
+            object["gracePeriodSeconds"] = json!(seconds);
+        }
+        if let Some(propagation) = self.propagation {
+            object["propagationPolicy"] = json!(format!("{propagation:?}"));
+        }
+        for (key, value) in [("uid", &self.uid), ("resourceVersion", &self.resource_version)] {
+            if let Some(value) = value {
+                set(&mut object, &["preconditions", key], json!(value));
+            }
+        }
+        if self.dry_run {
+            object["dryRun"] = json!(["All"]);
+        }
+        object
     }
 }
 
@@ -158,6 +188,7 @@ impl Registry {
         if let Some(why) = protected(target) {
             return Err(ApiError::forbidden(&resource.group, &resource.plural, &target.name, why));
         }
+        self.admit_deletion(target, &current.object, options).await?;
         let mut object = current.object.clone();
         let grace = grace_of(target, &object, options);
         let already = meta::is_deleting(&object);
@@ -201,6 +232,25 @@ impl Registry {
         Ok(self.store_changed(target, current.revision, object).await?.map(Deleted::Marked))
     }
 
+    async fn admit_deletion(
+        &self,
+        target: &Target,
+        old: &Value,
+        options: &DeleteOptions,
+    ) -> Result<(), ApiError> {
+        let (Some(user), Some(asked)) = (&options.user, self.asked(options.user.as_deref()).await?) else {
+            return Ok(());
+        };
+        let name = if options.collection { "" } else { &target.name };
+        let place = (target.namespace.as_str(), name);
+        let request =
+            admission::Request::new(&target.resource, place, "", Operation::Delete, user, &options.notes);
+        let request =
+            admission::Request { dry_run: options.dry_run, options: options.to_object(), ..request };
+        self.mutate(&asked, &request, None, Some(old), &|_| Ok(())).await?;
+        self.validate_admission(&asked, &request, None, Some(old)).await
+    }
+
     /// Deletes all objects of a collection that match, and returns them as they were.
     pub async fn delete_collection(
         &self,
@@ -209,7 +259,8 @@ impl Registry {
         options: &DeleteOptions,
     ) -> Result<Vec<Value>, ApiError> {
         let list = self.list_all(target, filter).await?;
-        let found = self.delete_all(target, list, options).await?;
+        let options = DeleteOptions { collection: true, ..options.clone() };
+        let found = self.delete_all(target, list, &options).await?;
         Ok(found.into_iter().map(|result| result.object().clone()).collect())
     }
 

@@ -46,6 +46,10 @@ pub struct Registry {
     pub(crate) converter: Option<Converter>,
     /// What CRDs make served, compiled.
     pub(crate) compiled: crate::crd::Compiled,
+    /// What is asked about writes.
+    pub(crate) admission: crate::admission::Admission,
+    /// Connections to webhooks.
+    pub(crate) webhooks: crate::webhook::Client,
     /// Ends watches when the server stops.
     pub(crate) shutdown: CancellationToken,
 }
@@ -98,6 +102,8 @@ impl Registry {
             rbac: crate::rbac::Index::default(),
             converter: None,
             compiled: crate::crd::Compiled::default(),
+            admission: crate::admission::Admission::default(),
+            webhooks: crate::webhook::Client::default(),
             shutdown,
         };
         registry.catalog.replace(resource::Catalog::new(builtin::resources(role)));

@@ -102,6 +102,11 @@ impl Resource {
         if self.group.is_empty() || self.plural == "events" { "core" } else { &self.group }
     }
 
+    /// Is it the same kind of objects, in whatever version?
+    pub(crate) fn is_same_kind(&self, other: &Self) -> bool {
+        self.plural == other.plural && self.key_group() == other.key_group()
+    }
+
     /// Key prefix of all objects, or those of one namespace. Ends with a slash.
     pub fn prefix(&self, namespace: &str) -> String {
         if namespace.is_empty() {

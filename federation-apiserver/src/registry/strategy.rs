@@ -258,6 +258,9 @@ pub fn validate(resource: &Resource, old: Option<&Value>, new: &Value) -> Vec<Fi
     if crate::rbac::validation::is_ours(resource) {
         errors.extend(crate::rbac::validation::validate(resource, old, new));
     }
+    if crate::admission::validation::is_ours(resource) {
+        errors.extend(crate::admission::validation::validate(resource, new));
+    }
     match plural {
         "pods" => {
             if let Some(spec) = new.get("spec") {

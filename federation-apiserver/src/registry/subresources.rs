@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::write::{Ownership, PATCH_ATTEMPTS, PatchKind, WriteOptions, Written};
 use super::{Registry, Target};
+use crate::admission::{self, Operation};
 use crate::patch;
 use crate::status::{ApiError, FieldError};
 use crate::value::{self, at, set, str_at};
@@ -49,7 +50,7 @@ impl Registry {
         for _ in 0..PATCH_ATTEMPTS {
             let current = self.get(target).await?;
             let scale = self.scale_of(target, &current.object)?;
-            let new_scale = match kind {
+            let mut new_scale = match kind {
                 None => body.clone(),
                 Some(PatchKind::Json) => patch::json_patch(&scale, body)?,
                 Some(_) => {
@@ -58,6 +59,14 @@ impl Registry {
                     s
                 }
             };
+            if let (Some(asked), Some(user)) =
+                (self.asked(options.user.as_deref()).await?, options.user.as_deref())
+            {
+                let request = options.admission(target, Operation::Update, user);
+                let kind = ("autoscaling".to_owned(), "v1".to_owned(), "Scale".to_owned());
+                let request = admission::Request { kind, subresource: "scale", ..request };
+                self.admit_virtual(&asked, &request, &mut new_scale, Some(&scale)).await?;
+            }
             let replicas = at(&new_scale, &["spec", "replicas"]).cloned().unwrap_or(json!(0));
             if !replicas.as_i64().is_some_and(|n| (0..=i64::from(i32::MAX)).contains(&n)) {
                 let error =
@@ -87,7 +96,16 @@ impl Registry {
         binding: &Value,
         options: &WriteOptions,
     ) -> Result<(), ApiError> {
-        let node = str_at(binding, &["target", "name"]);
+        let mut binding = binding.clone();
+        if let (Some(asked), Some(user)) =
+            (self.asked(options.user.as_deref()).await?, options.user.as_deref())
+        {
+            let request = options.admission(target, Operation::Create, user);
+            let kind = (String::new(), "v1".to_owned(), "Binding".to_owned());
+            let request = admission::Request { kind, subresource: "binding", ..request };
+            self.admit_virtual(&asked, &request, &mut binding, None).await?;
+        }
+        let node = str_at(&binding, &["target", "name"]);
         if node.is_empty() {
             return Err(ApiError::bad_request("target.name: Required value"));
         }

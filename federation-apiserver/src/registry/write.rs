@@ -6,6 +6,7 @@ use federation_store::{Revision, WriteOutcome};
 use serde_json::{Value, json};
 
 use super::{Registry, Stored, Target, meta, store_error, strategy, to_stored, written_form};
+use crate::admission::{self, Notes, Operation};
 use crate::apply::{self, Writer};
 use crate::auth::UserInfo;
 use crate::rbac::{self, Attributes};
@@ -41,8 +42,12 @@ pub struct WriteOptions {
     pub subresource: &'static str,
     /// Fields that appeared twice in the body.
     pub duplicates: Vec<String>,
-    /// On whose behalf; `None`: the server itself, which no check of rights holds up.
+    /// On whose behalf; `None`: the server itself, which no check of rights and no admission holds up.
     pub user: Option<Arc<UserInfo>>,
+    /// The options as the client sent them, which webhooks are shown.
+    pub(crate) sent: serde_json::Map<String, Value>,
+    /// What admission has to say.
+    pub(crate) notes: Arc<Notes>,
 }
 
 /// What a patch is made of.
@@ -77,6 +82,23 @@ impl WriteOptions {
     /// A plain write by this manager.
     pub fn by(manager: &str) -> Self {
         Self { manager: manager.to_owned(), ..Self::default() }
+    }
+
+    /// The write in the terms of admission. `user` is the options' own.
+    pub(super) fn admission<'a>(
+        &'a self,
+        target: &'a Target,
+        operation: Operation,
+        user: &'a UserInfo,
+    ) -> admission::Request<'a> {
+        let mut sent = self.sent.clone();
+        let kind = if operation == Operation::Create { "CreateOptions" } else { "UpdateOptions" };
+        sent.insert("kind".into(), json!(kind));
+        sent.insert("apiVersion".into(), json!("meta.k8s.io/v1"));
+        let place = (target.namespace.as_str(), target.name.as_str());
+        let request =
+            admission::Request::new(&target.resource, place, self.subresource, operation, user, &self.notes);
+        admission::Request { dry_run: self.dry_run, options: Value::Object(sent), ..request }
     }
 
     fn check(&self) -> Result<(), ApiError> {
@@ -122,37 +144,69 @@ impl Registry {
             value::remove(&mut object, &["metadata", key]);
         }
         strategy::prepare_create(&resource, &mut object);
-        self.write_new(&target, object, options, Ownership::Update).await
+        self.write_new(target, object, options, (Ownership::Update, generated)).await
     }
 
+    /// Stores a new object whose name, when it was `generated`, webhooks do not see before it is final.
     async fn write_new(
         &self,
-        target: &Target,
+        mut target: Target,
         mut object: Value,
         options: &WriteOptions,
-        ownership: Ownership,
+        (ownership, generated): (Ownership, bool),
     ) -> Result<Written, ApiError> {
-        let resource = &target.resource;
+        let resource = target.resource.clone();
+        let resource = &resource;
         if let crate::registry::resource::Origin::Custom(info) = &resource.origin
             && info.terminating
         {
             return Err(ApiError::method_not_allowed(&resource.group, &resource.plural, "create"));
         }
-        let warnings = self.prepare(target, None, &mut object, options).await?;
+        let mut warnings = self.decode(&target, &mut object, options)?;
+        let now = value::timestamp();
+        if matches!(ownership, Ownership::Update) {
+            let api_version = resource.api_version();
+            let writer = writer_of(&api_version, options, &now);
+            apply::on_update(resource.schema.as_ref(), None, &mut object, &writer);
+        }
+        let asked = self.asked(options.user.as_deref()).await?;
+        if let (Some(asked), Some(user)) = (&asked, options.user.as_deref()) {
+            let name = target.name.clone();
+            if generated {
+                value::remove(&mut object, &["metadata", "name"]);
+                target.name.clear();
+            }
+            let request = options.admission(&target, Operation::Create, user);
+            let decode = |object: &mut Value| self.decode_again(&target, object);
+            self.mutate(asked, &request, Some(&mut object), None, &decode).await?;
+            // A webhook makes no more of a new object than its sender could.
+            strategy::prepare_create(resource, &mut object);
+            if str_at(&object, &["metadata", "name"]).is_empty() {
+                set(&mut object, &["metadata", "name"], json!(name));
+            }
+            self.identify(&Target { name: String::new(), ..target.clone() }, &mut object)?;
+            str_at(&object, &["metadata", "name"]).clone_into(&mut target.name);
+        }
+        let target = &target;
+        warnings.extend(self.judge_object(target, None, &object, options).await?);
         self.check_escalation(target, None, &object, options)?;
         if resource.plural == "services" && !resource.is_custom() {
             self.allocate_service(&mut object, options.dry_run).await?;
         }
-        let now = value::timestamp();
         set(&mut object, &["metadata", "uid"], json!(uuid::Uuid::new_v4().to_string()));
         set(&mut object, &["metadata", "creationTimestamp"], json!(now));
         if resource.generation || resource.is_custom() {
             set(&mut object, &["metadata", "generation"], json!(1));
         }
-        if matches!(ownership, Ownership::Update) {
-            let api_version = resource.api_version();
-            let writer = writer_of(&api_version, options, &now);
-            apply::on_update(resource.schema.as_ref(), None, &mut object, &writer);
+        if let (Some(asked), Some(user)) = (&asked, options.user.as_deref()) {
+            let request = options.admission(target, Operation::Create, user);
+            let verdict = self.validate_admission(asked, &request, Some(&object), None).await;
+            if let Err(error) = verdict {
+                if resource.plural == "services" && !resource.is_custom() && !options.dry_run {
+                    self.release_service(&object).await;
+                }
+                return Err(error);
+            }
         }
         if options.dry_run {
             return Ok(Written { object, created: true, warnings });
@@ -237,14 +291,7 @@ impl Registry {
                     new
                 }
             };
-            if str_at(&new, &["metadata", "name"]) != target.name {
-                let error = FieldError::invalid(
-                    "metadata.name",
-                    at(&new, &["metadata", "name"]).unwrap_or(&Value::Null),
-                    "field is immutable",
-                );
-                return Err(ApiError::invalid(&resource.group, &resource.kind, &target.name, &[error]));
-            }
+            check_name(target, &new)?;
             let pinned = str_at(&new, &["metadata", "resourceVersion"])
                 != str_at(&current.object, &["metadata", "resourceVersion"]);
             let mut new = new;
@@ -330,7 +377,7 @@ impl Registry {
                         apply::apply(ty, &empty, &config, &writer, options.force).map_err(conflict)?;
                     value::remove(&mut new, &["metadata", "resourceVersion"]);
                     strategy::prepare_create(&resource, &mut new);
-                    match self.write_new(target, new, options, Ownership::Applied).await {
+                    match self.write_new(target.clone(), new, options, (Ownership::Applied, false)).await {
                         Err(error) if error.is_already_exists() => continue,
                         Ok(mut written) => {
                             written.warnings.append(&mut warnings);
@@ -370,7 +417,7 @@ impl Registry {
         &self,
         target: &Target,
         current: &Stored,
-        mut new: Value,
+        new: Value,
         options: &WriteOptions,
         ownership: Ownership,
     ) -> Result<Option<Written>, ApiError> {
@@ -388,27 +435,27 @@ impl Registry {
             );
             return Err(ApiError::conflict(&resource.group, &resource.plural, &target.name, &why));
         }
-        let mut new = restrict(target, old, &mut new, options.subresource);
-        for key in [
-            "uid",
-            "creationTimestamp",
-            "deletionTimestamp",
-            "deletionGracePeriodSeconds",
-            "generation",
-            "namespace",
-            "generateName",
-            "resourceVersion",
-        ] {
-            match at(old, &["metadata", key]) {
-                Some(v) => set(&mut new, &["metadata", key], v.clone()),
-                None => {
-                    value::remove(&mut new, &["metadata", key]);
-                }
-            }
+        let mut new = restrict(target, old, new, options.subresource);
+        let mut warnings = self.decode(target, &mut new, options)?;
+        if matches!(ownership, Ownership::Update) {
+            let now = value::timestamp();
+            let api_version = resource.api_version();
+            let writer = writer_of(&api_version, options, &now);
+            apply::on_update(resource.schema.as_ref(), Some(old), &mut new, &writer);
         }
-        value::remove(&mut new, &["metadata", "selfLink"]);
-        strategy::keep_on_update(resource, old, &mut new);
-        let warnings = self.prepare(target, Some(old), &mut new, options).await?;
+        // Writes of other subresources were asked about in their own form.
+        let asked = match options.subresource {
+            "" | "status" => self.asked(options.user.as_deref()).await?,
+            _ => None,
+        };
+        if let (Some(asked), Some(user)) = (&asked, options.user.as_deref()) {
+            let request = options.admission(target, Operation::Update, user);
+            let decode = |object: &mut Value| self.decode_again(target, object);
+            self.mutate(asked, &request, Some(&mut new), Some(old), &decode).await?;
+            check_name(target, &new)?;
+            new = restrict(target, old, new, options.subresource);
+        }
+        warnings.extend(self.judge_object(target, Some(old), &new, options).await?);
         self.check_escalation(target, Some(old), &new, options)?;
         if resource.plural == "services" && !resource.is_custom() && options.subresource.is_empty() {
             let kept = str_at(old, &["spec", "clusterIP"]);
@@ -426,11 +473,9 @@ impl Registry {
             let generation = value::i64_at(old, &["metadata", "generation"]).unwrap_or(0) + 1;
             set(&mut new, &["metadata", "generation"], json!(generation));
         }
-        if matches!(ownership, Ownership::Update) {
-            let now = value::timestamp();
-            let api_version = resource.api_version();
-            let writer = writer_of(&api_version, options, &now);
-            apply::on_update(resource.schema.as_ref(), Some(old), &mut new, &writer);
+        if let (Some(asked), Some(user)) = (&asked, options.user.as_deref()) {
+            let request = options.admission(target, Operation::Update, user);
+            self.validate_admission(asked, &request, Some(&new), Some(old)).await?;
         }
         if value::equal(old, &new) {
             return Ok(Some(Written { object: new, created: false, warnings }));
@@ -546,7 +591,10 @@ impl Registry {
         if !resource.is_custom() {
             defaults::strip_typed_nulls(ty, object);
             let wrong = validate::validate(ty, object, validate::Mode::Types);
-            if let Some(first) = wrong.first() {
+            // Names that appear twice are a matter of validation where that has words of its own for them.
+            let own = admission::validation::is_ours(resource);
+            let mut wrong = wrong.iter().filter(|e| !own || e.reason != "FieldValueDuplicate");
+            if let Some(first) = wrong.next() {
                 return Err(ApiError::bad_request(format!(
                     "{kind} in version {version:?} cannot be handled as a {kind}: json: cannot unmarshal field {kind}.{}: {}",
                     first.field,
@@ -573,22 +621,41 @@ impl Registry {
         )))
     }
 
-    /// Fields, defaults and validation.
-    async fn prepare(
+    /// Fields and defaults. Gives back warnings.
+    fn decode(
         &self,
         target: &Target,
-        old: Option<&Value>,
         object: &mut Value,
         options: &WriteOptions,
     ) -> Result<Vec<String>, ApiError> {
         let resource = &target.resource;
-        let mut warnings = self.admit_fields(target, object, options)?;
+        let warnings = self.admit_fields(target, object, options)?;
         let ty = resource.schema.as_ref();
         if resource.is_custom() {
             defaults::drop_nulls(ty, object);
         }
         defaults::apply_defaults(ty, object);
         strategy::default_object(resource, object);
+        Ok(warnings)
+    }
+
+    /// The same for what a webhook has made of an object, silently.
+    fn decode_again(&self, target: &Target, object: &mut Value) -> Result<(), ApiError> {
+        let options = WriteOptions { validation: FieldValidation::Ignore, ..WriteOptions::default() };
+        self.decode(target, object, &options).map(drop)
+    }
+
+    /// Validation of an object with its defaults. Gives back warnings.
+    async fn judge_object(
+        &self,
+        target: &Target,
+        old: Option<&Value>,
+        object: &Value,
+        options: &WriteOptions,
+    ) -> Result<Vec<String>, ApiError> {
+        let resource = &target.resource;
+        let ty = resource.schema.as_ref();
+        let mut warnings = Vec::new();
         let mut errors = meta::errors(&resource.kind, resource.namespaced, object);
         if resource.is_custom() {
             errors.extend(validate::validate_custom(ty, object, old));
@@ -725,10 +792,44 @@ impl Registry {
     }
 }
 
-/// What of `new` a write to this subresource may change; the rest is as it was.
-fn restrict(target: &Target, old: &Value, new: &mut Value, subresource: &str) -> Value {
+/// The name of an object stays.
+fn check_name(target: &Target, new: &Value) -> Result<(), ApiError> {
+    let name = at(new, &["metadata", "name"]).unwrap_or(&Value::Null);
+    if *name == target.name {
+        return Ok(());
+    }
+    let error = FieldError::invalid("metadata.name", name, "field is immutable");
+    Err(ApiError::invalid(&target.resource.group, &target.resource.kind, &target.name, &[error]))
+}
+
+/// `new` with what a write to this subresource may not change as it was.
+fn restrict(target: &Target, old: &Value, new: Value, subresource: &str) -> Value {
+    let mut new = restrict_content(target, old, new, subresource);
+    for key in [
+        "uid",
+        "creationTimestamp",
+        "deletionTimestamp",
+        "deletionGracePeriodSeconds",
+        "generation",
+        "namespace",
+        "generateName",
+        "resourceVersion",
+    ] {
+        match at(old, &["metadata", key]) {
+            Some(v) => set(&mut new, &["metadata", key], v.clone()),
+            None => {
+                value::remove(&mut new, &["metadata", key]);
+            }
+        }
+    }
+    value::remove(&mut new, &["metadata", "selfLink"]);
+    strategy::keep_on_update(&target.resource, old, &mut new);
+    new
+}
+
+fn restrict_content(target: &Target, old: &Value, new: Value, subresource: &str) -> Value {
     let resource = &target.resource;
-    let managed = at(new, &["metadata", "managedFields"]).cloned();
+    let managed = at(&new, &["metadata", "managedFields"]).cloned();
     match subresource {
         "status" => {
             let mut result = old.clone();
@@ -741,7 +842,7 @@ fn restrict(target: &Target, old: &Value, new: &mut Value, subresource: &str) ->
             // As upstream, the status of these also takes labels, annotations and finalizers.
             if !resource.is_custom() && matches!(resource.plural.as_str(), "pods" | "nodes") {
                 for key in ["labels", "annotations"] {
-                    if let Some(v) = at(new, &["metadata", key]) {
+                    if let Some(v) = at(&new, &["metadata", key]) {
                         set(&mut result, &["metadata", key], v.clone());
                     }
                 }
@@ -752,7 +853,7 @@ fn restrict(target: &Target, old: &Value, new: &mut Value, subresource: &str) ->
             result
         }
         "" if resource.status => {
-            let mut result = new.take();
+            let mut result = new;
             match old.get("status") {
                 Some(status) => set(&mut result, &["status"], status.clone()),
                 None => {
@@ -761,7 +862,7 @@ fn restrict(target: &Target, old: &Value, new: &mut Value, subresource: &str) ->
             }
             result
         }
-        _ => new.take(),
+        _ => new,
     }
 }
 

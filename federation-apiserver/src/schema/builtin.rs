@@ -42,7 +42,8 @@ fn add<T: JsonSchema>(generator: &mut SchemaGenerator) {
 
 fn load() -> BTreeMap<String, Value> {
     use k8s_openapi::api::{
-        apps, authentication, authorization, autoscaling, coordination, core, discovery, events, rbac,
+        admissionregistration, apps, authentication, authorization, autoscaling, coordination, core,
+        discovery, events, rbac,
     };
     use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
     use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
@@ -78,6 +79,8 @@ fn load() -> BTreeMap<String, Value> {
     add::<rbac::v1::ClusterRoleBinding>(g);
     add::<rbac::v1::Role>(g);
     add::<rbac::v1::RoleBinding>(g);
+    add::<admissionregistration::v1::MutatingWebhookConfiguration>(g);
+    add::<admissionregistration::v1::ValidatingWebhookConfiguration>(g);
     add::<CustomResourceDefinition>(g);
     add::<meta::Status>(g);
     add::<meta::ListMeta>(g);
@@ -159,6 +162,10 @@ type ListRow = (&'static str, &'static str, &'static [&'static str], &'static st
 /// Lists that are not atomic: definition, field, list-map keys (none: a set), patch merge key ("": not merged by
 /// strategic merge patch, "+": merged as a set).
 const LISTS: &[ListRow] = &[
+    ("io.k8s.api.admissionregistration.v1.MutatingWebhook", "matchConditions", &["name"], "name"),
+    ("io.k8s.api.admissionregistration.v1.MutatingWebhookConfiguration", "webhooks", &["name"], "name"),
+    ("io.k8s.api.admissionregistration.v1.ValidatingWebhook", "matchConditions", &["name"], "name"),
+    ("io.k8s.api.admissionregistration.v1.ValidatingWebhookConfiguration", "webhooks", &["name"], "name"),
     ("io.k8s.api.apps.v1.DaemonSetStatus", "conditions", &["type"], "type"),
     ("io.k8s.api.apps.v1.DeploymentStatus", "conditions", &["type"], "type"),
     ("io.k8s.api.apps.v1.ReplicaSetStatus", "conditions", &["type"], "type"),
@@ -237,6 +244,20 @@ const ATOMIC: &[&str] = &[
 
 /// Defaults that do not depend on other fields: definition, field, JSON.
 const DEFAULTS: &[(&str, &str, &str)] = &[
+    ("io.k8s.api.admissionregistration.v1.MutatingWebhook", "failurePolicy", r#""Fail""#),
+    ("io.k8s.api.admissionregistration.v1.MutatingWebhook", "matchPolicy", r#""Equivalent""#),
+    ("io.k8s.api.admissionregistration.v1.MutatingWebhook", "namespaceSelector", "{}"),
+    ("io.k8s.api.admissionregistration.v1.MutatingWebhook", "objectSelector", "{}"),
+    ("io.k8s.api.admissionregistration.v1.MutatingWebhook", "timeoutSeconds", "10"),
+    ("io.k8s.api.admissionregistration.v1.ValidatingWebhook", "failurePolicy", r#""Fail""#),
+    ("io.k8s.api.admissionregistration.v1.ValidatingWebhook", "matchPolicy", r#""Equivalent""#),
+    ("io.k8s.api.admissionregistration.v1.ValidatingWebhook", "namespaceSelector", "{}"),
+    ("io.k8s.api.admissionregistration.v1.ValidatingWebhook", "objectSelector", "{}"),
+    ("io.k8s.api.admissionregistration.v1.ValidatingWebhook", "timeoutSeconds", "10"),
+    ("io.k8s.api.admissionregistration.v1.MutatingWebhook", "reinvocationPolicy", r#""Never""#),
+    ("io.k8s.api.admissionregistration.v1.RuleWithOperations", "scope", r#""*""#),
+    ("io.k8s.api.admissionregistration.v1.ServiceReference", "port", "443"),
+    ("io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.ServiceReference", "port", "443"),
     ("io.k8s.api.core.v1.PodSpec", "restartPolicy", r#""Always""#),
     ("io.k8s.api.core.v1.PodSpec", "dnsPolicy", r#""ClusterFirst""#),
     ("io.k8s.api.core.v1.PodSpec", "schedulerName", r#""default-scheduler""#),

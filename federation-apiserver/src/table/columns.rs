@@ -189,6 +189,7 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
         wide("Groups", |o, _| json!(subjects(o, "Group"))),
         wide("ServiceAccounts", |o, _| json!(subjects(o, "ServiceAccount"))),
     ];
+    const WEBHOOKS: &[Builtin] = &[number("Webhooks", |o, _| json!(list(o, &["webhooks"]).len())), AGE];
     const OTHERS: &[Builtin] = &[AGE];
     match plural {
         "pods" => (true, PODS),
@@ -209,6 +210,7 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
         "customresourcedefinitions" => (true, CRDS),
         "roles" | "clusterroles" => (true, ROLES),
         "rolebindings" | "clusterrolebindings" => (true, BINDINGS),
+        "mutatingwebhookconfigurations" | "validatingwebhookconfigurations" => (true, WEBHOOKS),
         _ => (true, OTHERS),
     }
 }

@@ -1,0 +1,366 @@
+//! The HTTPS client of all webhooks: HTTP/1.1 connections that are kept for the next call, by destination.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use base64::Engine as _;
+use bytes::Bytes;
+use http::{Request, Response, Uri, header};
+use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use hyper::client::conn::http1::SendRequest;
+use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
+use serde_json::Value;
+use tls::{ClientTls, TlsVersions};
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument as _;
+
+/// Largest answer of a webhook: a conversion may answer with as many objects as it was asked about, each grown.
+const MAX_ANSWER: usize = 16 << 20;
+/// As much of an answer that is no review as an error tells, as client-go.
+const MAX_TEXT: usize = 2048;
+/// Connections to one destination that are kept while nobody uses them.
+const MAX_IDLE: usize = 8;
+/// How long; shorter than servers commonly wait before they close.
+const IDLE_TIME: Duration = Duration::from_secs(60);
+/// Destinations that are remembered. Only administrators name them.
+const MAX_DESTINATIONS: usize = 256;
+/// Where systems keep the certificate authorities that they trust.
+const SYSTEM_CA: &[&str] =
+    &["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
+
+/// The bundle of authorities that this system trusts, if it has one.
+pub(crate) fn system_authorities() -> Option<PathBuf> {
+    SYSTEM_CA.iter().map(PathBuf::from).find(|p| p.exists())
+}
+
+/// How a call failed.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum CallError {
+    /// Not reached, or the connection broke.
+    #[error("Post {url:?}: {why}")]
+    Connect { url: String, why: String },
+    #[error("Post {url:?}: context deadline exceeded")]
+    Timeout { url: String },
+    #[error("unable to load root certificates: {0}")]
+    CaBundle(String),
+    /// An answer with a code that is none of success.
+    #[error("{0}")]
+    Refused(String),
+    #[error("{0}")]
+    Malformed(String),
+}
+
+/// Where to connect to and how to check who answers.
+#[derive(Clone, Debug)]
+pub(crate) struct Destination {
+    url: String,
+    path: String,
+    authority: String,
+    key: Key,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    host: String,
+    port: u16,
+    /// Name in the certificate.
+    name: String,
+    ca: String,
+}
+
+/// Connections by destination.
+#[derive(Debug, Default)]
+pub(crate) struct Client {
+    peers: Mutex<HashMap<Key, Peer>>,
+}
+
+struct Peer {
+    tls: ClientTls,
+    idle: Vec<Connection>,
+    used: Instant,
+}
+
+struct Connection {
+    sender: SendRequest<Full<Bytes>>,
+    since: Instant,
+    _task: AbortOnDropHandle<()>,
+}
+
+// === impl Destination ===
+
+impl Destination {
+    /// From a URL; `dial` is where to connect to when that is not where the URL says.
+    pub(crate) fn new(url: &str, dial: Option<(String, u16)>, ca: &str) -> Result<Self, CallError> {
+        let bad = || CallError::Connect { url: url.to_owned(), why: "invalid URL".into() };
+        let uri: Uri = url.parse().map_err(|_| bad())?;
+        let name = uri.host().ok_or_else(bad)?.trim_matches(['[', ']']).to_owned();
+        let own = (name.clone(), uri.port_u16().unwrap_or(443));
+        let (host, port) = dial.unwrap_or(own);
+        Ok(Self {
+            url: url.to_owned(),
+            path: uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string),
+            authority: uri.authority().map_or_else(String::new, ToString::to_string),
+            key: Key { host, port, name, ca: ca.to_owned() },
+        })
+    }
+
+    fn failed(&self, why: impl Into<String>) -> CallError {
+        CallError::Connect { url: self.url.clone(), why: why.into() }
+    }
+}
+
+// === impl Peer ===
+
+impl std::fmt::Debug for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Peer").field("idle", &self.idle.len()).finish_non_exhaustive()
+    }
+}
+
+// === impl Client ===
+
+impl Client {
+    /// Posts JSON and reads the JSON of the answer, all within `timeout`.
+    pub(crate) async fn post(
+        &self,
+        destination: &Destination,
+        body: Bytes,
+        timeout: Duration,
+    ) -> Result<Value, CallError> {
+        let exchange = tokio::time::timeout(timeout, self.exchange(destination, body)).await;
+        let (code, bytes) = exchange.map_err(|_| CallError::Timeout { url: destination.url.clone() })??;
+        if !(200..300).contains(&code) {
+            return Err(CallError::Refused(refusal(code, &bytes)));
+        }
+        serde_json::from_slice(&bytes)
+            .map_err(|e| CallError::Malformed(format!("couldn't get version/kind; json parse error: {e}")))
+    }
+
+    async fn exchange(&self, destination: &Destination, body: Bytes) -> Result<(u16, Bytes), CallError> {
+        let mut request = Request::post(destination.path.as_str())
+            .header(header::HOST, destination.authority.as_str())
+            .header(header::ACCEPT, "application/json, */*")
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::USER_AGENT, concat!("cellway-apiserver/", env!("CARGO_PKG_VERSION")))
+            .body(Full::new(body))
+            .map_err(|e| destination.failed(e.to_string()))?;
+        loop {
+            let (mut connection, kept) = match self.idle(&destination.key) {
+                Some(connection) => (connection, true),
+                None => (self.connect(destination).await?, false),
+            };
+            match connection.sender.try_send_request(request).await {
+                Ok(response) => return self.read(destination, connection, response).await,
+                Err(mut error) => match error.take_message() {
+                    // The server closed a kept connection before anything was sent: the next one, or a new one.
+                    Some(unsent) if kept => request = unsent,
+                    _ => return Err(destination.failed(text(error.error()))),
+                },
+            }
+        }
+    }
+
+    async fn read(
+        &self,
+        destination: &Destination,
+        connection: Connection,
+        response: Response<Incoming>,
+    ) -> Result<(u16, Bytes), CallError> {
+        let code = response.status().as_u16();
+        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|error| {
+            if error.downcast_ref::<LengthLimitError>().is_some() {
+                return CallError::Malformed(format!("the answer is larger than {MAX_ANSWER} bytes"));
+            }
+            destination.failed(text(error.as_ref()))
+        })?;
+        self.keep(&destination.key, connection);
+        Ok((code, body.to_bytes()))
+    }
+
+    /// A kept connection that is still open.
+    fn idle(&self, key: &Key) -> Option<Connection> {
+        let mut peers = self.peers.lock();
+        let peer = peers.get_mut(key)?;
+        peer.used = Instant::now();
+        loop {
+            let connection = peer.idle.pop()?;
+            if connection.since.elapsed() < IDLE_TIME && !connection.sender.is_closed() {
+                return Some(connection);
+            }
+        }
+    }
+
+    fn keep(&self, key: &Key, connection: Connection) {
+        let mut peers = self.peers.lock();
+        if let Some(peer) = peers.get_mut(key)
+            && peer.idle.len() < MAX_IDLE
+        {
+            peer.idle.retain(|c| c.since.elapsed() < IDLE_TIME && !c.sender.is_closed());
+            peer.idle.push(Connection { since: Instant::now(), ..connection });
+        }
+    }
+
+    fn tls(&self, key: &Key) -> Result<ClientTls, CallError> {
+        if let Some(peer) = self.peers.lock().get(key) {
+            return Ok(peer.tls.clone());
+        }
+        let tls = authorities(&key.ca).map_err(CallError::CaBundle)?;
+        let mut peers = self.peers.lock();
+        if peers.len() >= MAX_DESTINATIONS
+            && let Some(oldest) = peers.iter().min_by_key(|(_, p)| p.used).map(|(k, _)| k.clone())
+        {
+            peers.remove(&oldest);
+        }
+        let peer = Peer { tls: tls.clone(), idle: Vec::new(), used: Instant::now() };
+        peers.entry(key.clone()).or_insert(peer);
+        Ok(tls)
+    }
+
+    async fn connect(&self, destination: &Destination) -> Result<Connection, CallError> {
+        let key = &destination.key;
+        let tls = self.tls(key)?;
+        let tcp = dial(&key.host, key.port).await.map_err(|why| destination.failed(why))?;
+        let name = tls::ServerName::try_from(key.name.clone())
+            .map_err(|_| destination.failed(format!("{:?} is no name of a server", key.name)))?;
+        let stream = tls.connector(&[b"http/1.1"]).connect(name, tcp).await;
+        let stream = stream.map_err(|e| destination.failed(handshake_text(&e, &key.name)))?;
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| destination.failed(text(&e)))?;
+        let task = tokio::spawn(async move { drop(connection.await) }.in_current_span());
+        Ok(Connection { sender, since: Instant::now(), _task: AbortOnDropHandle::new(task) })
+    }
+}
+
+/// What to trust: a configured bundle, or the system's.
+fn authorities(bundle: &str) -> Result<ClientTls, String> {
+    let tls = if bundle.is_empty() {
+        let path =
+            system_authorities().ok_or("there is no caBundle, and this system trusts no authorities")?;
+        ClientTls::from_files(path, None, None)
+    } else {
+        let pem = base64::engine::general_purpose::STANDARD.decode(bundle).map_err(|e| e.to_string())?;
+        ClientTls::from_pem(&String::from_utf8(pem).map_err(|e| e.to_string())?, None)
+    };
+    tls.and_then(|tls| tls.with_versions(TlsVersions::From12)).map_err(|e| text(&e))
+}
+
+/// Connects to the first address that answers.
+async fn dial(host: &str, port: u16) -> Result<TcpStream, String> {
+    let found = tokio::net::lookup_host((host, port)).await;
+    let addresses: Vec<_> = found.map_err(|_| format!("dial tcp: lookup {host}: no such host"))?.collect();
+    let mut failed = format!("dial tcp: lookup {host}: no such host");
+    for address in addresses {
+        match TcpStream::connect(address).await {
+            Ok(stream) => {
+                // Reviews are one small message each way.
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::debug!(%error, "a webhook's connection keeps small packets back");
+                }
+                return Ok(stream);
+            }
+            Err(error) => {
+                let why = match error.kind() {
+                    std::io::ErrorKind::ConnectionRefused => "connect: connection refused".to_owned(),
+                    std::io::ErrorKind::NetworkUnreachable => "connect: network is unreachable".to_owned(),
+                    std::io::ErrorKind::HostUnreachable => "connect: no route to host".to_owned(),
+                    std::io::ErrorKind::TimedOut => "i/o timeout".to_owned(),
+                    _ => error.to_string(),
+                };
+                failed = format!("dial tcp {address}: {why}");
+            }
+        }
+    }
+    Err(failed)
+}
+
+fn text(error: &(dyn std::error::Error + 'static)) -> String {
+    service::error_chain(error)
+}
+
+/// A failed handshake in the words of Go's crypto/tls where it has the same case.
+fn handshake_text(error: &std::io::Error, name: &str) -> String {
+    let text = error.to_string();
+    let verify = |why: &str| format!("tls: failed to verify certificate: x509: {why}");
+    // Another authority of the same name shows as a bad signature.
+    if text.contains("UnknownIssuer") || text.contains("BadSignature") {
+        verify("certificate signed by unknown authority")
+    } else if text.contains("NotValidForName") || text.contains("not valid for name") {
+        verify(&format!("certificate is not valid for {name}"))
+    } else if text.contains("Expired") || text.contains("expired") {
+        verify("certificate has expired or is not yet valid")
+    } else {
+        format!("tls: {text}")
+    }
+}
+
+/// What client-go says of an answer that is no success.
+fn refusal(code: u16, body: &[u8]) -> String {
+    let body = &body[..body.len().min(MAX_TEXT)];
+    let shown = String::from_utf8_lossy(body);
+    let shown = shown.trim();
+    if let Ok(status) = serde_json::from_slice::<Value>(body)
+        && crate::value::str_at(&status, &["kind"]) == "Status"
+        && !crate::value::str_at(&status, &["message"]).is_empty()
+    {
+        return crate::value::str_at(&status, &["message"]).to_owned();
+    }
+    match code {
+        400 => "the server rejected our request for an unknown reason".into(),
+        401 => "the server has asked for the client to provide credentials".into(),
+        403 if !shown.is_empty() => shown.to_owned(),
+        404 => "the server could not find the requested resource".into(),
+        405 => "the server does not allow this method on the requested resource".into(),
+        409 => "the server reported a conflict".into(),
+        422 => "the server rejected our request due to an error in our request".into(),
+        429 => "the server has received too many requests and has asked us to try again later".into(),
+        503 => "the server is currently unable to handle the request".into(),
+        504 => "the server was unable to return a response in the time allotted, but may still be processing the request".into(),
+        500.. => {
+            let shown = if shown.is_empty() { "unknown" } else { shown };
+            format!("an error on the server ({shown:?}) has prevented the request from succeeding")
+        }
+        _ => format!("the server responded with the status code {code} but did not return more information"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_become_destinations() {
+        let plain = Destination::new("https://hooks.test/a/b?timeout=5s", None, "").expect("a URL");
+        assert_eq!((plain.path.as_str(), plain.authority.as_str()), ("/a/b?timeout=5s", "hooks.test"));
+        assert_eq!((plain.key.host.as_str(), plain.key.port), ("hooks.test", 443));
+        let dial = Some(("10.1.2.3".to_owned(), 8443));
+        let service = Destination::new("https://x.ns.svc:443/?timeout=1s", dial, "").expect("a URL");
+        assert_eq!((service.key.name.as_str(), service.key.host.as_str()), ("x.ns.svc", "10.1.2.3"));
+        let six = Destination::new("https://[::1]:9/", None, "").expect("a URL");
+        assert_eq!((six.key.name.as_str(), six.key.port), ("::1", 9));
+        assert!(Destination::new("https://", None, "").is_err());
+    }
+
+    #[test]
+    fn refusals_read_as_client_go_writes_them() {
+        assert_eq!(
+            refusal(500, b" oops\n"),
+            "an error on the server (\"oops\") has prevented the request from succeeding"
+        );
+        assert_eq!(
+            refusal(502, b""),
+            "an error on the server (\"unknown\") has prevented the request from succeeding"
+        );
+        assert_eq!(refusal(404, b"x"), "the server could not find the requested resource");
+        assert_eq!(refusal(500, br#"{"kind": "Status", "message": "told"}"#), "told");
+        assert_eq!(
+            refusal(418, b""),
+            "the server responded with the status code 418 but did not return more information"
+        );
+    }
+}
