@@ -224,3 +224,94 @@ async fn reviews_and_impersonation() {
     assert_eq!(server.send_as(None, "GET", "/apis", &more, String::new()).await.code, 403);
     server.stop().await;
 }
+
+/// A role that shows what carries a label, tried as somebody would who wants to see the rest.
+#[tokio::test]
+async fn a_labelled_role_shows_its_own_and_gives_nothing_else_away() {
+    const MAPS: &str = "/api/v1/namespaces/default/configmaps";
+    let (server, _tokens) = server().await;
+    for (name, tenant) in [("ours", "red"), ("theirs", "blue")] {
+        made(
+            &server,
+            MAPS,
+            json!({"metadata": {"name": name, "labels": {"tenant": tenant}}, "data": {"k": name}}),
+        )
+        .await;
+    }
+    let mut red = role(
+        "red",
+        json!([{"apiGroups": ["", "rbac.authorization.k8s.io"], "resources": ["*"], "verbs": ["*"]}]),
+    );
+    red["metadata"]["annotations"] = json!({"cellway.io/visible": "tenant=red"});
+    // Should it be aggregated into another role, that role must not show everything.
+    red["metadata"]["labels"] = json!({"rbac.authorization.k8s.io/aggregate-to-view": "true"});
+    made(&server, &format!("{RBAC}/clusterroles"), red).await;
+    made(&server, &format!("{RBAC}/clusterrolebindings"), binding("red", "ClusterRole", "red")).await;
+    until_allowed(&server, "list", "", "configmaps", "default").await;
+
+    let names = |answer: &Answer| -> Vec<String> {
+        let items = answer.body["items"].as_array().cloned().unwrap_or_default();
+        items.iter().map(|item| item["metadata"]["name"].as_str().unwrap_or_default().to_owned()).collect()
+    };
+    for query in
+        ["", "?labelSelector=tenant", "?limit=1", "?resourceVersion=0", "?labelSelector=tenant%20notin%20(x)"]
+    {
+        let seen = jo(&server, "GET", &format!("{MAPS}{query}"), Value::Null).await;
+        assert_eq!((seen.code, names(&seen)), (200, vec!["ours".to_owned()]), "{query}: {}", seen.text);
+    }
+    for query in
+        ["?labelSelector=tenant%3Dblue", "?fieldSelector=metadata.name%3Dtheirs", "?labelSelector=!tenant"]
+    {
+        let seen = jo(&server, "GET", &format!("{MAPS}{query}"), Value::Null).await;
+        assert!(names(&seen).is_empty() && !seen.text.contains("theirs"), "{query}: {}", seen.text);
+    }
+    assert_eq!(jo(&server, "GET", &format!("{MAPS}/ours"), Value::Null).await.code, 200);
+    // There and not there look alike.
+    for name in ["theirs", "nobodys"] {
+        let answer = jo(&server, "GET", &format!("{MAPS}/{name}"), Value::Null).await;
+        assert_eq!(answer.code, 404, "{}", answer.text);
+        assert_eq!(answer.body["message"], format!("configmaps \"{name}\" not found"));
+    }
+    for accept in [
+        "application/json;as=Table;v=v1;g=meta.k8s.io",
+        "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io",
+    ] {
+        let headers = [("authorization", "Bearer t0ken"), ("accept", accept)];
+        let seen = server.send_as(None, "GET", MAPS, &headers, String::new()).await;
+        assert!(
+            seen.code == 200 && seen.text.contains("ours") && !seen.text.contains("theirs"),
+            "{}",
+            seen.text
+        );
+    }
+    let watched =
+        jo(&server, "GET", &format!("{MAPS}?watch=true&resourceVersion=0&timeoutSeconds=1"), Value::Null)
+            .await;
+    assert!(watched.text.contains("ours") && !watched.text.contains("theirs"), "{}", watched.text);
+    let named = "/api/v1/watch/namespaces/default/configmaps/theirs?timeoutSeconds=1&resourceVersion=0";
+    let watched = jo(&server, "GET", named, Value::Null).await;
+    assert!(!watched.text.contains("\"k\""), "{}", watched.text);
+
+    // Nothing but reading, and nothing that could be passed on.
+    let patch = json!({"metadata": {"labels": {"tenant": "blue"}}});
+    for (method, path, body) in [
+        ("DELETE", MAPS.to_owned(), Value::Null),
+        ("DELETE", format!("{MAPS}/ours"), Value::Null),
+        ("POST", MAPS.to_owned(), json!({"metadata": {"name": "new", "labels": {"tenant": "red"}}})),
+        ("PUT", format!("{MAPS}/ours"), patch),
+        ("POST", format!("{RBAC}/clusterrolebindings"), binding("more", "ClusterRole", "cluster-admin")),
+        (
+            "POST",
+            format!("{RBAC}/clusterroles"),
+            role("all", json!([{"apiGroups": [""], "resources": ["*"], "verbs": ["get"]}])),
+        ),
+    ] {
+        let answer = jo(&server, method, &path, body).await;
+        assert_eq!(answer.code, 403, "{method} {path}: {}", answer.text);
+    }
+    let view = server.get(&format!("{RBAC}/clusterroles/view")).await;
+    let rules = view.body["rules"].as_array().cloned().unwrap_or_default();
+    let everything = |rule: &Value| rule["verbs"] == json!(["*"]) && rule["resources"] == json!(["*"]);
+    assert!(!rules.iter().any(everything), "{}", view.text);
+    server.stop().await;
+}

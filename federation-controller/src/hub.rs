@@ -15,6 +15,7 @@ use federation_core::topology::Topology;
 use federation_core::types::FederatedType;
 use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::DynamicObject;
 use kube::runtime::watcher;
 use kube::{Api, Resource, ResourceExt as _};
@@ -177,6 +178,25 @@ impl HubState {
         change_map(&mut self.tenants, change, &mut self.unlisted, TENANTS);
         self.rebuild_topology();
         !self.tenants.values().map(|tenant| &tenant.spec).eq(before.iter())
+    }
+
+    /// Tenants, and cells whose tenant label is to change; `None` until everything has been listed.
+    #[allow(clippy::type_complexity)] // said once, here
+    pub(crate) fn tenants_and_cells(&self) -> Option<(Vec<Tenant>, Vec<(String, Option<String>)>)> {
+        if [CELLS, CLUSTERS, TENANTS].iter().any(|sort| self.unlisted.contains(sort)) {
+            return None;
+        }
+        let label = |meta: &ObjectMeta| meta.labels.as_ref()?.get(names::TENANT_LABEL).cloned();
+        let cells = self.cells.iter().filter_map(|(name, cell)| {
+            let inherits = cell.annotations().contains_key(names::TENANT_INHERITED_ANNOTATION);
+            let own = label(&cell.metadata);
+            if own.is_some() && !inherits {
+                return None;
+            }
+            let of = self.clusters.get(&cell.spec.cluster).and_then(|cluster| label(&cluster.metadata));
+            (own != of).then(|| (name.clone(), of))
+        });
+        Some((self.tenants.values().cloned().collect(), cells.collect()))
     }
 
     pub(crate) fn rules(&self) -> Arc<PropagationRules> {

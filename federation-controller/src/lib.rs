@@ -32,6 +32,7 @@ mod metrics;
 mod pace;
 mod queue;
 mod reconcile;
+mod tenants;
 mod tombstones;
 mod types;
 
@@ -43,7 +44,9 @@ use std::time::Duration;
 use federation_core::api::{
     Cell, Conversion, FederatedRevision, PropagationConfig, ReplicaSchedulingPreference, Tenant,
 };
+use federation_core::names::FEDERATION_NAMESPACE;
 use federation_core::types::FederatedType;
+use k8s_openapi::api::core::v1::Namespace;
 use kube::Api;
 use kube::api::DynamicObject;
 use kube::runtime::watcher;
@@ -81,6 +84,9 @@ pub struct Options {
     pub conversion: Conversion,
     /// Whether objects in members that the hub did not create may be taken over. Off: a name clash is reported, not won.
     pub adopt: bool,
+    /// Whether the hub API honours `cellway.io/visible` on roles, so that tenants can be shown their own clusters and cells
+    /// without showing them all. cellway's own does; no other does.
+    pub visibility: bool,
     /// With a lease, of several controllers only its holder acts. Without one this is the only controller.
     pub lease: Option<LeaseOptions>,
     /// Who the controller is towards members.
@@ -132,6 +138,8 @@ pub struct Handle {
 pub(crate) struct Shared {
     options: Options,
     hub: kube::Client,
+    /// Tells this hub's objects in members from another's.
+    hub_id: String,
     connector: Connector,
     state: RwLock<HubState>,
     members: RwLock<BTreeMap<String, Arc<Member>>>,
@@ -140,6 +148,8 @@ pub(crate) struct Shared {
     types_changed: Notify,
     /// There are new tombstones, or a member is back.
     tombstones_due: Notify,
+    /// Something about tenants has changed.
+    tenants_due: Notify,
     /// A cluster may have named a Secret.
     secrets_due: Notify,
     /// Something about units that were given up is to be told.
@@ -167,6 +177,7 @@ impl Default for Options {
             default_types: federation_core::types::builtin(),
             conversion: Conversion::default(),
             adopt: false,
+            visibility: false,
             lease: None,
             identity: Identity::default(),
             workers: 4,
@@ -233,6 +244,11 @@ impl Controller {
 
     /// Acts until `shutdown` completes.
     async fn act(&self, shutdown: impl Future<Output = ()> + Send) {
+        let mut shutdown = std::pin::pin!(shutdown);
+        let hub_id = tokio::select! {
+            () = &mut shutdown => return,
+            id = hub_id(&self.hub) => id,
+        };
         let (events, publisher) = events::channel(self.metrics.events_dropped.clone());
         let shared = Arc::new(Shared {
             state: RwLock::new(HubState::new()),
@@ -240,6 +256,7 @@ impl Controller {
             types: Types::new(),
             types_changed: Notify::new(),
             tombstones_due: Notify::new(),
+            tenants_due: Notify::new(),
             secrets_due: Notify::new(),
             failover_due: Notify::new(),
             clusters_changed: Notify::new(),
@@ -249,6 +266,7 @@ impl Controller {
             metrics: self.metrics.clone(),
             options: self.options.clone(),
             hub: self.hub.clone(),
+            hub_id,
             connector: self.connector.clone(),
         });
         *self.acting.write() = Some(Arc::clone(&shared));
@@ -258,6 +276,7 @@ impl Controller {
         Self::spawn_watches(&shared, &mut tasks);
         tasks.spawn(keep_members(Arc::clone(&shared)).instrument(info_span!("members")));
         tasks.spawn(tombstones::run(Arc::clone(&shared)).instrument(info_span!("tombstones")));
+        tasks.spawn(tenants::run(Arc::clone(&shared)).instrument(info_span!("tenants")));
         tasks.spawn(credentials::run(Arc::clone(&shared)).instrument(info_span!("credentials")));
         tasks.spawn(failover::run(Arc::clone(&shared)).instrument(info_span!("failover")));
         tasks.spawn(resync(Arc::clone(&shared)).instrument(info_span!("resync")));
@@ -265,7 +284,6 @@ impl Controller {
             tasks.spawn(work(Arc::clone(&shared)).instrument(info_span!("reconcile")));
         }
         info!("the federation controller runs");
-        let mut shutdown = std::pin::pin!(shutdown);
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
@@ -437,6 +455,11 @@ impl Shared {
         keys.into_iter().filter(|key| key.kind == kind).for_each(|key| self.queue.add(key));
     }
 
+    /// The hub's id; empty when it has none.
+    pub(crate) fn hub_id(&self) -> &str {
+        &self.hub_id
+    }
+
     /// The members, as they are now.
     pub(crate) fn members(&self) -> BTreeMap<String, Arc<Member>> {
         self.members.read().clone()
@@ -447,8 +470,26 @@ impl Shared {
         if changed {
             self.enqueue_all();
             self.failover_due.notify_one();
+            self.tenants_due.notify_one();
         }
         true
+    }
+}
+
+/// What tells this hub from any other: the uid of the namespace that its clusters are in, which outlives restarts, restores
+/// and a change of the machine. It must be known before anything is written.
+async fn hub_id(hub: &kube::Client) -> String {
+    let api: Api<Namespace> = Api::all(hub.clone());
+    let mut failures = 0;
+    loop {
+        match api.get_opt(FEDERATION_NAMESPACE).await {
+            Ok(found) => return found.and_then(|found| found.metadata.uid).unwrap_or_default(),
+            Err(error) => {
+                failures += 1;
+                warn!(failures, error = chain(&error), "cannot read the namespace {FEDERATION_NAMESPACE}");
+                tokio::time::sleep(retry_delay(failures, rand::random())).await;
+            }
+        }
     }
 }
 

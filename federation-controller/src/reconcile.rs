@@ -123,6 +123,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
     let revisions: Vec<&FederatedRevision> = stored.iter().map(AsRef::as_ref).collect();
     let made = plan(&PlanInput {
         of,
+        hub: shared.hub_id(),
         object: &federated,
         topology: &topology,
         rules: &rules,

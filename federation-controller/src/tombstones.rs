@@ -148,7 +148,7 @@ async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Resul
     };
     let Some(found) = api.get_opt(&stone.name).await? else { return Ok(()) };
     let value = serde_json::to_value(&found).unwrap_or_default();
-    if !belongs_to(&value, &stone.source) {
+    if !belongs_to(&value, &stone.source, shared.hub_id()) {
         return Ok(());
     }
     let done = if stone.orphan {

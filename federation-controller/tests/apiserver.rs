@@ -9,15 +9,16 @@ use federation_apiserver::simulation::SimulationConfig;
 use federation_apiserver::{ApiServer, Config, Converter, Role};
 use federation_controller::{ConnectError, Controller, Destination, Handle, Options, connector};
 use federation_core::api::{
-    Cell, CellSpec, Conversion, FederatedStatus, KubeFedCluster, KubeFedClusterSpec, Phase,
-    PropagationConfig, PropagationConfigSpec,
+    Cell, CellSpec, Conversion, FailoverPhase, FederatedStatus, KubeFedCluster, KubeFedClusterSpec, Phase,
+    PropagationConfig, PropagationConfigSpec, Tenant, TenantSpec, TenantSubject,
 };
 use federation_core::types;
 use http_body_util::BodyExt as _;
 use hyper_util::rt::TokioIo;
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::ConfigMap;
-use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use k8s_openapi::api::rbac::v1::ClusterRole;
+use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, ResourceExt as _};
 use parking_lot::Mutex;
@@ -31,6 +32,7 @@ const ZONE: &str = "topology.kubernetes.io/zone";
 
 struct World {
     hub: Client,
+    kubeconfig: std::path::PathBuf,
     x: Client,
     y: Client,
     down: Arc<Mutex<Vec<String>>>,
@@ -60,8 +62,8 @@ impl World {
         config.bootstrap = ["shop", "kube-federation-system"]
             .map(|name| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}))
             .into();
-        let hub = serve(config, &stop, &mut tasks).await;
-        let hub = client(&hub).await;
+        let kubeconfig = serve(config, &stop, &mut tasks).await;
+        let hub = client(&kubeconfig).await;
 
         let mut gateways = Vec::new();
         let mut clients = Vec::new();
@@ -106,16 +108,20 @@ impl World {
         let options = Options {
             probe_interval: Duration::from_millis(500),
             conversion: Conversion::InProcess,
+            visibility: true,
+            room_interval: Duration::from_millis(500),
             ..Options::default()
         };
-        let controller = Controller::new(hub.clone(), connector, options);
+        // With the rights that it has in a hub, and no more.
+        let own = client_as(&kubeconfig, "system:cellway:hub", &["system:cellway:controllers"]).await;
+        let controller = Controller::new(own, connector, options);
         let handle = controller.handle();
         let token = stop.clone();
         tasks.push(AbortOnDropHandle::new(tokio::spawn(async move {
             controller.run(token.cancelled_owned()).await
         })));
 
-        let world = Self { hub, x, y, down, open, handle, stop, tasks, _data: data };
+        let world = Self { hub, kubeconfig, x, y, down, open, handle, stop, tasks, _data: data };
         world.populate().await;
         world
     }
@@ -235,11 +241,20 @@ async fn serve(
 }
 
 async fn client(kubeconfig: &Path) -> Client {
-    let kubeconfig = Kubeconfig::read_from(kubeconfig).expect("kubeconfig");
-    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
-        .await
-        .expect("config");
+    Client::try_from(config(kubeconfig).await).expect("client")
+}
+
+/// The administrator in somebody else's place.
+async fn client_as(kubeconfig: &Path, user: &str, groups: &[&str]) -> Client {
+    let mut config = config(kubeconfig).await;
+    config.auth_info.impersonate = Some(user.to_owned());
+    config.auth_info.impersonate_groups = Some(groups.iter().map(|group| (*group).to_owned()).collect());
     Client::try_from(config).expect("client")
+}
+
+async fn config(kubeconfig: &Path) -> kube::Config {
+    let kubeconfig = Kubeconfig::read_from(kubeconfig).expect("kubeconfig");
+    kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.expect("config")
 }
 
 /// What the agent's gateway does: the member's API sees the agent's certificate and the hub's impersonation.
@@ -592,4 +607,113 @@ async fn is_masked(world: &World) -> bool {
 fn old(hub: &Client, kind: &str, plural: &str) -> Api<DynamicObject> {
     let gvk = kube::core::GroupVersionKind::gvk("types.kubefed.io", "v1beta1", kind);
     Api::namespaced_with(hub.clone(), "shop", &kube::core::ApiResource::from_gvk_with_plural(&gvk, plural))
+}
+
+fn code<T>(answer: Result<T, kube::Error>) -> u16 {
+    match answer {
+        Ok(_) => 200,
+        Err(kube::Error::Api(status)) => status.code,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// A tenant's admin does what they may, and tries what they may not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tenant_sees_and_reaches_its_own_and_nothing_else() {
+    let world = World::start().await;
+    let cells: Api<Cell> = Api::all(world.hub.clone());
+    for (cell, tenant) in [("a", "red"), ("b", "blue")] {
+        let patch = json!({"metadata": {"labels": {"cellway.io/tenant": tenant}}});
+        cells.patch(cell, &PatchParams::default(), &Patch::Merge(patch)).await.expect("labelled");
+    }
+    let spec = TenantSpec {
+        namespaces: vec!["shop".into()],
+        admins: vec![TenantSubject { kind: "User".into(), name: "jo".into(), namespace: None }],
+        viewers: Vec::new(),
+    };
+    let tenants: Api<Tenant> = Api::all(world.hub.clone());
+    tenants.create(&PostParams::default(), &Tenant::new("red", spec)).await.expect("tenant");
+
+    let jo = client_as(&world.kubeconfig, "jo", &[]).await;
+    let seen: Api<Cell> = Api::all(jo.clone());
+    let names = async || -> Option<Vec<String>> {
+        Some(seen.list(&ListParams::default()).await.ok()?.items.iter().map(|cell| cell.name_any()).collect())
+    };
+    until("jo sees the tenant's cell", async || names().await.filter(|names| *names == ["a"])).await;
+    assert_eq!(code(seen.get("a").await), 200);
+    assert_eq!(code(seen.get("b").await), 404, "what is another's is not there");
+    let clusters: Api<KubeFedCluster> = Api::namespaced(jo.clone(), "kube-federation-system");
+    assert!(clusters.list(&ListParams::default()).await.expect("list").items.is_empty());
+    assert_eq!(code(clusters.get("x").await), 404);
+
+    // What jo may: place in the tenant's namespace; and what it comes to.
+    let deployments: Api<DynamicObject> =
+        Api::namespaced_with(jo.clone(), "shop", &types::builtin()[0].hub_resource());
+    let made = json!({"apiVersion": "types.kubefed.io/v1beta2", "kind": "FederatedDeployment",
+        "metadata": {"name": "web", "namespace": "shop"}, "spec": {"template": template("web:1", 1),
+            "placement": {"units": [{"name": "a"}, {"name": "b"}, {"name": "c"}]}}});
+    let made: DynamicObject = serde_json::from_value(made).expect("object");
+    until("jo may place", async || deployments.create(&PostParams::default(), &made).await.ok()).await;
+    let theirs: Api<Deployment> = Api::namespaced(world.x.clone(), "shop");
+    until("a has it", async || theirs.get("web-a").await.ok()).await;
+    assert_eq!(code(theirs.get("web-b").await), 404);
+
+    // What jo may not: become the platform, or reach round it.
+    let params = PatchParams::default();
+    let label = json!({"metadata": {"labels": {"cellway.io/tenant": "red"}}});
+    assert_eq!(code(seen.patch("b", &params, &Patch::Merge(&label)).await), 403);
+    assert_eq!(code(seen.patch("a", &params, &Patch::Merge(json!({"spec": {"cluster": "y"}}))).await), 403);
+    let mine: Api<Tenant> = Api::all(jo.clone());
+    let more = json!({"spec": {"namespaces": ["shop", "default"]}});
+    assert_eq!(code(mine.patch("red", &params, &Patch::Merge(&more)).await), 403);
+    assert_eq!(code(clusters.patch("x", &params, &Patch::Merge(&label)).await), 403);
+    let secrets: Api<Secret> = Api::namespaced(jo.clone(), "kube-federation-system");
+    assert_eq!(code(secrets.list(&ListParams::default()).await), 403);
+    let elsewhere: Api<DynamicObject> =
+        Api::namespaced_with(jo.clone(), "default", &types::builtin()[0].hub_resource());
+    assert_eq!(code(elsewhere.list(&ListParams::default()).await), 403);
+    let roles: Api<ClusterRole> = Api::all(jo.clone());
+    let open = json!({"metadata": {"annotations": {"cellway.io/visible": null}}});
+    assert_eq!(code(roles.patch("cellway:tenant:red", &params, &Patch::Merge(&open)).await), 403);
+    assert_eq!(code(roles.list(&ListParams::default()).await), 403);
+
+    // Without the tenant there is nothing.
+    tenants.delete("red", &DeleteParams::default()).await.expect("deleted");
+    until("jo sees nothing", async || (code(seen.list(&ListParams::default()).await) == 403).then_some(()))
+        .await;
+    until("jo may nothing", async || (code(deployments.get("web").await) == 403).then_some(())).await;
+    world.end().await;
+}
+
+/// Simulated nodes and pods decide where the replicas of a cell go that is given up, and they come back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cell_is_evacuated_to_where_there_is_room() {
+    let world = World::start().await;
+    let deployment = json!({"apiVersion": "types.kubefed.io/v1beta2", "kind": "FederatedDeployment",
+        "metadata": {"name": "web", "namespace": "shop"}, "spec": {"template": template("web:1", 4),
+            "placement": {"units": [{"name": "a"}, {"name": "b"}]}}});
+    world.create(0, deployment).await;
+    world.settled(0, "it is ready", |status| status.ready_replicas == Some(8)).await;
+    let cells: Api<Cell> = Api::all(world.hub.clone());
+    let params = PatchParams::default();
+    let given_up = json!({"spec": {"failover": {"to": {"units": [{"name": "c"}]}, "stepPercent": 50}}});
+    cells.patch("a", &params, &Patch::Merge(given_up)).await.expect("given up");
+    let phase = async || cells.get("a").await.ok()?.status?.failover.map(|failover| failover.phase);
+    until("a is empty", async || phase().await.filter(|phase| *phase == FailoverPhase::Evacuated)).await;
+    let running = async |client: &Client, name: &str| -> Option<i32> {
+        let api: Api<Deployment> = Api::namespaced(client.clone(), "shop");
+        api.get(name).await.ok()?.status?.ready_replicas.or(Some(0))
+    };
+    until("their pods run", async || {
+        let (b, c) = (running(&world.x, "web-b").await?, running(&world.y, "web-c").await?);
+        (b + c == 8 && c > 0).then_some(())
+    })
+    .await;
+    assert_eq!(running(&world.x, "web-a").await, Some(0));
+
+    cells.patch("a", &params, &Patch::Merge(json!({"spec": {"failover": null}}))).await.expect("taken back");
+    until("it is back", async || phase().await.is_none().then_some(())).await;
+    until("its pods run", async || running(&world.x, "web-a").await.filter(|ready| *ready == 4)).await;
+    until("nothing stands in", async || running(&world.y, "web-c").await.is_none().then_some(())).await;
+    world.end().await;
 }

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use crate::names::{MANAGED_LABEL, RENDERED_ANNOTATION, SOURCE_ANNOTATION};
+use crate::names::{HUB_ANNOTATION, MANAGED_LABEL, RENDERED_ANNOTATION, SOURCE_ANNOTATION};
 
 /// Fields that name an element of a list of objects, in the order in which they are tried. They are the list-map keys
 /// of the built-in kinds; a list without one is compared as a whole.
@@ -41,6 +41,14 @@ pub enum Refusal {
     /// The member opted out.
     #[error("the member opted out with the label {MANAGED_LABEL}=false on the object")]
     OptedOut,
+    /// It belongs to another hub.
+    #[error(
+        "the object belongs to another hub ({hub}): take it out of that one, or let this one adopt it with the annotation cellway.io/adopt"
+    )]
+    OtherHub {
+        /// The other hub's id.
+        hub: String,
+    },
     /// It belongs to another federated object.
     #[error("the object belongs to {other} of the hub")]
     Other {
@@ -57,16 +65,23 @@ impl Refusal {
         match self {
             Self::NotManaged => "AlreadyExists",
             Self::OptedOut => "ManagedLabelFalse",
+            Self::OtherHub { .. } => "OwnedByAnotherHub",
             Self::Other { .. } => "OwnedByAnother",
         }
     }
 }
 
-/// Whether the hub may write an object that exists. `source` is the federated object's own mark.
-pub fn admit(live: &Value, source: &str, adopt: bool) -> Result<(), Refusal> {
+/// Whether the hub may write an object that exists. `source` is the federated object's own mark; `hub` the hub's id, empty
+/// when it has none.
+pub fn admit(live: &Value, source: &str, hub: &str, adopt: bool) -> Result<(), Refusal> {
     let managed = live["metadata"]["labels"][MANAGED_LABEL].as_str();
     if managed == Some("false") {
         return Err(Refusal::OptedOut);
+    }
+    if let (Some(other), false) = (of_another_hub(live, hub), adopt) {
+        /// It came from a member: the beginning says enough.
+        const SHOWN: usize = 63;
+        return Err(Refusal::OtherHub { hub: other.chars().take(SHOWN).collect() });
     }
     match live["metadata"]["annotations"][SOURCE_ANNOTATION].as_str() {
         Some(owner) if owner == source => Ok(()),
@@ -77,9 +92,16 @@ pub fn admit(live: &Value, source: &str, adopt: bool) -> Result<(), Refusal> {
     }
 }
 
-/// Whether an object is one of `source`'s.
-pub fn belongs_to(live: &Value, source: &str) -> bool {
+/// Whether an object is one of `source`'s at this hub. One without a hub's id is from before hubs had any.
+pub fn belongs_to(live: &Value, source: &str, hub: &str) -> bool {
     live["metadata"]["annotations"][SOURCE_ANNOTATION].as_str() == Some(source)
+        && of_another_hub(live, hub).is_none()
+}
+
+/// The hub that an object belongs to, if it is not this one.
+fn of_another_hub<'a>(live: &'a Value, hub: &str) -> Option<&'a str> {
+    let found = live["metadata"]["annotations"][HUB_ANNOTATION].as_str()?;
+    (!hub.is_empty() && found != hub).then_some(found)
 }
 
 /// Whether the live object is what was asked for.
@@ -247,7 +269,8 @@ mod tests {
     fn whose_object_it_is() {
         let object = |managed: Option<&str>, source: Option<&str>| json!({"metadata": {"labels": {MANAGED_LABEL: managed}, "annotations": {SOURCE_ANNOTATION: source}}});
         let check = |managed, source, adopt, expect: Result<(), &str>| {
-            let found = admit(&object(managed, source), "x/web", adopt).map_err(|refusal| refusal.reason());
+            let found =
+                admit(&object(managed, source), "x/web", "", adopt).map_err(|refusal| refusal.reason());
             assert_eq!(found, expect, "{managed:?} {source:?} {adopt}");
         };
         check(Some("true"), Some("x/web"), false, Ok(()));

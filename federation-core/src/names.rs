@@ -12,6 +12,8 @@ pub const REVISION_ANNOTATION: &str = "cellway.io/revision";
 pub const RENDERED_ANNOTATION: &str = "cellway.io/rendered";
 /// Annotation on member objects: `<federated plural>/<name>` of the hub object, in the same namespace.
 pub const SOURCE_ANNOTATION: &str = "cellway.io/source";
+/// Annotation on member objects: the hub that they come from, by the uid of its `kube-federation-system` namespace.
+pub const HUB_ANNOTATION: &str = "cellway.io/hub";
 /// Annotation on a federated object: `"true"` leaves the member objects in place when it is deleted.
 pub const ORPHAN_ANNOTATION: &str = "kubefed.io/orphan";
 /// Annotation on a federated object: how member objects are deleted, as JSON of Kubernetes' `DeleteOptions`.
@@ -24,6 +26,12 @@ pub const ADOPT_ANNOTATION: &str = "cellway.io/adopt";
 pub const UNREACHABLE_ANNOTATION: &str = "cellway.io/unreachable";
 /// Label on a cluster or a cell: the tenant that it belongs to. Set by the platform.
 pub const TENANT_LABEL: &str = "cellway.io/tenant";
+/// Annotation on a cell: its tenant label is its cluster's, and follows that.
+pub const TENANT_INHERITED_ANNOTATION: &str = "cellway.io/tenant-inherited";
+/// Label on what is generated for tenants: whose it is.
+pub const TENANT_ROLE_LABEL: &str = "cellway.io/tenant-role";
+/// Annotation on a role at the hub: `key=value`, the label of the only objects that the role lets people read.
+pub const VISIBLE_ANNOTATION: &str = "cellway.io/visible";
 /// Finalizer that keeps a federated object until its member objects are gone or orphaned.
 pub const FINALIZER: &str = "kubefed.io/sync-controller";
 /// The one field manager of every write into a member.

@@ -37,7 +37,7 @@ use crate::api::{
 };
 use crate::drift;
 use crate::names::{
-    self, ADOPT_ANNOTATION, DELETE_OPTION_ANNOTATION, ORPHAN_ANNOTATION, REVISION_ANNOTATION,
+    self, ADOPT_ANNOTATION, DELETE_OPTION_ANNOTATION, HUB_ANNOTATION, ORPHAN_ANNOTATION, REVISION_ANNOTATION,
     UNREACHABLE_ANNOTATION,
 };
 use crate::overrides;
@@ -348,7 +348,7 @@ impl<'a> Planner<'a> {
         let seen: Vec<&str> = names
             .iter()
             .filter_map(|name| view.objects.get(name))
-            .filter(|live| drift::belongs_to(&live.value, &self.source))
+            .filter(|live| drift::belongs_to(&live.value, &self.source, self.input.hub))
             .filter_map(|live| live.value["metadata"]["annotations"][REVISION_ANNOTATION].as_str())
             // It came from a member: what cannot be a revision's name is none.
             .filter(|revision| revision.len() <= names::MAX_OBJECT_NAME)
@@ -482,12 +482,16 @@ impl<'a> Planner<'a> {
         let object = rendered.name.as_str();
         let live = view.objects.get(object);
         let mut desired = rendered.at(revision);
+        if !input.hub.is_empty() {
+            desired["metadata"]["annotations"][HUB_ANNOTATION] = input.hub.into();
+        }
         if let (true, Some(live)) = (rendered.retain_replicas, live)
             && let Some(replicas) = live.value["spec"].get("replicas")
         {
             desired["spec"]["replicas"] = replicas.clone();
         }
-        let verdict = live.map_or(Ok(()), |live| drift::admit(&live.value, &self.source, self.adopt));
+        let verdict =
+            live.map_or(Ok(()), |live| drift::admit(&live.value, &self.source, self.input.hub, self.adopt));
         let going = live.is_some_and(|live| !live.value["metadata"]["deletionTimestamp"].is_null());
         let unwanted = |field, rules: &crate::metadata::KeyRules| -> Vec<String> {
             let Some(live) = live.filter(|_| revision == current) else { return Vec::new() };
@@ -647,7 +651,7 @@ impl<'a> Planner<'a> {
             let keep = self.keep.get(cluster);
             for (name, live) in &view.objects {
                 let wanted = keep.is_some_and(|keep| keep.contains(name));
-                if wanted || !drift::belongs_to(&live.value, &self.source) {
+                if wanted || !drift::belongs_to(&live.value, &self.source, self.input.hub) {
                     continue;
                 }
                 leftovers.entry(cluster.as_str()).or_default().push(name.as_str());

@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use federation_core::api::{FederatedRevision, PlacementMask, Snapshot};
+use federation_core::api::{FederatedObject, FederatedRevision, PlacementMask, PropagationConfig, Snapshot};
+use federation_core::metadata::PropagationRules;
 use federation_core::render::render;
 use federation_core::topology::Unit;
-use kube::ResourceExt as _;
-use kube::api::PostParams;
+use kube::api::{ListParams, PostParams};
+use kube::{Api, ResourceExt as _};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -167,7 +168,7 @@ pub(crate) async fn rollback(args: RollbackArgs) -> Result<()> {
     }
     let mut object = found.raw.clone();
     let spec = &mut object.data["spec"];
-    restore(spec, &to.spec.snapshot)?;
+    restore(spec, &to.spec.snapshot, &found.object, &rules(&found).await?)?;
     found.api.replace(&found.name, &PostParams::default(), &object).await.map_err(explain(&tried))?;
     let mask = match &found.object.spec.placement_mask {
         Some(_) => " where the mask lets it",
@@ -324,13 +325,35 @@ fn before<'a>(revisions: &'a [FederatedRevision], to: &FederatedRevision) -> Res
     })
 }
 
-/// Puts what a snapshot says into a spec. Metadata comes back through the template, which gives the same revision again.
-fn restore(spec: &mut Value, snapshot: &Snapshot) -> Result<()> {
+/// Whose annotations and labels are, at this hub.
+async fn rules(found: &Found) -> Result<PropagationRules> {
+    let api: Api<PropagationConfig> = Api::all(found.hub.client().clone());
+    let all = api.list(&ListParams::default()).await.map_err(explain("list the propagation configs"))?;
+    Ok(PropagationRules::new(&all.items))
+}
+
+/// Puts what a snapshot says into a spec. Metadata that the object itself propagates comes from there again; the rest comes
+/// back through the template. Both give the same revision again.
+fn restore(
+    spec: &mut Value,
+    snapshot: &Snapshot,
+    object: &FederatedObject,
+    rules: &PropagationRules,
+) -> Result<()> {
     let tried = "restore the revision";
     let value = |of: serde_json::Result<Value>| of.map_err(|error| Error::failed(tried, error));
     let mut template = snapshot.template.clone();
     let mut metadata = Map::new();
-    for (field, map) in [("labels", &snapshot.labels), ("annotations", &snapshot.annotations)] {
+    let own = &object.metadata;
+    for (field, map, own, rules) in [
+        ("labels", &snapshot.labels, &own.labels, &rules.labels),
+        ("annotations", &snapshot.annotations, &own.annotations, &rules.annotations),
+    ] {
+        let comes_by_itself = |key: &String, value: &String| {
+            rules.sets_from_object(key) && own.as_ref().and_then(|own| own.get(key)) == Some(value)
+        };
+        let mut map = map.clone();
+        map.retain(|key, value| !comes_by_itself(key, value));
         if !map.is_empty() {
             metadata.insert(field.into(), value(serde_json::to_value(map))?);
         }
@@ -445,12 +468,27 @@ mod tests {
         };
         let mut spec = json!({"template": {"spec": {"replicas": 9}, "extra": 1}, "placement": {"units": []},
             "overrides": [{"units": ["a"], "patches": []}], "placementMask": {"units": ["a"]}});
-        restore(&mut spec, &snapshot).unwrap();
+        let mut object = FederatedObject::new("web", federation_core::api::FederatedSpec::default());
+        restore(&mut spec, &snapshot, &object, &PropagationRules::default()).unwrap();
         assert_eq!(
             spec["template"],
             json!({"metadata": {"labels": {"app": "web"}}, "spec": {"replicas": 2}})
         );
         assert_eq!(spec["overrides"], json!([]));
         assert_eq!(spec["placementMask"], json!({"units": ["a"]}), "the mask is not a revision's");
+
+        // What the object propagates by itself stays the object's; what it has otherwise now comes back in the template.
+        let config: PropagationConfig =
+            serde_json::from_value(json!({"apiVersion": "policy.cellway.io/v1alpha1",
+            "kind": "PropagationConfig", "metadata": {"name": "default"},
+            "spec": {"labels": [{"key": "app", "class": "Spec"}]}}))
+            .unwrap();
+        let rules = PropagationRules::new([&config]);
+        object.metadata.labels = Some([("app".to_owned(), "web".to_owned())].into());
+        restore(&mut spec, &snapshot, &object, &rules).unwrap();
+        assert_eq!(spec["template"], json!({"spec": {"replicas": 2}}));
+        object.metadata.labels = Some([("app".to_owned(), "other".to_owned())].into());
+        restore(&mut spec, &snapshot, &object, &rules).unwrap();
+        assert_eq!(spec["template"]["metadata"]["labels"], json!({"app": "web"}));
     }
 }

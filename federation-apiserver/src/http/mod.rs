@@ -70,6 +70,8 @@ pub(crate) struct Call {
     pub(crate) method: Method,
     pub(crate) query: Query,
     pub(crate) user: Arc<UserInfo>,
+    /// The label selector of what the user may read of this; "" for everything.
+    pub(crate) visible: String,
     /// What admission has to say.
     pub(crate) notes: Arc<Notes>,
     pub(crate) request: Request<Body>,
@@ -147,9 +149,10 @@ impl App {
         if !decision.allowed {
             return Err(attributes.forbidden(&user, &decision.reason));
         }
+        let visible = decision.selector();
         if trace.long_running {
             let notes = trace.notes.clone();
-            let call = Call { method, query, user: Arc::new(user), notes, request };
+            let call = Call { method, query, user: Arc::new(user), visible, notes, request };
             return self.dispatch(parsed, call).await;
         }
         let place = if user.is_in(MASTERS) || is_probe(&attributes) {
@@ -164,7 +167,7 @@ impl App {
                 request = record(trail, request, self.limits.body).await?;
             }
             let notes = trace.notes.clone();
-            let call = Call { method, query, user: Arc::new(user), notes, request };
+            let call = Call { method, query, user: Arc::new(user), visible, notes, request };
             self.clone().dispatch(parsed, call).await
         };
         let answer = tokio::time::timeout(self.limits.request_timeout, work).await;

@@ -26,6 +26,20 @@ use crate::value::str_at;
 /// Largest `limit` of a list; more is given in pages all the same.
 const MAX_LIMIT: u64 = 100_000;
 
+/// What of a request decides what is read.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    query: &'a Query,
+    /// [`Call::visible`].
+    visible: &'a str,
+}
+
+impl<'a> Asked<'a> {
+    fn of(call: &'a Call) -> Self {
+        Self { query: &call.query, visible: &call.visible }
+    }
+}
+
 /// Answers a request for a resource.
 pub(super) async fn handle(
     app: &Arc<App>,
@@ -49,9 +63,9 @@ pub(super) async fn handle(
     }
     let target = Target { resource, namespace: path.namespace.clone(), name: path.name.clone() };
     match (path.subresource.as_str(), verb) {
-        ("", "watch") => watch(app, &target, &call.query, accept).await,
-        ("", "list") => list(app, &target, &call.query, accept).await,
-        ("", "get") => get(app, &target, &call.query, accept).await,
+        ("", "watch") => watch(app, &target, Asked::of(&call), accept).await,
+        ("", "list") => list(app, &target, Asked::of(&call), accept).await,
+        ("", "get") => get(app, &target, Asked::of(&call), accept).await,
         ("", "create") => create(app, &target, call, accept).await,
         ("", "delete") => delete(app, &target, call, accept).await,
         ("", "deletecollection") => delete_collection(app, &target, call, accept).await,
@@ -63,7 +77,7 @@ pub(super) async fn handle(
             let subresource = if status { "status" } else { "" };
             write(app, &target, call, accept, subresource).await
         }
-        ("status", "get") if target.resource.status => get(app, &target, &call.query, accept).await,
+        ("status", "get") if target.resource.status => get(app, &target, Asked::of(&call), accept).await,
         ("scale", "get") => {
             let stored = app.registry.get(&target).await?;
             let scale = app.registry.scale_of(&target, &stored.object)?;
@@ -130,23 +144,33 @@ fn shaped(
     response::value(code, &value, accept.encoding)
 }
 
-fn filter_of(query: &Query, target: &Target) -> Result<Filter, ApiError> {
+fn filter_of(asked: Asked<'_>, target: &Target) -> Result<Filter, ApiError> {
+    let query = asked.query;
     let mut fields = FieldSelector::parse(query.get("fieldSelector"))?;
     fields.check(&target.resource)?;
     if !target.name.is_empty() {
         fields = fields.with_name(&target.name);
     }
-    Ok(Filter { labels: LabelSelector::parse(query.get("labelSelector"))?, fields })
+    let visible = LabelSelector::parse(asked.visible)?;
+    Ok(Filter { labels: LabelSelector::parse(query.get("labelSelector"))?.and(visible), fields })
 }
 
 async fn get(
     app: &Arc<App>,
     target: &Target,
-    query: &Query,
+    asked: Asked<'_>,
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
+    let query = asked.query;
     let entry = app.registry.entry(target, query.get("resourceVersion")).await?;
     let (resource, revision) = (&target.resource, entry.kv.mod_revision);
+    if !asked.visible.is_empty() {
+        let object = entry.object(resource, revision)?;
+        if !LabelSelector::parse(asked.visible)?.matches(object["metadata"].get("labels")) {
+            // As if it were not there: that it is, is not theirs to know.
+            return Err(ApiError::not_found(&resource.group, &resource.plural, &target.name));
+        }
+    }
     if accept == Accept::default() {
         let mut text = Vec::with_capacity(entry.kv.value.len() + 64);
         entry.encode(resource, revision, true, &mut text)?;
@@ -158,12 +182,13 @@ async fn get(
 async fn list(
     app: &Arc<App>,
     target: &Target,
-    query: &Query,
+    asked: Asked<'_>,
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
+    let query = asked.query;
     let limit = query.number("limit")?.filter(|l| *l > 0).map(|l| l.min(MAX_LIMIT));
     let options = ListOptions {
-        filter: filter_of(query, target)?,
+        filter: filter_of(asked, target)?,
         limit: limit.map(|l| usize::try_from(l).unwrap_or(usize::MAX)),
         token: query.get("continue").to_owned(),
         resource_version: query.get("resourceVersion").to_owned(),
@@ -208,11 +233,12 @@ async fn list(
 async fn watch(
     app: &Arc<App>,
     target: &Target,
-    query: &Query,
+    asked: Asked<'_>,
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
+    let query = asked.query;
     let options = WatchOptions {
-        filter: filter_of(query, target)?,
+        filter: filter_of(asked, target)?,
         resource_version: query.get("resourceVersion").to_owned(),
         version_match: query.get("resourceVersionMatch").to_owned(),
         bookmarks: query.flag("allowWatchBookmarks")?,
@@ -455,7 +481,7 @@ async fn delete_collection(
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
     let mut options = delete_options(&call)?;
-    let filter = filter_of(&call.query, target)?;
+    let filter = filter_of(Asked::of(&call), target)?;
     let decoded = object_body(app, call).await?;
     options.read(&decoded.value)?;
     let items = app.registry.delete_collection(target, &filter, &options).await?;

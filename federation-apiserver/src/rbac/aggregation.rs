@@ -7,6 +7,7 @@ use federation_store::KeyRange;
 use serde_json::{Value, json};
 
 use super::GROUP;
+use super::index::VISIBLE;
 use crate::registry::selectors::Filter;
 use crate::registry::{Registry, Target, store_error};
 use crate::status::ApiError;
@@ -82,6 +83,8 @@ fn collect(selectors: &Value, roles: &[Value], own: &str) -> Value {
     for selector in selectors.as_array().into_iter().flatten() {
         for role in roles {
             if str_at(role, &["metadata", "name"]) == own
+                // What speaks of some objects only must not come to speak of all.
+                || at(role, &["metadata", "annotations", VISIBLE]).is_some()
                 || !matches(selector, at(role, &["metadata", "labels"]))
             {
                 continue;
@@ -124,7 +127,10 @@ mod tests {
     fn selected_rules_are_collected_once() {
         let rule = |verb: &str| json!({"verbs": [verb]});
         let role = |name: &str, label: &str, rules: Value| json!({"metadata": {"name": name, "labels": {"to": label}}, "rules": rules});
+        let mut some = role("some", "x", json!([rule("escalate")]));
+        some["metadata"]["annotations"] = json!({VISIBLE: "tenant=red"});
         let roles = [
+            some,
             role("a", "x", json!([rule("get"), rule("list")])),
             role("b", "x", json!([rule("get"), rule("watch")])),
             role("c", "y", json!([rule("delete")])),

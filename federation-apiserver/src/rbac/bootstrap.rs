@@ -324,7 +324,13 @@ fn hub() -> Vec<Value> {
                     &["apiextensions.k8s.io"],
                     &["customresourcedefinitions"]
                 ),
-                rule(&["create", "patch", "update"], &["", "events.k8s.io"], &["events"]),
+                rule(READ_WRITE, &["", "events.k8s.io"], &["events"]),
+                // What tenants get is made from their Tenant objects; no more can be given than is had.
+                rule(
+                    READ_WRITE,
+                    &["rbac.authorization.k8s.io"],
+                    &["clusterroles", "clusterrolebindings", "rolebindings"]
+                ),
                 rule(
                     &["create", "delete", "get", "list", "patch", "update", "watch"],
                     &["coordination.k8s.io"],

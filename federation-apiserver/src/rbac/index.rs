@@ -16,6 +16,9 @@ use crate::registry::{Registry, store_error};
 use crate::status::ApiError;
 use crate::value::str_at;
 
+/// Annotation on a role: `key=value`, the label of the only objects that it lets people get, list and watch. Everything
+/// else that its rules say is without effect.
+pub const VISIBLE: &str = "cellway.io/visible";
 /// Prefix of the keys of all four kinds.
 const PREFIX: &str = "/registry/rbac.authorization.k8s.io/";
 /// Objects read at once at start.
@@ -41,9 +44,20 @@ struct Policies {
     by_subject: HashMap<Subject, BTreeMap<String, BTreeSet<String>>>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Role {
     rules: Arc<[Rule]>,
+    visible: Visible,
+}
+
+/// Which objects a role speaks of. Source: the annotation [`VISIBLE`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Visible {
+    Everything,
+    /// Only what carries the label, and only for reading.
+    Labelled(Arc<(String, String)>),
+    /// The annotation cannot be read: better nothing than everything.
+    Nothing,
 }
 
 #[derive(Debug)]
@@ -91,29 +105,46 @@ impl Index {
         let namespace = attributes.resource.as_ref().map_or("", |r| r.namespace.as_str());
         let mut errors = Vec::new();
         let mut allowed = None;
-        self.policies.read().visit(user, namespace, &mut |binding, subject, rules| {
-            match rules {
-                Ok(rules) if rules.iter().any(|rule| rule.allows(attributes)) => {
-                    allowed = Some(format!("RBAC: allowed by {}", binding.describe(subject)));
-                }
+        let mut visible = Vec::new();
+        let mut partly = None;
+        let reads = matches!(attributes.verb.as_str(), "get" | "list" | "watch")
+            && attributes.resource.as_ref().is_some_and(|of| of.subresource.is_empty());
+        self.policies.read().visit(user, namespace, &mut |binding, subject, role| {
+            let reason = || format!("RBAC: allowed by {}", binding.describe(subject));
+            match role {
+                Ok(role) if role.rules.iter().any(|rule| rule.allows(attributes)) => match role.visible {
+                    Visible::Everything => allowed = Some(reason()),
+                    Visible::Labelled(label) if reads => {
+                        partly.get_or_insert_with(reason);
+                        visible.push((label.0.clone(), label.1.clone()));
+                    }
+                    Visible::Labelled(_) | Visible::Nothing => {}
+                },
                 Ok(_) => {}
                 Err(error) => errors.push(error),
             }
             allowed.is_none()
         });
-        match allowed {
-            Some(reason) => Decision { allowed: true, reason },
+        match allowed.map(|reason| (reason, Vec::new())).or_else(|| Some((partly?, visible))) {
+            Some((reason, visible)) => Decision { allowed: true, reason, visible },
             None if errors.is_empty() => Decision::default(),
-            None => Decision { allowed: false, reason: format!("RBAC: {}", aggregate(&errors)) },
+            None => {
+                let reason = format!("RBAC: {}", aggregate(&errors));
+                Decision { allowed: false, reason, visible: Vec::new() }
+            }
         }
     }
 
-    /// All rules that hold for a user in a namespace ("": at the cluster scope only).
+    /// All rules that hold for a user in a namespace ("": at the cluster scope only), but for those that speak of some
+    /// objects only: nobody can pass on more than they have.
     pub fn rules_for(&self, user: &UserInfo, namespace: &str) -> Resolved {
         let mut resolved = Resolved::default();
         self.policies.read().visit(user, namespace, &mut |_, _, rules| {
             match rules {
-                Ok(rules) => resolved.rules.extend(rules.iter().cloned()),
+                Ok(role) if role.visible == Visible::Everything => {
+                    resolved.rules.extend(role.rules.iter().cloned());
+                }
+                Ok(_) => {}
                 Err(error) => resolved.errors.push(error),
             }
             true
@@ -123,7 +154,7 @@ impl Index {
 
     /// The rules of a role that a binding in `namespace` names.
     pub fn role(&self, cluster_role: bool, namespace: &str, name: &str) -> Result<Arc<[Rule]>, MissingRole> {
-        self.policies.read().role(cluster_role, namespace, name)
+        self.policies.read().role(cluster_role, namespace, name).map(|role| role.rules)
     }
 
     /// Waits until the index has seen `revision`.
@@ -139,7 +170,10 @@ impl Index {
         match plural {
             "roles" | "clusterroles" => {
                 match object {
-                    Some(object) => policies.roles.insert(key, Role { rules: Rule::read_all(object).into() }),
+                    Some(object) => {
+                        let rules = Rule::read_all(object).into();
+                        policies.roles.insert(key, Role { rules, visible: Visible::read(object) })
+                    }
                     None => policies.roles.remove(&key),
                 };
             }
@@ -239,6 +273,25 @@ fn aggregate(errors: &[MissingRole]) -> String {
     }
 }
 
+// === impl Visible ===
+
+impl Visible {
+    fn read(role: &Value) -> Self {
+        let Some(text) = role["metadata"]["annotations"].get(VISIBLE) else { return Self::Everything };
+        // It becomes part of a label selector.
+        let good = |text: &str, more: &str| {
+            let fits = |byte: u8| byte.is_ascii_alphanumeric() || more.as_bytes().contains(&byte);
+            !text.is_empty() && text.bytes().all(fits)
+        };
+        match text.as_str().and_then(|text| text.split_once('=')) {
+            Some((key, value)) if good(key, "-_./") && good(value, "-_.") => {
+                Self::Labelled(Arc::new((key.to_owned(), value.to_owned())))
+            }
+            _ => Self::Nothing,
+        }
+    }
+}
+
 // === impl Resolved ===
 
 impl Resolved {
@@ -250,14 +303,14 @@ impl Resolved {
 
 // === impl Policies ===
 
-type Visitor<'a> = &'a mut dyn FnMut(&Binding, &str, Result<Arc<[Rule]>, MissingRole>) -> bool;
+type Visitor<'a> = &'a mut dyn FnMut(&Binding, &str, Result<Role, MissingRole>) -> bool;
 
 impl Policies {
-    fn role(&self, cluster_role: bool, namespace: &str, name: &str) -> Result<Arc<[Rule]>, MissingRole> {
+    fn role(&self, cluster_role: bool, namespace: &str, name: &str) -> Result<Role, MissingRole> {
         let key = (if cluster_role { String::new() } else { namespace.to_owned() }, name.to_owned());
         let kind = if cluster_role { "clusterrole" } else { "role" };
         let missing = || MissingRole { kind, name: name.to_owned() };
-        self.roles.get(&key).map(|role| role.rules.clone()).ok_or_else(missing)
+        self.roles.get(&key).cloned().ok_or_else(missing)
     }
 
     fn bind(&mut self, key: (String, String), binding: Binding) {
@@ -420,6 +473,40 @@ mod tests {
             "RBAC: allowed by RoleBinding \"robot/a\" of Role \"reader\" to ServiceAccount \"robot/a\""
         );
         assert!(index.authorise(&user("boss", &["system:masters"]), &get("z")).allowed);
+    }
+
+    #[test]
+    fn a_role_may_show_what_carries_a_label_and_nothing_else() {
+        let index = index();
+        let ann = user("ann", &[]);
+        let role = |visible: &str| {
+            json!({"metadata": {"annotations": {VISIBLE: visible}},
+            "rules": [{"apiGroups": [""], "resources": ["*"], "verbs": ["*"]}]})
+        };
+        index.put("", "red", "clusterroles", Some(&role("tenant=red")));
+        index.put("", "bad", "clusterroles", Some(&role("tenant in (red)")));
+        let bind = |role: &str| {
+            json!({"roleRef": {"apiGroup": GROUP, "kind": "ClusterRole", "name": role},
+            "subjects": [{"kind": "User", "name": "ann"}]})
+        };
+        index.put("", "bad", "clusterrolebindings", Some(&bind("bad")));
+        assert!(!index.authorise(&ann, &get("a")).allowed);
+        index.put("", "red", "clusterrolebindings", Some(&bind("red")));
+        let seen = index.authorise(&ann, &get("a"));
+        assert_eq!((seen.allowed, seen.visible), (true, vec![("tenant".to_owned(), "red".to_owned())]));
+        for verb in ["update", "patch", "create", "delete", "deletecollection", "escalate", "bind"] {
+            assert!(
+                !index.authorise(&ann, &Attributes::of_resource(verb, "", "pods", "a", "x")).allowed,
+                "{verb}"
+            );
+        }
+        let mut log = get("a");
+        log.resource.as_mut().expect("resource").subresource = "log".to_owned();
+        assert!(!index.authorise(&ann, &log).allowed);
+        assert!(index.rules_for(&ann, "a").rules.is_empty(), "it cannot be passed on");
+        // What somebody may see anyway they see whole.
+        index.put("", "whole", "clusterrolebindings", Some(&bind("reader")));
+        assert!(index.authorise(&ann, &get("a")).visible.is_empty());
     }
 
     #[test]

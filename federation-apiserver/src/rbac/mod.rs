@@ -53,6 +53,8 @@ pub struct Decision {
     pub allowed: bool,
     /// Which binding allows it, or what was wrong with bindings that might have.
     pub reason: String,
+    /// Labels of the only objects that may be read; without any, all may.
+    pub visible: Vec<(String, String)>,
 }
 
 // === impl Attributes ===
@@ -113,13 +115,25 @@ impl ResourceAttributes {
     }
 }
 
+// === impl Decision ===
+
+impl Decision {
+    /// [`Self::visible`] as a label selector; "" for everything. Of several keys the first counts: never more is shown than
+    /// each role by itself would show.
+    pub fn selector(&self) -> String {
+        let Some((key, _)) = self.visible.first() else { return String::new() };
+        let values = self.visible.iter().filter(|(other, _)| other == key).map(|(_, value)| value.as_str());
+        format!("{key} in ({})", values.collect::<Vec<_>>().join(","))
+    }
+}
+
 // === impl Index ===
 
 impl Index {
     /// May the user do it?
     pub fn authorise(&self, user: &UserInfo, attributes: &Attributes) -> Decision {
         if user.is_in(MASTERS) {
-            return Decision { allowed: true, reason: String::new() };
+            return Decision { allowed: true, ..Decision::default() };
         }
         self.decide(user, attributes)
     }

@@ -78,6 +78,12 @@ impl LabelSelector {
         })
     }
 
+    /// What both select.
+    pub fn and(mut self, other: Self) -> Self {
+        self.0.extend(other.0);
+        self
+    }
+
     /// Does it match everything?
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use federation_core::api::UnitStatus;
 use federation_core::capacity::RoomView;
 use federation_core::names::{
-    FIELD_MANAGER, MANAGED_LABEL, RENDERED_ANNOTATION, REVISION_ANNOTATION, SOURCE_ANNOTATION,
+    FIELD_MANAGER, HUB_ANNOTATION, MANAGED_LABEL, RENDERED_ANNOTATION, REVISION_ANNOTATION, SOURCE_ANNOTATION,
 };
 use federation_core::plan::{MemberView, Write};
 use federation_core::types::FederatedType;
@@ -165,7 +165,8 @@ impl Member {
         let patch = json!({"metadata": {
             "uid": uid,
             "labels": {MANAGED_LABEL: null},
-            "annotations": {SOURCE_ANNOTATION: null, REVISION_ANNOTATION: null, RENDERED_ANNOTATION: null},
+            "annotations": {SOURCE_ANNOTATION: null, REVISION_ANNOTATION: null, RENDERED_ANNOTATION: null,
+                HUB_ANNOTATION: null},
         }});
         let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
         api.patch(name, &params, &Patch::Merge(patch)).await

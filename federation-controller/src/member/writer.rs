@@ -119,7 +119,7 @@ async fn perform(
                 // Unseen is not absent: objects without the hub's label are not watched.
                 if let Some(found) = optional(api.get_opt(name).await)? {
                     let source = federation_core::names::source(&of.plural, &job.source.name);
-                    admit(&plain(found)?, &source, *adopt)?;
+                    admit(&plain(found)?, &source, shared.hub_id(), *adopt)?;
                     exists = true;
                 }
             }

@@ -13,7 +13,7 @@ use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::Frame;
 use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 pub(crate) type Body = UnsyncBoxBody<Bytes, std::convert::Infallible>;
 type Answer = Result<Value, (StatusCode, &'static str, String)>;
@@ -30,6 +30,10 @@ pub(crate) struct FakeApi {
     pub(crate) refuses: Mutex<BTreeMap<String, (u16, String)>>,
     /// Bearer tokens that are taken; without any, everybody is.
     pub(crate) tokens: Mutex<Vec<String>>,
+    /// Watches that were refused because what they began from was gone.
+    pub(crate) expired: AtomicUsize,
+    /// Ends every watch that began before.
+    cut: watch::Sender<u64>,
     /// Requests whose token was not taken.
     pub(crate) refused: AtomicUsize,
 }
@@ -44,6 +48,8 @@ struct State {
     uids: u64,
     writes: Vec<String>,
     users: Vec<String>,
+    /// History up to here is gone.
+    compacted: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,6 +88,8 @@ impl FakeApi {
             hangs: AtomicBool::new(false),
             unserved: Mutex::default(),
             refuses: Mutex::default(),
+            expired: AtomicUsize::new(0),
+            cut: watch::Sender::new(0),
             tokens: Mutex::default(),
             refused: AtomicUsize::new(0),
         };
@@ -117,6 +125,17 @@ impl FakeApi {
     pub(crate) fn put(&self, resource: &str, namespace: &str, name: &str, value: Option<Value>) {
         let mut state = self.state.lock();
         self.commit(&mut state, place(resource, namespace, name), value);
+    }
+
+    /// Ends every watch, lets `meanwhile` happen unseen, and forgets the history of it.
+    pub(crate) fn compact(&self, meanwhile: impl FnOnce(&Self)) {
+        // Until it is over, whoever watches anew is refused: what happens is in no watch.
+        self.state.lock().compacted = u64::MAX;
+        self.cut.send_modify(|cut| *cut += 1);
+        meanwhile(self);
+        let mut state = self.state.lock();
+        state.log.clear();
+        state.compacted = state.version;
     }
 
     /// How many writes have come in, and which.
@@ -328,8 +347,16 @@ impl FakeApi {
         let state = self.state.lock();
         let from: u64 =
             route.query.get("resourceVersion").and_then(|from| from.parse().ok()).unwrap_or(state.version);
+        if from < state.compacted {
+            self.expired.fetch_add(1, Ordering::Relaxed);
+            let gone = json!({"type": "ERROR", "object": {"kind": "Status", "apiVersion": "v1", "status": "Failure",
+                "reason": "Expired", "code": 410, "message": "too old resource version"}});
+            return Response::new(full(&format!("{gone}\n")));
+        }
         let past: Vec<_> = state.log.iter().filter(|event| event.version > from).cloned().collect();
         let live = self.events.subscribe();
+        let mut cut = self.cut.subscribe();
+        cut.mark_unchanged();
         drop(state);
         let resource = route.resource.clone();
         let namespace = route.namespace.clone();
@@ -345,6 +372,10 @@ impl FakeApi {
             .flatten();
             async move { line.map(|line| Ok::<_, std::convert::Infallible>(Frame::data(Bytes::from(line)))) }
         });
+        let frames = frames.take_until(Box::pin(async move {
+            // The sender lives as long as the server.
+            let _ = cut.changed().await;
+        }));
         Response::new(StreamBody::new(frames).boxed_unsync())
     }
 }
@@ -366,8 +397,12 @@ fn selected(route: &Route, value: &Value) -> bool {
 }
 
 fn matches(selector: Option<&str>, value: &Value) -> bool {
-    let Some((key, wanted)) = selector.and_then(|selector| selector.split_once('=')) else { return true };
-    value["metadata"]["labels"][key].as_str() == Some(wanted)
+    let Some(selector) = selector else { return true };
+    let labels = &value["metadata"]["labels"];
+    match selector.split_once('=') {
+        Some((key, wanted)) => labels[key].as_str() == Some(wanted),
+        None => !labels[selector].is_null(),
+    }
 }
 
 fn route(uri: &http::Uri) -> Option<Route> {

@@ -7,6 +7,7 @@ mod failover;
 mod fake;
 mod leaders;
 mod replicas;
+mod tenants;
 mod world;
 
 use std::sync::atomic::Ordering;
@@ -530,4 +531,34 @@ async fn a_tenants_objects_reach_only_its_own_units() {
     assert!(mask.message.contains("b does not exist"), "{}", mask.message);
     assert_eq!(world.member("x").names("apps/deployments"), ["web-a"]);
     assert!(world.member("y").names("apps/deployments").is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_is_resumed_after_compaction_and_misses_nothing() {
+    let world = placed(&["a", "c"]).await;
+    // What happens between the two is in no watch: neither at the hub nor in a member.
+    world.hub.compact(|hub| {
+        hub.edit(DEPLOYMENTS, "shop", "web", |object| object["spec"]["template"] = template("web:2", 2));
+    });
+    world
+        .until("the change arrives", || {
+            let image_of = |member, name| Some(image(&world.deployment(member, name)?).to_owned());
+            (image_of("x", "web-a")? == "web:2" && image_of("y", "web-c")? == "web:2").then_some(())
+        })
+        .await;
+    world.member("y").compact(|member| {
+        member.put("apps/deployments", "shop", "web-c", None);
+    });
+    world.member("x").compact(|member| {
+        member.edit("apps/deployments", "shop", "web-a", |object| object["spec"]["replicas"] = 9.into());
+    });
+    world.until("what went unseen is healed", || world.deployment("y", "web-c")).await;
+    world
+        .until("what changed unseen is healed", || {
+            (world.deployment("x", "web-a")?["spec"]["replicas"] == 2).then_some(())
+        })
+        .await;
+    for api in [&*world.hub, world.member("x"), world.member("y")] {
+        assert!(api.expired.load(Ordering::Relaxed) > 0, "a watch was told that its beginning is gone");
+    }
 }

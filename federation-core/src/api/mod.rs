@@ -27,7 +27,7 @@ pub use self::revision::{FederatedRevision, FederatedRevisionSpec, Snapshot};
 pub use self::scheduling::{
     Division, ReplicaSchedulingPreference, ReplicaSchedulingPreferenceSpec, UnitPreference,
 };
-pub use self::tenant::{Tenant, TenantSpec};
+pub use self::tenant::{Tenant, TenantSpec, TenantSubject};
 pub use self::tombstone::{Tombstone, TombstoneSpec};
 pub use self::type_config::{
     ApiResourceSpec, ControllerState, FederatedTypeConfig, FederatedTypeConfigSpec,

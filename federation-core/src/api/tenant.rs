@@ -22,4 +22,24 @@ pub struct TenantSpec {
     /// Names of namespaces. One that two tenants name belongs to neither, and what lies in it reaches no unit.
     #[serde(default)]
     pub namespaces: Vec<String>,
+    /// Who may place and change federated objects in the tenant's namespaces, and see its clusters and cells.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub admins: Vec<TenantSubject>,
+    /// Who may only look.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub viewers: Vec<TenantSubject>,
+}
+
+/// A user, a group, or with a namespace a service account.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TenantSubject {
+    /// `User`, `Group` or `ServiceAccount`.
+    #[schemars(regex(pattern = "^(User|Group|ServiceAccount)$"))]
+    pub kind: String,
+    /// Its name.
+    pub name: String,
+    /// The service account's namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
 }

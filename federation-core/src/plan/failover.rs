@@ -179,7 +179,7 @@ impl<'a> Planner<'a> {
         let view = self.input.members.get(&draft.unit.cluster);
         let live = rendered.as_ref().and_then(|rendered| view?.objects.get(&rendered.name));
         let ready = live.is_some_and(|live| {
-            drift::belongs_to(&live.value, &self.source)
+            drift::belongs_to(&live.value, &self.source, self.input.hub)
                 && live.value["spec"]["replicas"].as_i64() == Some(base - moved + extra)
                 && status::observe(self.input.of, &live.value).0
         });

@@ -21,6 +21,8 @@ use crate::types::FederatedType;
 pub struct PlanInput<'a> {
     /// The object's type.
     pub of: &'a FederatedType,
+    /// The hub's id, which its objects in members carry; empty when it has none.
+    pub hub: &'a str,
     /// The object, with the status that was last stored.
     pub object: &'a FederatedObject,
     /// Every cell and cluster. It must be complete: what is not in it does not exist.

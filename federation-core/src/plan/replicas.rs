@@ -144,7 +144,7 @@ impl<'a> Planner<'a> {
         };
         let live = rendered.as_ref().and_then(|rendered| {
             let live = input.members.get(&unit.cluster)?.objects.get(&rendered.name)?;
-            drift::belongs_to(&live.value, &self.source).then_some(&live.value)
+            drift::belongs_to(&live.value, &self.source, self.input.hub).then_some(&live.value)
         });
         let Some(live) = live else {
             return Found { runs: None, bound: 0, stuck: false, complete: false, fits };

@@ -234,3 +234,38 @@ fn a_restart_while_everything_is_at_rest_says_nothing_new() {
     world.object.spec.template = deployment("web:2", 2);
     assert!(world.plan().status.units.iter().all(|unit| unit.reason.as_deref() == Some("MemberSyncing")));
 }
+
+#[test]
+fn two_hubs_are_told_apart_at_once() {
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    assert_eq!(world.live("x", "web-a")["metadata"]["annotations"]["cellway.io/hub"], "hub-one");
+    // Another hub has an object of the same name: it neither writes nor deletes what is the first one's.
+    let mut other = World::deployment();
+    other.hub = "hub-two";
+    other.members.clone_from(&world.members);
+    other.place(&["a"]).settle();
+    assert_eq!(other.writes, 0);
+    assert_eq!(other.unit("a").reason.as_deref(), Some("OwnedByAnotherHub"));
+    other.place(&[]).settle();
+    assert_eq!((other.writes, other.names("x")), (0, ["web-a"].into()));
+    // Told to, it takes over, and then the first one keeps away.
+    other.object.metadata.annotations = Some([("cellway.io/adopt".to_owned(), "true".to_owned())].into());
+    other.place(&["a"]).settle();
+    world.members.clone_from(&other.members);
+    let writes = world.writes;
+    world.settle();
+    assert_eq!((world.writes, world.unit("a").phase), (writes, Phase::Conflict));
+}
+
+#[test]
+fn objects_from_before_hubs_had_ids_are_kept_and_marked() {
+    let mut world = World::deployment();
+    world.hub = "";
+    world.place(&["a"]).settle();
+    let writes = world.writes;
+    world.hub = "hub-one";
+    world.settle();
+    assert_eq!(world.writes, writes + 1);
+    assert_eq!(world.live("x", "web-a")["metadata"]["annotations"]["cellway.io/hub"], "hub-one");
+}

@@ -216,3 +216,23 @@ fn members_that_decide_about_replicas_go_on_doing_so() {
     assert_eq!(counts(&world), [3, 3, 0]);
     assert_eq!(world.condition("Evacuating"), Some(("True", "RetainsReplicas")));
 }
+
+#[test]
+fn another_tenants_cell_stands_in_for_nobody() {
+    let mut world = World::new(0, deployment("web:1", 2));
+    for (index, tenant) in [(0, "red"), (1, "red"), (2, "blue")] {
+        let labels = world.cells[index].metadata.labels.get_or_insert_default();
+        labels.insert("cellway.io/tenant".to_owned(), tenant.to_owned());
+    }
+    world.tenant = Some("red".to_owned());
+    set_room(&mut world, "x", &[("a", 100), ("b", 100)]);
+    set_room(&mut world, "y", &[("c", 100)]);
+    world.place(&["a"]).settle();
+    give_up(&mut world, "a", Some(to(&["c", "y"])));
+    steps(&mut world);
+    assert_eq!(counts(&world), [2, 0, 0]);
+    assert_eq!(world.condition("Evacuating"), Some(("True", "NoTarget")));
+    give_up(&mut world, "a", Some(to(&["c", "b"])));
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 2, 0]);
+}

@@ -33,6 +33,7 @@ pub(crate) struct World {
     pub(crate) namespace: NamespacePlacement,
     pub(crate) tenant: Option<String>,
     pub(crate) now: &'static str,
+    pub(crate) hub: &'static str,
     pub(crate) held_stand_ins: BTreeSet<String>,
     pub(crate) writes: usize,
     uids: u64,
@@ -56,6 +57,7 @@ impl World {
             namespace: NamespacePlacement::default(),
             tenant: None,
             now: "2026-11-21T00:00:00Z",
+            hub: "hub-one",
             held_stand_ins: BTreeSet::new(),
             writes: 0,
             uids: 0,
@@ -105,6 +107,7 @@ impl World {
         let revisions: Vec<_> = self.revisions.iter().collect();
         plan(&PlanInput {
             of: &self.of,
+            hub: self.hub,
             object: &self.object,
             topology: &topology,
             rules: &rules,

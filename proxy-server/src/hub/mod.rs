@@ -284,6 +284,7 @@ impl Hub {
             let options = Options {
                 conversion: Conversion::InProcess,
                 adopt: args.adopt,
+                visibility: true,
                 lease: Some(LeaseOptions::new(config.server_id.clone())),
                 ..Options::default()
             };

@@ -1,0 +1,74 @@
+//! What tenants get at the hub, as their Tenant objects come and go.
+
+use federation_controller::Options;
+use serde_json::{Value, json};
+
+use crate::world::{World, options};
+
+const TENANTS: &str = "policy.cellway.io/tenants";
+const CELLS: &str = "topology.cellway.io/cells";
+const CLUSTERS: &str = "core.kubefed.io/kubefedclusters";
+const ROLES: &str = "rbac.authorization.k8s.io/clusterroles";
+const CLUSTER_BINDINGS: &str = "rbac.authorization.k8s.io/clusterrolebindings";
+const BINDINGS: &str = "rbac.authorization.k8s.io/rolebindings";
+
+fn label(cell: &Value) -> Option<String> {
+    cell["metadata"]["labels"]["cellway.io/tenant"].as_str().map(str::to_owned)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rights_come_and_go_with_the_tenant() {
+    let mut world = World::stopped();
+    for namespace in ["shop", "bank"] {
+        let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}});
+        world.hub.put("/namespaces", "", namespace, Some(object));
+    }
+    // Somebody else's role is nobody's business.
+    let other = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "other"}});
+    world.hub.put(ROLES, "", "other", Some(other));
+    world.run(Options { visibility: true, ..options() });
+    let tenant = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "Tenant", "metadata": {"name": "red"},
+        "spec": {"namespaces": ["shop", "bank"], "admins": [{"kind": "User", "name": "jo"}]}});
+    world.hub.put(TENANTS, "", "red", Some(tenant));
+    let role = world.until("the role is there", || world.hub.get(ROLES, "", "cellway:tenant:red")).await;
+    assert_eq!(role["metadata"]["annotations"]["cellway.io/visible"], "cellway.io/tenant=red");
+    world
+        .until("jo has them", || {
+            let bound = world.hub.get(BINDINGS, "bank", "cellway:tenant-admin")?;
+            (bound["subjects"][0]["name"] == "jo").then_some(())
+        })
+        .await;
+    world.until("jo sees", || world.hub.get(CLUSTER_BINDINGS, "", "cellway:tenant:red")).await;
+
+    // A cell without a tenant is its cluster's, and follows it.
+    let set = |tenant: Value| {
+        world.hub.edit(CLUSTERS, "kube-federation-system", "y", |cluster| {
+            cluster["metadata"]["labels"] = json!({"cellway.io/tenant": tenant});
+        });
+    };
+    let cell = || world.hub.get(CELLS, "", "c");
+    for tenant in ["red", "blue"] {
+        set(tenant.into());
+        world.until("the cell follows", || label(&cell()?).filter(|label| label == tenant)).await;
+    }
+    world
+        .hub
+        .edit(CLUSTERS, "kube-federation-system", "y", |cluster| cluster["metadata"]["labels"] = json!({}));
+    world.until("the cell is nobody's", || label(&cell()?).is_none().then_some(())).await;
+
+    world.hub.edit(TENANTS, "", "red", |tenant| tenant["spec"]["namespaces"] = json!(["shop"]));
+    world
+        .until("bank is jo's no more", || {
+            world.hub.get(BINDINGS, "bank", "cellway:tenant-admin").is_none().then_some(())
+        })
+        .await;
+    assert!(world.hub.get(BINDINGS, "shop", "cellway:tenant-admin").is_some());
+    world.hub.put(TENANTS, "", "red", None);
+    world
+        .until("nothing is left", || {
+            let left = world.hub.names(ROLES) == ["other"] && world.hub.names(CLUSTER_BINDINGS).is_empty();
+            (left && world.hub.names(BINDINGS).is_empty()).then_some(())
+        })
+        .await;
+    world.stop().await;
+}
