@@ -198,8 +198,8 @@ impl Default for Options {
 // === impl Controller ===
 
 impl Controller {
-    /// Makes a controller that is not running yet. `hub` needs every right on the federation's groups and the right to
-    /// create Events; `connector` reaches members by cluster name.
+    /// Makes a controller that is not running yet. `hub` needs every right on the federation's groups, the right to create
+    /// Events and to read namespaces, and, for what of it is used, Leases, Secrets of clusters and RBAC of tenants; `connector` reaches members by cluster name.
     pub fn new(hub: kube::Client, connector: Connector, options: Options) -> Self {
         Self { hub, connector, options, metrics: Metrics::default(), acting: Arc::default() }
     }
@@ -484,6 +484,13 @@ async fn hub_id(hub: &kube::Client) -> String {
     loop {
         match api.get_opt(FEDERATION_NAMESPACE).await {
             Ok(found) => return found.and_then(|found| found.metadata.uid).unwrap_or_default(),
+            Err(kube::Error::Api(status)) if status.code == 403 => {
+                warn!(
+                    message = status.message,
+                    "without the hub's id another hub's objects look like this one's"
+                );
+                return String::new();
+            }
             Err(error) => {
                 failures += 1;
                 warn!(failures, error = chain(&error), "cannot read the namespace {FEDERATION_NAMESPACE}");

@@ -47,24 +47,28 @@ struct Wanted {
 
 /// Keeps it up for ever.
 pub(crate) async fn run(shared: Arc<Shared>) {
-    let mut applied: Vec<Wanted> = Vec::new();
+    // `None`: not known, as at the start, when there may be something of a tenant that is gone.
+    let mut applied: Option<Vec<Wanted>> = None;
     loop {
         // A look now and then puts right what others changed.
         let told = timeout(shared.options.resync, shared.tenants_due.notified()).await.is_ok();
         if !told {
-            applied.clear();
+            applied = None;
         }
         sleep(GATHER).await;
         let Some((tenants, cells)) = shared.state.read().tenants_and_cells() else { continue };
         let wanted = wanted(&tenants, shared.options.visibility);
         let mut failed = inherit(&shared.hub, &cells).await;
-        if wanted != applied {
-            match bring_about(&shared.hub, &wanted, &applied).await {
-                Ok(()) => applied = wanted,
-                Err(error) => {
-                    debug!(error = chain(&error), "cannot keep up what tenants may do");
-                    failed = true;
-                }
+        if applied.as_ref() != Some(&wanted) {
+            let done = bring_about(&shared.hub, &wanted, applied.as_deref().unwrap_or_default()).await;
+            if let Err(error) = &done {
+                debug!(error = chain(error), "cannot keep up what tenants may do");
+            }
+            // A hub without tenants need not give the right to look.
+            if done.is_ok() || wanted.is_empty() {
+                applied = Some(wanted);
+            } else {
+                failed = true;
             }
         }
         if failed {
