@@ -20,9 +20,14 @@ use crate::pace::Bucket;
 
 /// Waiting events: a burst of a few hundred objects.
 const QUEUE: usize = 512;
-/// Normal events per second, and at once.
-const NORMAL_RATE: u32 = 10;
-const NORMAL_BURST: u32 = 100;
+/// Normal events wait for so long: whether they are part of a mass change is seen afterwards.
+const CALM: Duration = Duration::from_secs(1);
+/// More normal events within [`CALM`] are a mass change, which must not cost the hub a write for each of its steps: they
+/// are dropped, and so are those that follow until there is a pause.
+const MASS: usize = 50;
+/// Members' own Warnings per second that are copied, and at once.
+const COPIED_RATE: u32 = 10;
+const COPIED_BURST: u32 = 100;
 /// Longest note that the API takes, in bytes.
 const LONGEST_NOTE: usize = 1000;
 /// Longest time for one event.
@@ -34,7 +39,7 @@ const REPORTER: &str = "federation-controller";
 #[derive(Debug, Clone)]
 pub(crate) struct Events {
     queue: mpsc::Sender<Entry>,
-    /// What normal events may take of the hub: a mass change must not cost a write for each of its steps.
+    /// What copied Warnings may take of the hub.
     pace: Arc<Mutex<Bucket>>,
     dropped: Counter,
 }
@@ -50,23 +55,29 @@ struct Entry {
 /// Publishes events.
 pub(crate) struct Publisher {
     queue: mpsc::Receiver<Entry>,
+    dropped: Counter,
+}
+
+/// Normal events that wait.
+#[derive(Debug, Default)]
+struct Calm {
+    waiting: Vec<Entry>,
+    /// How many came since the last look; beyond [`MASS`] they are counted only.
+    came: usize,
+    mass: bool,
 }
 
 /// A queue of events: both of its ends. `dropped` counts what does not fit.
 pub(crate) fn channel(dropped: Counter) -> (Events, Publisher) {
     let (sender, receiver) = mpsc::channel(QUEUE);
-    let pace = Arc::new(Mutex::new(Bucket::new(NORMAL_RATE, NORMAL_BURST, Instant::now())));
-    (Events { queue: sender, pace, dropped }, Publisher { queue: receiver })
+    let pace = Arc::new(Mutex::new(Bucket::new(COPIED_RATE, COPIED_BURST, Instant::now())));
+    (Events { queue: sender, pace, dropped: dropped.clone() }, Publisher { queue: receiver, dropped })
 }
 
 // === impl Events ===
 
 impl Events {
     pub(crate) fn normal(&self, about: &ObjectReference, reason: &'static str, note: String) {
-        if !self.pace.lock().try_take(Instant::now()) {
-            self.dropped.inc();
-            return;
-        }
         self.send(about, false, reason.into(), note);
     }
 
@@ -74,7 +85,7 @@ impl Events {
         self.send(about, true, reason.into(), note);
     }
 
-    /// A member's own Warning. It is paced as normal events are: members choose how many there are.
+    /// A member's own Warning. It is paced: members choose how many there are.
     pub(crate) fn copied(&self, about: &ObjectReference, reason: String, note: String) {
         if !self.pace.lock().try_take(Instant::now()) {
             self.dropped.inc();
@@ -102,21 +113,100 @@ impl Publisher {
     /// Publishes until every [`Events`] is gone.
     pub(crate) async fn run(mut self, hub: kube::Client) {
         let recorder = Recorder::new(hub, Reporter { controller: REPORTER.into(), instance: None });
-        while let Some(entry) = self.queue.recv().await {
-            let event = Event {
-                type_: if entry.warning { EventType::Warning } else { EventType::Normal },
-                reason: entry.reason.to_string(),
-                note: Some(entry.note),
-                action: entry.reason.to_string(),
-                secondary: None,
-            };
-            match tokio::time::timeout(TIMEOUT, recorder.publish(&event, &entry.about)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    debug!(reason = %entry.reason, error = chain(&error), "cannot publish an event")
+        let mut calm = Calm::default();
+        let mut look: Option<Instant> = None;
+        loop {
+            let due = async {
+                match look {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
                 }
-                Err(_) => debug!(reason = %entry.reason, "publishing an event took too long"),
+            };
+            tokio::select! {
+                entry = self.queue.recv() => match entry {
+                    Some(entry) if entry.warning => publish(&recorder, entry).await,
+                    Some(entry) => {
+                        look.get_or_insert_with(|| Instant::now() + CALM);
+                        if !calm.take(entry) {
+                            self.dropped.inc();
+                        }
+                    }
+                    None => return,
+                },
+                () = due => {
+                    let (entries, dropped) = calm.look();
+                    self.dropped.inc_by(dropped);
+                    look = calm.mass.then(|| Instant::now() + CALM);
+                    for entry in entries {
+                        publish(&recorder, entry).await;
+                    }
+                }
             }
         }
+    }
+}
+
+// === impl Calm ===
+
+impl Calm {
+    /// Takes a normal event in; false when it is dropped at once.
+    fn take(&mut self, entry: Entry) -> bool {
+        self.came += 1;
+        let room = self.waiting.len() < MASS;
+        if room {
+            self.waiting.push(entry);
+        }
+        room
+    }
+
+    /// After [`CALM`]: what is to be published, and how many are dropped instead.
+    fn look(&mut self) -> (Vec<Entry>, u64) {
+        let entries = std::mem::take(&mut self.waiting);
+        // A mass change ends with a pause.
+        self.mass = if self.mass { self.came > 0 } else { self.came > MASS };
+        self.came = 0;
+        if self.mass { (Vec::new(), entries.len() as u64) } else { (entries, 0) }
+    }
+}
+
+async fn publish(recorder: &Recorder, entry: Entry) {
+    let event = Event {
+        type_: if entry.warning { EventType::Warning } else { EventType::Normal },
+        reason: entry.reason.to_string(),
+        note: Some(entry.note),
+        action: entry.reason.to_string(),
+        secondary: None,
+    };
+    match tokio::time::timeout(TIMEOUT, recorder.publish(&event, &entry.about)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => debug!(reason = %entry.reason, error = chain(&error), "cannot publish an event"),
+        Err(_) => debug!(reason = %entry.reason, "publishing an event took too long"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mass_change_costs_no_events() {
+        let entry = || Entry {
+            about: ObjectReference::default(),
+            warning: false,
+            reason: "R".into(),
+            note: String::new(),
+        };
+        let mut calm = Calm::default();
+        let mut round = |number: usize| {
+            let refused = (0..number).filter(|_| !calm.take(entry())).count();
+            let (published, dropped) = calm.look();
+            (published.len(), refused + usize::try_from(dropped).expect("few"))
+        };
+        assert_eq!(round(3), (3, 0));
+        assert_eq!(round(MASS), (MASS, 0));
+        assert_eq!(round(MASS + 1), (0, MASS + 1));
+        assert_eq!(round(3), (0, 3), "the end of the mass change");
+        assert_eq!(round(0), (0, 0));
+        assert_eq!(round(3), (3, 0));
     }
 }

@@ -72,12 +72,9 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 /// Sums up what the statuses of all objects say.
 fn tally(shared: &Shared, places: &BTreeMap<Place, GivenUp>) -> BTreeMap<Place, Option<FailoverStatus>> {
     let mut sums: BTreeMap<&Place, (FailoverStatus, bool)> = BTreeMap::new();
-    let objects = shared.state.read().objects();
+    let has_replicas = |kind| shared.types.get(kind).is_some_and(|of| of.has_replicas());
+    let objects = shared.state.read().objects(has_replicas);
     for (key, object) in objects {
-        let has_replicas = shared.types.get(key.kind).is_some_and(|of| of.has_replicas());
-        if !has_replicas {
-            continue;
-        }
         let status = &object.data["status"];
         let excused = status["conditions"]
             .as_array()

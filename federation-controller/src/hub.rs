@@ -20,11 +20,12 @@ use kube::api::DynamicObject;
 use kube::runtime::watcher;
 use kube::{Api, Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tracing::{debug, warn};
 
 use crate::credentials::{Sealed, Way, missing};
 use crate::failover::{GivenUp, Place};
-use crate::pace::retry_delay;
+use crate::pace::watch_delay;
 
 /// A federated object: which type (its slot), and where.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -37,7 +38,7 @@ pub(crate) struct ObjectKey {
 /// The hub's objects.
 #[derive(Debug, Default)]
 pub(crate) struct HubState {
-    objects: HashMap<ObjectKey, Arc<DynamicObject>>,
+    objects: HashMap<ObjectKey, Kept>,
     cells: BTreeMap<String, Cell>,
     clusters: BTreeMap<String, Arc<KubeFedCluster>>,
     configs: BTreeMap<String, PropagationConfig>,
@@ -57,6 +58,15 @@ pub(crate) struct HubState {
     /// Sorts of objects that have not been listed yet. While there is one, nothing is known not to exist.
     unlisted: BTreeSet<&'static str>,
     unlisted_kinds: BTreeSet<usize>,
+}
+
+/// A federated object as it is kept: as text, which takes a fraction of what the parsed object does.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    key: (Arc<str>, Arc<str>),
+    uid: Option<String>,
+    version: Option<String>,
+    text: Box<str>,
 }
 
 /// What a watch brings: everything at first and after a gap, then single changes.
@@ -79,9 +89,29 @@ impl ObjectKey {
     pub(crate) fn new(kind: usize, namespace: &str, name: &str) -> Self {
         Self { kind, namespace: namespace.into(), name: name.into() }
     }
+}
 
-    pub(crate) fn of(kind: usize, object: &DynamicObject) -> Self {
-        Self::new(kind, &object.namespace().unwrap_or_default(), &object.name_any())
+// === impl Kept ===
+
+impl Kept {
+    pub(crate) fn new(mut object: DynamicObject) -> Self {
+        lighten(&mut object);
+        Self {
+            key: (object.namespace().unwrap_or_default().into(), object.name_any().into()),
+            uid: object.metadata.uid.clone(),
+            version: object.metadata.resource_version.clone(),
+            // Made of maps with texts as keys, an object always serialises.
+            text: serde_json::to_string(&object).unwrap_or_default().into(),
+        }
+    }
+
+    fn key(&self, kind: usize) -> ObjectKey {
+        ObjectKey { kind, namespace: Arc::clone(&self.key.0), name: Arc::clone(&self.key.1) }
+    }
+
+    /// The object again.
+    fn parsed(&self) -> Option<DynamicObject> {
+        serde_json::from_str(&self.text).ok()
     }
 }
 
@@ -122,13 +152,14 @@ impl HubState {
         change_map(&mut self.type_configs, change, &mut self.unlisted, TYPES);
     }
 
-    pub(crate) fn object(&self, key: &ObjectKey) -> Option<Arc<DynamicObject>> {
-        self.objects.get(key).cloned()
+    pub(crate) fn object(&self, key: &ObjectKey) -> Option<DynamicObject> {
+        self.objects.get(key)?.parsed()
     }
 
-    /// Every federated object.
-    pub(crate) fn objects(&self) -> Vec<(ObjectKey, Arc<DynamicObject>)> {
-        self.objects.iter().map(|(key, object)| (key.clone(), Arc::clone(object))).collect()
+    /// Every federated object of the types that are wanted.
+    pub(crate) fn objects(&self, wanted: impl Fn(usize) -> bool) -> Vec<(ObjectKey, DynamicObject)> {
+        let objects = self.objects.iter().filter(|(key, _)| wanted(key.kind));
+        objects.filter_map(|(key, object)| Some((key.clone(), object.parsed()?))).collect()
     }
 
     /// Cells and clusters that are given up, or whose status still speaks of it.
@@ -146,12 +177,19 @@ impl HubState {
 
     /// Units where workloads of a namespace run replicas for units that were given up, without being placed there.
     pub(crate) fn held_stand_ins(&self, namespace: &str) -> BTreeSet<String> {
-        let objects = self.objects.iter().filter(|(key, _)| &*key.namespace == namespace);
-        objects
-            .flat_map(|(_, object)| object.data["status"]["units"].as_array().into_iter().flatten())
-            .filter(|unit| unit["standIn"] == true && unit["extra"].as_i64().is_some_and(|extra| extra > 0))
-            .filter_map(|unit| unit["name"].as_str().map(str::to_owned))
-            .collect()
+        let stands_in =
+            |unit: &Value| unit["standIn"] == true && unit["extra"].as_i64().is_some_and(|extra| extra > 0);
+        let objects = self.objects.iter().filter(|(key, object)| {
+            // Looked for in the text first: there are few.
+            &*key.namespace == namespace && object.text.contains("\"standIn\"")
+        });
+        let mut names = BTreeSet::new();
+        for object in objects.filter_map(|(_, object)| object.parsed()) {
+            let units = object.data["status"]["units"].as_array().into_iter().flatten();
+            let own = units.filter(|unit| stands_in(unit)).filter_map(|unit| unit["name"].as_str());
+            names.extend(own.map(str::to_owned));
+        }
+        names
     }
 
     pub(crate) fn keys(&self) -> Vec<ObjectKey> {
@@ -304,7 +342,7 @@ impl HubState {
 
     /// Where a namespace goes. `kind`: the slot of the namespaces' federated type.
     pub(crate) fn namespace_placement(&self, kind: usize, namespace: &str) -> NamespacePlacement {
-        let Some(object) = self.objects.get(&ObjectKey::new(kind, namespace, namespace)) else {
+        let Some(object) = self.object(&ObjectKey::new(kind, namespace, namespace)) else {
             return NamespacePlacement::Absent;
         };
         let spec = &object.data["spec"];
@@ -331,7 +369,7 @@ impl HubState {
     }
 
     /// Takes federated objects in; returns those that are to be looked at.
-    pub(crate) fn change_objects(&mut self, kind: usize, change: Change<DynamicObject>) -> Vec<ObjectKey> {
+    pub(crate) fn change_objects(&mut self, kind: usize, change: Change<Kept>) -> Vec<ObjectKey> {
         match change {
             Change::Replace(all) => {
                 self.unlisted_kinds.remove(&kind);
@@ -339,23 +377,23 @@ impl HubState {
                     self.objects.keys().filter(|key| key.kind == kind).cloned().collect();
                 self.objects.retain(|key, _| key.kind != kind);
                 for object in all {
-                    let key = ObjectKey::of(kind, &object);
+                    let key = object.key(kind);
                     touched.insert(key.clone());
-                    self.objects.insert(key, Arc::new(object));
+                    self.objects.insert(key, object);
                 }
                 touched.into_iter().collect()
             }
             Change::Apply(object) => {
-                let key = ObjectKey::of(kind, &object);
+                let key = object.key(kind);
                 if !self.keep_newer(&key, object) {
                     return Vec::new();
                 }
                 vec![key]
             }
             Change::Delete(object) => {
-                let key = ObjectKey::of(kind, &object);
+                let key = object.key(kind);
                 // A later object of the same name may be known already, from a write's answer.
-                if self.objects.get(&key).is_some_and(|known| known.metadata.uid == object.metadata.uid) {
+                if self.objects.get(&key).is_some_and(|known| known.uid == object.uid) {
                     self.objects.remove(&key);
                 }
                 vec![key]
@@ -365,22 +403,25 @@ impl HubState {
 
     /// Takes in what the hub answered to a write of ours.
     pub(crate) fn learn(&mut self, kind: usize, object: DynamicObject) {
-        let key = ObjectKey::of(kind, &object);
+        let object = Kept::new(object);
+        let key = object.key(kind);
         // It may be gone by now, or be another of the same name: then the watch knows better.
-        if self.objects.get(&key).is_some_and(|known| known.metadata.uid == object.metadata.uid) {
+        if self.objects.get(&key).is_some_and(|known| known.uid == object.uid) {
             self.keep_newer(&key, object);
         }
     }
 
     /// Stores an object unless a newer state of it is known.
-    fn keep_newer(&mut self, key: &ObjectKey, object: DynamicObject) -> bool {
+    fn keep_newer(&mut self, key: &ObjectKey, object: Kept) -> bool {
         if let Some(known) = self.objects.get(key)
-            && known.metadata.uid == object.metadata.uid
-            && is_older(&object.metadata.resource_version, &known.metadata.resource_version)
+            && known.uid == object.uid
+            && (is_older(&object.version, &known.version)
+                // The answer to a write of ours was faster than the watch.
+                || object.version.is_some() && object.version == known.version)
         {
             return false;
         }
-        self.objects.insert(key.clone(), Arc::new(object));
+        self.objects.insert(key.clone(), object);
         true
     }
 
@@ -495,8 +536,22 @@ pub(crate) fn is_older(one: &Option<String>, other: &Option<String>) -> bool {
 pub(crate) async fn follow<K>(
     api: Api<K>,
     config: watcher::Config,
-    mut admit: impl FnMut(&K, usize) -> bool,
-    mut on_change: impl FnMut(Change<K>) -> bool,
+    admit: impl FnMut(&K, usize) -> bool,
+    on_change: impl FnMut(Change<K>) -> bool,
+    on_trouble: impl FnMut(WatchTrouble) -> bool,
+) where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    follow_as(api, config, std::convert::identity, admit, on_change, on_trouble).await;
+}
+
+/// As [`follow`], for objects that are kept in another form: a whole listing is held in that form only.
+pub(crate) async fn follow_as<K, T>(
+    api: Api<K>,
+    config: watcher::Config,
+    keep: impl Fn(K) -> T,
+    mut admit: impl FnMut(&T, usize) -> bool,
+    mut on_change: impl FnMut(Change<T>) -> bool,
     mut on_trouble: impl FnMut(WatchTrouble) -> bool,
 ) where
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
@@ -512,6 +567,7 @@ pub(crate) async fn follow<K>(
                 true
             }
             Ok(watcher::Event::InitApply(object)) => {
+                let object = keep(object);
                 let admitted = admit(&object, listing.len());
                 listing.push(object);
                 admitted
@@ -523,18 +579,18 @@ pub(crate) async fn follow<K>(
             }
             Ok(watcher::Event::Apply(object)) => {
                 failures = 0;
-                on_change(Change::Apply(object))
+                on_change(Change::Apply(keep(object)))
             }
             Ok(watcher::Event::Delete(object)) => {
                 failures = 0;
-                on_change(Change::Delete(object))
+                on_change(Change::Delete(keep(object)))
             }
             Err(error) => {
                 failures = failures.saturating_add(1);
                 debug!(resource = %what, %error, failures, "watch failed");
                 let go_on = on_trouble(WatchTrouble { error, failures });
                 if go_on {
-                    tokio::time::sleep(retry_delay(failures, rand::random())).await;
+                    tokio::time::sleep(watch_delay(failures, rand::random())).await;
                 }
                 go_on
             }
@@ -568,7 +624,11 @@ mod tests {
 
     use super::*;
 
-    fn object(name: &str, uid: &str, version: &str) -> DynamicObject {
+    fn object(name: &str, uid: &str, version: &str) -> Kept {
+        Kept::new(dynamic(name, uid, version))
+    }
+
+    fn dynamic(name: &str, uid: &str, version: &str) -> DynamicObject {
         let mut object = DynamicObject::new(name, &types::builtin()[0].hub_resource()).within("shop");
         object.metadata.uid = Some(uid.into());
         object.metadata.resource_version = Some(version.into());
@@ -579,8 +639,9 @@ mod tests {
     fn an_older_state_does_not_replace_a_newer_one() {
         let mut state = HubState::new();
         state.change_objects(0, Change::Replace(vec![object("web", "u", "10")]));
-        state.learn(0, object("web", "u", "12"));
+        state.learn(0, dynamic("web", "u", "12"));
         assert!(state.change_objects(0, Change::Apply(object("web", "u", "11"))).is_empty());
+        assert!(state.change_objects(0, Change::Apply(object("web", "u", "12"))).is_empty(), "our own write");
         let key = ObjectKey::new(0, "shop", "web");
         assert_eq!(state.object(&key).expect("object").metadata.resource_version.as_deref(), Some("12"));
         // A new object under the same name is not an older state.
@@ -589,7 +650,7 @@ mod tests {
         assert!(state.object(&key).is_some());
         state.change_objects(0, Change::Delete(object("web", "v", "15")));
         assert!(state.object(&key).is_none());
-        state.learn(0, object("web", "v", "16"));
+        state.learn(0, dynamic("web", "v", "16"));
         assert!(state.object(&key).is_none(), "what is gone is not learned");
     }
 

@@ -12,8 +12,8 @@
 //!
 //! - Nothing is decided before every sort of hub object has been listed, and nothing is done in a member before the
 //!   member is reachable and its objects have been listed.
-//! - The status at the hub is written before the member is: a controller that dies at any moment knows afterwards where
-//!   each unit may be.
+//! - The status at the hub is written before a unit is moved: a controller that dies at any moment knows afterwards where
+//!   each unit may be. The first status of an object comes after its first writes; until then the members know.
 //! - Members do not wait for each other: each has its own connection pool, queue, workers, rate and time limits.
 //!
 //! - Of several controllers the holder of a Lease acts, and no other.
@@ -48,7 +48,6 @@ use federation_core::names::FEDERATION_NAMESPACE;
 use federation_core::types::FederatedType;
 use k8s_openapi::api::core::v1::Namespace;
 use kube::Api;
-use kube::api::DynamicObject;
 use kube::runtime::watcher;
 use parking_lot::{Mutex, RwLock};
 use prometheus_client::registry::Registry;
@@ -60,13 +59,13 @@ use tracing::{Instrument as _, debug, error, info, info_span, warn};
 pub use self::client::{Identity, IdentityError, member_client};
 pub use self::connector::{BoxedIo, ConnectError, Connector, Destination, Io, connector};
 use self::events::Events;
-use self::hub::{Change, HubState, ObjectKey, WatchTrouble, admit_all, follow, lighten};
+use self::hub::{Change, HubState, ObjectKey, WatchTrouble, admit_all, follow};
 pub use self::lease::LeaseOptions;
 use self::member::{Member, chain};
 use self::metrics::{Metrics, Outcome, PassLabels};
 use self::pace::retry_delay;
 use self::queue::WorkQueue;
-use self::reconcile::{ReconcileError, reconcile};
+use self::reconcile::{ReconcileError, Unsettled, reconcile};
 use self::types::Types;
 
 /// A member's changes come in flocks (a rollout changes a Deployment's status many times a second); they are gathered
@@ -158,6 +157,8 @@ pub(crate) struct Shared {
     clusters_changed: Notify,
     queue: WorkQueue<ObjectKey>,
     failures: Mutex<HashMap<ObjectKey, u32>>,
+    /// Objects with a status that waits for the members' answers.
+    unsettled: Mutex<HashMap<ObjectKey, Unsettled>>,
     events: Events,
     metrics: Metrics,
 }
@@ -262,6 +263,7 @@ impl Controller {
             clusters_changed: Notify::new(),
             queue: WorkQueue::new(),
             failures: Mutex::default(),
+            unsettled: Mutex::default(),
             events,
             metrics: self.metrics.clone(),
             options: self.options.clone(),
@@ -505,21 +507,9 @@ pub(crate) fn now() -> String {
     jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
-pub(crate) fn lightened(change: Change<DynamicObject>) -> Change<DynamicObject> {
-    let light = |mut object: DynamicObject| {
-        lighten(&mut object);
-        object
-    };
-    match change {
-        Change::Replace(all) => Change::Replace(all.into_iter().map(light).collect()),
-        Change::Apply(object) => Change::Apply(light(object)),
-        Change::Delete(object) => Change::Delete(light(object)),
-    }
-}
-
 pub(crate) fn hub_trouble(what: &'static str) -> impl FnMut(WatchTrouble) -> bool {
     /// A hub that is just starting fails a few times, and that is nobody's business.
-    const QUIET: u32 = 3;
+    const QUIET: u32 = 6;
     move |trouble| {
         if trouble.failures > QUIET {
             warn!(what, failures = trouble.failures, error = chain(&trouble.error), "cannot watch the hub");
@@ -571,6 +561,7 @@ async fn resync(shared: Arc<Shared>) {
         // What is gone from the hub need not be remembered.
         let known: std::collections::HashSet<_> = shared.state.read().keys().into_iter().collect();
         shared.failures.lock().retain(|key, _| known.contains(key));
+        shared.unsettled.lock().retain(|key, _| known.contains(key));
         shared.enqueue_all();
     }
 }

@@ -23,6 +23,14 @@ pub(crate) fn retry_delay(failures: u32, chance: f64) -> Duration {
     doubled.min(LONGEST_RETRY).mul_f64(0.5 + chance.clamp(0.0, 1.0) / 2.0)
 }
 
+/// The wait after the given number of failures in a row of a watch. It begins far below [`retry_delay`]: a server that is
+/// just starting refuses a watch a few times, and everything waits for the last listing.
+pub(crate) fn watch_delay(failures: u32, chance: f64) -> Duration {
+    const FIRST: Duration = Duration::from_millis(50);
+    let doubled = FIRST.saturating_mul(1u32.checked_shl(failures.saturating_sub(1)).unwrap_or(u32::MAX));
+    doubled.min(LONGEST_RETRY).mul_f64(0.5 + chance.clamp(0.0, 1.0) / 2.0)
+}
+
 /// A token bucket.
 #[derive(Debug)]
 pub(crate) struct Bucket {
@@ -128,6 +136,8 @@ mod tests {
         assert_eq!(retry_delay(1, 0.0).as_millis(), 500);
         assert_eq!(retry_delay(3, 1.0).as_secs(), 4);
         assert_eq!(retry_delay(50, 1.0).as_secs(), 60);
+        assert_eq!((watch_delay(1, 1.0).as_millis(), watch_delay(3, 0.0).as_millis()), (50, 100));
+        assert_eq!(watch_delay(u32::MAX, 1.0).as_secs(), 60);
         assert_eq!(retry_delay(u32::MAX, 1.0).as_secs(), 60);
     }
 

@@ -2,12 +2,16 @@
 //!
 //! 0. tombstones, so that a deletion that cannot be done now is not forgotten;
 //! 1. the finalizer, so that nothing is forgotten on deletion;
-//! 2. the new revision, so that what is about to be applied can be found again;
-//! 3. the status, with the state that was planned from as a precondition: it says which unit is about to move where;
-//! 4. writes into members, handed to each member's own workers;
-//! 5. revisions that nobody needs.
+//! 2. the new revision, so that what is about to be applied can be found again, and the status, with the state that was
+//!    planned from as a precondition: it says which unit is about to move where;
+//! 3. writes into members, handed to each member's own workers;
+//! 4. revisions that nobody needs.
 //!
 //! A step that fails ends the pass; the next pass plans anew.
+//!
+//! A status that only tells how far things are, and that no write depends on, waits until the members have answered
+//! ([`STATUS_LAG`] at most): a new object costs the hub two writes, the finalizer and one status, however many members it
+//! goes to.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,23 +19,40 @@ use std::time::Duration;
 
 use federation_core::FederatedType;
 use federation_core::api::{
-    Condition, Division, FederatedObject, FederatedRevision, FederatedStatus, Phase,
+    Condition, Division, FederatedObject, FederatedRevision, FederatedStatus, FirstRevision, Phase,
     ReplicaSchedulingPreferenceSpec, UnitStatus,
 };
 use federation_core::names::{FIELD_MANAGER, FINALIZER, source};
 use federation_core::plan::{MemberView, Plan, PlanInput, RevisionWrite, plan};
 use federation_core::status::PROPAGATED;
 use federation_core::topology::{Topology, Unit};
+use futures::future::try_join_all;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt as _};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
+use tokio::time::Instant;
 use tracing::{debug, info};
 
 use crate::hub::{ObjectKey, lighten};
 use crate::{Shared, tombstones};
+
+/// How long a status may lag behind while writes are under way. Long enough for members at a distance to answer, short
+/// enough for a person who looks on.
+const STATUS_LAG: Duration = Duration::from_secs(1);
+
+/// An object with a status that waits to be stored.
+#[derive(Debug)]
+pub(crate) struct Unsettled {
+    /// Since when.
+    since: Instant,
+    /// Of which object of the name.
+    uid: Option<String>,
+    /// Its first revision, which is nowhere else until the status is stored.
+    first: Option<FirstRevision>,
+}
 
 /// Why a pass ended early.
 #[derive(Debug, Error)]
@@ -72,7 +93,10 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
             // Everything is looked at once everything is listed.
             return Ok(());
         }
-        let Some(object) = state.object(key) else { return Ok(()) };
+        let Some(object) = state.object(key) else {
+            shared.unsettled.lock().remove(key);
+            return Ok(());
+        };
         let namespace = namespaces.map(|kind| state.namespace_placement(kind, &key.namespace));
         let preference = state.preference(of, key);
         (object, state.topology(&key.namespace), state.rules(), preference, namespace.unwrap_or_default())
@@ -95,12 +119,14 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
     if deleting && !ours {
         return Ok(());
     }
-    let object = if ours { object } else { Arc::new(pass.add_finalizer(&object).await?) };
+    let object = if ours { object } else { pass.add_finalizer(&object).await? };
 
-    let federated: FederatedObject = match parse(&object) {
+    let mut federated: FederatedObject = match parse(&object) {
         Ok(federated) => federated,
         Err(error) => return pass.report_unreadable(&object, &error.to_string()).await,
     };
+    let before = federated.status.clone().unwrap_or_default();
+    pass.recall_first(&mut federated);
 
     let mark = source(&of.plural, &key.name);
     let members = shared.members();
@@ -143,25 +169,22 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
     if made.finished {
         return pass.finish(&object, &stored).await;
     }
-    if let Some(revision) = &made.revision {
-        pass.store_revision(revision, &object).await?;
-    }
-    let before = federated.status.unwrap_or_default();
-    if made.status != before {
-        pass.store_status(&object, &made.status).await?;
-        pass.announce(&before, &made);
-        let moves = |status: &FederatedStatus| status.units.iter().any(|unit| unit.evacuation.is_some());
-        if moves(&before) || moves(&made.status) {
-            shared.failover_due.notify_one();
+    let under_way = !made.writes.is_empty() || views.values().any(|view| !view.in_flight.is_empty());
+    let revisions = made.first.iter().chain(&made.revision);
+    let revisions = try_join_all(revisions.map(|revision| pass.store_revision(revision, &object)));
+    let status = async {
+        if made.status == before {
+            shared.unsettled.lock().remove(key);
+        } else if !under_way || deleting || made.moves(&before) || !pass.may_lag(&made.status) {
+            pass.store_status(&object, &made.status).await?;
+            shared.unsettled.lock().remove(key);
+            pass.announce(&before, &made);
+            pass.wake_others(&before, &made.status);
         }
-        let stands_in =
-            |status: &FederatedStatus| status.units.iter().any(|unit| unit.stand_in && unit.extra.is_some());
-        if stands_in(&before) && !stands_in(&made.status) {
-            // What was placed beside it is not needed any more.
-            let beside = shared.state.read().keys_in(&key.namespace);
-            beside.into_iter().for_each(|key| shared.queue.add(key));
-        }
-    }
+        Ok(())
+    };
+    // Neither needs the other: a revision that a status names and that is not stored yet is in no member.
+    tokio::try_join!(revisions, status)?;
     let in_trouble = |unit: &&UnitStatus| unit.ready == Some(false) || unit.phase == Phase::Failed;
     let mut troubled: BTreeMap<&str, Vec<&UnitStatus>> = BTreeMap::new();
     for unit in made.status.units.iter().filter(in_trouble) {
@@ -232,6 +255,58 @@ struct Pass<'a> {
 // === impl Pass ===
 
 impl Pass<'_> {
+    /// What follows elsewhere from a change of the status.
+    fn wake_others(&self, before: &FederatedStatus, after: &FederatedStatus) {
+        let shared = self.shared;
+        let moves = |status: &FederatedStatus| status.units.iter().any(|unit| unit.evacuation.is_some());
+        if moves(before) || moves(after) {
+            shared.failover_due.notify_one();
+        }
+        let stands_in =
+            |status: &FederatedStatus| status.units.iter().any(|unit| unit.stand_in && unit.extra.is_some());
+        if stands_in(before) && !stands_in(after) {
+            // What was placed beside it is not needed any more.
+            let beside = shared.state.read().keys_in(&self.key.namespace);
+            beside.into_iter().for_each(|key| shared.queue.add(key));
+        }
+    }
+
+    /// Puts the first revision where the planner looks for it, should it be stored nowhere yet.
+    fn recall_first(&self, object: &mut FederatedObject) {
+        let unsettled = self.shared.unsettled.lock();
+        let Some(known) = unsettled.get(self.key).filter(|known| known.uid == object.metadata.uid) else {
+            return;
+        };
+        let status = object.status.get_or_insert_default();
+        if status.first_revision.is_none() && status.observed_generation.is_none() {
+            status.first_revision.clone_from(&known.first);
+        }
+    }
+
+    /// Whether the status may still wait; if so, the object is looked at again when it may not.
+    fn may_lag(&self, status: &FederatedStatus) -> bool {
+        let now = Instant::now();
+        let mut unsettled = self.shared.unsettled.lock();
+        let uid = self.about.uid.clone();
+        let known = unsettled.entry(self.key.clone()).or_insert_with(|| Unsettled {
+            since: now,
+            uid: uid.clone(),
+            first: None,
+        });
+        if known.uid != uid {
+            *known = Unsettled { since: now, uid, first: None };
+        }
+        if known.first.is_none() {
+            known.first.clone_from(&status.first_revision);
+        }
+        let left = STATUS_LAG.saturating_sub(now - known.since);
+        if left.is_zero() {
+            return false;
+        }
+        self.shared.queue.add_after(self.key.clone(), left);
+        true
+    }
+
     async fn add_finalizer(&self, object: &DynamicObject) -> Result<DynamicObject, ReconcileError> {
         let mut finalizers = object.finalizers().to_vec();
         finalizers.push(FINALIZER.into());
@@ -325,24 +400,25 @@ impl Pass<'_> {
     ) -> Result<(), ReconcileError> {
         // Made of maps, lists and texts, a status always serialises.
         let mut wanted = serde_json::to_value(status).unwrap_or_default();
+        let whole: BTreeSet<String> = wanted.as_object().into_iter().flat_map(Map::keys).cloned().collect();
         if let (Some(wanted), Some(Value::Object(before))) =
             (wanted.as_object_mut(), object.data.get("status"))
         {
-            for key in before.keys() {
-                // A merge patch keeps what it does not name.
-                wanted.entry(key.clone()).or_insert(Value::Null);
+            // A merge patch keeps what it does not name.
+            wanted.retain(|key, value| before.get(key) != Some(value));
+            for key in before.keys().filter(|key| !whole.contains(*key)) {
+                wanted.insert(key.clone(), Value::Null);
             }
         }
         let patch = json!({
             "metadata": {"resourceVersion": object.metadata.resource_version},
             "status": wanted,
         });
-        let mut answer = self
+        let answer = self
             .api
             .patch_status(&self.key.name, &params(), &Patch::Merge(patch))
             .await
             .map_err(|error| hub("store the status", error))?;
-        lighten(&mut answer);
         self.shared.state.write().learn(self.key.kind, answer);
         Ok(())
     }

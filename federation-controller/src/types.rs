@@ -16,6 +16,7 @@ use federation_core::api::{
 use federation_core::drift;
 use federation_core::names::{FEDERATION_NAMESPACE, FIELD_MANAGER};
 use federation_core::types::FederatedType;
+use futures::future::join_all;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DynamicObject, Patch, PatchParams, PostParams};
@@ -28,7 +29,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument as _, info, info_span, warn};
 
 use crate::Shared;
-use crate::hub::{Change, admit_all, follow};
+use crate::hub::{Change, Kept, admit_all, follow, follow_as};
 use crate::member::chain;
 
 /// Types that may be enabled at once: each costs a watch at the hub and, once used, one in every member.
@@ -188,12 +189,18 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
             stays
         });
         let mut again = false;
+        let new = wanted.iter().filter(|(name, _)| !running.contains_key(*name));
+        let new = new.filter_map(|(_, (_, of))| of.as_ref().ok());
+        // All at once: each asks the hub, and a new one waits until it is served.
+        let defined = join_all(new.map(async |of| (of.crd_name(), define(&shared, of).await))).await;
+        let mut undefined: HashMap<String, kube::Error> =
+            defined.into_iter().filter_map(|(name, done)| Some((name, done.err()?))).collect();
         for (name, (config, of)) in namespaces_first(wanted) {
             let state = match of {
                 Err(reason) => Err(reason),
                 Ok(of) => {
                     if let Entry::Vacant(slot) = running.entry(name) {
-                        if let Err(error) = define(&shared, &of).await {
+                        if let Some(error) = undefined.remove(&of.crd_name()) {
                             warn!(
                                 kind = of.kind,
                                 error = chain(&error),
@@ -231,10 +238,10 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>)
     let objects: Api<DynamicObject> = Api::all_with(shared.hub.clone(), &of.hub_resource());
     let span = info_span!("watch", kind = of.kind);
     let at = shared;
-    let on_change = move |change: Change<DynamicObject>| {
+    let on_change = move |change: Change<Kept>| {
         // The last listing of all completes the picture: then everything is looked at.
         let listed = matches!(change, Change::Replace(_));
-        let touched = at.state.write().change_objects(kind, crate::lightened(change));
+        let touched = at.state.write().change_objects(kind, change);
         if of.is_namespace() {
             // Where a namespace goes, what lies in it may go.
             for key in &touched {
@@ -253,9 +260,10 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>)
         }
         true
     };
-    follow(
+    follow_as(
         objects,
         watcher::Config::default(),
+        Kept::new,
         admit_all,
         on_change,
         crate::hub_trouble("federated objects"),

@@ -25,9 +25,12 @@ const ELEMENT_KEYS: [&str; 8] =
 #[derive(Debug, Clone, PartialEq)]
 pub struct Baseline {
     /// The hash of what was asked for.
-    pub hash: String,
-    /// The same fields as the server gave them back.
-    pub answer: Value,
+    hash: Box<str>,
+    /// The hash of the same fields as the server gave them back: an answer for each of a hundred thousand objects would
+    /// weigh as much as the objects.
+    answer: Box<str>,
+    /// Of these, `spec.replicas`.
+    replicas: Value,
 }
 
 /// Why an existing member object is left alone.
@@ -118,12 +121,12 @@ pub fn up_to_date(
         return false;
     }
     match baseline {
-        Some(baseline) if baseline.hash == hash => {
+        Some(baseline) if *baseline.hash == *hash => {
             let mut found = project(live, desired);
-            if retain_replicas && found["spec"].is_object() {
-                found["spec"]["replicas"] = baseline.answer["spec"]["replicas"].clone();
+            if retain_replicas && found["spec"].is_object() && !baseline.replicas.is_null() {
+                found["spec"]["replicas"] = baseline.replicas.clone();
             }
-            found == baseline.answer
+            crate::revision::hash(&found) == *baseline.answer
         }
         _ => covers(live, desired),
     }
@@ -131,7 +134,12 @@ pub fn up_to_date(
 
 /// What to remember of a server's answer to an apply of `desired`.
 pub fn baseline(answer: &Value, desired: &Value, hash: &str) -> Baseline {
-    Baseline { hash: hash.to_owned(), answer: project(answer, desired) }
+    let answer = project(answer, desired);
+    Baseline {
+        hash: hash.into(),
+        replicas: answer["spec"]["replicas"].clone(),
+        answer: crate::revision::hash(&answer).into(),
+    }
 }
 
 /// The map of strings at `metadata.<field>`.

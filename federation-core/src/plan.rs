@@ -4,9 +4,10 @@
 //!
 //! The mask needs to know which revision a unit is at, through crashes, lost members and tampering. Two fields of
 //! `status.units` hold it: `revision`, which the unit's object is known to be at, and `pendingRevision`, which it is
-//! being moved to. The controller stores the status *before* it writes into the member, so whatever a member may hold is
-//! one of the two, and the revision annotation on the member's object tells which. An annotation that is neither is
-//! drift. While the member cannot be seen, both are kept.
+//! being moved to. The controller stores the status *before* it moves a unit, so whatever a member may hold is one of
+//! the two, and the revision annotation on the member's object tells which. An annotation that is neither is drift. While
+//! the member cannot be seen, both are kept. Only the very first status of an object comes after its first writes: until
+//! then each member knows best where its units are, and a deletion looks everywhere.
 //!
 //! ```text
 //!             unit is let through                  its object is seen to be right
@@ -33,7 +34,8 @@ mod replicas;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::api::{
-    FederatedStatus, NamespaceRule, Naming, Phase, Setback, Snapshot, TombstoneSpec, UnitStatus,
+    FederatedRevision, FederatedRevisionSpec, FederatedStatus, FirstRevision, NamespaceRule, Naming, Phase,
+    Setback, Snapshot, TombstoneSpec, UnitStatus,
 };
 use crate::drift;
 use crate::names::{
@@ -42,7 +44,7 @@ use crate::names::{
 };
 use crate::overrides;
 use crate::render::{Rendered, object_name, render};
-use crate::revision::{self, DEFAULT_HISTORY_LIMIT};
+use crate::revision::{self, Current, DEFAULT_HISTORY_LIMIT};
 use crate::status::{
     self, Finding, MASK_INVALID, NAMESPACE_NOT_FEDERATED, OVERRIDES_INVALID, PLACEMENT_INVALID,
 };
@@ -66,11 +68,24 @@ struct Draft<'a> {
 
 /// Makes the plan.
 pub fn plan(input: &PlanInput<'_>) -> Plan {
-    Planner::new(input).run()
+    let name = input.object.metadata.name.as_deref().unwrap_or_default();
+    let source = names::source(&input.of.plural, name);
+    let held =
+        input.object.status.as_ref().and_then(|status| revision::held(&source, status, input.revisions));
+    match held {
+        None => Planner::new(input, None).run(),
+        // It counts as a revision like any other.
+        Some(held) => {
+            let all: Vec<_> = input.revisions.iter().copied().chain([&held]).collect();
+            Planner::new(&PlanInput { revisions: &all, ..input.clone() }, Some(&held)).run()
+        }
+    }
 }
 
 struct Planner<'a> {
     input: &'a PlanInput<'a>,
+    /// The first revision, while it lies in the status only. It is among the input's revisions too.
+    held: Option<&'a FederatedRevision>,
     name: &'a str,
     namespace: &'a str,
     source: String,
@@ -91,14 +106,15 @@ struct Planner<'a> {
 // === impl Planner ===
 
 impl<'a> Planner<'a> {
-    fn new(input: &'a PlanInput<'a>) -> Self {
+    fn new(input: &'a PlanInput<'a>, held: Option<&'a FederatedRevision>) -> Self {
         let name = input.object.metadata.name.as_deref().unwrap_or_default();
         Self {
             input,
+            held,
             name,
             namespace: input.object.metadata.namespace.as_deref().unwrap_or_default(),
             source: names::source(&input.of.plural, name),
-            before: input.object.status.clone().unwrap_or_default(),
+            before: recorded(input),
             deleting: input.object.metadata.deletion_timestamp.is_some(),
             adopt: match input.object.metadata.annotations.as_ref().and_then(|all| all.get(ADOPT_ANNOTATION))
             {
@@ -168,12 +184,11 @@ impl<'a> Planner<'a> {
 
         units.sort_by(|a, b| (&a.name, &a.cluster).cmp(&(&b.name, &b.cluster)));
         let finished = self.deleting && units.is_empty() && self.writes.is_empty();
-        let surplus = self.surplus(current.as_ref().map(|current| current.name.as_str()), &units);
-        let status = self.status(units, current.as_ref().map(|current| current.name.clone()));
-        let revision = current
-            .filter(|current| !current.exists || current.renumber)
-            .map(|current| RevisionWrite { name: current.name, spec: current.spec, exists: current.exists });
+        let mut surplus = self.surplus(current.as_ref().map(|current| current.name.as_str()), &units);
+        let mut status = self.status(units, current.as_ref().map(|current| current.name.clone()));
+        let (first, revision) = self.revisions(current, &mut surplus, &mut status);
         Plan {
+            first,
             revision,
             status,
             tombstones: self.tombstones,
@@ -182,6 +197,47 @@ impl<'a> Planner<'a> {
             look_again: self.look_again,
             finished,
         }
+    }
+
+    /// Which revisions are stored as objects, and which one lies in the status.
+    fn revisions(
+        &self,
+        current: Option<Current>,
+        surplus: &mut Vec<String>,
+        status: &mut FederatedStatus,
+    ) -> (Option<RevisionWrite>, Option<RevisionWrite>) {
+        let held = self.held.and_then(|held| Some((held.metadata.name.as_deref()?, &held.spec)));
+        let unwanted = held.is_some_and(|(name, _)| surplus.iter().any(|surplus| surplus == name));
+        if unwanted {
+            surplus.retain(|name| held.is_none_or(|(held, _)| held != name));
+        }
+        let held = held.filter(|_| !unwanted);
+        let first_of = |name: &str, spec: &FederatedRevisionSpec| FirstRevision {
+            name: name.to_owned(),
+            number: spec.number,
+            snapshot: spec.snapshot.clone(),
+        };
+        // It stays in the status until it is seen stored.
+        status.first_revision = held.map(|(name, spec)| first_of(name, spec));
+        let mut write = None;
+        if let Some(current) = current.filter(|current| !current.exists || current.renumber) {
+            let fresh = !current.exists && self.input.revisions.is_empty();
+            if fresh && revision::may_be_held(&current.spec.snapshot) {
+                status.first_revision = Some(first_of(&current.name, &current.spec));
+            } else {
+                let exists = current.exists && held.is_none_or(|(name, _)| name != current.name);
+                write = Some(RevisionWrite { name: current.name, spec: current.spec, exists });
+            }
+        }
+        // With a second one it gets an object of its own.
+        let alone = write.is_none() && self.input.revisions.len() <= 1;
+        let first = held.filter(|(name, _)| !alone && write.as_ref().is_none_or(|write| write.name != *name));
+        let first = first.map(|(name, spec)| RevisionWrite {
+            name: name.to_owned(),
+            spec: spec.clone(),
+            exists: false,
+        });
+        (first, write)
     }
 
     /// The units of the placement, and whether it could be read.
@@ -838,6 +894,7 @@ impl<'a> Planner<'a> {
             conditions: status::conditions(&findings, &self.before.conditions, generation, self.input.now),
             units,
             setbacks: std::mem::take(&mut self.setbacks),
+            first_revision: None,
         }
     }
 
@@ -851,6 +908,23 @@ impl<'a> Planner<'a> {
         keep.insert(self.name.to_owned());
         keep.insert(format!("{}-{unit}", self.name));
     }
+}
+
+/// What the status says of earlier passes. The first status of an object is stored after its first writes: one that is
+/// deleted before that may have an object wherever it could have been placed.
+fn recorded(input: &PlanInput<'_>) -> FederatedStatus {
+    let mut before = input.object.status.clone().unwrap_or_default();
+    if before.observed_generation.is_none() && input.object.metadata.deletion_timestamp.is_some() {
+        let anywhere = input.topology.all(input.object.spec.topology_type);
+        before.units = anywhere
+            .map(|(name, unit)| UnitStatus {
+                name: name.clone(),
+                cluster: unit.cluster.clone(),
+                ..UnitStatus::default()
+            })
+            .collect();
+    }
+    before
 }
 
 /// Where a unit is: what its record says, decided by what is seen in the member.

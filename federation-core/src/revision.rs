@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
-use crate::api::{FederatedObject, FederatedRevision, FederatedRevisionSpec, Snapshot};
+use crate::api::{FederatedObject, FederatedRevision, FederatedRevisionSpec, FederatedStatus, Snapshot};
 use crate::metadata::{KeyRules, PropagationRules};
 use crate::names;
 use crate::types::FederatedType;
@@ -20,6 +20,10 @@ pub const DEFAULT_HISTORY_LIMIT: usize = 10;
 /// Hexadecimal digits of the hash in a revision's name: 40 bits keep the thousand revisions that one object may have
 /// apart, and [`choose`] lengthens the hash should two of them meet all the same.
 const NAME_HASH_DIGITS: usize = 10;
+
+/// Largest first revision that is kept in the status, in bytes of JSON. Every update of the object carries it, so what
+/// is larger gets an object of its own at once.
+const MAX_HELD: usize = 4096;
 
 /// Where the current content of an object stands among the revisions that exist.
 #[derive(Debug, Clone, PartialEq)]
@@ -98,6 +102,29 @@ pub fn choose(
             }
         }
     }
+}
+
+/// The first revision where it lies in the status and is not among the `stored` ones.
+pub fn held(
+    source: &str,
+    status: &FederatedStatus,
+    stored: &[&FederatedRevision],
+) -> Option<FederatedRevision> {
+    let first = status.first_revision.as_ref()?;
+    if stored.iter().any(|revision| revision.metadata.name.as_deref() == Some(&first.name)) {
+        return None;
+    }
+    let spec = FederatedRevisionSpec {
+        object: source.to_owned(),
+        number: first.number,
+        snapshot: first.snapshot.clone(),
+    };
+    Some(FederatedRevision::new(&first.name, spec))
+}
+
+/// Whether a first revision is small enough to lie in the status.
+pub fn may_be_held(snapshot: &Snapshot) -> bool {
+    serde_json::to_vec(snapshot).is_ok_and(|text| text.len() <= MAX_HELD)
 }
 
 /// Names of revisions that may go: the oldest of those that nothing uses, beyond `limit`.

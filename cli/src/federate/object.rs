@@ -2,6 +2,7 @@
 
 use federation_core::api::{Cell, FederatedObject, FederatedRevision, FederatedTypeConfig, KubeFedCluster};
 use federation_core::names::{FEDERATION_NAMESPACE, source};
+use federation_core::revision::held;
 use federation_core::topology::Topology;
 use federation_core::types::FederatedType;
 use kube::api::{DynamicObject, ListParams};
@@ -65,6 +66,9 @@ impl Found {
         let all = api.list(&ListParams::default()).await.map_err(explain("list the revisions"))?;
         let mark = source(&self.of.plural, &self.name);
         let mut own: Vec<_> = all.items.into_iter().filter(|revision| revision.spec.object == mark).collect();
+        let status = self.object.status.as_ref();
+        let first = status.and_then(|status| held(&mark, status, &own.iter().collect::<Vec<_>>()));
+        own.extend(first);
         own.sort_by_key(|revision| revision.spec.number);
         Ok(own)
     }

@@ -24,12 +24,20 @@ const LEAST_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Probes for ever.
 pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
+    let born = Instant::now();
     loop {
         let began = Instant::now();
         try_candidate(&member, &shared).await;
         let found = probe(&member, shared.options.probe_timeout).await;
-        note(&member, &shared, found);
-        tell(&member, &shared).await;
+        // After a start of the hub the agents take a moment to come back. Until then a member is not known to be away, and
+        // nothing is said of it: or each restart would write the status of every object, twice.
+        let awaited = matches!(found, Probe::NoTunnel { .. })
+            && !member.health.lock().is_known()
+            && born.elapsed() < shared.options.probe_interval;
+        if !awaited {
+            note(&member, &shared, found);
+            tell(&member, &shared).await;
+        }
         // Members probed at one moment spread out.
         let pause = shared.options.probe_interval.mul_f64(0.8 + 0.4 * rand::random::<f64>());
         let _nudged = timeout(pause, member.nudge.notified()).await;

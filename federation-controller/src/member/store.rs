@@ -5,19 +5,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use federation_core::drift::Baseline;
+use federation_core::names::SOURCE_ANNOTATION;
 use federation_core::plan::{Action, Cause, LiveObject, MemberState, MemberView, WriteFailure};
+use kube::api::DynamicObject;
 use serde_json::Value;
 use tokio::time::Instant;
 
 use super::Job;
-use crate::hub::{Change, ObjectKey, is_older};
+use crate::hub::{Change, ObjectKey, is_older, lighten};
 use crate::pace::{FightGuard, fight_message, retry_delay};
 
 /// Most objects of one kind that a member may have the hub keep: a hub with ten thousand federated objects over ten
 /// cells in one cluster needs as many.
 pub(crate) const MAX_OBJECTS: usize = 100_000;
-/// Most bytes of objects of one kind that a member may have the hub keep, as [`weight`] counts them: ten thousand
-/// objects of 25 KiB, which is large for a Deployment.
+/// Most bytes of JSON of one kind's objects that a member may have the hub keep: ten thousand objects of 25 KiB, which is
+/// large for a Deployment.
 pub(crate) const MAX_BYTES: usize = 256 << 20;
 /// How long a failure is remembered beyond its retry, so that the number of failures in a row is not forgotten.
 const FAILURE_MEMORY: Duration = Duration::from_secs(600);
@@ -49,8 +51,8 @@ type Marked = (Arc<str>, Arc<str>);
 struct Kind {
     state: Listing,
     namespaces: HashMap<Arc<str>, HashMap<Arc<str>, Known>>,
-    /// Names of objects by namespace and source mark.
-    sources: HashMap<Marked, BTreeSet<Arc<str>>>,
+    /// Names of objects by namespace and source mark: mostly one, a few where cells share a cluster.
+    sources: HashMap<Marked, Vec<Arc<str>>>,
     count: usize,
     bytes: usize,
 }
@@ -66,10 +68,23 @@ pub(super) enum Listing {
     Failing(String),
 }
 
+/// An object of a member as it is kept: as text, which takes a tenth of what the parsed object does.
 #[derive(Debug)]
 struct Known {
-    value: Arc<Value>,
+    text: Box<str>,
+    uid: Option<Box<str>>,
+    version: Option<String>,
+    /// Its source mark.
+    mark: Option<Arc<str>>,
     baseline: Option<Arc<Baseline>>,
+}
+
+/// An object of a member as a watch brings it.
+#[derive(Debug)]
+pub(super) struct Seen {
+    namespace: Arc<str>,
+    name: Arc<str>,
+    known: Known,
 }
 
 /// A write under way.
@@ -142,8 +157,8 @@ impl Store {
             .iter()
             .filter_map(|name| {
                 let known = kind.get(&home, name)?;
-                let live = LiveObject { value: Arc::clone(&known.value), baseline: known.baseline.clone() };
-                Some((name.to_string(), live))
+                let value = Arc::new(serde_json::from_str(&known.text).ok()?);
+                Some((name.to_string(), LiveObject { value, baseline: known.baseline.clone() }))
             })
             .collect();
         let targets = || {
@@ -184,7 +199,7 @@ impl Store {
     }
 
     /// Takes objects in; returns the marks and namespaces of federated objects that are to be looked at.
-    pub(super) fn change(&mut self, kind: usize, change: Change<Value>) -> Vec<(String, Arc<str>)> {
+    pub(super) fn change(&mut self, kind: usize, change: Change<Seen>) -> Vec<(Arc<str>, Arc<str>)> {
         self.kind(kind);
         let of = &mut self.kinds[kind];
         match change {
@@ -195,40 +210,37 @@ impl Store {
                 of.count = 0;
                 of.bytes = 0;
                 of.state = Listing::Synced;
-                for value in all {
-                    let (namespace, name) = place(&value);
-                    let known = old.get(&namespace).and_then(|old| old.get(&name));
-                    let baseline = known
-                        .filter(|known| known.value["metadata"]["uid"] == value["metadata"]["uid"])
-                        .and_then(|known| known.baseline.clone());
-                    of.insert(namespace, name, Known { value: Arc::new(value), baseline });
+                for Seen { namespace, name, mut known } in all {
+                    let before = old.get(&namespace).and_then(|old| old.get(&name));
+                    known.baseline = before
+                        .filter(|before| before.uid == known.uid)
+                        .and_then(|before| before.baseline.clone());
+                    of.insert(namespace, name, known);
                 }
                 Vec::new()
             }
-            Change::Apply(value) => {
-                let (namespace, name) = place(&value);
+            Change::Apply(Seen { namespace, name, mut known }) => {
                 let before = of.get(&namespace, &name);
-                if before.is_some_and(|before| is_older_value(&value, &before.value)) {
+                // One that is known came as the answer to a write of ours.
+                if before.is_some_and(|before| known.is_older_than(before) || known.is_same_as(before)) {
                     return Vec::new();
                 }
-                let same =
-                    before.filter(|before| before.value["metadata"]["uid"] == value["metadata"]["uid"]);
-                let baseline = same.and_then(|before| before.baseline.clone());
-                let marks = marks(&namespace, [Some(&value), before.map(|before| &*before.value)]);
-                of.insert(namespace, name, Known { value: Arc::new(value), baseline });
+                let same = before.filter(|before| before.uid == known.uid);
+                known.baseline = same.and_then(|before| before.baseline.clone());
+                let marks = marks(&namespace, [Some(&known), before]);
+                of.insert(namespace, name, known);
                 marks
             }
-            Change::Delete(value) => {
-                let (namespace, name) = place(&value);
+            Change::Delete(Seen { namespace, name, known }) => {
                 let target = TargetKey { kind, namespace: Arc::clone(&namespace), name: Arc::clone(&name) };
                 if let Some(begun) = self.in_flight.get_mut(&target) {
-                    begun.gone = Some(resource_version(&value));
+                    begun.gone = Some(known.version.clone());
                 }
                 let before = of.get(&namespace, &name);
-                if before.is_some_and(|before| before.value["metadata"]["uid"] != value["metadata"]["uid"]) {
+                if before.is_some_and(|before| before.uid != known.uid) {
                     return Vec::new();
                 }
-                let marks = marks(&namespace, [Some(&value), before.map(|before| &*before.value)]);
+                let marks = marks(&namespace, [Some(&known), before]);
                 of.remove(&namespace, &name);
                 marks
             }
@@ -311,7 +323,7 @@ impl Store {
     pub(super) fn begin(&mut self, target: &TargetKey) -> Option<Job> {
         let job = self.take_job(target)?;
         let known = self.kinds.get(target.kind).and_then(|kind| kind.get(&target.namespace, &target.name));
-        let version = known.and_then(|known| resource_version(&known.value));
+        let version = known.and_then(|known| known.version.clone());
         self.in_flight.insert(target.clone(), Begun { source: job.source.clone(), version, gone: None });
         Some(job)
     }
@@ -332,7 +344,8 @@ impl Store {
         match (action, answer) {
             (Action::Apply { desired, hash, cause, .. }, Some(answer)) => {
                 // Against what it began from: the watch may have brought our own write already.
-                let version = resource_version(&answer);
+                let Seen { known: mut answered, .. } = Seen::from_value(&answer);
+                let version = answered.version.clone();
                 if *cause == Cause::Heal && began != version {
                     self.fights.entry(target.clone()).or_default().healed(now);
                 }
@@ -342,20 +355,21 @@ impl Store {
                 }
                 let baseline = Some(Arc::new(federation_core::drift::baseline(&answer, desired, hash)));
                 // Should the watch have been faster with something newer, that stays, and is compared with the answer.
-                let value = match before {
-                    Some(before) if is_older_value(&answer, &before.value) => Arc::clone(&before.value),
-                    _ => Arc::new(answer),
-                };
-                of.insert(Arc::clone(&target.namespace), Arc::clone(&target.name), Known { value, baseline });
+                if before.is_some_and(|before| answered.is_older_than(before)) {
+                    of.set_baseline(&target.namespace, &target.name, baseline);
+                } else {
+                    answered.baseline = baseline;
+                    of.insert(Arc::clone(&target.namespace), Arc::clone(&target.name), answered);
+                }
             }
             (_, Some(answer)) => {
-                if before.is_some_and(|before| !is_older_value(&answer, &before.value)) {
-                    let known = Known { value: Arc::new(answer), baseline: None };
+                let Seen { known, .. } = Seen::from_value(&answer);
+                if before.is_some_and(|before| !known.is_older_than(before)) {
                     of.insert(Arc::clone(&target.namespace), Arc::clone(&target.name), known);
                 }
             }
             (Action::Delete { uid, .. }, None) => {
-                if before.is_some_and(|before| before.value["metadata"]["uid"].as_str() == uid.as_deref()) {
+                if before.is_some_and(|before| before.uid.as_deref() == uid.as_deref()) {
                     of.remove(&target.namespace, &target.name);
                 }
             }
@@ -386,6 +400,58 @@ impl Store {
     }
 }
 
+// === impl Seen ===
+
+impl Seen {
+    /// From an object as a client reads it, the bookkeeping of field managers left out.
+    pub(super) fn new(mut object: DynamicObject) -> Self {
+        lighten(&mut object);
+        let meta = &object.metadata;
+        let mark = meta.annotations.as_ref().and_then(|all| all.get(SOURCE_ANNOTATION));
+        let known = Known {
+            uid: meta.uid.as_deref().map(Into::into),
+            version: meta.resource_version.clone(),
+            mark: mark.map(|mark| mark.as_str().into()),
+            // Made of maps with texts as keys, an object always serialises.
+            text: serde_json::to_string(&object).unwrap_or_default().into(),
+            baseline: None,
+        };
+        let text = |text: &Option<String>| text.as_deref().unwrap_or_default().into();
+        Self { namespace: text(&meta.namespace), name: text(&meta.name), known }
+    }
+
+    fn from_value(value: &Value) -> Self {
+        let meta = &value["metadata"];
+        let known = Known {
+            uid: meta["uid"].as_str().map(Into::into),
+            version: meta["resourceVersion"].as_str().map(str::to_owned),
+            mark: meta["annotations"][SOURCE_ANNOTATION].as_str().map(Into::into),
+            text: value.to_string().into(),
+            baseline: None,
+        };
+        let text = |field: &str| meta[field].as_str().unwrap_or_default().into();
+        Self { namespace: text("namespace"), name: text("name"), known }
+    }
+
+    /// Bytes that it takes.
+    pub(super) fn weight(&self) -> usize {
+        self.known.text.len()
+    }
+}
+
+// === impl Known ===
+
+impl Known {
+    /// Whether both are one state of one object.
+    fn is_same_as(&self, other: &Self) -> bool {
+        self.uid == other.uid && self.version.is_some() && self.version == other.version
+    }
+
+    fn is_older_than(&self, other: &Self) -> bool {
+        self.uid == other.uid && is_older(&self.version, &other.version)
+    }
+}
+
 // === impl Kind ===
 
 impl Kind {
@@ -394,16 +460,19 @@ impl Kind {
     }
 
     fn insert(&mut self, namespace: Arc<str>, name: Arc<str>, known: Known) {
-        self.bytes += weight(&known.value);
-        if let Some(mark) = mark(&known.value) {
-            self.sources.entry((Arc::clone(&namespace), mark)).or_default().insert(Arc::clone(&name));
+        self.bytes += known.text.len();
+        if let Some(mark) = known.mark.clone() {
+            let names = self.sources.entry((Arc::clone(&namespace), mark)).or_default();
+            if !names.contains(&name) {
+                names.push(Arc::clone(&name));
+            }
         }
-        let now = mark(&known.value);
+        let now = known.mark.clone();
         let objects = self.namespaces.entry(Arc::clone(&namespace)).or_default();
         match objects.insert(Arc::clone(&name), known) {
             Some(before) => {
-                self.bytes = self.bytes.saturating_sub(weight(&before.value));
-                if let Some(mark) = mark(&before.value).filter(|mark| Some(mark) != now.as_ref()) {
+                self.bytes = self.bytes.saturating_sub(before.text.len());
+                if let Some(mark) = before.mark.filter(|mark| Some(mark) != now.as_ref()) {
                     self.unmark(namespace, mark, &name);
                 }
             }
@@ -411,10 +480,16 @@ impl Kind {
         }
     }
 
+    fn set_baseline(&mut self, namespace: &str, name: &str, baseline: Option<Arc<Baseline>>) {
+        if let Some(known) = self.namespaces.get_mut(namespace).and_then(|objects| objects.get_mut(name)) {
+            known.baseline = baseline;
+        }
+    }
+
     fn unmark(&mut self, namespace: Arc<str>, mark: Arc<str>, name: &Arc<str>) {
         let key = (namespace, mark);
         if let Some(names) = self.sources.get_mut(&key) {
-            names.remove(name);
+            names.retain(|known| known != name);
             if names.is_empty() {
                 self.sources.remove(&key);
             }
@@ -429,24 +504,11 @@ impl Kind {
             }
             if let Some(before) = before {
                 self.count -= 1;
-                self.bytes = self.bytes.saturating_sub(weight(&before.value));
-                if let Some(mark) = mark(&before.value) {
+                self.bytes = self.bytes.saturating_sub(before.text.len());
+                if let Some(mark) = before.mark {
                     self.unmark(Arc::clone(namespace), mark, name);
                 }
             }
-        }
-    }
-}
-
-/// About how many bytes a value takes.
-pub(super) fn weight(value: &Value) -> usize {
-    const SLOT: usize = size_of::<Value>();
-    match value {
-        Value::Null | Value::Bool(_) | Value::Number(_) => SLOT,
-        Value::String(text) => SLOT + text.len(),
-        Value::Array(items) => SLOT + items.iter().map(weight).sum::<usize>(),
-        Value::Object(map) => {
-            SLOT + map.iter().map(|(key, value)| key.len() + SLOT + weight(value)).sum::<usize>()
         }
     }
 }
@@ -459,39 +521,14 @@ pub(super) fn hash_of(action: &Action) -> String {
     }
 }
 
-fn place(value: &Value) -> (Arc<str>, Arc<str>) {
-    let text = |field: &str| value["metadata"][field].as_str().unwrap_or_default().into();
-    (text("namespace"), text("name"))
-}
-
-/// An object's source mark.
-fn mark(value: &Value) -> Option<Arc<str>> {
-    value["metadata"]["annotations"][federation_core::names::SOURCE_ANNOTATION].as_str().map(Into::into)
-}
-
 fn marks<'a>(
     namespace: &Arc<str>,
-    values: impl IntoIterator<Item = Option<&'a Value>>,
-) -> Vec<(String, Arc<str>)> {
-    let mut marks: Vec<_> = values
-        .into_iter()
-        .flatten()
-        .filter_map(|value| {
-            value["metadata"]["annotations"][federation_core::names::SOURCE_ANNOTATION].as_str()
-        })
-        .map(|mark| (mark.to_owned(), Arc::clone(namespace)))
-        .collect();
+    objects: impl IntoIterator<Item = Option<&'a Known>>,
+) -> Vec<(Arc<str>, Arc<str>)> {
+    let marks = objects.into_iter().flatten().filter_map(|known| known.mark.clone());
+    let mut marks: Vec<_> = marks.map(|mark| (mark, Arc::clone(namespace))).collect();
     marks.dedup();
     marks
-}
-
-fn resource_version(value: &Value) -> Option<String> {
-    value["metadata"]["resourceVersion"].as_str().map(str::to_owned)
-}
-
-fn is_older_value(one: &Value, other: &Value) -> bool {
-    one["metadata"]["uid"] == other["metadata"]["uid"]
-        && is_older(&resource_version(one), &resource_version(other))
 }
 
 #[cfg(test)]
@@ -501,6 +538,10 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    fn seen(name: &str, uid: &str, version: u64) -> Seen {
+        Seen::from_value(&live(name, uid, version))
+    }
 
     fn live(name: &str, uid: &str, version: u64) -> Value {
         json!({"metadata": {"name": name, "namespace": "shop", "uid": uid, "resourceVersion": version.to_string(),
@@ -542,7 +583,10 @@ mod tests {
         assert_eq!(view(&mut store).state, MemberState::Syncing);
         let mut other = live("other", "2", 2);
         other["metadata"]["annotations"] = json!({});
-        store.change(0, Change::Replace(vec![live("web-a", "1", 1), other, live("renamed", "3", 3)]));
+        store.change(
+            0,
+            Change::Replace(vec![seen("web-a", "1", 1), Seen::from_value(&other), seen("renamed", "3", 3)]),
+        );
         let seen = view(&mut store);
         assert_eq!(seen.state, MemberState::Synced);
         assert_eq!(Vec::from_iter(seen.objects.keys()), ["renamed", "web-a"]);
@@ -562,11 +606,11 @@ mod tests {
     #[test]
     fn changes_name_whom_they_concern() {
         let mut store = Store::default();
-        store.change(0, Change::Replace(vec![live("web-a", "1", 5)]));
-        assert_eq!(store.change(0, Change::Apply(live("web-a", "1", 6))).len(), 1);
-        assert!(store.change(0, Change::Apply(live("web-a", "1", 4))).is_empty(), "older");
-        assert!(store.change(0, Change::Delete(live("web-a", "9", 9))).is_empty(), "another object's end");
-        assert_eq!(store.change(0, Change::Delete(live("web-a", "1", 9))).len(), 1);
+        store.change(0, Change::Replace(vec![seen("web-a", "1", 5)]));
+        assert_eq!(store.change(0, Change::Apply(seen("web-a", "1", 6))).len(), 1);
+        assert!(store.change(0, Change::Apply(seen("web-a", "1", 4))).is_empty(), "older");
+        assert!(store.change(0, Change::Delete(seen("web-a", "9", 9))).is_empty(), "another object's end");
+        assert_eq!(store.change(0, Change::Delete(seen("web-a", "1", 9))).len(), 1);
         assert!(view(&mut store).objects.is_empty());
     }
 
@@ -616,10 +660,10 @@ mod tests {
     fn a_faster_watch_wins_over_an_answer() {
         let mut store = Store::default();
         let now = Instant::now();
-        store.change(0, Change::Replace(vec![live("web-a", "1", 5)]));
+        store.change(0, Change::Replace(vec![seen("web-a", "1", 5)]));
         let target = store.submit(job("one"), now).expect("taken");
         store.begin(&target).expect("begun");
-        store.change(0, Change::Apply(live("web-a", "1", 8)));
+        store.change(0, Change::Apply(seen("web-a", "1", 8)));
         store.succeeded(&target, &apply("one", Cause::Update), Some(live("web-a", "1", 7)), now);
         assert_eq!(view(&mut store).objects["web-a"].value["metadata"]["resourceVersion"], "8");
     }
@@ -629,10 +673,10 @@ mod tests {
         for (gone_at, remembered) in [(6, true), (7, false), (9, false)] {
             let mut store = Store::default();
             let now = Instant::now();
-            store.change(0, Change::Replace(vec![live("web-a", "1", 5)]));
+            store.change(0, Change::Replace(vec![seen("web-a", "1", 5)]));
             let target = store.submit(job("one"), now).expect("taken");
             store.begin(&target).expect("begun");
-            store.change(0, Change::Delete(live("web-a", "1", gone_at)));
+            store.change(0, Change::Delete(seen("web-a", "1", gone_at)));
             store.succeeded(&target, &apply("one", Cause::Update), Some(live("web-a", "2", 7)), now);
             assert_eq!(view(&mut store).objects.len(), usize::from(remembered), "{gone_at}");
         }
@@ -641,16 +685,16 @@ mod tests {
     #[test]
     fn objects_are_counted_and_weighed() {
         let mut store = Store::default();
-        store.change(0, Change::Replace(vec![live("a", "1", 1), live("b", "2", 2)]));
-        store.change(0, Change::Apply(live("a", "1", 3)));
-        let weight = |names: &[&str]| names.iter().map(|name| weight(&live(name, "1", 1))).sum::<usize>();
+        store.change(0, Change::Replace(vec![seen("a", "1", 1), seen("b", "2", 2)]));
+        store.change(0, Change::Apply(seen("a", "1", 3)));
+        let weight = |names: &[&str]| names.iter().map(|name| seen(name, "1", 1).weight()).sum::<usize>();
         assert_eq!((store.kinds[0].count, store.kinds[0].bytes), (2, weight(&["a", "b"])));
-        store.change(0, Change::Delete(live("b", "2", 4)));
+        store.change(0, Change::Delete(seen("b", "2", 4)));
         assert_eq!((store.kinds[0].count, store.kinds[0].bytes), (1, weight(&["a"])));
         assert!(!store.is_full(0));
         let mut large = live("a", "1", 5);
         large["data"] = "x".repeat(MAX_BYTES).into();
-        store.change(0, Change::Apply(large));
+        store.change(0, Change::Apply(Seen::from_value(&large)));
         assert!(store.is_full(0));
     }
 
@@ -659,7 +703,7 @@ mod tests {
         let mut store = Store::default();
         let now = Instant::now();
         for round in 0..6u64 {
-            store.change(0, Change::Apply(live("web-a", "1", 10 + 2 * round)));
+            store.change(0, Change::Apply(seen("web-a", "1", 10 + 2 * round)));
             let target = store.submit(job("one"), now).expect("taken");
             store.begin(&target).expect("begun");
             let answer = live("web-a", "1", 11 + 2 * round);
@@ -674,7 +718,7 @@ mod tests {
     fn a_deletion_takes_only_the_object_that_was_meant() {
         let mut store = Store::default();
         let target = TargetKey { kind: 0, namespace: "shop".into(), name: "web-a".into() };
-        store.change(0, Change::Replace(vec![live("web-a", "2", 5)]));
+        store.change(0, Change::Replace(vec![seen("web-a", "2", 5)]));
         store.succeeded(&target, &delete("1"), None, Instant::now());
         assert_eq!(view(&mut store).objects.len(), 1);
         store.succeeded(&target, &delete("2"), None, Instant::now());

@@ -15,10 +15,10 @@ use serde_json::Value;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
-use super::store::{Listing, MAX_BYTES, MAX_OBJECTS, weight};
+use super::store::{Listing, MAX_BYTES, MAX_OBJECTS, Seen};
 use super::{Member, chain};
 use crate::Shared;
-use crate::hub::{Change, ObjectKey, WatchTrouble, follow, lighten};
+use crate::hub::{Change, ObjectKey, WatchTrouble, follow_as};
 use crate::types::Stage;
 
 /// Objects in one page of a list; bounds what one response of a member holds.
@@ -60,15 +60,15 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
                 .page_size(PAGE)
                 .timeout(WATCH_SECONDS);
             let mut bytes = 0;
-            let admit = |object: &DynamicObject, before: usize| {
-                bytes =
-                    if before == 0 { 0 } else { bytes } + weight(&object.data) + annotations_weight(object);
+            let admit = |object: &Seen, before: usize| {
+                bytes = if before == 0 { 0 } else { bytes } + object.weight();
                 before < MAX_OBJECTS && bytes < MAX_BYTES
             };
             let mut missing = false;
-            let watching = follow(
+            let watching = follow_as(
                 api,
                 config,
+                Seen::new,
                 admit,
                 |change| take(member, shared, kind, of, change),
                 |trouble| {
@@ -105,29 +105,7 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
     }
 }
 
-fn take(
-    member: &Member,
-    shared: &Shared,
-    kind: usize,
-    of: &FederatedType,
-    change: Change<DynamicObject>,
-) -> bool {
-    let value = |mut object: DynamicObject| -> Option<Value> {
-        lighten(&mut object);
-        // It came as JSON a moment ago.
-        serde_json::to_value(object).ok()
-    };
-    let change = match change {
-        Change::Replace(all) => Change::Replace(all.into_iter().filter_map(value).collect()),
-        Change::Apply(object) => {
-            let Some(value) = value(object) else { return true };
-            Change::Apply(value)
-        }
-        Change::Delete(object) => {
-            let Some(value) = value(object) else { return true };
-            Change::Delete(value)
-        }
-    };
+fn take(member: &Member, shared: &Shared, kind: usize, of: &FederatedType, change: Change<Seen>) -> bool {
     let listed = matches!(change, Change::Replace(_));
     let (marks, full) = {
         let mut store = member.store.lock();
@@ -201,11 +179,4 @@ fn on_trouble(member: &Member, shared: &Shared, kind: usize, trouble: &WatchTrou
         shared.enqueue_kind(kind);
     }
     true
-}
-
-fn annotations_weight(object: &DynamicObject) -> usize {
-    let of = |map: &Option<std::collections::BTreeMap<String, String>>| -> usize {
-        map.iter().flatten().map(|(key, value)| key.len() + value.len()).sum()
-    };
-    of(&object.metadata.annotations) + of(&object.metadata.labels)
 }

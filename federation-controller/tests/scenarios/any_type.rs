@@ -128,8 +128,19 @@ async fn kinds_without_a_namespace() {
         let role = world.member(member).get("rbac.authorization.k8s.io/clusterroles", "", "reader");
         assert_eq!(role.expect("there")["rules"][0]["verbs"], json!(["get"]));
     }
-    let revision = reader["status"]["currentRevision"].as_str().expect("revision");
-    assert!(world.hub.get("types.kubefed.io/federatedrevisions", HOME, revision).is_some());
+    let first = reader["status"]["currentRevision"].as_str().expect("revision");
+    assert_eq!(reader["status"]["firstRevision"]["name"], first);
+    world.hub.edit(roles, "", "reader", |object| {
+        object["spec"]["template"]["rules"][0]["verbs"] = json!(["get", "list"]);
+    });
+    world
+        .until("both revisions lie where the hub keeps those of cluster-scoped kinds", || {
+            let reader = synced(roles, "", "reader")?;
+            let second = reader["status"]["currentRevision"].as_str().filter(|second| *second != first)?;
+            let stored = |name| world.hub.get("types.kubefed.io/federatedrevisions", HOME, name);
+            stored(first).and_then(|_| stored(second)).map(drop)
+        })
+        .await;
 
     // A namespace's federated object lies in the namespace, and an edit in a member comes back to it.
     let namespaces = "types.kubefed.io/federatednamespaces";

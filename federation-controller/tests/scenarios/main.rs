@@ -476,8 +476,9 @@ async fn a_mass_of_objects_costs_the_hub_few_writes() {
     }
     let writes = count(&world) - before;
     eprintln!("{writes} hub writes for {OBJECTS} objects");
-    // The finalizer, the revision, where it goes, that it is there; in two members perhaps not at once.
-    assert!(writes <= 5 * OBJECTS, "{writes}");
+    // Events are told of a few changes only, not of a mass of them.
+    // The finalizer and one status; a machine so slow that members take a second gets statuses of progress between.
+    assert!(writes <= 4 * OBJECTS, "{writes}");
     // At rest nothing is written at all.
     let settled = world.hub.writes().len();
     world.stop().await;

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::failover::Evacuation;
+use super::revision::Snapshot;
 use super::schema::{any_object, any_value};
 use crate::types::FederatedType;
 
@@ -188,6 +189,9 @@ pub struct FederatedStatus {
     /// Units that did not run all of the replicas that a `ReplicaSchedulingPreference` gave them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub setbacks: Vec<Setback>,
+    /// The first revision, as long as it is the only one: a `FederatedRevision` is made of it when there is a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_revision: Option<FirstRevision>,
 }
 
 /// What a unit could not run: it gets no more than this for a while, and longer each time that it happens again.
@@ -209,6 +213,18 @@ pub struct Setback {
     pub since: String,
     /// Hash of the pod template that it happened with. Another template is tried at once.
     pub template: String,
+}
+
+/// A revision that lies in the status and not in an object of its own: a write less for each object that never changes.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FirstRevision {
+    /// Its name.
+    pub name: String,
+    /// Its number.
+    pub number: i64,
+    /// What was asked for.
+    pub snapshot: Snapshot,
 }
 
 /// A condition in the shape of Kubernetes' own.

@@ -19,8 +19,8 @@ pub use self::cluster::{
 pub use self::failover::{Evacuation, Failover, FailoverPhase, FailoverStatus};
 pub use self::federated::{
     CONVERTED_ANNOTATION, Condition, Conversion, FederatedObject, FederatedSpec, FederatedStatus,
-    NamespaceRule, Naming, Override, Patch, PatchOp, Phase, Placement, PlacementMask, Setback, TopologyType,
-    UnitReference, UnitStatus, federated_crd,
+    FirstRevision, NamespaceRule, Naming, Override, Patch, PatchOp, Phase, Placement, PlacementMask, Setback,
+    TopologyType, UnitReference, UnitStatus, federated_crd,
 };
 pub use self::propagation::{KeyClass, KeyRule, PropagationConfig, PropagationConfigSpec};
 pub use self::revision::{FederatedRevision, FederatedRevisionSpec, Snapshot};

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::api::{
     FederatedObject, FederatedRevision, FederatedRevisionSpec, FederatedStatus,
-    ReplicaSchedulingPreferenceSpec, TombstoneSpec,
+    ReplicaSchedulingPreferenceSpec, TombstoneSpec, UnitStatus,
 };
 use crate::capacity::RoomView;
 use crate::drift::Baseline;
@@ -122,12 +122,14 @@ pub struct WriteFailure {
     pub conflict: bool,
 }
 
-/// What is to be done, in this order: revision, status, writes, surplus.
+/// What is to be done, in this order: revisions and status, writes, surplus.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Plan {
+    /// The first revision, which lay in the status and gets an object of its own.
+    pub first: Option<RevisionWrite>,
     /// A revision to create, or to give a new number.
     pub revision: Option<RevisionWrite>,
-    /// The status to store before any write.
+    /// The status to store, before any write for which [`Plan::moves`] is true.
     pub status: FederatedStatus,
     /// Deletions that are to be remembered before anything else, because their members cannot be reached.
     pub tombstones: Vec<TombstoneSpec>,
@@ -139,6 +141,47 @@ pub struct Plan {
     pub look_again: Option<std::time::Duration>,
     /// The object is being deleted and nothing of it is left in any member that counts.
     pub finished: bool,
+}
+
+impl Plan {
+    /// Whether a write takes a unit to where its record, in the status `before`, does not say yet that it may be.
+    pub fn moves(&self, before: &FederatedStatus) -> bool {
+        // What is moved off a unit is counted in the status before it is moved.
+        let counted = |status: &FederatedStatus| -> Vec<_> {
+            let units = status
+                .units
+                .iter()
+                .filter(|unit| unit.evacuation.is_some() || unit.extra.is_some() || unit.stand_in);
+            units
+                .map(|unit| {
+                    let moved = (unit.evacuation.clone(), unit.extra, unit.stand_in);
+                    (unit.name.clone(), unit.cluster.clone(), moved)
+                })
+                .collect()
+        };
+        if before.setbacks != self.status.setbacks || counted(before) != counted(&self.status) {
+            return true;
+        }
+        if before.observed_generation.is_none() {
+            // Nothing is recorded yet, and the members say where they are.
+            return false;
+        }
+        let recorded = |unit: &UnitStatus| {
+            let target = unit.pending_revision.as_ref().or(unit.revision.as_ref());
+            let record = before.units.iter().find(|old| old.name == unit.name && old.cluster == unit.cluster);
+            record.is_some_and(|old| {
+                target.is_some()
+                    && (old.revision.as_ref() == target || old.pending_revision.as_ref() == target)
+            })
+        };
+        self.writes.iter().filter(|write| matches!(write.action, Action::Apply { .. })).any(|write| {
+            let mut units =
+                self.status.units.iter().filter(|unit| {
+                    unit.cluster == write.cluster && unit.object.as_ref() == Some(&write.object)
+                });
+            !units.all(recorded)
+        })
+    }
 }
 
 /// A revision that is to be stored.

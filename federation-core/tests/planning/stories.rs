@@ -45,7 +45,85 @@ fn placed_by_cell_with_overrides() {
     );
     assert_eq!(unit.revision, status.current_revision);
     assert_eq!(unit.observed.as_ref().expect("observed")["readyReplicas"], 4);
-    assert_eq!(world.revisions.len(), 1);
+    assert_eq!(status.first_revision.as_ref().map(|first| &first.name), status.current_revision.as_ref());
+    assert!(world.revisions.is_empty(), "the only revision lies in the status");
+}
+
+#[test]
+fn the_first_revision_gets_an_object_when_there_is_a_second() {
+    let mut world = World::deployment();
+    world.place(&["a", "b"]).settle();
+    let first = world.status().first_revision.clone().expect("in the status");
+    world.object.spec.template = deployment("web:2", 2);
+    world.mask(Some(&["a"]));
+    let plan = world.plan();
+    let stored = plan.first.as_ref().expect("stored");
+    assert_eq!((&stored.name, stored.exists), (&first.name, false));
+    assert_eq!(plan.revision.as_ref().map(|revision| revision.spec.number), Some(2));
+    assert!(plan.status.first_revision.is_some(), "it stays until it is seen stored");
+    world.settle();
+    assert_eq!((world.revisions.len(), &world.status().first_revision), (2, &None));
+    // The masked unit is held to it as ever.
+    world.live_mut("x", "web-b")["spec"]["replicas"] = 50.into();
+    world.settle();
+    assert_eq!(world.unit("b").revision.as_ref(), Some(&first.name));
+    assert_eq!(world.live("x", "web-b")["spec"]["replicas"], 2);
+    // And back, while its object was stored and the status was not.
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    let before = world.object.status.clone();
+    world.object.spec.template = deployment("web:2", 2);
+    let plan = world.plan();
+    world.store(&plan);
+    world.object.status = before;
+    world.object.spec.template = deployment("web:1", 2);
+    let plan = world.settle();
+    assert_eq!((&plan.first, &plan.revision, plan.status.first_revision), (&None, &None, None));
+    assert_eq!(world.unit("a").revision.as_ref(), Some(&first.name));
+}
+
+#[test]
+fn what_is_large_is_not_kept_in_the_status() {
+    let mut world = World::new(1, json!({"data": {"k": "x".repeat(5000)}}));
+    world.place(&["a"]).settle();
+    assert_eq!((world.revisions.len(), &world.status().first_revision), (1, &None));
+}
+
+#[test]
+fn only_a_move_needs_its_status_first() {
+    let mut world = World::deployment();
+    let before = |world: &World| world.object.status.clone().unwrap_or_default();
+    let plan = world.place(&["a"]).plan();
+    assert!(!plan.writes.is_empty() && !plan.moves(&before(&world)), "nothing is recorded yet");
+    world.settle();
+    world.live_mut("x", "web-a")["spec"]["replicas"] = 50.into();
+    let plan = world.plan();
+    assert!(!plan.writes.is_empty() && !plan.moves(&before(&world)), "healing is no move");
+    world.object.spec.template = deployment("web:2", 2);
+    let plan = world.plan();
+    assert!(plan.moves(&before(&world)));
+    world.store(&plan);
+    assert!(!world.plan().moves(&before(&world)), "the status says so now");
+    world.settle();
+    assert!(world.place(&["a", "b"]).plan().moves(&before(&world)), "a new unit");
+}
+
+#[test]
+fn a_deletion_before_the_first_status_looks_everywhere() {
+    let mut world = World::deployment();
+    let plan = world.place(&["c"]).plan();
+    for write in &plan.writes {
+        world.apply(&write.cluster, &write.object, &write.action);
+    }
+    // The controller died here. The placement changed, the member is away, and the object is deleted.
+    world.place(&["a"]);
+    world.object.metadata.deletion_timestamp =
+        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+    world.members.get_mut("y").expect("y").state = unreachable();
+    assert!(!world.settle().finished);
+    world.members.get_mut("y").expect("y").state = MemberState::Synced;
+    assert!(world.settle().finished);
+    assert!(world.names("y").is_empty());
 }
 
 #[test]
@@ -55,7 +133,7 @@ fn status_comes_before_the_write() {
     let unit = &plan.status.units[0];
     assert_eq!((unit.phase, &unit.revision), (Phase::Pending, &None));
     assert_eq!(unit.pending_revision, plan.status.current_revision);
-    assert!(plan.revision.is_some());
+    assert!(plan.status.first_revision.is_some());
     assert!(matches!(&plan.writes[0].action, Action::Apply { cause: Cause::Create, .. }));
 }
 
@@ -208,11 +286,16 @@ fn a_lost_status_is_found_again_in_the_member() {
     let mut world = World::deployment();
     world.place(&["a"]).settle();
     let first = world.status().current_revision.clone();
+    let writes = world.writes;
+    world.object.status = None;
+    world.settle();
+    assert_eq!((&world.unit("a").revision, world.unit("a").phase), (&first, Phase::Synced));
+    // With the only revision lost as well, the unit stays where it is.
     world.object.status = None;
     world.object.spec.template = deployment("web:2", 2);
     world.mask(Some(&[])).settle();
-    assert_eq!(world.unit("a").revision, first);
-    assert_eq!(world.unit("a").phase, Phase::Masked);
+    assert_eq!((&world.unit("a").revision, world.unit("a").phase), (&first, Phase::Failed));
+    assert_eq!(world.writes, writes);
 }
 
 #[test]
@@ -223,6 +306,7 @@ fn a_lost_snapshot_leaves_the_unit_alone() {
     world.mask(Some(&[])).settle();
     let writes = world.writes;
     world.revisions.retain(|revision| revision.spec.number == 2);
+    assert_eq!(world.status().first_revision, None);
     world.live_mut("x", "web-a")["spec"]["replicas"] = 50.into();
     world.settle();
     assert_eq!(world.writes, writes);
@@ -526,7 +610,7 @@ fn a_shared_object_waits_for_a_cell_that_cannot_be_told() {
     world.place(&["a", "b"]).settle();
     world.object.spec.template = json!({"data": {"k": "w"}});
     world.mask(Some(&["a"]));
-    world.revisions.clear();
+    world.object.status.as_mut().expect("status").first_revision = None;
     world.settle();
     assert_eq!(world.live("x", "web")["data"]["k"], "v");
     assert_eq!(world.unit("b").reason.as_deref(), Some("RevisionMissing"));
@@ -586,7 +670,7 @@ fn a_cells_own_traits_reach_its_workloads() {
     world.cells[0].spec.node_selector = [("zone".to_owned(), "z9".to_owned())].into();
     world.settle();
     assert_eq!(world.live("x", "web-a")["spec"]["template"]["spec"]["nodeSelector"], json!({"zone": "z9"}));
-    assert_eq!(world.revisions.len(), 1, "a cell is not part of a revision");
+    assert!(world.revisions.is_empty(), "a cell is not part of a revision");
 }
 
 fn preference(total: i64, intersect: bool) -> ReplicaSchedulingPreferenceSpec {

@@ -123,7 +123,7 @@ impl World {
 
     /// Stores what a plan says the hub stores.
     pub(crate) fn store(&mut self, plan: &Plan) {
-        if let Some(write) = &plan.revision {
+        for write in plan.first.iter().chain(&plan.revision) {
             let revision = FederatedRevision::new(&write.name, write.spec.clone());
             self.revisions.retain(|old| old.metadata.name != revision.metadata.name);
             self.revisions.push(revision);
@@ -147,6 +147,7 @@ impl World {
             let plan = self.plan();
             let rest = plan.writes.is_empty()
                 && plan.revision.is_none()
+                && plan.first.is_none()
                 && plan.surplus.is_empty()
                 && Some(&plan.status) == self.object.status.as_ref();
             if rest {

@@ -285,7 +285,7 @@ impl Hub {
                 conversion: Conversion::InProcess,
                 adopt: args.adopt,
                 visibility: true,
-                lease: Some(LeaseOptions::new(config.server_id.clone())),
+                lease: Some(LeaseOptions::new(controller_identity(&data_dir)?)),
                 ..Options::default()
             };
             Controller::new(client.clone(), connector, options)
@@ -505,6 +505,21 @@ fn server_config(
         },
         access_log: !args.no_access_log,
     })
+}
+
+/// Who this hub's controller is when it comes to the lease: whoever has the data folder, which the store keeps for one
+/// process. So a hub that was killed goes on with its own lease at once, and waits only for another's.
+fn controller_identity(data_dir: &Path) -> Result<String, HubError> {
+    let path = data_dir.join("controller-id");
+    let known = tls::read_bounded(&path).ok().and_then(|text| String::from_utf8(text).ok());
+    if let Some(known) =
+        known.map(|text| text.trim().to_owned()).filter(|text| text.parse::<uuid::Uuid>().is_ok())
+    {
+        return Ok(known);
+    }
+    let id = uuid::Uuid::new_v4().to_string();
+    tls::write_private(&path, id.as_bytes())?;
+    Ok(id)
 }
 
 /// Loads the key of stateless resets, or makes it. It may be lost: then agents find out about a crash by silence, once.
@@ -754,6 +769,16 @@ mod tests {
         private_dir(&path).unwrap();
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&path), mode(&dir.path().join("hub"))), (0o700, 0o700));
+    }
+
+    #[test]
+    fn a_controller_stays_who_it_is_in_its_folder() {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let first = controller_identity(one.path()).unwrap();
+        assert_eq!(controller_identity(one.path()).unwrap(), first);
+        assert_ne!(controller_identity(two.path()).unwrap(), first);
+        std::fs::write(one.path().join("controller-id"), "damaged").unwrap();
+        assert_ne!(controller_identity(one.path()).unwrap(), first);
     }
 
     #[test]
