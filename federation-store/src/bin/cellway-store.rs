@@ -40,7 +40,7 @@ struct Args {
     /// The URLs that clients are told; those listened on when not given.
     #[arg(long, value_name = "URLS", value_delimiter = ',')]
     advertise_client_urls: Vec<String>,
-    /// Where to answer probes and /metrics without a client certificate.
+    /// Where to answer probes and /metrics; http URLs ask for no certificate.
     #[arg(long, value_name = "URLS", value_delimiter = ',')]
     listen_metrics_urls: Vec<ListenUrl>,
     /// This member's name in `etcdctl member list`.
@@ -52,10 +52,10 @@ struct Args {
     /// Its key.
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
-    /// The CA that signs clients' certificates; those that are presented are checked against it.
+    /// The CA that signs clients' certificates; when it is given, https URLs refuse clients without one, as etcd's do.
     #[arg(long, value_name = "FILE")]
     trusted_ca_file: Option<PathBuf>,
-    /// Refuse clients without a certificate.
+    /// Refuse clients without a certificate: what --trusted-ca-file does by itself.
     #[arg(long)]
     client_cert_auth: bool,
     /// The largest request, in bytes.
@@ -67,15 +67,27 @@ struct Args {
     /// How often a quiet watch is told the revision.
     #[arg(long, default_value = "5s")]
     watch_progress_notify_interval: GoDuration,
-    /// Revisions to keep when the history is compacted by itself; 0: only when a client asks for it, as a kube-apiserver
-    /// does every five minutes.
-    #[arg(long, default_value_t = 0)]
-    auto_compaction_retention: u64,
+    /// What --auto-compaction-retention counts.
+    #[arg(long, value_enum, default_value_t = CompactionMode::Periodic)]
+    auto_compaction_mode: CompactionMode,
+    /// How much history is kept when it is compacted by itself: hours or a duration like 30m (periodic), or revisions
+    /// (revision). 0: only when a client asks for it, as a kube-apiserver does every five minutes.
+    #[arg(long, default_value = "0", value_name = "TIME|NUMBER")]
+    auto_compaction_retention: String,
     /// How long requests may take to finish after SIGTERM. Watches are cut then.
     #[arg(long, default_value = "1s")]
     shutdown_grace_period: GoDuration,
     #[command(flatten)]
     log: service::log::LogArgs,
+}
+
+/// etcd's two ways of counting history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum CompactionMode {
+    /// By time.
+    Periodic,
+    /// By the number of revisions.
+    Revision,
 }
 
 fn main() -> ExitCode {
@@ -92,6 +104,11 @@ fn main() -> ExitCode {
 #[tokio::main]
 async fn run(args: Args) -> Result<ExitCode, Box<dyn std::error::Error>> {
     args.log.init()?;
+    if args.watch_progress_notify_interval.0.is_zero() {
+        return Err(
+            "--watch-progress-notify-interval is how often; give a duration above 0, such as 5s".into()
+        );
+    }
     let mut signals = signals::Signals::install()?;
     let tls = tls(&args)?;
     let mut client_listeners = Vec::new();
@@ -109,10 +126,7 @@ async fn run(args: Args) -> Result<ExitCode, Box<dyn std::error::Error>> {
         args.advertise_client_urls.clone()
     };
     let mut config = StoreConfig::from_url(&args.store)?;
-    config.compaction = match args.auto_compaction_retention {
-        0 => Compaction::Manual,
-        revisions => Compaction::Retain(revisions),
-    };
+    config.compaction = compaction(args.auto_compaction_mode, &args.auto_compaction_retention)?;
     let store = Store::open(config).await?;
     let server = EtcdServer::new(
         store.clone(),
@@ -159,11 +173,58 @@ fn tls(args: &Args) -> Result<Option<ServerTls>, Box<dyn std::error::Error>> {
         _ => return Err("--cert-file and --key-file go together: only one of them was given".into()),
     };
     let auth = match (args.client_cert_auth, &args.trusted_ca_file) {
-        (true, Some(_)) => ClientAuth::Required,
+        // As etcd: whoever names the clients' CA wants clients to be checked.
+        (_, Some(_)) => ClientAuth::Required,
         (true, None) => return Err("--client-cert-auth needs --trusted-ca-file".into()),
-        (false, Some(_)) => ClientAuth::Optional,
         (false, None) => ClientAuth::None,
     };
     let tls = ServerTls::from_files(certificate, key, args.trusted_ca_file.clone(), auth)?;
     Ok(Some(tls.with_versions(TlsVersions::From12)?))
+}
+
+/// etcd's pair of flags: an integer is hours, or revisions.
+fn compaction(mode: CompactionMode, retention: &str) -> Result<Compaction, String> {
+    let wrong = |what| format!("--auto-compaction-retention {retention:?} is not {what}");
+    let number = retention.parse::<u64>();
+    match (mode, number) {
+        (_, Ok(0)) => Ok(Compaction::Manual),
+        (CompactionMode::Revision, Ok(revisions)) => Ok(Compaction::Retain(revisions)),
+        (CompactionMode::Revision, Err(_)) => {
+            Err(wrong("a number of revisions, as --auto-compaction-mode=revision wants"))
+        }
+        (CompactionMode::Periodic, number) => {
+            let interval = match number {
+                Ok(hours) => hours.checked_mul(3600).map(std::time::Duration::from_secs),
+                Err(_) => retention.parse::<GoDuration>().ok().map(|given| given.0),
+            };
+            match interval {
+                Some(interval) if interval.is_zero() => Ok(Compaction::Manual),
+                Some(interval) => Ok(Compaction::Every { interval, keep: 0 }),
+                None => Err(wrong("a number of hours or a duration such as 30m")),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn compaction_is_told_as_etcd_is() {
+        let hours = |hours: u64| Compaction::Every { interval: Duration::from_secs(3600 * hours), keep: 0 };
+        for (mode, retention, expected) in [
+            (CompactionMode::Periodic, "0", Some(Compaction::Manual)),
+            (CompactionMode::Periodic, "1", Some(hours(1))),
+            (CompactionMode::Periodic, "24h", Some(hours(24))),
+            (CompactionMode::Periodic, "many", None),
+            (CompactionMode::Revision, "1000", Some(Compaction::Retain(1000))),
+            (CompactionMode::Revision, "0", Some(Compaction::Manual)),
+            (CompactionMode::Revision, "30m", None),
+        ] {
+            assert_eq!(compaction(mode, retention).ok(), expected, "{mode:?} {retention}");
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -140,12 +141,14 @@ impl Listener {
                 Ok(Self { socket: Socket::Tcp(socket), tls })
             }
             ListenUrl::Unix(path) => {
-                // What a killed server left behind. One that still listens is found out by its answer.
-                if tokio::net::UnixStream::connect(path).await.is_err() {
-                    match std::fs::remove_file(path) {
-                        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(bind(error)),
-                        _ => {}
-                    }
+                // What a killed server left behind: a socket that refuses. Anything else there is somebody's.
+                let refuses = tokio::net::UnixStream::connect(path)
+                    .await
+                    .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+                let socket =
+                    || std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+                if refuses && socket() {
+                    std::fs::remove_file(path).map_err(bind)?;
                 }
                 let socket = UnixListener::bind(path).map_err(bind)?;
                 Ok(Self { socket: Socket::Unix(socket), tls: None })

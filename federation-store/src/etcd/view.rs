@@ -19,11 +19,17 @@ use crate::error::Error;
 use crate::store::Store;
 use crate::types::{Expect, KeyRange, KeyValue, ListRequest, Revision, Write};
 
-/// Keys fetched at once. Each page costs a look at how many follow, so it is not small.
+/// Keys fetched at first. A page is held before its size is known, so it is small until the values are seen to be.
+const FIRST_PAGE: usize = 256;
+
+/// Keys fetched at once. Each page costs a look at how many follow, so pages grow to this while their values are small.
 const PAGE: usize = 10_000;
 
-/// The most bytes of keys and values in one response: what one client may make the server hold. Pages of a
-/// kube-apiserver are far smaller, and gRPC clients take no more than 2 GiB.
+/// What a page is to weigh about; the next one is made larger or smaller by it.
+const PAGE_BYTES: usize = 8 * 1024 * 1024;
+
+/// The most bytes of keys and values that all reads of one request give: what one client may make the server hold.
+/// Pages of a kube-apiserver are far smaller, and gRPC clients take no more than 2 GiB.
 const MAX_RESPONSE_BYTES: usize = 512 * 1024 * 1024;
 
 /// See the module.
@@ -36,7 +42,11 @@ pub(crate) struct View<'a> {
     pub(crate) writes: Vec<Write>,
     /// What it read.
     read: Vec<(KeyRange, Revision)>,
+    budget: Budget,
 }
+
+/// What is left of [`MAX_RESPONSE_BYTES`] for a request.
+struct Budget(usize);
 
 /// Some keys of a range.
 pub(crate) struct Found {
@@ -56,8 +66,16 @@ pub(crate) enum Fault {
 
 /// Carries out a single read; the header has only the revision.
 pub(crate) async fn range(store: &Store, request: &RangeRequest) -> Result<RangeResponse, Status> {
+    range_within(store, request, &mut Budget(MAX_RESPONSE_BYTES)).await
+}
+
+async fn range_within(
+    store: &Store,
+    request: &RangeRequest,
+    budget: &mut Budget,
+) -> Result<RangeResponse, Status> {
     loop {
-        match range_once(store, request).await {
+        match range_once(store, request, budget).await {
             // Of several pages at the newest revision.
             Err(Fault::Stale) if requested(request.revision).is_none() => {}
             Err(Fault::Stale) => return Err(errors::compacted()),
@@ -67,7 +85,11 @@ pub(crate) async fn range(store: &Store, request: &RangeRequest) -> Result<Range
     }
 }
 
-async fn range_once(store: &Store, request: &RangeRequest) -> Result<RangeResponse, Fault> {
+async fn range_once(
+    store: &Store,
+    request: &RangeRequest,
+    budget: &mut Budget,
+) -> Result<RangeResponse, Fault> {
     let at = requested(request.revision);
     let Some(keys) = key_range(&request.key, &request.range_end) else {
         let (_, current) = store.get(&request.key, at).await?;
@@ -76,10 +98,11 @@ async fn range_once(store: &Store, request: &RangeRequest) -> Result<RangeRespon
     if request.range_end.is_empty() && !request.count_only {
         let (kv, current) = store.get(&request.key, at).await?;
         let items: Vec<_> = kv.into_iter().collect();
+        budget.take(&items)?;
         let total = items.len() as u64;
         return Ok(respond(request, Found { items, total }, current));
     }
-    let (found, revision) = fetch(store, &keys, at, wanted(request)).await?;
+    let (found, revision) = fetch(store, &keys, at, wanted(request), budget).await?;
     // The header tells the newest revision, which is not the one that was read if that was named. This server's own
     // revision may lag behind what another wrote.
     Ok(respond(request, found, if at.is_some() { store.revision().max(revision) } else { revision }))
@@ -109,6 +132,7 @@ async fn fetch(
     range: &KeyRange,
     at: Option<Revision>,
     limit: Option<usize>,
+    budget: &mut Budget,
 ) -> Result<(Found, Revision), Fault> {
     if limit == Some(0) {
         let (total, revision) = store.count(range, at).await?;
@@ -117,14 +141,14 @@ async fn fetch(
     let mut request = ListRequest::new(range.clone());
     request.revision = at;
     let mut items: Vec<KeyValue> = Vec::new();
-    let mut bytes = 0;
+    let mut length = FIRST_PAGE;
     loop {
-        let left = limit.map_or(PAGE, |limit| PAGE.min(limit - items.len()));
+        let left = limit.map_or(length, |limit| length.min(limit - items.len()));
         let page = store.list(&request.clone().limit(left)).await?;
-        bytes += page.items.iter().map(|kv| kv.key.len() + kv.value.len()).sum::<usize>();
-        if bytes > MAX_RESPONSE_BYTES {
-            return Err(errors::response_too_large(MAX_RESPONSE_BYTES).into());
-        }
+        let bytes = budget.take(&page.items)?;
+        // As many as weigh so much if they are like those of this page.
+        let like_these = PAGE_BYTES.saturating_mul(page.items.len()) / bytes.max(1);
+        length = like_these.clamp(1, PAGE).min(length.saturating_mul(16));
         items.extend(page.items);
         let last = items.last().map(|kv| kv.key.clone()).filter(|_| page.more);
         match last {
@@ -184,6 +208,17 @@ pub(crate) fn respond(request: &RangeRequest, found: Found, revision: Revision) 
     RangeResponse { header: Some(header), kvs: kvs.collect(), more, count }
 }
 
+// === impl Budget ===
+
+impl Budget {
+    /// Counts what was read; how many bytes it is.
+    fn take(&mut self, items: &[KeyValue]) -> Result<usize, Fault> {
+        let bytes = items.iter().map(|kv| kv.key.len() + kv.value.len()).sum::<usize>();
+        self.0 = self.0.checked_sub(bytes).ok_or_else(|| errors::response_too_large(MAX_RESPONSE_BYTES))?;
+        Ok(bytes)
+    }
+}
+
 // === impl Fault ===
 
 impl From<Status> for Fault {
@@ -205,7 +240,14 @@ impl From<Error> for Fault {
 
 impl<'a> View<'a> {
     pub(crate) fn new(store: &'a Store, at: Revision) -> Self {
-        Self { store, at, written: BTreeMap::new(), writes: Vec::new(), read: Vec::new() }
+        Self {
+            store,
+            at,
+            written: BTreeMap::new(),
+            writes: Vec::new(),
+            read: Vec::new(),
+            budget: Budget(MAX_RESPONSE_BYTES),
+        }
     }
 
     pub(crate) fn store(&self) -> &'a Store {
@@ -229,6 +271,7 @@ impl<'a> View<'a> {
         }
         self.read.push((KeyRange::single(key.clone()), self.at));
         let (kv, _) = self.store.get(key, Some(self.at)).await?;
+        self.budget.take(kv.as_slice())?;
         Ok(kv)
     }
 
@@ -243,7 +286,7 @@ impl<'a> View<'a> {
                 return Err(errors::future_revision().into());
             }
             // The past cannot change: nothing to guard, and the request's own writes are not in it.
-            let mut response = range(self.store, request).await?;
+            let mut response = range_within(self.store, request, &mut self.budget).await?;
             response.header =
                 Some(ResponseHeader { revision: signed(self.revision()), ..ResponseHeader::default() });
             return Ok(response);
@@ -259,7 +302,7 @@ impl<'a> View<'a> {
         let overlaid = self.written.keys().any(|key| range.contains(key));
         self.read.push((range.clone(), self.at));
         let limit = if overlaid { None } else { limit };
-        let (mut found, _) = fetch(self.store, range, Some(self.at), limit).await?;
+        let (mut found, _) = fetch(self.store, range, Some(self.at), limit, &mut self.budget).await?;
         if overlaid {
             let mut items: BTreeMap<Bytes, KeyValue> =
                 found.items.into_iter().map(|kv| (kv.key.clone(), kv)).collect();

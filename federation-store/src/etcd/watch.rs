@@ -163,11 +163,17 @@ impl Session {
                         return;
                     }
                 },
-                Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
-                    if let Ok(id) = ended {
-                        self.watches.remove(&id);
+                Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => match ended {
+                    Ok(id) => drop(self.watches.remove(&id)),
+                    // Cancelled by the client.
+                    Err(error) if error.is_cancelled() => {}
+                    // The client would wait for ever for what nobody follows any more.
+                    Err(error) => {
+                        tracing::error!(%error, "a watch has failed; its stream ends, so that the client begins anew");
+                        let _ = self.responses.send(Err(Status::unavailable("a watch has failed"))).await;
+                        return;
                     }
-                }
+                },
                 () = reached.notified(), if owed.is_some() => {}
                 () = self.responses.closed() => return,
             }

@@ -67,6 +67,12 @@ async fn wrong_flags_are_refused_with_what_to_do() {
             1,
             "sqlite:///path/to/file",
         ),
+        (&["--watch-progress-notify-interval", "0s"], 1, "give a duration above 0"),
+        (
+            &["--listen-client-urls", "http://127.0.0.1:0", "--auto-compaction-retention", "many"],
+            1,
+            "a number of hours or a duration",
+        ),
         (&["--no-such-flag"], 2, "--no-such-flag"),
         (&["--config", "none.yaml"], 2, "none.yaml"),
     ];
@@ -76,6 +82,13 @@ async fn wrong_flags_are_refused_with_what_to_do() {
         let said = format!("{}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
         assert!(status.code() == Some(*code) && said.contains(text), "{args:?}: {status}: {said}");
     }
+    // What is at a socket's path and is no socket stays there.
+    let precious = dir.join("precious.db");
+    std::fs::write(&precious, "data").unwrap();
+    let url = format!("unix://{}", precious.display());
+    let ended = program(dir.path(), &["--listen-client-urls", &url]).output().await.unwrap();
+    assert_eq!(ended.status.code(), Some(1));
+    assert_eq!(std::fs::read_to_string(&precious).unwrap(), "data");
     // A password in a URL that cannot be used is not told.
     let args = ["--store", "mysql://root:hunter2@127.0.0.1:1/x?no-such=1"];
     let Output { stdout, stderr, .. } = program(dir.path(), &args).output().await.unwrap();
@@ -100,7 +113,7 @@ async fn certificates_and_figures_come_from_files_and_pages() {
     // The file gives what the command line does not.
     let flags = format!(
         "listen-client-urls: https://127.0.0.1:{secure},http://127.0.0.1:{plain}\n\
-         cert-file: server.crt\nkey-file: server.key\ntrusted-ca-file: ca.crt\nclient-cert-auth: true\nname: other\n"
+         cert-file: server.crt\nkey-file: server.key\ntrusted-ca-file: ca.crt\nname: other\n"
     );
     std::fs::write(dir.join("flags.yaml"), flags).unwrap();
     let metrics_url = format!("http://127.0.0.1:{metrics}");
