@@ -282,6 +282,7 @@ async fn exchange<S: Side>(
                         if let Some((sent, waiting)) = pings.remove(&pong.id) {
                             let took = sent.elapsed();
                             shared.rtt_micros.store((took.as_micros() as u64).max(1), Ordering::Relaxed);
+                            session.observe_round_trip(took);
                             // Who asked may have stopped waiting.
                             let _ = waiting.map(|waiting| waiting.send(took));
                         }

@@ -82,6 +82,14 @@ impl Session {
         }
     }
 
+    /// Takes a measured round trip in. QUIC measures its own.
+    pub(crate) fn observe_round_trip(&self, took: Duration) {
+        match self {
+            Self::H2(link) => link.observe_round_trip(took),
+            Self::Quic(_) => {}
+        }
+    }
+
     /// How long nothing was heard. QUIC has an idle timer of its own and always answers zero.
     pub(crate) fn silence(&self) -> Duration {
         match self {

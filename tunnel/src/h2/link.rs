@@ -28,7 +28,7 @@ use super::{
     frame::{self, Code, HEADER, MAX_DATA, Settings},
     headers,
     record::{Early, Records},
-    stream::{H2Connection, Stream},
+    stream::{H2Connection, RoundTrip, Stream},
 };
 use crate::{
     address::Target,
@@ -77,6 +77,7 @@ pub(crate) struct Link {
     heard: AtomicU64,
     epoch: Instant,
     limits: Limits,
+    path: Arc<RoundTrip>,
     pub(super) budget: Arc<Budget>,
     pub(crate) table: Arc<Table>,
     closed: watch::Sender<Option<CloseReason>>,
@@ -173,6 +174,7 @@ impl Link {
             epoch: now,
             budget: config.budget.child(config.limits.memory_per_tunnel),
             limits: config.limits,
+            path: Arc::default(),
             table: Arc::default(),
             closed: watch::channel(None).0,
             incoming: Mutex::new(Some(incoming_tx)),
@@ -235,7 +237,8 @@ impl Link {
         streams.next += 2;
         let place = target.map(|target| self.table.enter(u64::from(id), target.clone()));
         let window = i64::from(self.peer.initial_window.load(Ordering::Relaxed));
-        let stream = Arc::new(Stream::new(id, window, reservation, Some(answer), place.as_ref()));
+        let stream =
+            Arc::new(Stream::new(id, window, reservation, Some(answer), place.as_ref(), self.path.clone()));
         streams.open.insert(id, stream.clone());
         // Identifiers must appear in rising order on the wire: the frame is queued before the lock is let go.
         let mut bytes = Vec::with_capacity(HEADER + block.len());
@@ -306,6 +309,11 @@ impl Link {
     /// What the process's budget has promised, and its limit.
     pub(crate) fn memory(&self) -> (usize, usize) {
         self.budget.process()
+    }
+
+    /// Tells how long a small message took there and back, for the size of windows.
+    pub(crate) fn observe_round_trip(&self, took: Duration) {
+        self.path.observe(took);
     }
 
     /// How long nothing was heard.

@@ -15,7 +15,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicI64, AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
     time::{Duration, Instant},
@@ -41,8 +41,13 @@ use crate::{
     table::{Entry, Place},
 };
 
-/// A window that was used up within this time is doubled: its connection is limited by it.
-const GROW_WITHIN: Duration = Duration::from_millis(500);
+/// A window of which half was used up within a round trip limits its connection, and is doubled. This is the longest
+/// that counts as a round trip, and the one of a path that is not measured yet.
+const LONGEST_PATH: Duration = Duration::from_millis(500);
+
+/// The shortest: below it, it is how soon a busy machine gets round to a task. A window larger than the path needs only
+/// fills queues on the way, and everybody else's frames wait in them.
+const SHORTEST_PATH: Duration = Duration::from_micros(500);
 
 /// A window that took this long to be half used is halved: its connection does not need it.
 const SHRINK_AFTER: Duration = Duration::from_secs(5);
@@ -62,6 +67,14 @@ pub(crate) struct Stream {
     recv: Mutex<Recv>,
     answer: Mutex<Option<oneshot::Sender<Result<(), DialError>>>>,
     entry: Option<Arc<Entry>>,
+    path: Arc<RoundTrip>,
+}
+
+/// The round trip of a link's path, as far as it is known.
+#[derive(Debug, Default)]
+pub(super) struct RoundTrip {
+    /// 0: not measured.
+    micros: AtomicU64,
 }
 
 /// The receiving side.
@@ -128,6 +141,7 @@ impl Stream {
         reservation: Option<Reservation>,
         answer: Option<oneshot::Sender<Result<(), DialError>>>,
         place: Option<&Place>,
+        path: Arc<RoundTrip>,
     ) -> Self {
         Self {
             id,
@@ -150,6 +164,7 @@ impl Stream {
             }),
             answer: Mutex::new(answer),
             entry: place.map(|place| place.entry.clone()),
+            path,
         }
     }
 
@@ -203,7 +218,7 @@ impl Stream {
             recv.ended = true;
             finished = self.state.fetch_or(REMOTE_END, Ordering::AcqRel) & LOCAL_END != 0;
         }
-        let credit = recv.credit();
+        let credit = recv.credit(&self.path);
         drop(recv);
         if wake {
             self.recv_waker.wake();
@@ -282,12 +297,33 @@ impl Stream {
     }
 }
 
+// === impl RoundTrip ===
+
+impl RoundTrip {
+    /// Takes a measurement in. The least of late counts: full queues on the way must not pass for a long path, which
+    /// would let windows grow and the queues with them. A path that has become longer is believed bit by bit.
+    pub(super) fn observe(&self, took: Duration) {
+        let took = (took.min(LONGEST_PATH).as_micros() as u64).max(1);
+        let before = self.micros.load(Ordering::Relaxed);
+        let least = if before == 0 { took } else { took.min(before + before / 8 + 1) };
+        self.micros.store(least, Ordering::Relaxed);
+    }
+
+    /// Half of a window that is used up sooner than this limits its connection.
+    fn longest(&self) -> Duration {
+        match self.micros.load(Ordering::Relaxed) {
+            0 => LONGEST_PATH,
+            micros => Duration::from_micros(micros).clamp(SHORTEST_PATH, LONGEST_PATH),
+        }
+    }
+}
+
 // === impl Recv ===
 
 impl Recv {
-    /// What to give back to the peer now, if it is worth a frame. A connection that uses up its window quickly gets a
-    /// larger one while the budget lasts.
-    fn credit(&mut self) -> Option<u32> {
+    /// What to give back to the peer now, if it is worth a frame. A connection that its window limits gets a larger
+    /// one while the budget lasts.
+    fn credit(&mut self, path: &RoundTrip) -> Option<u32> {
         if self.ended || self.consumed < self.size / 2 {
             return None;
         }
@@ -295,7 +331,7 @@ impl Recv {
         let mut increment = std::mem::take(&mut self.consumed);
         let took = now.duration_since(self.credited);
         if let Some(reservation) = &mut self.reservation {
-            if self.size < MAX_WINDOW && took < GROW_WITHIN && reservation.grow(self.size) {
+            if self.size < MAX_WINDOW && took < path.longest() && reservation.grow(self.size) {
                 increment += self.size;
                 self.size *= 2;
             } else if self.size > INITIAL_WINDOW && took > SHRINK_AFTER {
@@ -492,7 +528,7 @@ impl H2Connection {
                 return Poll::Ready(Err(RelayOutcome::TunnelClosed));
             }
         }
-        let credit = recv.credit();
+        let credit = recv.credit(&self.stream.path);
         drop(guard);
         if let Some(increment) = credit {
             self.link.credit(self.stream.id, increment);
@@ -544,7 +580,7 @@ impl AsyncRead for H2Connection {
             recv.backlog = BytesMut::new();
         }
         recv.consumed += take;
-        let credit = recv.credit();
+        let credit = recv.credit(&self.stream.path);
         drop(recv);
         if let Some(increment) = credit {
             self.link.credit(self.stream.id, increment);
@@ -595,5 +631,48 @@ impl Drop for H2Connection {
             self.stream.state.fetch_or(RESET, Ordering::AcqRel);
             self.link.reset(self.stream.id, Code::Cancel);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_queue_does_not_pass_for_a_long_path() {
+        let path = RoundTrip::default();
+        assert_eq!(path.longest(), LONGEST_PATH, "windows grow freely while nothing is known");
+        path.observe(Duration::from_millis(10));
+        assert_eq!(path.longest(), Duration::from_millis(10));
+        path.observe(Duration::from_millis(80));
+        assert!(path.longest() < Duration::from_millis(12), "{:?}", path.longest());
+        for _ in 0..20 {
+            path.observe(Duration::from_millis(80));
+        }
+        assert_eq!(path.longest(), Duration::from_millis(80), "but a path that stays longer is believed");
+        path.observe(Duration::from_micros(20));
+        assert_eq!(path.longest(), SHORTEST_PATH);
+        path.observe(Duration::MAX);
+        assert_eq!(path.longest(), SHORTEST_PATH);
+    }
+
+    #[test]
+    fn only_a_window_that_limits_its_connection_grows() {
+        let budget = crate::limits::Budget::new(1 << 30);
+        // Half of the window was taken so long after it was last given back, over 10 ms of path.
+        let grown = |after: Duration| {
+            let path = Arc::new(RoundTrip::default());
+            path.observe(Duration::from_millis(10));
+            let stream = Stream::new(1, 0, budget.reserve(INITIAL_WINDOW), None, None, path);
+            let mut recv = stream.recv.lock();
+            recv.consumed = INITIAL_WINDOW / 2;
+            recv.window -= INITIAL_WINDOW / 2;
+            recv.credited = Instant::now().checked_sub(after).unwrap();
+            recv.credit(&stream.path);
+            assert_eq!(recv.window, recv.size, "what was taken is given back");
+            recv.size > INITIAL_WINDOW
+        };
+        assert!(grown(Duration::ZERO));
+        assert!(!grown(Duration::from_millis(11)), "it took less than its window allowed");
     }
 }

@@ -474,7 +474,7 @@ impl Link {
             Request::Attach => None,
             Request::Connect { target, .. } => Some(self.table.enter(u64::from(id), target.clone())),
         };
-        let stream = Arc::new(Stream::new(id, window, reservation, None, place.as_ref()));
+        let stream = Arc::new(Stream::new(id, window, reservation, None, place.as_ref(), self.path.clone()));
         {
             let mut streams = self.streams.lock();
             if streams.closed {
