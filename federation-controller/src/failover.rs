@@ -43,7 +43,15 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     loop {
         shared.failover_due.notified().await;
         sleep(GATHER).await;
-        let places = shared.state.read().given_up();
+        let workloads = shared.types.numbers();
+        let places = {
+            let state = shared.state.read();
+            // What is not listed yet is not nothing: who reads "Evacuated" may switch the cell off.
+            if !state.types_known() || !workloads.iter().all(|kind| state.is_complete(*kind)) {
+                continue;
+            }
+            state.given_up()
+        };
         if places.is_empty() {
             continue;
         }

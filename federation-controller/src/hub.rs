@@ -58,6 +58,10 @@ pub(crate) struct HubState {
     /// Sorts of objects that have not been listed yet. While there is one, nothing is known not to exist.
     unlisted: BTreeSet<&'static str>,
     unlisted_kinds: BTreeSet<usize>,
+    /// Types that are not followed any more.
+    retired_kinds: BTreeSet<usize>,
+    /// Whether all configured types are followed; `None` until their configurations have been gone through.
+    all_followed: Option<bool>,
 }
 
 /// A federated object as it is kept: as text, which takes a fraction of what the parsed object does.
@@ -128,7 +132,24 @@ impl HubState {
 
     /// Whether everything that concerns objects of a type has been listed.
     pub(crate) fn is_complete(&self, kind: usize) -> bool {
-        self.unlisted.is_empty() && !self.unlisted_kinds.contains(&kind)
+        self.unlisted.is_empty()
+            && !self.unlisted_kinds.contains(&kind)
+            && !self.retired_kinds.contains(&kind)
+    }
+
+    /// Whether the type configurations have been gone through, so that every type that is followed is known.
+    pub(crate) fn types_known(&self) -> bool {
+        self.all_followed.is_some()
+    }
+
+    /// The type configurations have been gone through. `all`: none asks for a type that is not followed.
+    pub(crate) fn set_followed(&mut self, all: bool) {
+        self.all_followed = Some(all);
+    }
+
+    /// Whether every object that may need something beside it is known.
+    pub(crate) fn knows_needs(&self) -> bool {
+        self.unlisted.is_empty() && self.unlisted_kinds.is_empty() && self.all_followed == Some(true)
     }
 
     /// A type is followed from now on.
@@ -138,7 +159,8 @@ impl HubState {
 
     /// A type is not followed any more.
     pub(crate) fn drop_kind(&mut self, kind: usize) {
-        self.unlisted_kinds.insert(kind);
+        self.unlisted_kinds.remove(&kind);
+        self.retired_kinds.insert(kind);
         self.objects.retain(|key, _| key.kind != kind);
     }
 
@@ -150,6 +172,7 @@ impl HubState {
     /// Takes type configurations in.
     pub(crate) fn change_type_configs(&mut self, change: Change<FederatedTypeConfig>) {
         change_map(&mut self.type_configs, change, &mut self.unlisted, TYPES);
+        self.all_followed = None;
     }
 
     pub(crate) fn object(&self, key: &ObjectKey) -> Option<DynamicObject> {
@@ -175,21 +198,38 @@ impl HubState {
         cells.chain(clusters).filter(|(_, of)| of.spec.is_some() || of.status.is_some()).collect()
     }
 
-    /// Units where workloads of a namespace run replicas for units that were given up, without being placed there.
-    pub(crate) fn held_stand_ins(&self, namespace: &str) -> BTreeSet<String> {
-        let stands_in =
-            |unit: &Value| unit["standIn"] == true && unit["extra"].as_i64().is_some_and(|extra| extra > 0);
-        let objects = self.objects.iter().filter(|(key, object)| {
-            // Looked for in the text first: there are few.
-            &*key.namespace == namespace && object.text.contains("\"standIn\"")
-        });
-        let mut names = BTreeSet::new();
-        for object in objects.filter_map(|(_, object)| object.parsed()) {
-            let units = object.data["status"]["units"].as_array().into_iter().flatten();
-            let own = units.filter(|unit| stands_in(unit)).filter_map(|unit| unit["name"].as_str());
-            names.extend(own.map(str::to_owned));
+    /// Clusters where an object that stands in is needed still; `None` while not everything is known that may need it.
+    ///
+    /// That is where workloads run replicas for units that were given up: those of its namespace, or, when it lies in no
+    /// namespace in the members, all. A namespace is also needed while anything else stands in in it.
+    pub(crate) fn held_stand_ins(&self, of: &FederatedType, own: &ObjectKey) -> Option<BTreeSet<String>> {
+        if !self.knows_needs() {
+            return None;
         }
-        names
+        let inside = of.target.namespaced || of.is_namespace();
+        let needs = |unit: &Value| {
+            unit["extra"].as_i64().is_some_and(|extra| extra > 0)
+                || (of.is_namespace() && unit["standIn"] == true)
+        };
+        let beside = self.objects.iter().filter(|(key, object)| {
+            *key != own
+                && (!inside || key.namespace == own.namespace)
+                // Looked for in the text first: there are few.
+                && (object.text.contains("\"standIn\"") || object.text.contains("\"extra\""))
+        });
+        let mut clusters = BTreeSet::new();
+        for object in beside.filter_map(|(_, object)| object.parsed()) {
+            let units = object.data["status"]["units"].as_array().into_iter().flatten();
+            let needed = units.filter(|unit| needs(unit)).filter_map(|unit| unit["cluster"].as_str());
+            clusters.extend(needed.map(str::to_owned));
+        }
+        Some(clusters)
+    }
+
+    /// Objects that may stand in somewhere.
+    pub(crate) fn standing_in(&self) -> Vec<ObjectKey> {
+        let stands_in = |object: &Kept| object.text.contains("\"standIn\"");
+        self.objects.iter().filter(|(_, object)| stands_in(object)).map(|(key, _)| key.clone()).collect()
     }
 
     pub(crate) fn keys(&self) -> Vec<ObjectKey> {
@@ -361,6 +401,12 @@ impl HubState {
             // It cannot be read: nothing is taken away for that.
             Err(_) => NamespacePlacement::Unrestricted,
         }
+    }
+
+    /// Objects in a namespace, and those of some kinds wherever they are.
+    pub(crate) fn keys_beside(&self, namespace: &str, kinds: &BTreeSet<usize>) -> Vec<ObjectKey> {
+        let beside = |key: &&ObjectKey| &*key.namespace == namespace || kinds.contains(&key.kind);
+        self.objects.keys().filter(beside).cloned().collect()
     }
 
     /// Objects in a namespace.
@@ -681,6 +727,51 @@ mod tests {
         assert!(state.is_complete(0) && !state.is_complete(1));
         state.drop_kind(0);
         assert!(!state.is_complete(0));
+    }
+
+    #[test]
+    fn what_stands_in_is_held_by_cluster_until_everything_is_known() {
+        let types = types::builtin();
+        let of = |wanted: fn(&FederatedType) -> bool| types.iter().find(|of| wanted(of)).expect("a type");
+        let namespaces = of(FederatedType::is_namespace);
+        let maps = of(|of| of.target.kind == "ConfigMap");
+        let roles = of(|of| of.target.kind == "ClusterRole");
+        let mut state = HubState::new();
+        (0..4).for_each(|kind| state.add_kind(kind));
+        let with = |mut object: DynamicObject, units: Value| {
+            object.data = serde_json::json!({"status": {"units": units}});
+            Kept::new(object)
+        };
+        // By cell, while what lies beside it is placed by cluster.
+        let moved = serde_json::json!([{"name": "c", "cluster": "y", "standIn": true, "extra": 2}]);
+        let standing = serde_json::json!([{"name": "z", "cluster": "z", "standIn": true}]);
+        state.change_objects(1, Change::Replace(vec![with(dynamic("shop", "n", "1"), standing.clone())]));
+        state.change_objects(2, Change::Replace(vec![with(dynamic("conf", "m", "1"), standing)]));
+        let mut role = dynamic("role", "r", "1");
+        role.metadata.namespace = Some("other".into());
+        state.change_objects(3, Change::Replace(vec![Kept::new(role)]));
+        state.change_cells(Change::Replace(vec![]));
+        state.change_clusters(Change::Replace(vec![]));
+        state.change_configs(Change::Replace(vec![]));
+        state.change_revisions(Change::Replace(vec![]));
+        state.change_type_configs(Change::Replace(vec![]));
+        state.change_preferences(Change::Replace(vec![]));
+        state.change_tenants(Change::Replace(vec![]));
+        let [namespace, map, role] = [(1, "shop", "shop"), (2, "shop", "conf"), (3, "other", "role")]
+            .map(|(kind, namespace, name)| ObjectKey::new(kind, namespace, name));
+        assert!(state.held_stand_ins(namespaces, &namespace).is_none(), "types are not known yet");
+        state.set_followed(true);
+        assert!(state.held_stand_ins(namespaces, &namespace).is_none(), "workloads are not listed yet");
+        state.change_objects(0, Change::Replace(vec![with(dynamic("web", "w", "1"), moved)]));
+        let held = |names: &[&str]| -> Option<BTreeSet<String>> {
+            Some(names.iter().map(|name| (*name).to_owned()).collect())
+        };
+        assert_eq!(state.held_stand_ins(namespaces, &namespace), held(&["y", "z"]));
+        assert_eq!(state.held_stand_ins(maps, &map), held(&["y"]));
+        assert_eq!(state.held_stand_ins(roles, &role), held(&["y"]), "no namespace of the member holds it");
+        assert_eq!(state.standing_in().len(), 3);
+        state.set_followed(false);
+        assert!(state.held_stand_ins(maps, &map).is_none(), "a type that is not followed may need it");
     }
 
     #[test]

@@ -462,6 +462,14 @@ impl Shared {
         &self.hub_id
     }
 
+    /// Looks at what stands in again, once it can be told who needs it.
+    pub(crate) fn enqueue_stand_ins(&self) {
+        let state = self.state.read();
+        let keys = if state.knows_needs() { state.standing_in() } else { Vec::new() };
+        drop(state);
+        keys.into_iter().for_each(|key| self.queue.add(key));
+    }
+
     /// The members, as they are now.
     pub(crate) fn members(&self) -> BTreeMap<String, Arc<Member>> {
         self.members.read().clone()

@@ -133,7 +133,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
     let rooms = needs_room(preference.as_ref().map(|of| &of.spec), &federated, &topology);
     let stands_in = federated.status.iter().flat_map(|status| &status.units).any(|unit| unit.stand_in);
     let held_stand_ins =
-        if stands_in { shared.state.read().held_stand_ins(&key.namespace) } else { BTreeSet::new() };
+        if stands_in { shared.state.read().held_stand_ins(of, key) } else { Some(BTreeSet::new()) };
     let mut views: BTreeMap<String, MemberView> = BTreeMap::new();
     for (name, member) in &members {
         // What has not begun is planned anew; what has begun is in the view.
@@ -157,7 +157,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
         preference: preference.as_ref().map(|preference| &preference.spec),
         namespace,
         members: &views,
-        held_stand_ins: &held_stand_ins,
+        held_stand_ins: held_stand_ins.as_ref(),
         adopt: shared.options.adopt,
         now: &crate::now(),
     });
@@ -262,12 +262,13 @@ impl Pass<'_> {
         if moves(before) || moves(after) {
             shared.failover_due.notify_one();
         }
-        let stands_in =
-            |status: &FederatedStatus| status.units.iter().any(|unit| unit.stand_in && unit.extra.is_some());
-        if stands_in(before) && !stands_in(after) {
-            // What was placed beside it is not needed any more.
-            let beside = shared.state.read().keys_in(&self.key.namespace);
-            beside.into_iter().for_each(|key| shared.queue.add(key));
+        let needs = |status: &FederatedStatus| -> usize {
+            status.units.iter().filter(|unit| unit.stand_in || unit.extra.is_some()).count()
+        };
+        if needs(before) > needs(after) {
+            // What was placed beside it may be needed no more.
+            let beside = shared.state.read().keys_beside(&self.key.namespace, &shared.types.clusterwide());
+            beside.into_iter().filter(|key| key != self.key).for_each(|key| shared.queue.add(key));
         }
     }
 

@@ -108,6 +108,13 @@ impl Types {
         of.filter(|(_, slot)| *slot.stage.borrow() != Stage::Retired).map(|(index, _)| index).collect()
     }
 
+    /// The slots of the types whose objects lie in no namespace of a member.
+    pub(crate) fn clusterwide(&self) -> BTreeSet<usize> {
+        let slots = self.slots.read();
+        let of = slots.iter().enumerate().filter(|(_, slot)| !slot.of.target.namespaced);
+        of.map(|(index, _)| index).collect()
+    }
+
     /// Tells how many slots there are.
     pub(crate) fn count(&self) -> watch::Receiver<usize> {
         self.count.subscribe()
@@ -223,6 +230,10 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
                 again = true;
             }
         }
+        let all = running.len() == shared.state.read().type_configs().map_or(0, |configs| configs.len());
+        shared.state.write().set_followed(all);
+        shared.enqueue_stand_ins();
+        shared.failover_due.notify_one();
         while tasks.try_join_next().is_some() {}
         if again {
             let at = Arc::clone(&shared);
@@ -257,6 +268,10 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>)
             at.enqueue_all();
         } else if listed {
             at.enqueue_kind(kind);
+        }
+        if listed {
+            at.enqueue_stand_ins();
+            at.failover_due.notify_one();
         }
         true
     };

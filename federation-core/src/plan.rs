@@ -101,6 +101,8 @@ struct Planner<'a> {
     keep: BTreeMap<String, BTreeSet<String>>,
     setbacks: Vec<Setback>,
     look_again: Option<std::time::Duration>,
+    /// Units that stood in, are needed, and do not exist any more.
+    lost_stand_ins: BTreeSet<String>,
 }
 
 // === impl Planner ===
@@ -128,6 +130,7 @@ impl<'a> Planner<'a> {
             keep: BTreeMap::new(),
             setbacks: Vec::new(),
             look_again: None,
+            lost_stand_ins: BTreeSet::new(),
         }
     }
 
@@ -546,8 +549,10 @@ impl<'a> Planner<'a> {
         {
             desired["spec"]["replicas"] = replicas.clone();
         }
+        // What stands in goes again one day: it must not take along what a member had by itself.
+        let adopt = self.adopt && units.iter().any(|index| !drafts[*index].status.stand_in);
         let verdict =
-            live.map_or(Ok(()), |live| drift::admit(&live.value, &self.source, self.input.hub, self.adopt));
+            live.map_or(Ok(()), |live| drift::admit(&live.value, &self.source, self.input.hub, adopt));
         let going = live.is_some_and(|live| !live.value["metadata"]["deletionTimestamp"].is_null());
         let unwanted = |field, rules: &crate::metadata::KeyRules| -> Vec<String> {
             let Some(live) = live.filter(|_| revision == current) else { return Vec::new() };
@@ -642,7 +647,6 @@ impl<'a> Planner<'a> {
         if verdict.is_ok() && !right && !going && contended.is_none() {
             let hash = rendered.hash.clone();
             let exists = live.is_some();
-            let adopt = self.adopt;
             let action =
                 Action::Apply { desired, hash, cause, adopt, exists, remove_annotations, remove_labels };
             self.writes.push(Write { cluster: cluster.to_owned(), object: object.to_owned(), action });
@@ -651,6 +655,21 @@ impl<'a> Planner<'a> {
 
     /// Units that the placement names and that do not exist: what is there stays.
     fn missing(&mut self, placed: &Placed<'_>, units: &mut Vec<UnitStatus>) {
+        for record in self.before.units.clone() {
+            let is_it = |unit: &UnitStatus| unit.name == record.name && unit.cluster == record.cluster;
+            if !record.stand_in || !self.lost_stand_ins.contains(&record.name) || units.iter().any(is_it) {
+                continue;
+            }
+            self.keep_names(&record.name, &record.cluster);
+            let message =
+                "the unit stands in and does not exist any more; what is there stays while it is needed";
+            units.push(UnitStatus {
+                phase: Phase::Missing,
+                reason: Some("UnitMissing".into()),
+                message: Some(message.into()),
+                ..record
+            });
+        }
         for name in &placed.unknown {
             let records: Vec<_> =
                 self.before.units.iter().filter(|record| &record.name == name).cloned().collect();

@@ -42,7 +42,7 @@ struct Side {
 
 impl<'a> Planner<'a> {
     /// Adds the units that stand in for the ones that leave.
-    pub(super) fn add_stand_ins(&self, placed: &mut Placed<'a>) {
+    pub(super) fn add_stand_ins(&mut self, placed: &mut Placed<'a>) {
         let input = self.input;
         let jobs = matches!(input.of.target.workload, Some(Workload::Generated | Workload::JobTemplate));
         if self.deleting || jobs {
@@ -55,11 +55,18 @@ impl<'a> Planner<'a> {
             let needed = if input.of.has_replicas() {
                 record.extra.is_some()
             } else {
-                input.held_stand_ins.contains(&record.name)
+                input.held_stand_ins.is_none_or(|held| held.contains(&record.cluster))
             };
             let unit = input.topology.unit(of, &record.name).filter(|unit| unit.cluster == record.cluster);
-            if let (true, Some(unit)) = (needed, unit) {
-                more.insert(record.name.clone(), unit);
+            match unit {
+                Some(unit) if needed => {
+                    more.insert(record.name.clone(), unit);
+                }
+                // Nobody says any more what is to be there, but somebody needs what is.
+                None if needed => {
+                    self.lost_stand_ins.insert(record.name.clone());
+                }
+                _ => {}
             }
         }
         for (name, unit) in more {
@@ -100,6 +107,7 @@ impl<'a> Planner<'a> {
             (given_up && !draft.status.stand_in) || draft.status.evacuation.is_some()
         };
         if !drafts.iter().any(leaves) {
+            self.lost_stand_ins.clear();
             drafts.iter_mut().for_each(|draft| draft.status.extra = None);
             drafts.retain(|draft| !draft.status.stand_in);
             return;

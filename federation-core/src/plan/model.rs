@@ -37,9 +37,9 @@ pub struct PlanInput<'a> {
     pub preference: Option<&'a ReplicaSchedulingPreferenceSpec>,
     /// Where the object's namespace goes.
     pub namespace: NamespacePlacement,
-    /// Units that stand in and where workloads of the object's namespace run replicas for others: what else was placed there
-    /// stays as long.
-    pub held_stand_ins: &'a BTreeSet<String>,
+    /// Clusters where an object that stands in is needed still, by what runs there for others or lies in it. `None`: not
+    /// everything is known that may need it, so it stays.
+    pub held_stand_ins: Option<&'a BTreeSet<String>>,
     /// Whether objects that the hub did not create may be taken over, unless the object itself says so or not.
     pub adopt: bool,
     /// The present moment (RFC 3339), for conditions that change.

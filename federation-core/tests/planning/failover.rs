@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use federation_core::api::{Failover, Placement, UnitReference};
+use federation_core::api::{Failover, Phase, Placement, TopologyType, UnitReference};
 use federation_core::capacity::{Room, RoomView};
-use federation_core::plan::MemberState;
+use federation_core::plan::{LiveObject, MemberState};
 use serde_json::{Value, json};
 
 use crate::world::{World, deployment};
@@ -144,10 +144,63 @@ fn others_stand_in_with_everything_and_go_afterwards() {
     maps.settle();
     assert_eq!((maps.names("x"), maps.names("y")), (["web"].into(), ["web"].into()));
     give_up(&mut maps, "a", None);
-    maps.held_stand_ins = ["c".to_owned()].into();
+    maps.held_stand_ins = Some(["y".to_owned()].into());
     maps.settle();
     assert_eq!(maps.names("y"), ["web"].into());
-    maps.held_stand_ins.clear();
+    // Nor does it go while it is not known who needs it.
+    maps.held_stand_ins = None;
+    maps.settle();
+    assert_eq!(maps.names("y"), ["web"].into());
+    maps.held_stand_ins = Some(Default::default());
+    maps.settle();
+    assert!(maps.names("y").is_empty());
+}
+
+#[test]
+fn what_stands_in_as_a_whole_cluster_stays_while_workloads_in_cells_need_it() {
+    let mut maps = World::new(1, json!({"data": {"k": "v"}}));
+    maps.object.spec.topology_type = TopologyType::Cluster;
+    maps.place(&["x"]).settle();
+    maps.clusters[0].spec.failover = Some(to(&["y"]));
+    maps.settle();
+    assert_eq!(maps.names("y"), ["web"].into());
+    maps.clusters[0].spec.failover = None;
+    maps.held_stand_ins = Some(["y".to_owned()].into());
+    maps.settle();
+    assert_eq!(maps.names("y"), ["web"].into());
+    maps.held_stand_ins = Some(Default::default());
+    maps.settle();
+    assert!(maps.names("y").is_empty());
+}
+
+#[test]
+fn what_stands_in_takes_nothing_over() {
+    let mut maps = World::new(1, json!({"data": {"k": "v"}}));
+    maps.adopt = true;
+    maps.place(&["a"]).settle();
+    let own = json!({"metadata": {"name": "web", "uid": "its-own"}, "data": {"k": "theirs"}});
+    let live = LiveObject { value: Arc::new(own.clone()), baseline: None };
+    maps.members.get_mut("y").expect("y").objects.insert("web".into(), live);
+    give_up(&mut maps, "a", Some(to(&["y"])));
+    maps.settle();
+    assert_eq!(maps.unit("c").phase, Phase::Conflict);
+    give_up(&mut maps, "a", None);
+    maps.settle();
+    assert_eq!(maps.live("y", "web"), &own);
+}
+
+#[test]
+fn the_cell_that_stands_in_is_deleted() {
+    let mut maps = World::new(1, json!({"data": {"k": "v"}}));
+    maps.place(&["a"]).settle();
+    give_up(&mut maps, "a", Some(to(&["c"])));
+    maps.settle();
+    maps.cells.retain(|cell| cell.metadata.name.as_deref() != Some("c"));
+    maps.held_stand_ins = Some(["y".to_owned()].into());
+    maps.settle();
+    assert_eq!(maps.names("y"), ["web"].into());
+    assert_eq!(maps.unit("c").phase, Phase::Missing);
+    maps.held_stand_ins = Some(Default::default());
     maps.settle();
     assert!(maps.names("y").is_empty());
 }

@@ -34,7 +34,8 @@ pub(crate) struct World {
     pub(crate) tenant: Option<String>,
     pub(crate) now: &'static str,
     pub(crate) hub: &'static str,
-    pub(crate) held_stand_ins: BTreeSet<String>,
+    pub(crate) held_stand_ins: Option<BTreeSet<String>>,
+    pub(crate) adopt: bool,
     pub(crate) writes: usize,
     uids: u64,
 }
@@ -58,7 +59,8 @@ impl World {
             tenant: None,
             now: "2026-11-21T00:00:00Z",
             hub: "hub-one",
-            held_stand_ins: BTreeSet::new(),
+            held_stand_ins: Some(BTreeSet::new()),
+            adopt: false,
             writes: 0,
             uids: 0,
         };
@@ -115,8 +117,8 @@ impl World {
             members: &self.members,
             preference: self.preference.as_ref(),
             namespace: self.namespace.clone(),
-            held_stand_ins: &self.held_stand_ins,
-            adopt: false,
+            held_stand_ins: self.held_stand_ins.as_ref(),
+            adopt: self.adopt,
             now: self.now,
         })
     }
