@@ -252,7 +252,7 @@ pub fn crd(input: &[u8]) {
         return;
     }
     let object = json_of(object).filter(Value::is_object);
-    for resource in crd::resources(&definition) {
+    for resource in crd::resources(&definition, &std::sync::Arc::default()) {
         if let Some(object) = &object {
             let mut object = object.clone();
             defaults::apply_defaults(resource.schema.as_ref(), &mut object);
@@ -269,7 +269,7 @@ pub fn jsonpath(input: &[u8]) {
     let kinds = ["string", "integer", "number", "boolean", "date"];
     let definition = json!({"spec": {"versions": [{"name": "v1", "served": true, "storage": true,
         "additionalPrinterColumns": kinds.map(column)}]}});
-    for resource in crd::resources(&definition) {
+    for resource in crd::resources(&definition, &std::sync::Arc::default()) {
         let table = table::of_objects(&resource, std::slice::from_ref(&object), "", true, None);
         let cells = table["rows"][0]["cells"].as_array().map(Vec::len);
         assert_eq!(cells, table["columnDefinitions"].as_array().map(Vec::len));

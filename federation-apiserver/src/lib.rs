@@ -18,7 +18,7 @@
 //!   through the same code.
 //! - The registry does not know HTTP, and in-process clients use it with the same checks as remote ones.
 //!
-//! Not served yet: conversion webhooks, exec and port-forward.
+//! Not served yet: exec and port-forward.
 
 mod admission;
 pub mod apply;

@@ -213,6 +213,17 @@ impl ApiError {
         Self::new(403, "Forbidden", message).detailed(details(group, resource, name))
     }
 
+    /// With one more cause in the details.
+    pub(crate) fn with_cause(mut self, reason: &str, message: &str, field: &str) -> Self {
+        let details = self.details.get_or_insert_with(|| Box::new(json!({})));
+        let cause = json!({"reason": reason, "message": message, "field": field});
+        match details.get_mut("causes").and_then(Value::as_array_mut) {
+            Some(causes) => causes.push(cause),
+            None => details["causes"] = json!([cause]),
+        }
+        self
+    }
+
     /// 403 for a path that is no resource.
     pub fn forbidden_path(message: impl Into<String>) -> Self {
         Self::new(403, "Forbidden", message).detailed(json!({}))
@@ -293,6 +304,11 @@ impl ApiError {
     pub fn internal_told(cause: &str) -> Self {
         Self::new(500, "InternalError", format!("Internal error occurred: {cause}"))
             .detailed(json!({"causes": [{ "message": cause }]}))
+    }
+
+    /// 500 without a reason, as kube-apiserver answers with errors that have no code of their own.
+    pub(crate) fn untold(message: String) -> Self {
+        Self::new(500, "", message)
     }
 
     /// What somebody else answered: a `Status` of failure with its code.

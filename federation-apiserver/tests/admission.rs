@@ -364,3 +364,45 @@ async fn what_webhooks_did_is_in_the_audit_log_and_in_the_metrics() {
         "open.hooks.golden.test"
     );
 }
+
+#[tokio::test]
+async fn tokens_are_asked_about_and_namespaces_that_end_take_nothing() {
+    let (server, _tokens) = server(|_| {}).await;
+    let hook = webhook(golden()["hooks"].clone()).await;
+    let accounts = "/api/v1/namespaces/default/serviceaccounts";
+    server.until(&format!("{accounts}/default"), "the account is there", |a| a.code == 200).await;
+    let mut deny = one_hook("token.hooks.golden.test", format!("{}/deny-message", hook.url()), &hook.ca);
+    deny["rules"][0]["resources"] = json!(["serviceaccounts/token"]);
+    configure(&server, &hook, 0, [&json!([]), &json!([deny])]).await;
+    let path = format!("{accounts}/default/token");
+    let refused = send(&server, "POST", &path, None, &json!({"spec": {"expirationSeconds": 3600}})).await;
+    assert_eq!(
+        refused.body["message"],
+        "admission webhook \"token.hooks.golden.test\" denied the request: not today"
+    );
+    let seen = hook.take();
+    let request = &seen.first().expect("a review").body["request"];
+    assert_eq!(
+        (&request["kind"]["kind"], &request["subResource"]),
+        (&json!("TokenRequest"), &json!("token"))
+    );
+    assert_eq!(request["object"]["spec"]["expirationSeconds"], 3600);
+
+    let held = json!({"metadata": {"name": "held", "finalizers": ["example.com/hold"]}});
+    assert_eq!(
+        server.call("POST", "/api/v1/namespaces", Some(&json!({"metadata": {"name": "ends"}}))).await.code,
+        201
+    );
+    let maps = "/api/v1/namespaces/ends/configmaps";
+    assert_eq!(server.call("POST", maps, Some(&held)).await.code, 201);
+    assert_eq!(server.call("DELETE", "/api/v1/namespaces/ends", None).await.code, 200);
+    let late = server.call("POST", maps, Some(&json!({"metadata": {"name": "late"}}))).await;
+    assert_eq!(
+        late.body["message"],
+        "configmaps \"late\" is forbidden: unable to create new content in namespace ends because it is being terminated"
+    );
+    let cause = json!([{"reason": "NamespaceTerminating", "message": "namespace ends is being terminated",
+        "field": "metadata.namespace"}]);
+    assert_eq!((late.code, &late.body["details"]["causes"]), (403, &cause));
+    server.stop().await;
+}

@@ -121,3 +121,75 @@ fn floats(value: &Value) -> Value {
         other => other.clone(),
     }
 }
+
+fn named(plural: &str, kind: &str, short: &[&str]) -> Value {
+    let mut object = crd(plural, kind, &json!({"type": "object"}));
+    object["spec"]["names"]["shortNames"] = json!(short);
+    object
+}
+
+fn told(crd: &Value, condition: &str) -> Value {
+    let list = crd["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    let found = list.into_iter().find(|c| c["type"] == condition).unwrap_or_default();
+    json!([found["status"], found["reason"], found["message"]])
+}
+
+#[tokio::test]
+async fn names_that_are_taken_are_waited_for() {
+    let server = Server::hub().await;
+    let path = |plural: &str| format!("{CRDS}/{plural}.golden.test");
+    assert_eq!(server.call("POST", CRDS, Some(&named("alphas", "Alpha", &["al"]))).await.code, 201);
+    let accepted = json!(["True", "NoConflicts", "no conflicts found"]);
+    server.until(&path("alphas"), "alphas are named", |a| told(&a.body, "NamesAccepted") == accepted).await;
+    assert_eq!(server.call("POST", CRDS, Some(&named("betas", "Beta", &["be", "al"]))).await.code, 201);
+    let conflict = json!(["False", "ShortNamesConflict", "\"al\" is already in use"]);
+    let waits = server
+        .until(&path("betas"), "the conflict is told", |a| told(&a.body, "NamesAccepted") == conflict)
+        .await;
+    assert_eq!(
+        told(&waits.body, "Established"),
+        json!(["False", "NotAccepted", "not all names are accepted"])
+    );
+    assert_eq!(waits.body["status"]["acceptedNames"]["plural"], "betas");
+    let betas = "/apis/golden.test/v1/namespaces/default/betas";
+    assert_eq!(server.get(betas).await.code, 404);
+    // A definition that is served goes on under the names that it has.
+    let more = json!({"spec": {"names": {"shortNames": ["al"], "categories": ["letters"]}}});
+    assert_eq!(server.call("POST", CRDS, Some(&named("gammas", "Gamma", &["ga"]))).await.code, 201);
+    server.until(&path("gammas"), "gammas are served", |a| told(&a.body, "Established")[0] == "True").await;
+    assert_eq!(server.call("PATCH", &path("gammas"), Some(&more)).await.code, 200);
+    let keeps = server
+        .until(&path("gammas"), "the conflict is told", |a| told(&a.body, "NamesAccepted") == conflict)
+        .await;
+    assert_eq!(keeps.body["status"]["acceptedNames"]["shortNames"], json!(["ga"]));
+    assert_eq!(told(&keeps.body, "Established")[0], "True");
+    assert_eq!(server.get("/apis/golden.test/v1/namespaces/default/gammas").await.code, 200);
+    // Who waited gets the names when they are free.
+    assert_eq!(server.call("DELETE", &path("alphas"), None).await.code, 200);
+    server.until(betas, "betas are served", |a| a.code == 200).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_definition_that_goes_says_so() {
+    let server = Server::hub().await;
+    assert_eq!(server.call("POST", CRDS, Some(&named("holds", "Hold", &[]))).await.code, 201);
+    let holds = "/apis/golden.test/v1/namespaces/default/holds";
+    server.until(holds, "holds are served", |a| a.code == 200).await;
+    let held = json!({"apiVersion": "golden.test/v1", "kind": "Hold",
+        "metadata": {"name": "h", "finalizers": ["example.com/hold"]}});
+    assert_eq!(server.call("POST", holds, Some(&held)).await.code, 201);
+    let path = format!("{CRDS}/holds.golden.test");
+    assert_eq!(server.call("DELETE", &path, None).await.code, 200);
+    let going = json!(["True", "InstanceDeletionInProgress", "CustomResource deletion is in progress"]);
+    server.until(&path, "its end is told", |a| told(&a.body, "Terminating") == going).await;
+    server
+        .until(&format!("{holds}/h"), "the object goes, too", |a| {
+            a.body["metadata"]["deletionTimestamp"].is_string()
+        })
+        .await;
+    let free = json!({"metadata": {"finalizers": null}});
+    assert_eq!(server.call("PATCH", &format!("{holds}/h"), Some(&free)).await.code, 200);
+    server.until(&path, "it has gone", |a| a.code == 404).await;
+    server.stop().await;
+}

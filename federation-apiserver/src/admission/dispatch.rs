@@ -20,7 +20,7 @@ use crate::registry::Registry;
 use crate::registry::resource::Resource;
 use crate::status::ApiError;
 use crate::value::{self, at};
-use crate::webhook::CallError;
+use crate::webhook::{self, CallError};
 
 /// Validating webhooks that are asked about one request at a time.
 const CONCURRENT: usize = 32;
@@ -162,18 +162,6 @@ impl Registry {
         first.map_or(Ok(()), Err)
     }
 
-    /// Both of them about an object that is not stored as it is sent: a Binding, a Scale, a TokenRequest.
-    pub(crate) async fn admit_virtual(
-        &self,
-        asked: &Asked,
-        request: &Request<'_>,
-        object: &mut Value,
-        old: Option<&Value>,
-    ) -> Result<(), ApiError> {
-        self.mutate(asked, request, Some(object), old, &|_| Ok(())).await?;
-        self.validate_admission(asked, request, Some(object), old).await
-    }
-
     /// The objects in the version of the rule that matched.
     pub(super) async fn in_version_of<'a>(
         &self,
@@ -187,11 +175,10 @@ impl Registry {
                 Some(object) if request.subresource_kind() || request.is_in(&invocation.resource) => {
                     Some(Cow::Borrowed(object))
                 }
-                Some(object) => Some(Cow::Owned(self.in_version(
-                    request.resource,
-                    &invocation.resource,
-                    object.clone(),
-                )?)),
+                Some(object) => {
+                    let (from, to) = (request.resource, &invocation.resource);
+                    Some(Cow::Owned(self.in_version(from, to, object.clone()).await?))
+                }
                 None => None,
             };
         }
@@ -200,7 +187,7 @@ impl Registry {
     }
 
     /// An object in another version of its kind.
-    fn in_version(&self, from: &Resource, to: &Resource, mut object: Value) -> Result<Value, ApiError> {
+    async fn in_version(&self, from: &Resource, to: &Resource, mut object: Value) -> Result<Value, ApiError> {
         if from.is_new_event() {
             crate::registry::events::to_core(&mut object);
         }
@@ -210,6 +197,10 @@ impl Registry {
         let version = to.api_version();
         if let Some(converter) = &to.converter {
             object = converter.convert(object, &version).map_err(ApiError::internal)?;
+        }
+        if let Some(webhook) = &to.webhook {
+            let objects = self.cache.objects().await?;
+            object = webhook.convert(objects, vec![object], &version).await?.pop().unwrap_or_default();
         }
         value::set(&mut object, &["apiVersion"], Value::String(version));
         Ok(object)
@@ -258,7 +249,8 @@ impl Registry {
             value::set(&mut new, &[key], shown.get(key).cloned().unwrap_or_default());
         }
         if !request.subresource_kind() && !request.is_in(&invocation.resource) {
-            new = self.in_version(&invocation.resource, request.resource, new).map_err(Failure::Other)?;
+            let converted = self.in_version(&invocation.resource, request.resource, new).await;
+            new = converted.map_err(Failure::Other)?;
         }
         keep_managed_fields(request, object, &mut new);
         decode(&mut new).map_err(|e| told(e.message().to_owned()))?;
@@ -304,7 +296,9 @@ impl Registry {
         let uid = uuid::Uuid::new_v4().to_string();
         let asked = (&*invocation.resource, &invocation.kind);
         let question = review::question(request, hook.review, &uid, asked, shown);
-        let answer = self.call_webhook(&hook.endpoint, &question, hook.timeout).await.map_err(|e| {
+        let objects = self.cache.objects().await.map_err(Failure::Other)?;
+        let answer = webhook::call(&self.webhooks, objects, &hook.endpoint, &question, hook.timeout);
+        let answer = answer.await.map_err(|e| {
             Failure::Calling(match &e {
                 CallError::CaBundle(_) => format!("could not get REST client: {e}"),
                 _ => format!("failed to call webhook: {e}"),

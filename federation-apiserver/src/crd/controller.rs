@@ -1,6 +1,6 @@
 //! Follows CRDs: accepts their names, sets their conditions, and serves what they define.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +8,8 @@ use federation_store::KeyRange;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use super::{is_converted, is_established, resources, update_status};
+use super::names::Used;
+use super::{is_converted, is_established, resources, set_condition, update_status};
 use crate::gc::CUSTOM_RESOURCES;
 use crate::registry::resource::{Catalog, Resource};
 use crate::registry::selectors::Filter;
@@ -16,6 +17,7 @@ use crate::registry::write::WriteOptions;
 use crate::registry::{Registry, Target, builtin, meta, store_error};
 use crate::status::ApiError;
 use crate::value::{self, at, set, str_at};
+use crate::webhook::Client;
 
 /// Pause after a failure before starting over.
 const RETRY: Duration = Duration::from_secs(1);
@@ -64,32 +66,17 @@ pub(crate) async fn refresh(registry: &Registry) -> Result<(), ApiError> {
         )
     });
     let builtin = builtin::resources(registry.role);
-    // (group, name or kind) → CRD that has it.
-    let mut taken: BTreeMap<(String, String), String> = BTreeMap::new();
-    for resource in &builtin {
-        for name in [&resource.plural, &resource.singular] {
-            taken.insert((resource.group.clone(), name.clone()), "a built-in resource".into());
-        }
-    }
+    let mut used = Used::new(&builtin, crds.iter());
     let mut served = builtin;
     registry.compiled.keep(&crds);
     for crd in &crds {
         let name = str_at(crd, &["metadata", "name"]).to_owned();
-        let group = str_at(crd, &["spec", "group"]).to_owned();
-        let clash = names(crd).into_iter().find_map(|n| {
-            let owner = taken.get(&(group.clone(), n.clone()))?;
-            Some(format!("{n:?} is already in use by {owner}"))
-        });
-        if clash.is_none() {
-            for n in names(crd) {
-                taken.insert((group.clone(), n), name.clone());
-            }
-        }
+        let accepted = used.accept(crd);
         let one = Target { name, ..target.clone() };
         let now = value::timestamp();
         let updated = registry
             .modify(&one, |object| {
-                let mut changed = update_status(object, clash.as_deref(), &now);
+                let mut changed = update_status(object, &accepted, &now);
                 let finalizers = at(object, &["metadata", "finalizers"])
                     .and_then(Value::as_array)
                     .cloned()
@@ -105,7 +92,7 @@ pub(crate) async fn refresh(registry: &Registry) -> Result<(), ApiError> {
             .await?;
         if let Some(crd) = updated.filter(is_established) {
             let converter = registry.converter.clone().filter(|_| is_converted(&crd));
-            let compiled = registry.compiled.resources(crd).await?.into_iter();
+            let compiled = registry.compiled.resources(crd, registry.webhooks.clone()).await?.into_iter();
             served.extend(compiled.map(|resource| Resource { converter: converter.clone(), ..resource }));
         }
     }
@@ -121,17 +108,18 @@ pub(crate) struct Compiled(Mutex<HashMap<String, (Value, Vec<Resource>)>>);
 
 impl Compiled {
     /// The resources of a CRD, compiled when its spec is new.
-    async fn resources(&self, crd: Value) -> Result<Vec<Resource>, ApiError> {
+    async fn resources(&self, crd: Value, client: Arc<Client>) -> Result<Vec<Resource>, ApiError> {
         let name = str_at(&crd, &["metadata", "name"]).to_owned();
-        let key = json!([crd.get("spec"), meta::is_deleting(&crd)]);
+        let key = json!([crd.get("spec"), at(&crd, &["status", "acceptedNames"]), meta::is_deleting(&crd)]);
         if let Some((known, resources)) = self.0.lock().get(&name)
             && *known == key
         {
             return Ok(resources.clone());
         }
         // A schema with many rules takes a while, which other tasks should not wait for.
-        let compiled =
-            tokio::task::spawn_blocking(move || resources(&crd)).await.map_err(ApiError::internal)?;
+        let compiled = tokio::task::spawn_blocking(move || resources(&crd, &client))
+            .await
+            .map_err(ApiError::internal)?;
         self.0.lock().insert(name, (key, compiled.clone()));
         Ok(compiled)
     }
@@ -143,12 +131,23 @@ impl Compiled {
     }
 }
 
-fn names(crd: &Value) -> Vec<String> {
-    let names =
-        ["plural", "singular", "kind", "listKind"].map(|k| str_at(crd, &["spec", "names", k]).to_owned());
-    let mut list: Vec<String> = names.into_iter().filter(|n| !n.is_empty()).collect();
-    list.dedup();
-    list
+/// Puts into a CRD's conditions how the deletion of its objects goes; `failed`: why it does not.
+pub(crate) async fn tell_deletion(
+    registry: &Registry,
+    crd: &Target,
+    failed: Option<&str>,
+) -> Result<(), ApiError> {
+    let (reason, message) = match failed {
+        None => ("InstanceDeletionInProgress", "CustomResource deletion is in progress"),
+        Some(why) => ("InstanceDeletionFailed", why),
+    };
+    let now = value::timestamp();
+    let tell = |object: &mut Value| {
+        let before = object.get("status").cloned();
+        set_condition(object, "Terminating", "True", reason, message, &now);
+        before.as_ref() != object.get("status")
+    };
+    registry.modify(crd, tell).await.map(drop)
 }
 
 /// Creates a CRD, or updates its spec where it differs.

@@ -1,22 +1,27 @@
 //! CustomResourceDefinitions: defaults, validation, conditions, and what they make the server serve.
 //!
-//! Conversion between versions is `None` only (same content, other apiVersion).
+//! Versions differ in their name only, or are converted in this process or by a webhook ([`conversion`]).
 
 mod controller;
+pub(crate) mod conversion;
+mod names;
 pub(crate) mod rules;
 mod validation;
 
-pub(crate) use controller::{Compiled, ensure, refresh, run};
+pub(crate) use controller::{Compiled, ensure, refresh, run, tell_deletion};
 pub(crate) use validation::validate_crd;
 
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use names::Accepted;
+
 use crate::registry::meta;
 use crate::registry::resource::{CustomInfo, Origin, Resource, ScalePaths, api_version};
 use crate::schema::defaults;
 use crate::value::{self, at, str_at};
+use crate::webhook::Client;
 
 /// Defaults of a CRD object.
 pub(crate) fn default_crd(crd: &mut Value) {
@@ -50,12 +55,16 @@ fn condition<'a>(crd: &'a Value, kind: &str) -> &'a str {
 }
 
 /// The resources that a CRD makes served, one per served version.
-pub(crate) fn resources(crd: &Value) -> Vec<Resource> {
+pub(crate) fn resources(crd: &Value, client: &Arc<Client>) -> Vec<Resource> {
+    let webhook = conversion::Webhook::of(crd, client);
     let text = |path: &[&str]| str_at(crd, path).to_owned();
     let list = |value: Option<&Value>| -> Vec<String> {
         let items = value.and_then(Value::as_array).into_iter().flatten();
         items.filter_map(Value::as_str).map(str::to_owned).collect()
     };
+    // What a definition asks for beyond the names that it was given waits until they are free.
+    let given = at(crd, &["status", "acceptedNames"]).filter(|n| !str_at(n, &["plural"]).is_empty());
+    let names = given.or_else(|| at(crd, &["spec", "names"])).cloned().unwrap_or_default();
     let group = text(&["spec", "group"]);
     let versions = at(crd, &["spec", "versions"]).and_then(Value::as_array).cloned().unwrap_or_default();
     let storage = versions
@@ -104,12 +113,12 @@ pub(crate) fn resources(crd: &Value) -> Vec<Resource> {
         result.push(Resource {
             group: group.clone(),
             version: name.to_owned(),
-            kind: text(&["spec", "names", "kind"]),
-            list_kind: text(&["spec", "names", "listKind"]),
-            plural: text(&["spec", "names", "plural"]),
-            singular: text(&["spec", "names", "singular"]),
-            short_names: list(at(crd, &["spec", "names", "shortNames"])),
-            categories: list(at(crd, &["spec", "names", "categories"])),
+            kind: str_at(&names, &["kind"]).to_owned(),
+            list_kind: str_at(&names, &["listKind"]).to_owned(),
+            plural: str_at(&names, &["plural"]).to_owned(),
+            singular: str_at(&names, &["singular"]).to_owned(),
+            short_names: list(names.get("shortNames")),
+            categories: list(names.get("categories")),
             namespaced: text(&["spec", "scope"]) == "Namespaced",
             status: at(version, &["subresources", "status"]).is_some(),
             scale,
@@ -117,6 +126,7 @@ pub(crate) fn resources(crd: &Value) -> Vec<Resource> {
             generation: true,
             schema: defaults::custom_root(schema.as_ref()),
             converter: None,
+            webhook: webhook.clone(),
             origin: Origin::Custom(Arc::new(info)),
             storage_api_version: storage.clone(),
         });
@@ -130,21 +140,28 @@ pub(crate) fn is_converted(crd: &Value) -> bool {
         && matches!(str_at(crd, &["spec", "conversion", "strategy"]), "" | "None")
 }
 
-/// Brings a CRD's status up to date; `taken` tells why its names clash, if they do. Returns whether it changed.
-fn update_status(crd: &mut Value, taken: Option<&str>, now: &str) -> bool {
+/// Brings a CRD's status up to date. Returns whether it changed.
+fn update_status(crd: &mut Value, accepted: &Accepted, now: &str) -> bool {
     let before = crd.get("status").cloned();
-    let (accepted, reason, message) = match taken {
-        None => ("True", "NoConflicts", "no conflicts found".to_owned()),
-        Some(why) => ("False", "Conflict", why.to_owned()),
-    };
-    set_condition(crd, "NamesAccepted", accepted, reason, &message, now);
-    if taken.is_none() {
-        let names = at(crd, &["spec", "names"]).cloned().unwrap_or_default();
-        value::set(crd, &["status", "acceptedNames"], names);
-        let message = "the initial names have been accepted";
-        set_condition(crd, "Established", "True", "InitialNamesAccepted", message, now);
-    } else if condition(crd, "Established") != "True" {
-        set_condition(crd, "Established", "False", "NotAccepted", "not all names are accepted", now);
+    match &accepted.conflict {
+        None => set_condition(crd, "NamesAccepted", "True", "NoConflicts", "no conflicts found", now),
+        Some((reason, why)) => set_condition(crd, "NamesAccepted", "False", reason, why, now),
+    }
+    value::set(crd, &["status", "acceptedNames"], accepted.names.clone());
+    if condition(crd, "Established") != "True" {
+        if accepted.conflict.is_none() {
+            let message = "the initial names have been accepted";
+            set_condition(crd, "Established", "True", "InitialNamesAccepted", message, now);
+        } else {
+            set_condition(crd, "Established", "False", "NotAccepted", "not all names are accepted", now);
+        }
+    }
+    if meta::is_deleting(crd) && condition(crd, "Terminating").is_empty() {
+        let message = "CustomResource deletion is in progress";
+        set_condition(crd, "Terminating", "True", "InstanceDeletionInProgress", message, now);
+    }
+    if let Some((status, reason, message)) = approval(crd) {
+        set_condition(crd, "KubernetesAPIApprovalPolicyConformant", status, reason, &message, now);
     }
     let versions = at(crd, &["spec", "versions"]).and_then(Value::as_array).cloned().unwrap_or_default();
     if let Some(storage) = versions.iter().find(|v| v.get("storage") == Some(&json!(true))) {
@@ -157,6 +174,26 @@ fn update_status(crd: &mut Value, taken: Option<&str>, now: &str) -> bool {
         value::set(crd, &["status", "storedVersions"], Value::Array(stored));
     }
     before.as_ref() != crd.get("status")
+}
+
+/// Whether a group of the Kubernetes project is used with its approval; `None` for all other groups.
+fn approval(crd: &Value) -> Option<(&'static str, &'static str, String)> {
+    const ANNOTATION: &str = "api-approved.kubernetes.io";
+    let group = str_at(crd, &["spec", "group"]);
+    if !["k8s.io", "kubernetes.io"].iter().any(|s| group == *s || group.ends_with(&format!(".{s}"))) {
+        return None;
+    }
+    let text = str_at(crd, &["metadata", "annotations", ANNOTATION]);
+    Some(if text.is_empty() {
+        let message = format!(
+            "protected groups must have approval annotation {ANNOTATION:?}, see https://github.com/kubernetes/enhancements/pull/1111"
+        );
+        ("False", "MissingAnnotation", message)
+    } else if text.starts_with("unapproved") {
+        ("False", "UnapprovedAnnotation", format!("not approved: {text:?}"))
+    } else {
+        ("True", "ApprovedAnnotation", format!("approved in {text}"))
+    })
 }
 
 fn set_condition(crd: &mut Value, kind: &str, status: &str, reason: &str, message: &str, now: &str) {

@@ -4,11 +4,13 @@ use std::collections::HashSet;
 
 use serde_json::{Value, json};
 
+use super::conversion::REVIEWS;
 use super::{is_established, rules};
 use crate::schema::names::{dns1035_label, dns1123_subdomain};
 use crate::schema::structural::{self, Context};
 use crate::status::FieldError;
 use crate::value::{at, str_at};
+use crate::webhook::validation::client_config;
 
 /// Versions that one CRD may have; each costs a compiled schema.
 const MAX_VERSIONS: usize = 32;
@@ -333,22 +335,58 @@ fn selectable(
 
 fn conversion(crd: &Value, errors: &mut Vec<FieldError>) {
     let Some(conversion) = at(crd, &["spec", "conversion"]) else { return };
-    match str_at(conversion, &["strategy"]) {
-        "" => errors.push(FieldError::required("spec.conversion.strategy", "")),
-        "None" => {
-            if conversion.get("webhook").is_some() {
-                let why = "should not be set when strategy is not set to Webhook";
-                errors.push(FieldError::forbidden("spec.conversion.webhookClientConfig", why));
-            }
-        }
-        // Webhooks are refused rather than ignored: versions that differ in more than their name need one.
+    let path = |field: &str| format!("spec.conversion.{field}");
+    let strategy = str_at(conversion, &["strategy"]);
+    match strategy {
+        "" => errors.push(FieldError::required(path("strategy"), "")),
+        "None" | "Webhook" => {}
         other => {
-            errors.push(FieldError::not_supported(
-                "spec.conversion.strategy",
-                &json!(other),
-                &[json!("None")],
-            ));
+            let allowed = [json!("None"), json!("Webhook")];
+            errors.push(FieldError::not_supported(path("strategy"), &json!(other), &allowed));
         }
+    }
+    let config = at(conversion, &["webhook", "clientConfig"]);
+    let versions = at(conversion, &["webhook", "conversionReviewVersions"]).and_then(Value::as_array);
+    let versions = versions.map_or(&[][..], Vec::as_slice);
+    if strategy != "Webhook" {
+        let why = "should not be set when strategy is not set to Webhook";
+        if config.is_some() {
+            errors.push(FieldError::forbidden(path("webhookClientConfig"), why));
+        }
+        if !versions.is_empty() {
+            errors.push(FieldError::forbidden(path("conversionReviewVersions"), why));
+        }
+        return;
+    }
+    match config {
+        Some(config) => client_config(config, &path("webhookClientConfig"), errors),
+        None => {
+            let why = "required when strategy is set to Webhook";
+            errors.push(FieldError::required(path("webhookClientConfig"), why));
+        }
+    }
+    review_versions(versions, &path("conversionReviewVersions"), errors);
+}
+
+fn review_versions(versions: &[Value], path: &str, errors: &mut Vec<FieldError>) {
+    if versions.is_empty() {
+        errors.push(FieldError::required(path, ""));
+        return;
+    }
+    let mut seen = HashSet::new();
+    for (i, version) in versions.iter().enumerate() {
+        let text = version.as_str().unwrap_or_default();
+        if !seen.insert(text) {
+            errors.push(FieldError::invalid(format!("{path}[{i}]"), version, "duplicate version"));
+            continue;
+        }
+        for why in dns1035_label(text) {
+            errors.push(FieldError::invalid(format!("{path}[{i}]"), version, why));
+        }
+    }
+    if !REVIEWS.iter().any(|known| seen.contains(known)) {
+        let why = format!("must include at least one of {}", REVIEWS.join(", "));
+        errors.push(FieldError::invalid(path, &json!(versions), why));
     }
 }
 

@@ -13,6 +13,7 @@ use std::time::Duration;
 use federation_store::{Event, EventKind, KeyRange, Revision};
 use serde_json::Value;
 
+use crate::crd;
 use crate::registry::delete::{DeleteOptions, Propagation};
 use crate::registry::resource::Resource;
 use crate::registry::selectors::Filter;
@@ -369,7 +370,13 @@ async fn remove_custom_resources(registry: &Registry, crd: &Target) -> Result<bo
     let Some((plural, group)) = crd.name.split_once('.') else { return Ok(true) };
     if let Some(resource) = registry.catalog().by_key(group, plural) {
         let collection = Target { resource, namespace: String::new(), name: String::new() };
-        if !delete_content(registry, &collection).await?.is_empty() {
+        let left = delete_content(registry, &collection).await;
+        let told = match &left {
+            Ok(_) => None,
+            Err(error) => Some(format!("could not delete instances: {error}")),
+        };
+        crd::tell_deletion(registry, crd, told.as_deref()).await?;
+        if !left?.is_empty() {
             return Ok(false);
         }
     }

@@ -96,8 +96,13 @@ pub(super) async fn handle(
             if target.resource.plural == "serviceaccounts" && !target.resource.is_custom() =>
         {
             let accounts = app.authenticator.service_accounts().ok_or_else(ApiError::no_such_path)?;
-            let decoded = object_body(app, call).await?;
-            let answer = accounts.request(&target, decoded.value, jiff::Timestamp::now()).await?;
+            let options = write_options(&call, "token")?;
+            let mut request = object_body(app, call).await?.value;
+            if request.is_object() {
+                let kind = ("authentication.k8s.io", "v1", "TokenRequest");
+                app.registry.admit_subresource(&target, &options, kind, &mut request, None).await?;
+            }
+            let answer = accounts.request(&target, request, jiff::Timestamp::now()).await?;
             Ok(response::value(StatusCode::CREATED, &answer, accept.encoding))
         }
         ("finalize", "update") if target.resource.plural == "namespaces" => {

@@ -308,6 +308,7 @@ pub fn resources(role: Role) -> Vec<Resource> {
             generation: has("generation"),
             schema: RootType { definitions: definitions.clone(), root: Arc::new(root.clone()) },
             converter: None,
+            webhook: None,
             origin: Origin::Builtin { definition: row.definition },
             storage_api_version: if row.plural == "events" { "v1".into() } else { api_version },
         });

@@ -49,7 +49,7 @@ pub struct Registry {
     /// What is asked about writes.
     pub(crate) admission: crate::admission::Admission,
     /// Connections to webhooks.
-    pub(crate) webhooks: crate::webhook::Client,
+    pub(crate) webhooks: Arc<crate::webhook::Client>,
     /// Ends watches when the server stops.
     pub(crate) shutdown: CancellationToken,
 }
@@ -103,7 +103,7 @@ impl Registry {
             converter: None,
             compiled: crate::crd::Compiled::default(),
             admission: crate::admission::Admission::default(),
-            webhooks: crate::webhook::Client::default(),
+            webhooks: Arc::default(),
             shutdown,
         };
         registry.catalog.replace(resource::Catalog::new(builtin::resources(role)));
@@ -138,8 +138,9 @@ impl Registry {
     }
 }
 
-/// The API form of a stored value in the version of `resource`.
-pub(crate) fn to_api(resource: &Resource, kv: &KeyValue) -> Result<Value, ApiError> {
+/// The API form of a stored value in the version of `resource`. Defaults are not for what a webhook converted: it may
+/// leave out what it means to.
+pub(crate) fn to_api(resource: &Resource, kv: &KeyValue, defaults: bool) -> Result<Value, ApiError> {
     if kv.value.starts_with(crate::encryption::ENCRYPTED) {
         return Err(ApiError::internal(format_args!(
             "{} cannot be decrypted: see the warnings about encryption",
@@ -153,20 +154,63 @@ pub(crate) fn to_api(resource: &Resource, kv: &KeyValue) -> Result<Value, ApiErr
     if let Some(converter) = &resource.converter {
         object = converter.convert(object, &resource.api_version()).map_err(ApiError::internal)?;
     }
+    if resource.webhook.is_some() && value::str_at(&object, &["apiVersion"]) != resource.api_version() {
+        // Whoever read the entry has it converted first: an object in the wrong version is worse than none.
+        return Err(ApiError::internal("an object was read before it was converted"));
+    }
     value::set(&mut object, &["apiVersion"], Value::String(resource.api_version()));
     value::set(&mut object, &["kind"], Value::String(resource.kind.clone()));
     value::set(&mut object, &["metadata", "resourceVersion"], Value::String(kv.mod_revision.0.to_string()));
-    if resource.is_custom() {
+    if resource.is_custom() && defaults {
         // The schema may have got defaults since the object was written.
         crate::schema::defaults::apply_defaults(resource.schema.as_ref(), &mut object);
     }
     Ok(object)
 }
 
-/// The API form of an object that has just been written, without reading it back.
-pub(crate) fn written_form(resource: &Resource, mut object: Value, kv: &KeyValue) -> Result<Value, ApiError> {
+impl Registry {
+    /// Entries in the version of a resource, which a webhook may have to be asked for.
+    pub(crate) async fn converted(
+        &self,
+        resource: &Resource,
+        entries: Vec<Arc<cache::Entry>>,
+    ) -> Result<Vec<Arc<cache::Entry>>, ApiError> {
+        match &resource.webhook {
+            Some(webhook) => webhook.entries(self.cache.objects().await?, resource, entries).await,
+            None => Ok(entries),
+        }
+    }
+
+    /// The stored form of an object.
+    pub(crate) async fn to_stored(&self, resource: &Resource, object: &Value) -> Result<Vec<u8>, ApiError> {
+        let Some(webhook) = &resource.webhook else { return to_stored(resource, object) };
+        let mut object = object.clone();
+        // It is not stored, and webhooks would see it come and go.
+        value::remove(&mut object, &["metadata", "resourceVersion"]);
+        let objects = self.cache.objects().await?;
+        let converted = webhook.convert(objects, vec![object], &resource.storage_api_version).await?;
+        to_stored(resource, converted.first().unwrap_or(&Value::Null))
+    }
+
+    /// The API form of an object that has just been written, without reading it back.
+    pub(crate) async fn written_form(
+        &self,
+        resource: &Resource,
+        object: Value,
+        kv: &KeyValue,
+    ) -> Result<Value, ApiError> {
+        if resource.webhook.is_none() {
+            return written_form(resource, object, kv);
+        }
+        let entries = self.converted(resource, vec![Arc::new(cache::Entry::new(kv.clone()))]).await?;
+        let entry = entries.first().ok_or_else(|| ApiError::internal("a conversion lost an object"))?;
+        entry.object(resource, kv.mod_revision)
+    }
+}
+
+fn written_form(resource: &Resource, mut object: Value, kv: &KeyValue) -> Result<Value, ApiError> {
     if resource.is_new_event() || resource.converter.is_some() {
-        return to_api(resource, kv);
+        return to_api(resource, kv, true);
     }
     value::set(&mut object, &["apiVersion"], Value::String(resource.api_version()));
     value::set(&mut object, &["metadata", "resourceVersion"], Value::String(kv.mod_revision.0.to_string()));

@@ -79,7 +79,12 @@ impl Registry {
             0 => {}
             version => objects.reach(Revision(version)).await?,
         }
-        objects.get(&target.key()).ok_or_else(|| target.not_found())
+        let entry = objects.get(&target.key()).ok_or_else(|| target.not_found())?;
+        if target.resource.webhook.is_none() {
+            return Ok(entry);
+        }
+        let mut converted = self.converted(&target.resource, vec![entry]).await?;
+        converted.pop().ok_or_else(|| target.not_found())
     }
 
     /// One page of a collection, consistent at one revision over all pages.
@@ -128,7 +133,8 @@ impl Registry {
             Freshness::Exactly(revision) => revision,
             _ => applied.max(snapshot.changed),
         };
-        let mut page = Entries { items: snapshot.entries, revision, token: String::new(), remaining: None };
+        let items = self.converted(&target.resource, snapshot.entries).await?;
+        let mut page = Entries { items, revision, token: String::new(), remaining: None };
         let mut more = snapshot.remaining > 0;
         if !all {
             let wanted = options.limit.unwrap_or(usize::MAX);
@@ -173,8 +179,9 @@ impl Registry {
             request.after = after.clone().map(Bytes::from);
             let page = self.store.list(&request).await.map_err(|e| expired_token(e, &options.token))?;
             let last = page.items.len();
-            for (i, kv) in page.items.into_iter().enumerate() {
-                let entry = Arc::new(Entry::new(kv));
+            let entries = page.items.into_iter().map(|kv| Arc::new(Entry::new(kv))).collect();
+            let entries = self.converted(&target.resource, entries).await?;
+            for (i, entry) in entries.into_iter().enumerate() {
                 let key = String::from_utf8_lossy(&entry.kv.key).into_owned();
                 after = Some(key.clone());
                 if !options.filter.is_empty() && !matches(&entry, &target.resource, &options.filter)? {

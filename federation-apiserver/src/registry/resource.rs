@@ -33,6 +33,8 @@ pub struct Resource {
     pub origin: Origin,
     /// Converts between this version and the stored one; without one they differ in their `apiVersion` only.
     pub converter: Option<Converter>,
+    /// The same by a webhook.
+    pub(crate) webhook: Option<Arc<crate::crd::conversion::Webhook>>,
     /// `<group>/<version>` that objects are stored in.
     pub storage_api_version: String,
 }
@@ -100,6 +102,10 @@ impl Resource {
     fn key_group(&self) -> &str {
         // Both event APIs are one set of objects.
         if self.group.is_empty() || self.plural == "events" { "core" } else { &self.group }
+    }
+
+    fn is_stored_version(&self) -> bool {
+        self.storage_api_version == self.api_version()
     }
 
     /// Is it the same kind of objects, in whatever version?
@@ -187,9 +193,12 @@ impl Catalog {
         self.iter().find(|r| r.group == group && r.version == version && r.kind == kind).cloned()
     }
 
-    /// A resource by the group and plural of a key, in any version.
+    /// A resource by the group and plural of a key, in the version that is stored where that is served.
     pub fn by_key(&self, key_group: &str, plural: &str) -> Option<Arc<Resource>> {
-        self.iter().find(|r| r.key_group() == key_group && r.plural == plural).cloned()
+        let mut found = self.iter().filter(|r| r.key_group() == key_group && r.plural == plural);
+        let first = found.next()?;
+        let stored = std::iter::once(first).chain(found).find(|r| r.is_stored_version());
+        Some(stored.unwrap_or(first).clone())
     }
 
     /// All resources, by group, version and plural.
@@ -197,10 +206,16 @@ impl Catalog {
         self.resources.values()
     }
 
-    /// One resource per stored kind (not one per version).
+    /// One resource per stored kind (not one per version), in the version that is stored where that is served.
     pub fn stored(&self) -> Vec<Arc<Resource>> {
-        let mut seen = std::collections::BTreeSet::new();
-        self.iter().filter(|r| seen.insert((r.key_group().to_owned(), r.plural.clone()))).cloned().collect()
+        let mut kinds: BTreeMap<(&str, &str), &Arc<Resource>> = BTreeMap::new();
+        for resource in self.iter() {
+            let known = kinds.entry((resource.key_group(), &resource.plural)).or_insert(resource);
+            if resource.is_stored_version() {
+                *known = resource;
+            }
+        }
+        kinds.into_values().cloned().collect()
     }
 
     /// Groups with their versions, most preferred first; the core group is left out.

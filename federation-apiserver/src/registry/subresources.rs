@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::resource::api_version;
 use super::write::{Ownership, PATCH_ATTEMPTS, PatchKind, WriteOptions, Written};
 use super::{Registry, Target};
 use crate::admission::{self, Operation};
@@ -38,6 +39,28 @@ impl Registry {
         Ok(scale)
     }
 
+    /// Asks webhooks about the object of a subresource that has a kind of its own.
+    pub(crate) async fn admit_subresource(
+        &self,
+        target: &Target,
+        options: &WriteOptions,
+        (group, version, kind): (&str, &str, &str),
+        object: &mut Value,
+        old: Option<&Value>,
+    ) -> Result<(), ApiError> {
+        let Some(user) = options.user.as_deref() else { return Ok(()) };
+        let Some(asked) = self.asked(Some(user)).await? else { return Ok(()) };
+        let operation = if old.is_some() { Operation::Update } else { Operation::Create };
+        let request = admission::Request {
+            kind: (group.to_owned(), version.to_owned(), kind.to_owned()),
+            ..options.admission(target, operation, user)
+        };
+        set(object, &["apiVersion"], json!(api_version(group, version)));
+        set(object, &["kind"], json!(kind));
+        self.mutate(&asked, &request, Some(&mut *object), old, &|_| Ok(())).await?;
+        self.validate_admission(&asked, &request, Some(object), old).await
+    }
+
     /// Writes a scale: a PUT body, or a patch of the current scale.
     pub async fn write_scale(
         &self,
@@ -59,14 +82,9 @@ impl Registry {
                     s
                 }
             };
-            if let (Some(asked), Some(user)) =
-                (self.asked(options.user.as_deref()).await?, options.user.as_deref())
-            {
-                let request = options.admission(target, Operation::Update, user);
-                let kind = ("autoscaling".to_owned(), "v1".to_owned(), "Scale".to_owned());
-                let request = admission::Request { kind, subresource: "scale", ..request };
-                self.admit_virtual(&asked, &request, &mut new_scale, Some(&scale)).await?;
-            }
+            let kind = ("autoscaling", "v1", "Scale");
+            let sent = WriteOptions { subresource: "scale", ..options.clone() };
+            self.admit_subresource(target, &sent, kind, &mut new_scale, Some(&scale)).await?;
             let replicas = at(&new_scale, &["spec", "replicas"]).cloned().unwrap_or(json!(0));
             if !replicas.as_i64().is_some_and(|n| (0..=i64::from(i32::MAX)).contains(&n)) {
                 let error =
@@ -97,14 +115,7 @@ impl Registry {
         options: &WriteOptions,
     ) -> Result<(), ApiError> {
         let mut binding = binding.clone();
-        if let (Some(asked), Some(user)) =
-            (self.asked(options.user.as_deref()).await?, options.user.as_deref())
-        {
-            let request = options.admission(target, Operation::Create, user);
-            let kind = (String::new(), "v1".to_owned(), "Binding".to_owned());
-            let request = admission::Request { kind, subresource: "binding", ..request };
-            self.admit_virtual(&asked, &request, &mut binding, None).await?;
-        }
+        self.admit_subresource(target, options, ("", "v1", "Binding"), &mut binding, None).await?;
         let node = str_at(&binding, &["target", "name"]);
         if node.is_empty() {
             return Err(ApiError::bad_request("target.name: Required value"));

@@ -73,6 +73,8 @@ pub struct Watch {
     source: Source,
     /// Everything up to this revision was given out or waits in `ready`.
     seen: Revision,
+    /// Changes that a webhook still has to convert.
+    raw: VecDeque<Arc<Change>>,
     ready: VecDeque<Item>,
     deadline: Instant,
     next_bookmark: Instant,
@@ -172,6 +174,7 @@ impl Registry {
             _watching: kind.watching(),
             source: Source::Memory(0),
             seen,
+            raw: VecDeque::new(),
             ready,
             deadline,
             next_bookmark: now + BOOKMARK_INTERVAL,
@@ -255,6 +258,10 @@ impl Watch {
             if !self.ready.is_empty() {
                 return true;
             }
+            if !self.raw.is_empty() {
+                self.convert().await;
+                continue;
+            }
             match &mut self.source {
                 Source::Memory(position) => {
                     // All of it before reading: what comes after is told, and is not taken for seen.
@@ -270,7 +277,7 @@ impl Watch {
                             *position = next;
                             for change in changes {
                                 self.seen = self.seen.max(change.revision);
-                                self.admit(change);
+                                self.take(change);
                             }
                         }
                         Read::Changes(..) => {
@@ -299,7 +306,7 @@ impl Watch {
                     let progress = watcher.progress();
                     match event {
                         Ok(event) => {
-                            self.admit(Arc::new(Change::of(&event)));
+                            self.take(Arc::new(Change::of(&event)));
                             self.seen = self.seen.max(progress);
                             if let Some(position) = self.kind.position(progress) {
                                 self.source = Source::Memory(position);
@@ -313,9 +320,21 @@ impl Watch {
         }
     }
 
+    /// Has the changes that came converted. They are not lost when this is not waited for to the end.
+    async fn convert(&mut self) {
+        let (Some(webhook), Some(change)) = (self.resource.webhook.clone(), self.raw.front()) else { return };
+        let converted = webhook.change(&self.objects, &self.resource, change).await;
+        self.raw.pop_front();
+        match converted {
+            Ok(change) => self.admit(change),
+            Err(error) => self.ready.push_back(Item::Error(error)),
+        }
+    }
+
     /// Goes on with the store's log.
     fn read_log(&mut self) {
         if self.objects.epoch() != self.epoch {
+            self.raw.clear();
             self.ready.clear();
             let error = ApiError::expired(format!("too old resource version: {}", self.seen));
             self.ready.push_back(Item::Error(error));
@@ -354,13 +373,31 @@ impl Watch {
         self.timer.as_mut().reset(next);
     }
 
-    /// Keeps a change when it means something to this watcher.
-    fn admit(&mut self, change: Arc<Change>) {
+    /// Takes a change of what is watched.
+    fn take(&mut self, change: Arc<Change>) {
         let Some(entry) = change.new.as_ref().or(change.old.as_ref()) else { return };
         let key = &entry.kv.key;
         if !(if self.single { **key == *self.prefix } else { key.starts_with(&self.prefix) }) {
             return;
         }
+        if self.resource.webhook.is_some() && self.is_to_be_converted(&change) {
+            self.raw.push_back(change);
+        } else {
+            self.admit(change);
+        }
+    }
+
+    fn is_to_be_converted(&self, change: &Change) -> bool {
+        let version = self.resource.api_version();
+        let differs = |entry: &Arc<Entry>| {
+            entry.is_readable() && entry.api_version().as_deref() != Some(version.as_str())
+        };
+        // In order: nothing overtakes what is still to be converted.
+        !self.raw.is_empty() || change.old.iter().chain(&change.new).any(differs)
+    }
+
+    /// Keeps a change when it means something to this watcher.
+    fn admit(&mut self, change: Arc<Change>) {
         let (old, new) = match (self.admits(&change, Side::Old), self.admits(&change, Side::New)) {
             (Ok(old), Ok(new)) => (old, new),
             (Err(error), _) | (_, Err(error)) => {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use federation_store::{Revision, WriteOutcome};
 use serde_json::{Value, json};
 
-use super::{Registry, Stored, Target, meta, store_error, strategy, to_stored, written_form};
+use super::{Registry, Stored, Target, meta, store_error, strategy};
 use crate::admission::{self, Notes, Operation};
 use crate::apply::{self, Writer};
 use crate::auth::UserInfo;
@@ -211,12 +211,17 @@ impl Registry {
         if options.dry_run {
             return Ok(Written { object, created: true, warnings });
         }
-        let outcome =
-            self.store.create(target.key(), to_stored(resource, &object)?).await.map_err(store_error)?;
+        let outcome = self
+            .store
+            .create(target.key(), self.to_stored(resource, &object).await?)
+            .await
+            .map_err(store_error)?;
         match outcome {
-            WriteOutcome::Applied { kv, .. } => {
-                Ok(Written { object: written_form(resource, object, &kv)?, created: true, warnings })
-            }
+            WriteOutcome::Applied { kv, .. } => Ok(Written {
+                object: self.written_form(resource, object, &kv).await?,
+                created: true,
+                warnings,
+            }),
             WriteOutcome::Conflict { .. } => {
                 if resource.plural == "services" && !resource.is_custom() {
                     self.release_service(&object).await;
@@ -494,11 +499,13 @@ impl Registry {
                 WriteOutcome::Conflict { .. } => Ok(None),
             };
         }
-        let bytes = to_stored(resource, &new)?;
+        let bytes = self.to_stored(resource, &new).await?;
         match self.store.update(target.key(), bytes, current.revision).await.map_err(store_error)? {
-            WriteOutcome::Applied { kv, .. } => {
-                Ok(Some(Written { object: written_form(resource, new, &kv)?, created: false, warnings }))
-            }
+            WriteOutcome::Applied { kv, .. } => Ok(Some(Written {
+                object: self.written_form(resource, new, &kv).await?,
+                created: false,
+                warnings,
+            })),
             WriteOutcome::Conflict { current: None, .. } => Err(target.not_found()),
             WriteOutcome::Conflict { .. } => Ok(None),
         }
@@ -724,15 +731,17 @@ impl Registry {
         let found = self.entry(&namespace, "").await?;
         let resource = &namespace.resource;
         if found.may_be_deleting() && meta::is_deleting(&found.object(resource, found.kv.mod_revision)?) {
+            let namespace = &target.namespace;
             let why = format!(
-                "unable to create new content in namespace {} because it is being terminated",
-                target.namespace
+                "unable to create new content in namespace {namespace} because it is being terminated"
             );
-            return Err(ApiError::forbidden(
-                &target.resource.group,
-                &target.resource.plural,
-                &target.name,
-                why,
+            let (group, plural) = (&target.resource.group, &target.resource.plural);
+            // Controllers look for the cause, not for the words.
+            let cause = format!("namespace {namespace} is being terminated");
+            return Err(ApiError::forbidden(group, plural, &target.name, why).with_cause(
+                "NamespaceTerminating",
+                &cause,
+                "metadata.namespace",
             ));
         }
         Ok(())
@@ -778,9 +787,11 @@ impl Registry {
                 WriteOutcome::Conflict { .. } => Ok(None),
             };
         }
-        let bytes = to_stored(&target.resource, &object)?;
+        let bytes = self.to_stored(&target.resource, &object).await?;
         match self.store.update(target.key(), bytes, revision).await.map_err(store_error)? {
-            WriteOutcome::Applied { kv, .. } => written_form(&target.resource, object, &kv).map(Some),
+            WriteOutcome::Applied { kv, .. } => {
+                self.written_form(&target.resource, object, &kv).await.map(Some)
+            }
             WriteOutcome::Conflict { .. } => Ok(None),
         }
     }

@@ -172,6 +172,9 @@ impl Client {
         response: Response<Incoming>,
     ) -> Result<(u16, Bytes), CallError> {
         let code = response.status().as_u16();
+        // Like client-go, which shows text only.
+        let media = response.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok());
+        let shown = (200..300).contains(&code) || media.is_none_or(|m| m.starts_with("text/"));
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|error| {
             if error.downcast_ref::<LengthLimitError>().is_some() {
                 return CallError::Malformed(format!("the answer is larger than {MAX_ANSWER} bytes"));
@@ -179,7 +182,10 @@ impl Client {
             destination.failed(text(error.as_ref()))
         })?;
         self.keep(&destination.key, connection);
-        Ok((code, body.to_bytes()))
+        let bytes = body.to_bytes();
+        // A Status says why by itself.
+        let told = shown || bytes.starts_with(b"{");
+        Ok((code, if told { bytes } else { Bytes::new() }))
     }
 
     /// A kept connection that is still open.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::registry::Registry;
+use crate::registry::cache::Objects;
 use crate::value::{i64_at, str_at};
 use client::Destination;
 pub(crate) use client::{CallError, Client};
@@ -50,42 +50,35 @@ impl Endpoint {
     }
 }
 
-// === impl Registry ===
-
-impl Registry {
-    /// Posts a review to a webhook and gives back the answer.
-    ///
-    /// A hub has no network of services. A service reference is followed where that needs none: to a Service of type
-    /// ExternalName, under the service's own name in TLS, as kube-apiserver does.
-    pub(crate) async fn call_webhook(
-        &self,
-        endpoint: &Endpoint,
-        body: &Value,
-        timeout: Duration,
-    ) -> Result<Value, CallError> {
-        let query = format!("timeout={}s", timeout.as_secs().max(1));
-        let (url, dial) = match &endpoint.address {
-            Address::Url(url) => (format!("{url}?{query}"), None),
-            Address::Service { namespace, name, path, port } => {
-                let url = format!("https://{name}.{namespace}.svc:{port}{path}?{query}");
-                let failed = |why: String| CallError::Connect { url: url.clone(), why };
-                let target = self.core("services", namespace, name).map_err(|e| failed(e.to_string()))?;
-                let service = self.get(&target).await.map_err(|e| {
-                    failed(if e.is_not_found() {
-                        format!("service {name:?} not found")
-                    } else {
-                        e.to_string()
-                    })
-                })?;
-                let external = str_at(&service.object, &["spec", "externalName"]);
-                if str_at(&service.object, &["spec", "type"]) != "ExternalName" || external.is_empty() {
-                    return Err(failed(format!("no endpoints available for service {name:?}")));
-                }
-                let dial = (external.to_owned(), u16::try_from(*port).unwrap_or(443));
-                (url, Some(dial))
+/// Posts a review to a webhook and gives back the answer.
+///
+/// A hub has no network of services. A service reference is followed where that needs none: to a Service of type
+/// ExternalName, under the service's own name in TLS, as kube-apiserver does.
+pub(crate) async fn call(
+    client: &Client,
+    objects: &Objects,
+    endpoint: &Endpoint,
+    body: &Value,
+    timeout: Duration,
+) -> Result<Value, CallError> {
+    let query = format!("timeout={}s", timeout.as_secs().max(1));
+    let (url, dial) = match &endpoint.address {
+        Address::Url(url) => (format!("{url}?{query}"), None),
+        Address::Service { namespace, name, path, port } => {
+            let url = format!("https://{name}.{namespace}.svc:{port}{path}?{query}");
+            let failed = |why: String| CallError::Connect { url: url.clone(), why };
+            let entry = objects.get(&format!("/registry/core/services/{namespace}/{name}"));
+            let entry = entry.ok_or_else(|| failed(format!("service {name:?} not found")))?;
+            let service: Value = serde_json::from_slice(&entry.kv.value)
+                .map_err(|_| failed(format!("service {name:?} cannot be read")))?;
+            let external = str_at(&service, &["spec", "externalName"]);
+            if str_at(&service, &["spec", "type"]) != "ExternalName" || external.is_empty() {
+                return Err(failed(format!("no endpoints available for service {name:?}")));
             }
-        };
-        let destination = Destination::new(&url, dial, &endpoint.ca)?;
-        self.webhooks.post(&destination, body.to_string().into(), timeout).await
-    }
+            let dial = (external.to_owned(), u16::try_from(*port).unwrap_or(443));
+            (url, Some(dial))
+        }
+    };
+    let destination = Destination::new(&url, dial, &endpoint.ca)?;
+    client.post(&destination, body.to_string().into(), timeout).await
 }

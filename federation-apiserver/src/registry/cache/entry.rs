@@ -3,6 +3,7 @@
 //! What is stored and what clients get differ by the resourceVersion, which is not stored, and in the items of typed
 //! lists by their type, which is. Both are done by copying slices: no object is parsed to be read.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 
 use federation_store::{KeyValue, Revision};
@@ -18,6 +19,8 @@ pub(crate) struct Entry {
     pub(crate) kv: KeyValue,
     /// `None` when the bytes are not laid out as this server writes them: then they are parsed.
     layout: Option<Layout>,
+    /// A webhook has made it of what is stored.
+    converted: bool,
 }
 
 /// Offsets into the value. Fields are stored in the order of their names, so these follow each other.
@@ -37,7 +40,12 @@ struct Layout {
 impl Entry {
     pub(crate) fn new(kv: KeyValue) -> Self {
         let layout = layout(&kv.value);
-        Self { kv, layout }
+        Self { kv, layout, converted: false }
+    }
+
+    /// What a webhook has made of a stored object.
+    pub(crate) fn converted(kv: KeyValue) -> Self {
+        Self { converted: true, ..Self::new(kv) }
     }
 
     /// Writes the API's form in the version of `resource`, as of `revision`; without apiVersion and kind when not
@@ -79,7 +87,7 @@ impl Entry {
 
     /// The API's form as a tree.
     pub(crate) fn object(&self, resource: &Resource, revision: Revision) -> Result<Value, ApiError> {
-        let mut object = to_api(resource, &self.kv)?;
+        let mut object = to_api(resource, &self.kv, !self.converted)?;
         if revision != self.kv.mod_revision {
             crate::value::set(
                 &mut object,
@@ -88,6 +96,25 @@ impl Entry {
             );
         }
         Ok(object)
+    }
+
+    /// Is the value an object, and not something that could not be decrypted?
+    pub(crate) fn is_readable(&self) -> bool {
+        !self.kv.value.starts_with(crate::encryption::ENCRYPTED)
+    }
+
+    /// The apiVersion that the object is stored in.
+    pub(crate) fn api_version(&self) -> Option<Cow<'_, str>> {
+        match self.layout {
+            Some(at) => {
+                let (from, to) = at.api_version_text;
+                std::str::from_utf8(&self.kv.value[from as usize..to as usize]).ok().map(Cow::Borrowed)
+            }
+            None => {
+                let object: Value = serde_json::from_slice(&self.kv.value).ok()?;
+                object.get("apiVersion")?.as_str().map(|v| Cow::Owned(v.to_owned()))
+            }
+        }
     }
 
     /// May the object be on its way out? A cheap look: "no" is certain.

@@ -1,0 +1,280 @@
+//! Conversion webhooks of custom resources: reads, lists, watches and writes in every version, and what goes wrong, as a
+//! stock kube-apiserver does and says it.
+//!
+//! `golden/conversion.json` holds definitions and steps with what a stock kube-apiserver 1.36 answered; the behaviour of
+//! the webhook by path is [`convert`].
+
+mod common;
+
+use common::Server;
+use common::webhook::{Reply, Webhook};
+use serde_json::{Value, json};
+
+const CRDS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+
+/// Between `{host, port}` of v1 and `{hostPort}` of v2, and a mistake for each path.
+fn convert(path: &str, review: &Value) -> Reply {
+    let request = &review["request"];
+    let to = request["desiredAPIVersion"].as_str().expect("a version").to_owned();
+    let mut objects = request["objects"].as_array().expect("objects").clone();
+    for object in &mut objects {
+        object["apiVersion"] = json!(to);
+        let spec = object["spec"].clone();
+        if to.ends_with("v2") && spec["host"].is_string() {
+            let port = spec["port"].as_str().unwrap_or("0");
+            object["spec"] = json!({"hostPort": format!("{}:{port}", spec["host"].as_str().expect("text"))});
+        } else if let (true, Some((host, port))) =
+            (to.ends_with("v1"), spec["hostPort"].as_str().and_then(|t| t.split_once(':')))
+        {
+            object["spec"] = json!({"host": host, "port": port});
+        }
+    }
+    let mut response = json!({"uid": request["uid"], "result": {"status": "Success"}});
+    let mut version = "apiextensions.k8s.io/v1";
+    let first = &mut objects[0];
+    match path {
+        "/fail" => response["result"] = json!({"status": "Failure", "message": "cannot"}),
+        "/fail-silent" => response["result"] = json!({"status": "Failure"}),
+        "/wrong-uid" => response["uid"] = json!("other"),
+        "/none" => objects.clear(),
+        "/wrong-version" => first["apiVersion"] = json!("conv.test/v3"),
+        "/wrong-kind" => first["kind"] = json!("Other"),
+        "/wrong-name" => first["metadata"]["name"] = json!("other"),
+        "/wrong-uid-meta" => first["metadata"]["uid"] = json!("other"),
+        "/no-metadata" => drop(first.as_object_mut().expect("an object").remove("metadata")),
+        "/labels" => {
+            first["metadata"]["labels"] = json!({"k": "v"});
+            first["metadata"]["generation"] = json!(99);
+            first["metadata"]["finalizers"] = json!(["x/y"]);
+        }
+        "/bad-label" => first["metadata"]["labels"] = json!({"k": "a b"}),
+        "/odd-label" => first["metadata"]["labels"] = json!({"k": 1}),
+        "/other-review" => version = "apiextensions.k8s.io/v1beta1",
+        // A text that says nothing: the golden server's came with another media type.
+        "/500" => return (500, String::new()),
+        _ => {}
+    }
+    response["convertedObjects"] = json!(objects);
+    let mut review = json!({"kind": "ConversionReview", "apiVersion": version, "response": response});
+    if path == "/no-response" {
+        review.as_object_mut().expect("an object").remove("response");
+    }
+    (200, review.to_string())
+}
+
+fn filled(value: &Value, hook: &Webhook) -> Value {
+    let text = value.to_string().replace("$URL", &hook.url()).replace("$CA", &hook.ca);
+    serde_json::from_str(&text).expect("JSON")
+}
+
+fn conversion(hook: &Webhook, path: &str) -> Value {
+    let config = json!({"url": format!("{}{path}", hook.url()), "caBundle": hook.ca});
+    json!({"strategy": "Webhook", "webhook": {"conversionReviewVersions": ["v1"], "clientConfig": config}})
+}
+
+fn crd(plural: &str, kind: &str, conversion: &Value, storage: &str) -> Value {
+    let spec = |version: &str| match version {
+        "v1" => json!({"host": {"type": "string"}, "port": {"type": "string"}}),
+        _ => json!({"hostPort": {"type": "string"}, "d": {"type": "string", "default": "x"}}),
+    };
+    let versions = ["v1", "v2"].map(|v| {
+        json!({"name": v, "served": true, "storage": v == storage, "schema": {"openAPIV3Schema": {"type": "object",
+            "properties": {"spec": {"type": "object", "properties": spec(v)}}}}})
+    });
+    json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {"name": format!("{plural}.conv.test")},
+        "spec": {"group": "conv.test", "scope": "Namespaced", "conversion": conversion, "versions": versions,
+            "names": {"plural": plural, "singular": plural.trim_end_matches('s'), "kind": kind, "listKind": format!("{kind}List")}}})
+}
+
+fn things(version: &str, plural: &str) -> String {
+    format!("/apis/conv.test/{version}/namespaces/default/{plural}")
+}
+
+async fn define(server: &Server, hook: &Webhook, plural: &str, kind: &str, path: &str) {
+    let made = server.call("POST", CRDS, Some(&crd(plural, kind, &conversion(hook, path), "v1"))).await;
+    assert_eq!(made.code, 201, "{}", made.text);
+    server.until(&things("v2", plural), "the kind is served", |a| a.code == 200).await;
+}
+
+/// What of an answer is compared.
+fn outcome(answer: &common::Answer) -> Value {
+    let part = |o: &Value| {
+        json!({"spec": o["spec"], "labels": o["metadata"]["labels"], "generation": o["metadata"]["generation"],
+            "apiVersion": o["apiVersion"]})
+    };
+    let body = &answer.body;
+    if answer.code >= 400 {
+        let text = body["message"].as_str().unwrap_or_default();
+        let words = text.split(' ').map(|w| {
+            let bare = w.trim_matches(|c| c == '"' || c == ',');
+            if bare.len() == 36 && bare.matches('-').count() == 4 {
+                w.replace(bare, "$ID")
+            } else {
+                w.to_owned()
+            }
+        });
+        let text = words.collect::<Vec<_>>().join(" ");
+        // `response.uid="…",` has no space before the id.
+        let text = match text.split_once("response.uid=\"") {
+            Some((before, after)) => {
+                format!("{before}response.uid=\"$ID{}", &after[after.find('"').expect("its end")..])
+            }
+            None => text,
+        };
+        return json!({"code": answer.code, "message": text});
+    }
+    match body["items"].as_array() {
+        Some(items) => json!({"code": answer.code, "items": items.iter().map(part).collect::<Vec<_>>()}),
+        None => json!({"code": answer.code, "object": part(body)}),
+    }
+}
+
+#[tokio::test]
+async fn conversions_are_judged_as_by_a_stock_server() {
+    let golden: Value = serde_json::from_str(include_str!("golden/conversion.json")).expect("JSON");
+    let server = Server::hub().await;
+    let hook = Webhook::start(convert).await;
+    let mut differences = Vec::new();
+    let mut compare = |what: String, ours: Value, stock: &Value| {
+        if ours != *stock {
+            differences.push(format!("{what}\n  ours:  {ours}\n  stock: {stock}"));
+        }
+    };
+    for case in golden["crds"].as_array().expect("cases") {
+        let object = crd("things", "Thing", &filled(&case["conversion"], &hook), "v1");
+        let answer = server.call("POST", &format!("{CRDS}?dryRun=All"), Some(&object)).await;
+        let mut ours = json!({"code": answer.code});
+        if answer.code >= 400 {
+            ours["message"] = answer.body["message"].clone();
+        }
+        compare(case["name"].to_string(), ours, &case["outcome"]);
+    }
+    for (i, case) in golden["cases"].as_array().expect("cases").iter().enumerate() {
+        let path = case["path"].as_str().expect("text");
+        let letter = u8::try_from(i).expect("few cases");
+        let (plural, kind) =
+            (format!("things{}s", char::from(b'a' + letter)), format!("Thing{}", char::from(b'A' + letter)));
+        define(&server, &hook, &plural, &kind, path).await;
+        let first = json!({"apiVersion": "conv.test/v1", "kind": kind, "metadata": {"name": "a"}, "spec": {"host": "h", "port": "1"}});
+        let made = server.call("POST", &things("v1", &plural), Some(&first)).await;
+        assert_eq!(made.code, 201, "{}", made.text);
+        for step in case["steps"].as_array().expect("steps") {
+            let (method, at) = (step["method"].as_str().expect("text"), step["path"].as_str().expect("text"));
+            let body = Some(&step["body"]).filter(|b| !b.is_null());
+            let answer = server.call(method, at, body).await;
+            compare(format!("{path} {method} {at}"), outcome(&answer), &step["outcome"]);
+        }
+    }
+    server.stop().await;
+    assert!(differences.is_empty(), "{} differ:\n{}", differences.len(), differences.join("\n"));
+}
+
+#[tokio::test]
+async fn every_version_sees_every_object_in_its_own_form() {
+    let server = Server::hub().await;
+    let hook = Webhook::start(convert).await;
+    define(&server, &hook, "links", "Link", "/convert").await;
+    let (one, two) = (things("v1", "links"), things("v2", "links"));
+    let mut old = server.watch(&format!("{one}?watch=true")).await;
+    let mut new = server.watch(&format!("{two}?watch=true")).await;
+    let mut filtered = server.watch(&format!("{two}?watch=true&labelSelector=wanted%3Dyes")).await;
+    for i in 0..3 {
+        let object = json!({"apiVersion": "conv.test/v1", "kind": "Link", "metadata": {"name": format!("l{i}")},
+            "spec": {"host": "h", "port": i.to_string()}});
+        assert_eq!(server.call("POST", &one, Some(&object)).await.code, 201);
+        let (kind, seen) = new.next().await.expect("an event");
+        assert_eq!((kind.as_str(), &seen["spec"]["hostPort"]), ("ADDED", &json!(format!("h:{i}"))));
+        // What a webhook has converted gets no defaults, as in kube-apiserver.
+        assert_eq!((&seen["apiVersion"], seen["spec"].get("d")), (&json!("conv.test/v2"), None));
+        let (_, seen) = old.next().await.expect("an event");
+        assert_eq!(
+            (&seen["apiVersion"], &seen["spec"]["port"]),
+            (&json!("conv.test/v1"), &json!(i.to_string()))
+        );
+    }
+    // A list asks once for all that nobody has asked for yet; what was asked for is remembered.
+    hook.take();
+    let list = server.get(&two).await;
+    assert_eq!(list.body["items"].as_array().map(Vec::len), Some(3));
+    assert_eq!(list.body["items"][2]["spec"]["hostPort"], "h:2");
+    assert!(hook.take().is_empty(), "all of them are known");
+    // Pages, and tables of the version asked for.
+    let page = server.get(&format!("{two}?limit=2")).await;
+    let token = page.body["metadata"]["continue"].as_str().expect("more").to_owned();
+    let rest = server.get(&format!("{two}?limit=2&continue={token}")).await;
+    assert_eq!(rest.body["items"][0]["spec"]["hostPort"], "h:2");
+    // Writes in the other version are stored in the storage version and seen by all.
+    let patch = json!({"spec": {"hostPort": "z:9"}, "metadata": {"labels": {"wanted": "yes"}}});
+    let patched = server.call("PATCH", &format!("{two}/l1"), Some(&patch)).await;
+    assert_eq!((patched.code, &patched.body["spec"]["hostPort"]), (200, &json!("z:9")), "{}", patched.text);
+    let (kind, seen) = old.next().await.expect("an event");
+    assert_eq!((kind.as_str(), &seen["spec"]), ("MODIFIED", &json!({"host": "z", "port": "9"})));
+    assert_eq!(new.next().await.expect("an event").1["spec"]["hostPort"], "z:9");
+    let (kind, seen) = filtered.next().await.expect("an event");
+    assert_eq!((kind.as_str(), &seen["spec"]["hostPort"]), ("ADDED", &json!("z:9")));
+    let applied = server
+        .apply(
+            &format!("{two}/l4"),
+            "applier",
+            false,
+            &json!({"apiVersion": "conv.test/v2", "kind": "Link", "spec": {"hostPort": "q:4"}}),
+        )
+        .await;
+    assert_eq!(applied.code, 201, "{}", applied.text);
+    assert_eq!(server.get(&format!("{one}/l4")).await.body["spec"], json!({"host": "q", "port": "4"}));
+    assert_eq!(old.next().await.expect("an event").1["spec"]["host"], "q");
+    assert_eq!(new.brief().await, ("ADDED".into(), "l4".into()));
+    // Deletion is seen in each version, too.
+    assert_eq!(server.call("DELETE", &format!("{two}/l1"), None).await.code, 200);
+    let (kind, seen) = filtered.next().await.expect("an event");
+    assert_eq!((kind.as_str(), &seen["spec"]["hostPort"]), ("DELETED", &json!("z:9")));
+    // What is stored in an older version is converted when the storage version changes.
+    let name = format!("{CRDS}/links.conv.test");
+    let mut definition = server.get(&name).await.body;
+    definition["spec"]["versions"][0]["storage"] = json!(false);
+    definition["spec"]["versions"][1]["storage"] = json!(true);
+    let changed = server.call("PUT", &name, Some(&definition)).await;
+    assert_eq!(changed.code, 200, "{}", changed.text);
+    server
+        .until(&name, "both are stored", |a| a.body["status"]["storedVersions"] == json!(["v1", "v2"]))
+        .await;
+    let last = json!({"apiVersion": "conv.test/v2", "kind": "Link", "metadata": {"name": "l5"}, "spec": {"hostPort": "n:5"}});
+    assert_eq!(server.call("POST", &two, Some(&last)).await.code, 201);
+    let all = server.get(&one).await;
+    let hosts: Vec<&Value> =
+        all.body["items"].as_array().expect("items").iter().map(|i| &i["spec"]["host"]).collect();
+    assert_eq!(hosts, ["h", "h", "q", "n"]);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_converter_that_is_away_is_an_error_and_not_a_wrong_object() {
+    let server = Server::hub().await;
+    let hook = Webhook::start(convert).await;
+    define(&server, &hook, "links", "Link", "/convert").await;
+    let object = json!({"apiVersion": "conv.test/v1", "kind": "Link", "metadata": {"name": "l"}, "spec": {"host": "h", "port": "1"}});
+    assert_eq!(server.call("POST", &things("v1", "links"), Some(&object)).await.code, 201);
+    let name = format!("{CRDS}/links.conv.test");
+    let away =
+        json!({"spec": {"conversion": {"webhook": {"clientConfig": {"url": "https://127.0.0.1:1/away"}}}}});
+    assert_eq!(server.call("PATCH", &name, Some(&away)).await.code, 200);
+    let why = "conversion webhook for conv.test/v1, Kind=Link failed: Post \"https://127.0.0.1:1/away?timeout=30s\": dial tcp 127.0.0.1:1: connect: connection refused";
+    let two = things("v2", "links");
+    let failed = server.until(&format!("{two}/l"), "the new webhook is in force", |a| a.code == 500).await;
+    assert_eq!(failed.body["message"], why);
+    assert_eq!(server.get(&two).await.body["message"], why);
+    // Whoever asks for the stored version needs no webhook; a watch of the other one is told.
+    assert_eq!(server.get(&format!("{}/l", things("v1", "links"))).await.code, 200);
+    let from = server.get(&things("v1", "links")).await.body["metadata"]["resourceVersion"]
+        .as_str()
+        .expect("a version")
+        .to_owned();
+    let mut watch = server.watch(&format!("{two}?watch=true&resourceVersion={from}")).await;
+    let patch = json!({"spec": {"port": "2"}});
+    assert_eq!(server.call("PATCH", &format!("{}/l", things("v1", "links")), Some(&patch)).await.code, 200);
+    let (kind, status) = watch.next().await.expect("an event");
+    assert_eq!((kind.as_str(), &status["message"]), ("ERROR", &json!(why)));
+    assert!(watch.next().await.is_none(), "it is over");
+    server.stop().await;
+}
