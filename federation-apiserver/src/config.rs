@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use federation_store::Location;
+use federation_store::{Compaction, Location};
 use serde_json::Value;
 
 /// What the server stands for.
@@ -50,12 +50,19 @@ pub struct Config {
     pub bootstrap: Vec<Value>,
     /// The database, which several servers may share; a file in the data directory for this server alone when not given.
     pub store: Option<Location>,
+    /// When the store's history goes.
+    pub compaction: Compaction,
+    /// How long events are kept after they were last seen.
+    pub event_ttl: std::time::Duration,
     /// Keep the data in memory only; certificates are still written.
     pub in_memory: bool,
     pub limits: Limits,
     /// The member's simulation; ignored for the hub.
     pub simulation: crate::simulation::SimulationConfig,
 }
+
+/// How long events are kept when nothing else is said, as kube-apiserver's `--event-ttl`.
+pub(crate) const EVENT_TTL: std::time::Duration = std::time::Duration::from_secs(3600);
 
 /// The audit log.
 #[derive(Clone, Debug)]
@@ -163,6 +170,8 @@ impl Config {
             converter: None,
             bootstrap: Vec::new(),
             store: None,
+            compaction: Compaction::default(),
+            event_ttl: EVENT_TTL,
             in_memory: false,
             limits: Limits::default(),
             simulation: crate::simulation::SimulationConfig::default(),

@@ -3,16 +3,34 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use federation_store::{Compaction, Location};
 use service::duration::GoDuration;
 
 use crate::audit::AuditLogConfig;
 use crate::auth::oidc::OidcConfig;
 use crate::config::{AuditConfig, Config, ServiceAccountConfig};
 
-/// Flags of authentication, encryption, audit and limits. Flatten into a program's arguments.
+/// Revisions that are kept however old they are, when history goes by its age: watches that start over need some.
+const MIN_HISTORY: u64 = 1_000;
+
+/// Flags of the store, authentication, encryption, audit and limits. Flatten into a program's arguments.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "API server")]
 pub struct ApiFlags {
+    /// Database, which several servers may share: sqlite:///FILE, postgres://… or mysql://… [default: a SQLite file in
+    /// the data directory for this server alone].
+    #[arg(long, value_name = "URL", env = "CELLWAY_STORE", hide_env_values = true, value_parser = Location::parse)]
+    pub store: Option<Location>,
+    /// Compact the store's history at this pace instead of by its length: what is older goes; 0 never. Also known by
+    /// kube-apiserver's name, --etcd-compaction-interval.
+    #[arg(long, value_name = "DURATION", alias = "etcd-compaction-interval")]
+    pub store_compaction_interval: Option<GoDuration>,
+    /// How long events are kept after they were last seen.
+    #[arg(long, value_name = "DURATION", default_value = "1h")]
+    pub event_ttl: GoDuration,
+    /// How long to go on serving, but not ready, after being told to stop: until load balancers have noticed.
+    #[arg(long, default_value = "0s", value_name = "DURATION")]
+    pub shutdown_delay_duration: GoDuration,
     /// Serve requests without credentials as system:anonymous, with what its roles allow; else refuse them.
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub anonymous_auth: bool,
@@ -100,6 +118,14 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 impl ApiFlags {
     /// Puts what the flags say into a configuration.
     pub fn configure(self, config: &mut Config) {
+        config.store = self.store;
+        config.compaction = match self.store_compaction_interval.map(|d| d.0) {
+            None => Compaction::default(),
+            Some(Duration::ZERO) => Compaction::Manual,
+            Some(interval) => Compaction::Every { interval, keep: MIN_HISTORY },
+        };
+        config.event_ttl = self.event_ttl.0;
+        config.limits.shutdown_delay = self.shutdown_delay_duration.0;
         config.anonymous_auth = self.anonymous_auth;
         config.encryption_provider_config = self.encryption_provider_config;
         config.audit = match (self.audit_policy_file, self.audit_log_path) {

@@ -24,7 +24,7 @@ use crate::{crd, patch, table};
 static KINDS: LazyLock<Vec<Resource>> = LazyLock::new(|| builtin::resources(Role::Member));
 
 const WRITER: Writer<'static> =
-    Writer { manager: "fuzz", api_version: "v1", subresource: "", time: "2026-01-01T00:00:00Z" };
+    Writer { manager: "fuzz", api_version: "v1", subresource: "", time: "2026-01-01T00:00:00Z", reset: &[] };
 
 fn two(input: &[u8]) -> (&[u8], &[u8]) {
     let end = input.iter().position(|byte| *byte == b'\n').unwrap_or(input.len());
@@ -227,7 +227,7 @@ fn admit(resource: &Resource, old: Option<&Value>, mut new: Value) {
     assert!(defaults::prune(ty, &mut new).is_empty(), "what is pruned is gone");
     defaults::apply_defaults(ty, &mut new);
     strategy::default_object(resource, &mut new);
-    let mut errors = meta::errors(&resource.kind, resource.namespaced, &new);
+    let mut errors = meta::errors(resource, &new);
     if resource.is_custom() {
         errors.extend(validate::validate(ty, &new, validate::Mode::Full));
     } else {
@@ -239,7 +239,7 @@ fn admit(resource: &Resource, old: Option<&Value>, mut new: Value) {
     let set = FieldSet::of(ty, &new);
     assert_eq!(FieldSet::from_fields_v1(&set.to_fields_v1()), Some(set), "fieldsV1 says what it was made of");
     let _ = table::of_objects(resource, std::slice::from_ref(&new), "", true, None);
-    apply::on_update(ty, old, &mut new, &WRITER);
+    apply::on_update(ty, old.unwrap_or(&Value::Null), &mut new, &WRITER);
     stores(resource, &new);
 }
 

@@ -149,12 +149,14 @@ impl ApiServer {
             None if config.in_memory => StoreConfig::in_memory(),
             None => StoreConfig::exclusive(dir.join("store.db")),
         };
+        let store = StoreConfig { compaction: config.compaction, ..store };
         let store = Store::open(store).await.map_err(BindError::Store)?;
         let encryption = Arc::new(Encryption::load(config.encryption_provider_config.clone())?);
         let store = StoreHandle::new(store, encryption);
         let registry = Arc::new(
             Registry::new(store, config.role, CancellationToken::new())
-                .with_converter(config.converter.clone()),
+                .with_converter(config.converter.clone())
+                .with_event_ttl(config.event_ttl),
         );
         bootstrap(&registry, &config, address).await?;
 
@@ -306,7 +308,12 @@ impl Bound {
             jwks_uri,
             limits: self.config.limits,
             audit: self.audit,
-            metrics: Metrics::new(&reading, &changing, &self.registry.admission.metrics),
+            metrics: Metrics::new(
+                &reading,
+                &changing,
+                &self.registry.admission.metrics,
+                &self.registry.store,
+            ),
             reading,
             changing,
             logs: simulated.as_ref().map(|s| Arc::new(s.logs()) as Arc<dyn crate::LogSource>),

@@ -9,6 +9,9 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
+/// Characters of a patch that an error message shows.
+const MAX_SHOWN: usize = 2048;
+
 /// A failed request: HTTP code, Kubernetes reason, message and `details`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ApiError {
@@ -19,6 +22,10 @@ pub struct ApiError {
     details: Option<Box<Value>>,
     /// Token for the rest of a list whose own has expired.
     token: Option<Box<str>>,
+    /// Why an object could not be decoded: from a document, and from a patched object.
+    undecodable: Option<Box<[String; 2]>>,
+    /// Answered as text, as paths are that no API group is behind.
+    page: bool,
 }
 
 /// One thing wrong with one field, as `field.Error` of apimachinery prints it.
@@ -123,7 +130,15 @@ impl fmt::Display for FieldError {
 
 impl ApiError {
     fn new(code: u16, reason: &'static str, message: impl Into<String>) -> Self {
-        Self { code, reason: Cow::Borrowed(reason), message: message.into(), details: None, token: None }
+        Self {
+            code,
+            reason: Cow::Borrowed(reason),
+            message: message.into(),
+            details: None,
+            token: None,
+            undecodable: None,
+            page: false,
+        }
     }
 
     fn detailed(mut self, details: Value) -> Self {
@@ -140,6 +155,34 @@ impl ApiError {
     /// 404 for a path or resource that is not served.
     pub fn no_such_path() -> Self {
         Self::new(404, "NotFound", "the server could not find the requested resource").detailed(json!({}))
+    }
+
+    /// 404 for a path that nothing is behind, not even an API group.
+    pub fn no_such_page() -> Self {
+        Self { page: true, ..Self::no_such_path() }
+    }
+
+    /// Is it answered as text?
+    pub(crate) fn is_page(&self) -> bool {
+        self.page
+    }
+
+    /// 405 for a method that no built-in resource or path has.
+    pub fn method_unknown() -> Self {
+        let message = "the server does not allow this method on the requested resource";
+        Self::new(405, "MethodNotAllowed", message).detailed(json!({}))
+    }
+
+    /// 500 without a reason: what kube-apiserver answers to input that it finds bad too late.
+    pub fn unexplained(message: impl Into<String>) -> Self {
+        Self::new(500, "", message)
+    }
+
+    /// The same error with another message.
+    #[must_use]
+    pub(crate) fn reworded(mut self, words: impl FnOnce(&str) -> String) -> Self {
+        self.message = words(&self.message);
+        self
     }
 
     /// 409: an object of that name exists.
@@ -192,9 +235,39 @@ impl ApiError {
         Self::new(400, "BadRequest", message)
     }
 
+    /// 400 for a body that is no object of its kind: `document` says why, `converted` does when the object came about by
+    /// a patch (see [`ApiError::in_patch`]).
+    pub(crate) fn undecodable(kind: &str, version: &str, document: &str, converted: &str) -> Self {
+        let mut error = Self::bad_request(format!(
+            "{kind} in version {version:?} cannot be handled as a {kind}: {document}"
+        ));
+        error.undecodable = Some(Box::new([document.to_owned(), converted.to_owned()]));
+        error
+    }
+
+    /// The same error when the object is the outcome of a patch: 422 with the patch (or the object) to blame.
+    #[must_use]
+    pub(crate) fn in_patch(self, shown: &str, converted: bool) -> Self {
+        match &self.undecodable {
+            Some(texts) => {
+                let end = shown.char_indices().nth(MAX_SHOWN).map_or(shown.len(), |(i, _)| i);
+                let shown = Value::String(shown[..end].to_owned()).to_string();
+                let detail = &texts[usize::from(converted)];
+                Self::invalid("", "", "", &[FieldError::invalid_text("patch", &shown, detail)])
+            }
+            None => self,
+        }
+    }
+
     /// 422 for a request that cannot be carried out, without fields to blame.
     pub fn unprocessable(message: impl Into<String>) -> Self {
         Self::new(422, "Invalid", message)
+    }
+
+    /// 422 for a patch that could not be carried out; kube-apiserver does not say why.
+    pub fn rejected() -> Self {
+        let message = "the server rejected our request due to an error in our request";
+        Self::new(422, "Invalid", message).detailed(json!({}))
     }
 
     /// 401.
@@ -233,7 +306,7 @@ impl ApiError {
     pub fn method_not_allowed(group: &str, resource: &str, action: &str) -> Self {
         let message =
             format!("{action} is not supported on resources of kind \"{}\"", qualified(resource, group));
-        Self::new(405, "MethodNotAllowed", message).detailed(json!({}))
+        Self::new(405, "MethodNotAllowed", message).detailed(details(group, resource, ""))
     }
 
     /// 406: none of the accepted media types is served.
@@ -241,7 +314,7 @@ impl ApiError {
         Self::new(
             406,
             "NotAcceptable",
-            "only the following media types are accepted: application/json, application/yaml, application/json;stream=watch",
+            "only the following media types are accepted: application/json, application/yaml",
         )
     }
 
@@ -254,6 +327,11 @@ impl ApiError {
                 "the body of the request was in an unknown format - accepted media types include: {accepted}"
             ),
         )
+    }
+
+    /// 415: no patch of this media type.
+    pub fn unsupported_patch() -> Self {
+        Self::new(415, "UnsupportedMediaType", "415: Unsupported Media Type").detailed(json!({}))
     }
 
     /// 410: the resource version asked for is compacted.
@@ -272,7 +350,7 @@ impl ApiError {
 
     /// 504: the resource version asked for lies in the future.
     pub fn too_large_resource_version(asked: u64, current: u64) -> Self {
-        Self::new(504, "Timeout", format!("Too large resource version: {asked}, current: {current}")).detailed(
+        Self::new(504, "Timeout", format!("Timeout: Too large resource version: {asked}, current: {current}")).detailed(
             json!({"causes": [{"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}],
                    "retryAfterSeconds": 1}),
         )
@@ -282,6 +360,15 @@ impl ApiError {
     pub fn timeout() -> Self {
         let message = "Timeout: request did not complete within the allotted timeout";
         Self::new(504, "Timeout", message).detailed(json!({}))
+    }
+
+    /// 408: the client does not send its body.
+    pub fn body_timeout(wanted: usize, within: std::time::Duration) -> Self {
+        let message = format!(
+            "Timeout: the request's body came too slowly: less than {wanted} bytes in {} s",
+            within.as_secs()
+        );
+        Self::new(408, "Timeout", message).detailed(json!({}))
     }
 
     /// 413: the body is too large.
@@ -409,7 +496,7 @@ pub(crate) fn escape_html(json: &str) -> String {
 
 /// A value in an error message: whole when short, else its start. Objects from clients can be megabytes.
 fn brief(value: &Value) -> String {
-    const LONGEST: usize = 200;
+    const LONGEST: usize = 400;
     let text = value.to_string();
     let text = if value.is_object() || value.is_array() { escape_html(&text) } else { text };
     match text.char_indices().nth(LONGEST) {

@@ -218,7 +218,7 @@ async fn every_version_sees_every_object_in_its_own_form() {
             &format!("{two}/l4"),
             "applier",
             false,
-            &json!({"apiVersion": "conv.test/v2", "kind": "Link", "spec": {"hostPort": "q:4"}}),
+            &json!({"apiVersion": "conv.test/v2", "kind": "Link", "metadata": {"name": "l4"}, "spec": {"hostPort": "q:4"}}),
         )
         .await;
     assert_eq!(applied.code, 201, "{}", applied.text);

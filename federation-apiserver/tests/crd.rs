@@ -164,7 +164,9 @@ async fn names_that_are_taken_are_waited_for() {
     assert_eq!(keeps.body["status"]["acceptedNames"]["shortNames"], json!(["ga"]));
     assert_eq!(told(&keeps.body, "Established")[0], "True");
     assert_eq!(server.get("/apis/golden.test/v1/namespaces/default/gammas").await.code, 200);
-    // Who waited gets the names when they are free.
+    // Who waited gets the names when they are free. Two wait here: either might be first.
+    assert_eq!(server.call("DELETE", &path("gammas"), None).await.code, 200);
+    server.until(&path("gammas"), "gammas are gone", |a| a.code == 404).await;
     assert_eq!(server.call("DELETE", &path("alphas"), None).await.code, 200);
     server.until(betas, "betas are served", |a| a.code == 200).await;
     server.stop().await;

@@ -182,7 +182,7 @@ async fn objects_of_the_hub() {
         .await;
     k.with("apply --server-side --field-manager=two --force-conflicts -f -", &other, &["serverside-applied"])
         .await;
-    k.fails("apply --server-side -f -", &format!("{map}odd: 1\n"), &["unknown field"]).await;
+    k.fails("apply --server-side -f -", &format!("{map}odd: 1\n"), &["field not declared in schema"]).await;
     k.fails("apply -f -", &format!("{map}odd: 1\n"), &["unknown field \"odd\""]).await;
 
     let crd = r#"

@@ -134,13 +134,13 @@ impl StoreConfig {
     /// A SQLite file that keeps a default amount of history; it and its folder are made when missing. `:memory:` is a
     /// store that dies with its handles.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { location: Location::sqlite(path), compaction: Compaction::Retain(DEFAULT_RETAIN) }
+        Self { location: Location::sqlite(path), compaction: Compaction::default() }
     }
 
     /// A store in the SQLite file `path` that belongs to this process alone, so that [`Store::sync`] costs nothing. It
     /// cannot be opened while another process has it, nor the other way round.
     pub fn exclusive(path: impl Into<PathBuf>) -> Self {
-        Self { location: Location::exclusive_sqlite(path), compaction: Compaction::Retain(DEFAULT_RETAIN) }
+        Self { location: Location::exclusive_sqlite(path), compaction: Compaction::default() }
     }
 
     /// A store in memory that keeps a default amount of history.
@@ -150,11 +150,17 @@ impl StoreConfig {
 
     /// A store at a connection URL, see [`Location`], that keeps a default amount of history.
     pub fn from_url(url: &str) -> Result<Self, OpenError> {
-        Ok(Self { location: Location::parse(url)?, compaction: Compaction::Retain(DEFAULT_RETAIN) })
+        Ok(Self { location: Location::parse(url)?, compaction: Compaction::default() })
     }
 }
 
 // === impl Compaction ===
+
+impl Default for Compaction {
+    fn default() -> Self {
+        Self::Retain(DEFAULT_RETAIN)
+    }
+}
 
 impl Compaction {
     pub(crate) fn ticks(self) -> Option<tokio::time::Interval> {

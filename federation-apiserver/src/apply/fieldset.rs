@@ -93,6 +93,13 @@ impl PathElement {
         }
     }
 
+    /// A path of these as people write it.
+    pub(super) fn text(path: &[Self]) -> String {
+        let mut out = String::new();
+        path.iter().for_each(|element| element.display(&mut out));
+        out
+    }
+
     fn display(&self, out: &mut String) {
         // Writing to a String cannot fail.
         let _ = match self {

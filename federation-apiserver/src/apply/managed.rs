@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::fieldset::FieldSet;
-use super::merge::{compare, merge, remove_given_up};
+use super::merge::{Comparison, compare, merge, remove_given_up};
 use crate::schema::TypeRef;
 use crate::value;
 
@@ -22,6 +22,9 @@ pub struct Writer<'a> {
     pub subresource: &'a str,
     /// Now, as RFC 3339.
     pub time: &'a str,
+    /// Top-level fields that this way of writing cannot change, so that they are not owned by it: `status` of an object
+    /// that has it as a subresource.
+    pub reset: &'a [&'a str],
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -82,6 +85,14 @@ fn strip(set: &FieldSet) -> FieldSet {
     set.without_subtrees(unmanaged()).difference(&FieldSet::path(&["metadata"]))
 }
 
+/// What a writer of these changes owns by them.
+fn written_by(writer: &Writer<'_>, changes: &Comparison) -> FieldSet {
+    let mut written = changes.modified.clone();
+    written.union(&changes.added);
+    let written = strip(&written);
+    writer.reset.iter().fold(written, |set, field| set.without_subtrees(&FieldSet::path(&[field])))
+}
+
 // === impl ManagedFields ===
 
 impl ManagedFields {
@@ -120,7 +131,10 @@ impl ManagedFields {
             .iter()
             .map(|e| {
                 let mut item = json!({"manager": e.manager, "operation": e.operation, "apiVersion": e.api_version,
-                    "time": e.time, "fieldsType": "FieldsV1", "fieldsV1": e.set.to_fields_v1()});
+                    "fieldsType": "FieldsV1", "fieldsV1": e.set.to_fields_v1()});
+                if !e.time.is_empty() {
+                    item["time"] = json!(e.time);
+                }
                 if !e.subresource.is_empty() {
                     item["subresource"] = json!(e.subresource);
                 }
@@ -161,12 +175,13 @@ impl ManagedFields {
     }
 }
 
-/// Keeps `managedFields` up for a create, update or patch: `new` is the object to be stored, `live` what is stored now.
+/// Keeps `managedFields` up for a create, update or patch: `new` is the object to be stored, `live` what is stored now (of
+/// an object to be created, what it has of itself).
 ///
 /// A client may change the list itself (kubectl does when it moves an object to server-side apply); an empty list or a
 /// list that is not understood means "as it was", one empty entry means "forget all".
-pub fn on_update(ty: TypeRef<'_>, live: Option<&Value>, new: &mut Value, writer: &Writer<'_>) {
-    let previous = live.and_then(ManagedFields::decode).unwrap_or_default();
+pub fn on_update(ty: TypeRef<'_>, live: &Value, new: &mut Value, writer: &Writer<'_>) {
+    let previous = ManagedFields::decode(live).unwrap_or_default();
     let reset = value::at(new, &["metadata", "managedFields"])
         .and_then(Value::as_array)
         .is_some_and(|list| list.len() == 1 && list[0].as_object().is_some_and(serde_json::Map::is_empty));
@@ -175,45 +190,76 @@ pub fn on_update(ty: TypeRef<'_>, live: Option<&Value>, new: &mut Value, writer:
     } else {
         ManagedFields::decode(new).filter(|m| !m.0.is_empty()).unwrap_or_else(|| previous.clone())
     };
-    let nothing = json!({});
-    let changes = compare(ty, live.unwrap_or(&nothing), new);
-    let mut written = changes.modified.clone();
-    written.union(&changes.added);
-    let written = strip(&written);
-    let mut own = managed.take("Update", writer);
-    if written.is_empty() && strip(&changes.removed).is_empty() {
-        managed.0.extend(own);
-        managed.encode(new);
-        return;
-    }
+    let changes = compare(ty, live, new);
+    let written = written_by(writer, &changes);
     for entry in &mut managed.0 {
-        entry.set = entry.set.difference(&written).difference(&changes.removed);
+        let own = entry.operation == "Update"
+            && entry.manager == writer.manager
+            && entry.subresource == writer.subresource
+            && entry.api_version == writer.api_version;
+        if !own {
+            entry.set = entry.set.difference(&written);
+        }
+        entry.set = entry.set.difference(&changes.removed);
     }
-    let mut set = own.as_ref().map(|e| e.set.difference(&changes.removed)).unwrap_or_default();
-    set.union(&written);
-    let time = match own.take() {
-        Some(entry) if entry.set == set => entry.time,
-        _ => writer.time.to_owned(),
-    };
-    managed.0.push(Entry {
-        manager: writer.manager.to_owned(),
-        operation: "Update".into(),
-        api_version: writer.api_version.to_owned(),
-        subresource: writer.subresource.to_owned(),
-        time,
-        set,
-    });
-    managed.fold_old_updates();
+    if !written.is_empty() {
+        let mut set = managed.take("Update", writer).map(|own| own.set).unwrap_or_default();
+        set.union(&written);
+        managed.0.push(Entry {
+            manager: writer.manager.to_owned(),
+            operation: "Update".into(),
+            api_version: writer.api_version.to_owned(),
+            subresource: writer.subresource.to_owned(),
+            time: writer.time.to_owned(),
+            set,
+        });
+        managed.fold_old_updates();
+    }
     managed.encode(new);
 }
 
+/// The annotation in which kubectl keeps what it applied by itself.
+const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
+/// The manager as which kubectl applies on the server.
+const KUBECTL: &str = "kubectl";
+
 /// Applies `config` to `live` (for a create: an object with only its identity). Returns the object to be stored.
+///
+/// An object that kubectl has applied by itself so far moves to server-side apply without conflicts: what its annotation
+/// says and nobody changed since is kubectl's. The annotation follows, for older clients.
 pub fn apply(
     ty: TypeRef<'_>,
     live: &Value,
     config: &Value,
     writer: &Writer<'_>,
     force: bool,
+) -> Result<Value, ApplyConflict> {
+    let last_applied = value::at(live, &["metadata", "annotations", LAST_APPLIED])
+        .and_then(Value::as_str)
+        .filter(|_| writer.manager == KUBECTL && writer.subresource.is_empty());
+    let allowed = last_applied.and_then(|text| serde_json::from_str::<Value>(text).ok()).map(|applied| {
+        let differs = compare(ty, &applied, live);
+        let set = managed_set(ty, &applied);
+        set.difference(&differs.modified).difference(&differs.added).difference(&differs.removed)
+    });
+    let mut merged = merge_as(ty, live, config, writer, if force { None } else { Some(allowed.as_ref()) })?;
+    if last_applied.is_some() {
+        let mut applied = config.clone();
+        for path in [&["metadata", "managedFields"][..], &["metadata", "annotations", LAST_APPLIED]] {
+            value::remove(&mut applied, path);
+        }
+        value::set(&mut merged, &["metadata", "annotations", LAST_APPLIED], json!(format!("{applied}\n")));
+    }
+    Ok(merged)
+}
+
+/// `unforced`: fields that may be taken over although the apply is not forced; `None`: all.
+fn merge_as(
+    ty: TypeRef<'_>,
+    live: &Value,
+    config: &Value,
+    writer: &Writer<'_>,
+    unforced: Option<Option<&FieldSet>>,
 ) -> Result<Value, ApplyConflict> {
     let mut managed = ManagedFields::decode(live).unwrap_or_default();
     let last = managed.take("Apply", writer);
@@ -228,24 +274,26 @@ pub fn apply(
     }
 
     let changes = compare(ty, live, &merged);
-    let mut written = changes.modified.clone();
-    written.union(&changes.added);
-    let written = strip(&written);
+    let written = written_by(writer, &changes);
     let mut conflicts: Vec<(String, Vec<String>)> = Vec::new();
     for entry in &mut managed.0 {
         let clash = entry.set.intersection(&written);
-        if !clash.is_empty() && !force {
-            conflicts.push((describe(entry), clash.paths(MAX_CONFLICTS)));
+        if let Some(allowed) = unforced {
+            let refused = allowed.map_or_else(|| clash.clone(), |allowed| clash.difference(allowed));
+            if !refused.is_empty() {
+                conflicts.push((describe(entry), refused.paths(MAX_CONFLICTS)));
+            }
         }
         entry.set = entry.set.difference(&clash).difference(&changes.removed);
     }
     if !conflicts.is_empty() {
         return Err(conflict(conflicts));
     }
-    let unchanged = last.as_ref().is_some_and(|l| l.set == set) && value::equal(live, &merged);
-    let time = match &last {
-        Some(last) if unchanged => last.time.clone(),
-        _ => writer.time.to_owned(),
+    // Only an apply that changes something has a time of its own.
+    let time = match last {
+        _ if !value::equal(live, &merged) => writer.time.to_owned(),
+        Some(last) => last.time,
+        None => String::new(),
     };
     managed.0.push(Entry {
         manager: writer.manager.to_owned(),
@@ -266,9 +314,6 @@ fn describe(entry: &Entry) -> String {
     }
     if entry.operation == "Update" {
         text.push_str(&format!(" using {}", entry.api_version));
-        if !entry.time.is_empty() {
-            text.push_str(&format!(" at {}", entry.time));
-        }
     }
     text
 }
@@ -307,7 +352,7 @@ mod tests {
     }
 
     fn writer(manager: &str) -> Writer<'_> {
-        Writer { manager, api_version: "apps/v1", subresource: "", time: "2026-01-01T00:00:00Z" }
+        Writer { manager, api_version: "apps/v1", subresource: "", time: "2026-01-01T00:00:00Z", reset: &[] }
     }
 
     fn empty() -> Value {
@@ -374,7 +419,7 @@ mod tests {
         .expect("new");
         let mut scaled = live.clone();
         scaled["spec"]["replicas"] = json!(5);
-        on_update(ty.as_ref(), Some(&live), &mut scaled, &writer("kubectl"));
+        on_update(ty.as_ref(), &live, &mut scaled, &writer("kubectl"));
         let error = apply(
             ty.as_ref(),
             &scaled,
@@ -385,7 +430,7 @@ mod tests {
         .expect_err("kubectl owns replicas now");
         assert_eq!(
             error.message,
-            "Apply failed with 1 conflict: conflict with \"kubectl\" using apps/v1 at 2026-01-01T00:00:00Z: .spec.replicas"
+            "Apply failed with 1 conflict: conflict with \"kubectl\" using apps/v1: .spec.replicas"
         );
         // Not naming it gives it up without removing it.
         let live = apply(ty.as_ref(), &scaled, &config(json!({"paused": true})), &writer("one"), false)
@@ -438,7 +483,7 @@ mod tests {
                 let _ = apply(ty.as_ref(), &once, &config, &writer("m"), true);
             }
             let mut new = config.clone();
-            on_update(ty.as_ref(), Some(&live), &mut new, &writer("u"));
+            on_update(ty.as_ref(), &live, &mut new, &writer("u"));
         }
     }
 }

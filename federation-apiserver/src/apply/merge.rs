@@ -15,30 +15,68 @@ pub struct Comparison {
     pub removed: FieldSet,
 }
 
-/// Compares two objects of one type.
+/// Compares two objects of one type. An object or list that is only in one of them counts with its own path, too.
 pub fn compare(ty: TypeRef<'_>, old: &Value, new: &Value) -> Comparison {
-    let before = FieldSet::of(ty, old);
-    let after = FieldSet::of(ty, new);
-    let mut modified = FieldSet::default();
-    changed(ty, old, new, &mut Vec::new(), &mut modified);
-    Comparison { added: after.difference(&before), removed: before.difference(&after), modified }
+    let mut comparison = Comparison::default();
+    changed(ty, old, new, &mut Vec::new(), &mut comparison);
+    comparison
 }
 
-fn changed(ty: TypeRef<'_>, old: &Value, new: &Value, path: &mut Vec<PathElement>, out: &mut FieldSet) {
-    if path.len() <= MAX_DEPTH
-        && let (Some(before), Some(after)) = (children(ty, old), children(ty, new))
-        && old.is_object() == new.is_object()
-    {
-        let before: std::collections::BTreeMap<_, _> = before.into_iter().map(|(pe, _, v)| (pe, v)).collect();
-        for (element, child_type, child) in after {
-            if let Some(previous) = before.get(&element) {
-                path.push(element);
-                changed(child_type, previous, child, path, out);
-                path.pop();
-            }
+fn changed(ty: TypeRef<'_>, old: &Value, new: &Value, path: &mut Vec<PathElement>, out: &mut Comparison) {
+    if path.len() > MAX_DEPTH {
+        if !value::equal(old, new) {
+            out.modified.insert(path);
         }
-    } else if !value::equal(old, new) {
-        out.insert(path);
+        return;
+    }
+    // Null is an object or list without content.
+    let below = |value: &Value, other: &Value| -> Option<Option<bool>> {
+        if value.is_null() {
+            return children(ty, other).is_some().then_some(None);
+        }
+        children(ty, value).is_some().then_some(Some(value.is_object()))
+    };
+    let alike = match (below(old, new), below(new, old)) {
+        (Some(Some(a)), Some(Some(b))) => a == b,
+        (Some(a), Some(b)) => a.is_some() || b.is_some(),
+        _ => false,
+    };
+    if !alike {
+        if !value::equal(old, new) {
+            out.modified.insert(path);
+        }
+        return;
+    }
+    let before = children(ty, old).unwrap_or_default();
+    let after = children(ty, new).unwrap_or_default();
+    let mut before: std::collections::BTreeMap<_, _> =
+        before.into_iter().map(|(element, ty, v)| (element, (ty, v))).collect();
+    for (element, child_type, child) in after {
+        let previous = before.remove(&element);
+        path.push(element);
+        match previous {
+            Some((_, previous)) => changed(child_type, previous, child, path, out),
+            None => whole(child_type, child, path, &mut out.added),
+        }
+        path.pop();
+    }
+    for (element, (child_type, child)) in before {
+        path.push(element);
+        whole(child_type, child, path, &mut out.removed);
+        path.pop();
+    }
+}
+
+/// All paths of a value that is only on one side, those of objects and lists included.
+fn whole(ty: TypeRef<'_>, value: &Value, path: &mut Vec<PathElement>, out: &mut FieldSet) {
+    out.insert(path);
+    if path.len() > MAX_DEPTH {
+        return;
+    }
+    for (element, child_type, child) in children(ty, value).into_iter().flatten() {
+        path.push(element);
+        whole(child_type, child, path, out);
+        path.pop();
     }
 }
 
@@ -73,8 +111,8 @@ fn merge_at(ty: TypeRef<'_>, live: &Value, config: &Value, depth: usize) -> Valu
     }
 }
 
-/// Items of the configuration come in its order; items that only the live list has keep their place before the next
-/// shared item.
+/// Items that both have come in the configuration's order; those of only one side keep their places among them, the live
+/// list's first.
 fn merge_lists(
     ty: TypeRef<'_>,
     (old, old_elements): (&[Value], &[PathElement]),
@@ -85,26 +123,36 @@ fn merge_lists(
     let old_index: std::collections::BTreeMap<&PathElement, usize> =
         old_elements.iter().enumerate().map(|(i, e)| (e, i)).collect();
     let in_new: std::collections::BTreeSet<&PathElement> = new_elements.iter().collect();
+    let mut shared = new_elements.iter().filter(|e| old_index.contains_key(e)).peekable();
     let mut merged = Vec::with_capacity(old.len() + new.len());
-    let mut next_old = 0;
-    let mut take_live_only = |until: usize, merged: &mut Vec<Value>| {
-        while next_old < until {
-            if !in_new.contains(&old_elements[next_old]) {
-                merged.push(old[next_old].clone());
+    let (mut left, mut right) = (0, 0);
+    while left < old.len() || right < new.len() {
+        if let Some(element) = old_elements.get(left) {
+            if !in_new.contains(element) {
+                merged.push(old[left].clone());
+                left += 1;
+                continue;
             }
-            next_old += 1;
+            // Common to both, but not the one whose turn it is: it comes with the configuration's.
+            if shared.peek().is_none_or(|next| *next != element) {
+                left += 1;
+                continue;
+            }
         }
-    };
-    for (element, item) in new_elements.iter().zip(new) {
+        // The live list stands at the next common item, or is used up: the configuration's come up to that item.
+        let Some(element) = new_elements.get(right) else { break };
         match old_index.get(element) {
             Some(&i) => {
-                take_live_only(i, &mut merged);
-                merged.push(merge_at(item_type, &old[i], item, depth + 1));
+                merged.push(merge_at(item_type, &old[i], &new[right], depth + 1));
+                if old_elements.get(left) == Some(element) {
+                    left += 1;
+                }
+                shared.next();
             }
-            None => merged.push(item.clone()),
+            None => merged.push(new[right].clone()),
         }
+        right += 1;
     }
-    take_live_only(old.len(), &mut merged);
     Value::Array(merged)
 }
 

@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use federation_apiserver::{ApiFlags, ApiServer, Config, Location, Role};
-use service::duration::GoDuration;
+use federation_apiserver::{ApiFlags, ApiServer, Config, Role};
 use tokio_util::sync::CancellationToken;
 
 /// A Kubernetes API server over federation-store.
@@ -16,10 +15,6 @@ struct Args {
     /// Certificates, keys, the database and admin.kubeconfig live here.
     #[arg(long, value_name = "DIR")]
     data_dir: PathBuf,
-    /// Database, which several servers may share: sqlite:///FILE, postgres://… or mysql://… [default: a SQLite file in
-    /// DATA_DIR for this server alone].
-    #[arg(long, value_name = "URL", env = "CELLWAY_STORE", hide_env_values = true, value_parser = Location::parse)]
-    store: Option<Location>,
     /// Folder of the certificate authority, the same (or a copy) for all replicas [default: DATA_DIR/pki].
     #[arg(long, value_name = "DIR")]
     cert_dir: Option<PathBuf>,
@@ -40,9 +35,6 @@ struct Args {
     token_auth_file: Option<PathBuf>,
     #[command(flatten)]
     api: ApiFlags,
-    /// How long to go on serving, but not ready, after being told to stop: until load balancers have noticed.
-    #[arg(long, default_value = "0s", value_name = "DURATION")]
-    shutdown_delay_duration: GoDuration,
     #[command(flatten)]
     log: service::log::LogArgs,
 }
@@ -62,12 +54,10 @@ async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let _log = args.log.init()?;
     let mut config = Config::new(args.data_dir, args.role);
     config.bind = SocketAddr::new(args.bind_address, args.secure_port);
-    config.store = args.store;
     config.cert_dir = args.cert_dir;
     config.advertise = args.advertise_address;
     config.token_auth_file = args.token_auth_file;
     args.api.configure(&mut config);
-    config.limits.shutdown_delay = args.shutdown_delay_duration.0;
     let mut signals = service::signals::Signals::install()?;
     let bound = ApiServer::bind(config).await?;
     tracing::info!(kubeconfig = %bound.admin_kubeconfig().display(), url = bound.url(), "ready to serve");

@@ -10,7 +10,6 @@ use serde_json::{Value, json};
 
 use super::names::Used;
 use super::{is_converted, is_established, resources, set_condition, update_status};
-use crate::gc::CUSTOM_RESOURCES;
 use crate::registry::resource::{Catalog, Resource};
 use crate::registry::selectors::Filter;
 use crate::registry::write::WriteOptions;
@@ -74,22 +73,7 @@ pub(crate) async fn refresh(registry: &Registry) -> Result<(), ApiError> {
         let accepted = used.accept(crd);
         let one = Target { name, ..target.clone() };
         let now = value::timestamp();
-        let updated = registry
-            .modify(&one, |object| {
-                let mut changed = update_status(object, &accepted, &now);
-                let finalizers = at(object, &["metadata", "finalizers"])
-                    .and_then(Value::as_array)
-                    .cloned()
-                    .unwrap_or_default();
-                if !meta::is_deleting(object) && !finalizers.contains(&json!(CUSTOM_RESOURCES)) {
-                    let mut list = finalizers;
-                    list.push(json!(CUSTOM_RESOURCES));
-                    set(object, &["metadata", "finalizers"], Value::Array(list));
-                    changed = true;
-                }
-                changed
-            })
-            .await?;
+        let updated = registry.modify(&one, |object| update_status(object, &accepted, &now)).await?;
         if let Some(crd) = updated.filter(is_established) {
             let converter = registry.converter.clone().filter(|_| is_converted(&crd));
             let compiled = registry.compiled.resources(crd, registry.webhooks.clone()).await?.into_iter();

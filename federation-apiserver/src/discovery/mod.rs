@@ -77,9 +77,15 @@ fn group(name: &str, versions: &[String]) -> Value {
     json!({"name": name, "preferredVersion": list.first(), "versions": list})
 }
 
-/// Verbs of a resource or subresource.
-fn verbs(subresource: &str) -> &'static [&'static str] {
+/// Verbs of a resource or (not empty) subresource, in kube-apiserver's order.
+fn verbs(resource: &Resource, subresource: &str) -> &'static [&'static str] {
     match subresource {
+        "" if resource.is_custom() => {
+            &["delete", "deletecollection", "get", "list", "patch", "create", "update", "watch"]
+        }
+        "" if resource.plural == "namespaces" && resource.group.is_empty() => {
+            &["create", "delete", "get", "list", "patch", "update", "watch"]
+        }
         "" => &["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"],
         "log" => &["get"],
         "binding" | "token" => &["create"],
@@ -118,7 +124,7 @@ fn resource_list(catalog: &Catalog, group: &str, version: &str) -> Option<Value>
     let mut resources = Vec::new();
     for resource in catalog.iter().filter(|r| r.group == group && r.version == version) {
         let mut entry = json!({"name": resource.plural, "singularName": resource.singular,
-            "namespaced": resource.namespaced, "kind": resource.kind, "verbs": verbs("")});
+            "namespaced": resource.namespaced, "kind": resource.kind, "verbs": verbs(resource, "")});
         if !resource.short_names.is_empty() {
             entry["shortNames"] = json!(resource.short_names);
         }
@@ -128,7 +134,7 @@ fn resource_list(catalog: &Catalog, group: &str, version: &str) -> Option<Value>
         resources.push(entry);
         for (name, sub_group, sub_version, kind) in subresources(resource) {
             let mut entry = json!({"name": format!("{}/{name}", resource.plural), "singularName": "",
-                "namespaced": resource.namespaced, "kind": kind, "verbs": verbs(name)});
+                "namespaced": resource.namespaced, "kind": kind, "verbs": verbs(resource, name)});
             if sub_group != resource.group || sub_version != resource.version {
                 entry["group"] = json!(sub_group);
                 entry["version"] = json!(sub_version);
@@ -158,7 +164,7 @@ fn aggregate(catalog: &Catalog, core: bool, accept: Accept) -> Response<Body> {
                         "resources": aggregated_resources(catalog, group, version)})
                 })
                 .collect();
-            let mut item = json!({"metadata": {"creationTimestamp": null}, "versions": versions});
+            let mut item = json!({"metadata": {}, "versions": versions});
             if !group.is_empty() {
                 item["metadata"]["name"] = json!(group);
             }
@@ -184,7 +190,7 @@ fn aggregated_resources(catalog: &Catalog, group: &str, version: &str) -> Vec<Va
         .map(|r| {
             let mut entry = json!({"resource": r.plural, "responseKind": kind_of(group, version, &r.kind),
                 "scope": if r.namespaced { "Namespaced" } else { "Cluster" }, "singularResource": r.singular,
-                "verbs": verbs("")});
+                "verbs": verbs(r, "")});
             if !r.short_names.is_empty() {
                 entry["shortNames"] = json!(r.short_names);
             }
@@ -194,7 +200,7 @@ fn aggregated_resources(catalog: &Catalog, group: &str, version: &str) -> Vec<Va
             let subs: Vec<Value> = subresources(r)
                 .into_iter()
                 .map(|(name, g, v, k)| {
-                    json!({"subresource": name, "responseKind": kind_of(&g, &v, &k), "verbs": verbs(name)})
+                    json!({"subresource": name, "responseKind": kind_of(&g, &v, &k), "verbs": verbs(r, name)})
                 })
                 .collect();
             if !subs.is_empty() {

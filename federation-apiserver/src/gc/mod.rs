@@ -29,8 +29,6 @@ pub(crate) const ORPHAN: &str = "orphan";
 /// Finalizer of CRDs: custom resources first.
 pub(crate) const CUSTOM_RESOURCES: &str = "customresourcecleanup.apiextensions.k8s.io";
 
-/// How long events are kept, as kube-apiserver's `--event-ttl`.
-const EVENT_TTL: Duration = Duration::from_secs(3600);
 /// How often old events are looked for.
 const EVENT_SWEEP: Duration = Duration::from_secs(300);
 /// Pause after a failure before starting over.
@@ -91,9 +89,9 @@ pub(crate) async fn run_events(registry: Arc<Registry>) {
     }
 }
 
-/// Removes events last seen longer than [`EVENT_TTL`] before `now`.
+/// Removes events last seen longer than their life before `now`.
 pub(crate) async fn sweep_events(registry: &Registry, now: jiff::Timestamp) -> Result<usize, ApiError> {
-    let ttl = i64::try_from(EVENT_TTL.as_secs()).unwrap_or(i64::MAX);
+    let ttl = i64::try_from(registry.event_ttl.as_secs()).unwrap_or(i64::MAX);
     let events = registry.core("events", "", "")?;
     let mut count = 0;
     for event in registry.list_all(&events, &Filter::default()).await? {
@@ -413,7 +411,7 @@ mod tests {
             sweep_events(&registry, "2026-01-01T02:30:00Z".parse().expect("a time")).await.expect("swept");
         // The creation is now, which is later than both: nothing is old yet.
         assert_eq!(count, 0);
-        let later = jiff::Timestamp::now().checked_add(EVENT_TTL).expect("in range");
+        let later = jiff::Timestamp::now().checked_add(registry.event_ttl).expect("in range");
         let later = later.checked_add(Duration::from_secs(2)).expect("in range");
         assert_eq!(sweep_events(&registry, later).await.expect("swept"), 2);
     }

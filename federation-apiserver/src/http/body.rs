@@ -1,17 +1,25 @@
 //! Request bodies: bounded; JSON or YAML with duplicate fields noticed, or protobuf.
 
 use std::fmt;
+use std::time::Duration;
 
 use axum::body::Body;
+use bytes::BytesMut;
 use http::HeaderMap;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::{DeserializeSeed, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
+use tokio::time::Instant;
 
 use super::protobuf;
 use crate::schema::defaults::MAX_DEPTH;
 use crate::status::ApiError;
+
+/// What a client has to send of its body in this time, unless that is the rest of it: 1.6 KiB/s, which the worst of lines
+/// brings. Clients write what they have in memory; whoever is slower holds the request open on purpose.
+const PROGRESS: usize = 16 * 1024;
+const PROGRESS_TIME: Duration = Duration::from_secs(10);
 
 /// As many duplicate fields as one answer tells.
 const MAX_DUPLICATES: usize = 20;
@@ -29,6 +37,22 @@ pub(crate) struct Decoded {
     pub value: Value,
     /// Paths of fields that appeared more than once; the last one counts.
     pub duplicates: Vec<String>,
+    /// There was no body.
+    pub empty: bool,
+}
+
+/// Bytes of a body that error messages show.
+const MAX_SUMMARY: usize = 30;
+
+/// A body in an error message: the beginning of what looks like JSON, else of its bytes.
+pub(crate) fn summary(bytes: &[u8]) -> String {
+    let start = &bytes[..bytes.len().min(MAX_SUMMARY)];
+    let more = if bytes.len() > MAX_SUMMARY { " ..." } else { "" };
+    match bytes.first() {
+        None => "<empty>".into(),
+        Some(b'{') => format!("{}{more}", String::from_utf8_lossy(start)),
+        Some(_) => format!("{}{more}", hex::encode(start)),
+    }
 }
 
 /// Reads a whole body of at most `limit` bytes.
@@ -38,28 +62,48 @@ pub(crate) async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Resul
     if declared.is_some_and(|n| n > limit as u64) {
         return Err(ApiError::too_large(limit));
     }
-    match Limited::new(body, limit).collect().await {
-        Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) if error.downcast_ref::<LengthLimitError>().is_some() => Err(ApiError::too_large(limit)),
-        Err(_) => Err(ApiError::bad_request("the request's body could not be read")),
+    let mut body = Limited::new(body, limit);
+    let mut read = BytesMut::new();
+    // How much there has to be when the time is up, so that nobody holds a request open with a byte now and then.
+    let (mut wanted, mut deadline) = (PROGRESS, Instant::now() + PROGRESS_TIME);
+    loop {
+        let frame = match tokio::time::timeout_at(deadline, body.frame()).await {
+            Ok(Some(Ok(frame))) => frame,
+            Ok(None) => return Ok(read.freeze()),
+            Ok(Some(Err(error))) if error.downcast_ref::<LengthLimitError>().is_some() => {
+                return Err(ApiError::too_large(limit));
+            }
+            Ok(Some(Err(_))) => return Err(ApiError::bad_request("the request's body could not be read")),
+            Err(_) => return Err(ApiError::body_timeout(PROGRESS, PROGRESS_TIME)),
+        };
+        if let Some(data) = frame.data_ref() {
+            read.extend_from_slice(data);
+        }
+        if read.len() >= wanted {
+            wanted = read.len() + PROGRESS;
+            deadline = Instant::now() + PROGRESS_TIME;
+        }
     }
 }
 
-/// The media type without parameters, lower case; JSON when none is given.
+/// The media type without parameters, lower case; JSON when none is given, as it is when its parameters are malformed.
 pub(crate) fn media_type(headers: &HeaderMap) -> String {
     let text = headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("application/json");
-    text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+    let mut parts = text.split(';');
+    let media = parts.next().unwrap_or_default().trim().to_ascii_lowercase();
+    let fine = parts.all(|p| p.trim().split_once('=').is_some_and(|(key, _)| !key.is_empty()));
+    if fine || text.trim_end().ends_with(&format!("{media};")) { media } else { text.to_ascii_lowercase() }
 }
 
 /// Decodes a body of an object by its media type.
 pub(crate) fn decode(media_type: &str, bytes: &[u8]) -> Result<Decoded, ApiError> {
     if bytes.iter().all(u8::is_ascii_whitespace) {
-        return Ok(Decoded::default());
+        return Ok(Decoded { empty: true, ..Decoded::default() });
     }
     match media_type {
         "application/json" | "text/json" | "*/*" | "" => decode_json(bytes),
         "application/yaml" | "application/x-yaml" | "text/yaml" => decode_yaml(bytes),
-        protobuf::MEDIA_TYPE => Ok(Decoded { value: protobuf::decode(bytes)?, duplicates: Vec::new() }),
+        protobuf::MEDIA_TYPE => Ok(Decoded { value: protobuf::decode(bytes)?, ..Decoded::default() }),
         _ => Err(ApiError::unsupported_media_type(
             "application/json, application/yaml, application/vnd.kubernetes.protobuf",
         )),
@@ -75,8 +119,8 @@ pub(crate) fn decode_json(bytes: &[u8]) -> Result<Decoded, ApiError> {
     let value = seed
         .deserialize(&mut deserializer)
         .and_then(|v| deserializer.end().map(|()| v))
-        .map_err(|e| ApiError::bad_request(format!("the object provided is unrecognized: {e}")))?;
-    Ok(Decoded { value, duplicates })
+        .map_err(|e| ApiError::bad_request(json_fault(&e, bytes)))?;
+    Ok(Decoded { value, duplicates, empty: false })
 }
 
 /// Decodes one YAML document.
@@ -85,10 +129,48 @@ pub(crate) fn decode_yaml(bytes: &[u8]) -> Result<Decoded, ApiError> {
     let deserializer = serde_yaml_ng::Deserializer::from_slice(bytes);
     let mut left = bytes.len().saturating_mul(YAML_EXPANSION).saturating_add(1024);
     let seed = Seed { path: &Path::Root, length: 0, duplicates: &mut duplicates, left: &mut left, depth: 0 };
-    let value = seed
-        .deserialize(deserializer)
-        .map_err(|e| ApiError::bad_request(format!("error converting YAML to JSON: {e}")))?;
-    Ok(Decoded { value, duplicates })
+    let value = seed.deserialize(deserializer).map_err(|e| ApiError::bad_request(yaml_fault(&e)))?;
+    Ok(Decoded { value, duplicates, empty: false })
+}
+
+/// What is wrong with a JSON text, in Go's words as far as they can be told.
+fn json_fault(error: &serde_json::Error, bytes: &[u8]) -> String {
+    let text = error.to_string();
+    // The character that reading stopped at; columns count bytes and begin with 1.
+    let line = bytes.split(|b| *b == b'\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
+    let at = |column: usize| line.get(column).map(|b| char::from(*b));
+    if error.is_eof() {
+        "unexpected end of JSON input".into()
+    } else if text.starts_with("recursion limit") || text.starts_with("exceeded max depth") {
+        "exceeded max depth".into()
+    } else if text.starts_with("trailing characters") {
+        let odd = at(error.column().saturating_sub(1)).unwrap_or('?');
+        format!("invalid character {odd:?} after top-level value")
+    } else if text.starts_with("invalid escape") {
+        let odd = at(error.column().saturating_sub(1)).unwrap_or('?');
+        format!("invalid escape sequence `\\{odd}` in string")
+    } else if error.is_syntax() {
+        let odd = at(error.column().saturating_sub(1)).unwrap_or('?');
+        format!("invalid character {odd:?} looking for beginning of value")
+    } else {
+        text
+    }
+}
+
+/// What is wrong with a YAML text, in Go's words as far as they can be told.
+fn yaml_fault(error: &serde_yaml_ng::Error) -> String {
+    let text = error.to_string();
+    let what = text.split(" at line ").next().unwrap_or_default();
+    // Parsers name the line before, scanners the line itself.
+    let scanning = text.contains("while scanning");
+    let line = error.location().map_or(0, |l| if scanning { l.line() } else { l.line().saturating_sub(1) });
+    if text.starts_with("recursion limit") || text.starts_with("exceeded max depth") {
+        "yaml: exceeded max depth of 10000".into()
+    } else if line == 0 {
+        format!("yaml: {what}")
+    } else {
+        format!("yaml: line {line}: {what}")
+    }
 }
 
 struct Seed<'a> {
@@ -262,6 +344,7 @@ impl<'de> serde::Deserialize<'de> for Key {
 
 #[cfg(test)]
 mod tests {
+    use futures::StreamExt as _;
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -274,6 +357,24 @@ mod tests {
         assert_eq!(decoded.duplicates, ["b.c", "a"]);
         let yaml = decode_yaml(b"a: [1, x]\nb: {c: true}\n1: y\n").expect("valid");
         assert_eq!(yaml.value, json!({"a": [1, "x"], "b": {"c": true}, "1": "y"}));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_trickle_is_no_body() {
+        let headers = HeaderMap::new();
+        let every = |pause: u64, piece: usize, count: usize| {
+            let pieces = futures::stream::iter(0..count).then(move |_| async move {
+                tokio::time::sleep(Duration::from_secs(pause)).await;
+                Ok::<_, std::convert::Infallible>(bytes::Bytes::from(vec![b'x'; piece]))
+            });
+            read(&headers, Body::from_stream(pieces), 1 << 20)
+        };
+        let begin = Instant::now();
+        assert_eq!(every(1, 1, 1000).await.expect_err("a byte a second").code(), 408);
+        assert_eq!(begin.elapsed(), PROGRESS_TIME);
+        assert_eq!(every(1, 1, 5).await.expect("short").len(), 5);
+        assert_eq!(every(9, PROGRESS, 30).await.expect("slow, but it goes on").len(), 30 * PROGRESS);
+        assert_eq!(every(0, PROGRESS, 100).await.expect_err("too large").code(), 413);
     }
 
     #[test]

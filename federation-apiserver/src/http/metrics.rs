@@ -70,7 +70,12 @@ pub(crate) struct LongRunning(Gauge);
 // === impl Metrics ===
 
 impl Metrics {
-    pub(crate) fn new(reading: &Places, changing: &Places, admission: &crate::admission::Metrics) -> Self {
+    pub(crate) fn new(
+        reading: &Places,
+        changing: &Places,
+        admission: &crate::admission::Metrics,
+        store: &federation_store::Store,
+    ) -> Self {
         let registry = SharedRegistry::new("cellway-apiserver");
         let metrics = Self {
             requests: Family::default(),
@@ -84,6 +89,7 @@ impl Metrics {
         registry.with(|registry| {
             metrics.register(registry);
             admission.register(registry);
+            store.register(registry.sub_registry_with_prefix("cellway_store"));
             registry.register(
                 "apiserver_current_inflight_requests",
                 "Requests that have a place now, by kind",

@@ -206,6 +206,30 @@ impl App {
         }
     }
 
+    /// `/livez`, `/readyz` and `/healthz`, with each of their checks below them.
+    fn health(&self, path: &str, verbose: bool) -> Result<Response<Body>, ApiError> {
+        let ready = self.ready.load(std::sync::atomic::Ordering::Relaxed);
+        let mut parts = path.trim_start_matches('/').splitn(2, '/');
+        let (name, check) = (parts.next().unwrap_or_default(), parts.next());
+        let live = ("ping", true);
+        let checks = if name == "livez" { vec![live] } else { vec![live, ("serving", ready)] };
+        let checks: Vec<_> = checks.into_iter().filter(|(n, _)| check.is_none_or(|c| c == *n)).collect();
+        if checks.is_empty() {
+            return Err(ApiError::no_such_page());
+        }
+        let passed = checks.iter().all(|(_, passed)| *passed);
+        let code = if passed { StatusCode::OK } else { StatusCode::INTERNAL_SERVER_ERROR };
+        if passed && !verbose {
+            return Ok(response::text(code, "ok"));
+        }
+        let mut text = String::new();
+        for (check, passed) in checks {
+            text += &if passed { format!("[+]{check} ok\n") } else { format!("[-]{check} failed\n") };
+        }
+        text += &format!("{name} check {}\n", if passed { "passed" } else { "failed" });
+        Ok(response::text(code, text))
+    }
+
     async fn other(&self, path: &str, call: Call) -> Result<Response<Body>, ApiError> {
         let path = path.trim_end_matches('/');
         // Ours, not Kubernetes': for `cellway hub encryption`.
@@ -222,15 +246,14 @@ impl App {
             ));
         }
         if call.method != Method::GET && call.method != Method::HEAD {
-            return Err(ApiError::no_such_path());
+            let known = path == "/version"
+                || path == "/api"
+                || path.starts_with("/api/")
+                || path.starts_with("/apis");
+            return Err(if known { ApiError::method_unknown() } else { ApiError::no_such_page() });
         }
         if HEALTH.iter().any(|p| path == *p || path.strip_prefix(p).is_some_and(|r| r.starts_with('/'))) {
-            let ready = self.ready.load(std::sync::atomic::Ordering::Relaxed);
-            return Ok(if ready || path.starts_with("/livez") {
-                response::text(StatusCode::OK, "ok")
-            } else {
-                response::text(StatusCode::INTERNAL_SERVER_ERROR, "not ready")
-            });
+            return self.health(path, call.query.has("verbose"));
         }
         if let Some(accounts) = self.authenticator.service_accounts() {
             let document = match path {
@@ -261,7 +284,12 @@ impl App {
             let paths: Vec<String> = discovery::paths(&catalog);
             return Ok(response::value(StatusCode::OK, &json!({ "paths": paths }), accept.encoding));
         }
-        discovery::answer(&catalog, path, accept).ok_or_else(ApiError::no_such_path)
+        let core = path == "/api" || path.starts_with("/api/");
+        discovery::answer(&catalog, path, accept).ok_or_else(if core {
+            ApiError::no_such_path
+        } else {
+            ApiError::no_such_page
+        })
     }
 }
 
@@ -323,7 +351,7 @@ fn attributes(method: &Method, path: &Path, query: &Query) -> Result<Attributes,
         Method::DELETE if name.is_empty() => "deletecollection",
         Method::DELETE => "delete",
         Method::GET | Method::HEAD => {
-            let watching = query.flag("watch")? && path.subresource.is_empty();
+            let watching = query.flag("watch") && path.name.is_empty();
             if name.is_empty() {
                 // A list of one object by name is a matter of that object's name.
                 let fields = FieldSelector::parse(query.get("fieldSelector"))?;

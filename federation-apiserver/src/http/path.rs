@@ -131,38 +131,41 @@ impl Query {
         self.0.get(key).and_then(|v| v.first()).map_or("", String::as_str)
     }
 
+    /// Is it there, with whichever value?
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.0.contains_key(key)
+    }
+
     /// All values.
     pub(crate) fn all(&self, key: &str) -> &[String] {
         self.0.get(key).map_or(&[], Vec::as_slice)
     }
 
-    /// Is a flag set? `true`, `1` and the bare name are.
-    pub(crate) fn flag(&self, key: &str) -> Result<bool, ApiError> {
-        Ok(self.optional_flag(key)?.unwrap_or(false))
+    /// Is a flag set?
+    pub(crate) fn flag(&self, key: &str) -> bool {
+        self.optional_flag(key).unwrap_or(false)
     }
 
     /// As [`Self::flag`], `None` when absent.
-    pub(crate) fn optional_flag(&self, key: &str) -> Result<Option<bool>, ApiError> {
-        match self.0.get(key).and_then(|v| v.first()).map(String::as_str) {
-            None => Ok(None),
-            Some("true" | "True" | "TRUE" | "1" | "t" | "T" | "") => Ok(Some(true)),
-            Some("false" | "False" | "FALSE" | "0" | "f" | "F") => Ok(Some(false)),
-            Some(other) => {
-                Err(ApiError::bad_request(format!("invalid value {other:?} for {key}: must be a boolean")))
-            }
-        }
+    pub(crate) fn optional_flag(&self, key: &str) -> Option<bool> {
+        // As kube-apiserver reads it: whatever does not say no says yes.
+        let text = self.0.get(key).and_then(|v| v.first());
+        text.map(|text| text != "0" && !text.eq_ignore_ascii_case("false"))
     }
 
     /// A number, `None` when absent.
-    pub(crate) fn number(&self, key: &str) -> Result<Option<u64>, ApiError> {
+    pub(crate) fn number(&self, key: &str) -> Result<Option<i64>, ApiError> {
         match self.get(key) {
             "" => Ok(None),
             text => text.parse().map(Some).map_err(|_| {
-                ApiError::bad_request(format!(
-                    "invalid value {text:?} for {key}: must be a non-negative integer"
-                ))
+                ApiError::bad_request(format!("strconv.ParseInt: parsing {text:?}: invalid syntax"))
             }),
         }
+    }
+
+    /// A count, `None` when absent or negative.
+    pub(crate) fn count(&self, key: &str) -> Result<Option<u64>, ApiError> {
+        Ok(self.number(key)?.and_then(|n| u64::try_from(n).ok()))
     }
 }
 

@@ -114,9 +114,12 @@ fn malformed() -> ApiError {
 pub(super) fn decode(bytes: &[u8]) -> Result<Value, ApiError> {
     let bytes = bytes.strip_prefix(MAGIC).ok_or_else(|| {
         ApiError::bad_request(
-            "the object provided is unrecognized: must be of type protobuf with the k8s prefix",
+            "provided data does not appear to be a protobuf message, expected prefix [107 56 115 0]",
         )
     })?;
+    if bytes.is_empty() {
+        return Err(ApiError::bad_request("empty body"));
+    }
     let (mut api_version, mut kind, mut raw) = (String::new(), String::new(), &[][..]);
     let mut unknown = Reader(bytes);
     while let Some((number, wire)) = unknown.next()? {

@@ -25,6 +25,8 @@ use crate::value::str_at;
 
 /// Largest `limit` of a list; more is given in pages all the same.
 const MAX_LIMIT: u64 = 100_000;
+/// Longest field manager's name, as in Kubernetes.
+const MAX_MANAGER: usize = 128;
 
 /// What of a request decides what is read.
 #[derive(Clone, Copy)]
@@ -47,16 +49,15 @@ pub(super) async fn handle(
     call: Call,
 ) -> Result<Response<Body>, ApiError> {
     let catalog = app.registry.catalog();
-    let resource =
-        catalog.get(&path.group, &path.version, &path.plural).ok_or_else(ApiError::no_such_path)?;
-    if resource.namespaced && path.namespace.is_empty() && !path.name.is_empty() {
-        return Err(ApiError::no_such_path());
+    // What only CustomResourceDefinitions could serve is no resource at all without one.
+    let own = catalog.iter().any(|r| r.group == path.group && r.version == path.version && !r.is_custom());
+    let unknown = if own || path.group.is_empty() { ApiError::no_such_path } else { ApiError::no_such_page };
+    let resource = catalog.get(&path.group, &path.version, &path.plural).ok_or_else(unknown)?;
+    if resource.namespaced == path.namespace.is_empty() && (!resource.namespaced || !path.name.is_empty()) {
+        return Err(unknown());
     }
-    if !resource.namespaced && !path.namespace.is_empty() {
-        return Err(ApiError::no_such_path());
-    }
-    let watching = call.query.flag("watch")?;
-    let verb = verb_of(&call.method, &path, watching)?;
+    let watching = call.query.flag("watch");
+    let verb = verb_of(&call.method, &path, watching, &resource)?;
     let accept = negotiate::accept(call.request.headers())?;
     if matches!(accept.shape, Shape::AggregatedV2 | Shape::AggregatedV2Beta1) {
         return Err(ApiError::not_acceptable());
@@ -68,7 +69,9 @@ pub(super) async fn handle(
         ("", "get") => get(app, &target, Asked::of(&call), accept).await,
         ("", "create") => create(app, &target, call, accept).await,
         ("", "delete") => delete(app, &target, call, accept).await,
-        ("", "deletecollection") => delete_collection(app, &target, call, accept).await,
+        ("", "deletecollection") if has_deletecollection(&target) => {
+            delete_collection(app, &target, call, accept).await
+        }
         ("" | "status", "update" | "patch") => {
             let status = path.subresource == "status";
             if status && !target.resource.status {
@@ -78,16 +81,19 @@ pub(super) async fn handle(
             write(app, &target, call, accept, subresource).await
         }
         ("status", "get") if target.resource.status => get(app, &target, Asked::of(&call), accept).await,
-        ("scale", "get") => {
+        ("scale", "get") if target.resource.scale.is_some() => {
             let stored = app.registry.get(&target).await?;
             let scale = app.registry.scale_of(&target, &stored.object)?;
+            let scale = if accept.shape == Shape::Table { table::of_scale(&scale) } else { scale };
             Ok(response::value(StatusCode::OK, &scale, accept.encoding))
         }
-        ("scale", "update" | "patch") => scale(app, &target, call, accept).await,
+        ("scale", "update" | "patch") if target.resource.scale.is_some() => {
+            scale(app, &target, call, accept).await
+        }
         ("log", "get") if target.resource.pod => log(app, &target, &call.query).await,
         ("binding", "create") if target.resource.pod => {
             let options = write_options(&call, "binding")?;
-            let decoded = object_body(app, call).await?;
+            let decoded = object_body(app, call, "Binding").await?;
             app.registry.bind_pod(&target, &decoded.value, &options).await?;
             let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201});
             Ok(response::value(StatusCode::CREATED, &status, accept.encoding))
@@ -97,7 +103,7 @@ pub(super) async fn handle(
         {
             let accounts = app.authenticator.service_accounts().ok_or_else(ApiError::no_such_path)?;
             let options = write_options(&call, "token")?;
-            let mut request = object_body(app, call).await?.value;
+            let mut request = object_body(app, call, "TokenRequest").await?.value;
             if request.is_object() {
                 let kind = ("authentication.k8s.io", "v1", "TokenRequest");
                 app.registry.admit_subresource(&target, &options, kind, &mut request, None).await?;
@@ -105,21 +111,59 @@ pub(super) async fn handle(
             let answer = accounts.request(&target, request, jiff::Timestamp::now()).await?;
             Ok(response::value(StatusCode::CREATED, &answer, accept.encoding))
         }
-        ("finalize", "update") if target.resource.plural == "namespaces" => {
+        ("token", _) if target.resource.plural == "serviceaccounts" && !target.resource.is_custom() => {
+            Err(ApiError::method_unknown())
+        }
+        ("finalize", "update") if is_namespaces(&target.resource) => {
             finalize(app, &target, call, accept).await
         }
-        (known @ ("" | "status" | "scale" | "log"), _) => {
-            tracing::trace!(subresource = known, "method is not served there");
-            Err(ApiError::method_not_allowed(&target.resource.group, &target.resource.plural, verb))
+        ("finalize", _) if is_namespaces(&target.resource) => Err(ApiError::method_unknown()),
+        (subresource, _) => {
+            let resource = &target.resource;
+            let known = match subresource {
+                "" => true,
+                "status" => resource.status,
+                "scale" => resource.scale.is_some(),
+                "log" => resource.pod,
+                _ => false,
+            };
+            Err(match (known, resource.is_custom()) {
+                (true, _) => no_method(resource, verb),
+                (false, true) => target.not_found(),
+                (false, false) => ApiError::no_such_path(),
+            })
         }
-        _ => Err(ApiError::no_such_path()),
     }
 }
 
-fn verb_of(method: &Method, path: &ResourcePath, watching: bool) -> Result<&'static str, ApiError> {
+fn is_namespaces(resource: &Resource) -> bool {
+    resource.plural == "namespaces" && resource.group.is_empty()
+}
+
+/// The error for a method that a resource does not have.
+fn no_method(resource: &Resource, verb: &str) -> ApiError {
+    if resource.is_custom() {
+        ApiError::method_not_allowed(&resource.group, &resource.plural, verb)
+    } else {
+        ApiError::method_unknown()
+    }
+}
+
+/// Collections go one namespace at a time, and namespaces one by one.
+fn has_deletecollection(target: &Target) -> bool {
+    !is_namespaces(&target.resource) && target.resource.namespaced != target.namespace.is_empty()
+}
+
+fn verb_of(
+    method: &Method,
+    path: &ResourcePath,
+    watching: bool,
+    resource: &Resource,
+) -> Result<&'static str, ApiError> {
     let collection = path.name.is_empty();
     Ok(match *method {
-        Method::GET | Method::HEAD if watching && path.subresource.is_empty() => "watch",
+        // Of one object there is no watch by its path.
+        Method::GET | Method::HEAD if watching && collection => "watch",
         Method::GET | Method::HEAD if collection => "list",
         Method::GET | Method::HEAD => "get",
         Method::POST if collection || !path.subresource.is_empty() => "create",
@@ -127,7 +171,7 @@ fn verb_of(method: &Method, path: &ResourcePath, watching: bool) -> Result<&'sta
         Method::PATCH if !collection => "patch",
         Method::DELETE if collection => "deletecollection",
         Method::DELETE => "delete",
-        _ => return Err(ApiError::method_not_allowed(&path.group, &path.plural, method.as_str())),
+        _ => return Err(no_method(resource, &method.as_str().to_lowercase())),
     })
 }
 
@@ -191,7 +235,9 @@ async fn list(
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
     let query = asked.query;
-    let limit = query.number("limit")?.filter(|l| *l > 0).map(|l| l.min(MAX_LIMIT));
+    check_options(query, false)?;
+    query.number("timeoutSeconds")?;
+    let limit = query.count("limit")?.filter(|l| *l > 0).map(|l| l.min(MAX_LIMIT));
     let options = ListOptions {
         filter: filter_of(asked, target)?,
         limit: limit.map(|l| usize::try_from(l).unwrap_or(usize::MAX)),
@@ -235,6 +281,62 @@ async fn list(
     Ok(response::value(StatusCode::OK, &value, accept.encoding))
 }
 
+/// Which options of lists and watches go together.
+fn check_options(query: &Query, watching: bool) -> Result<(), ApiError> {
+    const MATCH: &str = "resourceVersionMatch";
+    let rule = query.get(MATCH);
+    let mut errors = Vec::new();
+    let mut forbidden = |field: &str, detail: &str| errors.push(FieldError::forbidden(field, detail));
+    let initial = query.optional_flag("sendInitialEvents").is_some();
+    let continued = !query.get("continue").is_empty();
+    let mut unknown: Option<&[&str]> = None;
+    if watching {
+        if initial && rule != "NotOlderThan" {
+            forbidden(MATCH, "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan");
+        }
+        if !rule.is_empty() && !initial {
+            forbidden(
+                MATCH,
+                "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
+            );
+        }
+        if !rule.is_empty() && rule != "NotOlderThan" {
+            unknown = Some(&["NotOlderThan"]);
+        }
+        if continued {
+            forbidden(MATCH, "resourceVersionMatch is forbidden when continue is provided");
+        }
+    } else {
+        if !rule.is_empty() {
+            if query.get("resourceVersion").is_empty() {
+                forbidden(MATCH, "resourceVersionMatch is forbidden unless resourceVersion is provided");
+            }
+            if continued {
+                forbidden(MATCH, "resourceVersionMatch is forbidden when continue is provided");
+            }
+            if !matches!(rule, "Exact" | "NotOlderThan") {
+                unknown = Some(&["Exact", "NotOlderThan", ""]);
+            }
+            if rule == "Exact" && query.get("resourceVersion") == "0" {
+                forbidden(MATCH, "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"");
+            }
+        }
+        if initial {
+            forbidden("sendInitialEvents", "sendInitialEvents is forbidden for list");
+        }
+    }
+    if let Some(allowed) = unknown {
+        let allowed: Vec<Value> = allowed.iter().map(|a| json!(a)).collect();
+        let error = FieldError::not_supported(MATCH, &json!(rule), &allowed);
+        let place = errors.iter().position(|e| e.field != MATCH).unwrap_or(errors.len());
+        errors.insert(place, error);
+    }
+    if errors.is_empty() {
+        return Ok(());
+    }
+    Err(ApiError::invalid("meta.k8s.io", "ListOptions", "", &errors))
+}
+
 async fn watch(
     app: &Arc<App>,
     target: &Target,
@@ -242,39 +344,59 @@ async fn watch(
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
     let query = asked.query;
+    check_options(query, true)?;
     let options = WatchOptions {
         filter: filter_of(asked, target)?,
         resource_version: query.get("resourceVersion").to_owned(),
         version_match: query.get("resourceVersionMatch").to_owned(),
-        bookmarks: query.flag("allowWatchBookmarks")?,
-        send_initial: query.optional_flag("sendInitialEvents")?,
-        timeout: query.number("timeoutSeconds")?.filter(|s| *s > 0).map(Duration::from_secs),
+        bookmarks: query.flag("allowWatchBookmarks"),
+        send_initial: query.optional_flag("sendInitialEvents"),
+        timeout: query.count("timeoutSeconds")?.filter(|s| *s > 0).map(Duration::from_secs),
     };
     // A watch of one object by its path is a watch of the collection with a name.
     let watch = app.registry.watch(target, options).await?;
     Ok(stream::watch(watch, accept, query.get("includeObject").to_owned()))
 }
 
-fn write_options(call: &Call, subresource: &'static str) -> Result<WriteOptions, ApiError> {
-    let query = &call.query;
-    let dry_run = match query.all("dryRun") {
-        [] => false,
-        values if values.iter().all(|v| v == "All") => true,
+/// Does a request only ask what it would do?
+fn dry_run(query: &Query, kind: &str) -> Result<bool, ApiError> {
+    match query.all("dryRun") {
+        [] => Ok(false),
+        values if values.iter().all(|v| v == "All") => Ok(true),
         values => {
             let error = FieldError::not_supported("dryRun", &json!(values), &[json!("All")]);
-            return Err(ApiError::invalid("meta.k8s.io", "CreateOptions", "", &[error]));
+            Err(ApiError::invalid("meta.k8s.io", kind, "", &[error]))
         }
+    }
+}
+
+fn write_options(call: &Call, subresource: &'static str) -> Result<WriteOptions, ApiError> {
+    let query = &call.query;
+    let kind = match call.method {
+        Method::POST => "CreateOptions",
+        Method::PUT => "UpdateOptions",
+        _ => "PatchOptions",
     };
+    let invalid = |error: FieldError| Err(ApiError::invalid("meta.k8s.io", kind, "", &[error]));
+    let dry_run = dry_run(query, kind)?;
     let validation = match query.get("fieldValidation") {
         "" | "Warn" => FieldValidation::Warn,
         "Ignore" => FieldValidation::Ignore,
         "Strict" => FieldValidation::Strict,
         other => {
-            let allowed = ["Ignore", "Strict", "Warn"].map(Value::from);
-            let error = FieldError::not_supported("fieldValidation", &json!(other), &allowed);
-            return Err(ApiError::invalid("meta.k8s.io", "CreateOptions", "", &[error]));
+            let allowed = ["", "Ignore", "Strict", "Warn"].map(Value::from);
+            return invalid(FieldError::not_supported("fieldValidation", &json!(other), &allowed));
         }
     };
+    let manager = query.get("fieldManager");
+    if manager.len() > MAX_MANAGER {
+        let detail = format!("may not be more than {MAX_MANAGER} bytes");
+        return invalid(FieldError::too_long("fieldManager", detail));
+    }
+    if let Some((at, odd)) = manager.char_indices().find(|(_, c)| c.is_control()) {
+        let detail = format!("invalid character U+{:04X} (at position {at})", u32::from(odd));
+        return invalid(FieldError::invalid("fieldManager", &json!(manager), detail));
+    }
     let mut manager = query.get("fieldManager").to_owned();
     if manager.is_empty() {
         let agent = call.request.headers().get(http::header::USER_AGENT).and_then(|v| v.to_str().ok());
@@ -297,7 +419,7 @@ fn write_options(call: &Call, subresource: &'static str) -> Result<WriteOptions,
         dry_run,
         validation,
         subresource,
-        force: query.flag("force")?,
+        force: query.flag("force"),
         duplicates: Vec::new(),
         user: Some(call.user.clone()),
         sent,
@@ -305,11 +427,58 @@ fn write_options(call: &Call, subresource: &'static str) -> Result<WriteOptions,
     })
 }
 
-pub(super) async fn object_body(app: &Arc<App>, call: Call) -> Result<Decoded, ApiError> {
+/// Reads a body that is an object of some kind (or nothing, which is null).
+pub(super) async fn object_body(app: &Arc<App>, call: Call, kind: &str) -> Result<Decoded, ApiError> {
     let (parts, body) = call.request.into_parts();
     let media = body::media_type(&parts.headers);
     let bytes = body::read(&parts.headers, body, app.limits.body).await?;
-    body::decode(&media, &bytes)
+    let wrong = |error: ApiError| {
+        error.reworded(|why| {
+            let read = if media.contains("json") { NO_KIND } else { "" };
+            let summary = body::summary(&bytes);
+            format!("the object provided is unrecognized (must be of type {kind}): {read}{why} ({summary})")
+        })
+    };
+    let decoded = body::decode(&media, &bytes).map_err(|e| if e.code() == 400 { wrong(e) } else { e })?;
+    if !decoded.value.is_null() && !decoded.value.is_object() {
+        let why =
+            format!("{}{}", if media.contains("json") { "" } else { NO_KIND }, not_an_object(&decoded.value));
+        return Err(wrong(ApiError::bad_request(why)));
+    }
+    let version = str_at(&decoded.value, &["apiVersion"]);
+    if version.matches('/').count() > 1 {
+        let why = format!("unexpected GroupVersion string: {version}");
+        return Err(ApiError::bad_request(why).reworded(|why| {
+            format!(
+                "the object provided is unrecognized (must be of type {kind}): {why} ({})",
+                body::summary(&bytes)
+            )
+        }));
+    }
+    Ok(decoded)
+}
+
+/// What the words about a body that does not even say its kind begin with.
+const NO_KIND: &str = "couldn't get version/kind; json parse error: ";
+
+fn not_an_object(value: &Value) -> String {
+    format!(
+        "json: cannot unmarshal {} into Go value of type struct {{ APIVersion string \"json:\\\"apiVersion,omitempty\\\"\"; Kind string \"json:\\\"kind,omitempty\\\"\" }}",
+        crate::patch::go_kind(value)
+    )
+}
+
+/// Reads the `DeleteOptions` of a request, if it has any.
+async fn options_body(app: &Arc<App>, call: Call) -> Result<Value, ApiError> {
+    let (parts, body) = call.request.into_parts();
+    let media = body::media_type(&parts.headers);
+    let bytes = body::read(&parts.headers, body, app.limits.body).await?;
+    let wrong = |error: ApiError| error.reworded(|why| format!("{NO_KIND}{why}"));
+    let value = body::decode(&media, &bytes).map_err(|e| if e.code() == 400 { wrong(e) } else { e })?.value;
+    if !value.is_null() && !value.is_object() {
+        return Err(wrong(ApiError::bad_request(not_an_object(&value))));
+    }
+    Ok(value)
 }
 
 fn written(target: &Target, result: Written, accept: Accept, query: &Query) -> Response<Body> {
@@ -326,17 +495,36 @@ async fn create(
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
     if target.resource.namespaced && target.namespace.is_empty() {
-        return Err(ApiError::method_not_allowed(&target.resource.group, &target.resource.plural, "create"));
+        return Err(no_method(&target.resource, "create"));
     }
     let mut options = write_options(&call, "")?;
     let query = call.query.clone();
-    let decoded = object_body(app, call).await?;
-    if decoded.value.is_null() {
-        return Err(ApiError::bad_request("the body of the request is empty"));
-    }
-    options.duplicates = decoded.duplicates;
+    let mut decoded = whole_body(app, target, call).await?;
+    options.duplicates = std::mem::take(&mut decoded.duplicates);
     let result = app.registry.create(target, decoded.value, &options).await?;
     Ok(written(target, result, accept, &query))
+}
+
+/// A body with an object of the target's kind in it.
+async fn whole_body(app: &Arc<App>, target: &Target, call: Call) -> Result<Decoded, ApiError> {
+    let kind = &target.resource.kind;
+    let mut decoded = object_body(app, call, kind).await?;
+    if decoded.value.is_null() {
+        if decoded.empty {
+            return Err(ApiError::bad_request(format!(
+                "the object provided is unrecognized (must be of type {kind}): {NO_KIND}unexpected end of JSON input (<empty>)"
+            )));
+        }
+        decoded.value = json!({});
+    }
+    if target.resource.is_custom() && str_at(&decoded.value, &["kind"]).is_empty() {
+        let text = decoded.value.to_string();
+        return Err(ApiError::bad_request(format!(
+            "the object provided is unrecognized (must be of type {kind}): Object 'Kind' is missing in '{text}' ({})",
+            body::summary(text.as_bytes())
+        )));
+    }
+    Ok(decoded)
 }
 
 /// PUT and PATCH.
@@ -350,7 +538,7 @@ async fn write(
     let mut options = write_options(&call, subresource)?;
     let query = call.query.clone();
     let result = if call.method == Method::PUT {
-        let decoded = object_body(app, call).await?;
+        let decoded = whole_body(app, target, call).await?;
         options.duplicates = decoded.duplicates;
         app.registry.update(target, decoded.value, &options).await?
     } else {
@@ -366,14 +554,13 @@ async fn patch_body(
     call: Call,
     options: &mut WriteOptions,
 ) -> Result<(PatchKind, Decoded), ApiError> {
-    const KINDS: &str = "application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json, application/apply-patch+yaml";
     let media = body::media_type(call.request.headers());
     let kind = match media.as_str() {
         "application/json-patch+json" => PatchKind::Json,
         "application/merge-patch+json" => PatchKind::Merge,
         "application/strategic-merge-patch+json" => PatchKind::Strategic,
         "application/apply-patch+yaml" | "application/apply-patch+json" => PatchKind::Apply,
-        _ => return Err(ApiError::unsupported_media_type(KINDS)),
+        _ => return Err(ApiError::unsupported_patch()),
     };
     let invalid = |error: FieldError| ApiError::invalid("meta.k8s.io", "PatchOptions", "", &[error]);
     if kind == PatchKind::Apply {
@@ -385,16 +572,24 @@ async fn patch_body(
     }
     let (parts, body) = call.request.into_parts();
     let bytes = body::read(&parts.headers, body, app.limits.body).await?;
-    let decoded =
-        if kind == PatchKind::Apply { body::decode_yaml(&bytes)? } else { body::decode_json(&bytes)? };
-    if kind == PatchKind::Apply {
-        for field in ["apiVersion", "kind"] {
-            if str_at(&decoded.value, &[field]).is_empty() {
-                return Err(ApiError::bad_request(format!(
-                    "error decoding YAML: Object '{field}' is missing"
-                )));
-            }
-        }
+    if kind != PatchKind::Apply {
+        let decoded = body::decode_json(&bytes).map_err(|error| match kind {
+            PatchKind::Strategic => error,
+            _ => error.reworded(|why| format!("error decoding patch: {why}")),
+        })?;
+        return Ok((kind, decoded));
+    }
+    let mut decoded = body::decode_yaml(&bytes).map_err(|error| {
+        error.reworded(|why| format!("error decoding YAML: error converting YAML to JSON: {why}"))
+    })?;
+    if decoded.value.is_null() {
+        decoded.value = json!({});
+    }
+    if !decoded.value.is_object() {
+        let found = crate::patch::go_kind(&decoded.value);
+        return Err(ApiError::bad_request(format!(
+            "error decoding YAML: error unmarshaling JSON: while decoding JSON: json: cannot unmarshal {found} into Go value of type map[string]interface {{}}"
+        )));
     }
     Ok((kind, decoded))
 }
@@ -407,7 +602,7 @@ async fn scale(
 ) -> Result<Response<Body>, ApiError> {
     let mut options = write_options(&call, "scale")?;
     let result = if call.method == Method::PUT {
-        let decoded = object_body(app, call).await?;
+        let decoded = object_body(app, call, "Scale").await?;
         app.registry.write_scale(target, None, &decoded.value, &options).await?
     } else {
         let (kind, decoded) = patch_body(app, call, &mut options).await?;
@@ -422,7 +617,7 @@ async fn finalize(
     call: Call,
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
-    let decoded = object_body(app, call).await?;
+    let decoded = object_body(app, call, "Namespace").await?;
     let finalizers =
         crate::value::at(&decoded.value, &["spec", "finalizers"]).cloned().unwrap_or_else(|| json!([]));
     let object = app
@@ -443,14 +638,10 @@ fn delete_options(call: &Call) -> Result<DeleteOptions, ApiError> {
         notes: call.notes.clone(),
         ..DeleteOptions::default()
     };
-    let grace = query.number("gracePeriodSeconds")?;
-    options.grace_seconds = grace.map(|g| i64::try_from(g).unwrap_or(i64::MAX));
-    if !query.get("propagationPolicy").is_empty() {
-        options.propagation = Some(Propagation::parse(query.get("propagationPolicy"))?);
-    } else if let Some(orphan) = query.optional_flag("orphanDependents")? {
-        options.propagation = Some(if orphan { Propagation::Orphan } else { Propagation::Background });
-    }
-    options.dry_run = !query.all("dryRun").is_empty();
+    options.grace_seconds = query.number("gracePeriodSeconds")?;
+    options.propagation =
+        Propagation::choose(query.get("propagationPolicy"), query.optional_flag("orphanDependents"))?;
+    options.dry_run = dry_run(query, "DeleteOptions")?;
     Ok(options)
 }
 
@@ -461,8 +652,8 @@ async fn delete(
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
     let mut options = delete_options(&call)?;
-    let decoded = object_body(app, call).await?;
-    options.read(&decoded.value)?;
+    let body = options_body(app, call).await?;
+    options.read(&body)?;
     let resource = &target.resource;
     Ok(match app.registry.delete(target, &options).await? {
         Deleted::Marked(object) => response::value(StatusCode::OK, &object, accept.encoding),
@@ -487,8 +678,8 @@ async fn delete_collection(
 ) -> Result<Response<Body>, ApiError> {
     let mut options = delete_options(&call)?;
     let filter = filter_of(Asked::of(&call), target)?;
-    let decoded = object_body(app, call).await?;
-    options.read(&decoded.value)?;
+    let body = options_body(app, call).await?;
+    options.read(&body)?;
     let items = app.registry.delete_collection(target, &filter, &options).await?;
     let list = json!({"kind": target.resource.list_kind, "apiVersion": target.resource.api_version(),
         "metadata": {"resourceVersion": app.registry.store.revision().0.to_string()}, "items": items});
@@ -524,12 +715,12 @@ async fn log(app: &Arc<App>, target: &Target, query: &Query) -> Result<Response<
     }
     let options = LogOptions {
         container,
-        follow: query.flag("follow")?,
-        tail_lines: query.number("tailLines")?,
-        since_seconds: query.number("sinceSeconds")?,
-        timestamps: query.flag("timestamps")?,
-        previous: query.flag("previous")?,
-        limit_bytes: query.number("limitBytes")?,
+        follow: query.flag("follow"),
+        tail_lines: query.count("tailLines")?,
+        since_seconds: query.count("sinceSeconds")?,
+        timestamps: query.flag("timestamps"),
+        previous: query.flag("previous"),
+        limit_bytes: query.count("limitBytes")?,
     };
     let stream = source.open(&pod, options)?;
     Ok(stream::log(stream, app.registry.shutdown.clone()))

@@ -24,6 +24,9 @@ pub(crate) fn value(code: StatusCode, value: &Value, encoding: Encoding) -> Resp
 /// An answer with a `Status` for an error.
 pub(crate) fn error(error: &ApiError) -> Response<Body> {
     let code = StatusCode::from_u16(error.code()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    if error.is_page() {
+        return text(code, "404 page not found\n");
+    }
     let mut response = value(code, &error.to_status(), Encoding::Json);
     if code == StatusCode::UNAUTHORIZED {
         response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"cellway\""));

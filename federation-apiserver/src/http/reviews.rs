@@ -25,12 +25,15 @@ pub(super) async fn handle(
     if review.namespaced == path.namespace.is_empty() {
         return Err(ApiError::no_such_path());
     }
-    if call.method != Method::POST || !path.name.is_empty() {
-        return Err(ApiError::method_not_allowed(&path.group, &path.plural, call.method.as_str()));
+    if !path.name.is_empty() {
+        return Err(ApiError::no_such_path());
+    }
+    if call.method != Method::POST {
+        return Err(ApiError::method_unknown());
     }
     let accept = negotiate::accept(call.request.headers())?;
     let user = call.user.clone();
-    let decoded = object_body(app, call).await?;
+    let decoded = object_body(app, call, review.kind).await?;
     let kind = str_at(&decoded.value, &["kind"]);
     if !kind.is_empty() && kind != review.kind {
         return Err(ApiError::bad_request(format!("{kind} cannot be handled as a {}", review.kind)));

@@ -1,6 +1,7 @@
 //! OpenAPI documents: v3 per group and version, v2 for all in one. Built from the catalog when first asked for, and
 //! kept until the catalog changes.
 
+mod proto;
 mod v2;
 mod v3;
 
@@ -29,6 +30,8 @@ struct Documents {
     v3: BTreeMap<String, (Bytes, String)>,
     root: Bytes,
     v2: (Bytes, String),
+    /// The same as protobuf.
+    v2_proto: (Bytes, String),
 }
 
 // === impl Cache ===
@@ -56,21 +59,26 @@ impl Cache {
         let documents = self.documents(catalog);
         let (body, tag) = match path {
             "v3" => (documents.root.clone(), String::new()),
+            "v2" if wants_protobuf(headers) => documents.v2_proto.clone(),
             "v2" => documents.v2.clone(),
             _ => {
-                let key = path.strip_prefix("v3/").ok_or_else(ApiError::no_such_path)?;
-                documents.v3.get(key).cloned().ok_or_else(ApiError::no_such_path)?
+                let key = path.strip_prefix("v3/").ok_or_else(ApiError::no_such_page)?;
+                documents.v3.get(key).cloned().ok_or_else(ApiError::no_such_page)?
             }
         };
-        if !accepts_json(headers) {
+        let media = if path == "v2" && wants_protobuf(headers) {
+            proto::MEDIA_TYPE
+        } else if accepts_json(headers) {
+            "application/json"
+        } else {
             return Err(ApiError::not_acceptable());
-        }
+        };
         let quoted = format!("\"{tag}\"");
         let known = headers.get(IF_NONE_MATCH).and_then(|v| v.to_str().ok()) == Some(&quoted);
         let mut answer = if known && !tag.is_empty() {
-            response::with_type(StatusCode::NOT_MODIFIED, Body::empty(), "application/json")
+            response::with_type(StatusCode::NOT_MODIFIED, Body::empty(), media)
         } else {
-            response::with_type(StatusCode::OK, body, "application/json")
+            response::with_type(StatusCode::OK, body, media)
         };
         if let (false, Ok(value)) = (tag.is_empty(), HeaderValue::try_from(quoted)) {
             answer.headers_mut().insert(ETAG, value);
@@ -79,19 +87,28 @@ impl Cache {
     }
 }
 
-/// Protobuf documents are not served; whoever takes nothing else is told so.
+/// Does the first clause that can be served ask for protobuf?
+fn wants_protobuf(headers: &HeaderMap) -> bool {
+    let served = |clause: &&str| is_protobuf(clause) || is_json(clause);
+    clauses(headers).find(served).is_some_and(is_protobuf)
+}
+
 fn accepts_json(headers: &HeaderMap) -> bool {
-    let mut any = false;
-    for value in headers.get_all(ACCEPT) {
-        for clause in value.to_str().unwrap_or_default().split(',') {
-            any = true;
-            let media = clause.split(';').next().unwrap_or_default().trim();
-            if matches!(media, "application/json" | "*/*" | "application/*") {
-                return true;
-            }
-        }
-    }
-    !any
+    clauses(headers).next().is_none() || clauses(headers).any(is_json)
+}
+
+fn is_protobuf(clause: &str) -> bool {
+    clause == proto::MEDIA_TYPE || clause == proto::ASKED_TYPE
+}
+
+fn is_json(clause: &str) -> bool {
+    matches!(clause, "application/json" | "*/*" | "application/*")
+}
+
+/// Media types of the `Accept` header, without their parameters.
+fn clauses(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let texts = headers.get_all(ACCEPT).into_iter().map(|v| v.to_str().unwrap_or_default());
+    texts.flat_map(|t| t.split(',')).map(|c| c.split(';').next().unwrap_or_default().trim())
 }
 
 // === impl Documents ===
@@ -109,7 +126,9 @@ impl Documents {
             let document = v3::document(catalog, &group, &version);
             all.insert(key, document);
         }
-        let v2 = packed(&v2::document(all.values()));
+        let v2 = v2::document(all.values());
+        let v2_proto = tagged(proto::encode(&v2));
+        let v2 = packed(&v2);
         let v3: BTreeMap<String, (Bytes, String)> = all.iter().map(|(k, d)| (k.clone(), packed(d))).collect();
         let paths: serde_json::Map<String, Value> = v3
             .iter()
@@ -117,12 +136,16 @@ impl Documents {
                 (k.clone(), json!({"serverRelativeURL": format!("/openapi/v3/{k}?hash={hash}")}))
             })
             .collect();
-        Self { root: Bytes::from(json!({ "paths": paths }).to_string()), v3, v2 }
+        Self { root: Bytes::from(json!({ "paths": paths }).to_string()), v3, v2, v2_proto }
     }
 }
 
 fn packed(document: &Value) -> (Bytes, String) {
-    let text = document.to_string();
-    let hash = hex::encode_upper(Sha256::digest(text.as_bytes()));
-    (Bytes::from(text), hash)
+    tagged(document.to_string().into_bytes())
+}
+
+/// Bytes with the tag that names them.
+fn tagged(bytes: Vec<u8>) -> (Bytes, String) {
+    let hash = hex::encode_upper(Sha256::digest(&bytes));
+    (Bytes::from(bytes), hash)
 }

@@ -42,6 +42,12 @@ fn convert(schema: &Value) -> Value {
                     "default" | "enum" => {
                         out.insert(key.clone(), value.clone());
                     }
+                    // Whose keys are names of fields, whatever they look like.
+                    "properties" => {
+                        let fields = value.as_object().into_iter().flatten();
+                        let fields = fields.map(|(name, field)| (name.clone(), convert(field)));
+                        out.insert(key.clone(), Value::Object(fields.collect()));
+                    }
                     _ => {
                         out.insert(key.clone(), convert(value));
                     }

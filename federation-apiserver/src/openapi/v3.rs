@@ -10,6 +10,11 @@ use crate::schema::builtin;
 const PREFIX: &str = "#/components/schemas/";
 const META: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.";
 
+/// What the fields of every object are, in Kubernetes' words.
+const API_VERSION: &str = "APIVersion defines the versioned schema of this representation of an object. Servers should convert recognized schemas to the latest internal value, and may reject unrecognized values. More info: https://git.k8s.io/community/contributors/devel/sig-architecture/api-conventions.md#resources";
+const KIND: &str = "Kind is a string value representing the REST resource this object represents. Servers may infer this from the endpoint the client submits requests to. Cannot be updated. In CamelCase. More info: https://git.k8s.io/community/contributors/devel/sig-architecture/api-conventions.md#types-kinds";
+const METADATA: &str = "Standard object's metadata. More info: https://git.k8s.io/community/contributors/devel/sig-architecture/api-conventions.md#metadata";
+
 /// The document of one group and version.
 pub(super) fn document(catalog: &Catalog, group: &str, version: &str) -> Value {
     let mut schemas: BTreeMap<String, Value> = BTreeMap::new();
@@ -58,11 +63,9 @@ fn object_schema(resource: &Resource, name: &str) -> Value {
             if let Some(map) = schema.as_object_mut() {
                 let properties = map.entry("properties").or_insert_with(|| json!({}));
                 let describe = |text: &str| json!({"type": "string", "description": text});
-                properties["apiVersion"] =
-                    describe("APIVersion defines the versioned schema of this representation of an object.");
-                properties["kind"] =
-                    describe("Kind is a string value representing the REST resource this object represents.");
-                properties["metadata"] = json!({"description": "Standard object's metadata.",
+                properties["apiVersion"] = describe(API_VERSION);
+                properties["kind"] = describe(KIND);
+                properties["metadata"] = json!({"description": METADATA,
                     "allOf": [{"$ref": format!("{PREFIX}{}", builtin::OBJECT_META)}]});
             }
             schema
@@ -90,6 +93,10 @@ pub(super) fn publish(schema: &Value) -> Value {
             for (key, value) in map {
                 if key == "$ref" && map.len() > 1 {
                     out.insert("allOf".into(), json!([{ "$ref": value }]));
+                } else if let ("properties", Some(fields)) = (key.as_str(), value.as_object()) {
+                    // Whose keys are names of fields, whatever they look like.
+                    let fields = fields.iter().map(|(name, field)| (name.clone(), publish(field)));
+                    out.insert(key.clone(), Value::Object(fields.collect()));
                 } else if matches!(key.as_str(), "default" | "enum" | "example") {
                     out.insert(key.clone(), value.clone());
                 } else {

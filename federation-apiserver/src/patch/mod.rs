@@ -17,14 +17,28 @@ const MAX_VISITED: usize = 1 << 22;
 
 /// Applies a JSON patch.
 pub fn json_patch(object: &Value, patch: &Value) -> Result<Value, ApiError> {
-    let patch: json_patch::Patch = serde_json::from_value(patch.clone())
-        .map_err(|e| ApiError::bad_request(format!("error decoding patch: {e}")))?;
-    if patch.0.len() > MAX_OPERATIONS {
-        return Err(ApiError::too_large(MAX_OPERATIONS));
+    let wrong = |found: &Value, wanted: &str| {
+        let found = go_kind(found);
+        ApiError::bad_request(format!(
+            "error decoding patch: json: cannot unmarshal {found} into Go value of type {wanted}"
+        ))
+    };
+    let operations = patch.as_array().ok_or_else(|| wrong(patch, "[]handlers.jsonPatchOp"))?;
+    if let Some(odd) = operations.iter().find(|o| !o.is_object()) {
+        return Err(wrong(odd, "handlers.jsonPatchOp"));
+    }
+    if operations.len() > MAX_OPERATIONS {
+        let count = operations.len();
+        return Err(ApiError::too_large(MAX_OPERATIONS).reworded(|_| {
+            format!(
+                "Request entity too large: The allowed maximum operations in a JSON patch is {MAX_OPERATIONS}, got {count}"
+            )
+        }));
     }
     let mut result = object.clone();
     let (mut copied, mut left) = (0, MAX_VISITED);
-    for operation in patch.0 {
+    for operation in operations {
+        let Some(operation) = operation_of(operation, &result)? else { continue };
         // Where a value comes from that is already in the object, and what it counts against the limit.
         let placed = match &operation {
             json_patch::PatchOperation::Copy(copy) => {
@@ -45,13 +59,55 @@ pub fn json_patch(object: &Value, patch: &Value) -> Result<Value, ApiError> {
                 "the patch nests more than {MAX_DEPTH} levels deep, or moves too much"
             )));
         }
-        json_patch::patch(&mut result, std::slice::from_ref(&operation)).map_err(|e| {
-            ApiError::unprocessable(format!(
-                "the server rejected our request due to an error in our request: {e}"
-            ))
+        json_patch::patch(&mut result, std::slice::from_ref(&operation)).map_err(|error| {
+            tracing::debug!(%error, "a JSON patch cannot be carried out");
+            ApiError::rejected()
         })?;
     }
     Ok(result)
+}
+
+/// One operation, with what kube-apiserver's library allows beyond RFC 6902: a member that is not there equals null, can
+/// be replaced and copied, and a value that is not given is null. `None`: nothing is to be done.
+fn operation_of(operation: &Value, object: &Value) -> Result<Option<json_patch::PatchOperation>, ApiError> {
+    let mut operation = operation.clone();
+    let pointer = |operation: &Value, key: &str| {
+        operation[key].as_str().and_then(|text| json_patch::jsonptr::PointerBuf::parse(text.to_owned()).ok())
+    };
+    let path = pointer(&operation, "path").ok_or_else(ApiError::rejected)?;
+    let kind = operation["op"].as_str().unwrap_or_default().to_owned();
+    if matches!(kind.as_str(), "add" | "replace" | "test") && operation.get("value").is_none() {
+        operation["value"] = Value::Null;
+    }
+    match kind.as_str() {
+        "test" if operation["value"].is_null() && is_new_member(object, &path) => return Ok(None),
+        "replace" if is_new_member(object, &path) => operation["op"] = "add".into(),
+        "copy" if pointer(&operation, "from").is_some_and(|from| is_new_member(object, &from)) => {
+            operation["op"] = "add".into();
+            operation["value"] = Value::Null;
+        }
+        _ => {}
+    }
+    serde_json::from_value(operation).map(Some).map_err(|_| ApiError::rejected())
+}
+
+/// The JSON type of a value as Go's decoder names it.
+pub(crate) fn go_kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "bool",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
+}
+
+/// Does the path name a member that an existing object does not have?
+fn is_new_member(object: &Value, path: &json_patch::jsonptr::PointerBuf) -> bool {
+    path.split_back().is_some_and(|(parent, last)| {
+        parent.resolve(object).is_ok_and(|p| p.as_object().is_some_and(|m| !m.contains_key(&*last.decoded())))
+    })
 }
 
 /// Is the value nested at most `depth` levels deep? `left` is how many values may still be looked at.

@@ -15,7 +15,9 @@ const DELETE_FROM: &str = "$deleteFromPrimitiveList/";
 /// Applies a strategic merge patch to an object of type `ty`.
 pub fn strategic_merge(ty: TypeRef<'_>, object: &Value, patch: &Value) -> Result<Value, ApiError> {
     let (Value::Object(object), Value::Object(patch)) = (object, patch) else {
-        return Err(ApiError::bad_request("a strategic merge patch must be an object"));
+        let kind = super::go_kind(patch);
+        let text = format!("json: cannot unmarshal {kind} into Go value of type map[string]interface {{}}");
+        return Err(ApiError::bad_request(text));
     };
     Ok(Value::Object(merge_map(ty, object, patch, 0)?))
 }

@@ -10,8 +10,8 @@ use super::selectors::Filter;
 use super::{Registry, Stored, Target, meta, store_error};
 use crate::admission::{self, Notes, Operation};
 use crate::auth::UserInfo;
-use crate::gc::{FOREGROUND, ORPHAN};
-use crate::status::ApiError;
+use crate::gc::{CUSTOM_RESOURCES, FOREGROUND, ORPHAN};
+use crate::status::{ApiError, FieldError};
 use crate::value::{self, at, i64_at, set, str_at};
 
 /// Deletions under way at once when a collection goes.
@@ -65,17 +65,23 @@ impl DeleteOptions {
     pub fn read(&mut self, body: &Value) -> Result<(), ApiError> {
         let kind = str_at(body, &["kind"]);
         if !kind.is_empty() && kind != "DeleteOptions" {
-            return Err(ApiError::bad_request(format!("{kind} cannot be handled as a DeleteOptions")));
+            let version = str_at(body, &["apiVersion"]);
+            return Err(ApiError::bad_request(format!(
+                "no kind {kind:?} is registered for version {version:?} in scheme \"pkg/runtime/scheme.go:111\""
+            )));
         }
         if let Some(grace) = i64_at(body, &["gracePeriodSeconds"]) {
             self.grace_seconds = Some(grace);
         }
-        let policy = str_at(body, &["propagationPolicy"]);
-        if !policy.is_empty() {
-            self.propagation = Some(Propagation::parse(policy)?);
-        } else if let Some(orphan) = body.get("orphanDependents").and_then(Value::as_bool) {
-            self.propagation = Some(if orphan { Propagation::Orphan } else { Propagation::Background });
+        if let Some(odd) = body.get("gracePeriodSeconds").filter(|v| !v.is_null() && !v.is_i64()) {
+            return Err(ApiError::bad_request(format!(
+                "json: cannot unmarshal {} into Go struct field DeleteOptions.gracePeriodSeconds of type int64",
+                crate::patch::go_kind(odd)
+            )));
         }
+        let orphan = body.get("orphanDependents").and_then(Value::as_bool);
+        let chosen = Propagation::choose(str_at(body, &["propagationPolicy"]), orphan)?;
+        self.propagation = chosen.or(self.propagation);
         let precondition =
             |key: &str| Some(str_at(body, &["preconditions", key]).to_owned()).filter(|v| !v.is_empty());
         self.uid = precondition("uid").or(self.uid.take());
@@ -112,15 +118,23 @@ impl DeleteOptions {
 // === impl Propagation ===
 
 impl Propagation {
-    /// Parses the API's word.
-    pub fn parse(text: &str) -> Result<Self, ApiError> {
-        match text {
-            "Background" => Ok(Self::Background),
-            "Foreground" => Ok(Self::Foreground),
-            "Orphan" => Ok(Self::Orphan),
-            other => Err(ApiError::bad_request(format!(
-                "invalid propagationPolicy {other:?}: use Background, Foreground or Orphan"
-            ))),
+    /// What a policy and the older flag ask for together.
+    pub fn choose(policy: &str, orphan: Option<bool>) -> Result<Option<Self>, ApiError> {
+        let invalid = |error| Err(ApiError::invalid("meta.k8s.io", "DeleteOptions", "", &[error]));
+        let field = "propagationPolicy";
+        if !policy.is_empty() && orphan.is_some() {
+            let detail = "orphanDependents and deletionPropagation cannot be both set";
+            return invalid(FieldError::invalid(field, &json!(policy), detail));
+        }
+        match (policy, orphan) {
+            ("", None) => Ok(None),
+            ("", Some(true)) | ("Orphan", _) => Ok(Some(Self::Orphan)),
+            ("", Some(false)) | ("Background", _) => Ok(Some(Self::Background)),
+            ("Foreground", _) => Ok(Some(Self::Foreground)),
+            (other, _) => {
+                let allowed = ["Foreground", "Background", "Orphan", "nil"].map(Value::from);
+                invalid(FieldError::not_supported(field, &json!(other), &allowed))
+            }
         }
     }
 }
@@ -157,25 +171,22 @@ impl Registry {
         current: &Stored,
         options: &DeleteOptions,
     ) -> Result<(), ApiError> {
-        let check = |wanted: &Option<String>, key: &str, what: &str| {
+        let resource = &target.resource;
+        let check = |wanted: &Option<String>, key: &str, what: &str, hint: &str| {
             let found = str_at(&current.object, &["metadata", key]);
             match wanted {
                 Some(wanted) if wanted != found => {
                     let why = format!(
-                        "Precondition failed: {what} in precondition: {wanted}, {what} in object meta: {found}"
+                        "the {what} in the precondition ({wanted}) does not match the {what} in record ({found}). The object might have been {hint}"
                     );
-                    Err(ApiError::conflict(
-                        &target.resource.group,
-                        &target.resource.plural,
-                        &target.name,
-                        &why,
-                    ))
+                    // Its kind, not its resource.
+                    Err(ApiError::conflict(&resource.group, &resource.kind, &target.name, &why))
                 }
                 _ => Ok(()),
             }
         };
-        check(&options.uid, "uid", "UID")?;
-        check(&options.resource_version, "resourceVersion", "ResourceVersion")
+        check(&options.uid, "uid", "UID", "deleted and then recreated")?;
+        check(&options.resource_version, "resourceVersion", "ResourceVersion", "modified")
     }
 
     async fn try_delete(
@@ -193,6 +204,15 @@ impl Registry {
         let grace = grace_of(target, &object, options);
         let already = meta::is_deleting(&object);
         set_finalizers(&mut object, options);
+        if !already && resource.group == "apiextensions.k8s.io" {
+            // A definition goes after its objects.
+            let path = ["metadata", "finalizers"];
+            let mut list = at(&object, &path).and_then(Value::as_array).cloned().unwrap_or_default();
+            if !list.contains(&json!(CUSTOM_RESOURCES)) {
+                list.push(json!(CUSTOM_RESOURCES));
+                set(&mut object, &path, Value::Array(list));
+            }
+        }
         let waits = meta::has_finalizers(&object) || holds_content(target, &object) || grace > 0;
         if !waits {
             if options.dry_run {

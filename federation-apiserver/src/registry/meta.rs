@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::resource::Resource;
 use crate::status::FieldError;
 use crate::value;
 
@@ -14,9 +15,9 @@ const SUFFIX_ALPHABET: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
 
 pub(crate) const SUBDOMAIN: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
 const LABEL_1123: &str = "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?')";
-const LABEL_1035: &str = "a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an alphabetic character, and end with an alphanumeric character (e.g. 'my-name',  or 'abc-123', regex used for validation is '[a-z]([-a-z0-9]*[a-z0-9])?')";
 const LABEL_VALUE: &str = "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')";
-const QUALIFIED: &str = "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
+const QUALIFIED_ALL: &str = "a valid label key must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
+pub(crate) const QUALIFIED: &str = "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
 
 /// RFC 1123 label, at most 63.
 pub fn is_dns_label(text: &str) -> bool {
@@ -36,6 +37,49 @@ pub fn is_dns_subdomain(text: &str) -> bool {
             let b = part.as_bytes();
             !b.is_empty() && b.iter().all(|&c| alnum(c) || c == b'-') && alnum(b[0]) && alnum(b[b.len() - 1])
         })
+}
+
+/// What is wrong with `[prefix/]name`, in apimachinery's words.
+pub(crate) fn qualified_name_errors(text: &str) -> Vec<String> {
+    let mut errors = Vec::new();
+    let name = match text.split_once('/') {
+        None => text,
+        Some((prefix, name)) if !name.contains('/') => {
+            if prefix.is_empty() {
+                errors.push("prefix part must be non-empty".to_owned());
+            } else if !is_dns_subdomain(prefix) {
+                errors.push(format!("prefix part {SUBDOMAIN}"));
+            }
+            name
+        }
+        Some(_) => {
+            return vec![format!(
+                "{} with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')",
+                QUALIFIED_ALL
+            )];
+        }
+    };
+    if name.is_empty() {
+        errors.push("name part must be non-empty".to_owned());
+    } else if name.len() > 63 {
+        errors.push("name part must be no more than 63 bytes".to_owned());
+    }
+    if !is_name_part(name) {
+        errors.push(QUALIFIED.to_owned());
+    }
+    errors
+}
+
+/// What is wrong with a label's value, in apimachinery's words.
+pub(crate) fn label_value_errors(text: &str) -> Vec<String> {
+    let mut errors = Vec::new();
+    if text.len() > 63 {
+        errors.push("must be no more than 63 bytes".to_owned());
+    }
+    if !text.is_empty() && !is_name_part(text) {
+        errors.push(LABEL_VALUE.to_owned());
+    }
+    errors
 }
 
 /// The value of a label.
@@ -59,20 +103,27 @@ pub fn is_qualified_name(text: &str) -> bool {
     }
 }
 
-/// The error for a name that its kind does not accept, if any; `rbac`: the kind is one of rbac.authorization.k8s.io.
-pub fn name_error(kind: &str, rbac: bool, name: &str) -> Option<&'static str> {
-    match kind {
-        "Namespace" => (!is_dns_label(name)).then_some(LABEL_1123),
-        "Service" => {
-            let first = name.as_bytes().first().is_some_and(u8::is_ascii_lowercase);
-            (!(is_dns_label(name) && first)).then_some(LABEL_1035)
+/// What is wrong with a name of this kind; `rbac`: the kind is one of rbac.authorization.k8s.io.
+pub fn name_errors(kind: &str, rbac: bool, name: &str) -> Vec<String> {
+    let mut errors = Vec::new();
+    let mut check = |longest: usize, valid: bool, rule: &str| {
+        if name.len() > longest {
+            errors.push(format!("must be no more than {longest} characters"));
         }
+        if !valid {
+            errors.push(rule.to_owned());
+        }
+    };
+    match kind {
+        "Namespace" if name.contains('.') => check(63, false, "must not contain dots"),
+        "Namespace" | "Service" => check(63, is_dns_label(name.get(..63).unwrap_or(name)), LABEL_1123),
         // `system:discovery` is a name; so is whatever else can stand in a path.
         "Role" | "ClusterRole" | "RoleBinding" | "ClusterRoleBinding" if rbac => {
-            crate::rbac::validation::name_error(name)
+            errors.extend(crate::rbac::validation::name_error(name).map(str::to_owned));
         }
-        _ => (!is_dns_subdomain(name)).then_some(SUBDOMAIN),
+        _ => check(253, is_dns_subdomain(name.get(..253).unwrap_or(name)), SUBDOMAIN),
     }
+    errors
 }
 
 /// A name from `generateName`.
@@ -88,26 +139,37 @@ pub fn label_errors(labels: Option<&Value>, path: &str) -> Vec<FieldError> {
     let mut errors = Vec::new();
     for (key, v) in labels.and_then(Value::as_object).into_iter().flatten() {
         let name = Value::String(key.clone());
-        if !is_qualified_name(key) {
-            errors.push(FieldError::invalid(path, &name, QUALIFIED));
-        }
-        if !v.as_str().is_some_and(is_label_value) {
-            errors.push(FieldError::invalid(path, v, LABEL_VALUE));
-        }
+        errors.extend(qualified_name_errors(key).into_iter().map(|e| FieldError::invalid(path, &name, e)));
+        let text = v.as_str().unwrap_or_default();
+        errors.extend(label_value_errors(text).into_iter().map(|e| FieldError::invalid(path, v, e)));
     }
     errors
 }
 
+/// Finalizers without a domain that built-in kinds may have.
+const FINALIZERS: &[&str] = &["kubernetes", crate::gc::ORPHAN, crate::gc::FOREGROUND];
+
 /// Errors in an object's metadata. The name must be set already.
-pub fn errors(kind: &str, namespaced: bool, object: &Value) -> Vec<FieldError> {
+pub fn errors(resource: &Resource, object: &Value) -> Vec<FieldError> {
+    let (kind, namespaced) = (resource.kind.as_str(), resource.namespaced);
     let mut errors = Vec::new();
     let meta = |key: &str| value::at(object, &["metadata", key]);
     let name = value::str_at(object, &["metadata", "name"]);
-    let rbac = value::str_at(object, &["apiVersion"]).starts_with(crate::rbac::GROUP);
+    let rbac = resource.group == crate::rbac::GROUP;
+    let base = value::str_at(object, &["metadata", "generateName"]);
+    if !base.is_empty() {
+        // What ends with a dash gets something after it.
+        let whole = base.strip_suffix('-').map_or_else(|| base.to_owned(), |b| format!("{b}a"));
+        let shown = Value::String(base.into());
+        let faults = name_errors(kind, rbac, &whole).into_iter();
+        errors.extend(faults.map(|e| FieldError::invalid("metadata.generateName", &shown, e)));
+    }
     if name.is_empty() {
         errors.push(FieldError::required("metadata.name", "name or generateName is required"));
-    } else if let Some(detail) = name_error(kind, rbac, name) {
-        errors.push(FieldError::invalid("metadata.name", &Value::String(name.into()), detail));
+    } else {
+        let shown = Value::String(name.into());
+        let faults = name_errors(kind, rbac, name).into_iter();
+        errors.extend(faults.map(|e| FieldError::invalid("metadata.name", &shown, e)));
     }
     let namespace = value::str_at(object, &["metadata", "namespace"]);
     if namespaced && !is_dns_label(namespace) {
@@ -119,39 +181,82 @@ pub fn errors(kind: &str, namespaced: bool, object: &Value) -> Vec<FieldError> {
     let mut size = 0;
     for (key, v) in meta("annotations").and_then(Value::as_object).into_iter().flatten() {
         size += key.len() + v.as_str().map_or(0, str::len);
-        if !is_qualified_name(&key.to_lowercase()) {
-            errors.push(FieldError::invalid("metadata.annotations", &Value::String(key.clone()), QUALIFIED));
-        }
+        let shown = Value::String(key.clone());
+        let faults = qualified_name_errors(&key.to_lowercase()).into_iter();
+        errors.extend(faults.map(|e| FieldError::invalid("metadata.annotations", &shown, e)));
     }
     if size > MAX_ANNOTATIONS {
         errors.push(FieldError::too_long("metadata.annotations", "may not be more than 262144 bytes"));
     }
-    for (i, f) in meta("finalizers").and_then(Value::as_array).into_iter().flatten().enumerate() {
-        if !f.as_str().is_some_and(is_qualified_name) {
-            errors.push(FieldError::invalid(format!("metadata.finalizers[{i}]"), f, QUALIFIED));
+    finalizer_errors(resource, meta("finalizers"), &mut errors);
+    owner_errors(meta("ownerReferences"), &mut errors);
+    errors
+}
+
+fn finalizer_errors(resource: &Resource, list: Option<&Value>, errors: &mut Vec<FieldError>) {
+    let path = "metadata.finalizers";
+    let all = list.and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let texts = || all.iter().map(|f| (f, f.as_str().unwrap_or_default()));
+    for (value, text) in texts() {
+        errors.extend(qualified_name_errors(text).into_iter().map(|e| FieldError::invalid(path, value, e)));
+    }
+    if texts().any(|(_, t)| t == crate::gc::ORPHAN) && texts().any(|(_, t)| t == crate::gc::FOREGROUND) {
+        let detail =
+            format!("finalizer {} and {} cannot be both set", crate::gc::ORPHAN, crate::gc::FOREGROUND);
+        errors.push(FieldError::invalid(path, &Value::Array(all.to_vec()), detail));
+    }
+    // The older kinds ask for a domain.
+    if resource.is_custom() || resource.group == "apiextensions.k8s.io" {
+        return;
+    }
+    for (i, (value, text)) in texts().enumerate() {
+        if !text.contains('/') && !FINALIZERS.contains(&text) {
+            let detail = "name is neither a standard finalizer name nor is it fully qualified";
+            errors.push(FieldError::invalid(format!("{path}[{i}]"), value, detail));
         }
     }
-    let mut controllers = 0;
-    for (i, owner) in meta("ownerReferences").and_then(Value::as_array).into_iter().flatten().enumerate() {
-        for key in ["apiVersion", "kind", "name", "uid"] {
-            if value::str_at(owner, &[key]).is_empty() {
-                errors.push(FieldError::invalid(
-                    format!("metadata.ownerReferences[{i}].{key}"),
-                    &Value::String(String::new()),
-                    format!("{key} must not be empty"),
-                ));
+}
+
+fn owner_errors(list: Option<&Value>, errors: &mut Vec<FieldError>) {
+    let path = "metadata.ownerReferences";
+    let all = list.and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let mut controllers: Vec<String> = Vec::new();
+    for owner in all {
+        let text = |key: &str| value::str_at(owner, &[key]);
+        for (key, what) in [
+            ("apiVersion", "version must not be empty"),
+            ("kind", "must not be empty"),
+            ("name", "must not be empty"),
+            ("uid", "must not be empty"),
+        ] {
+            if text(key).is_empty() {
+                let nothing = Value::String(String::new());
+                errors.push(FieldError::invalid(format!("{path}.{key}"), &nothing, what));
             }
         }
-        controllers += usize::from(owner.get("controller").and_then(Value::as_bool).unwrap_or(false));
+        if text("kind") == "Event" && matches!(text("apiVersion"), "v1" | "events.k8s.io/v1") {
+            let (group, version) = super::resource::split_api_version(text("apiVersion"));
+            let detail = format!("{group}/{version}, Kind=Event is disallowed from being an owner");
+            errors.push(FieldError::invalid_text(path, &owner_text(owner), detail));
+        }
+        if owner.get("controller").and_then(Value::as_bool).unwrap_or(false) {
+            controllers.push(format!("{}/{}", text("kind"), text("name")));
+        }
     }
-    if controllers > 1 {
-        errors.push(FieldError::invalid(
-            "metadata.ownerReferences",
-            meta("ownerReferences").unwrap_or(&Value::Null),
-            "only one reference can have Controller set to true",
-        ));
+    if let [first, second, ..] = controllers.as_slice() {
+        let detail = format!(
+            "Only one reference can have Controller set to true. Found \"true\" in references for {first} and {second}"
+        );
+        let texts: Vec<String> = all.iter().take(10).map(owner_text).collect();
+        errors.push(FieldError::invalid_text(path, &format!("[{}]", texts.join(",")), detail));
     }
-    errors
+}
+
+/// An owner reference as JSON, with its fields in the order in which kube-apiserver prints them.
+fn owner_text(owner: &Value) -> String {
+    let fields = ["apiVersion", "kind", "name", "uid", "controller", "blockOwnerDeletion"];
+    let fields = fields.iter().filter_map(|key| owner.get(key).map(|v| format!("{key:?}:{v}")));
+    format!("{{{}}}", fields.collect::<Vec<_>>().join(","))
 }
 
 /// Has the object any finalizer?
@@ -178,6 +283,9 @@ mod tests {
         assert!(is_label_value("") && is_label_value("V1.2") && !is_label_value("-"));
         let name = generate_name("web-");
         assert!(name.starts_with("web-") && name.len() == 9 && is_dns_label(&name));
-        assert!(name_error("Service", false, "1a").is_some() && name_error("Pod", false, "1a.b").is_none());
+        assert!(
+            !name_errors("Service", false, "a.b").is_empty() && name_errors("Pod", false, "1a.b").is_empty()
+        );
+        assert_eq!(name_errors("Pod", false, &"x".repeat(254)), ["must be no more than 253 characters"]);
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod builtin;
 pub(crate) mod cache;
+mod decode;
 pub mod delete;
 pub mod events;
 pub mod meta;
@@ -50,6 +51,8 @@ pub struct Registry {
     pub(crate) admission: crate::admission::Admission,
     /// Connections to webhooks.
     pub(crate) webhooks: Arc<crate::webhook::Client>,
+    /// How long events are kept after they were last seen.
+    pub(crate) event_ttl: std::time::Duration,
     /// Ends watches when the server stops.
     pub(crate) shutdown: CancellationToken,
 }
@@ -82,6 +85,17 @@ impl Target {
         self.resource.key(&self.namespace, &self.name)
     }
 
+    /// The key as error messages name it: as a kube-apiserver has it, not ours.
+    pub fn public_key(&self) -> String {
+        let place = [self.resource.plural.as_str(), &self.namespace, &self.name];
+        let group = if self.resource.is_custom() { self.resource.group.as_str() } else { "" };
+        [group]
+            .into_iter()
+            .chain(place)
+            .filter(|p| !p.is_empty())
+            .fold("/registry".into(), |k, p| k + "/" + p)
+    }
+
     /// The lost-race error.
     pub fn modified(&self) -> ApiError {
         ApiError::modified(&self.resource.group, &self.resource.plural, &self.name)
@@ -104,6 +118,7 @@ impl Registry {
             compiled: crate::crd::Compiled::default(),
             admission: crate::admission::Admission::default(),
             webhooks: Arc::default(),
+            event_ttl: crate::config::EVENT_TTL,
             shutdown,
         };
         registry.catalog.replace(resource::Catalog::new(builtin::resources(role)));
@@ -113,6 +128,12 @@ impl Registry {
     /// With a converter for definitions that ask for one.
     pub fn with_converter(mut self, converter: Option<Converter>) -> Self {
         self.converter = converter;
+        self
+    }
+
+    /// With another life of events.
+    pub fn with_event_ttl(mut self, ttl: std::time::Duration) -> Self {
+        self.event_ttl = ttl;
         self
     }
 
@@ -136,6 +157,11 @@ impl Registry {
     pub(crate) fn core(&self, plural: &str, namespace: &str, name: &str) -> Result<Target, ApiError> {
         self.target(("", "v1", plural), namespace, name)
     }
+}
+
+/// A value as Go prints it, at most some lines of it.
+pub(crate) fn go_text(value: &Value) -> String {
+    decode::go_text(value, 1024)
 }
 
 /// The API form of a stored value in the version of `resource`. Defaults are not for what a webhook converted: it may
@@ -329,8 +355,8 @@ pub(crate) fn parse_revision(text: &str) -> Result<u64, ApiError> {
         return Ok(0);
     }
     text.parse().map_err(|_| {
-        ApiError::bad_request(format!(
-            "Invalid value: {text:?}: resourceVersion must be a non-negative integer"
+        ApiError::unexplained(format!(
+            "resourceVersion: Invalid value: {text:?}: strconv.ParseUint: parsing {text:?}: invalid syntax"
         ))
     })
 }

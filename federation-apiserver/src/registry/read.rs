@@ -216,14 +216,18 @@ pub(super) fn matches(entry: &Entry, resource: &Resource, filter: &Filter) -> Re
 
 /// Kubernetes' rules of resourceVersion, resourceVersionMatch, limit and continue; and the key to continue after.
 fn freshness(options: &ListOptions) -> Result<(Freshness, Option<String>), ApiError> {
-    let asked = parse_revision(&options.resource_version)?;
-    if !options.token.is_empty() {
+    let token = match options.token.as_str() {
+        "" => None,
+        token => Some(decode_token(token)?),
+    };
+    let asked = parse_revision(&options.resource_version)
+        .map_err(|error| ApiError::bad_request(format!("invalid resource version: {}", error.message())))?;
+    if let Some((revision, key)) = token {
         if asked > 0 {
             return Err(ApiError::bad_request(
                 "specifying resource version is not allowed when using continue",
             ));
         }
-        let (revision, key) = decode_token(&options.token)?;
         return Ok((revision.map_or(Freshness::Newest, Freshness::Exactly), Some(key)));
     }
     let freshness = match options.version_match.as_str() {
@@ -262,21 +266,43 @@ fn encode_token(revision: Option<Revision>, start: &str) -> String {
     base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(token)
 }
 
+/// Where base64 text stops being that.
+pub(super) fn base64_fault(error: &base64::DecodeError, text: &str) -> usize {
+    match error {
+        base64::DecodeError::InvalidByte(at, _) | base64::DecodeError::InvalidLastSymbol(at, _) => *at,
+        base64::DecodeError::InvalidLength(_) | base64::DecodeError::InvalidPadding => text.len() / 4 * 4,
+    }
+}
+
 /// Revision (`None`: the newest) and last key (below the prefix) of a token.
 pub fn decode_token(token: &str) -> Result<(Option<Revision>, String), ApiError> {
-    let bad = || ApiError::bad_request("continue key is not valid");
-    if token.len() > MAX_TOKEN {
-        return Err(bad());
-    }
-    let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(token).map_err(|_| bad())?;
-    let value: Value = serde_json::from_slice(&bytes).map_err(|_| bad())?;
-    let start = str_at(&value, &["start"]).to_owned();
-    let revision = match value.get("rv").and_then(Value::as_i64).ok_or_else(bad)? {
-        ..=0 => None,
-        revision => Some(Revision(revision.unsigned_abs())),
+    let bad = |why: String| {
+        ApiError::bad_request(format!("invalid continue token: continue key is not valid: {why}"))
     };
-    if str_at(&value, &["v"]) != "meta.k8s.io/v1" || start.is_empty() {
-        return Err(bad());
+    if token.len() > MAX_TOKEN {
+        return Err(bad(format!("it is longer than {MAX_TOKEN} bytes")));
+    }
+    let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD
+        .decode(token)
+        .map_err(|e| bad(format!("illegal base64 data at input byte {}", base64_fault(&e, token))))?;
+    let value: Value = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+    let start = str_at(&value, &["start"]).to_owned();
+    let version = str_at(&value, &["v"]);
+    if version != "meta.k8s.io/v1" {
+        return Err(bad(format!("server does not recognize this encoded version {version}")));
+    }
+    let revision = match value.get("rv").and_then(Value::as_i64) {
+        None | Some(0) => {
+            return Err(bad("incorrect encoded start resourceVersion (version meta.k8s.io/v1)".into()));
+        }
+        Some(..0) => None,
+        Some(revision) => Some(Revision(revision.unsigned_abs())),
+    };
+    if start.is_empty() {
+        return Err(bad("encoded start key empty (version meta.k8s.io/v1)".into()));
+    }
+    if start.split('/').any(|part| part == "..") {
+        return Err(bad(start));
     }
     Ok((revision, start))
 }

@@ -43,24 +43,17 @@ pub struct Filter {
 // === impl LabelSelector ===
 
 impl LabelSelector {
-    /// Parses `a=b,c!=d,e in (f,g),h notin (i),j,!k,l>1`.
+    /// Parses `a=b,c!=d,e in (f,g),h notin (i),j,!k,l>1`. What is wrong is told in apimachinery's words.
     pub fn parse(text: &str) -> Result<Self, ApiError> {
         if text.len() > MAX_LENGTH {
             return Err(ApiError::bad_request("label selector is too long"));
         }
-        split_top(text)
-            .into_iter()
-            .map(str::trim)
-            .filter(|part| !part.is_empty())
-            .map(|part| {
-                requirement(part).ok_or_else(|| {
-                    ApiError::bad_request(format!(
-                        "unable to parse requirement: {part:?} is not a label requirement"
-                    ))
-                })
-            })
-            .collect::<Result<_, _>>()
-            .map(Self)
+        let mut parser = Parser { tokens: tokens(text), at: 0 };
+        let bad = |why: String| ApiError::bad_request(format!("unable to parse requirement: {why}"));
+        parser.requirements().map(Self).map_err(|error| match error {
+            Fault::Requirement(why) => bad(why),
+            Fault::Rest(why) => ApiError::bad_request(why),
+        })
     }
 
     /// Does the selector match these labels (an object or null)?
@@ -90,74 +83,275 @@ impl LabelSelector {
     }
 }
 
-/// Splits at commas outside parentheses.
-fn split_top(text: &str) -> Vec<&str> {
-    let (mut depth, mut start, mut parts) = (0_i32, 0, Vec::new());
-    for (i, c) in text.char_indices() {
-        match c {
-            '(' => depth += 1,
-            ')' => depth -= 1,
-            ',' if depth == 0 => {
-                parts.push(&text[start..i]);
-                start = i + 1;
+/// What a selector is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Token<'a> {
+    Open,
+    Close,
+    Comma,
+    Not,
+    Equals,
+    DoubleEquals,
+    NotEquals,
+    Greater,
+    Less,
+    In,
+    NotIn,
+    Word(&'a str),
+    End,
+}
+
+/// What is wrong with a selector.
+enum Fault {
+    /// With one of its requirements.
+    Requirement(String),
+    /// With what follows one.
+    Rest(String),
+}
+
+struct Parser<'a> {
+    tokens: Vec<Token<'a>>,
+    at: usize,
+}
+
+/// Characters that end a word.
+fn is_special(c: char) -> bool {
+    matches!(c, '=' | '!' | '(' | ')' | ',' | '>' | '<')
+}
+
+fn is_space(c: char) -> bool {
+    matches!(c, ' ' | '\t' | '\r' | '\n')
+}
+
+fn tokens(text: &str) -> Vec<Token<'_>> {
+    let mut list = Vec::new();
+    let mut rest = text.trim_start_matches(is_space);
+    while let Some(first) = rest.chars().next() {
+        let (token, length) = match first {
+            '=' if rest.starts_with("==") => (Token::DoubleEquals, 2),
+            '!' if rest.starts_with("!=") => (Token::NotEquals, 2),
+            '=' => (Token::Equals, 1),
+            '!' => (Token::Not, 1),
+            '(' => (Token::Open, 1),
+            ')' => (Token::Close, 1),
+            ',' => (Token::Comma, 1),
+            '>' => (Token::Greater, 1),
+            '<' => (Token::Less, 1),
+            _ => {
+                let end = rest.find(|c| is_special(c) || is_space(c)).unwrap_or(rest.len());
+                match &rest[..end] {
+                    "in" => (Token::In, end),
+                    "notin" => (Token::NotIn, end),
+                    word => (Token::Word(word), end),
+                }
             }
-            _ => {}
-        }
-    }
-    parts.push(&text[start..]);
-    parts
-}
-
-fn requirement(part: &str) -> Option<Requirement> {
-    let make = |key: &str, operator| {
-        let key = key.trim();
-        valid_key(key).then(|| Requirement { key: key.to_owned(), operator })
-    };
-    if let Some(key) = part.strip_prefix('!') {
-        return make(key, Operator::DoesNotExist);
-    }
-    let value = |v: &str| -> Option<Vec<String>> {
-        let v = v.trim();
-        valid_value(v).then(|| vec![v.to_owned()])
-    };
-    if let Some((key, v)) = part.split_once("!=") {
-        return make(key, Operator::NotIn(value(v)?));
-    }
-    if let Some((key, v)) = part.split_once("==").or_else(|| part.split_once('=')) {
-        return make(key, Operator::In(value(v)?));
-    }
-    if let Some(open) = part.find('(') {
-        let list = part[open..].strip_prefix('(')?.trim_end().strip_suffix(')')?;
-        let values: Vec<String> = list.split(',').map(|v| v.trim().to_owned()).collect();
-        if !values.iter().all(|v| valid_value(v)) {
-            return None;
-        }
-        let mut words = part[..open].split_whitespace();
-        let (key, operator) = (words.next()?, words.next()?);
-        if words.next().is_some() {
-            return None;
-        }
-        return match operator {
-            "in" => make(key, Operator::In(values)),
-            "notin" => make(key, Operator::NotIn(values)),
-            _ => None,
         };
+        list.push(token);
+        rest = rest[length..].trim_start_matches(is_space);
     }
-    if let Some((key, v)) = part.split_once('>') {
-        return make(key, Operator::GreaterThan(v.trim().parse().ok()?));
-    }
-    if let Some((key, v)) = part.split_once('<') {
-        return make(key, Operator::LessThan(v.trim().parse().ok()?));
-    }
-    make(part, Operator::Exists)
+    list.push(Token::End);
+    list
 }
 
-fn valid_key(key: &str) -> bool {
-    super::meta::is_qualified_name(key)
+// === impl Token ===
+
+impl<'a> Token<'a> {
+    fn text(&self) -> &'a str {
+        match self {
+            Self::Open => "(",
+            Self::Close => ")",
+            Self::Comma => ",",
+            Self::Not => "!",
+            Self::Equals => "=",
+            Self::DoubleEquals => "==",
+            Self::NotEquals => "!=",
+            Self::Greater => ">",
+            Self::Less => "<",
+            Self::In => "in",
+            Self::NotIn => "notin",
+            Self::Word(word) => word,
+            Self::End => "",
+        }
+    }
 }
 
-fn valid_value(value: &str) -> bool {
-    super::meta::is_label_value(value)
+// === impl Parser ===
+
+impl<'a> Parser<'a> {
+    fn peek(&self) -> Token<'a> {
+        self.tokens.get(self.at).cloned().unwrap_or(Token::End)
+    }
+
+    /// The next token where a value is expected: the words of operators are words there.
+    fn peek_value(&self) -> Token<'a> {
+        match self.peek() {
+            token @ (Token::In | Token::NotIn) => Token::Word(token.text()),
+            token => token,
+        }
+    }
+
+    fn next(&mut self) -> Token<'a> {
+        let token = self.peek();
+        self.at += 1;
+        token
+    }
+
+    fn requirements(&mut self) -> Result<Vec<Requirement>, Fault> {
+        let mut list = Vec::new();
+        loop {
+            match self.peek_value() {
+                Token::End => return Ok(list),
+                Token::Word(_) | Token::Not => {}
+                other => {
+                    return Err(Fault::Rest(format!(
+                        "found '{}', expected: !, identifier, or 'end of string'",
+                        other.text()
+                    )));
+                }
+            }
+            list.push(self.requirement().map_err(Fault::Requirement)?);
+            match self.next() {
+                Token::End => return Ok(list),
+                Token::Comma => match self.peek_value() {
+                    Token::Word(_) | Token::Not => {}
+                    other => {
+                        return Err(Fault::Rest(format!(
+                            "found '{}', expected: identifier after ','",
+                            other.text()
+                        )));
+                    }
+                },
+                other => {
+                    return Err(Fault::Rest(format!(
+                        "found '{}', expected: ',' or 'end of string'",
+                        other.text()
+                    )));
+                }
+            }
+        }
+    }
+
+    fn requirement(&mut self) -> Result<Requirement, String> {
+        let negated = self.peek() == Token::Not;
+        if negated {
+            self.at += 1;
+        }
+        let key = match self.peek_value() {
+            Token::Word(key) => key,
+            other => return Err(format!("found '{}', expected: identifier", other.text())),
+        };
+        self.at += 1;
+        let faults = super::meta::qualified_name_errors(key);
+        if !faults.is_empty() {
+            let key = serde_json::Value::from(key);
+            return Err(format!("<nil>: Invalid value: {key}: {}", faults.join("; ")));
+        }
+        let make = |operator| Ok(Requirement { key: key.to_owned(), operator });
+        if negated || matches!(self.peek(), Token::End | Token::Comma) {
+            return make(if negated { Operator::DoesNotExist } else { Operator::Exists });
+        }
+        let sign = self.next();
+        match &sign {
+            Token::In | Token::NotIn => {
+                let values = self.values()?;
+                check_values(key, &values)?;
+                make(if sign == Token::In { Operator::In(values) } else { Operator::NotIn(values) })
+            }
+            Token::Equals | Token::DoubleEquals | Token::NotEquals => {
+                let values = vec![self.value()?];
+                check_values(key, &values)?;
+                make(if sign == Token::NotEquals { Operator::NotIn(values) } else { Operator::In(values) })
+            }
+            Token::Greater | Token::Less => {
+                let value = self.value()?;
+                let number = value.parse().map_err(|_| {
+                    let value = serde_json::Value::from(value.as_str());
+                    format!("values[0]: Invalid value: {value}: for 'Gt', 'Lt' operators, the value must be an integer")
+                })?;
+                make(if sign == Token::Greater {
+                    Operator::GreaterThan(number)
+                } else {
+                    Operator::LessThan(number)
+                })
+            }
+            other => Err(format!("found '{}', expected: in, notin, =, ==, !=, gt, lt", other.text())),
+        }
+    }
+
+    /// The values of `in (a,b)`, sorted and without repetitions.
+    fn values(&mut self) -> Result<Vec<String>, String> {
+        let open = self.next();
+        if open != Token::Open {
+            return Err(format!("found '{}' expected: '('", open.text()));
+        }
+        let mut values = std::collections::BTreeSet::new();
+        match self.peek_value() {
+            Token::Word(_) | Token::Comma => {}
+            Token::Close => {
+                self.at += 1;
+                values.insert(String::new());
+                return Ok(values.into_iter().collect());
+            }
+            other => return Err(format!("found '{}', expected: ',', ')' or identifier", other.text())),
+        }
+        loop {
+            match self.peek_value() {
+                Token::Word(word) => {
+                    self.at += 1;
+                    values.insert(word.to_owned());
+                    match self.peek() {
+                        Token::Comma => {}
+                        Token::Close => break,
+                        other => return Err(format!("found '{}', expected: ',' or ')'", other.text())),
+                    }
+                }
+                Token::Comma => {
+                    if values.is_empty() {
+                        values.insert(String::new());
+                    }
+                    self.at += 1;
+                    match self.peek_value() {
+                        Token::Close => {
+                            values.insert(String::new());
+                            break;
+                        }
+                        Token::Comma => {
+                            self.at += 1;
+                            values.insert(String::new());
+                        }
+                        _ => {}
+                    }
+                }
+                other => return Err(format!("found '{}', expected: ',', or identifier", other.text())),
+            }
+        }
+        // The closing parenthesis.
+        self.at += 1;
+        Ok(values.into_iter().collect())
+    }
+
+    /// The one value of `a=b`, which may be empty.
+    fn value(&mut self) -> Result<String, String> {
+        match self.peek_value() {
+            Token::End | Token::Comma => Ok(String::new()),
+            Token::Word(word) => {
+                self.at += 1;
+                Ok(word.to_owned())
+            }
+            other => Err(format!("found '{}', expected: identifier", other.text())),
+        }
+    }
+}
+
+fn check_values(key: &str, values: &[String]) -> Result<(), String> {
+    for (i, value) in values.iter().enumerate() {
+        let faults = super::meta::label_value_errors(value);
+        if !faults.is_empty() {
+            let value = serde_json::Value::from(value.as_str());
+            return Err(format!("values[{i}][{key}]: Invalid value: {value}: {}", faults.join("; ")));
+        }
+    }
+    Ok(())
 }
 
 // === impl FieldSelector ===
@@ -182,7 +376,8 @@ impl FieldSelector {
             } else {
                 return Err(bad());
             };
-            terms.push((key.to_owned(), unescape(wanted).ok_or_else(bad)?, equal));
+            let invalid = |why| ApiError::bad_request(format!("invalid field selector: {why}"));
+            terms.push((key.to_owned(), unescape(wanted).map_err(invalid)?, equal));
         }
         Ok(Self(terms))
     }
@@ -202,7 +397,7 @@ impl FieldSelector {
     pub fn check(&self, resource: &Resource) -> Result<(), ApiError> {
         for (path, ..) in &self.0 {
             if !is_selectable(resource, path) {
-                return Err(ApiError::bad_request(format!("field label not supported: {path}")));
+                return Err(ApiError::bad_request(refusal(resource, path)));
             }
         }
         Ok(())
@@ -236,20 +431,21 @@ fn split_escaped(text: &str) -> Vec<&str> {
     parts
 }
 
-fn unescape(text: &str) -> Option<String> {
+fn unescape(text: &str) -> Result<String, String> {
     let mut out = String::with_capacity(text.len());
     let mut chars = text.chars();
     while let Some(c) = chars.next() {
         match c {
-            '\\' => match chars.next()? {
-                c @ ('\\' | ',' | '=') => out.push(c),
-                _ => return None,
+            '\\' => match chars.next() {
+                Some(c @ ('\\' | ',' | '=')) => out.push(c),
+                Some(c) => return Err(format!("invalid escape sequence: \\{c}")),
+                None => return Err("invalid escape sequence: \\".into()),
             },
-            '=' => return None,
+            '=' => return Err(format!("unescaped character in value: {}", u32::from('='))),
             c => out.push(c),
         }
     }
-    Some(out)
+    Ok(out)
 }
 
 /// Fields that built-in kinds can be selected by, beyond name and namespace.
@@ -297,6 +493,16 @@ const SELECTABLE: &[(&str, &[&str])] = &[
     ("replicasets", &["status.replicas"]),
     ("services", &["spec.clusterIP", "spec.type"]),
 ];
+
+/// Why a path is not selectable: kinds without fields of their own say what there is.
+fn refusal(resource: &Resource, path: &str) -> String {
+    let own = SELECTABLE.iter().any(|(p, _)| *p == resource.plural) || resource.is_custom();
+    if own {
+        format!("field label not supported: {path}")
+    } else {
+        format!("{:?} is not a known field selector: only \"metadata.name\", \"metadata.namespace\"", path)
+    }
+}
 
 fn is_selectable(resource: &Resource, path: &str) -> bool {
     if path == "metadata.name" || (path == "metadata.namespace") {

@@ -89,6 +89,7 @@ pub fn default_object(resource: &Resource, object: &mut Value) {
         }
         "services" => default_service(object),
         "secrets" => move_string_data(object),
+        "events" if !resource.is_new_event() => super::events::complete(object),
         "namespaces" => {
             let name = json!(str_at(object, &["metadata", "name"]));
             set(object, &["metadata", "labels", "kubernetes.io/metadata.name"], name);
@@ -211,6 +212,46 @@ pub fn prepare_create(resource: &Resource, object: &mut Value) {
     }
 }
 
+/// A new object before a client says anything: what a typed server writes of a kind without any content. Who creates an
+/// object does not own these, only what is in them.
+pub fn blank(resource: &Resource) -> Value {
+    if resource.is_custom() {
+        return json!({});
+    }
+    let pod = json!({"containers": null});
+    let template = json!({"metadata": {}, "spec": pod});
+    match resource.plural.as_str() {
+        "namespaces" | "nodes" => json!({"spec": {}, "status": {}}),
+        "services" => json!({"spec": {}, "status": {"loadBalancer": {}}}),
+        "leases" => json!({"spec": {}}),
+        "pods" => json!({"spec": pod, "status": {}}),
+        "deployments" => {
+            json!({"spec": {"selector": null, "template": template, "strategy": {}}, "status": {}})
+        }
+        "replicasets" => json!({"spec": {"selector": null}, "status": {}}),
+        "statefulsets" | "daemonsets" => {
+            json!({"spec": {"selector": null, "template": template, "updateStrategy": {}}, "status": {}})
+        }
+        "roles" | "clusterroles" => json!({"rules": null}),
+        "rolebindings" | "clusterrolebindings" => {
+            json!({"roleRef": {"apiGroup": "", "kind": "", "name": ""}})
+        }
+        "endpointslices" => json!({"endpoints": null, "ports": null}),
+        "events" => {
+            let mut event = json!({});
+            super::events::complete(&mut event);
+            if resource.is_new_event() {
+                super::events::to_new(&mut event);
+            }
+            event
+        }
+        "customresourcedefinitions" => {
+            json!({"spec": {"group": "", "names": {"plural": "", "kind": ""}, "scope": "", "versions": null}})
+        }
+        _ => json!({}),
+    }
+}
+
 fn qos_class(pod: &Value) -> &'static str {
     let containers = at(pod, &["spec", "containers"]).and_then(Value::as_array);
     let (mut any, mut guaranteed) = (false, true);
@@ -271,8 +312,12 @@ pub fn validate(resource: &Resource, old: Option<&Value>, new: &Value) -> Vec<Fi
             }
         }
         "services" => validate_service(old, new, &mut errors),
+        "leases" => validate_lease(new, &mut errors),
         "configmaps" | "secrets" => {
             validate_data(old, new, &mut errors);
+            if plural == "secrets" {
+                validate_secret_type(new, &mut errors);
+            }
             let name = crate::auth::service_accounts::controller::ACCOUNT_NAME;
             if plural == "secrets"
                 && crate::auth::service_accounts::is_token_secret(new)
@@ -280,6 +325,9 @@ pub fn validate(resource: &Resource, old: Option<&Value>, new: &Value) -> Vec<Fi
             {
                 errors.push(FieldError::required(format!("metadata.annotations[{name}]"), ""));
             }
+        }
+        "events" if resource.is_new_event() && old.is_none() => {
+            errors.extend(super::events::new_errors(new));
         }
         "events" => {
             let (involved, namespace) =
@@ -418,7 +466,7 @@ fn validate_pod_spec(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
             if name.is_empty() {
                 errors.push(FieldError::required(format!("{at}.name"), ""));
             } else if !meta::is_dns_label(name) {
-                let detail = meta::name_error("Namespace", false, name).unwrap_or_default();
+                let detail = meta::name_errors("Namespace", false, name).join("; ");
                 errors.push(FieldError::invalid(format!("{at}.name"), &json!(name), detail));
             } else if !names.insert(name.to_owned()) {
                 errors.push(FieldError::duplicate(format!("{at}.name"), &json!(name)));
@@ -520,6 +568,34 @@ fn validate_service(old: Option<&Value>, new: &Value, errors: &mut Vec<FieldErro
     }
 }
 
+fn validate_lease(lease: &Value, errors: &mut Vec<FieldError>) {
+    for (field, least, detail) in [
+        ("leaseDurationSeconds", 1, "must be greater than 0"),
+        ("leaseTransitions", 0, "must be greater than or equal to 0"),
+    ] {
+        if let Some(n) = i64_at(lease, &["spec", field]).filter(|n| *n < least) {
+            errors.push(FieldError::invalid(format!("spec.{field}"), &json!(n), detail));
+        }
+    }
+}
+
+/// Keys that Secrets of a known type have to have: all, or (basic authentication) one.
+fn validate_secret_type(secret: &Value, errors: &mut Vec<FieldError>) {
+    let has = |key: &str| at(secret, &["data", key]).is_some();
+    let required = |key: &str| FieldError::required(format!("data[{key}]"), "");
+    let (keys, one_will_do): (&[&str], bool) = match str_at(secret, &["type"]) {
+        "kubernetes.io/tls" => (&["tls.crt", "tls.key"], false),
+        "kubernetes.io/basic-auth" => (&["username", "password"], true),
+        "kubernetes.io/ssh-auth" => (&["ssh-privatekey"], false),
+        "kubernetes.io/dockercfg" => (&[".dockercfg"], false),
+        "kubernetes.io/dockerconfigjson" => (&[".dockerconfigjson"], false),
+        _ => return,
+    };
+    if !(one_will_do && keys.iter().any(|k| has(k))) {
+        errors.extend(keys.iter().filter(|k| !has(k)).map(|k| required(k)));
+    }
+}
+
 fn validate_data(old: Option<&Value>, new: &Value, errors: &mut Vec<FieldError>) {
     let mut size = 0;
     for field in ["data", "binaryData"] {
@@ -539,8 +615,15 @@ fn validate_data(old: Option<&Value>, new: &Value, errors: &mut Vec<FieldError>)
             }
         }
     }
+    for key in new.get("binaryData").and_then(Value::as_object).into_iter().flat_map(|m| m.keys()) {
+        if at(new, &["data", key]).is_some() {
+            let detail = "duplicate of key present in binaryData";
+            errors.push(FieldError::invalid(format!("data[{key}]"), &json!(key), detail));
+        }
+    }
     if size > MAX_DATA {
-        errors.push(FieldError::too_long("data", "may not be more than 1048576 bytes"));
+        // kube-apiserver names no field here.
+        errors.push(FieldError::too_long("[]", "may not be more than 1048576 bytes"));
     }
     if let Some(old) = old
         && old.get("immutable") == Some(&json!(true))

@@ -508,7 +508,7 @@ fn push_value_line(text: &mut Vec<u8>, kind: &str, object: &Value) {
 
 fn bookmark(resource: &Resource, revision: Revision, end: bool) -> Value {
     let mut object = json!({"apiVersion": resource.api_version(), "kind": resource.kind,
-        "metadata": {"creationTimestamp": null, "resourceVersion": revision.0.to_string()}});
+        "metadata": {"resourceVersion": revision.0.to_string()}});
     if end {
         object["metadata"]["annotations"] = json!({ INITIAL_EVENTS_END: "true" });
     }

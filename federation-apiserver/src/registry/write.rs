@@ -5,7 +5,8 @@ use std::sync::Arc;
 use federation_store::{Revision, WriteOutcome};
 use serde_json::{Value, json};
 
-use super::{Registry, Stored, Target, meta, store_error, strategy};
+use super::resource::{Resource, split_api_version};
+use super::{Registry, Stored, Target, decode, meta, store_error, strategy};
 use crate::admission::{self, Notes, Operation};
 use crate::apply::{self, Writer};
 use crate::auth::UserInfo;
@@ -17,6 +18,8 @@ use crate::{gc, patch};
 
 /// Times that a patch is tried again when the object changes under it.
 pub(super) const PATCH_ATTEMPTS: usize = 8;
+/// Bytes of a patch that an error message shows.
+const MAX_SHOWN: usize = 2048;
 /// Longest field manager's name, as in Kubernetes.
 const MAX_MANAGER: usize = 128;
 
@@ -138,7 +141,7 @@ impl Registry {
         let target = Target { name: str_at(&object, &["metadata", "name"]).to_owned(), ..target.clone() };
         self.check_namespace(&target).await?;
         if !str_at(&object, &["metadata", "resourceVersion"]).is_empty() {
-            return Err(ApiError::bad_request("resourceVersion should not be set on objects to be created"));
+            return Err(ApiError::unexplained("resourceVersion should not be set on objects to be created"));
         }
         for key in ["uid", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "generation"] {
             value::remove(&mut object, &["metadata", key]);
@@ -166,8 +169,9 @@ impl Registry {
         let now = value::timestamp();
         if matches!(ownership, Ownership::Update) {
             let api_version = resource.api_version();
-            let writer = writer_of(&api_version, options, &now);
-            apply::on_update(resource.schema.as_ref(), None, &mut object, &writer);
+            let writer = writer_of(resource, &api_version, options, &now);
+            let live = strategy::blank(resource);
+            apply::on_update(resource.schema.as_ref(), &live, &mut object, &writer);
         }
         let asked = self.asked(options.user.as_deref()).await?;
         if let (Some(asked), Some(user)) = (&asked, options.user.as_deref()) {
@@ -209,7 +213,11 @@ impl Registry {
             }
         }
         if options.dry_run {
-            return Ok(Written { object, created: true, warnings });
+            return match self.entry(target, "").await {
+                Ok(_) => Err(ApiError::already_exists(&resource.group, &resource.plural, &target.name)),
+                Err(error) if error.is_not_found() => Ok(Written { object, created: true, warnings }),
+                Err(error) => Err(error),
+            };
         }
         let outcome = self
             .store
@@ -242,14 +250,19 @@ impl Registry {
         self.identify(target, &mut object)?;
         let resource = &target.resource;
         let name = str_at(&object, &["metadata", "name"]);
-        if name.is_empty() {
-            return Err(ApiError::bad_request("name must be provided"));
-        }
         let sent = str_at(&object, &["metadata", "resourceVersion"]).to_owned();
         if resource.is_custom() && sent.is_empty() {
             let error =
                 FieldError::invalid("metadata.resourceVersion", &json!(0), "must be specified for an update");
-            return Err(ApiError::invalid(&resource.group, &resource.kind, name, &[error]));
+            return Err(ApiError::invalid(&resource.group, &resource.plural, name, &[error]));
+        }
+        if let Err(error) = sent.parse::<u64>()
+            && !sent.is_empty()
+        {
+            tracing::debug!(%error, "a resourceVersion is no number");
+            return Err(ApiError::unexplained(format!(
+                "strconv.ParseUint: parsing {sent:?}: invalid syntax"
+            )));
         }
         for _ in 0..PATCH_ATTEMPTS {
             let current = self.get(target).await?;
@@ -289,19 +302,28 @@ impl Registry {
                 }
                 PatchKind::Merge | PatchKind::Apply => {
                     if !patch.is_object() {
-                        return Err(ApiError::bad_request("a merge patch must be an object"));
+                        let kind = patch::go_kind(patch);
+                        let text = format!(
+                            "error decoding patch: json: cannot unmarshal {kind} into Go value of type map[string]interface {{}}"
+                        );
+                        return Err(ApiError::bad_request(text));
                     }
                     let mut new = current.object.clone();
                     patch::merge_patch(&mut new, patch);
                     new
                 }
             };
-            check_name(target, &new)?;
             let pinned = str_at(&new, &["metadata", "resourceVersion"])
                 != str_at(&current.object, &["metadata", "resourceVersion"]);
             let mut new = new;
-            self.identify(target, &mut new)?;
-            match self.replace(target, &current, new, options, Ownership::Update).await? {
+            // What the client is shown of it when it cannot be decoded.
+            let shown = match kind {
+                PatchKind::Strategic => decode::go_text(patch, MAX_SHOWN),
+                _ => new.to_string(),
+            };
+            self.identify(target, &mut new).map_err(|e| e.in_patch(&shown, kind == PatchKind::Strategic))?;
+            let replaced = self.replace(target, &current, new, options, Ownership::Update).await;
+            match replaced.map_err(|e| e.in_patch(&shown, kind == PatchKind::Strategic))? {
                 Some(written) => return Ok(written),
                 None if pinned => return Err(target.modified()),
                 None => continue,
@@ -318,6 +340,32 @@ impl Registry {
     ) -> Result<Written, ApiError> {
         let resource = target.resource.clone();
         let mut config = config.clone();
+        let text = |key: &str| str_at(&config, &[key]);
+        if text("apiVersion") != resource.api_version() || text("kind") != resource.kind {
+            let (group, version) = split_api_version(text("apiVersion"));
+            let kind = text("kind");
+            return Err(ApiError::bad_request(format!(
+                "invalid object type: {group}/{version}, Kind={kind}"
+            )));
+        }
+        if let Some(wrong) = apply::typed::errors(resource.schema.as_ref(), &config) {
+            let meta = |key: &str| str_at(&config, &["metadata", key]);
+            return Err(ApiError::unexplained(format!(
+                "failed to create typed patch object ({}/{}; {}, Kind={}): {wrong}",
+                meta("namespace"),
+                meta("name"),
+                if resource.group.is_empty() {
+                    format!("/{}", resource.version)
+                } else {
+                    resource.api_version()
+                },
+                resource.kind
+            )));
+        }
+        let named = !str_at(&config, &["metadata", "name"]).is_empty();
+        if !named {
+            set(&mut config, &["metadata", "name"], json!(target.name));
+        }
         self.identify(target, &mut config)?;
         if at(&config, &["metadata", "managedFields"]).is_some_and(|m| !m.is_null() && m != &json!([])) {
             return Err(ApiError::bad_request("metadata.managedFields must be nil"));
@@ -343,7 +391,7 @@ impl Registry {
         }
         let now = value::timestamp();
         let api_version = resource.api_version();
-        let writer = writer_of(&api_version, options, &now);
+        let writer = writer_of(&resource, &api_version, options, &now);
         for _ in 0..PATCH_ATTEMPTS {
             let ty = resource.schema.as_ref();
             let current = match self.get(target).await {
@@ -360,6 +408,9 @@ impl Registry {
                             &target.name,
                             &why,
                         ));
+                    }
+                    if !named {
+                        return Err(nameless(target));
                     }
                     // The request was allowed to patch; making an object takes more.
                     if let Some(user) = &options.user {
@@ -435,7 +486,8 @@ impl Registry {
         let uid = str_at(&new, &["metadata", "uid"]);
         if !uid.is_empty() && uid != str_at(old, &["metadata", "uid"]) {
             let why = format!(
-                "Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
+                "StorageError: invalid object, Code: 4, Key: {}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
+                target.public_key(),
                 str_at(old, &["metadata", "uid"])
             );
             return Err(ApiError::conflict(&resource.group, &resource.plural, &target.name, &why));
@@ -445,8 +497,8 @@ impl Registry {
         if matches!(ownership, Ownership::Update) {
             let now = value::timestamp();
             let api_version = resource.api_version();
-            let writer = writer_of(&api_version, options, &now);
-            apply::on_update(resource.schema.as_ref(), Some(old), &mut new, &writer);
+            let writer = writer_of(resource, &api_version, options, &now);
+            apply::on_update(resource.schema.as_ref(), old, &mut new, &writer);
         }
         // Writes of other subresources were asked about in their own form.
         let asked = match options.subresource {
@@ -535,35 +587,39 @@ impl Registry {
         }
         let (version, kind) = (str_at(object, &["apiVersion"]), str_at(object, &["kind"]));
         let expected = resource.api_version();
-        if !version.is_empty() && version != expected {
-            return Err(ApiError::bad_request(format!(
-                "the API version in the data ({version}) does not match the expected API version ({expected})"
-            )));
-        }
-        if !kind.is_empty() && kind != resource.kind {
-            return Err(ApiError::bad_request(format!(
-                "{kind} in version {version:?} cannot be handled as a {}: no kind {kind:?} is registered for this resource",
-                resource.kind
-            )));
-        }
-        if resource.is_custom() && (version.is_empty() || kind.is_empty()) {
-            return Err(ApiError::bad_request("Object 'Kind' is missing: set apiVersion and kind"));
+        if resource.is_custom() {
+            // Whether there is a kind at all is seen when the body is read.
+            if version != expected {
+                return Err(ApiError::bad_request(format!(
+                    "the API version in the data ({version}) does not match the expected API version ({expected})"
+                )));
+            }
+            if kind != resource.kind {
+                let name = str_at(object, &["metadata", "name"]);
+                let error = FieldError::invalid("kind", &json!(kind), format!("must be {}", resource.kind));
+                return Err(ApiError::invalid(&resource.group, kind, name, &[error]));
+            }
+        } else if (!version.is_empty() && version != expected) || (!kind.is_empty() && kind != resource.kind)
+        {
+            return Err(self.foreign(resource, version, kind));
         }
         set(object, &["apiVersion"], json!(expected));
         set(object, &["kind"], json!(resource.kind));
-        if at(object, &["metadata"]).is_some_and(|m| !m.is_object() && !m.is_null()) {
-            return Err(ApiError::bad_request("metadata must be an object"));
-        }
-        if let Some(bad) = ["name", "namespace", "generateName", "uid", "resourceVersion"]
-            .iter()
-            .find(|k| at(object, &["metadata", k]).is_some_and(|v| !v.is_string() && !v.is_null()))
-        {
-            return Err(ApiError::bad_request(format!("metadata.{bad} must be a string")));
+        let ty = resource.schema.as_ref();
+        let mismatch = if resource.is_custom() {
+            object.get("metadata").and_then(|m| decode::first_mismatch(ty.object_meta(), "ObjectMeta", m))
+        } else {
+            decode::first_mismatch(ty, &resource.kind, object)
+        };
+        if let Some(mismatch) = mismatch {
+            let [document, converted] =
+                [mismatch.in_document().to_string(), mismatch.in_object().to_string()];
+            return Err(ApiError::undecodable(&resource.kind, &resource.version, &document, &converted));
         }
         let name = str_at(object, &["metadata", "name"]).to_owned();
         if !target.name.is_empty() {
             if name.is_empty() {
-                set(object, &["metadata", "name"], json!(target.name));
+                return Err(nameless(target));
             } else if name != target.name {
                 return Err(ApiError::bad_request(format!(
                     "the name of the object ({name}) does not match the name on the URL ({})",
@@ -580,10 +636,34 @@ impl Registry {
                     "the namespace of the provided object does not match the namespace sent on the request",
                 ));
             }
-        } else if namespace.is_empty() {
+        } else {
             value::remove(object, &["metadata", "namespace"]);
         }
         Ok(())
+    }
+
+    /// The error for a body of another kind than the one that the path is of.
+    fn foreign(&self, resource: &Resource, api_version: &str, kind: &str) -> ApiError {
+        let own = resource.api_version();
+        let api_version = if api_version.is_empty() { own.as_str() } else { api_version };
+        let kind = if kind.is_empty() { resource.kind.as_str() } else { kind };
+        let (group, version) = split_api_version(api_version);
+        let catalog = self.catalog();
+        let known = catalog.by_kind(group, version, kind.strip_suffix("List").unwrap_or(kind)).is_some();
+        let why = if known {
+            let package = match resource.group.split('.').next() {
+                Some(first) if !first.is_empty() => first,
+                _ => "core",
+            };
+            format!("converting ({version}.{kind}) to ({package}.{}): unknown conversion", resource.kind)
+        } else {
+            format!(
+                "no kind {kind:?} is registered for version {api_version:?} in scheme \"pkg/runtime/scheme.go:111\""
+            )
+        };
+        ApiError::undecodable(kind, version, &why, &why).reworded(|_| {
+            format!("{kind} in version {version:?} cannot be handled as a {}: {why}", resource.kind)
+        })
     }
 
     /// Unknown and duplicate fields: refused, warned about or dropped; wrong types: refused.
@@ -597,18 +677,14 @@ impl Registry {
         let ty = resource.schema.as_ref();
         if !resource.is_custom() {
             defaults::strip_typed_nulls(ty, object);
+            // What only the schema knows: times, quantities.
             let wrong = validate::validate(ty, object, validate::Mode::Types);
             // Names that appear twice are a matter of validation where that has words of its own for them.
             let own = admission::validation::is_ours(resource);
             let mut wrong = wrong.iter().filter(|e| !own || e.reason != "FieldValueDuplicate");
             if let Some(first) = wrong.next() {
-                return Err(ApiError::bad_request(format!(
-                    "{kind} in version {version:?} cannot be handled as a {kind}: json: cannot unmarshal field {kind}.{}: {}",
-                    first.field,
-                    first.message,
-                    kind = resource.kind,
-                    version = resource.version,
-                )));
+                let text = format!("{}: {}", first.field, first.message);
+                return Err(ApiError::undecodable(&resource.kind, &resource.version, &text, &text));
             }
         }
         let unknown = defaults::prune(ty, object);
@@ -620,12 +696,8 @@ impl Registry {
         if problems.is_empty() || options.validation == FieldValidation::Warn {
             return Ok(problems);
         }
-        Err(ApiError::bad_request(format!(
-            "{kind} in version {version:?} cannot be handled as a {kind}: strict decoding error: {}",
-            problems.join(", "),
-            kind = resource.kind,
-            version = resource.version,
-        )))
+        let text = format!("strict decoding error: {}", problems.join(", "));
+        Err(ApiError::undecodable(&resource.kind, &resource.version, &text, &text))
     }
 
     /// Fields and defaults. Gives back warnings.
@@ -663,7 +735,7 @@ impl Registry {
         let resource = &target.resource;
         let ty = resource.schema.as_ref();
         let mut warnings = Vec::new();
-        let mut errors = meta::errors(&resource.kind, resource.namespaced, object);
+        let mut errors = meta::errors(resource, object);
         if resource.is_custom() {
             errors.extend(validate::validate_custom(ty, object, old));
             let meta_errors = at(object, &["metadata"])
@@ -877,6 +949,14 @@ fn restrict_content(target: &Target, old: &Value, new: Value, subresource: &str)
     }
 }
 
+/// The error for a body without the name that is on the path.
+fn nameless(target: &Target) -> ApiError {
+    ApiError::bad_request(format!(
+        "the name of the object ({} based on URL) was undeterminable: name must be provided",
+        target.name
+    ))
+}
+
 fn check_finalizers(target: &Target, old: &Value, new: &Value) -> Result<(), ApiError> {
     let list = |o: &Value| -> Vec<String> {
         let found = at(o, &["metadata", "finalizers"]).and_then(Value::as_array);
@@ -912,6 +992,12 @@ fn conflict(conflict: apply::ApplyConflict) -> ApiError {
     ApiError::apply_conflict(conflict.message, &conflict.causes)
 }
 
-fn writer_of<'a>(api_version: &'a str, options: &'a WriteOptions, time: &'a str) -> Writer<'a> {
-    Writer { manager: &options.manager, api_version, subresource: options.subresource, time }
+fn writer_of<'a>(
+    resource: &Resource,
+    api_version: &'a str,
+    options: &'a WriteOptions,
+    time: &'a str,
+) -> Writer<'a> {
+    let reset: &[&str] = if resource.status && options.subresource.is_empty() { &["status"] } else { &[] };
+    Writer { manager: &options.manager, api_version, subresource: options.subresource, time, reset }
 }

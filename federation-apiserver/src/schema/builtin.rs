@@ -97,6 +97,17 @@ fn load() -> BTreeMap<String, Value> {
         quantity["description"] =
             json!("Quantity is a fixed-point representation of a number, such as 500m, 1.5Gi or 2.");
     }
+    // Rust's types always have their metadata; documents need not.
+    for schema in all.values_mut() {
+        let Some(map) = schema.as_object_mut() else { continue };
+        let required = map.get_mut("required").and_then(Value::as_array_mut);
+        if required.is_some_and(|list| {
+            list.retain(|field| field != "metadata");
+            list.is_empty()
+        }) {
+            map.remove("required");
+        }
+    }
     for (definition, field, keys, patch_key) in LISTS {
         let Some(list) = property(&mut all, definition, field) else { continue };
         if keys.is_empty() {

@@ -91,16 +91,15 @@ fn prune_at(ty: TypeRef<'_>, value: &mut Value, path: &Path<'_>, removed: &mut V
     }
     match value {
         Value::Object(map) => {
-            map.retain(|key, _| {
+            map.retain(|key, child| {
                 let keep = ty.keeps(key);
-                if !keep && removed.len() < MAX_REPORTED {
+                if keep {
+                    prune_at(ty.field(key), child, &path.field(key), removed, depth + 1);
+                } else if removed.len() < MAX_REPORTED {
                     removed.push(path.field(key).to_string());
                 }
                 keep
             });
-            for (key, child) in map.iter_mut() {
-                prune_at(ty.field(key), child, &path.field(key), removed, depth + 1);
-            }
         }
         Value::Array(items) => {
             let item = ty.items();

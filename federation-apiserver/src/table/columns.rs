@@ -108,7 +108,7 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
     ];
     const EVENTS: &[Builtin] = &[
         text("Last Seen", |o, now| {
-            let when = ["lastTimestamp", "deprecatedLastTimestamp", "eventTime"]
+            let when = ["lastTimestamp", "eventTime"]
                 .iter()
                 .map(|k| str_at(o, &[k]))
                 .chain([
@@ -121,18 +121,18 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
         text("Type", |o, _| json!(str_at(o, &["type"]))),
         text("Reason", |o, _| json!(str_at(o, &["reason"]))),
         text("Object", |o, _| {
-            let about = o.get("involvedObject").or(o.get("regarding")).cloned().unwrap_or_default();
+            let about = o.get("involvedObject").cloned().unwrap_or_default();
             json!(format!("{}/{}", str_at(&about, &["kind"]).to_lowercase(), str_at(&about, &["name"])))
         }),
         wide("Subobject", |o, _| json!(str_at(o, &["involvedObject", "fieldPath"]))),
         wide("Source", |o, _| {
-            let component = str_at(o, &["source", "component"]);
-            json!(if component.is_empty() { str_at(o, &["reportingComponent"]) } else { component })
+            let first = |paths: [&[&str]; 2]| paths.map(|p| str_at(o, p)).into_iter().find(|t| !t.is_empty());
+            let component = first([&["source", "component"], &["reportingComponent"]]);
+            let host = first([&["source", "host"], &["reportingInstance"]]);
+            let parts: Vec<&str> = component.into_iter().chain(host).collect();
+            json!(parts.join(", "))
         }),
-        text("Message", |o, _| {
-            let message = str_at(o, &["message"]);
-            json!(if message.is_empty() { str_at(o, &["note"]) } else { message }.trim())
-        }),
+        text("Message", |o, _| json!(str_at(o, &["message"]).trim())),
         wide("First Seen", |o, now| {
             let first = str_at(o, &["firstTimestamp"]);
             let first = if first.is_empty() { str_at(o, &["metadata", "creationTimestamp"]) } else { first };
@@ -149,7 +149,6 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
         number("Data", |o, _| json!(entries(o, "data"))),
         AGE,
     ];
-    const SERVICEACCOUNTS: &[Builtin] = &[number("Secrets", |o, _| json!(list(o, &["secrets"]).len())), AGE];
     const LEASES: &[Builtin] = &[text("Holder", |o, _| json!(str_at(o, &["spec", "holderIdentity"]))), AGE];
     const ENDPOINTS: &[Builtin] = &[text("Endpoints", |o, _| json!(endpoints(o))), AGE];
     const SLICES: &[Builtin] = &[
@@ -203,7 +202,6 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
         "namespaces" => (true, NAMESPACES),
         "configmaps" => (true, CONFIGMAPS),
         "secrets" => (true, SECRETS),
-        "serviceaccounts" => (true, SERVICEACCOUNTS),
         "leases" => (true, LEASES),
         "endpoints" => (true, ENDPOINTS),
         "endpointslices" => (true, SLICES),

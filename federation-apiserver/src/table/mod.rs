@@ -5,6 +5,7 @@ mod jsonpath;
 
 use serde_json::{Value, json};
 
+use crate::registry::events;
 use crate::registry::resource::{Origin, Resource};
 use crate::value::{at, str_at};
 
@@ -28,7 +29,14 @@ pub(crate) fn of_objects(
     let rows: Vec<Value> = objects
         .iter()
         .map(|object| {
-            let cells: Vec<Value> = columns.iter().map(|c| c.cell(object, now)).collect();
+            // Events of both groups are printed from one form.
+            let core = resource.is_new_event().then(|| {
+                let mut core = object.clone();
+                events::to_core(&mut core);
+                core
+            });
+            let shown = core.as_ref().unwrap_or(object);
+            let cells: Vec<Value> = columns.iter().map(|c| c.cell(shown, now)).collect();
             let mut row = json!({ "cells": cells });
             match include {
                 "None" => {}
@@ -47,6 +55,19 @@ pub(crate) fn of_objects(
         if with_columns { columns.iter().map(Column::definition).collect() } else { Vec::new() };
     json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": meta,
         "columnDefinitions": definitions, "rows": rows})
+}
+
+/// A table of one `Scale`.
+pub(crate) fn of_scale(scale: &Value) -> Value {
+    let now = jiff::Timestamp::now();
+    let number = |path: [&str; 2]| at(scale, &path).cloned().unwrap_or(json!(0));
+    let column = |name: &str, kind: &str, format: &str| json!({"name": name, "type": kind, "format": format, "description": "", "priority": 0});
+    json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1",
+        "metadata": {"resourceVersion": str_at(scale, &["metadata", "resourceVersion"])},
+        "columnDefinitions": [column("Name", "string", "name"), column("Desired", "integer", ""),
+            column("Available", "integer", ""), column("Age", "string", "")],
+        "rows": [{"cells": [str_at(scale, &["metadata", "name"]), number(["spec", "replicas"]),
+            number(["status", "replicas"]), columns::age(scale, now)], "object": metadata_only(scale)}]})
 }
 
 /// One column.

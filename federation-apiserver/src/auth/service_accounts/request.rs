@@ -71,6 +71,7 @@ impl ServiceAccounts {
         set(&mut body, &["kind"], json!("TokenRequest"));
         set(&mut body, &["metadata", "name"], json!(target.name));
         set(&mut body, &["metadata", "namespace"], json!(target.namespace));
+        set(&mut body, &["metadata", "uid"], json!(str_at(&account, &["metadata", "uid"])));
         set(
             &mut body,
             &["metadata", "creationTimestamp"],
