@@ -168,11 +168,13 @@ async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Resul
     }
 }
 
+/// Whether the federated object exists anew. One that is still on its way out is the one that left the tombstone.
 fn is_back(shared: &Shared, stone: &TombstoneSpec) -> bool {
     let Some((plural, name)) = parse_source(&stone.source) else { return false };
     let Some((kind, of)) = shared.types.by_plural(plural) else { return false };
     let namespace = of.hub_namespace(&stone.namespace, name);
-    shared.state.read().object(&ObjectKey::new(kind, namespace, name)).is_some()
+    let object = shared.state.read().object(&ObjectKey::new(kind, namespace, name));
+    object.is_some_and(|object| object.metadata.deletion_timestamp.is_none())
 }
 
 fn api(hub: &kube::Client) -> Api<Tombstone> {
