@@ -147,7 +147,7 @@ async fn declare(what: What, args: FailoverArgs) -> Result<()> {
             "name more units with --to, make room, or use --force (the rest waits for room) or --ignore-capacity",
         ));
     }
-    let value = serde_json::to_value(&failover).map_err(|error| Error::failed(&tried, error))?;
+    let value = whole(&failover).map_err(|error| Error::failed(&tried, error))?;
     set(&hub, what, &args.name, &value, &tried).await?;
     print(args.output.output, moves)?;
     if matches!(args.output.output, Format::Table | Format::Wide) {
@@ -157,6 +157,21 @@ async fn declare(what: What, args: FailoverArgs) -> Result<()> {
         ))?;
     }
     Ok(())
+}
+
+/// All fields: a merge patch keeps what it does not name, and what was said before does not hold beside what is said now.
+fn whole(failover: &Failover) -> serde_json::Result<Value> {
+    let mut whole = json!({"to": null, "stepPercent": null, "ignoreCapacity": null, "reason": null});
+    let said = serde_json::to_value(failover)?;
+    for (field, value) in said.as_object().into_iter().flatten() {
+        whole[field] = value.clone();
+    }
+    if let Some(to) = whole["to"].as_object_mut() {
+        for field in ["units", "unitSelector"] {
+            to.entry(field).or_insert(Value::Null);
+        }
+    }
+    Ok(whole)
 }
 
 /// Writes `spec.failover`.
@@ -429,4 +444,19 @@ fn cells(hub: &Hub) -> Api<CellObject> {
 
 fn clusters(hub: &Hub) -> Api<KubeFedCluster> {
     Api::namespaced(hub.client().clone(), FEDERATION_NAMESPACE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_said_before_does_not_stay() {
+        let value = whole(&Failover { step_percent: Some(50), ..Failover::default() }).expect("json");
+        assert_eq!(value, json!({"to": null, "stepPercent": 50, "ignoreCapacity": null, "reason": null}));
+        let units = Some(vec![UnitReference { name: "c".into() }]);
+        let to = Some(Placement { units, unit_selector: None });
+        let value = whole(&Failover { to, ..Failover::default() }).expect("json");
+        assert_eq!(value["to"], json!({"units": [{"name": "c"}], "unitSelector": null}));
+    }
 }

@@ -91,7 +91,8 @@ fn tally(shared: &Shared, places: &BTreeMap<Place, GivenUp>) -> BTreeMap<Place, 
             .any(|condition| condition["type"] == EVACUATING && condition["reason"] == "RetainsReplicas");
         let by_cluster = object.data["spec"]["topologyType"] == "cluster";
         for unit in status["units"].as_array().into_iter().flatten() {
-            if unit["standIn"] == true {
+            let extra = unit["extra"].as_i64().unwrap_or(0).max(0);
+            if unit["standIn"] == true && extra == 0 {
                 continue;
             }
             let text = |field: &str| unit[field].as_str().unwrap_or_default().to_owned();
@@ -102,6 +103,14 @@ fn tally(shared: &Shared, places: &BTreeMap<Place, GivenUp>) -> BTreeMap<Place, 
             for place in concerned {
                 let Some((place, of)) = places.get_key_value(&place) else { continue };
                 let (sum, under_way) = sums.entry(place).or_default();
+                if of.spec.is_some() && extra > 0 {
+                    // It runs these for others until they have another place.
+                    *under_way = true;
+                    sum.left += extra;
+                }
+                if unit["standIn"] == true {
+                    continue;
+                }
                 let evacuation = &unit["evacuation"];
                 let waiting = |why: &str| format!("{}/{}: {why}", key.namespace, key.name);
                 if evacuation.is_null() {

@@ -214,7 +214,15 @@ fn of_kubeconfig(name: &str, text: &str) -> Result<Access, CredentialError> {
         .ok_or_else(|| CredentialError::NoCa { name: name.to_owned() })?;
     let ca = pem(name, "certificate-authority-data", ca, "CERTIFICATE")?;
     let server = cluster["server"].as_str().unwrap_or_default();
-    access(server, cluster["tls-server-name"].as_str(), ca, login)
+    access(server, cluster["tls-server-name"].as_str(), ca, login).map_err(|error| match error {
+        // A password may stand in it.
+        CredentialError::Endpoint { .. } => CredentialError::Unreadable {
+            name: name.to_owned(),
+            field: "server in the kubeconfig".into(),
+            wanted: "an https URL of an API, without a user or a password",
+        },
+        other => other,
+    })
 }
 
 fn access(
@@ -387,12 +395,18 @@ mod tests {
     #[test]
     fn what_is_wrong_is_told_without_the_secret() {
         let error = |data: &[(&str, &str)]| read(&cluster(None), &secret(data)).expect_err("no credential");
+        let server = format!(
+            "server: 'https://admin:sesame@10.0.0.1:6443', certificate-authority-data: {}",
+            base64(CA)
+        );
+        let with_password = kubeconfig(&server, "token: abc");
         for (data, text) in [
             (&[("other", "x")][..], "holds no credential"),
             (&[("token", "sesame")], "no CA"),
             (&[("token", "se\u{1}same"), ("ca.crt", CA)], "token that is not"),
             (&[("token", "sesame"), ("ca.crt", "sesame")], "ca.crt that is not"),
             (&[("kubeconfig", "token: [sesame")], "kubeconfig in YAML"),
+            (&[("kubeconfig", &with_password)], "without a user or a password"),
         ] {
             let error = error(data);
             assert!(error.to_string().contains(text), "{error}");

@@ -169,7 +169,7 @@ impl<'a> Planner<'a> {
             }
             let mut drafts: Vec<Draft<'_>> =
                 placed.units.values().map(|unit| self.draft(unit, &current.name, &snapshots)).collect();
-            self.fail_over(&mut drafts, &own, &current.name, &snapshots);
+            self.fail_over(&mut drafts, &own, &placed.unknown, &current.name, &snapshots);
             self.settle(&mut drafts, &current.name);
             units.extend(drafts.into_iter().map(|draft| draft.status));
         } else if !self.deleting {

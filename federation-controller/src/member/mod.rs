@@ -111,6 +111,7 @@ impl Member {
         }
         if self.path.now().1 == way {
             *candidate = None;
+            self.health.lock().refuse(None);
         } else {
             *candidate = Some(way);
         }

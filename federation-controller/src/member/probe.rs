@@ -70,9 +70,10 @@ async fn try_candidate(member: &Member, shared: &Shared) {
         return;
     }
     if take {
+        // Under the lock: whoever takes this one back meanwhile must find it in use.
+        member.path.turn(way);
         *candidate = None;
         drop(candidate);
-        member.path.turn(way);
         info!("the member's API is reached another way");
         member.health.lock().refuse(None);
     } else if let Some(message) = refused {

@@ -1,8 +1,10 @@
 //! Evacuating a unit that an operator gave up, in steps, and coming back the same way.
 //!
-//! Two sums are remembered in the status, and everything follows from them: `E`, the replicas that other units run for the
-//! ones that leave (`extra` of each), and `M`, the replicas that leaving units do without (`moved` of each). `M ≤ E`, so
-//! there are never fewer replicas than asked for because of the move itself.
+//! Two numbers of each unit are remembered in the status, and everything follows from them and their sums: `E`, the replicas
+//! that it runs for the ones that leave (`extra`), and `M`, the replicas that it does without (`moved`). `M ≤ E`, so there
+//! are never fewer replicas than asked for because of the move itself. `moved` of a unit rises only by what has become ready
+//! elsewhere, and falls only by a step. A unit that runs something for others and is given up itself goes on running it
+//! until that has become ready elsewhere, too.
 //!
 //! ```text
 //!   leaving    E grows by a step, where there is room ──► all of E is ready ──► M := E ──► and again, up to what they have
@@ -38,6 +40,8 @@ struct Side {
     ready: bool,
     /// Whether it may take over.
     takes: bool,
+    /// Whether it counts and cannot be told what it is to have.
+    unclear: bool,
 }
 
 impl<'a> Planner<'a> {
@@ -49,8 +53,8 @@ impl<'a> Planner<'a> {
             return;
         }
         let of = input.object.spec.topology_type;
-        let mut more = input.topology.stand_ins(of, placed.units.values().copied());
         // One that runs something for others, or that others still run in, stays until it is not needed.
+        let mut more = BTreeMap::new();
         for record in self.before.units.iter().filter(|record| record.stand_in) {
             let needed = if input.of.has_replicas() {
                 record.extra.is_some()
@@ -69,6 +73,9 @@ impl<'a> Planner<'a> {
                 _ => {}
             }
         }
+        // Those that stand in may have been given up as well.
+        let leaving = placed.units.values().copied().chain(more.values().copied()).collect::<Vec<_>>();
+        more.extend(input.topology.stand_ins(of, leaving.into_iter()));
         for (name, unit) in more {
             placed.units.entry(name).or_insert(unit);
         }
@@ -93,6 +100,7 @@ impl<'a> Planner<'a> {
         &mut self,
         drafts: &mut Vec<Draft<'a>>,
         own: &BTreeSet<String>,
+        unknown: &BTreeSet<String>,
         current: &str,
         snapshots: &BTreeMap<&str, &Snapshot>,
     ) {
@@ -106,7 +114,10 @@ impl<'a> Planner<'a> {
             let given_up = self.input.topology.failover_of(draft.unit).is_some();
             (given_up && !draft.status.stand_in) || draft.status.evacuation.is_some()
         };
-        if !drafts.iter().any(leaves) {
+        let gone = self.before.units.iter().filter(|record| record.evacuation.is_some());
+        let gone: Vec<&str> =
+            gone.map(|record| record.name.as_str()).filter(|name| unknown.contains(*name)).collect();
+        if gone.is_empty() && !drafts.iter().any(leaves) {
             self.lost_stand_ins.clear();
             drafts.iter_mut().for_each(|draft| draft.status.extra = None);
             drafts.retain(|draft| !draft.status.stand_in);
@@ -122,9 +133,26 @@ impl<'a> Planner<'a> {
                 "members decide about this object's replicas, so none are moved: see to its autoscaler"
                     .into();
             self.find(EVACUATING, "RetainsReplicas", message);
+            drafts.retain(|draft| !draft.status.stand_in || draft.status.extra.is_some());
             return;
         };
-        let (reason, message) = self.balance(drafts, &mut sides);
+        let names = |of: &dyn Fn(&Side) -> bool| {
+            let names =
+                sides.iter().filter(|side| of(side)).map(|side| drafts[side.index].unit.name.as_str());
+            names.collect::<Vec<_>>().join(", ")
+        };
+        let unclear = names(&|side: &Side| side.unclear);
+        let (reason, message) = if !gone.is_empty() {
+            let message = format!(
+                "{} does not exist any more, so what runs elsewhere stays: take it out of the placement and place the object there",
+                gone.join(", ")
+            );
+            ("UnitMissing", message)
+        } else if !unclear.is_empty() {
+            ("Unknown", format!("cannot tell how many replicas {unclear} is to have, so none are moved"))
+        } else {
+            self.balance(drafts, &mut sides)
+        };
         let over = sides.iter().all(|side| side.extra == 0 && side.moved == 0);
         if reason != "Evacuated" || !over {
             self.find(EVACUATING, reason, message.clone());
@@ -133,14 +161,15 @@ impl<'a> Planner<'a> {
 
         let given_up = |side: &&Side| side.failover.is_some();
         let returning = sides.iter().map(|side| side.extra).sum::<i64>()
-            > sides.iter().filter(given_up).map(|side| side.base).sum::<i64>();
+            > sides.iter().filter(given_up).map(|side| side.base).sum::<i64>()
+            || sides.iter().any(|side| side.unclear);
         for side in &sides {
             let draft = &mut drafts[side.index];
             draft.status.extra = (side.extra > 0).then_some(side.extra);
             let leaving = side.failover.is_some() && !draft.status.stand_in;
             let evacuation = Evacuation {
                 moved: side.moved,
-                left: if leaving { side.base - side.moved } else { side.moved },
+                left: if leaving { (side.base - side.moved).max(0) } else { side.moved },
                 step_percent: match &side.failover {
                     Some(failover) => failover.step_percent,
                     None => draft.status.evacuation.as_ref().and_then(|known| known.step_percent),
@@ -181,9 +210,11 @@ impl<'a> Planner<'a> {
             _ => 0,
         };
         let failover = self.input.topology.failover_of(draft.unit).cloned();
-        let moved = record.evacuation.as_ref().map_or(0, |known| known.moved).clamp(0, base);
-        // What a unit took over that is given up itself has to find another place.
-        let extra = if failover.is_some() { 0 } else { record.extra.unwrap_or(0).clamp(0, ANY) };
+        let counts = record.evacuation.is_some() || failover.is_some();
+        let unclear = counts && rendered.is_none() && !record.stand_in;
+        let known = record.evacuation.as_ref().map_or(0, |known| known.moved);
+        let moved = known.clamp(0, if unclear { ANY } else { base });
+        let extra = record.extra.unwrap_or(0).clamp(0, ANY);
         let view = self.input.members.get(&draft.unit.cluster);
         let live = rendered.as_ref().and_then(|rendered| view?.objects.get(&rendered.name));
         let ready = live.is_some_and(|live| {
@@ -193,7 +224,7 @@ impl<'a> Planner<'a> {
         });
         let visible = draft.target.is_some() && view.is_some_and(|view| view.state == MemberState::Synced);
         let takes = failover.is_none() && record.evacuation.is_none();
-        Some(Side { index, base, failover, moved, extra, ready: ready && visible, takes })
+        Some(Side { index, base, failover, moved, extra, ready: ready && visible, takes, unclear })
     }
 
     /// Moves the balance by a step where it may go on; says how it stands.
@@ -204,10 +235,14 @@ impl<'a> Planner<'a> {
             names.join(", ")
         };
         let leaving = |side: &Side| side.failover.is_some() && !drafts[side.index].status.stand_in;
-        let goal: i64 = sides.iter().filter(|side| leaving(side)).map(|side| side.base).sum();
-        let extra: i64 = sides.iter().map(|side| side.extra).sum();
-        let moved: i64 = sides.iter().map(|side| side.moved).sum();
-        let all: i64 = sides.iter().filter(|side| !side.takes).map(|side| side.base).sum();
+        let returning = |side: &Side| side.failover.is_none() && !side.takes;
+        let sum = |of: &dyn Fn(&Side) -> i64, sides: &[Side]| sides.iter().map(of).sum::<i64>();
+        // Replicas that run for others: where they may stay, and in units that were given up since.
+        let placed = |side: &Side| if side.failover.is_none() { side.extra } else { 0 };
+        let stale = |side: &Side| side.extra - placed(side);
+        let goal = sum(&|side| if leaving(side) { side.base } else { 0 }, sides);
+        let moved = sum(&|side| side.moved, sides);
+        let all = sum(&|side| if side.takes { 0 } else { side.base.max(side.extra) }, sides);
         let percent = |side: &Side| match &side.failover {
             Some(failover) => Some(failover.step(all)),
             None => {
@@ -217,48 +252,58 @@ impl<'a> Planner<'a> {
             }
         };
         let step = sides.iter().filter_map(percent).min().unwrap_or(1);
-        let settled = |side: &Side| side.extra == 0 || side.ready;
-        let (extra_now, moved_now, said) = if extra <= goal {
-            if !sides.iter().all(settled) {
-                let waits = names(&|side| !settled(side), sides);
-                return ("Waiting", format!("waits for what {waits} has taken over to be ready"));
-            }
-            if extra == goal {
-                let message = format!("{goal} replicas of {} run elsewhere", names(&leaving, sides));
-                (extra, goal, ("Evacuated", message))
-            } else {
-                let wanted = step.min(goal - extra);
-                match self.take_over(drafts, sides, wanted) {
-                    Ok(given) => {
-                        let now = extra + given;
-                        let message = format!("{now} of {goal} replicas have a place elsewhere");
-                        (now, extra, ("Moving", message))
-                    }
-                    Err((reason, message)) => (extra, extra, (reason, message)),
+
+        let late = |side: &Side| returning(side) && !side.ready;
+        let comes_back = sum(&|side| if returning(side) { side.moved } else { 0 }, sides);
+        let wait_to_return = sides.iter().any(late);
+        if !wait_to_return {
+            // Everything that has come back so far is ready: what ran for it is not needed, first where nothing may stay.
+            let spare = sum(&|side| side.extra, sides) - moved;
+            let gone = give_back(sides, spare.min(sum(&placed, sides) - moved.max(goal)), &placed);
+            if comes_back > 0 {
+                let settled = |side: &Side| placed(side) == 0 || side.ready;
+                if sides.iter().all(settled) {
+                    give_back(sides, spare - gone, &stale);
                 }
+                take_from(sides, step, &returning);
+                return ("Returning", format!("{comes_back} replicas come back"));
             }
-        } else {
-            let waits = |side: &Side| !leaving(side) && !side.takes && !side.ready;
-            if sides.iter().any(waits) {
-                let waits = names(&waits, sides);
-                return ("WaitingToReturn", format!("waits for {waits} to be reachable and ready"));
+        }
+
+        let unsettled = |side: &Side| placed(side) > 0 && !side.ready && !returning(side);
+        if sides.iter().any(unsettled) {
+            let waits = names(&unsettled, sides);
+            return ("Waiting", format!("waits for what {waits} has taken over to be ready"));
+        }
+        // Replicas that run where they may stay, all of them ready.
+        let safe = sum(&placed, sides);
+        if !wait_to_return {
+            let spare = safe + sum(&stale, sides) - moved;
+            let dropped = give_back(sides, spare, &stale);
+            // Whoever runs something for others does so until all of it has another place.
+            let mut more = if sum(&stale, sides) == 0 { (spare - dropped).max(0) } else { 0 };
+            for side in sides.iter_mut().filter(|side| leaving(side)) {
+                let now = more.min(side.base - side.moved);
+                side.moved += now;
+                more -= now;
             }
-            let keep = moved.max(goal);
-            give_back(sides, extra - keep);
-            let message = format!("{} replicas come back", keep - goal);
-            (keep, (moved - step).max(goal), ("Returning", message))
-        };
-        debug_assert_eq!(sides.iter().map(|side| side.extra).sum::<i64>(), extra_now);
-        let mut left = moved_now.min(extra_now);
-        for side in sides.iter_mut().filter(|side| leaving(side)) {
-            side.moved = side.base.min(left);
-            left -= side.moved;
+            // What took over is not there any more: it comes back as far as it can.
+            take_from(sides, -spare, &leaving);
         }
-        for side in sides.iter_mut().filter(|side| !leaving(side) && !side.takes) {
-            side.moved = side.moved.min(left);
-            left -= side.moved;
+        let goal = goal + comes_back;
+        if safe < goal {
+            return match self.take_over(drafts, sides, step.min(goal - safe)) {
+                Ok(given) => {
+                    ("Moving", format!("{} of {goal} replicas have a place elsewhere", safe + given))
+                }
+                Err(said) => said,
+            };
         }
-        said
+        if wait_to_return {
+            let waits = names(&late, sides);
+            return ("WaitingToReturn", format!("waits for {waits} to be reachable and ready"));
+        }
+        ("Evacuated", format!("{goal} replicas of {} run elsewhere", names(&leaving, sides)))
     }
 
     /// Finds a place for up to `wanted` more replicas, where there is the most room; says how many have one.
@@ -311,11 +356,22 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// Takes `count` replicas back from where they were taken over, in proportion.
-fn give_back(sides: &mut [Side], count: i64) {
-    let extras: Vec<i64> = sides.iter().map(|side| side.extra).collect();
-    for (side, share) in sides.iter_mut().zip(spread(count, &extras)) {
+/// Takes up to `count` replicas back from where they were taken over, in proportion to `of`; says how many.
+fn give_back(sides: &mut [Side], count: i64, of: &dyn Fn(&Side) -> i64) -> i64 {
+    let extras: Vec<i64> = sides.iter().map(of).collect();
+    let shares = spread(count, &extras);
+    for (side, share) in sides.iter_mut().zip(&shares) {
         side.extra -= share;
+    }
+    shares.into_iter().sum()
+}
+
+/// Lets up to `count` replicas of these units run there again.
+fn take_from(sides: &mut [Side], mut count: i64, of: &dyn Fn(&Side) -> bool) {
+    for side in sides.iter_mut().filter(|side| of(side)) {
+        let back = side.moved.min(count).max(0);
+        side.moved -= back;
+        count -= back;
     }
 }
 

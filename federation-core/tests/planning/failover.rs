@@ -264,7 +264,7 @@ fn members_that_decide_about_replicas_go_on_doing_so() {
     let mut world = World::new(0, deployment("web:1", 3));
     world.object.spec.retain_replicas = true;
     world.place(&["a", "b"]).settle();
-    give_up(&mut world, "a", Some(Failover::default()));
+    give_up(&mut world, "a", Some(to(&["c"])));
     world.settle();
     assert_eq!(counts(&world), [3, 3, 0]);
     assert_eq!(world.condition("Evacuating"), Some(("True", "RetainsReplicas")));
@@ -288,4 +288,79 @@ fn another_tenants_cell_stands_in_for_nobody() {
     give_up(&mut world, "a", Some(to(&["c", "b"])));
     steps(&mut world);
     assert_eq!(counts(&world), [0, 2, 0]);
+}
+
+#[test]
+fn a_unit_that_stands_in_is_given_up_itself() {
+    let mut world = world(4, &["a"]);
+    give_up(&mut world, "a", Some(to(&["c"])));
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 0, 4]);
+    give_up(&mut world, "c", Some(to(&["b"])));
+    let out = steps(&mut world);
+    assert_eq!(out.last(), Some(&[0, 4, 0]), "{out:?}");
+    // Never fewer than asked for; beside them one step, of a and of c.
+    assert!(out.iter().all(|of| (4..=6).contains(&of.iter().sum::<i64>())), "{out:?}");
+}
+
+#[test]
+fn a_second_unit_is_given_up_after_a_first_one() {
+    let mut world = world(8, &["a", "b", "c"]);
+    give_up(&mut world, "b", Some(Failover::default()));
+    steps(&mut world);
+    assert_eq!(counts(&world), [12, 0, 12]);
+    give_up(&mut world, "a", Some(Failover::default()));
+    let out = steps(&mut world);
+    assert_eq!(out.last(), Some(&[0, 0, 24]), "{out:?}");
+    for pair in out.windows(2) {
+        assert!(pair[1].iter().sum::<i64>() >= 24 && pair[0][0] - pair[1][0] <= 4, "{out:?}");
+        assert_eq!(pair[1][1], 0, "what was evacuated stays so: {out:?}");
+    }
+}
+
+#[test]
+fn one_unit_comes_back_while_another_one_leaves() {
+    let mut world = world(8, &["a", "b", "c"]);
+    give_up(&mut world, "a", Some(Failover::default()));
+    steps(&mut world);
+    give_up(&mut world, "a", None);
+    give_up(&mut world, "b", Some(Failover::default()));
+    let out = steps(&mut world);
+    let last = out.last().expect("counts");
+    assert!(last[1] == 0 && last.iter().sum::<i64>() == 24 && last[0] >= 8, "{out:?}");
+    for pair in out.windows(2) {
+        assert!(pair[1].iter().sum::<i64>() >= 24, "{out:?}");
+        assert!(pair.iter().all(|of| of[0] + of[2] + of[1].min(12) >= 24), "{out:?}");
+        assert!(pair[1][0] - pair[0][0] <= 4 && pair[0][1] - pair[1][1] <= 4, "{out:?}");
+    }
+}
+
+#[test]
+fn the_cell_of_an_evacuated_unit_is_deleted() {
+    let mut world = world(4, &["a"]);
+    give_up(&mut world, "a", Some(to(&["c"])));
+    steps(&mut world);
+    world.cells.retain(|cell| cell.metadata.name.as_deref() != Some("a"));
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 0, 4], "what replaces it stays");
+    assert_eq!(world.condition("Evacuating"), Some(("True", "UnitMissing")));
+    world.place(&["c"]);
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 0, 4]);
+    assert!(world.condition("Evacuating").is_none());
+}
+
+#[test]
+fn a_unit_whose_revision_is_lost_moves_nothing() {
+    let mut world = world(4, &["a", "b"]);
+    give_up(&mut world, "a", Some(Failover::default()));
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 8, 0]);
+    world.object.spec.template = deployment("web:2", 4);
+    world.mask(Some(&["b"])).settle();
+    let lost = world.unit("a").revision.clone();
+    world.revisions.retain(|revision| revision.metadata.name != lost);
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 8, 0]);
+    assert_eq!(world.condition("Evacuating"), Some(("True", "Unknown")));
 }
