@@ -29,6 +29,7 @@
 
 mod failover;
 mod model;
+mod removal;
 mod replicas;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -38,10 +39,7 @@ use crate::api::{
     Setback, Snapshot, TombstoneSpec, UnitStatus,
 };
 use crate::drift;
-use crate::names::{
-    self, ADOPT_ANNOTATION, DELETE_OPTION_ANNOTATION, HUB_ANNOTATION, ORPHAN_ANNOTATION, REVISION_ANNOTATION,
-    UNREACHABLE_ANNOTATION,
-};
+use crate::names::{self, ADOPT_ANNOTATION, HUB_ANNOTATION, REVISION_ANNOTATION};
 use crate::overrides;
 use crate::render::{Rendered, object_name, render};
 use crate::revision::{self, Current, DEFAULT_HISTORY_LIMIT};
@@ -687,180 +685,6 @@ impl<'a> Planner<'a> {
                 units.push(record);
             }
         }
-    }
-
-    /// Deletes (or orphans) what is not to be there, and keeps the units that still wait for it.
-    fn remove(&mut self, units: &mut Vec<UnitStatus>) {
-        let input = self.input;
-        let orphan = input
-            .object
-            .metadata
-            .annotations
-            .as_ref()
-            .and_then(|annotations| annotations.get(ORPHAN_ANNOTATION))
-            .is_some_and(|value| value == "true");
-        let options = self.delete_options();
-        // Make before break: what a cell has in the cluster that it leaves stays until its new object is ready.
-        let mut replaced_later: BTreeSet<(String, String)> = BTreeSet::new();
-        for old in &self.before.units {
-            let successor = units.iter().find(|unit| unit.name == old.name && unit.cluster != old.cluster);
-            let ready = |unit: &UnitStatus| {
-                matches!(unit.phase, Phase::Synced | Phase::Masked) && unit.ready == Some(true)
-            };
-            if successor.is_some_and(|unit| unit.phase != Phase::Missing && !ready(unit))
-                && !units.iter().any(|unit| unit.name == old.name && unit.cluster == old.cluster)
-            {
-                replaced_later.insert((old.name.clone(), old.cluster.clone()));
-            }
-        }
-        for (unit, cluster) in &replaced_later {
-            self.keep_names(unit, cluster);
-        }
-
-        // Every object of ours that nobody wants, in members that are seen whole.
-        let mut leftovers: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        for (cluster, view) in input.members {
-            if view.state != MemberState::Synced {
-                continue;
-            }
-            let keep = self.keep.get(cluster);
-            for (name, live) in &view.objects {
-                let wanted = keep.is_some_and(|keep| keep.contains(name));
-                if wanted || !drift::belongs_to(&live.value, &self.source, self.input.hub) {
-                    continue;
-                }
-                leftovers.entry(cluster.as_str()).or_default().push(name.as_str());
-                self.leftovers.push(format!("{name} in {cluster}"));
-                let going = !live.value["metadata"]["deletionTimestamp"].is_null();
-                if going || view.in_flight.contains(name) {
-                    continue;
-                }
-                let uid = live.value["metadata"]["uid"].as_str().map(str::to_owned);
-                let action = if self.deleting && orphan {
-                    Action::Orphan { uid }
-                } else {
-                    Action::Delete { uid, options: options.clone() }
-                };
-                self.writes.push(Write { cluster: cluster.clone(), object: name.clone(), action });
-            }
-        }
-
-        let mut buried = Vec::new();
-        let present: BTreeSet<(String, String)> =
-            units.iter().map(|unit| (unit.name.clone(), unit.cluster.clone())).collect();
-        for record in &self.before.units {
-            if present.contains(&(record.name.clone(), record.cluster.clone()))
-                || !input.topology.has_cluster(&record.cluster)
-            {
-                continue;
-            }
-            let mut record = record.clone();
-            if replaced_later.contains(&(record.name.clone(), record.cluster.clone())) {
-                record.phase = Phase::Removing;
-                record.reason = Some("WaitingForReplacement".into());
-                record.message = Some("the cell has moved: its object goes when the new one is ready".into());
-                units.push(record);
-                continue;
-            }
-            let (reason, message) = match input.members.get(&record.cluster).map(|view| (view, &view.state)) {
-                Some((_, MemberState::NoSuchType { .. })) => continue,
-                Some((view, MemberState::Synced)) => {
-                    let own = [self.name.to_owned(), format!("{}-{}", self.name, record.name)];
-                    let left = leftovers
-                        .get(record.cluster.as_str())
-                        .and_then(|left| left.iter().find(|name| own.iter().any(|own| own == *name)));
-                    let writing = own.iter().find(|name| view.in_flight.contains(*name)).map(String::as_str);
-                    let Some(object) = left.copied().or(writing) else { continue };
-                    match view.failures.get(object).filter(|failure| failure.hash.is_empty()) {
-                        Some(failure) => (failure.reason.clone(), failure.message.clone()),
-                        None => ("WaitingForRemoval".into(), format!("{object} is being removed")),
-                    }
-                }
-                Some((_, MemberState::Unreachable { .. })) if self.deleting && self.leaves_tombstones() => {
-                    buried.push(record);
-                    continue;
-                }
-                Some((_, MemberState::Unreachable { reason, message })) => {
-                    let message = format!(
-                        "{message}; its object is removed when it is back (or take the cluster out of the federation)"
-                    );
-                    (reason.clone(), message)
-                }
-                Some((_, MemberState::Syncing)) | None => {
-                    ("MemberSyncing".into(), "the member's objects are being listed".into())
-                }
-            };
-            record.phase = Phase::Removing;
-            record.reason = Some(reason);
-            record.message = Some(message);
-            units.push(record);
-        }
-        for record in &buried {
-            self.bury(record, orphan);
-        }
-        // Objects whose unit is forgotten: being deleted still, so the object must not be let go of yet.
-        if self.deleting {
-            for (cluster, left) in leftovers {
-                for object in left {
-                    let known = units.iter().any(|unit| unit.cluster == cluster);
-                    if !known {
-                        units.push(UnitStatus {
-                            name: cluster.to_owned(),
-                            cluster: cluster.to_owned(),
-                            phase: Phase::Removing,
-                            object: Some(object.to_owned()),
-                            reason: Some("WaitingForRemoval".into()),
-                            message: Some(format!("{object} is being removed")),
-                            ..UnitStatus::default()
-                        });
-                    }
-                }
-            }
-        }
-    }
-
-    fn leaves_tombstones(&self) -> bool {
-        let annotations = self.input.object.metadata.annotations.as_ref();
-        annotations.and_then(|all| all.get(UNREACHABLE_ANNOTATION)).is_some_and(|said| said == "Tombstone")
-    }
-
-    /// Remembers what a unit may have in a member that cannot be reached.
-    fn bury(&mut self, record: &UnitStatus, orphan: bool) {
-        let names: BTreeSet<String> = match &record.object {
-            Some(object) => [object.clone()].into(),
-            None => [self.name.to_owned(), format!("{}-{}", self.name, record.name)].into(),
-        };
-        for name in names {
-            let tombstone = TombstoneSpec {
-                cluster: record.cluster.clone(),
-                target: self.input.of.target_spec(),
-                namespace: self.input.of.target_namespace(self.namespace).to_owned(),
-                name,
-                source: self.source.clone(),
-                orphan,
-            };
-            if !self.tombstones.contains(&tombstone) {
-                self.tombstones.push(tombstone);
-            }
-        }
-    }
-
-    /// What KubeFed's annotation says of deletions; one that cannot be read is reported.
-    fn delete_options(&mut self) -> DeleteOptions {
-        let annotations = self.input.object.metadata.annotations.as_ref();
-        let Some(text) = annotations.and_then(|all| all.get(DELETE_OPTION_ANNOTATION)) else {
-            return DeleteOptions::default();
-        };
-        let read = serde_json::from_str::<DeleteOptions>(text).ok().filter(|options| {
-            let policy = options.propagation_policy.as_deref();
-            policy.is_none_or(|policy| matches!(policy, "Background" | "Foreground" | "Orphan"))
-        });
-        if read.is_none() {
-            let message =
-                format!("the annotation {DELETE_OPTION_ANNOTATION} is not readable and does nothing");
-            self.find(OVERRIDES_INVALID, "InvalidDeleteOption", message);
-        }
-        read.unwrap_or_default()
     }
 
     fn surplus(&self, current: Option<&str>, units: &[UnitStatus]) -> Vec<String> {

@@ -2,7 +2,9 @@
 
 mod edges;
 mod failover;
+mod masks;
 mod properties;
+mod removal;
 mod replicas;
 mod stories;
 mod world;

@@ -2,27 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::world::{World, deployment};
+use crate::world::{World, deployment, replicas, unreachable};
 use federation_core::api::{
     KeyClass, KeyRule, NamespaceRule, Naming, Override, Phase, PropagationConfig, PropagationConfigSpec,
     ReplicaSchedulingPreferenceSpec, UnitPreference,
 };
-use federation_core::plan::{Action, Cause, LiveObject, MemberState, NamespacePlacement, WriteFailure};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use federation_core::plan::{Action, LiveObject, MemberState, NamespacePlacement, WriteFailure};
 use serde_json::json;
-
-fn replicas(unit: &str, value: i64) -> Override {
-    Override {
-        units: Some(vec![unit.into()]),
-        unit_selector: None,
-        patches: serde_json::from_value(json!([{"path": "/spec/replicas", "value": value}]))
-            .expect("patches"),
-    }
-}
-
-fn unreachable() -> MemberState {
-    MemberState::Unreachable { reason: "NoTunnel".into(), message: "no tunnel is connected".into() }
-}
 
 #[test]
 fn placed_by_cell_with_overrides() {
@@ -50,222 +36,12 @@ fn placed_by_cell_with_overrides() {
 }
 
 #[test]
-fn the_first_revision_gets_an_object_when_there_is_a_second() {
-    let mut world = World::deployment();
-    world.place(&["a", "b"]).settle();
-    let first = world.status().first_revision.clone().expect("in the status");
-    world.object.spec.template = deployment("web:2", 2);
-    world.mask(Some(&["a"]));
-    let plan = world.plan();
-    let stored = plan.first.as_ref().expect("stored");
-    assert_eq!((&stored.name, stored.exists), (&first.name, false));
-    assert_eq!(plan.revision.as_ref().map(|revision| revision.spec.number), Some(2));
-    assert!(plan.status.first_revision.is_some(), "it stays until it is seen stored");
-    world.settle();
-    assert_eq!((world.revisions.len(), &world.status().first_revision), (2, &None));
-    // The masked unit is held to it as ever.
-    world.live_mut("x", "web-b")["spec"]["replicas"] = 50.into();
-    world.settle();
-    assert_eq!(world.unit("b").revision.as_ref(), Some(&first.name));
-    assert_eq!(world.live("x", "web-b")["spec"]["replicas"], 2);
-    // And back, while its object was stored and the status was not.
-    let mut world = World::deployment();
-    world.place(&["a"]).settle();
-    let before = world.object.status.clone();
-    world.object.spec.template = deployment("web:2", 2);
-    let plan = world.plan();
-    world.store(&plan);
-    world.object.status = before;
-    world.object.spec.template = deployment("web:1", 2);
-    let plan = world.settle();
-    assert_eq!((&plan.first, &plan.revision, plan.status.first_revision), (&None, &None, None));
-    assert_eq!(world.unit("a").revision.as_ref(), Some(&first.name));
-}
-
-#[test]
-fn what_is_large_is_not_kept_in_the_status() {
-    let mut world = World::new(1, json!({"data": {"k": "x".repeat(5000)}}));
-    world.place(&["a"]).settle();
-    assert_eq!((world.revisions.len(), &world.status().first_revision), (1, &None));
-}
-
-#[test]
-fn only_a_move_needs_its_status_first() {
-    let mut world = World::deployment();
-    let before = |world: &World| world.object.status.clone().unwrap_or_default();
-    let plan = world.place(&["a"]).plan();
-    assert!(!plan.writes.is_empty() && !plan.moves(&before(&world)), "nothing is recorded yet");
-    world.settle();
-    world.live_mut("x", "web-a")["spec"]["replicas"] = 50.into();
-    let plan = world.plan();
-    assert!(!plan.writes.is_empty() && !plan.moves(&before(&world)), "healing is no move");
-    world.object.spec.template = deployment("web:2", 2);
-    let plan = world.plan();
-    assert!(plan.moves(&before(&world)));
-    world.store(&plan);
-    assert!(!world.plan().moves(&before(&world)), "the status says so now");
-    world.settle();
-    assert!(world.place(&["a", "b"]).plan().moves(&before(&world)), "a new unit");
-}
-
-#[test]
-fn a_deletion_before_the_first_status_looks_everywhere() {
-    let mut world = World::deployment();
-    let plan = world.place(&["c"]).plan();
-    for write in &plan.writes {
-        world.apply(&write.cluster, &write.object, &write.action);
-    }
-    // The controller died here. The placement changed, the member is away, and the object is deleted.
-    world.place(&["a"]);
-    world.object.metadata.deletion_timestamp =
-        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
-    world.members.get_mut("y").expect("y").state = unreachable();
-    assert!(!world.settle().finished);
-    world.members.get_mut("y").expect("y").state = MemberState::Synced;
-    assert!(world.settle().finished);
-    assert!(world.names("y").is_empty());
-}
-
-#[test]
-fn status_comes_before_the_write() {
-    let mut world = World::deployment();
-    let plan = world.place(&["a"]).plan();
-    let unit = &plan.status.units[0];
-    assert_eq!((unit.phase, &unit.revision), (Phase::Pending, &None));
-    assert_eq!(unit.pending_revision, plan.status.current_revision);
-    assert!(plan.status.first_revision.is_some());
-    assert!(matches!(&plan.writes[0].action, Action::Apply { cause: Cause::Create, .. }));
-}
-
-#[test]
 fn whole_clusters_are_units_too() {
     let mut world = World::deployment();
     world.object.spec.topology_type = federation_core::api::TopologyType::Cluster;
     world.place(&["x", "y"]).settle();
     assert_eq!(Vec::from_iter(world.names("x")), ["web"]);
     assert_eq!(world.live("y", "web")["spec"]["selector"], json!({"matchLabels": {"app": "web"}}));
-}
-
-#[test]
-fn the_mask_moves_only_the_named_units() {
-    let mut world = World::deployment();
-    world.place(&["a", "b", "c"]).settle();
-    let first = world.status().current_revision.clone();
-    let frozen = world.live("x", "web-b").clone();
-
-    world.object.spec.template = deployment("web:2", 7);
-    world.object.spec.overrides = vec![replicas("b", 9)];
-    world.mask(Some(&["a"])).settle();
-    assert_eq!(world.live("x", "web-a")["spec"]["replicas"], 7);
-    assert_eq!(world.live("x", "web-b"), &frozen);
-    assert_eq!(world.unit("a").phase, Phase::Synced);
-    assert_eq!((world.unit("b").phase, &world.unit("b").revision), (Phase::Masked, &first));
-    assert_ne!(world.status().current_revision, first);
-    assert_eq!(world.condition("Propagated"), Some(("True", "HeldByMask")));
-    assert_eq!(world.condition("Ready"), Some(("True", "Ready")));
-
-    // Scaling the object reaches the unit in the mask only.
-    world.object.spec.template = deployment("web:2", 8);
-    world.settle();
-    assert_eq!(world.live("x", "web-a")["spec"]["replicas"], 8);
-    assert_eq!(world.live("x", "web-b"), &frozen);
-
-    // An empty mask holds everything.
-    world.object.spec.template = deployment("web:3", 1);
-    world.mask(Some(&[])).settle();
-    assert_eq!(world.live("x", "web-a")["spec"]["replicas"], 8);
-
-    world.mask(None).settle();
-    for (cluster, name, replicas) in [("x", "web-a", 1), ("x", "web-b", 9), ("y", "web-c", 1)] {
-        assert_eq!(world.live(cluster, name)["spec"]["replicas"], replicas, "{name}");
-        assert_eq!(world.live(cluster, name)["spec"]["template"]["spec"]["containers"][0]["image"], "web:3");
-    }
-}
-
-#[test]
-fn a_masked_unit_heals_to_its_own_revision() {
-    let mut world = World::deployment();
-    world.object.spec.overrides = vec![replicas("b", 4)];
-    world.place(&["a", "b"]).settle();
-    world.object.spec.template = deployment("web:2", 7);
-    world.object.spec.overrides = vec![];
-    world.mask(Some(&["a"])).settle();
-    let before = world.live("x", "web-b").clone();
-
-    world.live_mut("x", "web-b")["spec"]["replicas"] = 100.into();
-    let plan = world.plan();
-    assert!(
-        matches!(&plan.writes[..], [write] if matches!(&write.action, Action::Apply { cause: Cause::Heal, .. }))
-    );
-    world.settle();
-    assert_eq!(world.live("x", "web-b")["spec"], before["spec"]);
-
-    // Gone altogether: made again at its own revision.
-    world.members.get_mut("x").expect("x").objects.remove("web-b");
-    let plan = world.plan();
-    assert!(matches!(&plan.writes[0].action, Action::Apply { cause: Cause::Heal, exists: false, .. }));
-    world.settle();
-    assert_eq!(world.live("x", "web-b")["spec"], before["spec"]);
-
-    // A forged revision mark does not move it.
-    let current = world.status().current_revision.clone().expect("current");
-    world.live_mut("x", "web-b")["metadata"]["annotations"]["cellway.io/revision"] = current.into();
-    world.settle();
-    assert_eq!(world.live("x", "web-b")["spec"], before["spec"]);
-    assert_eq!(world.unit("b").phase, Phase::Masked);
-}
-
-#[test]
-fn a_new_unit_starts_only_when_the_mask_names_it() {
-    let mut world = World::deployment();
-    world.place(&["a"]).settle();
-    world.mask(Some(&["a"])).place(&["a", "b"]).settle();
-    assert_eq!(Vec::from_iter(world.names("x")), ["web-a"]);
-    let unit = world.unit("b");
-    assert_eq!(
-        (unit.phase, unit.reason.as_deref(), &unit.revision),
-        (Phase::Masked, Some("NotStarted"), &None)
-    );
-    world.mask(Some(&["b"])).settle();
-    assert_eq!(Vec::from_iter(world.names("x")), ["web-a", "web-b"]);
-}
-
-#[test]
-fn an_unknown_unit_in_the_mask_is_reported() {
-    let mut world = World::deployment();
-    world.place(&["a"]).mask(Some(&["a", "zz", "c"])).settle();
-    assert_eq!(world.condition("MaskInvalid"), Some(("True", "UnknownUnit")));
-    let message =
-        &world.status().conditions.iter().find(|c| c.type_ == "MaskInvalid").expect("condition").message;
-    assert!(
-        message.contains("zz does not exist") && message.contains("c is not in the placement"),
-        "{message}"
-    );
-    assert_eq!(world.unit("a").phase, Phase::Synced);
-    world.mask(Some(&["a"])).settle();
-    assert_eq!(world.condition("MaskInvalid"), None);
-}
-
-#[test]
-fn held_back_in_the_middle_of_a_move() {
-    // The write was stored and started, and then the mask held the unit back. What the member has decides.
-    let story = |landed: bool| {
-        let mut world = World::deployment();
-        world.place(&["a"]).settle();
-        let first = world.status().current_revision.clone();
-        world.object.spec.template = deployment("web:2", 2);
-        let plan = world.plan();
-        world.store(&plan);
-        if landed {
-            world.apply("x", "web-a", &plan.writes[0].action);
-        }
-        world.object.spec.template = deployment("web:3", 2);
-        world.mask(Some(&[])).settle();
-        let image = world.live("x", "web-a")["spec"]["template"]["spec"]["containers"][0]["image"].clone();
-        (image, world.unit("a").revision == first)
-    };
-    assert_eq!(story(false), (json!("web:1"), true));
-    assert_eq!(story(true), (json!("web:2"), false));
 }
 
 #[test]
@@ -279,70 +55,6 @@ fn a_write_in_flight_is_waited_for() {
     let waiting = world.mask(Some(&[])).plan();
     assert!(waiting.writes.is_empty());
     assert_eq!(waiting.status.units[0].pending_revision, plan.status.current_revision);
-}
-
-#[test]
-fn a_lost_status_is_found_again_in_the_member() {
-    let mut world = World::deployment();
-    world.place(&["a"]).settle();
-    let first = world.status().current_revision.clone();
-    let writes = world.writes;
-    world.object.status = None;
-    world.settle();
-    assert_eq!((&world.unit("a").revision, world.unit("a").phase), (&first, Phase::Synced));
-    // With the only revision lost as well, the unit stays where it is.
-    world.object.status = None;
-    world.object.spec.template = deployment("web:2", 2);
-    world.mask(Some(&[])).settle();
-    assert_eq!((&world.unit("a").revision, world.unit("a").phase), (&first, Phase::Failed));
-    assert_eq!(world.writes, writes);
-}
-
-#[test]
-fn a_lost_snapshot_leaves_the_unit_alone() {
-    let mut world = World::deployment();
-    world.place(&["a"]).settle();
-    world.object.spec.template = deployment("web:2", 2);
-    world.mask(Some(&[])).settle();
-    let writes = world.writes;
-    world.revisions.retain(|revision| revision.spec.number == 2);
-    assert_eq!(world.status().first_revision, None);
-    world.live_mut("x", "web-a")["spec"]["replicas"] = 50.into();
-    world.settle();
-    assert_eq!(world.writes, writes);
-    assert_eq!(
-        (world.unit("a").phase, world.unit("a").reason.as_deref()),
-        (Phase::Failed, Some("RevisionMissing"))
-    );
-}
-
-#[test]
-fn revisions_in_use_are_never_dropped() {
-    let mut world = World::deployment();
-    world.object.spec.revision_history_limit = Some(1);
-    world.place(&["a", "b"]).settle();
-    let first = world.status().current_revision.clone().expect("current");
-    world.mask(Some(&["a"]));
-    for image in 2..8 {
-        world.object.spec.template = deployment(&format!("web:{image}"), 2);
-        world.settle();
-    }
-    let names: Vec<_> =
-        world.revisions.iter().filter_map(|revision| revision.metadata.name.clone()).collect();
-    assert!(names.contains(&first), "{names:?}");
-    assert_eq!(names.len(), 3, "{names:?}");
-}
-
-#[test]
-fn a_unit_taken_out_loses_its_object_and_no_other() {
-    let mut world = World::deployment();
-    world.place(&["a", "b", "c"]).settle();
-    world.place(&["a", "c"]).settle();
-    assert_eq!(Vec::from_iter(world.names("x")), ["web-a"]);
-    assert_eq!(world.status().units.len(), 2);
-    // The mask does not keep what is no longer placed.
-    world.mask(Some(&[])).place(&["c"]).settle();
-    assert!(world.names("x").is_empty());
 }
 
 #[test]
@@ -533,25 +245,6 @@ fn cells_of_one_cluster_share_a_config_map() {
 }
 
 #[test]
-fn a_masked_cell_holds_the_object_that_it_shares() {
-    let mut world = World::new(1, json!({"data": {"k": "v"}}));
-    world.place(&["a", "b", "c"]).settle();
-    let before = world.live("x", "web").clone();
-    world.object.spec.template = json!({"data": {"k": "w"}});
-    world.mask(Some(&["a", "c"])).settle();
-    assert_eq!(world.live("x", "web"), &before);
-    assert_eq!(world.unit("a").reason.as_deref(), Some("HeldByMaskedCell"));
-    assert_eq!(world.unit("b").phase, Phase::Masked);
-    assert_eq!(world.live("y", "web")["data"]["k"], "w");
-    // Going over to an object each under the mask: the masked cell keeps the shared one.
-    world.object.spec.naming = Naming::PerUnit;
-    world.settle();
-    assert_eq!(Vec::from_iter(world.names("x")), ["web", "web-a"]);
-    world.mask(None).settle();
-    assert_eq!(Vec::from_iter(world.names("x")), ["web-a", "web-b"]);
-}
-
-#[test]
 fn somebody_elses_object_is_left_alone() {
     let mut world = World::deployment();
     world.place(&["a"]).settle();
@@ -630,37 +323,6 @@ fn what_a_member_says_is_taken_with_care() {
     let status = world.plan().status;
     assert_eq!(status.replicas, Some(i64::from(i32::MAX)));
     assert!(serde_json::to_string(&status).expect("status").len() < 2000);
-}
-
-#[test]
-fn deletion_waits_for_every_member() {
-    let mut world = World::deployment();
-    world.place(&["a", "b", "c"]).settle();
-    world.object.metadata.deletion_timestamp =
-        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
-    world.members.get_mut("y").expect("y").state = unreachable();
-    let plan = world.settle();
-    assert!(!plan.finished);
-    assert!(world.names("x").is_empty());
-    assert_eq!(world.status().units.len(), 1);
-    assert_eq!(
-        (world.unit("c").phase, world.unit("c").reason.as_deref()),
-        (Phase::Removing, Some("NoTunnel"))
-    );
-    world.members.get_mut("y").expect("y").state = MemberState::Synced;
-    assert!(world.settle().finished);
-    assert!(world.names("y").is_empty());
-}
-
-#[test]
-fn orphaning_takes_the_marks_off() {
-    let mut world = World::deployment();
-    world.place(&["a"]).settle();
-    world.object.metadata.annotations = Some([("kubefed.io/orphan".to_owned(), "true".to_owned())].into());
-    world.object.metadata.deletion_timestamp =
-        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
-    assert!(world.settle().finished);
-    assert_eq!(world.live("x", "web-a")["metadata"]["labels"], json!({}));
 }
 
 #[test]
@@ -782,30 +444,6 @@ fn the_member_keeps_its_replicas_unless_they_are_overridden() {
 }
 
 #[test]
-fn deletions_are_as_the_annotation_says() {
-    let mut world = World::deployment();
-    world.place(&["a"]);
-    world.settle();
-    let say = |world: &mut World, text: &str| {
-        let annotations = [("kubefed.io/deleteoption".to_owned(), text.to_owned())].into();
-        world.object.metadata.annotations = Some(annotations);
-        world.object.metadata.deletion_timestamp =
-            Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
-        world.plan()
-    };
-    let plan = say(&mut world, r#"{"propagationPolicy": "Foreground", "gracePeriodSeconds": 7}"#);
-    let Action::Delete { options, .. } = &plan.writes[0].action else { panic!("{plan:?}") };
-    assert_eq!(
-        (options.propagation_policy.as_deref(), options.grace_period_seconds),
-        (Some("Foreground"), Some(7))
-    );
-    let plan = say(&mut world, "rubbish");
-    assert!(
-        matches!(&plan.writes[0].action, Action::Delete { options, .. } if *options == Default::default())
-    );
-}
-
-#[test]
 fn a_federated_namespace_has_the_name_of_its_namespace() {
     let mut world = World::new(2, json!({}));
     world.place(&["a", "c"]);
@@ -880,25 +518,4 @@ fn another_version_of_a_type_is_named() {
     assert_eq!(world.unit("a").phase, Phase::Synced);
     assert_eq!(world.unit("c").reason.as_deref(), Some("VersionNotServed"));
     assert!(world.unit("c").message.as_deref().is_some_and(|text| text.contains("v1beta1, v1beta2")));
-}
-
-#[test]
-fn a_deletion_does_not_wait_where_tombstones_are_wanted() {
-    let mut world = World::deployment();
-    world.place(&["a", "b", "c"]);
-    world.settle();
-    world.members.get_mut("x").expect("x").state = unreachable();
-    world.object.metadata.annotations =
-        Some([("cellway.io/unreachable".to_owned(), "Tombstone".to_owned())].into());
-    // Taken out of the placement it waits: the object is still there to remember it.
-    world.place(&["c"]);
-    assert!(world.settle().tombstones.is_empty());
-    world.object.metadata.deletion_timestamp =
-        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
-    let plan = world.plan();
-    let buried: Vec<_> =
-        plan.tombstones.iter().map(|stone| (stone.cluster.as_str(), stone.name.as_str())).collect();
-    assert_eq!(buried, [("x", "web-a"), ("x", "web-b")]);
-    world.carry_out(&plan);
-    assert!(world.plan().finished);
 }

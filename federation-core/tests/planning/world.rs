@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use federation_core::api::{
     Cell, CellSpec, FederatedObject, FederatedRevision, FederatedSpec, FederatedStatus, KubeFedCluster,
-    KubeFedClusterSpec, PlacementMask, PropagationConfig, ReplicaSchedulingPreferenceSpec, UnitReference,
-    UnitStatus,
+    KubeFedClusterSpec, Override, PlacementMask, PropagationConfig, ReplicaSchedulingPreferenceSpec,
+    UnitReference, UnitStatus,
 };
 use federation_core::drift;
 use federation_core::metadata::PropagationRules;
@@ -252,4 +252,19 @@ fn merged(
             "updatedReplicas": replicas, "readyReplicas": replicas, "availableReplicas": replicas});
     }
     object
+}
+
+/// An override of one unit's replicas.
+pub(crate) fn replicas(unit: &str, value: i64) -> Override {
+    Override {
+        units: Some(vec![unit.into()]),
+        unit_selector: None,
+        patches: serde_json::from_value(json!([{"path": "/spec/replicas", "value": value}]))
+            .expect("patches"),
+    }
+}
+
+/// The state of a member without a tunnel.
+pub(crate) fn unreachable() -> MemberState {
+    MemberState::Unreachable { reason: "NoTunnel".into(), message: "no tunnel is connected".into() }
 }

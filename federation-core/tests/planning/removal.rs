@@ -1,0 +1,113 @@
+//! What goes, and when, as stories: units that are taken out, deletions, orphans, tombstones.
+
+use crate::world::{World, unreachable};
+use federation_core::api::Phase;
+use federation_core::plan::{Action, MemberState};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use serde_json::json;
+
+#[test]
+fn a_deletion_before_the_first_status_looks_everywhere() {
+    let mut world = World::deployment();
+    let plan = world.place(&["c"]).plan();
+    for write in &plan.writes {
+        world.apply(&write.cluster, &write.object, &write.action);
+    }
+    // The controller died here. The placement changed, the member is away, and the object is deleted.
+    world.place(&["a"]);
+    world.object.metadata.deletion_timestamp =
+        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+    world.members.get_mut("y").expect("y").state = unreachable();
+    assert!(!world.settle().finished);
+    world.members.get_mut("y").expect("y").state = MemberState::Synced;
+    assert!(world.settle().finished);
+    assert!(world.names("y").is_empty());
+}
+
+#[test]
+fn a_unit_taken_out_loses_its_object_and_no_other() {
+    let mut world = World::deployment();
+    world.place(&["a", "b", "c"]).settle();
+    world.place(&["a", "c"]).settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web-a"]);
+    assert_eq!(world.status().units.len(), 2);
+    // The mask does not keep what is no longer placed.
+    world.mask(Some(&[])).place(&["c"]).settle();
+    assert!(world.names("x").is_empty());
+}
+
+#[test]
+fn deletion_waits_for_every_member() {
+    let mut world = World::deployment();
+    world.place(&["a", "b", "c"]).settle();
+    world.object.metadata.deletion_timestamp =
+        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+    world.members.get_mut("y").expect("y").state = unreachable();
+    let plan = world.settle();
+    assert!(!plan.finished);
+    assert!(world.names("x").is_empty());
+    assert_eq!(world.status().units.len(), 1);
+    assert_eq!(
+        (world.unit("c").phase, world.unit("c").reason.as_deref()),
+        (Phase::Removing, Some("NoTunnel"))
+    );
+    world.members.get_mut("y").expect("y").state = MemberState::Synced;
+    assert!(world.settle().finished);
+    assert!(world.names("y").is_empty());
+}
+
+#[test]
+fn orphaning_takes_the_marks_off() {
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    world.object.metadata.annotations = Some([("kubefed.io/orphan".to_owned(), "true".to_owned())].into());
+    world.object.metadata.deletion_timestamp =
+        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+    assert!(world.settle().finished);
+    assert_eq!(world.live("x", "web-a")["metadata"]["labels"], json!({}));
+}
+
+#[test]
+fn deletions_are_as_the_annotation_says() {
+    let mut world = World::deployment();
+    world.place(&["a"]);
+    world.settle();
+    let say = |world: &mut World, text: &str| {
+        let annotations = [("kubefed.io/deleteoption".to_owned(), text.to_owned())].into();
+        world.object.metadata.annotations = Some(annotations);
+        world.object.metadata.deletion_timestamp =
+            Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+        world.plan()
+    };
+    let plan = say(&mut world, r#"{"propagationPolicy": "Foreground", "gracePeriodSeconds": 7}"#);
+    let Action::Delete { options, .. } = &plan.writes[0].action else { panic!("{plan:?}") };
+    assert_eq!(
+        (options.propagation_policy.as_deref(), options.grace_period_seconds),
+        (Some("Foreground"), Some(7))
+    );
+    let plan = say(&mut world, "rubbish");
+    assert!(
+        matches!(&plan.writes[0].action, Action::Delete { options, .. } if *options == Default::default())
+    );
+}
+
+#[test]
+fn a_deletion_does_not_wait_where_tombstones_are_wanted() {
+    let mut world = World::deployment();
+    world.place(&["a", "b", "c"]);
+    world.settle();
+    world.members.get_mut("x").expect("x").state = unreachable();
+    world.object.metadata.annotations =
+        Some([("cellway.io/unreachable".to_owned(), "Tombstone".to_owned())].into());
+    // Taken out of the placement it waits: the object is still there to remember it.
+    world.place(&["c"]);
+    assert!(world.settle().tombstones.is_empty());
+    world.object.metadata.deletion_timestamp =
+        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+    let plan = world.plan();
+    let buried: Vec<_> =
+        plan.tombstones.iter().map(|stone| (stone.cluster.as_str(), stone.name.as_str())).collect();
+    assert_eq!(buried, [("x", "web-a"), ("x", "web-b")]);
+    world.carry_out(&plan);
+    assert!(world.plan().finished);
+}
