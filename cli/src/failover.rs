@@ -4,14 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use federation_core::api::{
     Cell as CellObject, Failover, FailoverPhase, FailoverStatus, FederatedObject, FederatedTypeConfig,
-    KubeFedCluster, Placement, TopologyType, UnitReference,
+    KubeFedCluster, LossPhase, LossStatus, Placement, TopologyType, UnitReference, Verdict,
 };
 use federation_core::capacity::Room;
-use federation_core::metadata::PropagationRules;
+use federation_core::evacuation::{self, Move};
 use federation_core::names::FEDERATION_NAMESPACE;
-use federation_core::render::render;
-use federation_core::revision::snapshot;
-use federation_core::topology::{Topology, Unit};
+use federation_core::topology::Topology;
 use federation_core::types::FederatedType;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt as _};
@@ -33,7 +31,7 @@ pub(crate) enum FailoverCommand {
     Cell(FailoverArgs),
     /// Give up a cluster with all its cells.
     Cluster(FailoverArgs),
-    /// List what is given up, or on its way back, and how far that is.
+    /// List what is given up, or on its way back, and how far that is; and what may be lost by the word of others.
     List(ListArgs),
 }
 
@@ -75,21 +73,13 @@ enum What {
     Cluster,
 }
 
-/// What would become of one workload.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Move {
-    kind: String,
-    namespace: String,
-    name: String,
-    unit: String,
-    /// Replicas that the unit has.
-    replicas: i64,
-    /// How many of them there is room for elsewhere, and where.
-    fit: i64,
-    to: BTreeMap<String, i64>,
-    /// Why not all, or why nothing moves.
-    note: Option<String>,
+impl What {
+    fn topology(self) -> TopologyType {
+        match self {
+            Self::Cell => TopologyType::Cell,
+            Self::Cluster => TopologyType::Cluster,
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -99,6 +89,8 @@ struct Row {
     name: String,
     reason: Option<String>,
     declared: bool,
+    /// What its policy sees.
+    loss: Option<LossStatus>,
     #[serde(flatten)]
     status: Option<FailoverStatus>,
 }
@@ -135,9 +127,10 @@ async fn declare(what: What, args: FailoverArgs) -> Result<()> {
         step_percent: args.step,
         ignore_capacity: args.ignore_capacity,
         reason: args.reason.clone(),
+        by_policy: false,
     };
     let moves = preview(&hub, what, &args.name, &failover, &tried).await?;
-    let short: i64 = moves.iter().filter(|one| one.note.is_some()).map(|one| one.replicas - one.fit).sum();
+    let short: i64 = moves.iter().map(Move::short).sum();
     if args.dry_run {
         return print(args.output.output, moves);
     }
@@ -161,7 +154,8 @@ async fn declare(what: What, args: FailoverArgs) -> Result<()> {
 
 /// All fields: a merge patch keeps what it does not name, and what was said before does not hold beside what is said now.
 fn whole(failover: &Failover) -> serde_json::Result<Value> {
-    let mut whole = json!({"to": null, "stepPercent": null, "ignoreCapacity": null, "reason": null});
+    let mut whole =
+        json!({"to": null, "stepPercent": null, "ignoreCapacity": null, "reason": null, "byPolicy": null});
     let said = serde_json::to_value(failover)?;
     for (field, value) in said.as_object().into_iter().flatten() {
         whole[field] = value.clone();
@@ -207,7 +201,6 @@ async fn preview(hub: &Hub, what: What, name: &str, failover: &Failover, tried: 
     let topology = Topology::new(&all_cells, &all_clusters);
     let api: Api<FederatedTypeConfig> = Api::namespaced(hub.client().clone(), FEDERATION_NAMESPACE);
     let configs = api.list(&ListParams::default()).await.map_err(explain("list the federated types"))?;
-    let mut rooms = Rooms { hub, known: BTreeMap::new() };
     let mut moves = Vec::new();
     for of in configs.items.iter().filter_map(|config| FederatedType::from_config(config).ok()) {
         if !of.has_replicas() {
@@ -219,128 +212,32 @@ async fn preview(hub: &Hub, what: What, name: &str, failover: &Failover, tried: 
         for object in listed.items {
             let value = serde_json::to_value(&object).map_err(|error| Error::failed(tried, error))?;
             let Ok(object) = serde_json::from_value::<FederatedObject>(value) else { continue };
-            for unit in leaving(&object, what, name) {
-                moves.push(one_move(&mut rooms, &topology, &of, &object, &unit, failover).await);
-            }
+            moves.extend(evacuation::moves(&topology, &of, &object, what.topology(), name));
         }
+    }
+    let any = failover.ignore_capacity;
+    let clusters = moves.iter().flat_map(Move::clusters).map(str::to_owned);
+    let mut rooms = read_rooms(hub, clusters.filter(|_| !any).collect()).await;
+    for one in &mut moves {
+        one.fit(&mut rooms, any);
     }
     Ok(moves)
 }
 
-/// Names of an object's own units that lie in what is given up.
-fn leaving(object: &FederatedObject, what: What, name: &str) -> Vec<String> {
-    let by_cell = object.spec.topology_type == TopologyType::Cell;
-    let units = object.status.iter().flat_map(|status| &status.units).filter(|unit| !unit.stand_in);
-    units
-        .filter(|unit| match what {
-            What::Cell => by_cell && unit.name == name,
-            What::Cluster => unit.cluster == name,
-        })
-        .map(|unit| unit.name.clone())
-        .collect()
-}
-
-async fn one_move(
-    rooms: &mut Rooms<'_>,
-    topology: &Topology,
-    of: &FederatedType,
-    object: &FederatedObject,
-    name: &str,
-    failover: &Failover,
-) -> Move {
-    let status = object.status.clone().unwrap_or_default();
-    let namespace = object.namespace().unwrap_or_default();
-    let record = status.units.iter().find(|unit| unit.name == name);
-    let observed = record.and_then(|unit| unit.observed.as_ref()?.get("desiredReplicas")?.as_i64());
-    let moved = record.and_then(|unit| Some(unit.evacuation.as_ref()?.moved)).unwrap_or(0);
-    let template = object.spec.template["spec"]["replicas"].as_i64();
-    let replicas = observed.or(template).unwrap_or(1) + moved;
-    let mut done = Move {
-        kind: of.target.kind.clone(),
-        namespace: namespace.clone(),
-        name: object.name_any(),
-        unit: name.to_owned(),
-        replicas,
-        fit: 0,
-        to: BTreeMap::new(),
-        note: None,
-    };
-    if object.spec.retain_replicas {
-        done.fit = replicas;
-        done.note = Some("members decide about its replicas (retainReplicas): nothing is moved".into());
-        return done;
-    }
-    let kind = object.spec.topology_type;
-    let own: BTreeMap<String, &Unit> = status
-        .units
-        .iter()
-        .filter_map(|unit| Some((unit.name.clone(), topology.unit(kind, &unit.name)?)))
-        .collect();
-    let more = topology.stand_ins(kind, own.values().copied());
-    let targets: BTreeMap<String, &Unit> = own.into_iter().chain(more).collect();
-    let plain = snapshot(object, &PropagationRules::new([]), BTreeMap::new());
-    let mut problems = BTreeSet::new();
-    let mut candidates = 0;
-    for (target, unit) in targets {
-        if topology.failover_of(unit).is_some() {
-            continue;
-        }
-        candidates += 1;
-        let left = replicas - done.fit;
-        let Ok(rendered) = render(of, &namespace, &done.name, &plain, unit) else {
-            problems.insert(format!("{target}: its object cannot be rendered"));
-            continue;
+/// Reads the rooms of the members that decide.
+async fn read_rooms(
+    hub: &Hub,
+    clusters: BTreeSet<String>,
+) -> BTreeMap<String, std::result::Result<Room, String>> {
+    let mut rooms = BTreeMap::new();
+    for cluster in clusters {
+        let room = match hub.member(&cluster).await {
+            Ok(client) => read_room(&client).await,
+            Err(error) => Err(error.to_string()),
         };
-        let pod = rendered.at("")["spec"]["template"]["spec"].clone();
-        let given = if failover.ignore_capacity {
-            left
-        } else {
-            match rooms.of(&unit.cluster).await {
-                Ok(room) => room.take(&pod, left),
-                Err(why) => {
-                    problems.insert(format!("{target}: {why}"));
-                    0
-                }
-            }
-        };
-        if given > 0 {
-            done.fit += given;
-            done.to.insert(target, given);
-        }
+        rooms.insert(cluster, room);
     }
-    if done.fit < replicas {
-        done.note = Some(if candidates == 0 {
-            "no other unit can take over".into()
-        } else if problems.is_empty() {
-            "no room for the rest".into()
-        } else {
-            problems.into_iter().collect::<Vec<_>>().join("; ")
-        });
-    }
-    done
-}
-
-/// The rooms of members, read when they are needed.
-struct Rooms<'a> {
-    hub: &'a Hub,
-    known: BTreeMap<String, std::result::Result<Room, String>>,
-}
-
-impl Rooms<'_> {
-    async fn of(&mut self, cluster: &str) -> std::result::Result<&mut Room, String> {
-        if !self.known.contains_key(cluster) {
-            let read = match self.hub.member(cluster).await {
-                Ok(client) => read_room(&client).await,
-                Err(error) => Err(error.to_string()),
-            };
-            self.known.insert(cluster.to_owned(), read);
-        }
-        match self.known.get_mut(cluster) {
-            Some(Ok(room)) => Ok(room),
-            Some(Err(why)) => Err(why.clone()),
-            None => Err("not read".into()),
-        }
-    }
+    rooms
 }
 
 async fn read_room(client: &Client) -> std::result::Result<Room, String> {
@@ -392,23 +289,29 @@ async fn list(args: ListArgs) -> Result<()> {
     let all_cells = cells(&hub).list(&ListParams::default()).await.map_err(explain("list the cells"))?;
     let all_clusters =
         clusters(&hub).list(&ListParams::default()).await.map_err(explain("list the clusters"))?;
-    let row = |kind, name, spec: &Option<Failover>, status: Option<FailoverStatus>| {
-        let reason = spec.as_ref().and_then(|spec| spec.reason.clone());
-        (spec.is_some() || status.is_some()).then_some(Row {
-            kind,
-            name,
-            reason,
-            declared: spec.is_some(),
-            status,
-        })
-    };
+    let row =
+        |kind, name, spec: &Option<Failover>, status: Option<FailoverStatus>, loss: Option<LossStatus>| {
+            let suspected = loss.as_ref().filter(|loss| loss.phase == LossPhase::Suspected);
+            let said = spec.as_ref().and_then(|spec| spec.reason.clone());
+            let reason = said.or_else(|| suspected.map(missed_by));
+            (spec.is_some() || status.is_some() || suspected.is_some()).then_some(Row {
+                kind,
+                name,
+                reason,
+                declared: spec.is_some(),
+                loss,
+                status,
+            })
+        };
     let of_clusters = all_clusters.items.iter().filter_map(|one| {
         let status = one.status.as_ref().and_then(|status| status.failover.clone());
-        row("cluster", one.name_any(), &one.spec.failover, status)
+        let loss = one.status.as_ref().and_then(|status| status.loss.clone());
+        row("cluster", one.name_any(), &one.spec.failover, status, loss)
     });
     let of_cells = all_cells.items.iter().filter_map(|one| {
         let status = one.status.as_ref().and_then(|status| status.failover.clone());
-        row("cell", one.name_any(), &one.spec.failover, status)
+        let loss = one.status.as_ref().and_then(|status| status.loss.clone());
+        row("cell", one.name_any(), &one.spec.failover, status, loss)
     });
     let items = Items { items: of_clusters.chain(of_cells).collect::<Vec<_>>() };
     output::print(args.output.output, &items, |items| {
@@ -418,6 +321,7 @@ async fn list(args: ListArgs) -> Result<()> {
         for row in &items.items {
             let status = row.status.clone().unwrap_or_default();
             let (word, paint) = match (&row.status, status.phase) {
+                (None, _) if !row.declared => ("suspected", Paint::Warn),
                 (None, _) => ("declared", Paint::Warn),
                 (_, FailoverPhase::Evacuating) => ("evacuating", Paint::Warn),
                 (_, FailoverPhase::Evacuated) => ("evacuated", Paint::Good),
@@ -438,6 +342,15 @@ async fn list(args: ListArgs) -> Result<()> {
     })
 }
 
+/// Who does not reach it, and what keeps it from being given up.
+fn missed_by(loss: &LossStatus) -> String {
+    let missing = loss.votes.iter().filter(|vote| vote.says == Verdict::Unreachable);
+    let names: BTreeSet<&str> = missing.map(|vote| vote.from.as_str()).collect();
+    let names = names.into_iter().collect::<Vec<_>>().join(", ");
+    let why = loss.message.as_ref().map(|why| format!("; {why}")).unwrap_or_default();
+    format!("not reached by {names}{why}")
+}
+
 fn cells(hub: &Hub) -> Api<CellObject> {
     Api::all(hub.client().clone())
 }
@@ -448,12 +361,31 @@ fn clusters(hub: &Hub) -> Api<KubeFedCluster> {
 
 #[cfg(test)]
 mod tests {
+    use federation_core::api::Vote;
+
     use super::*;
+
+    #[test]
+    fn a_suspicion_says_whose() {
+        let vote = |from: &str, says| Vote { from: from.into(), says, ..Vote::default() };
+        let votes = vec![
+            vote("hub", Verdict::Unreachable),
+            vote("west", Verdict::Unreachable),
+            vote("west", Verdict::Unreachable),
+            vote("north", Verdict::Reachable),
+        ];
+        let loss =
+            LossStatus { votes, message: Some("not given up: no room".into()), ..LossStatus::default() };
+        assert_eq!(missed_by(&loss), "not reached by hub, west; not given up: no room");
+    }
 
     #[test]
     fn what_was_said_before_does_not_stay() {
         let value = whole(&Failover { step_percent: Some(50), ..Failover::default() }).expect("json");
-        assert_eq!(value, json!({"to": null, "stepPercent": 50, "ignoreCapacity": null, "reason": null}));
+        assert_eq!(
+            value,
+            json!({"to": null, "stepPercent": 50, "ignoreCapacity": null, "reason": null, "byPolicy": null})
+        );
         let units = Some(vec![UnitReference { name: "c".into() }]);
         let to = Some(Placement { units, unit_selector: None });
         let value = whole(&Failover { to, ..Failover::default() }).expect("json");

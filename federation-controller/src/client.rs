@@ -23,7 +23,7 @@ use parking_lot::RwLock;
 use thiserror::Error;
 use tower::{Service, ServiceExt as _};
 
-use crate::connector::{BoxedIo, ConnectError, Connector, Destination};
+use crate::connector::{BoxedIo, ConnectError, Connector, Destination, To};
 use crate::credentials::Way;
 
 /// Greatest response of a member, a whole watch included (a watch is begun again every few minutes). A page of a
@@ -35,16 +35,24 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_IDLE: usize = 4;
 /// An idle connection is given up before the proxies on the way give it up.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-/// The name that requests carry in `Host`. The gateway answers under any.
-const AUTHORITY: &str = "kube-apiserver.gateway.cellway";
-
-/// The end of the name under which connections with a credential of the hub are pooled: `<number>.<this>`. Each
-/// credential has its own number, so that no connection made with an old one carries a request for a new one.
-const DIRECT: &str = "direct.cellway";
+/// The name that requests to the gateway carry in `Host`. It answers under any.
+const GATEWAY_HOST: HeaderValue = HeaderValue::from_static("kube-apiserver.gateway.cellway");
+/// The end of the name under which connections are pooled: `<number>.<this>`. Each way has its own number, and a request
+/// and the connection that is made for it go by the same one: what belongs to one way never goes along another.
+const POOLED: &str = "way.cellway";
 
 /// The way to a member, which may change while it is used. Clones share it.
 #[derive(Debug, Clone)]
-pub(crate) struct Path(Arc<RwLock<(u64, Way)>>);
+pub(crate) struct Path(Arc<RwLock<Ways>>);
+
+#[derive(Debug)]
+struct Ways {
+    /// How many there were before the present one.
+    number: u64,
+    now: Way,
+    /// The one before, for requests that were on their way already; none when that is not to be used any more.
+    before: Option<Way>,
+}
 
 /// Who the controller is towards members.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,6 +87,7 @@ impl Identity {
         let value =
             |name: &String| HeaderValue::from_str(name).map_err(|_| IdentityError { name: name.clone() });
         let mut headers = HeaderMap::new();
+        headers.insert(http::header::HOST, GATEWAY_HOST);
         headers.insert(HeaderName::from_static("impersonate-user"), value(&self.user)?);
         for group in &self.groups {
             headers.append(HeaderName::from_static("impersonate-group"), value(group)?);
@@ -130,15 +139,16 @@ pub(crate) fn connect_error(error: &kube::Error) -> Option<&ConnectError> {
 }
 
 fn addressed(mut request: Request<Body>, gateway: &HeaderMap, path: &Path) -> Request<Body> {
-    let (number, way) = path.now();
-    let (authority, prefix, headers) = match &way {
-        Way::Gateway | Way::Closed(_) => (Authority::from_static(AUTHORITY), "", gateway.clone()),
-        Way::Direct(access) => {
-            let name = Authority::try_from(format!("{number}.{DIRECT}"));
-            // A number and a name: they are an authority.
-            (name.unwrap_or(Authority::from_static(DIRECT)), access.prefix.as_str(), login(access))
-        }
+    let (number, way) = path.numbered();
+    let (prefix, headers) = match &way {
+        Way::Gateway => ("", gateway.clone()),
+        // No connection comes about for it.
+        Way::Closed(_) | Way::Unusable(_) => ("", HeaderMap::new()),
+        Way::Direct(access) => (access.prefix.as_str(), login(access)),
     };
+    let name = Authority::try_from(format!("{number}.{POOLED}"));
+    // A number and a name: they are an authority. Without a number no connection comes about.
+    let authority = name.unwrap_or(Authority::from_static(POOLED));
     let mut parts = std::mem::take(request.uri_mut()).into_parts();
     parts.scheme = Some(Scheme::HTTP);
     parts.authority = Some(authority);
@@ -187,19 +197,38 @@ struct Stream(TokioIo<BoxedIo>);
 
 impl Path {
     pub(crate) fn new(way: Way) -> Self {
-        Self(Arc::new(RwLock::new((0, way))))
+        Self(Arc::new(RwLock::new(Ways { number: 0, now: way, before: None })))
     }
 
-    /// The way, and how many there were before it.
-    pub(crate) fn now(&self) -> (u64, Way) {
-        self.0.read().clone()
+    /// The way.
+    pub(crate) fn now(&self) -> Way {
+        self.0.read().now.clone()
     }
 
-    /// Another way from now on; requests under way end as they began.
+    /// The way with its number.
+    fn numbered(&self) -> (u64, Way) {
+        let ways = self.0.read();
+        (ways.number, ways.now.clone())
+    }
+
+    /// The way of this number, while it may be used.
+    fn of(&self, number: u64) -> Option<Way> {
+        let ways = self.0.read();
+        if ways.number == number {
+            Some(ways.now.clone())
+        } else {
+            ways.before.clone().filter(|_| ways.number == number + 1)
+        }
+    }
+
+    /// Another way from now on. Requests under way end as they began; but nothing begins any more along a way that was
+    /// closed.
     pub(crate) fn turn(&self, way: Way) {
-        let mut at = self.0.write();
-        at.0 += 1;
-        at.1 = way;
+        let mut ways = self.0.write();
+        ways.number += 1;
+        let closed = matches!(way, Way::Closed(_));
+        let before = std::mem::replace(&mut ways.now, way);
+        ways.before = (!closed).then_some(before);
     }
 }
 
@@ -215,15 +244,23 @@ impl Service<Uri> for Dial {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, _: Uri) -> Self::Future {
+    fn call(&mut self, uri: Uri) -> Self::Future {
         let Self { cluster, path, connector } = self.clone();
         Box::pin(async move {
-            let direct = match path.now().1 {
-                Way::Gateway => None,
-                Way::Direct(access) => Some(access),
-                Way::Closed(message) => return Err(ConnectError::Unauthorized { cluster, message }),
+            let number =
+                uri.host().and_then(|host| host.strip_suffix(POOLED)?.strip_suffix('.')?.parse().ok());
+            let to = match number.and_then(|number| path.of(number)) {
+                Some(Way::Gateway) => To::Gateway,
+                Some(Way::Direct(access)) => To::Api(access),
+                Some(Way::Closed(message) | Way::Unusable(message)) => {
+                    return Err(ConnectError::Unauthorized { cluster, message });
+                }
+                None => {
+                    let message = "the way there has changed since the request began".to_owned();
+                    return Err(ConnectError::NotAnswering { cluster, message });
+                }
             };
-            let to = Destination { cluster: cluster.clone(), direct };
+            let to = Destination { cluster: cluster.clone(), to };
             match tokio::time::timeout(CONNECT_TIMEOUT, connector.oneshot(to)).await {
                 Ok(io) => Ok(Stream(TokioIo::new(io?))),
                 Err(_) => {
@@ -268,5 +305,88 @@ impl hyper::rt::Write for Stream {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use parking_lot::Mutex;
+
+    use super::*;
+    use crate::connector::connector;
+
+    fn direct(host: &str) -> Way {
+        Way::Direct(Arc::new(Access {
+            host: host.to_owned(),
+            port: 6443,
+            prefix: String::new(),
+            server_name: host.to_owned(),
+            ca: String::new(),
+            login: Login::Token(format!("token-of-{host}")),
+            secret: String::new(),
+        }))
+    }
+
+    /// Where requests are dialled to: the host of the direct way, or `gateway`.
+    fn dial(path: &Path) -> (Dial, Arc<Mutex<Vec<String>>>) {
+        let dialled: Arc<Mutex<Vec<String>>> = Arc::default();
+        let log = Arc::clone(&dialled);
+        let connector = connector(move |to: Destination| {
+            log.lock().push(match to.to {
+                To::Api(access) => access.host.clone(),
+                _ => "gateway".to_owned(),
+            });
+            std::future::ready(Ok(tokio::io::duplex(1).0))
+        });
+        (Dial { cluster: "east".into(), path: path.clone(), connector }, dialled)
+    }
+
+    fn request(path: &Path) -> Request<Body> {
+        let headers = Identity::default().headers().expect("headers");
+        addressed(Request::get("/version").body(Body::empty()).expect("request"), &headers, path)
+    }
+
+    #[tokio::test]
+    async fn a_request_and_its_connection_go_one_way() {
+        for (from, to) in
+            [(direct("one"), direct("two")), (direct("one"), Way::Gateway), (Way::Gateway, direct("two"))]
+        {
+            let path = Path::new(from.clone());
+            let (mut dial, dialled) = dial(&path);
+            let early = request(&path);
+            // The way turns between the request's headers and its connection.
+            path.turn(to.clone());
+            dial.call(early.uri().clone()).await.map(drop).expect("connects");
+            let late = request(&path);
+            dial.call(late.uri().clone()).await.map(drop).expect("connects");
+            assert_ne!(early.uri().authority(), late.uri().authority(), "they share no connection");
+            for (request, to) in [early, late].iter().zip(dialled.lock().iter()) {
+                let token = request
+                    .headers()
+                    .get(http::header::AUTHORIZATION)
+                    .map(|value| value.to_str().expect("text"));
+                let fits = if to == "gateway" { None } else { Some(format!("Bearer token-of-{to}")) };
+                assert_eq!(token.map(str::to_owned), fits);
+                assert_eq!(request.headers().contains_key("impersonate-user"), to == "gateway");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_begins_along_a_way_that_is_closed_or_long_gone() {
+        let path = Path::new(direct("one"));
+        let (mut dial, dialled) = dial(&path);
+        let early = request(&path);
+        path.turn(Way::Closed("the Secret is gone".into()));
+        let refused = dial.call(early.uri().clone()).await.map(drop);
+        assert!(matches!(refused, Err(ConnectError::NotAnswering { .. })), "{refused:?}");
+        let closed = request(&path);
+        assert!(!closed.headers().contains_key(http::header::AUTHORIZATION));
+        let refused = dial.call(closed.uri().clone()).await.map(drop);
+        assert!(matches!(refused, Err(ConnectError::Unauthorized { .. })), "{refused:?}");
+        path.turn(direct("two"));
+        path.turn(direct("three"));
+        assert!(dial.call(closed.uri().clone()).await.is_err());
+        assert!(dialled.lock().is_empty());
     }
 }

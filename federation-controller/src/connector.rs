@@ -25,10 +25,37 @@ pub type BoxedIo = Box<dyn Io>;
 pub struct Destination {
     /// The member.
     pub cluster: String,
-    /// `None`: its API gateway, in the clear. Else its API, inside TLS with what this says: the host and port to dial
-    /// from the member, the CA and the name that the server is checked with, and the client certificate, if that is the
-    /// credential. A token is not the connector's business.
-    pub direct: Option<Arc<Access>>,
+    /// What in it.
+    pub to: To,
+}
+
+/// What in a member a stream is to go to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum To {
+    /// Its API gateway, in the clear.
+    Gateway,
+    /// Its API, inside TLS with what this says: the host and port to dial from the member, the CA and the name that the
+    /// server is checked with, and the client certificate, if that is the credential. A token is not the connector's
+    /// business.
+    Api(Arc<Access>),
+    /// Something that the member is to look at.
+    Endpoint {
+        /// Host name or address, as the member resolves it; IPv6 without brackets.
+        host: String,
+        /// Port.
+        port: u16,
+        /// With what TLS is made; `None`: in the clear.
+        tls: Option<Trust>,
+    },
+}
+
+/// What a server is checked with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trust {
+    /// PEM certificates.
+    pub ca: String,
+    /// The name that its certificate is checked for.
+    pub server_name: String,
 }
 
 /// Turns a destination into a byte stream. Dropping the future gives the attempt up.
@@ -51,8 +78,16 @@ pub enum ConnectError {
         /// What is wrong.
         message: String,
     },
+    /// Nobody has tried: the destination is not allowed, its name is not known there, or too much goes on.
+    #[error("cluster {cluster} does not connect: {message}")]
+    NotTried {
+        /// The member.
+        cluster: String,
+        /// Why.
+        message: String,
+    },
     /// The tunnel stands, and what is behind it does not answer.
-    #[error("the API gateway of cluster {cluster} does not answer: {message}")]
+    #[error("the API of cluster {cluster} does not answer: {message}")]
     NotAnswering {
         /// The member.
         cluster: String,

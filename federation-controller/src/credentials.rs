@@ -1,7 +1,8 @@
 //! Credentials that the hub holds for members: follows the Secrets that clusters name, and hands them to the members.
 //!
-//! A member with a credential that works goes on with it until the new one has been tried and works too, so that a
-//! rotation fails no request and a wrong Secret breaks nothing that ran.
+//! A member with a credential goes on with it until the new one has been tried and works, or the old one is refused, so
+//! that a rotation fails no request and a wrong Secret breaks nothing that ran. A Secret that is deleted, or not named any
+//! more, is not used from that moment on.
 
 use std::fmt;
 use std::sync::Arc;
@@ -24,8 +25,20 @@ pub(crate) enum Way {
     Gateway,
     /// Straight through the tunnel, with a credential that the hub holds.
     Direct(Arc<Access>),
-    /// Not at all, for this reason.
+    /// Not at all, because the Secret is gone.
     Closed(String),
+    /// Not, because the Secret holds nothing that can be used.
+    Unusable(String),
+}
+
+impl Way {
+    /// The Secret that it goes by, for people.
+    pub(crate) fn secret(&self) -> Option<String> {
+        match self {
+            Self::Direct(access) => Some(access.secret.clone()),
+            Self::Gateway | Self::Closed(_) | Self::Unusable(_) => None,
+        }
+    }
 }
 
 /// A Secret that nothing prints.
@@ -47,7 +60,7 @@ impl Sealed {
     pub(crate) fn way(&self, cluster: &KubeFedCluster) -> Way {
         match read(cluster, &self.0) {
             Ok(access) => Way::Direct(Arc::new(access)),
-            Err(error) => Way::Closed(error.to_string()),
+            Err(error) => Way::Unusable(error.to_string()),
         }
     }
 }

@@ -7,10 +7,17 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
+use federation_core::revision::hash;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::api::events::v1::Event as NamedEvent;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use kube::Api;
+use kube::api::PostParams;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
+use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::debug;
@@ -30,6 +37,10 @@ const COPIED_RATE: u32 = 10;
 const COPIED_BURST: u32 = 100;
 /// Longest note that the API takes, in bytes.
 const LONGEST_NOTE: usize = 1000;
+/// Digits of what an Event that is told once is called.
+const DIGITS: usize = 16;
+/// Of the object's name, what fits beside them into an Event's.
+const LONGEST_NAME: usize = 253 - 1 - DIGITS;
 /// Longest time for one event.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// What the events say of themselves.
@@ -50,6 +61,8 @@ struct Entry {
     warning: bool,
     reason: Cow<'static, str>,
     note: String,
+    /// What it is about, where it is told once only, whoever tells it.
+    once: Option<String>,
 }
 
 /// Publishes events.
@@ -78,29 +91,37 @@ pub(crate) fn channel(dropped: Counter) -> (Events, Publisher) {
 
 impl Events {
     pub(crate) fn normal(&self, about: &ObjectReference, reason: &'static str, note: String) {
-        self.send(about, false, reason.into(), note);
+        self.send(about, false, reason.into(), note, None);
     }
 
     pub(crate) fn warning(&self, about: &ObjectReference, reason: &'static str, note: String) {
-        self.send(about, true, reason.into(), note);
+        self.send(about, true, reason.into(), note, None);
     }
 
-    /// A member's own Warning. It is paced: members choose how many there are.
-    pub(crate) fn copied(&self, about: &ObjectReference, reason: String, note: String) {
+    /// A member's own Warning. It is paced: members choose how many there are. What says the same thing (`what`) of the same
+    /// object is one Event, also when another controller has told it already.
+    pub(crate) fn copied(&self, about: &ObjectReference, reason: String, note: String, what: String) {
         if !self.pace.lock().try_take(Instant::now()) {
             self.dropped.inc();
             return;
         }
-        self.send(about, true, reason.into(), note);
+        self.send(about, true, reason.into(), note, Some(what));
     }
 
-    fn send(&self, about: &ObjectReference, warning: bool, reason: Cow<'static, str>, mut note: String) {
+    fn send(
+        &self,
+        about: &ObjectReference,
+        warning: bool,
+        reason: Cow<'static, str>,
+        mut note: String,
+        once: Option<String>,
+    ) {
         let mut end = note.len().min(LONGEST_NOTE);
         while !note.is_char_boundary(end) {
             end -= 1;
         }
         note.truncate(end);
-        if self.queue.try_send(Entry { about: about.clone(), warning, reason, note }).is_err() {
+        if self.queue.try_send(Entry { about: about.clone(), warning, reason, note, once }).is_err() {
             self.dropped.inc();
             debug!("an event was dropped: the hub takes them too slowly");
         }
@@ -112,7 +133,7 @@ impl Events {
 impl Publisher {
     /// Publishes until every [`Events`] is gone.
     pub(crate) async fn run(mut self, hub: kube::Client) {
-        let recorder = Recorder::new(hub, Reporter { controller: REPORTER.into(), instance: None });
+        let recorder = Recorder::new(hub.clone(), Reporter { controller: REPORTER.into(), instance: None });
         let mut calm = Calm::default();
         let mut look: Option<Instant> = None;
         loop {
@@ -124,6 +145,9 @@ impl Publisher {
             };
             tokio::select! {
                 entry = self.queue.recv() => match entry {
+                    Some(Entry { once: Some(what), about, reason, note, .. }) => {
+                        publish_once(&hub, once(about, &reason, note, &what)).await;
+                    }
                     Some(entry) if entry.warning => publish(&recorder, entry).await,
                     Some(entry) => {
                         look.get_or_insert_with(|| Instant::now() + CALM);
@@ -184,9 +208,60 @@ async fn publish(recorder: &Recorder, entry: Entry) {
     }
 }
 
+/// A Warning whose name says what it is about, so that there is one of it.
+fn once(about: ObjectReference, reason: &str, note: String, what: &str) -> NamedEvent {
+    let mut digest = hash(&json!([about.uid, reason, what]));
+    digest.truncate(DIGITS);
+    let object: String = about.name.iter().flat_map(|name| name.chars()).take(LONGEST_NAME).collect();
+    NamedEvent {
+        metadata: ObjectMeta {
+            name: Some(format!("{object}.{digest}")),
+            namespace: Some(about.namespace.clone().unwrap_or_else(|| "default".into())),
+            ..ObjectMeta::default()
+        },
+        action: Some(reason.to_owned()),
+        reason: Some(reason.to_owned()),
+        note: Some(note),
+        type_: Some("Warning".into()),
+        event_time: Some(MicroTime(Timestamp::now())),
+        reporting_controller: Some(REPORTER.into()),
+        reporting_instance: Some(REPORTER.into()),
+        regarding: Some(about),
+        ..NamedEvent::default()
+    }
+}
+
+async fn publish_once(hub: &kube::Client, event: NamedEvent) {
+    let namespace = event.metadata.namespace.clone().unwrap_or_default();
+    let api: Api<NamedEvent> = Api::namespaced(hub.clone(), &namespace);
+    match tokio::time::timeout(TIMEOUT, api.create(&PostParams::default(), &event)).await {
+        Ok(Ok(_)) => {}
+        // It has been told.
+        Ok(Err(kube::Error::Api(status))) if status.code == 409 => {}
+        Ok(Err(error)) => debug!(error = chain(&error), "cannot publish an event"),
+        Err(_) => debug!("publishing an event took too long"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_told_once_has_one_name() {
+        let of = |uid: &str, what: &str| {
+            let about = ObjectReference {
+                uid: Some(uid.into()),
+                name: Some("w".repeat(300)),
+                ..ObjectReference::default()
+            };
+            once(about, "Failed", "pod web-1: no image".into(), what).metadata.name.expect("named")
+        };
+        assert_eq!(of("1", "no image"), of("1", "no image"));
+        assert_ne!(of("1", "no image"), of("1", "no room"));
+        assert_ne!(of("1", "no image"), of("2", "no image"));
+        assert!(of("1", "no image").len() <= 253);
+    }
 
     #[test]
     fn a_mass_change_costs_no_events() {
@@ -195,6 +270,7 @@ mod tests {
             warning: false,
             reason: "R".into(),
             note: String::new(),
+            once: None,
         };
         let mut calm = Calm::default();
         let mut round = |number: usize| {

@@ -114,6 +114,15 @@ fn tally(shared: &Shared, places: &BTreeMap<Place, GivenUp>) -> BTreeMap<Place, 
                 let evacuation = &unit["evacuation"];
                 let waiting = |why: &str| format!("{}/{}: {why}", key.namespace, key.name);
                 if evacuation.is_null() {
+                    match unit["phase"].as_str() {
+                        // It goes anyway.
+                        Some("Removing") => continue,
+                        Some("Missing") if of.spec.is_some() => {
+                            sum.waiting.push(waiting("not its unit any more: what is there stays there"));
+                            continue;
+                        }
+                        _ => {}
+                    }
                     if of.spec.is_some() && !excused {
                         *under_way = true;
                         sum.waiting.push(waiting("not looked at yet"));

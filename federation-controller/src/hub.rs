@@ -25,6 +25,7 @@ use tracing::{debug, warn};
 
 use crate::credentials::{Sealed, Way, missing};
 use crate::failover::{GivenUp, Place};
+use crate::loss::Watched;
 use crate::pace::watch_delay;
 
 /// A federated object: which type (its slot), and where.
@@ -196,6 +197,33 @@ impl HubState {
             (Place::Cluster(name.clone()), GivenUp { spec: cluster.spec.failover.clone(), status })
         });
         cells.chain(clusters).filter(|(_, of)| of.spec.is_some() || of.status.is_some()).collect()
+    }
+
+    /// Cells and clusters with a policy about their loss, or whose status still speaks of one.
+    pub(crate) fn watched(&self) -> BTreeMap<Place, Watched> {
+        let cells = self.cells.iter().map(|(name, cell)| {
+            let of = Watched {
+                policy: cell.spec.loss_policy.clone(),
+                failover: cell.spec.failover.clone(),
+                status: cell.status.as_ref().and_then(|status| status.loss.clone()),
+                cluster: cell.spec.cluster.clone(),
+                version: cell.metadata.resource_version.clone(),
+                uid: cell.metadata.uid.clone(),
+            };
+            (Place::Cell(name.clone()), of)
+        });
+        let clusters = self.clusters.iter().map(|(name, cluster)| {
+            let of = Watched {
+                policy: cluster.spec.loss_policy.clone(),
+                failover: cluster.spec.failover.clone(),
+                status: cluster.status.as_ref().and_then(|status| status.loss.clone()),
+                cluster: name.clone(),
+                version: cluster.metadata.resource_version.clone(),
+                uid: cluster.metadata.uid.clone(),
+            };
+            (Place::Cluster(name.clone()), of)
+        });
+        cells.chain(clusters).filter(|(_, of)| of.policy.is_some() || of.status.is_some()).collect()
     }
 
     /// Clusters where an object that stands in is needed still; `None` while not everything is known that may need it.

@@ -27,6 +27,7 @@ mod events;
 mod failover;
 mod hub;
 mod lease;
+mod loss;
 mod member;
 mod metrics;
 mod pace;
@@ -57,7 +58,7 @@ use tokio::time::Instant;
 use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
 pub use self::client::{Identity, IdentityError, member_client};
-pub use self::connector::{BoxedIo, ConnectError, Connector, Destination, Io, connector};
+pub use self::connector::{BoxedIo, ConnectError, Connector, Destination, Io, To, Trust, connector};
 use self::events::Events;
 use self::hub::{Change, HubState, ObjectKey, WatchTrouble, admit_all, follow};
 pub use self::lease::LeaseOptions;
@@ -157,6 +158,8 @@ pub(crate) struct Shared {
     clusters_changed: Notify,
     queue: WorkQueue<ObjectKey>,
     failures: Mutex<HashMap<ObjectKey, u32>>,
+    /// Held by whoever looks at rooms until it has claimed what it was given of them.
+    room_turn: Mutex<()>,
     /// Objects with a status that waits for the members' answers.
     unsettled: Mutex<HashMap<ObjectKey, Unsettled>>,
     events: Events,
@@ -263,6 +266,7 @@ impl Controller {
             clusters_changed: Notify::new(),
             queue: WorkQueue::new(),
             failures: Mutex::default(),
+            room_turn: Mutex::default(),
             unsettled: Mutex::default(),
             events,
             metrics: self.metrics.clone(),
@@ -281,6 +285,7 @@ impl Controller {
         tasks.spawn(tenants::run(Arc::clone(&shared)).instrument(info_span!("tenants")));
         tasks.spawn(credentials::run(Arc::clone(&shared)).instrument(info_span!("credentials")));
         tasks.spawn(failover::run(Arc::clone(&shared)).instrument(info_span!("failover")));
+        tasks.spawn(loss::run(Arc::clone(&shared)).instrument(info_span!("loss")));
         tasks.spawn(resync(Arc::clone(&shared)).instrument(info_span!("resync")));
         for _ in 0..shared.options.workers.max(1) {
             tasks.spawn(work(Arc::clone(&shared)).instrument(info_span!("reconcile")));

@@ -95,6 +95,8 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
         }
         let Some(object) = state.object(key) else {
             shared.unsettled.lock().remove(key);
+            drop(state);
+            shared.members().values().for_each(|member| member.claim(key, Vec::new(), |_| false));
             return Ok(());
         };
         let namespace = namespaces.map(|kind| state.namespace_placement(kind, &key.namespace));
@@ -134,33 +136,48 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
     let stands_in = federated.status.iter().flat_map(|status| &status.units).any(|unit| unit.stand_in);
     let held_stand_ins =
         if stands_in { shared.state.read().held_stand_ins(of, key) } else { Some(BTreeSet::new()) };
-    let mut views: BTreeMap<String, MemberView> = BTreeMap::new();
-    for (name, member) in &members {
-        // What has not begun is planned anew; what has begun is in the view.
-        member.cancel(key);
-        let cells = topology.cells_in(name);
-        let mut view = member.view(key, of, &mark, cells);
-        if rooms.contains(name) {
-            view.room = member.room(key);
-        }
-        views.insert(name.clone(), view);
-    }
     let stored = shared.state.read().revisions(of.revision_namespace(&key.namespace), &mark);
-    let revisions: Vec<&FederatedRevision> = stored.iter().map(AsRef::as_ref).collect();
-    let made = plan(&PlanInput {
-        of,
-        hub: shared.hub_id(),
-        object: &federated,
-        topology: &topology,
-        rules: &rules,
-        revisions: &revisions,
-        preference: preference.as_ref().map(|preference| &preference.spec),
-        namespace,
-        members: &views,
-        held_stand_ins: held_stand_ins.as_ref(),
-        adopt: shared.options.adopt,
-        now: &crate::now(),
-    });
+    let (views, made) = {
+        // What one object is given of a room is not there for the next.
+        let _turn = (!rooms.is_empty()).then(|| shared.room_turn.lock());
+        let mut views: BTreeMap<String, MemberView> = BTreeMap::new();
+        for (name, member) in &members {
+            // What has not begun is planned anew; what has begun is in the view.
+            member.cancel(key);
+            let cells = topology.cells_in(name);
+            let mut view = member.view(key, of, &mark, cells);
+            if rooms.contains(name) {
+                (view.room, view.claimed) = member.room(key);
+            }
+            views.insert(name.clone(), view);
+        }
+        let revisions: Vec<&FederatedRevision> = stored.iter().map(AsRef::as_ref).collect();
+        let mut made = plan(&PlanInput {
+            of,
+            hub: shared.hub_id(),
+            object: &federated,
+            topology: &topology,
+            rules: &rules,
+            revisions: &revisions,
+            preference: preference.as_ref().map(|preference| &preference.spec),
+            namespace,
+            members: &views,
+            held_stand_ins: held_stand_ins.as_ref(),
+            adopt: shared.options.adopt,
+            now: &crate::now(),
+        });
+        for (name, member) in &members {
+            let asks = rooms.contains(name);
+            let claims = made.claims.remove(name).filter(|_| asks).unwrap_or_default();
+            // A unit that nothing can be told about just now has what it had.
+            let has = |object: &str| {
+                let mut units = made.status.units.iter();
+                asks && units.any(|unit| unit.cluster == *name && unit.object.as_deref() == Some(object))
+            };
+            member.claim(key, claims, has);
+        }
+        (views, made)
+    };
     debug!(writes = made.writes.len(), summary = made.status.summary, "planned");
 
     for stone in &made.tombstones {
@@ -192,7 +209,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
     }
     for (name, member) in &members {
         let units = troubled.get(name.as_str()).map(Vec::as_slice).unwrap_or_default();
-        member.note_troubles(key, &pass.about, of.target_namespace(&key.namespace), units);
+        member.note_troubles(key, &pass.about, of, units);
     }
     for write in made.writes {
         if let Some(member) = members.get(&write.cluster) {

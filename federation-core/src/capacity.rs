@@ -120,8 +120,9 @@ impl Room {
             return;
         };
         let groups = self.bound.len();
-        // One that is going gives its room back soon.
-        if pod["metadata"]["deletionTimestamp"].is_null() {
+        // One that is going has its room still, for the one that follows it; unless its node takes nobody any more.
+        let going = !pod["metadata"]["deletionTimestamp"].is_null();
+        if !going || self.nodes.get(node).is_some_and(|node| node.open) {
             let group = (text(&pod["metadata"]["namespace"]), strings(&pod["metadata"]["labels"]));
             if groups < MAX_GROUPS || self.bound.contains_key(&group) {
                 *self.bound.entry(group).or_default() += 1;
@@ -164,6 +165,9 @@ impl Room {
         let mut left = count.clamp(0, MAX_PODS);
         let begin = left;
         for (name, node) in &mut self.nodes {
+            if left == 0 {
+                break;
+            }
             if !node.open || !node.takes(pod) || !affine(pod, name, &node.labels) {
                 continue;
             }
@@ -178,10 +182,12 @@ impl Room {
 
     /// Pods in a namespace with these labels that have a node.
     pub fn bound(&self, namespace: &str, labels: &BTreeMap<String, String>) -> i64 {
-        let is_of = |(home, own): &(String, BTreeMap<String, String>)| {
-            home == namespace && labels.iter().all(|(key, value)| own.get(key) == Some(value))
-        };
-        self.bound.iter().filter(|(group, _)| is_of(group)).map(|(_, count)| count).sum()
+        let inside = self.bound.range((namespace.to_owned(), BTreeMap::new())..);
+        inside
+            .take_while(|((home, _), _)| home == namespace)
+            .filter(|((_, own), _)| labels.iter().all(|(key, value)| own.get(key) == Some(value)))
+            .map(|(_, count)| count)
+            .sum()
     }
 
     /// Pods in a namespace with these labels that have had no node for long.
@@ -437,6 +443,24 @@ mod tests {
         // What a node does not have it cannot give.
         let gpu = json!({"containers": [{"resources": {"limits": {"example.com/gpu": 1}}}]});
         assert_eq!(room.fits(&gpu), 0);
+    }
+
+    #[test]
+    fn a_pod_that_is_going_holds_its_room_where_another_may_follow() {
+        let mut room = Room::default();
+        let mut cordoned = node("n2", "a", "8");
+        cordoned["spec"]["unschedulable"] = true.into();
+        let mut lost = node("n3", "a", "8");
+        lost["status"]["conditions"][0]["status"] = "Unknown".into();
+        [node("n1", "a", "2"), cordoned, lost].iter().for_each(|node| room.add_node(node));
+        for at in ["n1", "n1", "n2", "n3", "no-such-node"] {
+            let mut going = pod(at, "1");
+            going["metadata"]["deletionTimestamp"] = NOW.into();
+            room.add_pod(&going, now());
+        }
+        // A rolling update of a full cell: nothing is free, and nothing is to leave for it.
+        assert_eq!(room.fits(&wants("a", "1")), 0);
+        assert_eq!(room.bound("shop", &[("app".to_owned(), "web".to_owned())].into()), 2);
     }
 
     #[test]

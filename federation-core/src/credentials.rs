@@ -4,6 +4,9 @@
 //! and `tls.key`. With the latter two the API's address is `spec.apiEndpoint` and its CA `ca.crt` or `spec.caBundle`. What
 //! would run programs (`exec`), read files of the hub, or trust whoever answers, is refused. No message and no `Debug`
 //! shows anything of what is secret.
+//!
+//! A Secret names the cluster that it is for, in a label: who may edit clusters and not read Secrets cannot have one sent to
+//! an address of their choice.
 
 use std::fmt;
 
@@ -14,6 +17,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 use crate::api::KubeFedCluster;
+use crate::names::CREDENTIAL_LABEL;
 
 /// Where a member's pods find its API.
 const DEFAULT_ENDPOINT: &str = "https://kubernetes.default.svc:443";
@@ -37,6 +41,8 @@ pub struct Access {
     pub ca: String,
     /// How the hub proves who it is.
     pub login: Login,
+    /// The Secret that says all this, with its version, for people.
+    pub secret: String,
 }
 
 /// A credential.
@@ -65,6 +71,16 @@ pub enum CredentialError {
         name: String,
         /// Where it should be.
         namespace: String,
+    },
+    /// It is not said to be for this cluster.
+    #[error(
+        "the Secret {name} is not said to be a credential of the cluster {cluster}: whoever may write it labels it {CREDENTIAL_LABEL}={cluster}"
+    )]
+    NotForCluster {
+        /// Its name.
+        name: String,
+        /// The cluster.
+        cluster: String,
     },
     /// It holds nothing that is a credential.
     #[error("the Secret {name} holds no credential: it needs kubeconfig, or token, or tls.crt and tls.key")]
@@ -127,6 +143,11 @@ struct Named {
 /// Reads what the hub holds for a member.
 pub fn read(cluster: &KubeFedCluster, secret: &Secret) -> Result<Access, CredentialError> {
     let name = secret.metadata.name.clone().unwrap_or_default();
+    let of = cluster.metadata.name.as_deref().unwrap_or_default();
+    let label = secret.metadata.labels.as_ref().and_then(|labels| labels.get(CREDENTIAL_LABEL));
+    if label.is_none_or(|label| label != of) {
+        return Err(CredentialError::NotForCluster { name, cluster: of.to_owned() });
+    }
     let text = |field: &str| -> Result<Option<String>, CredentialError> {
         let Some(bytes) = secret.data.as_ref().and_then(|data| data.get(field)) else { return Ok(None) };
         let unreadable = || CredentialError::Unreadable {
@@ -147,22 +168,24 @@ pub fn read(cluster: &KubeFedCluster, secret: &Secret) -> Result<Access, Credent
     if spec.proxy_url.is_some() {
         return Err(CredentialError::Unsupported { what: "spec.proxyURL (the tunnel is the way)".into() });
     }
+    let version = secret.metadata.resource_version.as_deref().unwrap_or("unknown");
+    let from = |access: Access| Access { secret: format!("{name}, version {version}"), ..access };
     if let Some(kubeconfig) = text("kubeconfig")? {
-        return of_kubeconfig(&name, &kubeconfig);
+        return of_kubeconfig(&name, &kubeconfig).map(from);
     }
     let login = match (text("token")?, text("tls.crt")?, text("tls.key")?) {
         (Some(token), _, _) => token_login(&name, &token)?,
         (None, Some(chain), Some(key)) => certificate_login(&name, chain, key)?,
-        _ => return Err(CredentialError::Empty { name }),
+        _ => return Err(CredentialError::Empty { name: name.clone() }),
     };
     let ca = match (text("ca.crt")?, &spec.ca_bundle) {
         (Some(ca), _) => ca,
         (None, Some(bundle)) => decode(&name, "spec.caBundle", bundle)?,
-        (None, None) => return Err(CredentialError::NoCa { name }),
+        (None, None) => return Err(CredentialError::NoCa { name: name.clone() }),
     };
     let ca = pem(&name, "ca.crt", ca, "CERTIFICATE")?;
     let endpoint = spec.api_endpoint.as_deref().filter(|endpoint| !endpoint.is_empty());
-    access(endpoint.unwrap_or(DEFAULT_ENDPOINT), None, ca, login)
+    access(endpoint.unwrap_or(DEFAULT_ENDPOINT), None, ca, login).map(from)
 }
 
 fn of_kubeconfig(name: &str, text: &str) -> Result<Access, CredentialError> {
@@ -232,11 +255,18 @@ fn access(
     login: Login,
 ) -> Result<Access, CredentialError> {
     let bad = || CredentialError::Endpoint { endpoint: endpoint.chars().take(MAX_HOST).collect() };
-    let rest = endpoint.strip_prefix("https://").ok_or_else(bad)?;
+    let (host, port, prefix) = endpoint.strip_prefix("https://").and_then(address).ok_or_else(bad)?;
+    let server_name = server_name.unwrap_or(&host).to_owned();
+    Ok(Access { host, port: port.unwrap_or(443), prefix, server_name, ca, login, secret: String::new() })
+}
+
+/// Host (IPv6 without brackets), port and path (without a slash at its end) of what follows the scheme in a URL that has
+/// neither a user nor a query.
+pub(crate) fn address(rest: &str) -> Option<(String, Option<u16>, String)> {
     let (authority, path) = rest.split_once('/').map_or((rest, ""), |(authority, path)| (authority, path));
     let (host, port) = match authority.strip_prefix('[') {
         Some(rest) => {
-            let (host, port) = rest.split_once(']').ok_or_else(bad)?;
+            let (host, port) = rest.split_once(']')?;
             (host, port.strip_prefix(':'))
         }
         None => authority.split_once(':').map_or((authority, None), |(host, port)| (host, Some(port))),
@@ -245,17 +275,11 @@ fn access(
     let path = path.trim_end_matches('/');
     let good_path = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '/' | '~');
     if host.is_empty() || host.len() > MAX_HOST || !host.chars().all(good) || !path.chars().all(good_path) {
-        return Err(bad());
+        return None;
     }
-    let port = port.map_or(Ok(443), |port| port.parse::<u16>().map_err(|_| bad()))?;
-    Ok(Access {
-        host: host.to_owned(),
-        port,
-        prefix: if path.is_empty() { String::new() } else { format!("/{path}") },
-        server_name: server_name.unwrap_or(host).to_owned(),
-        ca,
-        login,
-    })
+    let port = port.map(|port| port.parse::<u16>().ok()).map_or(Some(None), |port| port.map(Some))?;
+    let path = if path.is_empty() { String::new() } else { format!("/{path}") };
+    Some((host.to_owned(), port, path))
 }
 
 fn token_login(name: &str, token: &str) -> Result<Login, CredentialError> {
@@ -275,10 +299,15 @@ fn certificate_login(name: &str, chain: String, key: String) -> Result<Login, Cr
 }
 
 fn pem(name: &str, field: &str, text: String, what: &str) -> Result<String, CredentialError> {
-    if text.contains("-----BEGIN ") && text.contains(what) {
+    if pem_text(&text, what) {
         return Ok(text);
     }
     Err(CredentialError::Unreadable { name: name.to_owned(), field: field.to_owned(), wanted: "a PEM text" })
+}
+
+/// Whether a text looks like PEM of something.
+pub(crate) fn pem_text(text: &str, what: &str) -> bool {
+    text.contains("-----BEGIN ") && text.contains(what)
 }
 
 fn decode(name: &str, field: &str, text: &str) -> Result<String, CredentialError> {
@@ -326,6 +355,7 @@ mod tests {
             .collect();
         let mut secret = Secret { data: Some(data), ..Secret::default() };
         secret.metadata.name = Some("east".into());
+        secret.metadata.labels = Some([(CREDENTIAL_LABEL.to_owned(), "east".to_owned())].into());
         secret
     }
 
@@ -356,6 +386,17 @@ mod tests {
         assert_eq!((found.host.as_str(), found.port, found.prefix.as_str()), ("fd00::1", 6443, "/k8s/east"));
         for bad in ["http://api", "https://", "https://a:99999", "https://a b", "https://x/?q"] {
             assert!(matches!(at(bad), Err(CredentialError::Endpoint { .. })), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_secret_that_is_not_for_the_cluster_is_not_used() {
+        for label in [None, Some("west"), Some("")] {
+            let mut secret = secret(&[("token", "abc"), ("ca.crt", CA)]);
+            secret.metadata.labels = label.map(|of| [(CREDENTIAL_LABEL.to_owned(), of.to_owned())].into());
+            let error = read(&cluster(None), &secret).expect_err("not for it");
+            assert!(matches!(error, CredentialError::NotForCluster { .. }), "{label:?}");
+            assert!(!error.to_string().contains("abc"), "{error}");
         }
     }
 

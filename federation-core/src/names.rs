@@ -38,6 +38,8 @@ pub const FINALIZER: &str = "kubefed.io/sync-controller";
 pub const FIELD_MANAGER: &str = "cellway-federation";
 /// Annotation on a `KubeFedCluster`: certificates issued at or before this RFC 3339 moment are refused.
 pub const REVOKED_ANNOTATION: &str = "cellway.io/revoked-at";
+/// Label on a Secret with a credential: the one cluster that it is for.
+pub const CREDENTIAL_LABEL: &str = "cellway.io/credential-of";
 /// Where `KubeFedCluster` objects live.
 pub const FEDERATION_NAMESPACE: &str = "kube-federation-system";
 

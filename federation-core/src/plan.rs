@@ -39,6 +39,7 @@ use crate::api::{
     Setback, Snapshot, TombstoneSpec, UnitStatus,
 };
 use crate::drift;
+use crate::ledger::Claim;
 use crate::names::{self, ADOPT_ANNOTATION, HUB_ANNOTATION, REVISION_ANNOTATION};
 use crate::overrides;
 use crate::render::{Rendered, object_name, render};
@@ -93,6 +94,7 @@ struct Planner<'a> {
     findings: Vec<Finding>,
     tombstones: Vec<TombstoneSpec>,
     writes: Vec<Write>,
+    claims: BTreeMap<String, Vec<Claim>>,
     /// Objects that are to go and have not gone, as `<name> in <cluster>`.
     leftovers: Vec<String>,
     /// By cluster: names of objects that must stay.
@@ -124,6 +126,7 @@ impl<'a> Planner<'a> {
             findings: Vec::new(),
             tombstones: Vec::new(),
             writes: Vec::new(),
+            claims: BTreeMap::new(),
             leftovers: Vec::new(),
             keep: BTreeMap::new(),
             setbacks: Vec::new(),
@@ -168,6 +171,7 @@ impl<'a> Planner<'a> {
             let mut drafts: Vec<Draft<'_>> =
                 placed.units.values().map(|unit| self.draft(unit, &current.name, &snapshots)).collect();
             self.fail_over(&mut drafts, &own, &placed.unknown, &current.name, &snapshots);
+            self.claim(&drafts);
             self.settle(&mut drafts, &current.name);
             units.extend(drafts.into_iter().map(|draft| draft.status));
         } else if !self.deleting {
@@ -194,6 +198,7 @@ impl<'a> Planner<'a> {
             status,
             tombstones: self.tombstones,
             writes: self.writes,
+            claims: self.claims,
             surplus,
             look_again: self.look_again,
             finished,

@@ -17,6 +17,9 @@ pub struct Candidate {
     pub current: Option<i64>,
     /// Replicas that it can run at most, when that is known.
     pub capacity: Option<i64>,
+    /// Whether it is not to be weighed against the others, because it cannot be seen or is left as it is: it keeps what it
+    /// has, or its part of it where there are fewer altogether than there were.
+    pub pinned: bool,
 }
 
 /// How far the division by capacity may be off the mark before `rebalance` moves what runs: one part in so many, and one
@@ -43,7 +46,7 @@ pub fn split(
 ) -> BTreeMap<String, i64> {
     let by_capacity = preference.divide_by == Division::Capacity;
     let even = UnitPreference { weight: 1, ..UnitPreference::default() };
-    let mut shares: Vec<Share<'_>> = candidates
+    let shares: Vec<Share<'_>> = candidates
         .iter()
         .filter_map(|(name, candidate)| {
             let of = if preference.clusters.is_empty() {
@@ -65,8 +68,22 @@ pub fn split(
             })
         })
         .collect();
-    shares.sort_by(|a, b| b.weight.cmp(&a.weight).then(a.order.cmp(&b.order)).then(a.name.cmp(b.name)));
+    let current = |name: &str| candidates.get(name).and_then(|candidate| candidate.current).unwrap_or(0);
     let total = preference.total_replicas.clamp(0, MAX_REPLICAS);
+    let had: i64 = shares.iter().map(|share| current(share.name).clamp(0, MAX_REPLICAS)).sum();
+    let (pinned, mut shares): (Vec<_>, Vec<_>) = shares
+        .into_iter()
+        .partition(|share| candidates.get(share.name).is_some_and(|candidate| candidate.pinned));
+    let stays = |share: &Share<'_>| {
+        let whole = current(share.name).clamp(0, MAX_REPLICAS);
+        let part = if had > total { whole * total / had } else { whole };
+        // A unit that weighs nothing gets its minimum only.
+        part.min(share.limit).min(if share.weight > 0 || by_capacity { part } else { share.min })
+    };
+    let pinned: BTreeMap<String, i64> =
+        pinned.iter().map(|share| (share.name.to_owned(), stays(share))).collect();
+    let total = total - pinned.values().sum::<i64>();
+    shares.sort_by(|a, b| b.weight.cmp(&a.weight).then(a.order.cmp(&b.order)).then(a.name.cmp(b.name)));
 
     // Minima, in the order of weights.
     let mut left = total;
@@ -79,10 +96,7 @@ pub fn split(
         let mut ideal: Vec<Share<'_>> = shares.iter().map(|share| Share { ..*share }).collect();
         by_weight(&mut ideal, left);
         let tolerated = (total / TOLERANCE).max(1);
-        rebalance = ideal.iter().any(|ideal| {
-            let current = candidates.get(ideal.name).and_then(|candidate| candidate.current).unwrap_or(0);
-            (ideal.given - current).abs() > tolerated
-        });
+        rebalance = ideal.iter().any(|ideal| (ideal.given - current(ideal.name)).abs() > tolerated);
     }
     if rebalance {
         by_weight(&mut shares, left);
@@ -92,8 +106,7 @@ pub fn split(
         let mut ideal: Vec<Share<'_>> = shares.iter().map(|share| Share { ..*share }).collect();
         by_weight(&mut ideal, left);
         for share in &mut shares {
-            let current = candidates.get(share.name).and_then(|candidate| candidate.current).unwrap_or(0);
-            let kept = current.clamp(share.given, share.limit.max(share.given)) - share.given;
+            let kept = current(share.name).clamp(share.given, share.limit.max(share.given)) - share.given;
             // A unit that weighs nothing gets its minimum only.
             if share.weight > 0 {
                 share.given += kept;
@@ -120,7 +133,7 @@ pub fn split(
             }
         }
     }
-    shares.into_iter().map(|share| (share.name.to_owned(), share.given)).collect()
+    shares.into_iter().map(|share| (share.name.to_owned(), share.given)).chain(pinned).collect()
 }
 
 /// Gives `left` out by weight, within the limits; rounds up in order of weight, as KubeFed does.
@@ -189,7 +202,7 @@ mod tests {
         let candidates: BTreeMap<String, Candidate> = of
             .iter()
             .map(|(name, current, capacity)| {
-                ((*name).to_owned(), Candidate { current: *current, capacity: *capacity })
+                ((*name).to_owned(), Candidate { current: *current, capacity: *capacity, pinned: false })
             })
             .collect();
         let found: Vec<i64> = split(preference, &candidates, "shop/web").into_values().collect();
@@ -246,7 +259,58 @@ mod tests {
         check(&by(9, false), &[("a", Some(6), Some(4)), ("b", Some(3), Some(9))], &[4, 5]);
     }
 
+    #[test]
+    fn a_unit_that_cannot_be_seen_weighs_nothing_against_the_others() {
+        let by = |total| ReplicaSchedulingPreferenceSpec {
+            divide_by: Division::Capacity,
+            ..preference(total, true, &[])
+        };
+        let lost = |a: i64| -> BTreeMap<String, Candidate> {
+            let seen = Candidate { current: Some(9 - a), capacity: Some(10), pinned: false };
+            let lost = Candidate { current: Some(a), capacity: Some(a), pinned: true };
+            [("a".to_owned(), lost), ("b".to_owned(), seen)].into()
+        };
+        let found = |total, a| split(&by(total), &lost(a), "shop/web").into_values().collect::<Vec<_>>();
+        assert_eq!(found(9, 6), [6, 3], "what it has left is not what it has room for");
+        assert_eq!(found(12, 6), [6, 6], "what is new goes where it is seen to run");
+        assert_eq!(found(6, 6), [4, 2], "with fewer altogether it has its part of them");
+        assert_eq!(found(0, 6), [0, 0]);
+        // A weight of nothing takes it away all the same.
+        let mut none = preference(9, true, &[("a", 1, None, 0), ("b", 0, None, 1)]);
+        assert_eq!(split(&none, &lost(6), "k")["a"], 1);
+        none.clusters.remove("a");
+        assert!(!split(&none, &lost(6), "k").contains_key("a"));
+    }
+
     proptest! {
+        #[test]
+        fn pinned_units_keep_what_they_have(
+            total in 0..50i64,
+            rebalance: bool,
+            capacity: bool,
+            units in proptest::collection::vec((0..20i64, 0..20i64, any::<bool>()), 1..6),
+        ) {
+            let mut asked = preference(total, rebalance, &[]);
+            if capacity {
+                asked.divide_by = Division::Capacity;
+            }
+            let mut candidates: BTreeMap<String, Candidate> = units.iter().enumerate().map(|(index, (current, room, pinned))| {
+                let capacity = if *pinned { *current } else { *room };
+                (format!("u{index}"), Candidate { current: Some(*current), capacity: Some(capacity), pinned: *pinned })
+            }).collect();
+            let had: i64 = units.iter().map(|(current, ..)| current).sum();
+            let first = split(&asked, &candidates, "k");
+            prop_assert!(first.values().sum::<i64>() <= total);
+            for (name, candidate) in candidates.iter().filter(|(_, candidate)| candidate.pinned) {
+                let before = candidate.current.unwrap_or(0);
+                prop_assert!(first[name] <= before && (had > total || first[name] == before));
+            }
+            for (name, candidate) in &mut candidates {
+                candidate.current = Some(first[name]);
+            }
+            prop_assert_eq!(split(&asked, &candidates, "k"), first);
+        }
+
         #[test]
         fn limits_hold_and_a_second_split_changes_nothing(
             total in 0..50i64,
@@ -259,7 +323,8 @@ mod tests {
             for (name, (min, max, weight, current, capacity)) in names.iter().zip(&units) {
                 let of = UnitPreference { min_replicas: *min, max_replicas: *max, weight: *weight };
                 asked.clusters.insert(name.clone(), of);
-                candidates.insert(name.clone(), Candidate { current: *current, capacity: *capacity });
+                let candidate = Candidate { current: *current, capacity: *capacity, pinned: false };
+                candidates.insert(name.clone(), candidate);
             }
             let first = split(&asked, &candidates, "k");
             let sum: i64 = first.values().sum();

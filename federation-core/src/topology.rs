@@ -149,6 +149,13 @@ impl Topology {
         };
     }
 
+    /// The same with one cell or cluster given up.
+    pub fn with_given_up(&self, of: TopologyType, name: &str, failover: &Failover) -> Self {
+        let mut changed = self.clone();
+        changed.give_up(of, name, Some(failover));
+        changed
+    }
+
     /// Whether anything is given up.
     pub fn is_given_up(&self) -> bool {
         !self.given_up.is_empty()

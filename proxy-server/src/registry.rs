@@ -102,6 +102,8 @@ pub enum Frontend {
     ApiProxy,
     /// The embedded federation controller.
     Controller,
+    /// The same, having a member look at an address: what is open there has to be opened for it.
+    Look,
     /// The admin API's own probes.
     Admin,
 }
@@ -651,6 +653,7 @@ impl Frontend {
             Self::Connect => "connect",
             Self::ApiProxy => "api-proxy",
             Self::Controller => "controller",
+            Self::Look => "look",
             Self::Admin => "admin",
         }
     }
@@ -659,7 +662,7 @@ impl Frontend {
     fn is_ours(self) -> bool {
         match self {
             Self::ApiProxy | Self::Controller | Self::Admin => true,
-            Self::ConnectUds | Self::Connect => false,
+            Self::ConnectUds | Self::Connect | Self::Look => false,
         }
     }
 }

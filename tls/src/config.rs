@@ -10,7 +10,7 @@ mod server;
 
 use std::{
     collections::HashMap,
-    fmt,
+    fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -83,6 +83,29 @@ pub enum TlsError {
         #[source]
         source: rustls::Error,
     },
+}
+
+/// Whether a handshake failed because one side does not take the other for whom it should be, rather than because the
+/// connection broke or something else was at the other end.
+pub fn refuses_identity(error: &io::Error) -> bool {
+    use rustls::AlertDescription as Alert;
+
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match inner {
+        Some(rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented) => true,
+        Some(rustls::Error::AlertReceived(alert)) => matches!(
+            alert,
+            Alert::BadCertificate
+                | Alert::UnsupportedCertificate
+                | Alert::CertificateRevoked
+                | Alert::CertificateExpired
+                | Alert::CertificateUnknown
+                | Alert::UnknownCA
+                | Alert::AccessDenied
+                | Alert::CertificateRequired
+        ),
+        _ => false,
+    }
 }
 
 /// Whether a listener asks for client certificates.

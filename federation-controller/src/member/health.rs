@@ -8,7 +8,7 @@
 //!
 //! What is offline is not written to and is not read from; nothing is moved or deleted for it.
 
-use federation_core::api::{ClusterCondition, KubeFedClusterStatus};
+use federation_core::api::{ClusterCondition, KubeFedClusterStatus, Verdict};
 
 use crate::client::connect_error;
 use crate::connector::ConnectError;
@@ -57,6 +57,8 @@ pub(crate) struct Health {
     last_heard: Option<String>,
     /// Why a newer credential is not in use.
     refused: Option<String>,
+    /// The Secret with the credential that is in use.
+    secret: Option<String>,
 }
 
 // === impl Probe ===
@@ -71,7 +73,7 @@ impl Probe {
             Some(error @ ConnectError::Unauthorized { .. }) => {
                 return Self::Unauthorized { message: error.to_string() };
             }
-            Some(error @ ConnectError::NotAnswering { .. }) => {
+            Some(error @ (ConnectError::NotAnswering { .. } | ConnectError::NotTried { .. })) => {
                 return Self::NoAnswer { message: error.to_string() };
             }
             None => {}
@@ -93,6 +95,16 @@ impl Probe {
 // === impl Health ===
 
 impl Health {
+    /// Of a member that is reached with what this Secret holds.
+    pub(crate) fn by(secret: Option<String>) -> Self {
+        Self { secret, ..Self::default() }
+    }
+
+    /// Another credential is in use.
+    pub(crate) fn goes_by(&mut self, secret: Option<String>) {
+        self.secret = secret;
+    }
+
     /// Takes a probe in. `threshold` unanswered probes in a row make a member offline.
     pub(crate) fn observe(&mut self, probe: Probe, threshold: u32) {
         match &probe {
@@ -140,6 +152,23 @@ impl Health {
     /// Whether the member may be read and written.
     pub(crate) fn is_online(&self) -> bool {
         self.online
+    }
+
+    /// Whether the last probe was refused for who the hub is.
+    pub(crate) fn is_refused(&self) -> bool {
+        matches!(self.last, Some(Probe::Unauthorized { .. }))
+    }
+
+    /// The hub's own view of whether it is there, and why. That a credential is refused says nothing about that.
+    pub(crate) fn reach(&self) -> (Verdict, Option<String>) {
+        match &self.last {
+            Some(_) if self.online => (Verdict::Reachable, None),
+            Some(Probe::NoTunnel { message } | Probe::NoAnswer { message }) => {
+                (Verdict::Unreachable, Some(message.clone()))
+            }
+            Some(Probe::Unauthorized { message }) => (Verdict::Unknown, Some(message.clone())),
+            _ => (Verdict::Unknown, None),
+        }
     }
 
     /// Whether it has been probed at all.
@@ -193,10 +222,14 @@ impl Health {
         } else {
             ("True", "ClusterNotReachable", "cluster is not reachable")
         };
+        let taken = match &self.secret {
+            Some(secret) => format!("the member takes the credential of the Secret {secret}"),
+            None => "the member takes the hub's requests".to_owned(),
+        };
         let texts = [
             ("TunnelConnected", tunnel, "Connected", "a tunnel is connected"),
             ("APIAnswering", api, "Answering", "the API answers"),
-            ("CredentialsValid", credentials, "Accepted", "the member takes the hub's requests"),
+            ("CredentialsValid", credentials, "Accepted", taken.as_str()),
         ];
         let mut conditions = Vec::with_capacity(5);
         for (type_, (status, reason, message), good, text) in texts {
@@ -210,6 +243,7 @@ impl Health {
             conditions,
             kubernetes_version: self.version.clone().or_else(|| before.kubernetes_version.clone()),
             failover: before.failover.clone(),
+            loss: before.loss.clone(),
         }
     }
 }

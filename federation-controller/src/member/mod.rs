@@ -11,15 +11,18 @@ mod warnings;
 mod watch;
 mod writer;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use federation_core::api::UnitStatus;
+use federation_core::api::{UnitStatus, Verdict};
 use federation_core::capacity::RoomView;
+use federation_core::ledger::Claim;
 use federation_core::names::{
     FIELD_MANAGER, HUB_ANNOTATION, MANAGED_LABEL, RENDERED_ANNOTATION, REVISION_ANNOTATION, SOURCE_ANNOTATION,
 };
 use federation_core::plan::{MemberView, Write};
 use federation_core::types::FederatedType;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Api;
 use kube::api::{DynamicObject, Patch, PatchParams};
@@ -34,7 +37,7 @@ use self::health::Health;
 pub(crate) use self::health::chain;
 use self::room::Rooms;
 use self::store::{Store, TargetKey};
-use self::warnings::Troubles;
+use self::warnings::{Home, Troubles};
 use crate::Shared;
 use crate::client::{IdentityError, Path, client_along};
 use crate::credentials::Way;
@@ -84,6 +87,7 @@ struct Job {
 impl Member {
     pub(crate) fn new(name: &str, way: Way, shared: &Shared) -> Result<Self, IdentityError> {
         let options = &shared.options;
+        let health = Health::by(way.secret());
         let path = Path::new(way);
         let client = client_along(path.clone(), name, shared.connector.clone(), &options.identity)?;
         Ok(Self {
@@ -91,7 +95,7 @@ impl Member {
             client,
             path,
             candidate: Mutex::default(),
-            health: Mutex::default(),
+            health: Mutex::new(health),
             store: Mutex::new(Store::default()),
             jobs: WorkQueue::new(),
             bucket: Mutex::new(Bucket::new(options.member_rate, options.member_burst, Instant::now())),
@@ -102,22 +106,41 @@ impl Member {
         })
     }
 
-    /// Has the way changed, soon: one that works is left only for one that has been tried. Returns whether it is another.
+    /// Has the way changed: soon, as one is left only for another that has been tried; at once where a credential is not to
+    /// be used any more. Returns whether it is another.
     pub(crate) fn take_way(&self, way: Way) -> bool {
         let mut candidate = self.candidate.lock();
-        let known = candidate.as_ref().map_or_else(|| self.path.now().1, Way::clone);
-        if known == way {
+        let now = self.path.now();
+        if *candidate.as_ref().unwrap_or(&now) == way {
             return false;
         }
-        if self.path.now().1 == way {
+        let withdrawn = match (&now, &way) {
+            (now, Way::Gateway) => *now != Way::Gateway,
+            (Way::Direct(_), Way::Closed(_)) => true,
+            _ => false,
+        };
+        if withdrawn || now == way {
+            if withdrawn {
+                self.go(way);
+            }
             *candidate = None;
             self.health.lock().refuse(None);
         } else {
             *candidate = Some(way);
         }
         drop(candidate);
+        if withdrawn {
+            // Watches that were begun with what is withdrawn end.
+            self.distrust();
+        }
         self.nudge();
         true
+    }
+
+    /// Goes another way from now on.
+    fn go(&self, way: Way) {
+        self.health.lock().goes_by(way.secret());
+        self.path.turn(way);
     }
 
     /// Lives until dropped.
@@ -149,6 +172,11 @@ impl Member {
     /// Whether it is read and written.
     pub(crate) fn is_online(&self) -> bool {
         self.health.lock().is_online()
+    }
+
+    /// The hub's own view of whether it is there, and why.
+    pub(crate) fn reach(&self) -> (Verdict, Option<String>) {
+        self.health.lock().reach()
     }
 
     /// Its API.
@@ -196,9 +224,15 @@ impl Member {
         MemberView { last_heard, ..view }
     }
 
-    /// What is known of its room; from now on the object is looked at again when that changes.
-    pub(crate) fn room(&self, key: &ObjectKey) -> RoomView {
+    /// What is left of its room, and what the object itself has claimed of it; from now on the object is looked at again
+    /// when that changes.
+    pub(crate) fn room(&self, key: &ObjectKey) -> (RoomView, BTreeMap<String, i64>) {
         self.rooms.ask(key, Instant::now())
+    }
+
+    /// Takes in what an object claims of its room; what it claimed for the objects that `keeps` names stays.
+    pub(crate) fn claim(&self, key: &ObjectKey, claims: Vec<Claim>, keeps: impl Fn(&str) -> bool) {
+        self.rooms.claim(key, claims, keeps);
     }
 
     /// Takes in which units of an object are in trouble here: the member's own Warnings about them are copied.
@@ -206,13 +240,14 @@ impl Member {
         &self,
         key: &ObjectKey,
         about: &ObjectReference,
-        namespace: &str,
+        of: &FederatedType,
         units: &[&UnitStatus],
     ) {
+        let home = Home { namespace: of.target_namespace(&key.namespace), kind: &of.target.kind };
         self.troubles.keep(key, &units.iter().map(|unit| unit.name.as_str()).collect());
         for unit in units {
             if let Some(object) = &unit.object {
-                self.troubles.add(key, &unit.name, about, namespace, object);
+                self.troubles.add(key, &unit.name, about, home, object, Timestamp::now());
             }
         }
     }

@@ -16,6 +16,7 @@ use super::Member;
 use super::health::{Probe, chain, shortened};
 use crate::Shared;
 use crate::client::{Path, client_along};
+use crate::credentials::Way;
 use crate::hub;
 use crate::metrics::MemberLabels;
 
@@ -45,7 +46,8 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
     }
 }
 
-/// Tries another way, should there be one, and takes it when it works, or when the present one does not.
+/// Tries another way, should there be one, and takes it when it works, or when the present one is refused: that a member
+/// cannot be reached says nothing against it.
 async fn try_candidate(member: &Member, shared: &Shared) {
     let Some(way) = member.candidate.lock().clone() else { return };
     let client = client_along(
@@ -63,7 +65,11 @@ async fn try_candidate(member: &Member, shared: &Shared) {
         Probe::NoAnswer { message } => Some(format!("the API does not answer to it: {message}")),
         _ => None,
     };
-    let take = works || !member.is_online();
+    let refused_now = match member.path.now() {
+        Way::Closed(_) | Way::Unusable(_) => true,
+        Way::Gateway | Way::Direct(_) => member.health.lock().is_refused(),
+    };
+    let take = works || refused_now;
     let mut candidate = member.candidate.lock();
     if candidate.as_ref() != Some(&way) {
         // Replaced meanwhile: that one is tried next.
@@ -71,7 +77,7 @@ async fn try_candidate(member: &Member, shared: &Shared) {
     }
     if take {
         // Under the lock: whoever takes this one back meanwhile must find it in use.
-        member.path.turn(way);
+        member.go(way);
         *candidate = None;
         drop(candidate);
         info!("the member's API is reached another way");
@@ -164,8 +170,8 @@ async fn tell(member: &Member, shared: &Shared) {
     if status == before {
         return;
     }
-    // What became of a failover is told by somebody else.
-    let status = KubeFedClusterStatus { failover: None, ..status };
+    // What became of a failover, and what others say, is told by somebody else.
+    let status = KubeFedClusterStatus { failover: None, loss: None, ..status };
     let patch = Patch::Merge(json!({ "status": status }));
     let api = hub::clusters(shared.hub.clone());
     let params = PatchParams {

@@ -3,12 +3,13 @@
 //! Nodes and pods are listed in pages and counted as they come; nothing of them is kept but the sums. A large member is
 //! looked at less often, so that the lists cost it and the hub no more than those of a small one.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
 use federation_core::capacity::{MAX_NODES, Room, RoomView};
+use federation_core::ledger::{Claim, Ledger};
 use jiff::Timestamp;
 use kube::Api;
 use kube::api::{ApiResource, DynamicObject, ListParams};
@@ -45,39 +46,42 @@ pub(super) struct Rooms {
 #[derive(Debug, Default)]
 struct State {
     askers: HashMap<ObjectKey, Instant>,
-    view: RoomView,
+    ledger: Ledger<ObjectKey>,
 }
 
 // === impl Rooms ===
 
 impl Rooms {
-    /// What is known; from now on `asker` is told when it changes.
-    pub(super) fn ask(&self, asker: &ObjectKey, now: Instant) -> RoomView {
+    /// What is left, and what the asker itself has claimed of what is gone; from now on it is told when that changes.
+    pub(super) fn ask(&self, asker: &ObjectKey, now: Instant) -> (RoomView, BTreeMap<String, i64>) {
         let mut state = self.state.lock();
         let first = state.askers.is_empty();
         state.askers.insert(asker.clone(), now);
         if first {
             self.asked.notify_one();
         }
-        state.view.clone()
+        (state.ledger.left(), state.ledger.claimed(asker))
+    }
+
+    /// Takes in what somebody claims; what is claimed for the objects that `keeps` names stays.
+    pub(super) fn claim(&self, by: &ObjectKey, claims: Vec<Claim>, keeps: impl Fn(&str) -> bool) {
+        self.state.lock().ledger.claim(by.clone(), claims, keeps);
     }
 
     /// Whom a change concerns. Without anybody, what is known is forgotten.
     fn askers(&self, now: Instant) -> Vec<ObjectKey> {
-        let mut state = self.state.lock();
-        state.askers.retain(|_, asked| *asked + ASK_MEMORY > now);
-        if state.askers.is_empty() {
-            state.view = RoomView::Unknown;
+        let State { askers, ledger } = &mut *self.state.lock();
+        askers.retain(|_, asked| *asked + ASK_MEMORY > now);
+        ledger.retain(|by| askers.contains_key(by));
+        if askers.is_empty() {
+            ledger.count(RoomView::Unknown);
         }
-        state.askers.keys().cloned().collect()
+        askers.keys().cloned().collect()
     }
 
     /// Takes a view in; returns whether it is another than before.
     fn learn(&self, view: RoomView) -> bool {
-        let mut state = self.state.lock();
-        let news = state.view != view;
-        state.view = view;
-        news
+        self.state.lock().ledger.count(view)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use base64::Engine as _;
 use serde_json::{Value, json};
 
-use crate::world::{DEPLOYMENTS, World, federated, is_true, options, template};
+use crate::world::{DEPLOYMENTS, World, condition, federated, is_true, options, template};
 
 const CLUSTERS: &str = "core.kubefed.io/kubefedclusters";
 const NAMESPACE: &str = "kube-federation-system";
@@ -13,7 +13,8 @@ const CA: &str = "-----BEGIN CERTIFICATE-----\nca\n-----END CERTIFICATE-----\n";
 
 fn secret(token: &str) -> Value {
     let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
-    json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x-access", "namespace": NAMESPACE},
+    json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x-access", "namespace": NAMESPACE,
+            "labels": {"cellway.io/credential-of": "x"}},
         "data": {"token": encode(token), "ca.crt": encode(CA)}})
 }
 
@@ -65,7 +66,17 @@ async fn a_token_is_rotated_in_use_and_a_wrong_one_breaks_nothing() {
     world.hub.edit("/secrets", NAMESPACE, "x-access", |value| {
         value["data"] = secret("sesame-two")["data"].clone()
     });
-    world.until("it is taken", || credentials(&world).filter(|(reason, _)| reason == "Accepted")).await;
+    let version =
+        world.hub.get("/secrets", NAMESPACE, "x-access").expect("secret")["metadata"]["resourceVersion"]
+            .as_str()
+            .expect("version")
+            .to_owned();
+    let taken = format!("x-access, version {version}");
+    world
+        .until("it is taken", || {
+            credentials(&world).filter(|(reason, message)| reason == "Accepted" && message.ends_with(&taken))
+        })
+        .await;
     let failed = member(&world).refused.load(Ordering::Relaxed);
     *member(&world).tokens.lock() = vec!["sesame-two".into()];
     world.edit(|object| object["spec"]["template"] = template("web:3", 2));
@@ -79,5 +90,105 @@ async fn a_token_is_rotated_in_use_and_a_wrong_one_breaks_nothing() {
         .map(|value| value.to_string())
         .collect();
     assert!(!shown.contains("sesame"), "{shown}");
+    world.stop().await;
+}
+
+/// A member with a token, and a controller that uses it.
+async fn with_token() -> World {
+    let mut world = World::stopped();
+    *world.members["x"].tokens.lock() = vec!["sesame".into()];
+    world
+        .hub
+        .edit(CLUSTERS, NAMESPACE, "x", |cluster| cluster["spec"]["secretRef"] = json!({"name": "x-access"}));
+    world.hub.put("/secrets", NAMESPACE, "x-access", Some(secret("sesame")));
+    world.run(options());
+    let object = federated("FederatedDeployment", &["a", "c"], template("web:1", 2));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    world
+}
+
+fn offline(world: &World) -> Option<bool> {
+    let cluster = world.hub.get(CLUSTERS, NAMESPACE, "x")?;
+    Some(condition(&cluster, "Offline")? == "True")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrong_secret_is_not_taken_because_the_tunnel_is_lost() {
+    let mut world = with_token().await;
+    world.tunnel("x", false);
+    world.until("x is away", || offline(&world).filter(|offline| *offline)).await;
+    world
+        .hub
+        .edit("/secrets", NAMESPACE, "x-access", |value| value["data"] = secret("wrong")["data"].clone());
+    world.tunnel("x", true);
+    world.until("x is back with what it took before", || offline(&world).filter(|offline| !offline)).await;
+    world
+        .until("the new one is refused", || {
+            credentials(&world).filter(|(reason, _)| reason == "NewCredentialRefused")
+        })
+        .await;
+    world.edit(|object| object["spec"]["template"] = template("web:2", 2));
+    world.settled(DEPLOYMENTS, "it is written all the same", |status| is_true(status, "Ready")).await;
+    // Once the old one is withdrawn, whatever the Secret says is the credential.
+    *world.members["x"].tokens.lock() = vec!["wrong".into()];
+    world
+        .until("the new one is taken", || credentials(&world).filter(|(reason, _)| reason == "Accepted"))
+        .await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_secret_that_is_deleted_or_not_named_any_more_is_not_used() {
+    let mut world = with_token().await;
+    world.hub.put("/secrets", NAMESPACE, "x-access", None);
+    world
+        .until("it is told", || credentials(&world).filter(|(_, message)| message.contains("does not exist")))
+        .await;
+    let used = || world.member("x").users().iter().filter(|user| user.contains("sesame")).count();
+    let before = used();
+    world.edit(|object| object["spec"]["template"] = template("web:2", 2));
+    let reached = |status: &federation_core::api::FederatedStatus| {
+        status.units.iter().any(|unit| unit.name == "c" && unit.revision == status.current_revision)
+    };
+    world.settled(DEPLOYMENTS, "the other member has it", reached).await;
+    assert_eq!(used(), before, "the member was not asked anything with it");
+    world.hub.put("/secrets", NAMESPACE, "x-access", Some(secret("sesame")));
+    world.settled(DEPLOYMENTS, "with the Secret back it is ready", |status| is_true(status, "Ready")).await;
+
+    // Without a reference the gateway is the way, and it asks for no token.
+    world.member("x").tokens.lock().clear();
+    world.hub.edit(CLUSTERS, NAMESPACE, "x", |cluster| {
+        cluster["spec"].as_object_mut().expect("spec").remove("secretRef");
+    });
+    world
+        .until("the gateway is used", || {
+            world.member("x").users().last().filter(|user| !user.contains("sesame")).map(drop)
+        })
+        .await;
+    let before = used();
+    world.edit(|object| object["spec"]["template"] = template("web:3", 2));
+    world.settled(DEPLOYMENTS, "it is written through the gateway", |status| is_true(status, "Ready")).await;
+    assert_eq!(used(), before);
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_secret_of_another_cluster_goes_nowhere() {
+    let mut world = World::stopped();
+    *world.members["x"].tokens.lock() = vec!["sesame".into()];
+    let mut foreign = secret("sesame");
+    foreign["metadata"]["labels"] = json!({"cellway.io/credential-of": "y"});
+    world.hub.put("/secrets", NAMESPACE, "x-access", Some(foreign));
+    world
+        .hub
+        .edit(CLUSTERS, NAMESPACE, "x", |cluster| cluster["spec"]["secretRef"] = json!({"name": "x-access"}));
+    world.run(options());
+    world
+        .until("it is told", || {
+            credentials(&world).filter(|(_, message)| message.contains("credential-of=x"))
+        })
+        .await;
+    assert!(world.member("x").users().iter().all(|user| !user.contains("sesame")));
     world.stop().await;
 }

@@ -57,3 +57,29 @@ async fn a_cell_is_given_up_and_taken_back() {
     world.until("the cell's status says nothing", || phase(&world).is_none().then_some(())).await;
     world.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_on_its_way_out_holds_no_evacuation_up() {
+    let mut world = World::stopped();
+    world.run(options());
+    let object = federated("FederatedDeployment", &["b", "c"], template("web:1", 2));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    // Taken out of the placement while its member is away: it cannot go yet.
+    world.tunnel("y", false);
+    world.edit(|object| object["spec"]["placement"] = json!({"units": [{"name": "b"}]}));
+    let goes = |status: &federation_core::api::FederatedStatus| {
+        status
+            .units
+            .iter()
+            .any(|unit| unit.name == "c" && unit.phase == federation_core::api::Phase::Removing)
+    };
+    world.settled(DEPLOYMENTS, "it is to go", goes).await;
+    world.hub.edit(CELLS, "", "c", |cell| cell["spec"]["failover"] = json!({}));
+    let said = || {
+        let cell = world.hub.get(CELLS, "", "c")?;
+        (cell["status"]["failover"]["phase"] == "Evacuated").then_some(())
+    };
+    world.until("nothing is left to be moved", said).await;
+    world.stop().await;
+}

@@ -6,6 +6,7 @@ mod credentials;
 mod failover;
 mod fake;
 mod leaders;
+mod loss;
 mod replicas;
 mod tenants;
 mod world;

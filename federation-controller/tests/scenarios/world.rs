@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use federation_controller::{ConnectError, Controller, Destination, Handle, Options, connector};
+use federation_controller::{ConnectError, Controller, Destination, Handle, Options, To, connector};
 use federation_core::api::FederatedStatus;
 use http::Request;
 use http_body_util::BodyExt as _;
@@ -30,6 +30,8 @@ const LOOK: Duration = Duration::from_millis(10);
 pub(crate) struct World {
     pub(crate) hub: Arc<FakeApi>,
     pub(crate) members: BTreeMap<String, Arc<FakeApi>>,
+    /// Members that reach nothing that they are to look at.
+    pub(crate) misses: Arc<Mutex<Vec<String>>>,
     /// Members without a tunnel.
     down: Arc<Mutex<Vec<String>>>,
     /// Connections that are open, so that a lost tunnel can end them.
@@ -69,7 +71,15 @@ impl World {
                 "metadata": {"name": cell}, "spec": {"cluster": cluster, "nodeSelector": {"zone": cell}}});
             hub.put(CELLS, "", cell, Some(value));
         }
-        Self { hub, members, down: Arc::default(), open: Arc::default(), handle: None, running: None }
+        Self {
+            hub,
+            members,
+            misses: Arc::default(),
+            down: Arc::default(),
+            open: Arc::default(),
+            handle: None,
+            running: None,
+        }
     }
 
     pub(crate) fn run(&mut self, options: Options) {
@@ -80,13 +90,18 @@ impl World {
         });
         let client = kube::Client::new(service, "default");
         let (members, down, open) = (self.members.clone(), Arc::clone(&self.down), Arc::clone(&self.open));
-        let connector = connector(move |to: Destination| {
-            let cluster = to.cluster;
+        let misses = Arc::clone(&self.misses);
+        let connector = connector(move |Destination { cluster, to }| {
+            let missed = matches!(to, To::Endpoint { .. }) && misses.lock().contains(&cluster);
             let (members, down, open) = (members.clone(), Arc::clone(&down), Arc::clone(&open));
             async move {
                 let Some(api) = members.get(&cluster).filter(|_| !down.lock().contains(&cluster)) else {
                     return Err(ConnectError::NoTunnel { cluster });
                 };
+                if missed {
+                    let message = "the destination did not answer in time".to_owned();
+                    return Err(ConnectError::NotAnswering { cluster, message });
+                }
                 let (ours, theirs) = tokio::io::duplex(64 << 10);
                 let api = Arc::clone(api);
                 let service = hyper::service::service_fn(move |request| {

@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::failover::{Failover, FailoverStatus};
+use super::loss::{LossPolicy, LossStatus};
 
 /// A deployment unit: the part of one member cluster that a node selector describes.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -36,6 +37,9 @@ pub struct CellSpec {
     /// The cell is lost, or is to be emptied: its replicas go elsewhere, and come back when this is taken away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failover: Option<Failover>,
+    /// By whose word the cell counts as lost when no operator says it. Absent: by nobody's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_policy: Option<LossPolicy>,
 }
 
 /// What the hub says of a cell.
@@ -45,4 +49,7 @@ pub struct CellStatus {
     /// How far its evacuation, or the return from it, is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failover: Option<FailoverStatus>,
+    /// What those say whom `spec.lossPolicy` names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss: Option<LossStatus>,
 }

@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::failover::{Failover, FailoverStatus};
+use super::loss::{LossPolicy, LossStatus};
 
 /// A member cluster. A member that joined through a tunnel needs no field at all.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -32,7 +33,7 @@ pub struct KubeFedClusterSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_bundle: Option<String>,
     /// Secret with a credential for the member's API that the hub holds: `kubeconfig`; or `token`; or `tls.crt` and `tls.key`;
-    /// and `ca.crt`. Absent: the agent's gateway uses its own.
+    /// and `ca.crt`. Its label `cellway.io/credential-of` names this cluster. Absent: the agent's gateway uses its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_ref: Option<LocalSecretReference>,
     /// TLS checks to leave out, as KubeFed reads them: none can be, so with `secretRef` this is refused.
@@ -45,6 +46,9 @@ pub struct KubeFedClusterSpec {
     /// taken away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failover: Option<Failover>,
+    /// By whose word the cluster counts as lost when no operator says it. Absent: by nobody's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_policy: Option<LossPolicy>,
 }
 
 /// A secret in the same namespace.
@@ -69,6 +73,9 @@ pub struct KubeFedClusterStatus {
     /// How far its evacuation, or the return from it, is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failover: Option<FailoverStatus>,
+    /// What those say whom `spec.lossPolicy` names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss: Option<LossStatus>,
 }
 
 /// One condition of a member, in KubeFed's shape.

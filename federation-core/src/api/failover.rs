@@ -1,4 +1,4 @@
-//! `spec.failover` of a cell or a cluster: an operator's word that it is lost, or is to be emptied.
+//! `spec.failover` of a cell or a cluster: an operator's word, or its policy's, that it is lost or is to be emptied.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -14,8 +14,8 @@ pub struct Failover {
     /// for all its cells. Objects of every kind but Jobs and CronJobs are placed in them too. Absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<Placement>,
-    /// The most replicas of one workload that are on their way at once, in percent of what the unit has; one at least. The
-    /// next step waits until the last one is ready. 25 when absent.
+    /// The most replicas of one workload that are on their way at once, in percent of what it has in all the units that are
+    /// given up; one at least. The next step waits until the last one is ready. 25 when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 100))]
     pub step_percent: Option<u8>,
@@ -25,6 +25,9 @@ pub struct Failover {
     /// Why, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// Whether `spec.lossPolicy` says so rather than an operator; then it may take it back as well. The hub sets it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub by_policy: bool,
 }
 
 /// How far an evacuation is, over all objects.

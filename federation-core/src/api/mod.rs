@@ -4,6 +4,7 @@ mod cell;
 mod cluster;
 mod failover;
 mod federated;
+mod loss;
 mod propagation;
 mod revision;
 mod scheduling;
@@ -22,6 +23,7 @@ pub use self::federated::{
     FirstRevision, NamespaceRule, Naming, Override, Patch, PatchOp, Phase, Placement, PlacementMask, Setback,
     TopologyType, UnitReference, UnitStatus, federated_crd,
 };
+pub use self::loss::{LossPhase, LossPolicy, LossProbe, LossStatus, Verdict, Vote};
 pub use self::propagation::{KeyClass, KeyRule, PropagationConfig, PropagationConfigSpec};
 pub use self::revision::{FederatedRevision, FederatedRevisionSpec, Snapshot};
 pub use self::scheduling::{

@@ -15,8 +15,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::replicas::{pod_labels, remaining};
 use super::{Draft, MemberState, Planner};
-use crate::api::{Evacuation, Failover, Snapshot, UnitStatus};
+use crate::api::{Evacuation, Failover, Setback, Snapshot, UnitStatus};
 use crate::capacity::RoomView;
 use crate::drift;
 use crate::status::{self, EVACUATING};
@@ -40,6 +41,12 @@ struct Side {
     ready: bool,
     /// Whether it may take over.
     takes: bool,
+    /// Whether it gets no more for a while, because it could not run what it got.
+    refused: bool,
+    /// Replicas that it runs for others and that stay without a node.
+    stuck: i64,
+    /// For how many more its nodes have room, when that is known.
+    fits: Option<i64>,
     /// Whether it counts and cannot be told what it is to have.
     unclear: bool,
 }
@@ -115,8 +122,8 @@ impl<'a> Planner<'a> {
             (given_up && !draft.status.stand_in) || draft.status.evacuation.is_some()
         };
         let gone = self.before.units.iter().filter(|record| record.evacuation.is_some());
-        let gone: Vec<&str> =
-            gone.map(|record| record.name.as_str()).filter(|name| unknown.contains(*name)).collect();
+        let gone: Vec<String> =
+            gone.map(|record| record.name.clone()).filter(|name| unknown.contains(name)).collect();
         if gone.is_empty() && !drafts.iter().any(leaves) {
             self.lost_stand_ins.clear();
             drafts.iter_mut().for_each(|draft| draft.status.extra = None);
@@ -128,6 +135,12 @@ impl<'a> Planner<'a> {
             .enumerate()
             .map(|(index, draft)| self.side(index, draft, current, snapshots))
             .collect();
+        let sides = sides.map(|mut sides| {
+            for side in &mut sides {
+                self.set_back(side, drafts[side.index].unit);
+            }
+            sides
+        });
         let Some(mut sides) = sides else {
             let message =
                 "members decide about this object's replicas, so none are moved: see to its autoscaler"
@@ -183,6 +196,14 @@ impl<'a> Planner<'a> {
                 *rendered = rendered.scaled(replicas);
             }
         }
+        for draft in drafts.iter().filter(|draft| draft.status.extra.is_none()) {
+            // What is on its way out runs nothing for anybody.
+            let is_it =
+                |old: &&mut UnitStatus| old.name == draft.unit.name && old.cluster == draft.unit.cluster;
+            if let Some(old) = self.before.units.iter_mut().find(is_it) {
+                old.extra = None;
+            }
+        }
         drafts.retain(|draft| !draft.status.stand_in || draft.status.extra.is_some());
     }
 
@@ -224,7 +245,51 @@ impl<'a> Planner<'a> {
         });
         let visible = draft.target.is_some() && view.is_some_and(|view| view.state == MemberState::Synced);
         let takes = failover.is_none() && record.evacuation.is_none();
-        Some(Side { index, base, failover, moved, extra, ready: ready && visible, takes, unclear })
+        let ready = ready && visible;
+        let room = view.and_then(|view| view.room.known()).filter(|_| visible);
+        let fits = room.zip(rendered.as_ref());
+        let fits = fits.map(|(room, rendered)| room.fits(&rendered.at("")["spec"]["template"]["spec"]));
+        let stuck = match (room, live) {
+            (Some(room), Some(live)) if !ready => {
+                let (namespace, labels) = (self.target_namespace(), pod_labels(&live.value));
+                // As of one moment: what was taken away since is in what waits still, and not in what is to be there.
+                let missing = (base - moved + extra - room.bound(namespace, &labels)).max(0);
+                room.waiting(namespace, &labels).min(missing).min(extra)
+            }
+            _ => 0,
+        };
+        Some(Side { index, base, failover, moved, extra, ready, takes, refused: false, stuck, fits, unclear })
+    }
+
+    /// Takes back from a unit what it took over and cannot run, and remembers that for a while.
+    fn set_back(&mut self, side: &mut Side, unit: &Unit) {
+        let template = self.pod_template_hash();
+        let known = self.known_setback(unit, &template);
+        let is_it = |old: &Setback| old.unit == unit.name && old.cluster == unit.cluster;
+        if side.stuck > 0 {
+            side.extra -= side.stuck;
+            let setback = Setback {
+                unit: unit.name.clone(),
+                cluster: unit.cluster.clone(),
+                replicas: side.base - side.moved + side.extra,
+                room: side.fits,
+                times: known.map_or(0, |known| known.times).saturating_add(1),
+                since: self.input.now.to_owned(),
+                template,
+            };
+            self.setbacks.retain(|old| !is_it(old));
+            self.look_again_in(remaining(&setback, self.input.now).unwrap_or_default());
+            self.setbacks.push(setback);
+            side.refused = true;
+        } else if let Some(known) = known
+            && let Some(left) = remaining(&known, self.input.now)
+        {
+            side.refused = side.fits.unwrap_or(0) <= known.room.unwrap_or(0);
+            self.look_again_in(left);
+            if !self.setbacks.iter().any(is_it) {
+                self.setbacks.push(known);
+            }
+        }
     }
 
     /// Moves the balance by a step where it may go on; says how it stands.
@@ -318,12 +383,17 @@ impl<'a> Planner<'a> {
         let (mut unknown, mut targets) = (Vec::new(), 0);
         for (room, side) in rooms.iter_mut().zip(sides.iter()) {
             let draft = &drafts[side.index];
-            let (true, Some((_, rendered))) = (side.takes, &draft.target) else { continue };
+            if !side.takes || draft.target.is_none() {
+                continue;
+            }
             targets += 1;
+            if side.refused {
+                continue;
+            }
             let known = self.input.members.get(&draft.unit.cluster).map(|view| &view.room);
             *room = match known {
                 _ if ignore => ANY,
-                Some(RoomView::Known(known)) => known.fits(&rendered.at("")["spec"]["template"]["spec"]),
+                Some(RoomView::Known(_)) => side.fits.unwrap_or(0),
                 Some(RoomView::Unreadable(why)) => {
                     unknown.push(format!("{}: {why}", draft.unit.name));
                     0

@@ -12,6 +12,7 @@ use crate::api::{
 };
 use crate::capacity::RoomView;
 use crate::drift::Baseline;
+use crate::ledger::Claim;
 use crate::metadata::PropagationRules;
 use crate::topology::Topology;
 use crate::types::FederatedType;
@@ -74,8 +75,10 @@ pub struct MemberView {
     pub contended: BTreeMap<String, String>,
     /// When it last answered (RFC 3339), if that is known.
     pub last_heard: Option<String>,
-    /// What its nodes have left, for objects whose replicas are divided by that.
+    /// What its nodes have left, without what is claimed of it, for objects whose replicas are divided by that.
     pub room: RoomView,
+    /// Of what is claimed: replicas of this object, by name of the member's object.
+    pub claimed: BTreeMap<String, i64>,
 }
 
 /// Whether a member is seen whole.
@@ -135,6 +138,8 @@ pub struct Plan {
     pub tombstones: Vec<TombstoneSpec>,
     /// Writes into members.
     pub writes: Vec<Write>,
+    /// Replicas that are to have room, by member, where the room is known.
+    pub claims: BTreeMap<String, Vec<Claim>>,
     /// Revisions that may be deleted.
     pub surplus: Vec<String>,
     /// When the object is to be looked at again even if nothing happens.

@@ -12,10 +12,11 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 
-use super::{MemberState, NamespacePlacement, Planner};
+use super::{Draft, MemberState, MemberView, NamespacePlacement, Planner};
 use crate::api::{Division, Setback, Snapshot};
-use crate::capacity::{Room, RoomView};
+use crate::capacity::RoomView;
 use crate::drift;
+use crate::ledger::Claim;
 use crate::render::render;
 use crate::revision::{self, hash};
 use crate::schedule::{self, Candidate};
@@ -35,7 +36,8 @@ const TEMPLATE_DIGITS: usize = 10;
 struct Found {
     /// Replicas of its object that can run: all but those that stay unschedulable; `None` without an object.
     runs: Option<i64>,
-    /// Replicas of its object that had a node when the room was counted.
+    /// Its own replicas that had a node when the room was counted, or that room was claimed for since: what it runs for
+    /// units that were given up comes on top of these.
     bound: i64,
     /// Whether some of its replicas stay unschedulable.
     stuck: bool,
@@ -84,7 +86,7 @@ impl<'a> Planner<'a> {
                 // Nothing is moved for a lost tunnel, and nothing new goes where nobody answers. What becomes of a unit that
                 // was given up is decided after the division.
                 self.keep_setback(unit, &template);
-                candidates.insert(name.clone(), Candidate { current, capacity: Some(current.unwrap_or(0)) });
+                candidates.insert(name.clone(), Candidate { current, capacity: None, pinned: true });
                 continue;
             };
             if by_capacity && view.room == RoomView::Unknown {
@@ -92,24 +94,19 @@ impl<'a> Planner<'a> {
                 self.find(REPLICAS_UNPLACED, "RoomUnknown", message);
                 return None;
             }
-            let found = self.look(unit, view.room.known(), &plain);
+            let found = self.look(unit, view, current.unwrap_or(0), &plain);
             let held = self.setback(unit, current, &found, &template);
-            let room = match (by_capacity, found.fits) {
-                (false, _) => None,
-                (true, Some(fits)) => Some(found.bound.saturating_add(fits)),
-                // It is not known: what is there stays, and nothing comes.
-                (true, None) => {
-                    if let RoomView::Unreadable(why) = &view.room {
-                        unreadable.insert(format!("{}: {why}", unit.cluster));
-                    }
-                    Some(current.unwrap_or(0))
-                }
-            };
+            // Where it is not known, what is there stays, and nothing comes.
+            let pinned = by_capacity && found.fits.is_none();
+            if let (true, RoomView::Unreadable(why)) = (pinned, &view.room) {
+                unreadable.insert(format!("{}: {why}", unit.cluster));
+            }
+            let room = found.fits.filter(|_| by_capacity).map(|fits| found.bound.saturating_add(fits));
             let capacity = match (room, held) {
                 (Some(room), Some(held)) => Some(room.min(held)),
                 (room, held) => room.or(held),
             };
-            candidates.insert(name.clone(), Candidate { current, capacity });
+            candidates.insert(name.clone(), Candidate { current, capacity, pinned });
         }
         let key = format!("{}/{}", self.namespace, self.name);
         let mut replicas = schedule::split(preference, &candidates, &key);
@@ -133,9 +130,10 @@ impl<'a> Planner<'a> {
         Some(replicas)
     }
 
-    /// What is seen of a unit's replicas and of the room that it has for more.
-    fn look(&self, unit: &Unit, room: Option<&Room>, plain: &Snapshot) -> Found {
+    /// What is seen of a unit's replicas and of the room that it has for more; `current`: the replicas that it is to have.
+    fn look(&self, unit: &Unit, view: &MemberView, current: i64, plain: &Snapshot) -> Found {
         let input = self.input;
+        let room = view.room.known();
         let rendered = render(input.of, self.namespace, self.name, plain, unit).ok();
         let pods = rendered.as_ref().map(|rendered| rendered.at(""));
         let fits = match (room, &pods) {
@@ -143,15 +141,21 @@ impl<'a> Planner<'a> {
             _ => None,
         };
         let live = rendered.as_ref().and_then(|rendered| {
-            let live = input.members.get(&unit.cluster)?.objects.get(&rendered.name)?;
+            let live = view.objects.get(&rendered.name)?;
             drift::belongs_to(&live.value, &self.source, self.input.hub).then_some(&live.value)
         });
+        let claimed = rendered.as_ref().and_then(|rendered| view.claimed.get(&rendered.name).copied());
+        let claimed = claimed.unwrap_or(0);
         let Some(live) = live else {
-            return Found { runs: None, bound: 0, stuck: false, complete: false, fits };
+            return Found { runs: None, bound: claimed, stuck: false, complete: false, fits };
         };
         let labels = pod_labels(live);
-        // Counted at the same moment as what is free: what has come since is in neither.
-        let bound = room.map_or(0, |room| room.bound(self.target_namespace(), &labels));
+        // Counted at the same moment as what is free: what has come since is in neither, but in what is claimed.
+        let bound = room.map_or(0, |room| room.bound(self.target_namespace(), &labels)) + claimed;
+        let record =
+            self.before.units.iter().find(|old| old.name == unit.name && old.cluster == unit.cluster);
+        let extra = record.and_then(|record| record.extra).unwrap_or(0);
+        let bound = bound - extra.min(bound - current).max(0);
         let status = &live["status"];
         let wanted = live["spec"]["replicas"].as_i64().unwrap_or(1);
         let there = status["replicas"].as_i64().unwrap_or(0).clamp(0, wanted.max(0));
@@ -175,7 +179,30 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn target_namespace(&self) -> &'a str {
+    /// Says of each unit whose member's room is known how many replicas are to find it there.
+    pub(super) fn claim(&mut self, drafts: &[Draft<'_>]) {
+        if !self.input.of.has_replicas() {
+            return;
+        }
+        for draft in drafts {
+            let view = self.input.members.get(&draft.unit.cluster);
+            let (Some((_, rendered)), Some(_)) = (&draft.target, view.and_then(|view| view.room.known()))
+            else {
+                continue;
+            };
+            let object = rendered.at("");
+            let claim = Claim {
+                object: rendered.name.clone(),
+                namespace: self.target_namespace().to_owned(),
+                labels: pod_labels(&object),
+                pod: object["spec"]["template"]["spec"].clone(),
+                replicas: rendered.replicas(),
+            };
+            self.claims.entry(draft.unit.cluster.clone()).or_default().push(claim);
+        }
+    }
+
+    pub(super) fn target_namespace(&self) -> &'a str {
         self.input.of.target_namespace(self.namespace)
     }
 
@@ -231,26 +258,26 @@ impl<'a> Planner<'a> {
         self.setbacks.extend(self.known_setback(unit, template));
     }
 
-    fn known_setback(&self, unit: &Unit, template: &str) -> Option<Setback> {
+    pub(super) fn known_setback(&self, unit: &Unit, template: &str) -> Option<Setback> {
         let known = &self.before.setbacks;
         let is_it =
             |old: &&Setback| old.unit == unit.name && old.cluster == unit.cluster && old.template == template;
         known.iter().find(is_it).cloned()
     }
 
-    fn pod_template_hash(&self) -> String {
+    pub(super) fn pod_template_hash(&self) -> String {
         let mut digest = hash(&self.input.object.spec.template["spec"]["template"]);
         digest.truncate(TEMPLATE_DIGITS);
         digest
     }
 
-    fn look_again_in(&mut self, wait: Duration) {
+    pub(super) fn look_again_in(&mut self, wait: Duration) {
         self.look_again = Some(self.look_again.map_or(wait, |known| known.min(wait)));
     }
 }
 
 /// How long a setback counts still.
-fn remaining(record: &Setback, now: &str) -> Option<Duration> {
+pub(super) fn remaining(record: &Setback, now: &str) -> Option<Duration> {
     let (since, now) = (record.since.parse::<Timestamp>().ok()?, now.parse::<Timestamp>().ok()?);
     let doublings = record.times.saturating_sub(1).min(MOST_DOUBLINGS);
     let wait = (FIRST_SETBACK * 2i32.pow(doublings)).min(LONGEST_SETBACK);
@@ -259,7 +286,7 @@ fn remaining(record: &Setback, now: &str) -> Option<Duration> {
 }
 
 /// Labels that the pods of a workload have.
-fn pod_labels(live: &Value) -> BTreeMap<String, String> {
+pub(super) fn pod_labels(live: &Value) -> BTreeMap<String, String> {
     let Value::Object(map) = &live["spec"]["selector"]["matchLabels"] else { return BTreeMap::new() };
     map.iter().filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
 }

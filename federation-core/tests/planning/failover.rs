@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use federation_core::api::{Failover, Phase, Placement, TopologyType, UnitReference};
 use federation_core::capacity::{Room, RoomView};
+use federation_core::ledger::Ledger;
 use federation_core::plan::{LiveObject, MemberState};
 use serde_json::{Value, json};
 
@@ -363,4 +364,106 @@ fn a_unit_whose_revision_is_lost_moves_nothing() {
     steps(&mut world);
     assert_eq!(counts(&world), [0, 8, 0]);
     assert_eq!(world.condition("Evacuating"), Some(("True", "Unknown")));
+}
+
+/// A count of `y`: its nodes, and the pods of these workloads that have one of them, or none for long.
+fn counted(pods: i64, workloads: &[(&str, i64, i64)]) -> RoomView {
+    let mut room = Room::default();
+    room.add_node(&json!({"metadata": {"name": "n", "labels": {"zone": "c"}}, "spec": {},
+        "status": {"allocatable": {"pods": pods.to_string()}, "conditions": [{"type": "Ready", "status": "True"}]}}));
+    let now = "2026-11-21T00:00:00Z".parse().expect("a time");
+    for (app, bound, waiting) in workloads {
+        for index in 0..bound + waiting {
+            let mut pod = json!({"metadata": {"namespace": "shop", "labels": {"app": app, "cellway.io/cell": "c"}},
+                "spec": {"containers": [{}]}});
+            if index < *bound {
+                pod["spec"]["nodeName"] = "n".into();
+            } else {
+                pod["status"]["conditions"] = json!([{"type": "PodScheduled", "status": "False",
+                    "reason": "Unschedulable", "lastTransitionTime": "2026-11-20T23:00:00Z"}]);
+            }
+            room.add_pod(&pod, now);
+        }
+    }
+    RoomView::Known(Arc::new(room))
+}
+
+/// Looks at what is left of `y`, carries a plan out and claims what it gives, as the controller does.
+fn step_with(ledger: &mut Ledger<&'static str>, by: &'static str, world: &mut World) {
+    let view = world.members.get_mut("y").expect("y");
+    (view.room, view.claimed) = (ledger.left(), ledger.claimed(&by));
+    let mut plan = world.plan();
+    let claims = plan.claims.remove("y").unwrap_or_default();
+    ledger.claim(by, claims, |_| false);
+    world.carry_out(&plan);
+}
+
+#[test]
+fn the_same_room_is_not_given_twice() {
+    // Two workloads of four each move to where four fit. Every pod is ready at once, and nobody counts in between.
+    let mut ledger = Ledger::default();
+    ledger.count(counted(4, &[]));
+    let leaving = |app: &str| {
+        let mut template = deployment("web:1", 4);
+        for at in ["/spec/selector/matchLabels", "/spec/template/metadata/labels"] {
+            template.pointer_mut(at).expect("labels")["app"] = app.into();
+        }
+        let mut world = World::new(0, template);
+        world.place(&["a"]).settle();
+        give_up(&mut world, "a", Some(Failover { step_percent: Some(50), ..to(&["c"]) }));
+        world
+    };
+    let (mut web, mut db) = (leaving("web"), leaving("db"));
+    for _ in 0..12 {
+        step_with(&mut ledger, "web", &mut web);
+        step_with(&mut ledger, "db", &mut db);
+    }
+    let (of_web, of_db) = (count(&web, "y", "web-c"), count(&db, "y", "web-c"));
+    assert_eq!(of_web + of_db, 4, "{of_web} and {of_db} of what fits");
+    assert_eq!(web.condition("Evacuating"), Some(("True", "NoRoom")));
+    // A node comes, and the count sees it and who runs.
+    ledger.count(counted(8, &[("web", of_web, 0), ("db", of_db, 0)]));
+    for _ in 0..12 {
+        step_with(&mut ledger, "web", &mut web);
+        step_with(&mut ledger, "db", &mut db);
+    }
+    assert_eq!([counts(&web), counts(&db)], [[0, 0, 4], [0, 0, 4]]);
+}
+
+#[test]
+fn what_finds_no_node_is_tried_elsewhere() {
+    let mut world = world(4, &["a"]);
+    give_up(&mut world, "a", Some(Failover { step_percent: Some(100), ..to(&["b", "c"]) }));
+    set_room(&mut world, "x", &[("a", 0), ("b", 1)]);
+    let plan = world.plan();
+    world.carry_out(&plan);
+    assert_eq!(counts(&world), [4, 0, 4], "c has the most room by far");
+    // The count says that they fit, and the scheduler, which knows more, finds no place for three.
+    world.members.get_mut("y").expect("y").room = counted(100, &[("web", 1, 3)]);
+    world.live_mut("y", "web-c")["status"]["availableReplicas"] = 1.into();
+    set_room(&mut world, "x", &[("a", 0), ("b", 10)]);
+    let plan = world.plan();
+    assert!(plan.look_again.is_some(), "c is tried again in time");
+    world.carry_out(&plan);
+    assert_eq!(counts(&world), [4, 0, 1]);
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 3, 1]);
+    assert_eq!(world.status().setbacks[0].unit, "c");
+}
+
+#[test]
+fn with_nowhere_else_to_go_what_finds_no_node_waits_its_time() {
+    let mut world = world(4, &["a"]);
+    give_up(&mut world, "a", Some(Failover { step_percent: Some(100), ..to(&["c"]) }));
+    let plan = world.plan();
+    world.carry_out(&plan);
+    world.members.get_mut("y").expect("y").room = counted(100, &[("web", 0, 4)]);
+    world.live_mut("y", "web-c")["status"]["availableReplicas"] = 0.into();
+    steps(&mut world);
+    assert_eq!(counts(&world), [4, 0, 0]);
+    assert_eq!(world.condition("Evacuating"), Some(("True", "NoRoom")));
+    world.now = "2026-11-21T00:10:00Z";
+    world.members.get_mut("y").expect("y").room = counted(100, &[]);
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 0, 4]);
 }

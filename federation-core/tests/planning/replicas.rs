@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use federation_core::api::{Division, ReplicaSchedulingPreferenceSpec};
+use federation_core::api::{Division, Failover, ReplicaSchedulingPreferenceSpec};
 use federation_core::capacity::{Room, RoomView};
+use federation_core::plan::MemberState;
 use serde_json::json;
 
-use crate::world::World;
+use crate::world::{World, unreachable};
 
 fn preference(total: i64, divide_by: Division, rebalance: bool) -> ReplicaSchedulingPreferenceSpec {
     ReplicaSchedulingPreferenceSpec {
@@ -182,4 +183,84 @@ fn without_rebalance_what_moved_stays_and_another_template_is_tried_at_once() {
     world.preference = Some(preference(12, Division::Weight, false));
     world.settle();
     assert!(counts(&world)[0] > 1, "{:?}", counts(&world));
+}
+
+#[test]
+fn a_lost_tunnel_moves_no_replicas_that_go_by_room() {
+    let mut world = world(Division::Capacity, 9, true);
+    let count = |world: &mut World| {
+        set_room(world, "x", &[("a", 16), ("b", 8)]);
+        set_room(world, "y", &[("c", 12)]);
+    };
+    count(&mut world);
+    world.settle();
+    let before = counts(&world);
+    count(&mut world);
+    for state in [unreachable(), MemberState::Syncing, MemberState::Synced] {
+        world.members.get_mut("x").expect("x").state = state.clone();
+        let writes = world.writes;
+        world.settle();
+        assert_eq!((counts(&world), world.writes), (before, writes), "{state:?}");
+    }
+    // The same where the room of a member cannot be read any more.
+    world.members.get_mut("x").expect("x").room = RoomView::Unreadable("forbidden".into());
+    world.settle();
+    assert_eq!(counts(&world), before);
+    // And a unit that is given up leaves in steps, not by the division.
+    count(&mut world);
+    world.cells[0].spec.failover = Some(Failover { step_percent: Some(1), ..Failover::default() });
+    let plan = world.plan();
+    world.carry_out(&plan);
+    assert_eq!(counts(&world)[0], before[0]);
+    assert_eq!(counts(&world).iter().sum::<i64>(), 10);
+}
+
+#[test]
+fn what_runs_for_others_is_no_room_of_ones_own() {
+    let mut world = world(Division::Capacity, 12, false);
+    world.place(&["a", "c"]);
+    set_room(&mut world, "x", &[("a", 4), ("b", 0)]);
+    set_room(&mut world, "y", &[("c", 12)]);
+    world.settle();
+    let at = |world: &World| {
+        [("x", "web-a"), ("y", "web-c")]
+            .map(|(cluster, name)| world.live(cluster, name)["spec"]["replicas"].as_i64().expect("number"))
+    };
+    assert_eq!(at(&world), [3, 9]);
+    world.cells[0].spec.failover = Some(Failover { step_percent: Some(100), ..Failover::default() });
+    for _ in 0..6 {
+        set_room(&mut world, "y", &[("c", 12)]);
+        let plan = world.plan();
+        world.carry_out(&plan);
+    }
+    assert_eq!(at(&world), [0, 12]);
+    // Four more are asked for, and there is room for none.
+    set_room(&mut world, "y", &[("c", 12)]);
+    world.preference = Some(preference(16, Division::Capacity, false));
+    world.settle();
+    assert_eq!(at(&world), [0, 12]);
+    assert_eq!(world.condition("ReplicasUnplaced"), Some(("True", "NoRoom")));
+}
+
+#[test]
+fn a_rolling_update_shrinks_no_full_cell() {
+    let mut world = world(Division::Capacity, 10, false);
+    world.place(&["a", "c"]);
+    set_room(&mut world, "x", &[("a", 5), ("b", 0)]);
+    set_room(&mut world, "y", &[("c", 50)]);
+    world.settle();
+    let full = |world: &World| world.live("x", "web-a")["spec"]["replicas"].as_i64();
+    let before = full(&world);
+    // All pods of the cell are on their way out, to be followed by new ones.
+    let mut room = nodes(&[("a", before.expect("number"))]);
+    let pod = json!({"metadata": {"namespace": "shop", "labels": {"app": "web", "cellway.io/cell": "a"},
+            "deletionTimestamp": "2026-11-21T00:00:00Z"},
+        "spec": {"nodeName": "a", "containers": [{"resources": {"requests": {"cpu": "1"}}}]}});
+    for _ in 0..before.expect("number") {
+        room.add_pod(&pod, "2026-11-21T00:00:00Z".parse().expect("a time"));
+    }
+    world.members.get_mut("x").expect("x").room = RoomView::Known(Arc::new(room));
+    set_room(&mut world, "y", &[("c", 50)]);
+    world.settle();
+    assert_eq!(full(&world), before);
 }

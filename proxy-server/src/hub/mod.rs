@@ -13,6 +13,7 @@
 pub mod admin_api;
 mod convert;
 mod feed;
+mod members;
 mod tokens;
 
 use std::collections::BTreeSet;
@@ -25,11 +26,8 @@ use axum::Router;
 use axum::extract::Request;
 use axum::middleware::Next;
 use federation_apiserver::{ApiServer, Converter, Role, UserInfo};
-use federation_controller::{
-    BoxedIo, ConnectError, Connector, Controller, Destination, Handle, Io, LeaseOptions, Options, connector,
-};
+use federation_controller::{Controller, Handle, LeaseOptions, Options};
 use federation_core::api::Conversion;
-use federation_core::credentials::{Access, Login};
 use parking_lot::RwLock;
 use serde_json::json;
 use service::admin::Admin;
@@ -38,23 +36,22 @@ use service::duration::GoDuration;
 use service::log::LogHandle;
 use service::metrics::SharedRegistry;
 use service::ready::{Readiness, ReadyGuard};
-use tls::{CertificateAuthority, ClientAuth, ClientTls, ServerName, ServerTls, TlsVersions, TrustDomain};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tls::{CertificateAuthority, ClientAuth, ServerTls, TlsVersions, TrustDomain};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
-use tunnel::{DialError, Limits, ResetKey, ServerTunnel, Target};
+use tunnel::{Limits, ResetKey, ServerTunnel};
 
 use self::admin_api::{AdminApi, BoundInfo, HubInfo};
+use self::members::member_connector;
 use self::tokens::SecretTokens;
 use crate::agents::IdentityRules;
 use crate::connect::{AllowedClients, ConnectLimits, client_share};
 use crate::directory::{ClusterDirectory, Snapshot};
 use crate::enrol::Enrolment;
-use crate::error::ProxyError;
-use crate::registry::{DialRequest, Frontend, Registry};
-use crate::route::{Route, Strategy, parse_cluster};
+use crate::registry::Registry;
+use crate::route::Strategy;
 use crate::server::{
     Addresses, AgentsConfig, BoundServer, Parts, ServerConfig, ServerError, TlsFrontend, UdsConfig,
 };
@@ -557,74 +554,6 @@ async fn own_client(api: &federation_apiserver::Bound, data_dir: &Path) -> Resul
     kube::Client::try_from(config).map_err(|error| failed(error.into()))
 }
 
-/// How the controller reaches members.
-fn member_connector(registry: Registry<ServerTunnel>, timeout: Duration) -> Connector {
-    connector(move |to: Destination| {
-        let registry = registry.clone();
-        async move {
-            let Destination { cluster, direct } = to;
-            let dial = async {
-                let name = parse_cluster(&cluster)?;
-                let target = match &direct {
-                    Some(access) => Target { host: access.host.clone(), port: access.port },
-                    None => Target::api_gateway(),
-                };
-                let route = Route { cluster: Some(name), target };
-                let request = DialRequest {
-                    route: &route,
-                    frontend: Frontend::Controller,
-                    client: "federation-controller",
-                    timeout,
-                };
-                registry.dial(request).await
-            };
-            let stream = dial.await.map_err(|error| connect_error(cluster.clone(), &error))?;
-            let io: BoxedIo = match direct {
-                None => Box::new(stream),
-                Some(access) => match secured(&access, stream).await {
-                    Ok(stream) => Box::new(stream),
-                    Err(message) => return Err(ConnectError::Unauthorized { cluster, message }),
-                },
-            };
-            Ok(io)
-        }
-    })
-}
-
-/// TLS to a member's API, end to end through the tunnel, with what the hub holds of it.
-async fn secured<S>(access: &Access, stream: S) -> Result<impl Io + use<S>, String>
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let identity = match &access.login {
-        Login::Certificate { chain, key } => Some((chain.as_str(), key.as_str())),
-        Login::Token(_) => None,
-    };
-    let tls = ClientTls::from_pem(&access.ca, identity)
-        .and_then(|tls| tls.with_versions(TlsVersions::From12))
-        .map_err(|error| format!("the credential of spec.secretRef cannot be used: {error}"))?;
-    let name = ServerName::try_from(access.server_name.clone())
-        .map_err(|_| format!("{:?} cannot be the name of a server", access.server_name))?;
-    let connecting = tls.connector(&[b"http/1.1"]).connect(name, stream);
-    connecting.await.map_err(|error| format!("no TLS with {}:{}: {error}", access.host, access.port))
-}
-
-/// What the cluster's conditions tell apart.
-fn connect_error(cluster: String, error: &ProxyError) -> ConnectError {
-    match error {
-        ProxyError::NoTunnel { .. } | ProxyError::Draining | ProxyError::Starting => {
-            ConnectError::NoTunnel { cluster }
-        }
-        ProxyError::UnknownCluster { .. }
-        | ProxyError::NotAllowedAtHub { .. }
-        | ProxyError::NotAuthorised { .. } => {
-            ConnectError::Unauthorized { cluster, message: error.to_string() }
-        }
-        ProxyError::Dial { error: DialError::TunnelClosed, .. } => ConnectError::NoTunnel { cluster },
-        _ => ConnectError::NotAnswering { cluster, message: error.to_string() },
-    }
-}
-
 /// Tells the controller at once when a member's first tunnel comes or its last one goes.
 async fn probe_on_change(registry: Registry<ServerTunnel>, controller: Handle) {
     let mut changes = registry.changes();
@@ -745,20 +674,6 @@ impl ServerCertificates {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_controller_is_told_what_is_wrong() {
-        let kind = |error: ProxyError| match connect_error("east".to_owned(), &error) {
-            ConnectError::NoTunnel { .. } => "tunnel",
-            ConnectError::Unauthorized { .. } => "credentials",
-            ConnectError::NotAnswering { .. } => "api",
-        };
-        assert_eq!(kind(ProxyError::NoTunnel { cluster: None }), "tunnel");
-        assert_eq!(kind(ProxyError::UnknownCluster { cluster: "east".to_owned() }), "credentials");
-        let dial = |error| ProxyError::Dial { target: "x".to_owned(), error };
-        assert_eq!(kind(dial(DialError::TunnelClosed)), "tunnel");
-        assert_eq!(kind(dial(DialError::Refused)), "api");
-    }
 
     #[test]
     fn new_folders_are_private() {
