@@ -141,18 +141,35 @@ impl Budget {
 impl Reservation {
     /// Takes `bytes` more; false and nothing taken when half of the budget is used.
     pub(crate) fn grow(&mut self, bytes: usize) -> bool {
-        let grown = self.budget.take_spare(bytes);
-        if grown {
+        let taken = self.budget.take_spare(bytes);
+        self.add(taken, bytes)
+    }
+
+    /// Takes `bytes` more, to the budget's last; false and nothing taken when it has not as many.
+    pub(crate) fn extend(&mut self, bytes: usize) -> bool {
+        let taken = self.budget.take(bytes);
+        self.add(taken, bytes)
+    }
+
+    fn add(&mut self, taken: bool, bytes: usize) -> bool {
+        if taken {
             self.bytes += bytes;
         }
-        grown
+        taken
+    }
+
+    /// Bytes held.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Gives `bytes` of it back.
     pub(crate) fn shrink(&mut self, bytes: usize) {
         let bytes = bytes.min(self.bytes);
-        self.bytes -= bytes;
-        self.budget.give_back(bytes);
+        if bytes > 0 {
+            self.bytes -= bytes;
+            self.budget.give_back(bytes);
+        }
     }
 }
 

@@ -38,9 +38,13 @@ use crate::{
 /// The protocol's name in the TLS handshake.
 pub(crate) const ALPN: &[u8] = b"cellway-quic/1";
 
-/// The receive window of one stream: 100 MiB/s at 10 ms of round trip. quinn does not grow windows, so this is also
-/// what each connection takes from the budget.
+/// The receive window of one stream: 100 MiB/s at 10 ms of round trip. quinn does not grow windows, so a connection
+/// takes as much from the budget while nobody, or a local peer that does not read, takes what the other side sends.
 const STREAM_WINDOW: usize = 1024 * 1024;
+
+/// What a connection takes from the budget while its local peer reads what comes: received bytes lie in memory from
+/// their arrival to the next turn of its task only.
+const READ_SHARE: usize = 64 * 1024;
 
 /// Bytes that a tunnel has sent and that are not acknowledged: 80 MiB/s at 100 ms of round trip.
 const SEND_WINDOW: u64 = 8 * 1024 * 1024;
@@ -100,7 +104,7 @@ pub(crate) struct QuicConnection {
     sent_end: bool,
     place: Option<Place>,
     /// The control stream has none: its task reads at once, and thousands of idle tunnels must fit.
-    _reservation: Option<Reservation>,
+    reservation: Option<Reservation>,
     link: Arc<QuicLink>,
 }
 
@@ -284,14 +288,8 @@ impl QuicLink {
             return None;
         }
         let id = send.id().index();
-        let connection = |place| QuicConnection {
-            send,
-            recv,
-            sent_end: false,
-            place,
-            _reservation: reservation,
-            link: self.clone(),
-        };
+        let connection =
+            |place| QuicConnection { send, recv, sent_end: false, place, reservation, link: self.clone() };
         if control {
             return Some(Incoming::Attach(connection(None)));
         }
@@ -341,14 +339,8 @@ impl QuicLink {
         let id = send.id().index();
         let place = target.map(|target| self.table.enter(id, target.clone()));
         // Dropping `connection` on any of these errors resets the stream.
-        let mut connection = QuicConnection {
-            send,
-            recv,
-            sent_end: false,
-            place,
-            _reservation: reservation,
-            link: self.clone(),
-        };
+        let mut connection =
+            QuicConnection { send, recv, sent_end: false, place, reservation, link: self.clone() };
         let dial = v1::Dial {
             target: target.map(Target::to_string).unwrap_or_default(),
             timeout_millis: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
@@ -421,6 +413,7 @@ impl QuicConnection {
     pub(crate) async fn relay(mut self, local: LocalSocket) -> RelayReport {
         let (mut reader, writer) = local.into_split();
         let (mut up, mut down) = (Bytes::new(), Bytes::new());
+        self.reads_on();
         let (mut sending, mut receiving, mut discarding) = (true, true, false);
         let mut failure = None;
         std::future::poll_fn(|cx| {
@@ -498,9 +491,11 @@ impl QuicConnection {
             match writer.poll_write_ready(cx) {
                 Poll::Ready(Ok(())) => held.advance(written(writer.try_write(held))?),
                 Poll::Ready(Err(_)) => return Poll::Ready(Err(RelayOutcome::LocalReset)),
-                Poll::Pending => return Poll::Pending,
+                Poll::Pending if self.stalls() => return Poll::Pending,
+                Poll::Pending => return Poll::Ready(Err(RelayOutcome::OverBudget)),
             }
         }
+        self.reads_on();
         // An idle connection keeps no buffer.
         *held = Bytes::new();
         let mut chunks: [Bytes; CHUNKS] = Default::default();
@@ -568,6 +563,19 @@ impl QuicConnection {
             }
         }
         Poll::Ready(Ok(true))
+    }
+
+    /// The local peer reads no further for now: a whole window may come meanwhile. False when the budget has no room.
+    fn stalls(&mut self) -> bool {
+        let more = STREAM_WINDOW - READ_SHARE;
+        self.reservation.as_mut().is_none_or(|held| held.bytes() > READ_SHARE || held.extend(more))
+    }
+
+    /// The local peer reads what comes.
+    fn reads_on(&mut self) {
+        if let Some(held) = &mut self.reservation {
+            held.shrink(held.bytes().saturating_sub(READ_SHARE));
+        }
     }
 
     fn broken(&self) -> RelayOutcome {

@@ -42,6 +42,8 @@ pub enum RelayOutcome {
     RemoteReset,
     /// The tunnel ended under the connection.
     TunnelClosed,
+    /// The local peer stopped reading, and the memory budget had no room for what the other side may still send (QUIC).
+    OverBudget,
 }
 
 /// What was relayed.
@@ -83,6 +85,7 @@ impl RelayOutcome {
             Self::LocalReset => "local-reset",
             Self::RemoteReset => "remote-reset",
             Self::TunnelClosed => "tunnel-closed",
+            Self::OverBudget => "over-budget",
         }
     }
 }

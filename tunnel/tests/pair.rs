@@ -458,6 +458,57 @@ async fn budgets_refuse_and_recover() {
     .await;
 }
 
+/// quinn grows no windows, so each is large; thousands of connections fit all the same, since only those count in full
+/// whose local peers do not read.
+#[tokio::test]
+async fn over_quic_only_stalled_readers_take_whole_windows() {
+    const CONNECTIONS: usize = 20;
+    let limits = Limits { memory_per_tunnel: 4 * 1024 * 1024, ..Limits::default() };
+    let mut pair = Pair::with(CarrierChoice::Quic, limits).await;
+    let (mut relays, mut ends) = (Vec::new(), Vec::new());
+    for _ in 0..CONNECTIONS {
+        let (near, far) = pair.connection().await;
+        let ((client, client_end), (target, target_end)) =
+            (support::tcp_pair().await, support::tcp_pair().await);
+        relays.push(tokio::spawn(near.relay(LocalSocket::Tcp(client_end))));
+        tokio::spawn(far.relay(LocalSocket::Tcp(target_end)));
+        // Its 1 MiB is given back once it is relayed.
+        support::eventually(|| pair.server.stats().buffered <= (relays.len()) * 64 * 1024).await;
+        ends.push((client, target));
+    }
+    let (mut client, mut target) = ends.pop().unwrap();
+    let read = relays.pop().unwrap();
+    // All others: the target sends what it can, the client reads nothing.
+    let mut clients = Vec::new();
+    let mut floods = tokio::task::JoinSet::new();
+    for (client, mut target) in ends {
+        clients.push(client);
+        floods.spawn(async move { while target.write_all(&[1; 64 * 1024]).await.is_ok() {} });
+    }
+    let cut = async {
+        for relay in relays {
+            let outcome = relay.await.unwrap().outcome;
+            assert_eq!(outcome, tunnel::RelayOutcome::OverBudget, "nothing else ends a connection");
+            println!("one stalled reader was cut");
+        }
+    };
+    // Some fit for good, so that the loop above never comes to its end.
+    tokio::select! {
+        () = cut => panic!("every stalled reader was cut"),
+        () = async {
+            floods.join_next().await;
+            for _ in 0..1000 {
+                target.write_all(&[7; 64]).await.unwrap();
+                let mut buffer = [0; 64];
+                client.read_exact(&mut buffer).await.unwrap();
+            }
+        } => {}
+    }
+    assert!(pair.server.stats().buffered <= 4 * 1024 * 1024);
+    drop((client, target));
+    assert_eq!(read.await.unwrap().outcome, tunnel::RelayOutcome::Complete);
+}
+
 #[tokio::test]
 async fn drains_on_either_side() {
     both(|carrier| async move {
