@@ -223,7 +223,7 @@ fn cellway(places: &Places) -> Result<[PathBuf; 2]> {
     match programs.iter().find(|program| !program.is_file()) {
         None => Ok(programs),
         Some(missing) => bail!(
-            "{} does not exist: run `cargo build --release -p proxy-server -p proxy-agent`, or give --cellway-dir",
+            "{} does not exist: run `cargo build --profile dist -p proxy-server -p proxy-agent`, or give --cellway-dir",
             missing.display()
         ),
     }

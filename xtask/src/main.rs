@@ -44,7 +44,7 @@ enum Task {
         #[arg(long)]
         messages: bool,
     },
-    /// Build in release mode and run the comparisons with peers.
+    /// Build with the profile `dist` and run the comparisons with peers.
     Bench {
         /// Arguments for the bench program (`-- --help` lists them).
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -94,8 +94,8 @@ fn test(args: &[String]) -> Result<()> {
 fn bench(args: &[String]) -> Result<()> {
     tools::prepare_for_bench()?;
     Cmd::new("cargo")
-        .args(["build", "--release", "-p", "proxy-server", "-p", "proxy-agent"])
+        .args(["build", "--profile", "dist", "-p", "proxy-server", "-p", "proxy-agent"])
         .args(["-p", "federation-apiserver", "-p", "federation-store", "-p", "cli", "-p", "bench"])
         .run()?;
-    Cmd::new("cargo").args(["run", "--release", "-p", "bench", "--"]).args(args).run()
+    Cmd::new("cargo").args(["run", "--profile", "dist", "-p", "bench", "--"]).args(args).run()
 }
