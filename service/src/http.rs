@@ -11,7 +11,7 @@
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -34,6 +34,7 @@ use tokio::task::JoinSet;
 use tower::ServiceExt;
 use tracing::Instrument;
 
+use crate::coalesce::{Flusher, coalesce};
 use crate::drain::DrainWatch;
 use crate::socket;
 
@@ -186,10 +187,12 @@ pub async fn serve_handler<I, H, F>(
         .max_concurrent_streams(limits.max_streams)
         .keep_alive_interval(limits.keepalive)
         .keep_alive_timeout(limits.keepalive);
+    let (io, mut flusher) = coalesce(io);
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
     let mut connection = std::pin::pin!(connection);
+    let busy = watched.clone();
     let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
+        ended = drive(&mut flusher, connection.as_mut(), &busy) => ended,
         quiet = quiet(watched.clone(), &gate, evicted, limits) => match quiet {
             // Nothing is owed to who has asked for nothing.
             Quiet::Silent => {
@@ -199,7 +202,7 @@ pub async fn serve_handler<I, H, F>(
             Quiet::Idle => {
                 connection.as_mut().graceful_shutdown();
                 tokio::select! {
-                    ended = connection.as_mut() => ended,
+                    ended = drive(&mut flusher, connection.as_mut(), &busy) => ended,
                     // A request that crossed the farewell is still answered; a peer that ignores it is cut.
                     () = idle(watched, limits.header_timeout) => return,
                 }
@@ -208,7 +211,7 @@ pub async fn serve_handler<I, H, F>(
         () = drain => {
             connection.as_mut().graceful_shutdown();
             tokio::select! {
-                ended = connection.as_mut() => ended,
+                ended = drive(&mut flusher, connection.as_mut(), &busy) => ended,
                 () = idle(watched, limits.header_timeout) => return,
             }
         }
@@ -216,6 +219,25 @@ pub async fn serve_handler<I, H, F>(
     if let Err(error) = ended {
         tracing::debug!(error = %error, "connection ended");
     }
+}
+
+/// Runs a connection and sends what it writes: at once to a client that waits for one answer, together when several are
+/// under way.
+async fn drive<I, C, E>(
+    flusher: &mut Flusher<I>,
+    mut connection: Pin<&mut C>,
+    activity: &watch::Receiver<Activity>,
+) -> Result<(), E>
+where
+    I: AsyncWrite + Unpin,
+    C: Future<Output = Result<(), E>>,
+    E: From<std::io::Error>,
+{
+    poll_fn(|cx| {
+        let several = activity.borrow().under_way > 1;
+        flusher.poll(cx, several, |cx| connection.as_mut().poll(cx))
+    })
+    .await
 }
 
 /// What a connection is doing.

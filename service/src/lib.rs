@@ -4,6 +4,7 @@
 //! the flags ([`flags`]), install the log ([`log`]), bind, run, and on a signal ([`signals`]) drain ([`drain`]).
 
 pub mod admin;
+mod coalesce;
 pub mod drain;
 pub mod duration;
 pub mod exit;

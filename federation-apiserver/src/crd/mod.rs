@@ -98,6 +98,7 @@ pub(crate) fn resources(crd: &Value, client: &Arc<Client>) -> Vec<Resource> {
             warning,
             terminating: meta::is_deleting(crd),
             rules: schema.as_ref().and_then(rules::Validator::compile),
+            defaults: schema.as_ref().is_some_and(names_default),
             schema: schema.clone(),
         };
         let scale = at(version, &["subresources", "scale"]).and_then(|s| {
@@ -132,6 +133,15 @@ pub(crate) fn resources(crd: &Value, client: &Arc<Client>) -> Vec<Resource> {
         });
     }
     result
+}
+
+/// Does the word occur as a key anywhere? A property of that name counts as well, which costs a little speed.
+fn names_default(schema: &Value) -> bool {
+    match schema {
+        Value::Object(map) => map.contains_key("default") || map.values().any(names_default),
+        Value::Array(items) => items.iter().any(names_default),
+        _ => false,
+    }
 }
 
 /// Has the definition asked for conversion in this process?

@@ -22,9 +22,9 @@ use crate::table;
 /// A watch as a stream of JSON lines.
 pub(super) fn watch(watch: Watch, accept: Accept, include: String) -> Response<Body> {
     if accept.shape == Shape::Plain {
-        let pieces = futures::stream::unfold(watch, |mut watch| async move {
-            let lines = watch.next_lines().await?;
-            Some((Ok::<Bytes, Infallible>(lines), watch))
+        let pieces = futures::stream::unfold(watch.into_lines(), |mut lines| async move {
+            let text = lines.next().await?;
+            Some((Ok::<Bytes, Infallible>(text), lines))
         });
         return response::with_type(StatusCode::OK, Body::from_stream(pieces), "application/json");
     }

@@ -55,6 +55,8 @@ pub struct CustomInfo {
     pub crd: String,
     /// `openAPIV3Schema` as written.
     pub schema: Option<Value>,
+    /// The schema may have defaults, which objects written before them get when they are read.
+    pub(crate) defaults: bool,
     /// `additionalPrinterColumns` as written.
     pub columns: Vec<Value>,
     /// JSON paths that may be used in field selectors, with the leading dot.
@@ -137,11 +139,12 @@ impl Resource {
             Some(slash) => (&stored[..slash], &stored[slash + 1..]),
             None => (&b""[..], stored),
         };
-        // Custom objects may get defaults, or another version, when they are read.
-        !self.is_custom()
-            && self.converter.is_none()
-            && group == self.group.as_bytes()
-            && version == self.version.as_bytes()
+        // Custom objects may get defaults when they are read. A converter leaves those of its own version as they are.
+        let as_written = match &self.origin {
+            Origin::Builtin { .. } => true,
+            Origin::Custom(info) => !info.defaults,
+        };
+        as_written && group == self.group.as_bytes() && version == self.version.as_bytes()
     }
 
     /// Is this the events.k8s.io form of events, which are stored in the core form?

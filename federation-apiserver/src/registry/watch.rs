@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::{Instant, Sleep};
 
-use super::cache::{Change, Entry, Kind, Objects, Read, Side, Watching};
+use super::cache::{Change, Entry, Kind, Objects, Read, Side, Stretch, Watching};
 use super::read::ListOptions;
 use super::resource::Resource;
 use super::selectors::Filter;
@@ -81,7 +81,12 @@ pub struct Watch {
     timer: Pin<Box<Sleep>>,
     shutdown: tokio_util::sync::CancellationToken,
     ended: bool,
+    /// Events are given out as text only.
+    as_text: bool,
 }
+
+/// A running watch that gives out text.
+pub(crate) struct Lines(Watch);
 
 /// Where changes come from.
 enum Source {
@@ -94,8 +99,17 @@ enum Source {
 /// An event before it is written out.
 enum Item {
     Initial(Arc<Entry>),
-    Change { change: Arc<Change>, as_kind: &'static str, side: Side },
-    Bookmark { revision: Revision, end: bool },
+    Change {
+        change: Arc<Change>,
+        as_kind: &'static str,
+        side: Side,
+    },
+    Bookmark {
+        revision: Revision,
+        end: bool,
+    },
+    /// Lines that others give out as well.
+    Text(Bytes),
     Error(ApiError),
 }
 
@@ -181,6 +195,7 @@ impl Registry {
             timer: Box::pin(tokio::time::sleep_until(deadline)),
             shutdown: self.shutdown.clone(),
             ended: false,
+            as_text: false,
             objects,
             epoch,
             kind,
@@ -213,35 +228,9 @@ impl Watch {
         Some(event)
     }
 
-    /// The text of the next events, as many as are there and fit into a piece: a line for each. `None` when the watch is
-    /// over. Cancel-safe.
-    pub(crate) async fn next_lines(&mut self) -> Option<Bytes> {
-        if !self.fill().await {
-            return None;
-        }
-        let mut item = self.ready.pop_front()?;
-        // Most of the time there is one, whose text everybody shares.
-        if self.ready.is_empty()
-            && let Ok(Some(line)) = self.shared_line(&item)
-        {
-            return Some(line);
-        }
-        let mut text = Vec::with_capacity(4096);
-        loop {
-            if let Err(error) = self.write_line(&item, &mut text) {
-                self.ended = true;
-                push_value_line(&mut text, "ERROR", &error.to_status());
-            }
-            self.ended |= matches!(item, Item::Error(_));
-            if self.ended || text.len() >= PIECE {
-                break;
-            }
-            match self.ready.pop_front() {
-                Some(next) => item = next,
-                None => break,
-            }
-        }
-        Some(text.into())
+    /// The same events as text.
+    pub(crate) fn into_lines(self) -> Lines {
+        Lines(Self { as_text: true, ..self })
     }
 
     /// The resource watched.
@@ -270,18 +259,30 @@ impl Watch {
                         self.ended = true;
                         return false;
                     }
+                    let at = *position;
+                    if let Some(shared) = self.shared_text(at) {
+                        self.source = Source::Memory(shared.next);
+                        self.seen = self.seen.max(shared.revision);
+                        if !shared.text.is_empty() {
+                            self.ready.push_back(Item::Text(shared.text.clone()));
+                        }
+                        continue;
+                    }
                     let applied = self.objects.applied();
-                    match self.kind.read(*position) {
+                    match self.kind.read(at) {
                         Read::Gone => self.read_log(),
-                        Read::Changes(changes, next) if !changes.is_empty() => {
-                            *position = next;
+                        Read::Changes(changes, next) => {
+                            self.source = Source::Memory(next);
                             for change in changes {
                                 self.seen = self.seen.max(change.revision);
                                 self.take(change);
                             }
                         }
-                        Read::Changes(..) => {
-                            self.seen = self.seen.max(applied);
+                        Read::Nothing { at_the_end } => {
+                            // What came and was not told of yet is still to be given out.
+                            if at_the_end {
+                                self.seen = self.seen.max(applied);
+                            }
                             tokio::select! {
                                 biased;
                                 told = self.news.changed() => self.ended |= told.is_err(),
@@ -318,6 +319,40 @@ impl Watch {
                 }
             }
         }
+    }
+
+    /// The changes from a position on as one text, which all share who see everything of the collection. `None`: there
+    /// are none, or each has to be looked at.
+    fn shared_text(&self, from: u64) -> Option<Arc<Stretch>> {
+        if !self.as_text || self.single || !self.filter.is_empty() || self.resource.webhook.is_some() {
+            return None;
+        }
+        if let Some(made) = self.kind.stretch(from, &self.resource, &self.prefix) {
+            return Some(made);
+        }
+        let Read::Changes(changes, _) = self.kind.read(from) else { return None };
+        let (mut next, mut revision) = (from, self.seen);
+        let mut lines: Vec<Bytes> = Vec::new();
+        let mut length = 0;
+        for change in &changes {
+            if length >= PIECE {
+                break;
+            }
+            (next, revision) = (next + 1, change.revision);
+            if change.new.as_ref().or(change.old.as_ref()).is_some_and(|e| e.kv.key.starts_with(&self.prefix))
+            {
+                let side = if change.new.is_some() { Side::New } else { Side::Old };
+                // One that cannot be written is told on its own, and ends the watch.
+                let line = self.usual_line(change, usual_kind(change), side).ok()??;
+                length += line.len();
+                lines.push(line);
+            }
+        }
+        let text = if lines.len() == 1 { lines.swap_remove(0) } else { lines.concat().into() };
+        let (resource, prefix) = (self.resource.clone(), self.prefix.clone());
+        let made = Arc::new(Stretch { resource, prefix, from, next, revision, text });
+        self.kind.keep_stretch(made.clone());
+        Some(made)
     }
 
     /// Has the changes that came converted. They are not lost when this is not waited for to the end.
@@ -439,19 +474,16 @@ impl Watch {
             Item::Bookmark { revision, end } => {
                 WatchEvent::Bookmark(bookmark(&self.resource, *revision, *end))
             }
+            Item::Text(_) => return Err(ApiError::internal("a watch of events has text")),
             Item::Error(error) => WatchEvent::Error(error.clone()),
         })
     }
 
-    /// The text that all watchers of a change share.
-    fn shared_line(&self, item: &Item) -> Result<Option<Bytes>, ApiError> {
-        let Item::Change { change, as_kind, side } = item else { return Ok(None) };
-        let usual = match (&change.old, &change.new) {
-            (None, _) => ADDED,
-            (Some(_), Some(_)) => MODIFIED,
-            (Some(_), None) => DELETED,
+    /// The text that all watchers share to whom the change is what it is.
+    fn usual_line(&self, change: &Change, as_kind: &str, side: Side) -> Result<Option<Bytes>, ApiError> {
+        let Some(entry) = change.entry(side).filter(|_| usual_kind(change) == as_kind) else {
+            return Ok(None);
         };
-        let Some(entry) = change.entry(*side).filter(|_| usual == *as_kind) else { return Ok(None) };
         let line = change.line(&self.resource, || {
             let mut text = Vec::with_capacity(entry.kv.value.len() + 96);
             self.push_entry_line(&mut text, as_kind, entry, change.revision)?;
@@ -460,9 +492,18 @@ impl Watch {
         line.map(Some)
     }
 
+    /// The text of an item that is there already.
+    fn made_text(&self, item: &Item) -> Result<Option<Bytes>, ApiError> {
+        match item {
+            Item::Text(text) => Ok(Some(text.clone())),
+            Item::Change { change, as_kind, side } => self.usual_line(change, as_kind, *side),
+            _ => Ok(None),
+        }
+    }
+
     fn write_line(&self, item: &Item, text: &mut Vec<u8>) -> Result<(), ApiError> {
-        if let Some(line) = self.shared_line(item)? {
-            text.extend_from_slice(&line);
+        if let Some(made) = self.made_text(item)? {
+            text.extend_from_slice(&made);
             return Ok(());
         }
         match item {
@@ -475,6 +516,8 @@ impl Watch {
             Item::Bookmark { revision, end } => {
                 push_value_line(text, "BOOKMARK", &bookmark(&self.resource, *revision, *end));
             }
+            // Was made, above.
+            Item::Text(_) => {}
             Item::Error(error) => push_value_line(text, "ERROR", &error.to_status()),
         }
         Ok(())
@@ -498,6 +541,51 @@ impl Watch {
         }
         text.extend_from_slice(b"}\n");
         Ok(())
+    }
+}
+
+// === impl Lines ===
+
+impl Lines {
+    /// The text of the next events, as many as are there and fit into a piece: a line for each. `None` when the watch is
+    /// over. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> Option<Bytes> {
+        let watch = &mut self.0;
+        if !watch.fill().await {
+            return None;
+        }
+        let mut item = watch.ready.pop_front()?;
+        // Most of the time there is one, whose text everybody shares.
+        if watch.ready.is_empty()
+            && let Ok(Some(text)) = watch.made_text(&item)
+        {
+            return Some(text);
+        }
+        let mut text = Vec::with_capacity(4096);
+        loop {
+            if let Err(error) = watch.write_line(&item, &mut text) {
+                watch.ended = true;
+                push_value_line(&mut text, "ERROR", &error.to_status());
+            }
+            watch.ended |= matches!(item, Item::Error(_));
+            if watch.ended || text.len() >= PIECE {
+                break;
+            }
+            match watch.ready.pop_front() {
+                Some(next) => item = next,
+                None => break,
+            }
+        }
+        Some(text.into())
+    }
+}
+
+/// What a change is to who sees all of it.
+fn usual_kind(change: &Change) -> &'static str {
+    match (&change.old, &change.new) {
+        (None, _) => ADDED,
+        (Some(_), Some(_)) => MODIFIED,
+        (Some(_), None) => DELETED,
     }
 }
 

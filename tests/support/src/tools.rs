@@ -26,6 +26,33 @@ pub fn helm() -> Result<PathBuf, Missing> {
     named("CELLWAY_HELM", "helm", "run `cargo xtask test`, which fetches it")
 }
 
+/// A Python that has the Kubernetes client.
+#[derive(Debug, Clone)]
+pub struct PythonClient {
+    /// The interpreter.
+    pub python: PathBuf,
+    /// What `PYTHONPATH` has to say; `None` when the interpreter has the client itself.
+    pub packages: Option<PathBuf>,
+}
+
+/// The Kubernetes client in the folder that `CELLWAY_PYTHON_CLIENT` names, else that of the python3 on the PATH.
+pub fn python_client() -> Result<PythonClient, Missing> {
+    let python = named("CELLWAY_PYTHON", "python3", "install the Debian package python3")?;
+    let packages = std::env::var_os("CELLWAY_PYTHON_CLIENT").map(PathBuf::from);
+    let mut command = std::process::Command::new(&python);
+    command.args(["-c", "import kubernetes"]).stderr(std::process::Stdio::null());
+    if let Some(packages) = &packages {
+        command.env("PYTHONPATH", packages);
+    }
+    if !command.status().is_ok_and(|status| status.success()) {
+        return Err(Missing::new(format!(
+            "{} has no package `kubernetes`: run `cargo xtask test`, which fetches it",
+            python.display()
+        )));
+    }
+    Ok(PythonClient { python, packages })
+}
+
 /// iproute2's `ip`.
 pub fn ip() -> Result<PathBuf, Missing> {
     named("CELLWAY_IP", "ip", "install the Debian package iproute2")

@@ -227,6 +227,8 @@ fn value_end(text: &[u8], at: usize) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use bytes::Bytes;
     use proptest::prelude::*;
     use serde_json::json;
@@ -275,6 +277,40 @@ mod tests {
             map.remove("kind");
             map.remove("apiVersion");
             assert_eq!(encoded(&entry, false), wanted);
+        }
+    }
+
+    #[test]
+    fn custom_objects_are_slices_when_nothing_is_to_be_added() {
+        let crd = |default: Value| {
+            json!({"metadata": {"name": "widgets.example.com"}, "spec": {"group": "example.com",
+                "scope": "Namespaced", "names": {"plural": "widgets", "kind": "Widget", "listKind": "WidgetList"},
+                "versions": [
+                    {"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema":
+                        {"type": "object", "properties": {"size": default}}}},
+                    {"name": "v2", "served": true, "storage": false, "schema": {"openAPIV3Schema":
+                        {"type": "object", "x-kubernetes-preserve-unknown-fields": true}}}]},
+                "status": {"acceptedNames": {"plural": "widgets", "kind": "Widget", "listKind": "WidgetList"},
+                    "conditions": [{"type": "Established", "status": "True"}]}})
+        };
+        // Not in the order of a tree's text, so that it shows which way was taken.
+        let entry = entry(
+            r#"{"apiVersion":"example.com/v1","kind":"Widget","metadata":{"uid":"u","name":"a"},"z":1}"#,
+        );
+        for (schema, version, sliced) in [
+            (json!({"type": "integer"}), "v1", true),
+            (json!({"type": "integer"}), "v2", false),
+            (json!({"type": "integer", "default": 3}), "v1", false),
+        ] {
+            let resources = crate::crd::resources(&crd(schema), &Arc::default());
+            let resource = resources.iter().find(|r| r.version == version).expect("served");
+            let mut text = Vec::new();
+            entry.encode(resource, Revision(7), true, &mut text).expect("encoded");
+            let text = String::from_utf8(text).expect("text");
+            assert_eq!(text.contains(r#""uid":"u","name":"a""#), sliced, "{version}: {text}");
+            let object: Value = serde_json::from_str(&text).expect("JSON");
+            assert_eq!(object["apiVersion"], format!("example.com/{version}"));
+            assert_eq!(object["size"], if sliced || version == "v2" { Value::Null } else { json!(3) });
         }
     }
 

@@ -22,6 +22,10 @@ const MAX_CHANGES: usize = 4096;
 const MAX_WEIGHT: usize = 8 * 1024 * 1024;
 /// Changes that a watcher takes out at once: it holds the lock for as long as that takes.
 const CHANGES_PER_READ: usize = 256;
+/// Texts of stretches kept of each kind, by number and by weight: watchers that are told together ask for the same few,
+/// one for each namespace and version that is watched.
+const MAX_STRETCHES: usize = 8;
+const MAX_STRETCHES_WEIGHT: usize = 1024 * 1024;
 /// About what one delivery costs. After a round of deliveries the next one waits for as long as the round takes, so that
 /// many watchers get several changes in one piece instead of queueing for each; a few watchers wait for nothing.
 const DELIVERY_COST: Duration = Duration::from_micros(15);
@@ -36,6 +40,7 @@ pub(crate) struct Kind {
     /// Not to be told before.
     pause: Mutex<Option<Instant>>,
     watchers: AtomicUsize,
+    stretches: Mutex<VecDeque<Arc<Stretch>>>,
 }
 
 #[derive(Debug)]
@@ -46,6 +51,9 @@ struct Inner {
     changes: VecDeque<Arc<Change>>,
     /// Position of the first of them.
     first: u64,
+    /// Position after the last that watchers were told of. They read no further, so that those who are told together
+    /// read the same.
+    told: u64,
     /// All changes after this revision are in `changes`.
     before: Revision,
     weight: usize,
@@ -79,10 +87,27 @@ pub(crate) struct Snapshot {
     pub(crate) changed: Revision,
 }
 
+/// Changes that follow each other as one text, for all who watch the same and see all of it.
+#[derive(Debug)]
+pub(crate) struct Stretch {
+    pub(crate) resource: Arc<Resource>,
+    /// Of the keys watched.
+    pub(crate) prefix: Vec<u8>,
+    /// Position of the first change, and the one after the last.
+    pub(crate) from: u64,
+    pub(crate) next: u64,
+    /// Of the last change.
+    pub(crate) revision: Revision,
+    /// A line for each.
+    pub(crate) text: Bytes,
+}
+
 /// What a watcher finds.
 pub(crate) enum Read {
     /// Changes after its position, and the position after them.
     Changes(Vec<Arc<Change>>, u64),
+    /// None that it was told of; are there none at all?
+    Nothing { at_the_end: bool },
     /// They are no longer in memory.
     Gone,
 }
@@ -96,12 +121,21 @@ pub(crate) struct Watching(Arc<Kind>);
 impl Kind {
     /// A kind whose changes after `before` are all to come.
     pub(super) fn new(before: Revision, objects: BTreeMap<Bytes, Arc<Entry>>) -> Self {
-        let inner = Inner { objects, changed: before, changes: VecDeque::new(), first: 0, before, weight: 0 };
+        let inner = Inner {
+            objects,
+            changed: before,
+            changes: VecDeque::new(),
+            first: 0,
+            told: 0,
+            before,
+            weight: 0,
+        };
         Self {
             inner: RwLock::new(inner),
             news: watch::Sender::new(()),
             pause: Mutex::new(None),
             watchers: AtomicUsize::new(0),
+            stretches: Mutex::default(),
         }
     }
 
@@ -116,6 +150,7 @@ impl Kind {
         inner.before = before;
         inner.weight = 0;
         drop(inner);
+        self.stretches.lock().clear();
         self.tell();
     }
 
@@ -135,6 +170,10 @@ impl Kind {
 
     /// Wakes the watchers.
     pub(super) fn tell(&self) {
+        {
+            let mut inner = self.inner.write();
+            inner.told = inner.end();
+        }
         self.news.send_replace(());
         let watchers = u32::try_from(self.watchers.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
         *self.pause.lock() = Some(Instant::now() + DELIVERY_COST.saturating_mul(watchers).min(MAX_PACE));
@@ -184,10 +223,44 @@ impl Kind {
     pub(crate) fn read(&self, position: u64) -> Read {
         let inner = self.inner.read();
         let Some(skip) = position.checked_sub(inner.first) else { return Read::Gone };
+        let told = usize::try_from(inner.told.saturating_sub(position)).unwrap_or(usize::MAX);
+        if told == 0 {
+            return Read::Nothing { at_the_end: position >= inner.end() };
+        }
         let skip = usize::try_from(skip).unwrap_or(usize::MAX);
-        let changes: Vec<_> = inner.changes.iter().skip(skip).take(CHANGES_PER_READ).cloned().collect();
+        let changes: Vec<_> = inner
+            .changes
+            .range(skip.min(inner.changes.len())..)
+            .take(told.min(CHANGES_PER_READ))
+            .cloned()
+            .collect();
         let next = position + changes.len() as u64;
         Read::Changes(changes, next)
+    }
+
+    /// The text of the changes from `position` on, if somebody has made it.
+    pub(crate) fn stretch(
+        &self,
+        position: u64,
+        resource: &Arc<Resource>,
+        prefix: &[u8],
+    ) -> Option<Arc<Stretch>> {
+        let stretches = self.stretches.lock();
+        let same = |s: &&Arc<Stretch>| {
+            s.from == position && Arc::ptr_eq(&s.resource, resource) && s.prefix == prefix
+        };
+        stretches.iter().rev().find(same).cloned()
+    }
+
+    /// Keeps the text for the others.
+    pub(crate) fn keep_stretch(&self, stretch: Arc<Stretch>) {
+        let mut stretches = self.stretches.lock();
+        stretches.push_back(stretch);
+        let mut weight = stretches.iter().map(|s| s.text.len()).sum::<usize>();
+        while stretches.len() > MAX_STRETCHES || weight > MAX_STRETCHES_WEIGHT {
+            let Some(oldest) = stretches.pop_front() else { break };
+            weight -= oldest.text.len();
+        }
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<()> {
@@ -209,6 +282,11 @@ impl Drop for Watching {
 // === impl Inner ===
 
 impl Inner {
+    /// Position after the last change.
+    fn end(&self) -> u64 {
+        self.first + self.changes.len() as u64
+    }
+
     fn push(&mut self, change: Arc<Change>) {
         self.weight += change.weight();
         self.changes.push_back(change);

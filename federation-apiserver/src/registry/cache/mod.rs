@@ -33,7 +33,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument as _;
 
 pub(crate) use self::entry::Entry;
-pub(crate) use self::kind::{Change, Kind, Read, Side, Watching};
+pub(crate) use self::kind::{Change, Kind, Read, Side, Stretch, Watching};
 use super::store_error;
 use crate::encryption::store::{StoreFault, StoreHandle};
 use crate::status::ApiError;

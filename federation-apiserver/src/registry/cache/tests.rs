@@ -1,6 +1,6 @@
 //! The cache under the registry: what reads and watches give while others write.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::config::Role;
 use crate::registry::delete::DeleteOptions;
 use crate::registry::read::ListOptions;
 use crate::registry::selectors::{FieldSelector, Filter, LabelSelector};
-use crate::registry::watch::{WatchEvent, WatchOptions};
+use crate::registry::watch::{Lines, Watch, WatchEvent, WatchOptions};
 use crate::registry::write::WriteOptions;
 use crate::registry::{Registry, Target};
 use crate::value::str_at;
@@ -180,13 +180,13 @@ async fn filters_limit_lists_and_watches() {
         );
     }
     // One object by its name, and its text is that of its tree.
-    let mut lines = registry.watch(&maps(&registry, "a3"), at(start)).await.expect("a watch");
+    let mut lines = registry.watch(&maps(&registry, "a3"), at(start)).await.expect("a watch").into_lines();
     let mut trees = registry.watch(&maps(&registry, "a3"), at(start)).await.expect("a watch");
     update(&registry, "a3", "new").await;
     registry.delete(&maps(&registry, "a3"), &DeleteOptions::default()).await.expect("deleted");
     let mut text = Vec::new();
     while text.iter().filter(|b| **b == b'\n').count() < 3 {
-        text.extend_from_slice(&lines.next_lines().await.expect("lines"));
+        text.extend_from_slice(&lines.next().await.expect("lines"));
     }
     for line in text.split(|b| *b == b'\n').filter(|line| !line.is_empty()) {
         let line: Value = serde_json::from_slice(line).expect("JSON");
@@ -196,6 +196,39 @@ async fn filters_limit_lists_and_watches() {
             panic!("{event:?}")
         };
         assert_eq!(line, json!({"type": event.kind(), "object": tree}));
+    }
+}
+
+/// A watch in either of its forms.
+enum Reader {
+    Events(Box<Watch>),
+    Lines(Box<Lines>, VecDeque<Value>),
+}
+
+impl Reader {
+    /// Type and object of the next event. Cancel-safe.
+    async fn next(&mut self) -> (String, Value) {
+        match self {
+            Self::Events(watch) => {
+                let event = watch.next().await.expect("an event");
+                let kind = event.kind().to_owned();
+                match event {
+                    WatchEvent::Added(object)
+                    | WatchEvent::Modified(object)
+                    | WatchEvent::Deleted(object) => (kind, object),
+                    other => panic!("{other:?}"),
+                }
+            }
+            Self::Lines(lines, waiting) => loop {
+                if let Some(event) = waiting.pop_front() {
+                    return (str_at(&event, &["type"]).to_owned(), event["object"].clone());
+                }
+                let text = lines.next().await.expect("lines");
+                assert_eq!(text.last(), Some(&b'\n'), "whole lines");
+                let all = text.split(|b| *b == b'\n').filter(|line| !line.is_empty());
+                waiting.extend(all.map(|line| serde_json::from_slice::<Value>(line).expect("JSON")));
+            },
+        }
     }
 }
 
@@ -235,24 +268,29 @@ async fn nothing_is_lost_or_told_twice() {
             own
         });
     }
-    for watcher in 0..6 {
-        let registry = registries[watcher % 2].clone();
+    for watcher in 0..12 {
+        let registry = registries[watcher / 2 % 2].clone();
         let mut finished = finished.clone();
         watchers.spawn(async move {
             let mut known: BTreeMap<String, u64> = BTreeMap::new();
             let mut last = start;
-            let initial = watcher >= 3;
+            let initial = watcher >= 6;
             if initial {
                 // Later than the others, with what is there then.
                 tokio::task::yield_now().await;
                 last = 0;
             }
             let options = WatchOptions { bookmarks: true, ..at(if initial { 0 } else { start }) };
-            let mut watch = registry.watch(&maps(&registry, ""), options).await.expect("a watch");
+            let watch = registry.watch(&maps(&registry, ""), options).await.expect("a watch");
+            // Every other as text, of which some is shared.
+            let mut events = match watcher % 2 {
+                0 => Reader::Events(Box::new(watch)),
+                _ => Reader::Lines(Box::new(watch.into_lines()), VecDeque::new()),
+            };
             let mut end = 0;
             while end == 0 || last < end {
-                let event = tokio::select! {
-                    event = watch.next() => event.expect("an event"),
+                let (kind, object) = tokio::select! {
+                    event = events.next() => event,
                     changed = finished.changed(), if end == 0 => {
                         changed.expect("the writers end");
                         end = *finished.borrow();
@@ -260,17 +298,13 @@ async fn nothing_is_lost_or_told_twice() {
                     }
                     () = tokio::time::sleep(LIMIT) => panic!("watcher {watcher} stands at {last} of {end}"),
                 };
-                let (object, there) = match &event {
-                    WatchEvent::Added(object) | WatchEvent::Modified(object) => (object, true),
-                    WatchEvent::Deleted(object) => (object, false),
-                    other => panic!("{other:?}"),
-                };
-                let (name, at) = (str_at(object, &["metadata", "name"]).to_owned(), version(object));
+                assert!(["ADDED", "MODIFIED", "DELETED"].contains(&kind.as_str()), "{kind}: {object}");
+                let (name, at) = (str_at(&object, &["metadata", "name"]).to_owned(), version(&object));
                 // What was there at the start comes in the order of names.
-                assert!(at > last || initial && event.kind() == "ADDED", "{name} at {at} after {last}");
-                assert_eq!(known.contains_key(&name), event.kind() != "ADDED", "{name} at {at}");
+                assert!(at > last || initial && kind == "ADDED", "{name} at {at} after {last}");
+                assert_eq!(known.contains_key(&name), kind != "ADDED", "{name} at {at}");
                 last = last.max(at);
-                if there {
+                if kind != "DELETED" {
                     known.insert(name, at)
                 } else {
                     known.remove(&name)
@@ -319,9 +353,11 @@ fn changes_are_bounded_and_say_so() {
         put(revision, 10);
     }
     let Some(position) = kind.position(Revision(4)) else { panic!("still there") };
+    assert!(matches!(kind.read(position), Read::Nothing { at_the_end: false }), "nobody was told yet");
+    kind.tell();
     let Read::Changes(changes, next) = kind.read(position) else { panic!("still there") };
     assert_eq!(changes.iter().map(|c| c.revision.0).collect::<Vec<_>>(), [5, 6, 7, 8, 9, 10]);
-    assert!(matches!(kind.read(next), Read::Changes(changes, _) if changes.is_empty()));
+    assert!(matches!(kind.read(next), Read::Nothing { at_the_end: true }));
     for revision in 11..40 {
         put(revision, 1024 * 1024);
     }
