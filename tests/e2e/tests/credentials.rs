@@ -67,13 +67,14 @@ async fn credentials(fleet: &Fleet, status: &str, message: &str) -> Result<()> {
     .with_context(|| fleet.hub_log())
 }
 
-async fn failed_writes(fleet: &Fleet) -> Result<f64> {
+/// The controller's writes into `west` that were taken, and those that failed.
+async fn writes(fleet: &Fleet) -> Result<(f64, f64)> {
     let metrics = fleet.metrics().await?;
-    Ok(counter(
-        &metrics,
-        "cellway_federation_member_writes_total",
-        &[r#"cluster="west""#, r#"outcome="Failed""#],
-    ))
+    let of = |outcome: &str| {
+        let labels = [r#"cluster="west""#, &format!("outcome={outcome:?}")];
+        counter(&metrics, "cellway_federation_member_writes_total", &labels).abs()
+    };
+    Ok((of("Done"), of("Failed")))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -126,6 +127,7 @@ async fn tokens_and_certificates_are_rotated_in_use() -> Result<()> {
                     ["-n", "shop", "patch", "federatedconfigmap", "counter", "--type=merge", "-p", &patch];
                 fleet.kubectl(&object).await?;
                 let look = ["-n", "shop", "get", "configmap", "counter", "-o", "jsonpath={.data.n}"];
+                let what = format!("change {n} to arrive");
                 wait_until(
                     || async {
                         let found = inside(&fleet, &admin, &look).await?;
@@ -133,7 +135,7 @@ async fn tokens_and_certificates_are_rotated_in_use() -> Result<()> {
                         anyhow::Ok(())
                     },
                     LIMIT,
-                    format_args!("change {n} to arrive"),
+                    &what,
                 )
                 .await?;
                 arrived.store(n, Ordering::Relaxed);
@@ -163,13 +165,15 @@ async fn tokens_and_certificates_are_rotated_in_use() -> Result<()> {
     set_secret(&fleet, &wrong).await?;
     credentials(&fleet, "False", "the one before stays").await?;
     goes_on().await?;
-    let failed = failed_writes(&fleet).await?;
-    ensure!(failed == 0.0, "{failed} writes failed");
+    let (done, failed) = writes(&fleet).await?;
+    ensure!(done > 0.0 && failed == 0.0, "{done} writes were taken, and {failed} failed");
     let version = set_secret(&fleet, &token("hub-two").await?).await?;
     credentials(&fleet, "True", &format!("version {version}")).await?;
     stop.store(true, Ordering::Relaxed);
     let changes = writer.await??;
-    println!("{changes} changes arrived over three credentials, {failed} writes failed");
+    println!(
+        "{changes} changes arrived over three credentials; {done} writes were taken and {failed} failed"
+    );
 
     // It is this credential, and nothing else, that opens the member.
     inside(&fleet, &admin, &["delete", "serviceaccount", "hub-two"]).await?;
