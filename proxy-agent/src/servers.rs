@@ -34,6 +34,10 @@ const REFUSED_CAP: Duration = Duration::from_secs(300);
 const DUPLICATE_BASE: Duration = Duration::from_secs(10);
 const DUPLICATE_CAP: Duration = Duration::from_secs(300);
 
+/// After a tunnel that was a success the delays begin so much shorter and double as all do: a server that restarts is found
+/// again within about as long as it was away, and only one that stays away is left alone for long.
+const QUICK: u32 = 8;
+
 /// No delay is shorter, however the dice fall: a hub that is starting is dialled by all of its agents.
 const SHORTEST_DELAY: Duration = Duration::from_millis(50);
 
@@ -91,6 +95,8 @@ struct Address {
     learned: bool,
     connecting: bool,
     failures: u32,
+    /// The failures follow on a tunnel that was a success.
+    quick: bool,
     duplicates: u32,
     /// The server it led to when that was a duplicate.
     alias_of: Option<String>,
@@ -185,8 +191,8 @@ impl<R: Rng> ServerSet<R> {
 
     /// A dial has come to nothing. Returns how long this address is left alone.
     pub fn failed(&mut self, address: &str, failure: Failure, now: Instant) -> Duration {
-        let failures = self.find(address).map_or(0, |known| known.failures);
-        let delay = self.pause(failure, failures);
+        let (failures, quick) = self.find(address).map_or((0, false), |known| (known.failures, known.quick));
+        let delay = self.pause(failure, failures, quick);
         if let Some(known) = self.find(address) {
             known.connecting = false;
             known.failures = known.failures.saturating_add(1);
@@ -196,9 +202,12 @@ impl<R: Rng> ServerSet<R> {
         delay
     }
 
-    fn pause(&mut self, failure: Failure, failures: u32) -> Duration {
+    fn pause(&mut self, failure: Failure, failures: u32, quick: bool) -> Duration {
         match failure {
-            Failure::Transient => self.delay(self.backoff.base, self.backoff.cap, failures),
+            Failure::Transient => {
+                let base = if quick { self.backoff.base / QUICK } else { self.backoff.base };
+                self.delay(base, self.backoff.cap, failures)
+            }
             // Half of it is certain: a small draw must not turn a refusal into a storm.
             Failure::Refused => {
                 REFUSED_BASE / 2 + self.delay(REFUSED_BASE, REFUSED_CAP.max(self.backoff.cap), failures) / 2
@@ -213,8 +222,9 @@ impl<R: Rng> ServerSet<R> {
         let stable = failure == Failure::Transient
             && (held.draining || now.saturating_duration_since(held.since) >= STABLE_AFTER);
         let failures = self.find(&held.address).map_or(0, |known| if stable { 0 } else { known.failures });
-        let delay = self.pause(failure, failures);
+        let delay = self.pause(failure, failures, stable);
         if let Some(known) = self.find(&held.address) {
+            known.quick = stable;
             known.failures = if stable { 0 } else { known.failures.saturating_add(1) };
             // While it was held, another tunnel may have been dialled at the same address (drain).
             known.not_before = known.not_before.max(now + delay);
@@ -233,8 +243,13 @@ impl<R: Rng> ServerSet<R> {
 
     /// The server of this tunnel is draining: it takes no new work, so another one is wanted in its place.
     pub fn draining(&mut self, id: u64) {
-        if let Some(held) = self.held.iter_mut().find(|held| held.id == id) {
-            held.draining = true;
+        let Some(held) = self.held.iter_mut().find(|held| held.id == id) else { return };
+        held.draining = true;
+        let address = held.address.clone();
+        // It is dialled from now on, although its server may just be ending.
+        if let Some(known) = self.find(&address) {
+            known.quick = true;
+            known.failures = 0;
         }
     }
 
@@ -319,6 +334,7 @@ impl Address {
             learned: false,
             connecting: false,
             failures: 0,
+            quick: false,
             duplicates: 0,
             alias_of: None,
             not_before: now,
@@ -454,6 +470,34 @@ mod tests {
             now = set.next_due().unwrap();
         }
         assert!(longest > BACKOFF.base, "{longest:?}");
+    }
+
+    #[test]
+    fn a_server_that_restarts_is_found_within_about_as_long_as_it_was_away() {
+        const TIMES: u32 = 200;
+        let mut seeds = 0..;
+        let mut found_after = |length: Duration| {
+            let start = Instant::now();
+            let addresses = vec!["a:1".to_owned()];
+            let rng = StdRng::seed_from_u64(seeds.next().unwrap());
+            let mut set = ServerSet::new(addresses, Wanted::Count(1), BACKOFF, rng, start);
+            set.next(start).unwrap();
+            let id = kept(set.connected("a:1", "s1", start));
+            set.draining(id);
+            let begin = start + STABLE_AFTER;
+            set.lost(id, Failure::Transient, begin);
+            let mut now = set.next_due().unwrap();
+            while now < begin + length {
+                set.next(now).unwrap();
+                set.failed("a:1", Failure::Transient, now);
+                now = set.next_due().unwrap();
+            }
+            now - begin - length
+        };
+        for length in [300, 1000, 4000].map(Duration::from_millis) {
+            let mean = (0..TIMES).map(|_| found_after(length)).sum::<Duration>() / TIMES;
+            assert!(mean < length, "{mean:?} after {length:?}");
+        }
     }
 
     #[test]
