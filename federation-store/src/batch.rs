@@ -3,7 +3,7 @@
 //! A batch is decided in its order against the newest record of every key it names. Each transaction sees what those
 //! before it did; one that does not fit is answered with a conflict and leaves no trace.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 
 use bytes::Bytes;
@@ -44,8 +44,10 @@ pub(crate) struct Basis {
     pub(crate) heads: HashMap<Bytes, Record>,
     /// The newest write to each range of `unchanged`, in the order of the batch.
     pub(crate) newest: Vec<Revision>,
-    /// The leases that the batch names, those that exist. `heads` has the keys of those that it revokes.
+    /// The leases that the batch names, those that exist. `heads` has keys of those that it revokes.
     pub(crate) leases: HashMap<i64, Lease>,
+    /// The leases of whose keys `heads` has not all.
+    pub(crate) partly: HashSet<i64>,
 }
 
 /// What a batch comes to.
@@ -81,7 +83,7 @@ pub(crate) enum Outcome {
 
 /// Decides `transactions`.
 pub(crate) fn decide(basis: Basis, transactions: &[Transaction]) -> Decision {
-    let Basis { revision: mut at, compacted, mut heads, newest, mut leases } = basis;
+    let Basis { revision: mut at, compacted, mut heads, newest, mut leases, partly } = basis;
     let mut newest = newest.into_iter();
     let mut decision = Decision::default();
     for transaction in transactions {
@@ -126,6 +128,11 @@ pub(crate) fn decide(basis: Basis, transactions: &[Transaction]) -> Decision {
                         lease.expires_at = expires_at;
                     }
                 }
+                LeaseChange::Revoke { id, .. } if partly.contains(&id) => {
+                    if let Some(lease) = leases.get_mut(&id) {
+                        lease.expires_at = Lease::REVOKED;
+                    }
+                }
                 LeaseChange::Revoke { id, .. } => {
                     leases.remove(&id);
                 }
@@ -163,12 +170,14 @@ fn conflict(
 
 /// The lease that keeps the transaction from being applied, if one does.
 fn refused(transaction: &Transaction, leases: &HashMap<i64, Lease>) -> Option<Outcome> {
-    if transaction.writes.iter().any(|write| write.lease != 0 && !leases.contains_key(&write.lease)) {
+    let lives = |id: i64| leases.get(&id).is_some_and(|lease| !lease.is_revoked());
+    if transaction.writes.iter().any(|write| write.lease != 0 && !lives(write.lease)) {
         return Some(Outcome::NoLease);
     }
     let change = transaction.lease?;
     match (change, leases.get(&change.id())) {
-        (LeaseChange::Grant(_), None) | (LeaseChange::KeepAlive { .. }, Some(_)) => None,
+        (LeaseChange::Grant(_), None) => None,
+        (LeaseChange::KeepAlive { .. }, Some(lease)) => lease.is_revoked().then_some(Outcome::NoLease),
         (LeaseChange::Grant(_), Some(_)) => Some(Outcome::LeaseExists),
         (LeaseChange::Revoke { expired_at, .. }, Some(lease)) => {
             // Somebody may have kept it alive since it was found to have ended.
@@ -204,9 +213,12 @@ impl Place {
     /// Before everything.
     pub(crate) const ZERO: Self = Self(0);
 
+    /// The records that a revision has room for.
+    pub(crate) const ROOM: usize = 1 << Self::BITS;
+
     fn new(revision: Revision, number: usize) -> Self {
-        // A transaction has fewer writes than there is room for.
-        debug_assert!(number < 1 << Self::BITS);
+        // The writer's limits, and with them what a revocation may find, are checked against this where they are.
+        debug_assert!(number < Self::ROOM);
         Self((revision.0 << Self::BITS) | number as u64)
     }
 
@@ -437,6 +449,25 @@ mod tests {
             if events.iter().map(|event| event.kv.key.as_ref()).eq([b"a", b"c"])));
         assert_eq!(outcomes[10], TransactionOutcome::NoLease);
         assert_eq!(decision.leases[&5], None);
+        // Of the keys that are in the database only some were read.
+        let head = Record::successor(
+            None,
+            Place::new(Revision(1), 0),
+            &Write { lease: 5, ..put("a", "", Expect::Any) },
+        );
+        let basis = Basis {
+            heads: HashMap::from([(Bytes::from("a"), head)]),
+            leases: HashMap::from([(5, lease)]),
+            partly: HashSet::from([5]),
+            ..at(1)
+        };
+        let alive = change(LeaseChange::KeepAlive { id: 5, expires_at: 3000 });
+        let decision = decide(basis, &[revoke(None), alive, leased("b", 5), revoke(Some(10))]);
+        let outcomes: Vec<_> = decision.answers().collect();
+        assert!(matches!(&outcomes[0], TransactionOutcome::Applied { events, .. } if events.len() == 1));
+        assert_eq!(outcomes[1..3], [TransactionOutcome::NoLease, TransactionOutcome::NoLease]);
+        assert!(matches!(&outcomes[3], TransactionOutcome::Applied { events, .. } if events.is_empty()));
+        assert_eq!(decision.leases[&5].map(|lease| lease.is_revoked()), Some(true));
         // A lease alone has no revision.
         let decision = decide(at(1), &[change(LeaseChange::Grant(lease))]);
         assert!(!decision.is_empty() && decision.revision == Revision(1));

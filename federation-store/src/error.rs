@@ -159,6 +159,15 @@ impl Error {
         }
     }
 
+    /// Whether the database has no room left: nothing was written, and nothing will be until somebody makes room.
+    pub fn is_full(&self) -> bool {
+        let Self::Database { source, .. } = self else { return false };
+        let sqlx::Error::Database(error) = &**source else { return false };
+        let number = error.try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>().map(|error| error.number());
+        // SQLite: database or disk is full. PostgreSQL: disk full. MySQL: disk full, table full.
+        matches!(error.code().as_deref(), Some("13" | "53100")) || matches!(number, Some(1021 | 1114))
+    }
+
     /// Whether it may well have passed when the same is tried again in a moment, by the store itself.
     pub(crate) fn passes(&self) -> bool {
         let Self::Database { source, .. } = self else { return false };

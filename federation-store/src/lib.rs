@@ -56,8 +56,8 @@ pub use self::location::Location;
 pub use self::store::{Compaction, Store, StoreConfig, StoreMetrics};
 pub use self::types::{
     Event, EventKind, Expect, KeyRange, KeyValue, Lease, LeaseChange, ListRequest, ListResponse,
-    MAX_KEY_BYTES, MAX_TRANSACTION_BYTES, MAX_TRANSACTION_KEYS, MAX_VALUE_BYTES, Revision, Transaction,
-    TransactionOutcome, Write, WriteOutcome,
+    MAX_KEY_BYTES, MAX_TRANSACTION_BYTES, MAX_TRANSACTION_KEYS, MAX_TRANSACTION_RANGES, MAX_VALUE_BYTES,
+    Revision, Transaction, TransactionOutcome, Write, WriteOutcome,
 };
 pub use self::watcher::{WatchPosition, Watcher};
 

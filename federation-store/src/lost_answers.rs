@@ -8,7 +8,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 
 use crate::backend::sqlite::SqliteBackend;
-use crate::backend::{Backend, Listed, Logged, State, WriteError};
+use crate::backend::{Backend, Leases, Listed, Logged, Part, State, WriteError};
 use crate::batch::{Basis, Decision, decide};
 use crate::error::Error;
 use crate::store::{Compaction, Store};
@@ -69,8 +69,9 @@ impl Backend for Lossy {
         range: &'a KeyRange,
         at: Option<Revision>,
         limit: Option<usize>,
+        part: Part,
     ) -> BoxFuture<'a, Result<Listed, Error>> {
-        self.inner.list(range, at, limit)
+        self.inner.list(range, at, limit, part)
     }
 
     fn count<'a>(
@@ -113,12 +114,8 @@ impl Backend for Lossy {
             .boxed()
     }
 
-    fn leases(&self) -> BoxFuture<'_, Result<Vec<Lease>, Error>> {
-        self.inner.leases()
-    }
-
-    fn lease(&self, id: i64) -> BoxFuture<'_, Result<Option<Lease>, Error>> {
-        self.inner.lease(id)
+    fn leases(&self, which: Leases) -> BoxFuture<'_, Result<Vec<Lease>, Error>> {
+        self.inner.leases(which)
     }
 
     fn leased(&self, id: i64) -> BoxFuture<'_, Result<Vec<Bytes>, Error>> {

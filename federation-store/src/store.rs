@@ -11,7 +11,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument as _;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Leases, Part};
 use crate::error::{Error, OpenError};
 use crate::follower::Follower;
 use crate::hub::Hub;
@@ -273,6 +273,7 @@ impl Store {
     /// clients.
     pub async fn list(&self, request: &ListRequest) -> Result<ListResponse, Error> {
         self.alive()?;
+        let part = if request.keys_only { Part::WithoutValue } else { Part::All };
         let rest;
         let range = match &request.after {
             Some(after) => {
@@ -281,7 +282,7 @@ impl Store {
             }
             None => &request.range,
         };
-        let listed = self.inner.backend.list(range, request.revision, request.limit).await?;
+        let listed = self.inner.backend.list(range, request.revision, request.limit, part).await?;
         readable(request.revision, listed.state.revision, listed.state.compacted)?;
         Ok(ListResponse {
             items: listed.items,
@@ -360,13 +361,19 @@ impl Store {
     /// All leases, in no order.
     pub async fn leases(&self) -> Result<Vec<Lease>, Error> {
         self.alive()?;
-        self.inner.backend.leases().await
+        self.inner.backend.leases(Leases::All).await
+    }
+
+    /// The leases that end at a time or before it, in milliseconds since 1970, in no order.
+    pub async fn leases_ending_by(&self, at: i64) -> Result<Vec<Lease>, Error> {
+        self.alive()?;
+        self.inner.backend.leases(Leases::EndingBy(at)).await
     }
 
     /// One lease.
     pub async fn lease(&self, id: i64) -> Result<Option<Lease>, Error> {
         self.alive()?;
-        self.inner.backend.lease(id).await
+        Ok(self.inner.backend.leases(Leases::One(id)).await?.first().copied())
     }
 
     /// The keys that are attached to a lease, in order.

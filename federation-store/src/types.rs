@@ -112,7 +112,8 @@ pub struct Write {
 pub struct Transaction {
     /// Keys that are compared and not written.
     pub expects: Vec<(Bytes, Expect)>,
-    /// Ranges in which no key was written after a revision. A range whose revision is compacted is a conflict.
+    /// Ranges in which no key was written after a revision. A range whose revision is compacted is a conflict. At most
+    /// [`MAX_TRANSACTION_RANGES`].
     pub unchanged: Vec<(KeyRange, Revision)>,
     /// No key twice. The deletion of a missing key that expects nothing is no write and has no event.
     pub writes: Vec<Write>,
@@ -128,6 +129,7 @@ pub struct Lease {
     /// How long it lives after it was granted or kept alive, in seconds.
     pub ttl: i64,
     /// When it ends, in milliseconds since 1970. The store only keeps it: to end a lease in time is up to its user.
+    /// [`Lease::REVOKED`]: it is being revoked.
     pub expires_at: i64,
 }
 
@@ -143,7 +145,8 @@ pub enum LeaseChange {
         /// Its new end, as in [`Lease::expires_at`].
         expires_at: i64,
     },
-    /// Removes it, and deletes the keys attached to it.
+    /// Removes it, and deletes the keys attached to it. When there are more of them than one transaction should delete
+    /// it deletes some: the lease stays, ended, takes no more keys, and is to be revoked again.
     Revoke {
         /// Which.
         id: i64,
@@ -166,7 +169,8 @@ pub enum TransactionOutcome {
     Conflict {
         /// The store's revision at which that is so.
         revision: Revision,
-        /// The key whose expectation failed, as it is; `None` when there is none or a range was changed.
+        /// The key whose expectation failed, as it is (without its value, if the transaction only compares it); `None`
+        /// when there is none or a range was changed.
         current: Option<KeyValue>,
     },
     /// A lease that it names does not exist (or has not ended by then), nothing was written.
@@ -178,8 +182,14 @@ pub enum TransactionOutcome {
 /// The most keys that one transaction may name: its events are kept in memory together.
 pub const MAX_TRANSACTION_KEYS: usize = 65_536;
 
+/// The most ranges that one transaction may name: each is a question to the database while nobody else writes.
+pub const MAX_TRANSACTION_RANGES: usize = 1000;
+
 /// The most bytes of keys and values in one transaction: it is one statement's worth in the smallest database.
 pub const MAX_TRANSACTION_BYTES: usize = 16 * 1024 * 1024;
+
+/// What a key of a transaction counts for beside its bytes.
+pub(crate) const WRITE_BYTES: usize = 64;
 
 /// A set of neighbouring keys.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -200,6 +210,8 @@ pub struct ListRequest {
     pub limit: Option<usize>,
     /// Only keys after this one: the last key of the page before.
     pub after: Option<Bytes>,
+    /// The values are left in the database, and empty in the answer.
+    pub keys_only: bool,
 }
 
 /// One page of a list.
@@ -274,6 +286,18 @@ impl KeyValue {
     }
 }
 
+// === impl Lease ===
+
+impl Lease {
+    /// The end of a lease whose revocation is under way.
+    pub const REVOKED: i64 = 0;
+
+    /// Whether its revocation is under way: nothing keeps it alive any more.
+    pub fn is_revoked(&self) -> bool {
+        self.expires_at == Self::REVOKED
+    }
+}
+
 // === impl LeaseChange ===
 
 impl LeaseChange {
@@ -292,12 +316,6 @@ impl Transaction {
         Self { writes: vec![write], ..Self::default() }
     }
 
-    /// All keys that it writes or compares.
-    pub(crate) fn keys(&self) -> impl Iterator<Item = &Bytes> {
-        let writes = self.writes.iter().map(|write| &write.key);
-        writes.chain(self.expects.iter().map(|(key, _)| key))
-    }
-
     /// All leases that it names.
     pub(crate) fn leases(&self) -> impl Iterator<Item = i64> {
         let writes = self.writes.iter().map(|write| write.lease);
@@ -314,13 +332,11 @@ impl Transaction {
 
     /// About how much memory the transaction holds, in bytes.
     pub(crate) fn weight(&self) -> usize {
-        // What a key costs beside its bytes.
-        const FIXED: usize = 64;
         let writes = self.writes.iter();
         let writes: usize =
-            writes.map(|w| FIXED + w.key.len() + w.value.as_ref().map_or(0, Bytes::len)).sum();
-        let expects: usize = self.expects.iter().map(|(key, _)| FIXED + key.len()).sum();
-        writes + expects + FIXED * self.unchanged.len()
+            writes.map(|w| WRITE_BYTES + w.key.len() + w.value.as_ref().map_or(0, Bytes::len)).sum();
+        let expects: usize = self.expects.iter().map(|(key, _)| WRITE_BYTES + key.len()).sum();
+        writes + expects + WRITE_BYTES * self.unchanged.len()
     }
 
     /// Checks it against the limits.
@@ -337,7 +353,10 @@ impl Transaction {
         if self.writes.len() + self.expects.len() + self.unchanged.len() > MAX_TRANSACTION_KEYS {
             return Err(Error::InvalidTransaction { reason: "it names too many keys" });
         }
-        if self.weight() > MAX_TRANSACTION_BYTES + MAX_TRANSACTION_KEYS * 64 {
+        if self.unchanged.len() > MAX_TRANSACTION_RANGES {
+            return Err(Error::InvalidTransaction { reason: "it names too many ranges" });
+        }
+        if self.weight() > MAX_TRANSACTION_BYTES + MAX_TRANSACTION_KEYS * WRITE_BYTES {
             return Err(Error::InvalidTransaction { reason: "its keys and values are too large together" });
         }
         let mut keys = std::collections::HashSet::with_capacity(self.writes.len());
@@ -425,7 +444,7 @@ impl KeyRange {
 impl ListRequest {
     /// All keys of `range` at the newest revision.
     pub fn new(range: KeyRange) -> Self {
-        Self { range, revision: None, limit: None, after: None }
+        Self { range, revision: None, limit: None, after: None, keys_only: false }
     }
 
     /// All keys with `prefix` at the newest revision.
@@ -442,6 +461,12 @@ impl ListRequest {
     /// At most `limit` items.
     pub fn limit(mut self, limit: usize) -> Self {
         self.limit = Some(limit);
+        self
+    }
+
+    /// Without the values.
+    pub fn keys_only(mut self) -> Self {
+        self.keys_only = true;
         self
     }
 

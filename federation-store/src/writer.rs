@@ -10,17 +10,25 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::Instant;
 
-use crate::backend::{Backend, State, WriteError};
-use crate::batch::Decision;
+use crate::backend::{Backend, REVOKED_KEYS, State, WriteError};
+use crate::batch::{Decision, Place};
 use crate::error::Error;
 use crate::follower::Follower;
 use crate::hub::Hub;
 use crate::store::Compaction;
-use crate::types::{Revision, Transaction, TransactionOutcome};
+use crate::types::{
+    MAX_TRANSACTION_BYTES, MAX_TRANSACTION_KEYS, Revision, Transaction, TransactionOutcome, WRITE_BYTES,
+};
 
 /// Writes in one transaction, by number and by weight: more would only make each of them wait longer.
 const MAX_BATCH: usize = 256;
 const MAX_BATCH_BYTES: usize = 16 * 1024 * 1024;
+
+/// One transaction is at most a whole batch and another transaction, and a revocation in it: all in one revision.
+const _: () = assert!(
+    (MAX_BATCH_BYTES + 2 * MAX_TRANSACTION_BYTES) / WRITE_BYTES + 2 * MAX_TRANSACTION_KEYS + REVOKED_KEYS
+        < Place::ROOM
+);
 
 /// How long the writer waits for those whom it has just answered to come back, as a share of what a commit takes, and at
 /// most. Without it writers fall into two groups of which one always waits for the other's commit; with it all share one.

@@ -36,6 +36,11 @@ use crate::types::{Event, KeyRange, KeyValue, Lease, Revision, Transaction};
 const EVENTS_PER_READ: usize = 256;
 const EVENT_BYTES_PER_READ: u64 = 8 * 1024 * 1024;
 
+/// Keys that one revocation deletes, by number and by the bytes of their values: they are read, and written, while nobody
+/// else writes.
+pub(crate) const REVOKED_KEYS: usize = 10_000;
+const REVOKED_BYTES: u64 = 8 * 1024 * 1024;
+
 /// Rows of processes that have not written for so long are removed: none of them still asks for its last batch.
 const REPLICA_SECONDS: i64 = 7 * 24 * 3600;
 
@@ -48,6 +53,23 @@ pub(crate) struct State {
     pub(crate) compacted: Revision,
     /// Up to here the superseded rows are gone from the table; never beyond `compacted`.
     pub(crate) swept: Revision,
+}
+
+/// How much of a row is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    All,
+    /// Its value stays where it is, and is empty here.
+    WithoutValue,
+}
+
+/// Which leases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Leases {
+    All,
+    One(i64),
+    /// Those that end at this time or before it.
+    EndingBy(i64),
 }
 
 /// Some keys at one revision.
@@ -105,6 +127,7 @@ pub(crate) trait Backend: Send + Sync + 'static {
         range: &'a KeyRange,
         at: Option<Revision>,
         limit: Option<usize>,
+        part: Part,
     ) -> BoxFuture<'a, Result<Listed, Error>>;
 
     /// How many keys there are, at a revision or the newest.
@@ -127,11 +150,7 @@ pub(crate) trait Backend: Send + Sync + 'static {
     /// Whether `batch`, the last that this process wrote, was committed. If not, it never will be.
     fn committed(&self, batch: i64) -> BoxFuture<'_, Result<bool, Error>>;
 
-    /// All leases.
-    fn leases(&self) -> BoxFuture<'_, Result<Vec<Lease>, Error>>;
-
-    /// One lease.
-    fn lease(&self, id: i64) -> BoxFuture<'_, Result<Option<Lease>, Error>>;
+    fn leases(&self, which: Leases) -> BoxFuture<'_, Result<Vec<Lease>, Error>>;
 
     /// The keys attached to a lease, in order.
     fn leased(&self, id: i64) -> BoxFuture<'_, Result<Vec<Bytes>, Error>>;

@@ -8,6 +8,7 @@
 use std::str::FromStr as _;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::FutureExt as _;
 use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlDatabaseError, MySqlPool, MySqlPoolOptions};
 use sqlx::pool::PoolConnection;
@@ -16,9 +17,11 @@ use sqlx::{AssertSqlSafe, ConnectOptions as _, Executor as _, MySql, Row as _};
 use super::remote::{
     ACQUIRE_TIMEOUT, IDLE_TRANSACTION_SECONDS, LOCK_SECONDS, OPERATION_TIMEOUT, READERS, TRIES, hang_up,
 };
-use super::rows::{PREVIOUS, end_of, event_of, lease_of, place_of, record_of, sql, state_of, unsigned};
+use super::rows::{
+    PREVIOUS, end_of, event_of, key_of, lease_of, place_of, record_of, sql, state_of, unsigned,
+};
 use super::sql::{Dialect, SqlBackend};
-use super::{REPLICA_SECONDS, State};
+use super::{Leases, Part, REPLICA_SECONDS, State};
 use crate::batch::{Decision, Place, Record};
 use crate::error::OpenError;
 use crate::types::{Event, KeyRange, KeyValue, Lease, MAX_KEY_BYTES, MAX_VALUE_BYTES};
@@ -210,8 +213,18 @@ impl Dialect for MySqlDialect {
         range: &KeyRange,
         before: i64,
         limit: i64,
+        part: Part,
     ) -> Result<Vec<KeyValue>, sqlx::Error> {
-        let rows = sqlx::query(concat!(visible_rows!("l.*"), " ORDER BY h.name LIMIT ?"))
+        let statement = match part {
+            Part::All => concat!(visible_rows!("l.*"), " ORDER BY h.name LIMIT ?"),
+            Part::WithoutValue => concat!(
+                visible_rows!(
+                    "l.place, l.name, l.prev, l.create_revision, l.version, l.lease, l.deleted, x'' AS value"
+                ),
+                " ORDER BY h.name LIMIT ?"
+            ),
+        };
+        let rows = sqlx::query(statement)
             .bind(before)
             .bind(before)
             .bind(range.start().as_ref())
@@ -280,15 +293,26 @@ impl Dialect for MySqlDialect {
         rows.iter().map(event_of).collect()
     }
 
-    async fn heads(connection: &mut MySqlConnection, keys: &[&[u8]]) -> Result<Vec<Record>, sqlx::Error> {
+    async fn heads(
+        connection: &mut MySqlConnection,
+        keys: &[&[u8]],
+        part: Part,
+    ) -> Result<Vec<Record>, sqlx::Error> {
         let mut records = Vec::with_capacity(keys.len());
+        let columns = match part {
+            Part::All => "l.*",
+            Part::WithoutValue => {
+                "l.place, l.name, l.prev, l.create_revision, l.version, l.lease, l.deleted, x'' AS value"
+            }
+        };
         for chunk in keys.chunks(MAX_ROWS) {
             // Rounded up by naming a key twice.
             let rows = chunk.len().next_power_of_two();
             let names = vec!["?"; rows].join(",");
-            // Only the number of question marks is put into the text.
+            // Only our own columns and the number of question marks are put into the text.
             let statement = format!(
-                "SELECT l.* FROM store_head h STRAIGHT_JOIN store_log l ON l.place = h.place WHERE h.name IN ({names})"
+                "SELECT {columns} FROM store_head h STRAIGHT_JOIN store_log l ON l.place = h.place
+                  WHERE h.name IN ({names})"
             );
             let mut query = sqlx::query(AssertSqlSafe(statement));
             for index in 0..rows {
@@ -343,26 +367,34 @@ impl Dialect for MySqlDialect {
         row.map(|row| row.try_get("batch")).transpose()
     }
 
-    async fn leases(connection: &mut MySqlConnection, id: Option<i64>) -> Result<Vec<Lease>, sqlx::Error> {
-        let rows = match id {
-            Some(id) => {
-                let query = sqlx::query("SELECT id, ttl, expires_at FROM store_lease WHERE id = ?");
-                query.bind(id).fetch_all(connection).await?
+    async fn leases(connection: &mut MySqlConnection, which: Leases) -> Result<Vec<Lease>, sqlx::Error> {
+        let query = match which {
+            Leases::All => sqlx::query("SELECT id, ttl, expires_at FROM store_lease"),
+            Leases::One(id) => {
+                sqlx::query("SELECT id, ttl, expires_at FROM store_lease WHERE id = ?").bind(id)
             }
-            None => sqlx::query("SELECT id, ttl, expires_at FROM store_lease").fetch_all(connection).await?,
+            Leases::EndingBy(at) => {
+                sqlx::query("SELECT id, ttl, expires_at FROM store_lease WHERE expires_at <= ?").bind(at)
+            }
         };
-        rows.iter().map(lease_of).collect()
+        query.fetch_all(connection).await?.iter().map(lease_of).collect()
     }
 
-    async fn leased(connection: &mut MySqlConnection, id: i64) -> Result<Vec<Record>, sqlx::Error> {
+    async fn leased(
+        connection: &mut MySqlConnection,
+        id: i64,
+        limit: i64,
+    ) -> Result<Vec<(Bytes, u64)>, sqlx::Error> {
         let rows = sqlx::query(
-            "SELECT l.* FROM store_log l JOIN store_head h ON h.name = l.name AND h.place = l.place
-              WHERE l.lease = ? AND l.deleted = 0",
+            "SELECT l.name, CAST(OCTET_LENGTH(l.value) AS SIGNED) AS size
+               FROM store_log l JOIN store_head h ON h.name = l.name AND h.place = l.place
+              WHERE l.lease = ? AND l.deleted = 0 LIMIT ?",
         )
         .bind(id)
+        .bind(limit)
         .fetch_all(connection)
         .await?;
-        rows.iter().map(record_of).collect()
+        rows.iter().map(|row| Ok((key_of(row)?, unsigned(row, "size")?))).collect()
     }
 
     async fn replace_lease(

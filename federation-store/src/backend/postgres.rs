@@ -7,6 +7,7 @@
 use std::str::FromStr as _;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{FutureExt as _, TryFutureExt as _};
 use sqlx::pool::PoolConnection;
@@ -16,9 +17,11 @@ use sqlx::{AssertSqlSafe, ConnectOptions as _, Executor as _, Postgres, Row as _
 use super::remote::{
     ACQUIRE_TIMEOUT, IDLE_TRANSACTION_SECONDS, LOCK_SECONDS, OPERATION_TIMEOUT, READERS, TRIES, hang_up,
 };
-use super::rows::{PREVIOUS, end_of, event_of, lease_of, place_of, record_of, sql, state_of, unsigned};
+use super::rows::{
+    PREVIOUS, end_of, event_of, key_of, lease_of, place_of, record_of, sql, state_of, unsigned,
+};
 use super::sql::{Dialect, SqlBackend, failed};
-use super::{Changes, REPLICA_SECONDS, State};
+use super::{Changes, Leases, Part, REPLICA_SECONDS, State};
 use crate::batch::{Decision, Place, Record};
 use crate::error::{Error, OpenError};
 use crate::types::{Event, KeyRange, KeyValue, Lease};
@@ -208,8 +211,18 @@ impl Dialect for PostgresDialect {
         range: &KeyRange,
         before: i64,
         limit: i64,
+        part: Part,
     ) -> Result<Vec<KeyValue>, sqlx::Error> {
-        let rows = sqlx::query(concat!(visible_rows!("l.*"), " ORDER BY h.name LIMIT $4"))
+        let statement = match part {
+            Part::All => concat!(visible_rows!("l.*"), " ORDER BY h.name LIMIT $4"),
+            Part::WithoutValue => concat!(
+                visible_rows!(
+                    "l.place, l.name, l.prev, l.create_revision, l.version, l.lease, l.deleted, ''::bytea AS value"
+                ),
+                " ORDER BY h.name LIMIT $4"
+            ),
+        };
+        let rows = sqlx::query(statement)
             .bind(range.start().as_ref())
             .bind(end_of(range))
             .bind(before)
@@ -281,13 +294,19 @@ impl Dialect for PostgresDialect {
         rows.iter().map(event_of).collect()
     }
 
-    async fn heads(connection: &mut PgConnection, keys: &[&[u8]]) -> Result<Vec<Record>, sqlx::Error> {
-        let rows = sqlx::query(
-            "SELECT l.* FROM store_head h JOIN store_log l ON l.place = h.place WHERE h.name = ANY($1)",
-        )
-        .bind(keys.to_vec())
-        .fetch_all(connection)
-        .await?;
+    async fn heads(
+        connection: &mut PgConnection,
+        keys: &[&[u8]],
+        part: Part,
+    ) -> Result<Vec<Record>, sqlx::Error> {
+        let statement = match part {
+            Part::All => "SELECT l.* FROM store_head h JOIN store_log l ON l.place = h.place WHERE h.name = ANY($1)",
+            Part::WithoutValue => {
+                "SELECT l.place, l.name, l.prev, l.create_revision, l.version, l.lease, l.deleted, ''::bytea AS value
+                   FROM store_head h JOIN store_log l ON l.place = h.place WHERE h.name = ANY($1)"
+            }
+        };
+        let rows = sqlx::query(statement).bind(keys.to_vec()).fetch_all(connection).await?;
         rows.iter().map(record_of).collect()
     }
 
@@ -343,27 +362,35 @@ impl Dialect for PostgresDialect {
         row.map(|row| row.try_get("batch")).transpose()
     }
 
-    async fn leases(connection: &mut PgConnection, id: Option<i64>) -> Result<Vec<Lease>, sqlx::Error> {
-        let rows = match id {
-            Some(id) => {
-                let query = sqlx::query("SELECT id, ttl, expires_at FROM store_lease WHERE id = $1");
-                query.bind(id).fetch_all(connection).await?
+    async fn leases(connection: &mut PgConnection, which: Leases) -> Result<Vec<Lease>, sqlx::Error> {
+        let query = match which {
+            Leases::All => sqlx::query("SELECT id, ttl, expires_at FROM store_lease"),
+            Leases::One(id) => {
+                sqlx::query("SELECT id, ttl, expires_at FROM store_lease WHERE id = $1").bind(id)
             }
-            None => sqlx::query("SELECT id, ttl, expires_at FROM store_lease").fetch_all(connection).await?,
+            Leases::EndingBy(at) => {
+                sqlx::query("SELECT id, ttl, expires_at FROM store_lease WHERE expires_at <= $1").bind(at)
+            }
         };
-        rows.iter().map(lease_of).collect()
+        query.fetch_all(connection).await?.iter().map(lease_of).collect()
     }
 
-    async fn leased(connection: &mut PgConnection, id: i64) -> Result<Vec<Record>, sqlx::Error> {
+    async fn leased(
+        connection: &mut PgConnection,
+        id: i64,
+        limit: i64,
+    ) -> Result<Vec<(Bytes, u64)>, sqlx::Error> {
         // The index is one of rows with a lease.
         let rows = sqlx::query(
-            "SELECT l.* FROM store_log l JOIN store_head h ON h.name = l.name AND h.place = l.place
-              WHERE l.lease <> 0 AND l.lease = $1 AND NOT l.deleted",
+            "SELECT l.name, OCTET_LENGTH(l.value)::bigint AS size
+               FROM store_log l JOIN store_head h ON h.name = l.name AND h.place = l.place
+              WHERE l.lease <> 0 AND l.lease = $1 AND NOT l.deleted LIMIT $2",
         )
         .bind(id)
+        .bind(limit)
         .fetch_all(connection)
         .await?;
-        rows.iter().map(record_of).collect()
+        rows.iter().map(|row| Ok((key_of(row)?, unsigned(row, "size")?))).collect()
     }
 
     async fn replace_lease(

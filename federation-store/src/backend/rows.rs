@@ -1,5 +1,6 @@
 //! Rows of the tables as values: the same columns in every database, so the same code for every driver's row type.
 
+use bytes::Bytes;
 use sqlx::{ColumnIndex, Decode, Row, Type};
 
 use super::{EVENT_BYTES_PER_READ, EVENTS_PER_READ, State};
@@ -56,7 +57,7 @@ pub(super) fn state_of(row: &impl StoreRow) -> Result<State, sqlx::Error> {
 pub(super) fn record_of(row: &impl StoreRow) -> Result<Record, sqlx::Error> {
     Ok(Record {
         place: place_of(row, "place")?,
-        key: row.bytes("name")?.ok_or_else(|| missing("name"))?.into(),
+        key: key_of(row)?,
         prev: place_of(row, "prev")?,
         create_revision: Revision(unsigned(row, "create_revision")?),
         version: unsigned(row, "version")?,
@@ -64,6 +65,11 @@ pub(super) fn record_of(row: &impl StoreRow) -> Result<Record, sqlx::Error> {
         value: row.bytes("value")?.ok_or_else(|| missing("value"))?.into(),
         deleted: row.flag("deleted")?,
     })
+}
+
+/// The key of a row.
+pub(super) fn key_of(row: &impl StoreRow) -> Result<Bytes, sqlx::Error> {
+    Ok(row.bytes("name")?.ok_or_else(|| missing("name"))?.into())
 }
 
 /// A row of the leases.

@@ -1,6 +1,7 @@
 //! The backend over any SQL database: what all of them do, in the order in which they do it, over a small [`Dialect`]
 //! that has the statements.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,10 @@ use sqlx::pool::PoolConnection;
 use sqlx::{Connection as _, Database, Pool};
 
 use super::rows::{upto, visible};
-use super::{Backend, Changes, EVENTS_PER_READ, Listed, Logged, State, WriteError};
+use super::{
+    Backend, Changes, EVENTS_PER_READ, Leases, Listed, Logged, Part, REVOKED_BYTES, REVOKED_KEYS, State,
+    WriteError,
+};
 use crate::batch::{Basis, Decision, Place, Record, decide};
 use crate::error::Error;
 use crate::types::{Event, KeyRange, KeyValue, Lease, Revision, Transaction};
@@ -76,6 +80,7 @@ pub(crate) trait Dialect: Sized + Send + Sync + 'static {
         range: &KeyRange,
         before: i64,
         limit: i64,
+        part: Part,
     ) -> impl Future<Output = Result<Vec<KeyValue>, sqlx::Error>> + Send;
 
     /// How many keys are there before a place; `None`: now.
@@ -105,6 +110,7 @@ pub(crate) trait Dialect: Sized + Send + Sync + 'static {
     fn heads(
         connection: &mut Connection<Self>,
         keys: &[&[u8]],
+        part: Part,
     ) -> impl Future<Output = Result<Vec<Record>, sqlx::Error>> + Send;
 
     /// The newest place in a range.
@@ -127,17 +133,18 @@ pub(crate) trait Dialect: Sized + Send + Sync + 'static {
         connection: &mut Connection<Self>,
     ) -> impl Future<Output = Result<Option<i64>, sqlx::Error>> + Send;
 
-    /// All leases, or one.
+    /// Leases, in no order.
     fn leases(
         connection: &mut Connection<Self>,
-        id: Option<i64>,
+        which: Leases,
     ) -> impl Future<Output = Result<Vec<Lease>, sqlx::Error>> + Send;
 
-    /// The newest rows of the keys that are attached to a lease.
+    /// Keys that are attached to a lease, so many of them in no order, and the sizes of their values.
     fn leased(
         connection: &mut Connection<Self>,
         id: i64,
-    ) -> impl Future<Output = Result<Vec<Record>, sqlx::Error>> + Send;
+        limit: i64,
+    ) -> impl Future<Output = Result<Vec<(Bytes, u64)>, sqlx::Error>> + Send;
 
     /// Removes a lease, and writes it again if there is one to write.
     fn replace_lease(
@@ -330,8 +337,9 @@ impl<D: Dialect> Backend for SqlBackend<D> {
         range: &'a KeyRange,
         at: Option<Revision>,
         limit: Option<usize>,
+        part: Part,
     ) -> BoxFuture<'a, Result<Listed, Error>> {
-        with!(self.readers, "list keys", |connection| list::<D>(&mut connection, range, at, limit))
+        with!(self.readers, "list keys", |connection| list::<D>(&mut connection, range, at, limit, part))
     }
 
     fn count<'a>(
@@ -358,20 +366,14 @@ impl<D: Dialect> Backend for SqlBackend<D> {
         with!(self.writer, "look for a commit", |connection| self.was_committed(&mut connection, batch))
     }
 
-    fn leases(&self) -> BoxFuture<'_, Result<Vec<Lease>, Error>> {
-        with!(self.readers, "read the leases", |connection| D::leases(&mut connection, None))
-    }
-
-    fn lease(&self, id: i64) -> BoxFuture<'_, Result<Option<Lease>, Error>> {
-        with!(self.readers, "read a lease", |connection| {
-            D::leases(&mut connection, Some(id)).map_ok(|leases| leases.first().copied())
-        })
+    fn leases(&self, which: Leases) -> BoxFuture<'_, Result<Vec<Lease>, Error>> {
+        with!(self.readers, "read leases", |connection| D::leases(&mut connection, which))
     }
 
     fn leased(&self, id: i64) -> BoxFuture<'_, Result<Vec<Bytes>, Error>> {
         with!(self.readers, "read the keys of a lease", |connection| {
-            D::leased(&mut connection, id).map_ok(|records| {
-                let mut keys: Vec<Bytes> = records.into_iter().map(|record| record.key).collect();
+            D::leased(&mut connection, id, i64::MAX).map_ok(|attached| {
+                let mut keys: Vec<Bytes> = attached.into_iter().map(|(key, _)| key).collect();
                 keys.sort_unstable();
                 keys
             })
@@ -429,11 +431,12 @@ async fn list<D: Dialect>(
     range: &KeyRange,
     at: Option<Revision>,
     limit: Option<usize>,
+    part: Part,
 ) -> Result<Listed, sqlx::Error> {
     let mut snapshot = connection.begin_with(D::SNAPSHOT).await?;
     let state = D::state(&mut snapshot, false).await?;
     let most = limit.map_or(i64::MAX, |limit| i64::try_from(limit).unwrap_or(i64::MAX));
-    let items = D::page(&mut snapshot, range, visible(at), most).await?;
+    let items = D::page(&mut snapshot, range, visible(at), most, part).await?;
     let full = limit.is_some_and(|limit| items.len() >= limit);
     let remaining = match items.last() {
         Some(last) if full => D::count(&mut snapshot, &range.after(&last.key), past(at, state)).await?,
@@ -486,20 +489,73 @@ async fn basis<D: Dialect>(
     state: State,
 ) -> Result<Basis, sqlx::Error> {
     let mut basis = Basis { revision: state.revision, compacted: state.compacted, ..Basis::default() };
-    let keys: Vec<&[u8]> = transactions.iter().flat_map(Transaction::keys).map(AsRef::as_ref).collect();
-    let mut records = if keys.is_empty() { Vec::new() } else { D::heads(connection, &keys).await? };
+    let written: BTreeSet<&Bytes> =
+        transactions.iter().flat_map(|transaction| &transaction.writes).map(|write| &write.key).collect();
+    let compared: BTreeSet<&Bytes> =
+        transactions.iter().flat_map(|transaction| &transaction.expects).map(|(key, _)| key).collect();
+    let keys: Vec<&[u8]> = written.iter().map(|key| key.as_ref()).collect();
+    let mut records = heads::<D>(connection, &keys, Part::All).await?;
+    // Of what is only compared nobody asks for the value.
+    let keys: Vec<&[u8]> = compared.difference(&written).map(|key| key.as_ref()).collect();
+    records.extend(heads::<D>(connection, &keys, Part::WithoutValue).await?);
     for (range, _) in transactions.iter().flat_map(|transaction| &transaction.unchanged) {
         basis.newest.push(D::newest(connection, range).await?.revision());
     }
-    let named: std::collections::BTreeSet<i64> = transactions.iter().flat_map(Transaction::leases).collect();
+    let named: BTreeSet<i64> = transactions.iter().flat_map(Transaction::leases).collect();
     for id in named {
-        basis.leases.extend(D::leases(connection, Some(id)).await?.into_iter().map(|lease| (id, lease)));
+        let found = D::leases(connection, Leases::One(id)).await?;
+        basis.leases.extend(found.into_iter().map(|lease| (id, lease)));
     }
-    for id in transactions.iter().filter_map(Transaction::revoked) {
-        records.extend(D::leased(connection, id).await?);
+    let revoked: BTreeSet<i64> = transactions.iter().filter_map(Transaction::revoked).collect();
+    let mut room = Room::default();
+    for id in revoked {
+        let attached = D::leased(connection, id, REVOKED_KEYS as i64 + 1).await?;
+        let some = room.take(&attached);
+        if some.len() < attached.len() {
+            basis.partly.insert(id);
+        }
+        let keys: Vec<&[u8]> = some.iter().map(|(key, _)| key.as_ref()).collect();
+        records.extend(heads::<D>(connection, &keys, Part::All).await?);
     }
     basis.heads.extend(records.into_iter().map(|record| (record.key.clone(), record)));
     Ok(basis)
+}
+
+/// The newest rows of keys. A batch that names none has nothing to ask.
+async fn heads<D: Dialect>(
+    connection: &mut Connection<D>,
+    keys: &[&[u8]],
+    part: Part,
+) -> Result<Vec<Record>, sqlx::Error> {
+    if keys.is_empty() { Ok(Vec::new()) } else { D::heads(connection, keys, part).await }
+}
+
+/// What the revocations of a batch may still delete.
+struct Room {
+    keys: usize,
+    bytes: u64,
+}
+
+impl Default for Room {
+    fn default() -> Self {
+        Self { keys: REVOKED_KEYS, bytes: REVOKED_BYTES }
+    }
+}
+
+impl Room {
+    /// Those that there is room for. The first of a batch always has some, however large they are.
+    fn take<'a>(&mut self, attached: &'a [(Bytes, u64)]) -> &'a [(Bytes, u64)] {
+        let mut taken = 0;
+        for (_, size) in attached {
+            if self.keys == 0 || (*size > self.bytes && self.keys < REVOKED_KEYS) {
+                break;
+            }
+            self.keys -= 1;
+            self.bytes = self.bytes.saturating_sub(*size);
+            taken += 1;
+        }
+        &attached[..taken]
+    }
 }
 
 async fn mark_compacted<D: Dialect>(
@@ -528,4 +584,20 @@ async fn sweep<D: Dialect>(connection: &mut Connection<D>) -> Result<State, sqlx
     D::set_swept(&mut transaction, super::rows::sql(state.swept.0)).await?;
     transaction.commit().await?;
     Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_revocation_deletes_no_more_than_there_is_room_for() {
+        let keys = |count: usize, size: u64| vec![(Bytes::from_static(b"k"), size); count];
+        let mut room = Room::default();
+        assert_eq!(room.take(&keys(3, REVOKED_BYTES + 1)).len(), 1);
+        assert_eq!(room.take(&keys(3, 1)).len(), 0);
+        let mut room = Room::default();
+        assert_eq!(room.take(&keys(REVOKED_KEYS + 1, 0)).len(), REVOKED_KEYS);
+        assert_eq!(Room::default().take(&keys(20, REVOKED_BYTES / 8)).len(), 8);
+    }
 }

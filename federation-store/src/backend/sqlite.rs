@@ -9,6 +9,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bytes::Bytes;
 use parking_lot::Mutex;
 use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{
@@ -17,10 +18,11 @@ use sqlx::sqlite::{
 };
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Executor as _, Row as _, Sqlite};
 
-use super::REPLICA_SECONDS;
-use super::State;
-use super::rows::{PREVIOUS, end_of, event_of, lease_of, place_of, record_of, sql, state_of, unsigned};
+use super::rows::{
+    PREVIOUS, end_of, event_of, key_of, lease_of, place_of, record_of, sql, state_of, unsigned,
+};
 use super::sql::{Dialect, SqlBackend};
+use super::{Leases, Part, REPLICA_SECONDS, State};
 use crate::batch::{Decision, Place, Record};
 use crate::error::OpenError;
 use crate::types::{Event, KeyRange, KeyValue, Lease};
@@ -50,6 +52,12 @@ macro_rules! visible_rows {
 
 /// A page of a list: from, to (excluded), the place after the revision, the limit.
 const LIST: &str = concat!(visible_rows!("l.*"), " ORDER BY h.name LIMIT ?4");
+
+/// The same without the values, which are most of the work.
+const LIST_KEYS: &str = concat!(
+    visible_rows!("l.place, l.name, l.prev, l.create_revision, l.version, l.lease, l.deleted, x'' AS value"),
+    " ORDER BY h.name LIMIT ?4"
+);
 
 /// The largest number of rows in one statement, a power of two. Statements exist for powers of two only, so that all
 /// of them stay prepared.
@@ -242,8 +250,13 @@ impl Dialect for SqliteDialect {
         range: &KeyRange,
         before: i64,
         limit: i64,
+        part: Part,
     ) -> Result<Vec<KeyValue>, sqlx::Error> {
-        let rows = sqlx::query(LIST)
+        let list = match part {
+            Part::All => LIST,
+            Part::WithoutValue => LIST_KEYS,
+        };
+        let rows = sqlx::query(list)
             .bind(range.start().as_ref())
             .bind(end_of(range))
             .bind(before)
@@ -316,16 +329,26 @@ impl Dialect for SqliteDialect {
         rows.iter().map(event_of).collect()
     }
 
-    async fn heads(connection: &mut SqliteConnection, keys: &[&[u8]]) -> Result<Vec<Record>, sqlx::Error> {
+    async fn heads(
+        connection: &mut SqliteConnection,
+        keys: &[&[u8]],
+        part: Part,
+    ) -> Result<Vec<Record>, sqlx::Error> {
         let mut records = Vec::with_capacity(keys.len());
+        let columns = match part {
+            Part::All => "l.*",
+            Part::WithoutValue => {
+                "l.place, l.name, l.prev, l.create_revision, l.version, l.lease, l.deleted, x'' AS value"
+            }
+        };
         for chunk in keys.chunks(MAX_ROWS) {
             // Rounded up by naming a key twice.
             let rows = chunk.len().next_power_of_two();
             let names = vec!["(?)"; rows].join(",");
-            // Only the number of question marks is put into the text.
+            // Only our own columns and the number of question marks are put into the text.
             let statement = format!(
                 "WITH k (name) AS (VALUES {names})
-                 SELECT l.* FROM k CROSS JOIN store_head h ON h.name = k.name
+                 SELECT {columns} FROM k CROSS JOIN store_head h ON h.name = k.name
                                    CROSS JOIN store_log l ON l.place = h.place"
             );
             let mut query = sqlx::query(AssertSqlSafe(statement));
@@ -381,27 +404,35 @@ impl Dialect for SqliteDialect {
         row.map(|row| row.try_get("batch")).transpose()
     }
 
-    async fn leases(connection: &mut SqliteConnection, id: Option<i64>) -> Result<Vec<Lease>, sqlx::Error> {
-        let rows = match id {
-            Some(id) => {
-                let query = sqlx::query("SELECT id, ttl, expires_at FROM store_lease WHERE id = ?1");
-                query.bind(id).fetch_all(connection).await?
+    async fn leases(connection: &mut SqliteConnection, which: Leases) -> Result<Vec<Lease>, sqlx::Error> {
+        let query = match which {
+            Leases::All => sqlx::query("SELECT id, ttl, expires_at FROM store_lease"),
+            Leases::One(id) => {
+                sqlx::query("SELECT id, ttl, expires_at FROM store_lease WHERE id = ?1").bind(id)
             }
-            None => sqlx::query("SELECT id, ttl, expires_at FROM store_lease").fetch_all(connection).await?,
+            Leases::EndingBy(at) => {
+                sqlx::query("SELECT id, ttl, expires_at FROM store_lease WHERE expires_at <= ?1").bind(at)
+            }
         };
-        rows.iter().map(lease_of).collect()
+        query.fetch_all(connection).await?.iter().map(lease_of).collect()
     }
 
-    async fn leased(connection: &mut SqliteConnection, id: i64) -> Result<Vec<Record>, sqlx::Error> {
+    async fn leased(
+        connection: &mut SqliteConnection,
+        id: i64,
+        limit: i64,
+    ) -> Result<Vec<(Bytes, u64)>, sqlx::Error> {
         // The index is one of rows with a lease.
         let rows = sqlx::query(
-            "SELECT l.* FROM store_log l JOIN store_head h ON h.name = l.name AND h.place = l.place
-              WHERE l.lease <> 0 AND l.lease = ?1 AND NOT l.deleted",
+            "SELECT l.name, LENGTH(l.value) AS size
+               FROM store_log l JOIN store_head h ON h.name = l.name AND h.place = l.place
+              WHERE l.lease <> 0 AND l.lease = ?1 AND NOT l.deleted LIMIT ?2",
         )
         .bind(id)
+        .bind(limit)
         .fetch_all(connection)
         .await?;
-        rows.iter().map(record_of).collect()
+        rows.iter().map(|row| Ok((key_of(row)?, unsigned(row, "size")?))).collect()
     }
 
     async fn replace_lease(
@@ -681,10 +712,10 @@ mod tests {
 
             let backend = SqliteBackend::open(&path, false).await.unwrap();
             let all = KeyRange::prefix("");
-            let now = backend.list(&all, None, None).await.unwrap();
+            let now = backend.list(&all, None, None, Part::All).await.unwrap();
             assert_eq!((now.state.revision, now.items.len()), (Revision(4), 1), "from version {version}");
             assert_eq!((now.items[0].key.as_ref(), now.items[0].mod_revision), (&b"b"[..], Revision(3)));
-            let then = backend.list(&all, Some(Revision(3)), None).await.unwrap();
+            let then = backend.list(&all, Some(Revision(3)), None, Part::All).await.unwrap();
             assert_eq!(then.items.len(), 2);
             let log = backend.events(&all, Revision(1)).await.unwrap();
             let revisions: Vec<u64> = log.events.iter().map(|event| event.revision.0).collect();
@@ -699,7 +730,7 @@ mod tests {
             });
             let decision = backend.write(&[grant, attached], 1).await.unwrap();
             assert_eq!(decision.revision, Revision(5));
-            assert_eq!(backend.leases().await.unwrap(), [lease]);
+            assert_eq!(backend.leases(Leases::All).await.unwrap(), [lease]);
             assert_eq!(backend.leased(7).await.unwrap(), ["a"]);
             backend.close().await;
         }

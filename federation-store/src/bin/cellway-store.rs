@@ -14,6 +14,7 @@ use service::ready::Readiness;
 use service::{drain, exit, flags, signals};
 use tls::{ClientAuth, ServerTls, TlsVersions};
 use tokio::task::JoinSet;
+use tracing::Instrument as _;
 
 /// How often the certificate files are looked at.
 const RELOAD: std::time::Duration = std::time::Duration::from_secs(10);
@@ -40,7 +41,7 @@ struct Args {
     /// The URLs that clients are told; those listened on when not given.
     #[arg(long, value_name = "URLS", value_delimiter = ',')]
     advertise_client_urls: Vec<String>,
-    /// Where to answer probes and /metrics; http URLs ask for no certificate.
+    /// Where to answer probes and /metrics only; of https URLs the same certificates are asked for as of those of clients.
     #[arg(long, value_name = "URLS", value_delimiter = ',')]
     listen_metrics_urls: Vec<ListenUrl>,
     /// This member's name in `etcdctl member list`.
@@ -144,14 +145,18 @@ async fn run(args: Args) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let (drain, watch) = drain::channel();
     let mut tasks = JoinSet::new();
     if let Some(tls) = tls {
-        tasks.spawn(tls.watch_files(RELOAD));
+        tasks.spawn(tls.watch_files(RELOAD).instrument(tracing::info_span!("certificates")));
     }
     for listener in client_listeners {
-        tasks.spawn(listener.serve(server.router(), watch.clone()));
+        let span = tracing::info_span!("clients", url = listener.url());
+        let router = server.router().merge(admin.metrics_router());
+        tasks.spawn(listener.serve(router, watch.clone()).instrument(span));
     }
     for listener in metrics_listeners {
         // The probes' pages are the server's, which look at the database.
-        tasks.spawn(listener.serve(server.health_router().merge(admin.metrics_router()), watch.clone()));
+        let span = tracing::info_span!("probes", url = listener.url());
+        let router = server.health_router().merge(admin.metrics_router());
+        tasks.spawn(listener.serve(router, watch.clone()).instrument(span));
     }
     drop(watch);
     tracing::info!(urls = listening.join(","), revision = store.revision().get(), "serving");

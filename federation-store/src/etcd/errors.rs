@@ -56,6 +56,10 @@ pub(crate) fn lease_ttl_too_large() -> Status {
     Status::out_of_range("etcdserver: too large lease TTL")
 }
 
+pub(crate) fn no_space() -> Status {
+    Status::resource_exhausted("etcdserver: mvcc: database space exceeded")
+}
+
 pub(crate) fn stopped() -> Status {
     Status::unavailable("etcdserver: server stopped")
 }
@@ -88,6 +92,10 @@ pub(crate) fn from_store(error: Error) -> Status {
             Status::invalid_argument(error.to_string())
         }
         Error::Closed => stopped(),
+        Error::Database { .. } if error.is_full() => {
+            tracing::error!(error = %service::error_chain(&error), "the database has no room left");
+            no_space()
+        }
         Error::WentBack { .. } | Error::Database { .. } => {
             tracing::warn!(error = %service::error_chain(&error), "a request failed");
             timed_out()

@@ -5,10 +5,11 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use proto::etcd::etcdserverpb::{
     LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseLeasesRequest,
     LeaseLeasesResponse, LeaseRevokeRequest, LeaseRevokeResponse, LeaseStatus, LeaseTimeToLiveRequest,
@@ -31,6 +32,13 @@ const MIN_TTL: i64 = 2;
 /// The server looks for ended leases at least this often, because others may have granted some.
 const LOOK: Duration = Duration::from_secs(2);
 
+/// When so much more time has passed between two looks, clients could not keep their leases alive either: the database or
+/// this machine was away, or its clock was set.
+const SILENCE: Duration = Duration::from_secs(3);
+
+/// Leases that are revoked at once: they share commits.
+const REVOCATIONS: usize = 64;
+
 /// And at most this often.
 const MIN_LOOK: Duration = Duration::from_millis(100);
 
@@ -47,7 +55,7 @@ pub(crate) struct KeepAlives {
 }
 
 /// Milliseconds since 1970. All servers of one database go by it: their clocks must agree to the second or so.
-fn now() -> i64 {
+pub(super) fn now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
@@ -73,7 +81,6 @@ impl lease_server::Lease for Lease {
             let row = Row { id, ttl, expires_at: end(ttl) };
             match self.0.change_lease(LeaseChange::Grant(row)).await {
                 Ok(revision) => {
-                    self.0.granted.notify_one();
                     let header = Some(self.0.identity.header(revision));
                     return Ok(Response::new(LeaseGrantResponse { header, id, ttl, error: String::new() }));
                 }
@@ -88,7 +95,7 @@ impl lease_server::Lease for Lease {
         request: Request<LeaseRevokeRequest>,
     ) -> Result<Response<LeaseRevokeResponse>, Status> {
         let id = request.into_inner().id;
-        let revision = self.0.change_lease(LeaseChange::Revoke { id, expired_at: None }).await?;
+        let revision = self.0.revoke(id, None).await?;
         Ok(Response::new(LeaseRevokeResponse { header: Some(self.0.identity.header(revision)) }))
     }
 
@@ -120,14 +127,14 @@ impl lease_server::Lease for Lease {
     ) -> Result<Response<LeaseTimeToLiveResponse>, Status> {
         let LeaseTimeToLiveRequest { id, keys } = request.into_inner();
         let store = &self.0.store;
-        let row = store.lease(id).await.map_err(errors::from_store)?;
+        let row = self.0.row(id).await?;
         let header = Some(self.0.identity.header(store.revision()));
         // One that has ended and is about to be removed is no more.
-        let Some(row) = row.filter(|row| row.expires_at > now()) else {
+        let Some(row) = row.filter(|row| self.0.end_of(row) > now()) else {
             return Ok(Response::new(LeaseTimeToLiveResponse { header, id, ttl: -1, ..Default::default() }));
         };
         let keys = if keys { store.leased(id).await.map_err(errors::from_store)? } else { Vec::new() };
-        let left = (row.expires_at - now()).max(0) / 1000;
+        let left = (self.0.end_of(&row) - now()).max(0) / 1000;
         Ok(Response::new(LeaseTimeToLiveResponse { header, id, ttl: left, granted_ttl: row.ttl, keys }))
     }
 
@@ -175,8 +182,8 @@ impl Shared {
     }
 
     async fn keep_alive(&self, id: i64) -> Result<LeaseKeepAliveResponse, Status> {
-        let row = self.store.lease(id).await.map_err(errors::from_store)?;
-        let ttl = match row.filter(|row| row.expires_at > now()) {
+        let row = self.row(id).await?;
+        let ttl = match row.filter(|row| self.end_of(row) > now()) {
             Some(row) => {
                 let change = LeaseChange::KeepAlive { id, expires_at: end(row.ttl) };
                 match self.change_lease(change).await {
@@ -193,41 +200,83 @@ impl Shared {
 
     /// Revokes leases that have ended, for ever.
     pub(crate) async fn end_leases(&self) {
+        // The end of the last look; at first, when nobody knows whether any server was there for the clients.
+        let mut looked = None;
         loop {
-            let wait = match self.end_leases_once().await {
+            let wait = match self.end_leases_once(&mut looked).await {
                 Ok(wait) => wait,
                 Err(status) => {
                     tracing::warn!(%status, "failed to look for leases that have ended, will try again");
                     LOOK
                 }
             };
-            tokio::select! {
-                () = tokio::time::sleep(wait) => {}
-                () = self.granted.notified() => {}
-            }
+            tokio::time::sleep(wait).await;
         }
     }
 
     /// How long until it is worth looking again.
-    async fn end_leases_once(&self) -> Result<Duration, Status> {
-        let rows = self.store.leases().await.map_err(errors::from_store)?;
+    async fn end_leases_once(&self, looked: &mut Option<i64>) -> Result<Duration, Status> {
+        // No lease is shorter than a look is apart from the next, so that those which are granted meanwhile are seen in
+        // time.
+        const { assert!(LOOK.as_secs() <= MIN_TTL as u64) };
+        let next = now().saturating_add(milliseconds(LOOK));
+        let rows = self.store.leases_ending_by(next).await.map_err(errors::from_store)?;
         let at = now();
-        let mut next = at.saturating_add(i64::try_from(LOOK.as_millis()).unwrap_or(i64::MAX));
-        for row in rows {
-            if row.expires_at > at {
-                next = next.min(row.expires_at);
-                continue;
-            }
-            match self.change_lease(LeaseChange::Revoke { id: row.id, expired_at: Some(at) }).await {
+        if looked.is_none_or(|looked| at - looked > milliseconds(LOOK + SILENCE)) {
+            self.recovered.store(at, Ordering::Relaxed);
+        }
+        let (ended, living): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| self.end_of(row) <= at);
+        let next = living.iter().map(|row| self.end_of(row)).fold(next, i64::min);
+        let revocations = ended.into_iter().map(|row| async move {
+            match self.revoke(row.id, Some(at)).await {
                 Ok(revision) => tracing::debug!(lease = row.id, revision = revision.0, "a lease has ended"),
                 // Another server was first, or somebody kept it alive.
                 Err(LeaseFault::Missing | LeaseFault::Exists) => {}
                 Err(LeaseFault::Status(status)) => return Err(status),
             }
-        }
+            Ok(())
+        });
+        let outcomes: Vec<_> =
+            futures::stream::iter(revocations).buffer_unordered(REVOCATIONS).collect().await;
+        outcomes.into_iter().collect::<Result<(), Status>>()?;
+        *looked = Some(now());
         let wait = u64::try_from(next - at).unwrap_or(0);
         Ok(Duration::from_millis(wait).max(MIN_LOOK))
     }
+
+    /// Removes a lease with its keys, in as many steps as there are keys for.
+    async fn revoke(&self, id: i64, mut expired_at: Option<i64>) -> Result<Revision, LeaseFault> {
+        let mut revision = self.change_lease(LeaseChange::Revoke { id, expired_at }).await?;
+        while self.row(id).await.map_err(LeaseFault::Status)?.is_some_and(|row| row.is_revoked()) {
+            // Whoever takes the id for a new lease in between keeps it.
+            expired_at = Some(Row::REVOKED);
+            match self.change_lease(LeaseChange::Revoke { id, expired_at }).await {
+                Ok(next) => revision = next,
+                // Another server has done the rest.
+                Err(LeaseFault::Missing | LeaseFault::Exists) => break,
+                Err(fault) => return Err(fault),
+            }
+        }
+        Ok(revision)
+    }
+
+    async fn row(&self, id: i64) -> Result<Option<Row>, Status> {
+        self.store.lease(id).await.map_err(errors::from_store)
+    }
+
+    /// When a lease ends. After a time in which nobody could keep it alive it has its full life again, as etcd gives it
+    /// after an election.
+    fn end_of(&self, row: &Row) -> i64 {
+        if row.is_revoked() {
+            return row.expires_at;
+        }
+        let life = row.ttl.saturating_mul(1000);
+        row.expires_at.max(self.recovered.load(Ordering::Relaxed).saturating_add(life))
+    }
+}
+
+fn milliseconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
 // === impl KeepAlives ===
@@ -237,5 +286,41 @@ impl Stream for KeepAlives {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.receiver.poll_recv(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicI64;
+
+    use super::super::{EtcdConfig, Identity, Transactions};
+    use super::*;
+    use crate::store::{Store, StoreConfig};
+
+    #[tokio::test]
+    async fn who_could_not_keep_a_lease_alive_gets_its_whole_life_again() {
+        let store = Store::open(StoreConfig::in_memory()).await.unwrap();
+        let shared = Shared {
+            store,
+            config: EtcdConfig::default(),
+            identity: Identity::new(String::new(), Vec::new()),
+            transactions: Transactions::default(),
+            recovered: AtomicI64::new(0),
+        };
+        let row = Row { id: 7, ttl: 60, expires_at: now() - 1000 };
+        assert!(shared.change_lease(LeaseChange::Grant(row)).await.is_ok());
+        let alive = async || shared.store.lease(7).await.unwrap().is_some();
+        // The first look, and one after a silence.
+        for mut looked in [None, Some(now() - milliseconds(LOOK + SILENCE) - 1)] {
+            shared.recovered.store(0, Ordering::Relaxed);
+            shared.end_leases_once(&mut looked).await.unwrap();
+            assert!(alive().await && looked.is_some());
+            let left = shared.end_of(&row) - now();
+            assert!((50_000..=60_000).contains(&left), "{left}");
+        }
+        // Without one it ends.
+        shared.recovered.store(0, Ordering::Relaxed);
+        shared.end_leases_once(&mut Some(now())).await.unwrap();
+        assert!(!alive().await);
     }
 }

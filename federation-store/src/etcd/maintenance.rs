@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use proto::etcd::etcdserverpb::{
@@ -15,6 +16,9 @@ use tonic::{Request, Response, Status};
 
 use super::convert::{MEMBER_ID, TERM, count};
 use super::{API_VERSION, Shared, errors};
+
+/// How often the database is asked on behalf of who watches the health.
+const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The Cluster service: this server is all of it.
 pub(crate) struct Cluster(pub(crate) Arc<Shared>);
@@ -86,11 +90,18 @@ impl health_server::Health for Health {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<HealthCheckResponse, Status>> + Send>>;
 
     async fn watch(&self, _: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        // The server serves as long as it runs; when it stops the stream ends with everything else.
-        let status = self.0.serving().await;
-        let now = futures::stream::iter([Ok(HealthCheckResponse { status: status.into() })]);
-        let for_ever = futures::stream::pending();
-        Ok(Response::new(now.chain(for_ever).boxed()))
+        let shared = Arc::clone(&self.0);
+        let changes = futures::stream::unfold((shared, None), |(shared, told)| async move {
+            loop {
+                let status = shared.serving().await;
+                if told != Some(status) {
+                    let response = HealthCheckResponse { status: status.into() };
+                    return Some((Ok(response), (shared, Some(status))));
+                }
+                tokio::time::sleep(HEALTH_INTERVAL).await;
+            }
+        });
+        Ok(Response::new(changes.boxed()))
     }
 }
 
@@ -103,5 +114,24 @@ impl Shared {
             Ok(_) => ServingStatus::Serving,
             Err(_) => ServingStatus::NotServing,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{EtcdConfig, EtcdServer};
+    use super::*;
+    use crate::store::{Store, StoreConfig};
+
+    #[tokio::test]
+    async fn whoever_watches_the_health_hears_of_changes() {
+        let store = Store::open(StoreConfig::in_memory()).await.unwrap();
+        let server = EtcdServer::new(store.clone(), EtcdConfig::default());
+        let request = Request::new(HealthCheckRequest::default());
+        let mut told =
+            health_server::Health::watch(&Health(server.shared.clone()), request).await.unwrap().into_inner();
+        assert_eq!(told.next().await.unwrap().unwrap().status(), ServingStatus::Serving);
+        store.close().await;
+        assert_eq!(told.next().await.unwrap().unwrap().status(), ServingStatus::NotServing);
     }
 }

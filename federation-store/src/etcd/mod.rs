@@ -24,6 +24,7 @@ mod view;
 mod watch;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 
 use axum::Router;
@@ -37,7 +38,6 @@ use proto::etcd::etcdserverpb::{
 };
 use proto::health::v1::health_check_response::ServingStatus;
 use proto::health::v1::health_server::HealthServer;
-use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument as _;
 
@@ -92,8 +92,8 @@ pub(crate) struct Shared {
     config: EtcdConfig,
     identity: Identity,
     transactions: Transactions,
-    /// There is a new lease.
-    granted: Notify,
+    /// Since when leases can be kept alive again, in milliseconds since 1970.
+    recovered: AtomicI64,
 }
 
 // === impl EtcdConfig ===
@@ -121,7 +121,7 @@ impl EtcdServer {
             config,
             identity,
             transactions: Transactions::default(),
-            granted: Notify::new(),
+            recovered: AtomicI64::new(lease::now()),
         });
         let leases = Arc::clone(&shared);
         let task = async move { leases.end_leases().await };

@@ -18,7 +18,7 @@ use proto::etcd::etcdserverpb::{
     response_op::Response,
 };
 use proto::etcd::mvccpb;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, RwLock};
 use tonic::Status;
 
 use super::convert::{count, key_range, key_value, requested, signed};
@@ -30,11 +30,20 @@ use crate::types::{Event, Expect, KeyValue, Revision, Transaction, TransactionOu
 /// How long a transaction that others keep overtaking is tried again: what etcd gives a request.
 const PATIENCE: Duration = Duration::from_secs(7);
 
+/// How many turns a transaction loses before one in which nobody else writes.
+const TURNS: u32 = 3;
+
+/// How long it may read then: so long the other writers of this server wait.
+const ALONE: Duration = Duration::from_secs(1);
+
 /// Carries out transactions.
 #[derive(Debug, Default)]
 pub(crate) struct Transactions {
-    /// Those that were overtaken once go one after the other, so that they do not overtake each other for ever.
+    /// Those that were overtaken take turns, so that they do not overtake each other for ever.
     overtaken: Mutex<()>,
+    /// Shared by all who write, and had alone by who has lost [`TURNS`] turns: whatever reads much that others keep
+    /// writing would never come to its end.
+    gate: RwLock<()>,
 }
 
 /// One key's revision compared with one number, and that key written: what can be put to the store as it is.
@@ -86,6 +95,7 @@ impl Transactions {
         }
         let write =
             Write { key: request.key, value: Some(request.value), lease: request.lease, expect: Expect::Any };
+        let _open = self.gate.read().await;
         match transact(store, Transaction { writes: vec![write], ..Transaction::default() }).await? {
             Ok((revision, events)) => Ok(PutResponse {
                 header: header(revision),
@@ -113,6 +123,7 @@ impl Transactions {
             return Ok(response);
         }
         let write = Write { key: request.key, value: None, lease: 0, expect: Expect::Any };
+        let _open = self.gate.read().await;
         match transact(store, Transaction { writes: vec![write], ..Transaction::default() }).await? {
             Ok((revision, events)) => {
                 let deleted = count(events.len());
@@ -127,21 +138,51 @@ impl Transactions {
     /// A whole transaction, which [`super::check::txn`] has let through.
     pub(crate) async fn txn(&self, store: &Store, request: &TxnRequest) -> Result<TxnResponse, Status> {
         if let Some(expected) = Expected::of(request) {
+            let _open = self.gate.read().await;
             return expected.carry_out(store).await;
         }
         tokio::time::timeout(PATIENCE, async {
-            if let Some(response) = attempt(store, request).await? {
+            if let Some(response) = self.attempt(store, request).await? {
                 return Ok(response);
             }
-            let _turn = self.overtaken.lock().await;
-            loop {
-                if let Some(response) = attempt(store, request).await? {
+            for turn in 1.. {
+                // They wait in line: between two turns of one, the others have theirs.
+                let _turn = self.overtaken.lock().await;
+                let attempt = match turn % TURNS {
+                    0 => self.attempt_alone(store, request).await?,
+                    _ => self.attempt(store, request).await?,
+                };
+                if let Some(response) = attempt {
                     return Ok(response);
                 }
             }
+            Err(errors::timed_out())
         })
         .await
         .unwrap_or_else(|_| Err(errors::timed_out()))
+    }
+
+    /// Reads, decides, writes; `None` when somebody wrote or compacted in between.
+    async fn attempt(&self, store: &Store, request: &TxnRequest) -> Result<Option<TxnResponse>, Status> {
+        let Some(step) = evaluate(store, request).await? else { return Ok(None) };
+        let _open = self.gate.read().await;
+        step.finish(store).await
+    }
+
+    /// The same while nobody else writes through this server; `None` when it reads for too long for that, too.
+    async fn attempt_alone(
+        &self,
+        store: &Store,
+        request: &TxnRequest,
+    ) -> Result<Option<TxnResponse>, Status> {
+        let _alone = self.gate.write().await;
+        match tokio::time::timeout(ALONE, evaluate(store, request)).await {
+            Ok(step) => match step? {
+                Some(step) => step.finish(store).await,
+                None => Ok(None),
+            },
+            Err(_) => Ok(None),
+        }
     }
 
     /// A transaction of one operation: its answer.
@@ -150,30 +191,42 @@ impl Transactions {
     }
 }
 
-/// Reads, decides, writes; `None` when somebody wrote or compacted in between.
-async fn attempt(store: &Store, request: &TxnRequest) -> Result<Option<TxnResponse>, Status> {
-    let step = match evaluate(store, request).await {
-        Ok(step) => step,
-        Err(Fault::Stale) => return Ok(None),
-        Err(Fault::Refused(status)) => return Err(status),
-    };
-    match step {
-        Step::Read(response) => Ok(Some(response)),
-        Step::Write { mut response, transaction, base } => match transact(store, transaction).await? {
-            Ok((revision, _)) => {
-                settle(&mut response, base, revision);
-                Ok(Some(response))
-            }
-            Err(_) => Ok(None),
-        },
+// === impl Step ===
+
+impl Step {
+    /// Writes what there is to write; `None` when somebody wrote in between.
+    async fn finish(self, store: &Store) -> Result<Option<TxnResponse>, Status> {
+        match self {
+            Self::Read(response) => Ok(Some(response)),
+            Self::Write { mut response, transaction, base } => match transact(store, transaction).await? {
+                Ok((revision, _)) => {
+                    settle(&mut response, base, revision);
+                    Ok(Some(response))
+                }
+                Err(_) => Ok(None),
+            },
+        }
     }
 }
 
-async fn evaluate(store: &Store, request: &TxnRequest) -> Result<Step, Fault> {
-    // Any key will do: it is the revision that is wanted, and a key that is compared has to be read anyway.
-    let first = request.compare.first().map_or(Bytes::from_static(b"\0"), |compare| compare.key.clone());
-    let (_, at) = store.get(&first, None).await?;
+/// Reads and decides; `None` when the revision was compacted meanwhile.
+async fn evaluate(store: &Store, request: &TxnRequest) -> Result<Option<Step>, Status> {
+    match decide(store, request).await {
+        Ok(step) => Ok(Some(step)),
+        Err(Fault::Stale) => Ok(None),
+        Err(Fault::Refused(status)) => Err(status),
+    }
+}
+
+async fn decide(store: &Store, request: &TxnRequest) -> Result<Step, Fault> {
+    // Any key will do: it is the revision that is wanted. A key that is compared has to be read anyway.
+    let compared = request.compare.first().filter(|compare| compare.range_end.is_empty());
+    let first = compared.map_or(Bytes::from_static(b"\0"), |compare| compare.key.clone());
+    let (kv, at) = store.get(&first, None).await?;
     let mut view = View::new(store, at);
+    if compared.is_some() {
+        view.know(&first, kv)?;
+    }
     let path = choose(&mut view, request).await?;
     check(&mut view, request, &path).await?;
     let mut response = carry_out(&mut view, request, &path).await?;
@@ -182,12 +235,7 @@ async fn evaluate(store: &Store, request: &TxnRequest) -> Result<Step, Fault> {
         return Ok(Step::Read(response));
     }
     let base = view.base();
-    let (writes, unchanged) = view.into_conditions();
-    Ok(Step::Write {
-        response,
-        transaction: Transaction { writes, unchanged, ..Transaction::default() },
-        base,
-    })
+    Ok(Step::Write { response, transaction: view.into_transaction(), base })
 }
 
 /// Compares, in nested transactions too: all before the first write.
@@ -632,5 +680,39 @@ mod tests {
         assert!(Expected::of(&txn(equal(5), put(), vec![put()])).is_none());
         let other = Compare { key: "other".into(), ..equal(0) };
         assert!(Expected::of(&txn(other, put(), vec![])).is_none());
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn whoever_reads_what_others_keep_writing_comes_to_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = crate::StoreConfig::exclusive(folder.path().join("store.db"));
+        let store = Store::open(config).await.unwrap();
+        let transactions = std::sync::Arc::new(Transactions::default());
+        let mut writers = tokio::task::JoinSet::new();
+        for writer in 0..16 {
+            let (store, transactions) = (store.clone(), transactions.clone());
+            writers.spawn(async move {
+                loop {
+                    let key = Bytes::from(format!("k/{writer}"));
+                    let request = PutRequest { key, value: "v".into(), ..PutRequest::default() };
+                    transactions.put(&store, request).await.unwrap();
+                }
+            });
+        }
+        let begun = async || {
+            let (count, _) =
+                store.count(&crate::KeyRange::prefix("k/"), None).await.map_err(|e| e.to_string())?;
+            if count == 16 { Ok(()) } else { Err(format!("{count} keys")) }
+        };
+        test_support::wait_until(begun, Duration::from_secs(60), "the writers").await.unwrap();
+        let mut gone = 0;
+        for _ in 0..10 {
+            let request = DeleteRangeRequest { key: "k/".into(), range_end: "k0".into(), prev_kv: false };
+            let deleted = transactions.delete_range(&store, request).await.unwrap();
+            gone += deleted.deleted;
+        }
+        assert!(gone >= 16, "{gone}");
+        writers.shutdown().await;
+        store.close().await;
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A transaction of etcd may decide by anything it reads. So it is carried out optimistically: read everything at one
 //! revision, compute what to write, and write it under the condition that nothing of what was read has been written
-//! since ([`crate::Transaction::unchanged`]). This is that reading, and the notebook of what was read.
+//! since ([`crate::Transaction::expects`], [`crate::Transaction::unchanged`]). This is that reading, and the notebook of what was read.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +17,9 @@ use super::convert::{count, key_range, key_value, requested, signed};
 use super::errors;
 use crate::error::Error;
 use crate::store::Store;
-use crate::types::{Expect, KeyRange, KeyValue, ListRequest, Revision, Write};
+use crate::types::{
+    Expect, KeyRange, KeyValue, ListRequest, MAX_TRANSACTION_RANGES, Revision, Transaction, Write,
+};
 
 /// Keys fetched at first. A page is held before its size is known, so it is small until the values are seen to be.
 const FIRST_PAGE: usize = 256;
@@ -40,8 +42,10 @@ pub(crate) struct View<'a> {
     written: BTreeMap<Bytes, Option<KeyValue>>,
     /// In the order in which it did.
     pub(crate) writes: Vec<Write>,
-    /// What it read.
-    read: Vec<(KeyRange, Revision)>,
+    /// The keys that it read one by one, as they were.
+    read: BTreeMap<Bytes, Option<KeyValue>>,
+    /// The ranges that it read.
+    ranges: Vec<KeyRange>,
     budget: Budget,
 }
 
@@ -102,7 +106,7 @@ async fn range_once(
         let total = items.len() as u64;
         return Ok(respond(request, Found { items, total }, current));
     }
-    let (found, revision) = fetch(store, &keys, at, wanted(request), budget).await?;
+    let (found, revision) = fetch(store, &keys, at, wanted(request), no_values(request), budget).await?;
     // The header tells the newest revision, which is not the one that was read if that was named. This server's own
     // revision may lag behind what another wrote.
     Ok(respond(request, found, if at.is_some() { store.revision().max(revision) } else { revision }))
@@ -126,12 +130,18 @@ fn wanted(request: &RangeRequest) -> Option<usize> {
     }
 }
 
+/// Whether the values need not be fetched.
+fn no_values(request: &RangeRequest) -> bool {
+    request.keys_only && request.sort_target != SortTarget::Value as i32
+}
+
 /// Keys in order, at a revision or the newest, and the revision.
 async fn fetch(
     store: &Store,
     range: &KeyRange,
     at: Option<Revision>,
     limit: Option<usize>,
+    keys_only: bool,
     budget: &mut Budget,
 ) -> Result<(Found, Revision), Fault> {
     if limit == Some(0) {
@@ -140,6 +150,7 @@ async fn fetch(
     }
     let mut request = ListRequest::new(range.clone());
     request.revision = at;
+    request.keys_only = keys_only;
     let mut items: Vec<KeyValue> = Vec::new();
     let mut length = FIRST_PAGE;
     loop {
@@ -245,7 +256,8 @@ impl<'a> View<'a> {
             at,
             written: BTreeMap::new(),
             writes: Vec::new(),
-            read: Vec::new(),
+            read: BTreeMap::new(),
+            ranges: Vec::new(),
             budget: Budget(MAX_RESPONSE_BYTES),
         }
     }
@@ -266,18 +278,24 @@ impl<'a> View<'a> {
     }
 
     pub(crate) async fn get(&mut self, key: &Bytes) -> Result<Option<KeyValue>, Fault> {
-        if let Some(written) = self.written.get(key) {
-            return Ok(written.clone());
+        if let Some(known) = self.written.get(key).or_else(|| self.read.get(key)) {
+            return Ok(known.clone());
         }
-        self.read.push((KeyRange::single(key.clone()), self.at));
         let (kv, _) = self.store.get(key, Some(self.at)).await?;
-        self.budget.take(kv.as_slice())?;
+        self.know(key, kv.clone())?;
         Ok(kv)
+    }
+
+    /// Takes note of a key as it is at the revision.
+    pub(crate) fn know(&mut self, key: &Bytes, kv: Option<KeyValue>) -> Result<(), Fault> {
+        self.budget.take(kv.as_slice())?;
+        self.read.insert(key.clone(), kv);
+        Ok(())
     }
 
     /// All keys of a range.
     pub(crate) async fn list(&mut self, range: &KeyRange) -> Result<Vec<KeyValue>, Fault> {
-        Ok(self.fetch(range, None).await?.items)
+        Ok(self.fetch(range, None, false).await?.items)
     }
 
     pub(crate) async fn range(&mut self, request: &RangeRequest) -> Result<RangeResponse, Fault> {
@@ -292,17 +310,32 @@ impl<'a> View<'a> {
             return Ok(response);
         }
         let found = match key_range(&request.key, &request.range_end) {
-            Some(keys) => self.fetch(&keys, wanted(request)).await?,
+            Some(_) if request.range_end.is_empty() => {
+                let items: Vec<_> = self.get(&request.key).await?.into_iter().collect();
+                Found { total: items.len() as u64, items }
+            }
+            Some(keys) => self.fetch(&keys, wanted(request), no_values(request)).await?,
             None => Found { items: Vec::new(), total: 0 },
         };
         Ok(respond(request, found, self.revision()))
     }
 
-    async fn fetch(&mut self, range: &KeyRange, limit: Option<usize>) -> Result<Found, Fault> {
+    async fn fetch(
+        &mut self,
+        range: &KeyRange,
+        limit: Option<usize>,
+        keys_only: bool,
+    ) -> Result<Found, Fault> {
         let overlaid = self.written.keys().any(|key| range.contains(key));
-        self.read.push((range.clone(), self.at));
+        if !self.ranges.contains(range) {
+            if self.ranges.len() >= MAX_TRANSACTION_RANGES {
+                return Err(errors::too_many_ops().into());
+            }
+            self.ranges.push(range.clone());
+        }
         let limit = if overlaid { None } else { limit };
-        let (mut found, _) = fetch(self.store, range, Some(self.at), limit, &mut self.budget).await?;
+        let (mut found, _) =
+            fetch(self.store, range, Some(self.at), limit, keys_only, &mut self.budget).await?;
         if overlaid {
             let mut items: BTreeMap<Bytes, KeyValue> =
                 found.items.into_iter().map(|kv| (kv.key.clone(), kv)).collect();
@@ -338,10 +371,18 @@ impl<'a> View<'a> {
         self.writes.push(Write { key, value: None, lease: 0, expect: Expect::Any });
     }
 
-    /// What must not have changed for the writes to be right.
-    pub(crate) fn into_conditions(mut self) -> (Vec<Write>, Vec<(KeyRange, Revision)>) {
-        self.read.dedup();
-        (self.writes, self.read)
+    /// The writes, under the condition that nothing of what was read has changed.
+    pub(crate) fn into_transaction(self) -> Transaction {
+        let Self { at, mut writes, mut read, ranges, .. } = self;
+        let expected = |kv: Option<KeyValue>| kv.map_or(Expect::Absent, |kv| Expect::At(kv.mod_revision));
+        for write in &mut writes {
+            if let Some(kv) = read.remove(&write.key) {
+                write.expect = expected(kv);
+            }
+        }
+        let expects = read.into_iter().map(|(key, kv)| (key, expected(kv))).collect();
+        let unchanged = ranges.into_iter().map(|range| (range, at)).collect();
+        Transaction { expects, unchanged, writes, ..Transaction::default() }
     }
 }
 
@@ -410,7 +451,8 @@ mod tests {
         let key = Bytes::from_static(b"a");
         assert_eq!(view.get(&key).await.unwrap().unwrap().value, "2");
         store.compact(store.revision()).await.unwrap();
-        assert!(matches!(view.get(&key).await, Err(Fault::Stale)));
+        let other = Bytes::from_static(b"b");
+        assert!(matches!(view.get(&other).await, Err(Fault::Stale)));
         assert!(matches!(view.list(&KeyRange::prefix("a")).await, Err(Fault::Stale)));
         // One that the client named is.
         let request = RangeRequest { key, revision: 2, ..RangeRequest::default() };
@@ -419,5 +461,55 @@ mod tests {
             matches!(&refused, Err(Fault::Refused(status)) if status.message().contains("compacted")),
             "{refused:?}"
         );
+    }
+
+    async fn filled() -> Store {
+        let store = Store::open(StoreConfig::in_memory()).await.unwrap();
+        for key in ["a", "b", "c"] {
+            store.create(key, vec![7; 1000]).await.unwrap();
+        }
+        store
+    }
+
+    #[tokio::test]
+    async fn values_that_nobody_wants_are_not_read() {
+        let store = filled().await;
+        let request = RangeRequest { key: "a".into(), range_end: "z".into(), ..RangeRequest::default() };
+        let keys_only = RangeRequest { keys_only: true, ..request.clone() };
+        let read = async |request: &RangeRequest| range_within(&store, request, &mut Budget(100)).await;
+        assert_eq!(read(&request).await.unwrap_err().code(), tonic::Code::ResourceExhausted);
+        let found = read(&keys_only).await.unwrap();
+        let facts: Vec<_> =
+            found.kvs.iter().map(|kv| (kv.key.as_ref(), kv.mod_revision, kv.version)).collect();
+        assert_eq!(facts, [(&b"a"[..], 2, 1), (b"b", 3, 1), (b"c", 4, 1)]);
+        assert!(found.kvs.iter().all(|kv| kv.value.is_empty()));
+        // Whoever sorts by it has it read.
+        let by_value = RangeRequest { sort_target: SortTarget::Value.into(), ..keys_only };
+        assert!(read(&by_value).await.is_err());
+        store.close().await;
+    }
+
+    #[tokio::test]
+    async fn what_was_read_key_by_key_is_compared_key_by_key() {
+        let store = filled().await;
+        let mut view = View::new(&store, store.revision());
+        let (a, missing) = (Bytes::from("a"), Bytes::from("missing"));
+        for _ in 0..2 {
+            view.get(&a).await.unwrap();
+            view.get(&missing).await.unwrap();
+            view.list(&KeyRange::prefix("b")).await.unwrap();
+        }
+        let before = view.get(&a).await.unwrap();
+        view.put(&a, "new".into(), 0, before.as_ref());
+        let transaction = view.into_transaction();
+        assert_eq!(transaction.writes[0].expect, Expect::At(Revision(2)));
+        assert_eq!(transaction.expects, [(missing, Expect::Absent)]);
+        assert_eq!(transaction.unchanged, [(KeyRange::prefix("b"), Revision(4))]);
+        let mut view = View::new(&store, store.revision());
+        for n in 0..=MAX_TRANSACTION_RANGES {
+            let listed = view.list(&KeyRange::prefix(format!("x{n}"))).await;
+            assert_eq!(listed.is_ok(), n < MAX_TRANSACTION_RANGES, "{n}");
+        }
+        store.close().await;
     }
 }

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -72,6 +72,8 @@ struct Session {
     wanted: watch::Sender<Revision>,
     /// A watch has come as far as that.
     reached: Arc<Notify>,
+    /// The last that a watch heard of the database was a failure.
+    away: Arc<AtomicBool>,
 }
 
 /// One watch as its session sees it.
@@ -102,6 +104,7 @@ struct Follower {
     sent: Arc<AtomicU64>,
     wanted: watch::Receiver<Revision>,
     reached: Arc<Notify>,
+    away: Arc<AtomicBool>,
 }
 
 type Next = Pin<Box<dyn Future<Output = (Watcher, Result<Vec<Arc<Event>>, Error>)> + Send>>;
@@ -123,6 +126,7 @@ impl watch_server::Watch for Watch {
             next_id: 0,
             wanted: watch::Sender::new(Revision::ZERO),
             reached: Arc::default(),
+            away: Arc::default(),
         };
         let session = session.run(request.into_inner()).in_current_span();
         Ok(Response::new(Responses { receiver, _session: AbortOnDropHandle::new(tokio::spawn(session)) }))
@@ -163,8 +167,8 @@ impl Session {
                         return;
                     }
                 },
-                Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => match ended {
-                    Ok(id) => drop(self.watches.remove(&id)),
+                Some(ended) = self.tasks.join_next_with_id(), if !self.tasks.is_empty() => match ended {
+                    Ok((task, id)) => self.forget(task, id),
                     // Cancelled by the client.
                     Err(error) if error.is_cancelled() => {}
                     // The client would wait for ever for what nobody follows any more.
@@ -225,6 +229,7 @@ impl Session {
                     sent: Arc::clone(&sent),
                     wanted: self.wanted.subscribe(),
                     reached: Arc::clone(&self.reached),
+                    away: Arc::clone(&self.away),
                 };
                 let task = self.tasks.spawn(follower.run(watcher).in_current_span());
                 self.watches.insert(id, Running { task, sent });
@@ -276,16 +281,21 @@ impl Session {
         watch.task.abort();
         // Until it has really ended it could still put events behind the answer.
         while !watch.task.is_finished() {
-            match self.tasks.join_next().await {
-                Some(Ok(ended)) => {
-                    self.watches.remove(&ended);
-                }
+            match self.tasks.join_next_with_id().await {
+                Some(Ok((task, ended))) => self.forget(task, ended),
                 Some(Err(_)) => {}
                 None => break,
             }
         }
         let header = Some(self.shared.identity.header(self.shared.store.revision()));
         self.send(WatchResponse { header, watch_id: id, canceled: true, ..WatchResponse::default() }).await;
+    }
+
+    /// A task has ended. Its watch may have been cancelled before that was known, and a new one have its id.
+    fn forget(&mut self, task: tokio::task::Id, id: i64) {
+        if self.watches.get(&id).is_some_and(|watch| watch.task.id() == task) {
+            self.watches.remove(&id);
+        }
     }
 
     /// Asks all watches to say when they have come to where the store is now, and gives that revision. As etcd does,
@@ -377,12 +387,18 @@ impl Follower {
             }
             let Some((watcher, events)) = batch else { continue };
             match events {
-                Ok(events) => match self.send(&events).await {
-                    Ok(sent) => told |= sent,
-                    Err(Gone) => return id,
-                },
+                Ok(events) => {
+                    self.away.store(false, Ordering::Relaxed);
+                    match self.send(&events).await {
+                        Ok(sent) => told |= sent,
+                        Err(Gone) => return id,
+                    }
+                }
                 Err(error @ Error::Database { .. }) => {
-                    tracing::warn!(error = %service::error_chain(&error), "a watch could not read the log");
+                    // All watches of a stream meet the same database: one of them tells.
+                    if !self.away.swap(true, Ordering::Relaxed) {
+                        tracing::warn!(error = %service::error_chain(&error), "a watch could not read the log");
+                    }
                     tokio::time::sleep(RETRY).await;
                 }
                 Err(error) => {
