@@ -406,3 +406,62 @@ async fn tokens_are_asked_about_and_namespaces_that_end_take_nothing() {
     assert_eq!((late.code, &late.body["details"]["causes"]), (403, &cause));
     server.stop().await;
 }
+
+#[tokio::test]
+async fn reviews_and_the_end_of_namespaces_are_asked_about() {
+    let (server, _tokens) = server(|_| {}).await;
+    let response = json!({"uid": "$UID", "allowed": false, "status": {"message": "not today"}});
+    let body = json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response});
+    let hook = webhook(json!({"/no": {"body": body}})).await;
+    let rule = |group: &str, resource: &str, operation: &str| json!({"operations": [operation], "apiGroups": [group], "apiVersions": ["v1"], "resources": [resource]});
+    let rules = json!([
+        rule("authentication.k8s.io", "tokenreviews", "CREATE"),
+        rule("authorization.k8s.io", "*", "CREATE"),
+        rule("", "namespaces/finalize", "UPDATE"),
+    ]);
+    let webhooks = json!([{"name": "no.hooks.golden.test", "admissionReviewVersions": ["v1"], "sideEffects": "None",
+        "clientConfig": {"url": "$URL/no", "caBundle": "$CA"}, "rules": rules}]);
+    configure(&server, &hook, 0, [&json!([]), &webhooks]).await;
+    let made =
+        server.call("POST", "/api/v1/namespaces", Some(&json!({"metadata": {"name": "ending"}}))).await;
+    assert_eq!(made.code, 201, "{}", made.text);
+    let reviews = "/apis/authorization.k8s.io/v1";
+    let asked = [
+        ("POST", "/apis/authentication.k8s.io/v1/tokenreviews".to_owned(), json!({"spec": {"token": "x"}})),
+        ("POST", format!("{reviews}/subjectaccessreviews"), json!({"spec": {"user": "x"}})),
+        (
+            "POST",
+            format!("{reviews}/namespaces/default/localsubjectaccessreviews"),
+            json!({"spec": {"user": "x"}}),
+        ),
+        ("PUT", "/api/v1/namespaces/ending/finalize".to_owned(), json!({"metadata": {"name": "ending"}})),
+    ];
+    for (method, path, body) in &asked {
+        let answer = server.call(method, path, Some(body)).await;
+        assert_eq!(answer.code, 400, "{path}: {}", answer.text);
+        assert!(answer.text.contains("denied the request: not today"), "{path}: {}", answer.text);
+    }
+    let seen: Vec<String> = hook
+        .take()
+        .iter()
+        .map(|seen| {
+            let of = |key: &str| seen.body["request"][key].as_str().unwrap_or_default().to_owned();
+            let kind = &seen.body["request"]["kind"]["kind"];
+            format!(
+                "{} {} {} {}",
+                kind.as_str().unwrap_or_default(),
+                of("subResource"),
+                of("namespace"),
+                of("operation")
+            )
+        })
+        .collect();
+    let wanted = [
+        "TokenReview   CREATE",
+        "SubjectAccessReview   CREATE",
+        "LocalSubjectAccessReview  default CREATE",
+        "Namespace finalize ending UPDATE",
+    ];
+    assert_eq!(seen, wanted);
+    server.stop().await;
+}

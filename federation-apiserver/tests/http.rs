@@ -644,3 +644,61 @@ async fn a_stopping_server_is_not_ready_and_still_serves() {
     assert!(events.next().await.is_none());
     server.stop().await;
 }
+
+#[tokio::test]
+async fn services_hold_their_addresses_and_nothing_of_others() {
+    let server = Server::hub().await;
+    let path = "/api/v1/namespaces/default/services";
+    let service = |name: &str, spec: Value| json!({"metadata": {"name": name}, "spec": spec});
+    let port = |node: i64| json!([{"port": 80, "nodePort": node}]);
+    let spec = json!({"type": "NodePort", "clusterIP": "10.96.0.77", "ports": port(30080)});
+    let a = server.call("POST", path, Some(&service("a", spec))).await;
+    assert_eq!(a.code, 201, "{}", a.text);
+    // Twice: a refusal frees nothing.
+    for _ in 0..2 {
+        let answer = server
+            .call("POST", path, Some(&service("b", json!({"type": "NodePort", "ports": port(30080)}))))
+            .await;
+        assert_eq!(answer.code, 422, "{}", answer.text);
+        assert!(
+            answer
+                .text
+                .contains("spec.ports[0].nodePort: Invalid value: 30080: provided port is already allocated"),
+            "{}",
+            answer.text
+        );
+        let answer = server
+            .call("POST", path, Some(&service("b", json!({"clusterIP": "10.96.0.77", "ports": port(0)}))))
+            .await;
+        assert_eq!(answer.code, 422, "{}", answer.text);
+        assert!(answer.text.contains("provided IP is already allocated"), "{}", answer.text);
+    }
+    // Neither does the end of a service that holds no addresses although it names some.
+    let external = json!({"type": "ExternalName", "externalName": "x.test", "ports": port(0)});
+    assert_eq!(server.call("POST", path, Some(&service("c", external))).await.code, 201);
+    assert_eq!(server.call("DELETE", &format!("{path}/c"), None).await.code, 200);
+    // Another type gives back what it does not need, and takes what it does.
+    let mut plain = a.body.clone();
+    plain["spec"]["type"] = json!("ClusterIP");
+    let plain = server.call("PUT", &format!("{path}/a"), Some(&plain)).await;
+    assert_eq!(plain.code, 200, "{}", plain.text);
+    assert_eq!(plain.body["spec"]["ports"][0].get("nodePort"), None, "{}", plain.text);
+    assert_eq!(plain.body["spec"]["clusterIP"], "10.96.0.77");
+    let b = server
+        .call("POST", path, Some(&service("b", json!({"type": "NodePort", "ports": port(30080)}))))
+        .await;
+    assert_eq!(b.code, 201, "{}", b.text);
+    let mut again = plain.body.clone();
+    again["spec"]["type"] = json!("NodePort");
+    let again = server.call("PUT", &format!("{path}/a"), Some(&again)).await;
+    assert_eq!(again.code, 200, "{}", again.text);
+    let chosen = again.body["spec"]["ports"][0]["nodePort"].as_i64().unwrap_or_default();
+    assert!((30000..=32767).contains(&chosen) && chosen != 30080, "{}", again.text);
+    // What is gone holds nothing.
+    for name in ["a", "b"] {
+        assert_eq!(server.call("DELETE", &format!("{path}/{name}"), None).await.code, 200);
+    }
+    let spec = json!({"type": "NodePort", "clusterIP": "10.96.0.77", "ports": port(30080)});
+    assert_eq!(server.call("POST", path, Some(&service("d", spec))).await.code, 201);
+    server.stop().await;
+}

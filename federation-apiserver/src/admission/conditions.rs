@@ -6,8 +6,10 @@ use std::sync::{Arc, LazyLock};
 use serde_json::{Value, json};
 
 use super::Request;
+use crate::cel::library::authz::{Asker, Authz};
 use crate::cel::types::{Decl, DeclKind, Field, ListRelation, Type};
-use crate::cel::{self, Program};
+use crate::cel::{self, Program, functions};
+use crate::rbac::{Index, ResourceAttributes};
 use crate::registry::resource::Resource;
 use crate::registry::reviews;
 use crate::value::str_at;
@@ -94,6 +96,8 @@ impl Condition {
             ("oldObject", Type::Dyn),
             ("namespaceObject", Type::Dyn),
             ("request", REQUEST.ty()),
+            ("authorizer", Type::Opaque(functions::AUTHORIZER)),
+            ("authorizer.requestResource", Type::Opaque(functions::RESOURCE_CHECK)),
         ];
         let program =
             Program::compile(expression, &variables).map_err(|e| format!("compilation failed: {e}"))?;
@@ -113,6 +117,7 @@ impl Condition {
 /// Evaluates conditions on the objects in the version of the rule that matched.
 pub(super) fn evaluate(
     conditions: &[Condition],
+    authority: &Index,
     request: &Request<'_>,
     asked: (&Resource, &(String, String, String)),
     (object, old): (Option<&Value>, Option<&Value>),
@@ -122,6 +127,17 @@ pub(super) fn evaluate(
         Ok(facts) => facts,
         Err(why) => return Verdict::Failed(why),
     };
+    let asker = Asker::new(authority, request.user);
+    let resource = ResourceAttributes {
+        group: request.resource.group.clone(),
+        version: "*".to_owned(),
+        resource: request.resource.plural.clone(),
+        subresource: request.subresource.to_owned(),
+        namespace: request.namespace.clone(),
+        name: request.name.clone(),
+    };
+    let request_resource = Authz::Resource(asker.clone(), resource).into_value();
+    let authorizer = Authz::Authorizer(asker).into_value();
     let (mut budget, mut failures) = (BUDGET, Vec::new());
     for condition in conditions {
         let variables: HashMap<&str, cel::Value<'_>> = HashMap::from([
@@ -129,6 +145,8 @@ pub(super) fn evaluate(
             ("oldObject", shown(old)),
             ("namespaceObject", cel::Value::Null),
             ("request", facts.clone()),
+            ("authorizer", authorizer.clone()),
+            ("authorizer.requestResource", request_resource.clone()),
         ]);
         let outcome = condition.program.evaluate(&variables, budget.min(cel::PER_CALL_LIMIT));
         budget = budget.saturating_sub(outcome.cost);
@@ -173,6 +191,11 @@ fn facts(request: &Request<'_>, (asked, kind): (&Resource, &(String, String, Str
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admission::{Notes, Operation};
+    use crate::auth::UserInfo;
+    use crate::config::Role;
+    use crate::registry::builtin;
+    use crate::registry::resource::Catalog;
 
     #[test]
     fn conditions_compile_over_what_a_request_has() {
@@ -180,6 +203,8 @@ mod tests {
             "request.operation == 'CREATE' && object.metadata.name != 'x'",
             "request.userInfo.username.startsWith('system:')",
             "!has(oldObject.spec) || 'a' in request.userInfo.groups",
+            "!authorizer.group('hooks.test').resource('breakglass').name('all').check('use').allowed()",
+            "authorizer.path('/healthz').check('get').reason() == '' && !authorizer.requestResource.check('delete').errored()",
         ] {
             assert!(Condition::compile(good).is_ok(), "{good}");
         }
@@ -189,5 +214,38 @@ mod tests {
             unknown.starts_with("compilation failed: ERROR: <input>:1:8: undefined field 'nothing'"),
             "{unknown}"
         );
+    }
+
+    #[test]
+    fn conditions_ask_what_a_user_may_do() {
+        let catalog = Catalog::new(builtin::resources(Role::Hub));
+        let resource = catalog.get("", "v1", "configmaps").expect("served");
+        let index = Index::default();
+        let admin = UserInfo::new("root", [crate::auth::MASTERS.to_owned()]);
+        let (nobody, notes) = (UserInfo::new("nobody", []), Notes::default());
+        let verdict = |user: &UserInfo, expressions: &[&str]| {
+            let conditions: Vec<Condition> =
+                expressions.iter().map(|e| Condition::compile(e).expect("compiles")).collect();
+            let request = Request::new(&resource, ("ns", "x"), "", Operation::Create, user, &notes);
+            let kind = (String::new(), "v1".to_owned(), "ConfigMap".to_owned());
+            evaluate(&conditions, &index, &request, (&resource, &kind), (None, None))
+        };
+        let may = "authorizer.group('').resource('secrets').namespace('ns').check('get').allowed()";
+        assert_eq!(verdict(&admin, &[may]), Verdict::Match);
+        assert_eq!(verdict(&nobody, &[may]), Verdict::Differs);
+        let own =
+            "authorizer.requestResource.subresource('status').labelSelector('a=b').check('update').allowed()";
+        assert_eq!(verdict(&admin, &[own, "authorizer.path('/x').check('get').allowed()"]), Verdict::Match);
+        let other = "authorizer.serviceAccount('ns', 'x').path('/x').check('get').allowed()";
+        assert_eq!(verdict(&admin, &[other]), Verdict::Differs);
+        assert_eq!(verdict(&admin, &["authorizer.path('/x').check('get').error() == ''"]), Verdict::Match);
+        // Two checks fit into what an expression may cost, and seven into what all of them may.
+        let thrice = format!("{may} && {may} && {may}");
+        let over = Verdict::Failed(format!(
+            "expression '{thrice}' resulted in error: operation cancelled: actual cost limit exceeded"
+        ));
+        assert_eq!(verdict(&admin, &[thrice.as_str()]), over);
+        assert_eq!(verdict(&admin, &[may; 7]), Verdict::Match);
+        assert!(matches!(verdict(&admin, &[may; 8]), Verdict::Failed(_)));
     }
 }

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::hooks::{Hooks, Invocation};
 use super::metrics::Outcome;
+use super::notes::cut;
 use super::review::{self, Answer};
 use super::{Phase, Request};
 use crate::apply::ManagedFields;
@@ -157,7 +158,7 @@ impl Registry {
         let first = refusals.next();
         // The others are told in the log only, as upstream.
         for other in refusals {
-            tracing::info!(error = %other, "refused by another webhook, too");
+            tracing::info!(error = cut(other.message()), "refused by another webhook, too");
         }
         first.map_or(Ok(()), Err)
     }
@@ -297,7 +298,14 @@ impl Registry {
         let asked = (&*invocation.resource, &invocation.kind);
         let question = review::question(request, hook.review, &uid, asked, shown);
         let objects = self.cache.objects().await.map_err(Failure::Other)?;
-        let answer = webhook::call(&self.webhooks, objects, &hook.endpoint, &question, hook.timeout);
+        let answer = webhook::call(
+            &self.webhooks,
+            objects,
+            &hook.endpoint,
+            &question,
+            hook.timeout,
+            webhook::Bound::VERDICT,
+        );
         let answer = answer.await.map_err(|e| {
             Failure::Calling(match &e {
                 CallError::CaBundle(_) => format!("could not get REST client: {e}"),
@@ -336,12 +344,16 @@ impl Registry {
             Failure::Calling(why) => {
                 let told = format!("failed calling webhook {:?}: {why}", hook.name);
                 if !hook.fails_open {
-                    tracing::warn!(configuration = hook.configuration, error = told, "a webhook failed");
+                    tracing::warn!(
+                        configuration = hook.configuration,
+                        error = cut(&told),
+                        "a webhook failed"
+                    );
                     return Err(ApiError::internal_told(&told));
                 }
                 tracing::warn!(
                     configuration = hook.configuration,
-                    error = told,
+                    error = cut(&told),
                     "a webhook failed and is passed over"
                 );
                 self.admission.metrics.failed_open(&hook.name, phase);

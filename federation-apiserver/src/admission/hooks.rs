@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use federation_store::Revision;
+use parking_lot::RwLock;
 use serde_json::Value;
 
 use super::conditions::{self, Condition, Verdict};
 use super::{Operation, Phase, Request};
+use crate::registry::builtin;
 use crate::registry::resource::Resource;
 use crate::registry::strategy::label_selector_matches;
 use crate::registry::{Registry, Target};
@@ -24,6 +26,13 @@ pub(super) struct Hooks {
     /// By name of the configuration, with the revision that was compiled.
     configurations: BTreeMap<String, (Revision, Vec<Arc<Hook>>)>,
     pub(super) all: Vec<Arc<Hook>>,
+}
+
+/// The webhooks of one phase that are in force.
+#[derive(Debug, Default)]
+pub(super) struct Slot {
+    hooks: RwLock<Arc<Hooks>>,
+    compiling: tokio::sync::Mutex<()>,
 }
 
 /// One webhook.
@@ -94,6 +103,14 @@ impl Hooks {
     }
 }
 
+// === impl Slot ===
+
+impl Slot {
+    fn current(&self) -> Arc<Hooks> {
+        self.hooks.read().clone()
+    }
+}
+
 // === impl Hook ===
 
 impl Hook {
@@ -129,7 +146,8 @@ impl Hook {
     fn matching(&self, registry: &Registry, request: &Request<'_>) -> Option<Arc<Resource>> {
         let own = request.resource;
         if self.rules.iter().any(|rule| rule.matches(request, own)) {
-            return registry.catalog().get(&own.group, &own.version, &own.plural);
+            let found = registry.catalog().get(&own.group, &own.version, &own.plural);
+            return found.or_else(|| builtin::review(&own.plural));
         }
         if !self.equivalent {
             return None;
@@ -189,7 +207,13 @@ impl Registry {
         };
         let (plural, prefix) = phase.resource();
         let kind = self.cache.objects().await?.kind(prefix);
-        let known = slot.read().clone();
+        let known = slot.current();
+        if known.changed == kind.changed() {
+            return Ok(known);
+        }
+        // One request compiles; the others wait for what it comes to.
+        let _compiling = slot.compiling.lock().await;
+        let known = slot.current();
         if known.changed == kind.changed() {
             return Ok(known);
         }
@@ -204,10 +228,7 @@ impl Registry {
         // Expressions take a while to compile, which other tasks should not wait for.
         let compile = move || Hooks::compile(snapshot.changed, objects, &known);
         let hooks = Arc::new(tokio::task::spawn_blocking(compile).await.map_err(ApiError::internal)?);
-        let mut current = slot.write();
-        if current.changed < hooks.changed {
-            *current = hooks.clone();
-        }
+        *slot.hooks.write() = hooks.clone();
         Ok(hooks)
     }
 
@@ -245,6 +266,7 @@ impl Registry {
             let verdict = match &hook.conditions {
                 Ok(conditions) => conditions::evaluate(
                     conditions,
+                    &self.rbac,
                     request,
                     (&invocation.resource, &invocation.kind),
                     (shown.as_deref(), shown_old.as_deref()),
@@ -305,7 +327,6 @@ mod tests {
     use crate::admission::Notes;
     use crate::auth::UserInfo;
     use crate::config::Role;
-    use crate::registry::builtin;
     use crate::registry::resource::Catalog;
 
     #[test]

@@ -17,14 +17,12 @@ mod notes;
 mod review;
 pub(crate) mod validation;
 
-use std::sync::Arc;
-
-use parking_lot::RwLock;
 use serde_json::Value;
 
 use crate::auth::UserInfo;
 use crate::registry::resource::Resource;
-use hooks::Hooks;
+pub(crate) use dispatch::Asked;
+use hooks::Slot;
 pub(crate) use metrics::Metrics;
 pub(crate) use notes::{Annotation, Notes};
 
@@ -67,8 +65,8 @@ pub(crate) struct Request<'a> {
 /// Configurations as they are in force, compiled, and what is counted.
 #[derive(Debug, Default)]
 pub(crate) struct Admission {
-    mutating: RwLock<Arc<Hooks>>,
-    validating: RwLock<Arc<Hooks>>,
+    mutating: Slot,
+    validating: Slot,
     pub(crate) metrics: Metrics,
 }
 

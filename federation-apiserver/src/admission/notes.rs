@@ -10,6 +10,14 @@ const MAX_ANNOTATIONS: usize = 64;
 /// Longest annotation; patches of whole objects are not worth more of the log.
 const MAX_VALUE: usize = 64 * 1024;
 
+/// As much of a webhook's text as a line of the log tells.
+const MAX_LOGGED: usize = 1024;
+
+/// A webhook's text, fit for the log.
+pub(super) fn cut(text: &str) -> &str {
+    &text[..text.floor_char_boundary(MAX_LOGGED)]
+}
+
 /// Collected while a request is handled. Cheap when nothing is said.
 #[derive(Debug, Default)]
 pub(crate) struct Notes(Mutex<Inner>);
@@ -18,6 +26,8 @@ pub(crate) struct Notes(Mutex<Inner>);
 struct Inner {
     warnings: Vec<String>,
     annotations: BTreeMap<String, Annotation>,
+    /// Some annotation was left out.
+    left_out: bool,
 }
 
 /// A value for the audit log, and whether it is part of the request's content.
@@ -43,7 +53,13 @@ impl Notes {
     pub(crate) fn annotate(&self, key: String, value: String, content: bool) {
         let mut inner = self.0.lock();
         if inner.annotations.len() >= MAX_ANNOTATIONS || value.len() > MAX_VALUE || key.len() > MAX_VALUE {
-            tracing::warn!("an audit annotation of a webhook is left out: too many, or too long");
+            // Webhooks choose how many they send; the log is told once.
+            if !std::mem::replace(&mut inner.left_out, true) {
+                tracing::warn!(
+                    key = cut(&key),
+                    "audit annotations of a webhook are left out: too many, or too long"
+                );
+            }
             return;
         }
         inner.annotations.entry(key).or_insert(Annotation { value, content });

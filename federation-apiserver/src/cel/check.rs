@@ -188,6 +188,12 @@ impl Checker<'_> {
             }
             Expr::Ident(name) => self.check_ident(e, name),
             Expr::Select(select) => {
+                // A variable whose name has a dot: `authorizer.requestResource`.
+                if let Some((name, ty)) =
+                    qualified(e).and_then(|name| Some((name.clone(), self.lookup(&name)?)))
+                {
+                    return self.node(ty, NodeKind::Variable(name));
+                }
                 if let Some(ty) = qualified(e).as_deref().and_then(qualified_type) {
                     return self.node(Type::Type(ty.clone().into()), NodeKind::TypeName(ty.name()));
                 }

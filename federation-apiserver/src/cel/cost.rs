@@ -33,6 +33,11 @@ fn factor(size: u64, factor: f64) -> u64 {
     (size as f64 * factor).ceil() as u64
 }
 
+/// Units of a question to the authorizer.
+const AUTHORIZATION: u64 = 350_000;
+/// Units of one requirement of a selector.
+const REQUIREMENT: u64 = 50;
+
 /// What a call costs at run time, beyond its arguments. Without a result: what is known before it runs.
 pub(crate) fn of_call(function: &str, arguments: &[Value<'_>], result: Option<&Value<'_>>) -> u64 {
     let size = |i: usize| arguments.get(i).map_or(1, Value::size);
@@ -102,6 +107,12 @@ pub(crate) fn of_call(function: &str, arguments: &[Value<'_>], result: Option<&V
             factor(size(0).saturating_add(size(1)), TRAVERSAL)
         }
         "contains" => traversed(0, 1.0).saturating_mul(traversed(1, 1.0)),
+        // So much that an expression has two of them.
+        "check" => AUTHORIZATION,
+        // A list of requirements, each of which takes two characters at least and makes a list and a struct.
+        "fieldSelector" | "labelSelector" => LIST
+            .saturating_add(traversed(1, 1.0))
+            .saturating_add(factor(size(1), 0.5).saturating_mul(REQUIREMENT)),
         _ => 1,
     }
 }

@@ -24,8 +24,15 @@ pub(crate) const SEMVER: &str = "kubernetes.Semver";
 pub(crate) const IP: &str = "net.IP";
 pub(crate) const CIDR: &str = "net.CIDR";
 
+pub(crate) const AUTHORIZER: &str = "kubernetes.authorization.Authorizer";
+pub(crate) const PATH_CHECK: &str = "kubernetes.authorization.PathCheck";
+pub(crate) const GROUP_CHECK: &str = "kubernetes.authorization.GroupCheck";
+pub(crate) const RESOURCE_CHECK: &str = "kubernetes.authorization.ResourceCheck";
+pub(crate) const DECISION: &str = "kubernetes.authorization.Decision";
+
 /// All types of libraries.
-pub(crate) const LIBRARY_TYPES: [&str; 6] = [QUANTITY, URL, FORMAT, SEMVER, IP, CIDR];
+pub(crate) const LIBRARY_TYPES: [&str; 11] =
+    [QUANTITY, URL, FORMAT, SEMVER, IP, CIDR, AUTHORIZER, PATH_CHECK, GROUP_CHECK, RESOURCE_CHECK, DECISION];
 
 /// Overloads by function name.
 pub(crate) fn table() -> &'static HashMap<&'static str, Vec<Overload>> {
@@ -111,6 +118,11 @@ fn parse_type(text: &str) -> Option<Type> {
         "semver" => Type::Opaque(SEMVER),
         "ip" => Type::Opaque(IP),
         "cidr" => Type::Opaque(CIDR),
+        "authorizer" => Type::Opaque(AUTHORIZER),
+        "pathcheck" => Type::Opaque(PATH_CHECK),
+        "groupcheck" => Type::Opaque(GROUP_CHECK),
+        "resourcecheck" => Type::Opaque(RESOURCE_CHECK),
+        "decision" => Type::Opaque(DECISION),
         "A" => Type::Param(-1),
         "B" => Type::Param(-2),
         _ => return None,
@@ -436,6 +448,21 @@ compareTo semver_compare_to semver.(semver) int
 major semver_major semver.() int
 minor semver_minor semver.() int
 patch semver_patch semver.() int
+path authorizer_path authorizer.(string) pathcheck
+group authorizer_group authorizer.(string) groupcheck
+serviceAccount authorizer_serviceaccount authorizer.(string, string) authorizer
+resource groupcheck_resource groupcheck.(string) resourcecheck
+subresource resourcecheck_subresource resourcecheck.(string) resourcecheck
+namespace resourcecheck_namespace resourcecheck.(string) resourcecheck
+name resourcecheck_name resourcecheck.(string) resourcecheck
+fieldSelector resourcecheck_fieldselector resourcecheck.(string) resourcecheck
+labelSelector resourcecheck_labelselector resourcecheck.(string) resourcecheck
+check pathcheck_check pathcheck.(string) decision
+check resourcecheck_check resourcecheck.(string) decision
+errored decision_errored decision.() bool
+error decision_error decision.() string
+allowed decision_allowed decision.() bool
+reason decision_reason decision.() string
 ";
 
 #[cfg(test)]

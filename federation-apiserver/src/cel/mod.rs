@@ -12,7 +12,7 @@
 mod check;
 mod cost;
 mod eval;
-mod functions;
+pub(crate) mod functions;
 mod guard;
 pub(crate) mod library;
 mod macros;

@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use serde_json::{Map as JsonMap, Value as Json};
 
 use super::functions;
-use super::library::{formats::Format, quantity::Quantity, semver::Version, time, urls::Url};
+use super::library::{authz::Authz, formats::Format, quantity::Quantity, semver::Version, time, urls::Url};
 use super::types::{Decl, DeclKind, ListRelation};
 
 /// A value.
@@ -38,6 +38,7 @@ pub(crate) enum Value<'a> {
     Cidr(IpAddr, u8),
     Format(&'static Format),
     Semver(Arc<Version>),
+    Authz(Arc<Authz<'a>>),
 }
 
 /// A string, borrowed or shared.
@@ -209,6 +210,7 @@ impl<'a> Value<'a> {
             Self::Cidr(..) => functions::CIDR,
             Self::Format(_) => functions::FORMAT,
             Self::Semver(_) => functions::SEMVER,
+            Self::Authz(authz) => authz.type_name(),
         }
         .to_owned()
     }

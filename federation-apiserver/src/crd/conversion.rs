@@ -191,7 +191,9 @@ impl Webhook {
         let sent: Vec<&Value> = different.iter().map(|i| &objects[*i]).collect();
         let review = json!({"kind": "ConversionReview", "apiVersion": format!("{GROUP}/{}", self.review),
             "request": {"uid": uid, "desiredAPIVersion": to, "objects": sent}});
-        let answer = webhook::call(&self.client, cache, &self.endpoint, &review, TIMEOUT).await;
+        let answer =
+            webhook::call(&self.client, cache, &self.endpoint, &review, TIMEOUT, webhook::Bound::OBJECTS)
+                .await;
         let answer = answer.map_err(|why: CallError| failed(format!("failed: {why}")))?;
         let converted = self.read(&answer, &uid).map_err(|why| failed(format!("failed: {why}")))?;
         if converted.len() != different.len() {

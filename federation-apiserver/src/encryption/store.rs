@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use federation_store::{
-    Event, KeyRange, KeyValue, ListRequest, ListResponse, Revision, Store, Watcher, WriteOutcome,
+    Event, Expect, KeyRange, KeyValue, ListRequest, ListResponse, Revision, Store, Transaction,
+    TransactionOutcome, Watcher, Write, WriteOutcome,
 };
 
 use super::{Encryption, EncryptionError};
@@ -108,16 +109,6 @@ impl StoreHandle {
         Ok(page)
     }
 
-    pub(crate) async fn create(
-        &self,
-        key: impl Into<Bytes>,
-        value: impl Into<Bytes>,
-    ) -> Result<WriteOutcome, StoreFault> {
-        let key = key.into();
-        let value = self.seal(&key, value.into()).await?;
-        self.readable(self.store.create(key, value).await?).await
-    }
-
     pub(crate) async fn update(
         &self,
         key: impl Into<Bytes>,
@@ -129,12 +120,42 @@ impl StoreHandle {
         self.readable(self.store.update(key, value, expected).await?).await
     }
 
-    pub(crate) async fn delete(
+    /// A write with others beside it, all of them or none. `None`: one of the others does not fit any more.
+    pub(crate) async fn write_together(
         &self,
-        key: impl Into<Bytes>,
-        expected: Option<Revision>,
-    ) -> Result<WriteOutcome, StoreFault> {
-        self.readable(self.store.delete(key, expected).await?).await
+        write: Write,
+        others: Vec<Write>,
+    ) -> Result<Option<WriteOutcome>, StoreFault> {
+        let (key, expect) = (write.key.clone(), write.expect);
+        let mut writes = Vec::with_capacity(1 + others.len());
+        for mut write in std::iter::once(write).chain(others) {
+            if let Some(value) = write.value.take() {
+                write.value = Some(self.seal(&write.key, value).await?);
+            }
+            writes.push(write);
+        }
+        let transaction = Transaction { writes, ..Transaction::default() };
+        let outcome = match self.store.transact(transaction).await? {
+            TransactionOutcome::Applied { revision, events } => {
+                match events.into_iter().find(|event| event.kv.key == key) {
+                    Some(event) => WriteOutcome::Applied { kv: event.kv, previous: None },
+                    // A deletion that expects nothing of a key that is not there.
+                    None => WriteOutcome::Conflict { current: None, revision },
+                }
+            }
+            TransactionOutcome::Conflict { current: Some(kv), .. } if kv.key != key => return Ok(None),
+            TransactionOutcome::Conflict { current, revision } => {
+                // Of a key that is missing the answer does not say which one it is.
+                if current.is_none()
+                    && (expect == Expect::Absent || self.store.get(&key, None).await?.0.is_some())
+                {
+                    return Ok(None);
+                }
+                WriteOutcome::Conflict { current, revision }
+            }
+            TransactionOutcome::NoLease | TransactionOutcome::LeaseExists => return Ok(None),
+        };
+        Ok(Some(self.readable(outcome).await?))
     }
 
     pub(crate) fn watch(&self, range: KeyRange, from: Revision) -> Result<StoreWatcher, StoreFault> {

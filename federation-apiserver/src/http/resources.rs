@@ -370,7 +370,7 @@ fn dry_run(query: &Query, kind: &str) -> Result<bool, ApiError> {
     }
 }
 
-fn write_options(call: &Call, subresource: &'static str) -> Result<WriteOptions, ApiError> {
+pub(super) fn write_options(call: &Call, subresource: &'static str) -> Result<WriteOptions, ApiError> {
     let query = &call.query;
     let kind = match call.method {
         Method::POST => "CreateOptions",
@@ -617,17 +617,11 @@ async fn finalize(
     call: Call,
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
+    let options = write_options(&call, "finalize")?;
     let decoded = object_body(app, call, "Namespace").await?;
     let finalizers =
         crate::value::at(&decoded.value, &["spec", "finalizers"]).cloned().unwrap_or_else(|| json!([]));
-    let object = app
-        .registry
-        .modify(target, |object| {
-            crate::value::set(object, &["spec", "finalizers"], finalizers.clone());
-            true
-        })
-        .await?
-        .ok_or_else(|| target.not_found())?;
+    let object = app.registry.finalize_namespace(target, &finalizers, &options).await?;
     Ok(response::value(StatusCode::OK, &object, accept.encoding))
 }
 

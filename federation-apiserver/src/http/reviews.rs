@@ -7,7 +7,7 @@ use http::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 
 use super::path::ResourcePath;
-use super::resources::object_body;
+use super::resources::{object_body, write_options};
 use super::{App, Call, negotiate, response};
 use crate::auth::service_accounts::strings;
 use crate::registry::reviews::{self, Review};
@@ -33,14 +33,18 @@ pub(super) async fn handle(
     }
     let accept = negotiate::accept(call.request.headers())?;
     let user = call.user.clone();
-    let decoded = object_body(app, call, review.kind).await?;
-    let kind = str_at(&decoded.value, &["kind"]);
+    let options = write_options(&call, "")?;
+    let mut body = object_body(app, call, review.kind).await?.value;
+    let kind = str_at(&body, &["kind"]);
     if !kind.is_empty() && kind != review.kind {
         return Err(ApiError::bad_request(format!("{kind} cannot be handled as a {}", review.kind)));
     }
+    if body.is_object() {
+        app.registry.admit_review(review, &path.namespace, &options, &mut body).await?;
+    }
     let answer = match review.kind {
-        "TokenReview" => token(app, review, &decoded.value).await?,
-        _ => reviews::answer(review, &path.namespace, &user, &app.registry.rbac, &decoded.value)?,
+        "TokenReview" => token(app, review, &body).await?,
+        _ => reviews::answer(review, &path.namespace, &user, &app.registry.rbac, &body)?,
     };
     Ok(response::value(StatusCode::CREATED, &answer, accept.encoding))
 }

@@ -1,10 +1,12 @@
 //! The table of built-in kinds.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock};
 
 use super::resource::{Origin, Resource, ScalePaths};
+use super::reviews;
 use crate::config::Role;
-use crate::schema::{RootType, builtin};
+use crate::schema::{Definitions, RootType, builtin};
 
 struct Row {
     group: &'static str,
@@ -280,15 +282,45 @@ pub fn resources(role: Role) -> Vec<Resource> {
     let definitions = builtin::definitions();
     let mut list = Vec::new();
     for row in ROWS {
-        let has = |what: &str| row.has.contains(&what);
-        if has("member") && role == Role::Hub {
+        if row.has.contains(&"member") && role == Role::Hub {
             continue;
         }
         // A test checks that every definition exists.
-        let Some(root) = definitions.get(row.definition) else { continue };
+        list.extend(row.resource(&definitions));
+    }
+    list
+}
+
+/// A review as a resource: what admission is told about it. Reviews are in no catalog, for nothing of them is stored.
+pub(crate) fn review(plural: &str) -> Option<Arc<Resource>> {
+    static REVIEWS: LazyLock<HashMap<&'static str, Arc<Resource>>> = LazyLock::new(|| {
+        let definitions = builtin::definitions();
+        let rows = reviews::RESOURCES.iter().map(|review| Row {
+            group: review.group,
+            version: review.version,
+            plural: review.plural,
+            kind: review.kind,
+            definition: review.definition,
+            namespaced: review.namespaced,
+            short: &[],
+            categories: &[],
+            has: &[],
+        });
+        rows.filter_map(|row| Some((row.plural, Arc::new(row.resource(&definitions)?)))).collect()
+    });
+    REVIEWS.get(plural).cloned()
+}
+
+// === impl Row ===
+
+impl Row {
+    fn resource(&self, definitions: &Arc<Definitions>) -> Option<Resource> {
+        let row = self;
+        let has = |what: &str| row.has.contains(&what);
+        let root = definitions.get(row.definition)?;
         let replicas = |path: &[&str]| path.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>();
         let api_version = super::resource::api_version(row.group, row.version);
-        list.push(Resource {
+        Some(Resource {
             group: row.group.into(),
             version: row.version.into(),
             kind: row.kind.into(),
@@ -311,9 +343,8 @@ pub fn resources(role: Role) -> Vec<Resource> {
             webhook: None,
             origin: Origin::Builtin { definition: row.definition },
             storage_api_version: if row.plural == "events" { "v1".into() } else { api_version },
-        });
+        })
     }
-    list
 }
 
 #[cfg(test)]
@@ -324,5 +355,6 @@ mod tests {
     fn every_row_has_its_definition() {
         assert_eq!(resources(Role::Member).len(), ROWS.len());
         assert!(resources(Role::Hub).iter().all(|r| r.plural != "pods"));
+        assert!(reviews::RESOURCES.iter().all(|r| review(r.plural).is_some()));
     }
 }

@@ -7,7 +7,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use serde_json::{Value, json};
 
 use super::selectors::Filter;
-use super::{Registry, Stored, Target, meta, store_error};
+use super::{Registry, Stored, Target, meta};
 use crate::admission::{self, Notes, Operation};
 use crate::auth::UserInfo;
 use crate::gc::{CUSTOM_RESOURCES, FOREGROUND, ORPHAN};
@@ -218,11 +218,8 @@ impl Registry {
             if options.dry_run {
                 return Ok(Some(Deleted::Removed(object)));
             }
-            let outcome =
-                self.store.delete(target.key(), Some(current.revision)).await.map_err(store_error)?;
-            return match outcome {
+            return match self.remove(target, &current.object, current.revision).await? {
                 WriteOutcome::Applied { kv, .. } => {
-                    self.after_removal(target, &object).await;
                     set(&mut object, &["metadata", "resourceVersion"], json!(kv.mod_revision.0.to_string()));
                     Ok(Some(Deleted::Removed(object)))
                 }

@@ -3,6 +3,8 @@
 use serde_json::Value;
 
 use super::resource::Resource;
+use crate::schema::names::{LABEL, label_value, qualified_name};
+pub(crate) use crate::schema::names::{QUALIFIED, SUBDOMAIN};
 use crate::status::FieldError;
 use crate::value;
 
@@ -12,12 +14,6 @@ const MAX_ANNOTATIONS: usize = 256 * 1024;
 const MAX_GENERATE_BASE: usize = 58;
 /// Characters of generated suffixes: no vowels and nothing that looks alike, as in apimachinery.
 const SUFFIX_ALPHABET: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
-
-pub(crate) const SUBDOMAIN: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
-const LABEL_1123: &str = "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?')";
-const LABEL_VALUE: &str = "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')";
-const QUALIFIED_ALL: &str = "a valid label key must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
-pub(crate) const QUALIFIED: &str = "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
 
 /// RFC 1123 label, at most 63.
 pub fn is_dns_label(text: &str) -> bool {
@@ -37,49 +33,6 @@ pub fn is_dns_subdomain(text: &str) -> bool {
             let b = part.as_bytes();
             !b.is_empty() && b.iter().all(|&c| alnum(c) || c == b'-') && alnum(b[0]) && alnum(b[b.len() - 1])
         })
-}
-
-/// What is wrong with `[prefix/]name`, in apimachinery's words.
-pub(crate) fn qualified_name_errors(text: &str) -> Vec<String> {
-    let mut errors = Vec::new();
-    let name = match text.split_once('/') {
-        None => text,
-        Some((prefix, name)) if !name.contains('/') => {
-            if prefix.is_empty() {
-                errors.push("prefix part must be non-empty".to_owned());
-            } else if !is_dns_subdomain(prefix) {
-                errors.push(format!("prefix part {SUBDOMAIN}"));
-            }
-            name
-        }
-        Some(_) => {
-            return vec![format!(
-                "{} with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')",
-                QUALIFIED_ALL
-            )];
-        }
-    };
-    if name.is_empty() {
-        errors.push("name part must be non-empty".to_owned());
-    } else if name.len() > 63 {
-        errors.push("name part must be no more than 63 bytes".to_owned());
-    }
-    if !is_name_part(name) {
-        errors.push(QUALIFIED.to_owned());
-    }
-    errors
-}
-
-/// What is wrong with a label's value, in apimachinery's words.
-pub(crate) fn label_value_errors(text: &str) -> Vec<String> {
-    let mut errors = Vec::new();
-    if text.len() > 63 {
-        errors.push("must be no more than 63 bytes".to_owned());
-    }
-    if !text.is_empty() && !is_name_part(text) {
-        errors.push(LABEL_VALUE.to_owned());
-    }
-    errors
 }
 
 /// The value of a label.
@@ -116,7 +69,7 @@ pub fn name_errors(kind: &str, rbac: bool, name: &str) -> Vec<String> {
     };
     match kind {
         "Namespace" if name.contains('.') => check(63, false, "must not contain dots"),
-        "Namespace" | "Service" => check(63, is_dns_label(name.get(..63).unwrap_or(name)), LABEL_1123),
+        "Namespace" | "Service" => check(63, is_dns_label(name.get(..63).unwrap_or(name)), LABEL),
         // `system:discovery` is a name; so is whatever else can stand in a path.
         "Role" | "ClusterRole" | "RoleBinding" | "ClusterRoleBinding" if rbac => {
             errors.extend(crate::rbac::validation::name_error(name).map(str::to_owned));
@@ -139,9 +92,9 @@ pub fn label_errors(labels: Option<&Value>, path: &str) -> Vec<FieldError> {
     let mut errors = Vec::new();
     for (key, v) in labels.and_then(Value::as_object).into_iter().flatten() {
         let name = Value::String(key.clone());
-        errors.extend(qualified_name_errors(key).into_iter().map(|e| FieldError::invalid(path, &name, e)));
+        errors.extend(qualified_name(key).into_iter().map(|e| FieldError::invalid(path, &name, e)));
         let text = v.as_str().unwrap_or_default();
-        errors.extend(label_value_errors(text).into_iter().map(|e| FieldError::invalid(path, v, e)));
+        errors.extend(label_value(text).into_iter().map(|e| FieldError::invalid(path, v, e)));
     }
     errors
 }
@@ -173,7 +126,7 @@ pub fn errors(resource: &Resource, object: &Value) -> Vec<FieldError> {
     }
     let namespace = value::str_at(object, &["metadata", "namespace"]);
     if namespaced && !is_dns_label(namespace) {
-        errors.push(FieldError::invalid("metadata.namespace", &Value::String(namespace.into()), LABEL_1123));
+        errors.push(FieldError::invalid("metadata.namespace", &Value::String(namespace.into()), LABEL));
     } else if !namespaced && !namespace.is_empty() {
         errors.push(FieldError::forbidden("metadata.namespace", "not allowed on this type"));
     }
@@ -182,7 +135,7 @@ pub fn errors(resource: &Resource, object: &Value) -> Vec<FieldError> {
     for (key, v) in meta("annotations").and_then(Value::as_object).into_iter().flatten() {
         size += key.len() + v.as_str().map_or(0, str::len);
         let shown = Value::String(key.clone());
-        let faults = qualified_name_errors(&key.to_lowercase()).into_iter();
+        let faults = qualified_name(&key.to_lowercase()).into_iter();
         errors.extend(faults.map(|e| FieldError::invalid("metadata.annotations", &shown, e)));
     }
     if size > MAX_ANNOTATIONS {
@@ -198,7 +151,7 @@ fn finalizer_errors(resource: &Resource, list: Option<&Value>, errors: &mut Vec<
     let all = list.and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let texts = || all.iter().map(|f| (f, f.as_str().unwrap_or_default()));
     for (value, text) in texts() {
-        errors.extend(qualified_name_errors(text).into_iter().map(|e| FieldError::invalid(path, value, e)));
+        errors.extend(qualified_name(text).into_iter().map(|e| FieldError::invalid(path, value, e)));
     }
     if texts().any(|(_, t)| t == crate::gc::ORPHAN) && texts().any(|(_, t)| t == crate::gc::FOREGROUND) {
         let detail =

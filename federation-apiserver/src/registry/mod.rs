@@ -339,6 +339,11 @@ pub(crate) fn store_error(error: impl Into<StoreFault>) -> ApiError {
         }
         Error::InvalidTransaction { .. } => ApiError::bad_request(error.to_string()),
         Error::Closed => ApiError::unavailable("the server is shutting down"),
+        Error::Database { .. } if error.is_full() => ApiError::internal_told(&format!(
+            "the database of this API server has no room left ({}): nothing was written; make room on the disk that \
+             holds it, then try again",
+            source_text(&error)
+        )),
         Error::Database { .. } | Error::Unresolved { .. } => {
             ApiError::internal(format_args!("{error}: {}", source_text(&error)))
         }

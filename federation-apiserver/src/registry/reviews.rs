@@ -19,21 +19,64 @@ pub struct Review {
     pub version: &'static str,
     pub plural: &'static str,
     pub kind: &'static str,
+    pub definition: &'static str,
     pub namespaced: bool,
 }
 
-const fn review(group: &'static str, plural: &'static str, kind: &'static str, namespaced: bool) -> Review {
-    Review { group, version: "v1", plural, kind, namespaced }
+const fn review(
+    group: &'static str,
+    plural: &'static str,
+    kind: &'static str,
+    definition: &'static str,
+    namespaced: bool,
+) -> Review {
+    Review { group, version: "v1", plural, kind, definition, namespaced }
 }
 
 /// All of them.
 pub const RESOURCES: &[Review] = &[
-    review("authentication.k8s.io", "selfsubjectreviews", "SelfSubjectReview", false),
-    review("authentication.k8s.io", "tokenreviews", "TokenReview", false),
-    review("authorization.k8s.io", "localsubjectaccessreviews", "LocalSubjectAccessReview", true),
-    review("authorization.k8s.io", "selfsubjectaccessreviews", "SelfSubjectAccessReview", false),
-    review("authorization.k8s.io", "selfsubjectrulesreviews", "SelfSubjectRulesReview", false),
-    review("authorization.k8s.io", "subjectaccessreviews", "SubjectAccessReview", false),
+    review(
+        "authentication.k8s.io",
+        "selfsubjectreviews",
+        "SelfSubjectReview",
+        "io.k8s.api.authentication.v1.SelfSubjectReview",
+        false,
+    ),
+    review(
+        "authentication.k8s.io",
+        "tokenreviews",
+        "TokenReview",
+        "io.k8s.api.authentication.v1.TokenReview",
+        false,
+    ),
+    review(
+        "authorization.k8s.io",
+        "localsubjectaccessreviews",
+        "LocalSubjectAccessReview",
+        "io.k8s.api.authorization.v1.LocalSubjectAccessReview",
+        true,
+    ),
+    review(
+        "authorization.k8s.io",
+        "selfsubjectaccessreviews",
+        "SelfSubjectAccessReview",
+        "io.k8s.api.authorization.v1.SelfSubjectAccessReview",
+        false,
+    ),
+    review(
+        "authorization.k8s.io",
+        "selfsubjectrulesreviews",
+        "SelfSubjectRulesReview",
+        "io.k8s.api.authorization.v1.SelfSubjectRulesReview",
+        false,
+    ),
+    review(
+        "authorization.k8s.io",
+        "subjectaccessreviews",
+        "SubjectAccessReview",
+        "io.k8s.api.authorization.v1.SubjectAccessReview",
+        false,
+    ),
 ];
 
 /// The review that a path names.

@@ -241,7 +241,7 @@ impl<'a> Parser<'a> {
             other => return Err(format!("found '{}', expected: identifier", other.text())),
         };
         self.at += 1;
-        let faults = super::meta::qualified_name_errors(key);
+        let faults = crate::schema::names::qualified_name(key);
         if !faults.is_empty() {
             let key = serde_json::Value::from(key);
             return Err(format!("<nil>: Invalid value: {key}: {}", faults.join("; ")));
@@ -345,7 +345,7 @@ impl<'a> Parser<'a> {
 
 fn check_values(key: &str, values: &[String]) -> Result<(), String> {
     for (i, value) in values.iter().enumerate() {
-        let faults = super::meta::label_value_errors(value);
+        let faults = crate::schema::names::label_value(value);
         if !faults.is_empty() {
             let value = serde_json::Value::from(value.as_str());
             return Err(format!("values[{i}][{key}]: Invalid value: {value}: {}", faults.join("; ")));

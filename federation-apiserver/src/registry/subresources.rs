@@ -2,7 +2,9 @@
 
 use serde_json::{Value, json};
 
+use super::builtin;
 use super::resource::api_version;
+use super::reviews::Review;
 use super::write::{Ownership, PATCH_ATTEMPTS, PatchKind, WriteOptions, Written};
 use super::{Registry, Target};
 use crate::admission::{self, Operation};
@@ -59,6 +61,53 @@ impl Registry {
         set(object, &["kind"], json!(kind));
         self.mutate(&asked, &request, Some(&mut *object), old, &|_| Ok(())).await?;
         self.validate_admission(&asked, &request, Some(object), old).await
+    }
+
+    /// Asks webhooks about a review, which is answered and not stored.
+    pub(crate) async fn admit_review(
+        &self,
+        review: Review,
+        namespace: &str,
+        options: &WriteOptions,
+        object: &mut Value,
+    ) -> Result<(), ApiError> {
+        let resource = builtin::review(review.plural).ok_or_else(ApiError::no_such_path)?;
+        let target = Target { resource, namespace: namespace.to_owned(), name: String::new() };
+        let kind = (review.group, review.version, review.kind);
+        self.admit_subresource(&target, options, kind, object, None).await
+    }
+
+    /// `namespaces/finalize`: says who still has to let a namespace go.
+    pub async fn finalize_namespace(
+        &self,
+        target: &Target,
+        finalizers: &Value,
+        options: &WriteOptions,
+    ) -> Result<Value, ApiError> {
+        for _ in 0..PATCH_ATTEMPTS {
+            let current = self.get(target).await?;
+            let old = &current.object;
+            let mut object = old.clone();
+            set(&mut object, &["spec", "finalizers"], finalizers.clone());
+            if let (Some(asked), Some(user)) =
+                (self.asked(options.user.as_deref()).await?, options.user.as_deref())
+            {
+                let request = options.admission(target, Operation::Update, user);
+                let mut asked_about = object.clone();
+                self.mutate(&asked, &request, Some(&mut asked_about), Some(old), &|_| Ok(())).await?;
+                // Nothing else is written here.
+                let finalizers = at(&asked_about, &["spec", "finalizers"]).cloned().unwrap_or(json!([]));
+                set(&mut object, &["spec", "finalizers"], finalizers);
+                self.validate_admission(&asked, &request, Some(&object), Some(old)).await?;
+            }
+            if options.dry_run {
+                return Ok(object);
+            }
+            if let Some(object) = self.store_changed(target, current.revision, object).await? {
+                return Ok(object);
+            }
+        }
+        Err(target.modified())
     }
 
     /// Writes a scale: a PUT body, or a patch of the current scale.

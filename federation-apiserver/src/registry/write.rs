@@ -4,12 +4,12 @@ mod checks;
 
 use std::sync::Arc;
 
-use federation_store::{Revision, WriteOutcome};
+use federation_store::{Expect, Revision, Write, WriteOutcome};
 use serde_json::{Value, json};
 
 use self::checks::{check_finalizers, check_name, nameless, restrict};
 use super::resource::{Resource, split_api_version};
-use super::{Registry, Stored, Target, decode, meta, store_error, strategy};
+use super::{Registry, Stored, Target, decode, meta, services, store_error, strategy};
 use crate::admission::{self, Notes, Operation};
 use crate::apply::{self, Writer};
 use crate::auth::UserInfo;
@@ -145,10 +145,7 @@ impl Registry {
         if !str_at(&object, &["metadata", "resourceVersion"]).is_empty() {
             return Err(ApiError::unexplained("resourceVersion should not be set on objects to be created"));
         }
-        for key in ["uid", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "generation"] {
-            value::remove(&mut object, &["metadata", key]);
-        }
-        strategy::prepare_create(&resource, &mut object);
+        prepare_create(&resource, &mut object);
         self.write_new(target, object, options, (Ownership::Update, generated)).await
     }
 
@@ -186,7 +183,7 @@ impl Registry {
             let decode = |object: &mut Value| self.decode_again(&target, object);
             self.mutate(asked, &request, Some(&mut object), None, &decode).await?;
             // A webhook makes no more of a new object than its sender could.
-            strategy::prepare_create(resource, &mut object);
+            prepare_create(resource, &mut object);
             if str_at(&object, &["metadata", "name"]).is_empty() {
                 set(&mut object, &["metadata", "name"], json!(name));
             }
@@ -196,49 +193,89 @@ impl Registry {
         let target = &target;
         warnings.extend(self.judge_object(target, None, &object, options).await?);
         self.check_escalation(target, None, &object, options)?;
-        if resource.plural == "services" && !resource.is_custom() {
-            self.allocate_service(&mut object, options.dry_run).await?;
-        }
         set(&mut object, &["metadata", "uid"], json!(uuid::Uuid::new_v4().to_string()));
         set(&mut object, &["metadata", "creationTimestamp"], json!(now));
         if resource.generation || resource.is_custom() {
             set(&mut object, &["metadata", "generation"], json!(1));
         }
-        if let (Some(asked), Some(user)) = (&asked, options.user.as_deref()) {
-            let request = options.admission(target, Operation::Create, user);
-            let verdict = self.validate_admission(asked, &request, Some(&object), None).await;
-            if let Err(error) = verdict {
-                if resource.plural == "services" && !resource.is_custom() && !options.dry_run {
-                    self.release_service(&object).await;
-                }
-                return Err(error);
+        let holds = services::is_services(resource);
+        for _ in 0..PATCH_ATTEMPTS {
+            let tried = if holds { object.clone() } else { std::mem::take(&mut object) };
+            if let Some(object) = self.store_new(target, tried, options, asked.as_ref()).await? {
+                return Ok(Written { object, created: true, warnings });
             }
+        }
+        Err(target.modified())
+    }
+
+    /// The last steps of a new object. `None`: an address that was chosen for it went to another one meanwhile.
+    async fn store_new(
+        &self,
+        target: &Target,
+        mut object: Value,
+        options: &WriteOptions,
+        asked: Option<&admission::Asked>,
+    ) -> Result<Option<Value>, ApiError> {
+        let resource = &target.resource;
+        if services::is_services(resource) {
+            self.allocate_service(None, &mut object).await?;
+        }
+        if let (Some(asked), Some(user)) = (asked, options.user.as_deref()) {
+            let request = options.admission(target, Operation::Create, user);
+            self.validate_admission(asked, &request, Some(&object), None).await?;
         }
         if options.dry_run {
             return match self.entry(target, "").await {
                 Ok(_) => Err(ApiError::already_exists(&resource.group, &resource.plural, &target.name)),
-                Err(error) if error.is_not_found() => Ok(Written { object, created: true, warnings }),
+                Err(error) if error.is_not_found() => Ok(Some(object)),
                 Err(error) => Err(error),
             };
         }
-        let outcome = self
-            .store
-            .create(target.key(), self.to_stored(resource, &object).await?)
-            .await
-            .map_err(store_error)?;
-        match outcome {
-            WriteOutcome::Applied { kv, .. } => Ok(Written {
-                object: self.written_form(resource, object, &kv).await?,
-                created: true,
-                warnings,
-            }),
-            WriteOutcome::Conflict { .. } => {
-                if resource.plural == "services" && !resource.is_custom() {
-                    self.release_service(&object).await;
-                }
+        match self.commit(target, None, Some(&object), Expect::Absent).await? {
+            Some(WriteOutcome::Applied { kv, .. }) => {
+                self.written_form(resource, object, &kv).await.map(Some)
+            }
+            Some(WriteOutcome::Conflict { .. }) => {
                 Err(ApiError::already_exists(&resource.group, &resource.plural, &target.name))
             }
+            None => Ok(None),
         }
+    }
+
+    /// Stores an object or, without a new one, removes it, together with what it holds. `None`: what it was to hold went to
+    /// another one.
+    async fn commit(
+        &self,
+        target: &Target,
+        old: Option<&Value>,
+        new: Option<&Value>,
+        expect: Expect,
+    ) -> Result<Option<WriteOutcome>, ApiError> {
+        let claims = match services::is_services(&target.resource) {
+            true => self.service_claims(old, new).await?,
+            false => Vec::new(),
+        };
+        let value = match new {
+            Some(new) => Some(self.to_stored(&target.resource, new).await?.into()),
+            None => None,
+        };
+        let write = Write { key: target.key().into(), value, lease: 0, expect };
+        self.store.write_together(write, claims).await.map_err(store_error)
+    }
+
+    /// Removes an object as it was last read.
+    pub(super) async fn remove(
+        &self,
+        target: &Target,
+        object: &Value,
+        revision: Revision,
+    ) -> Result<WriteOutcome, ApiError> {
+        for _ in 0..PATCH_ATTEMPTS {
+            if let Some(outcome) = self.commit(target, Some(object), None, Expect::At(revision)).await? {
+                return Ok(outcome);
+            }
+        }
+        Err(target.modified())
     }
 
     /// Replaces an object (or its status).
@@ -434,7 +471,7 @@ impl Registry {
                     let mut new =
                         apply::apply(ty, &empty, &config, &writer, options.force).map_err(conflict)?;
                     value::remove(&mut new, &["metadata", "resourceVersion"]);
-                    strategy::prepare_create(&resource, &mut new);
+                    prepare_create(&resource, &mut new);
                     match self.write_new(target.clone(), new, options, (Ownership::Applied, false)).await {
                         Err(error) if error.is_already_exists() => continue,
                         Ok(mut written) => {
@@ -516,14 +553,8 @@ impl Registry {
         }
         warnings.extend(self.judge_object(target, Some(old), &new, options).await?);
         self.check_escalation(target, Some(old), &new, options)?;
-        if resource.plural == "services" && !resource.is_custom() && options.subresource.is_empty() {
-            let kept = str_at(old, &["spec", "clusterIP"]);
-            if kept.is_empty() || str_at(&new, &["spec", "type"]) != str_at(old, &["spec", "type"]) {
-                let ip = str_at(&new, &["spec", "clusterIP"]).to_owned();
-                if ip.is_empty() || ip != kept || str_at(&new, &["spec", "type"]) != "ClusterIP" {
-                    self.complete_service(old, &mut new, options.dry_run).await?;
-                }
-            }
+        if services::is_services(resource) && options.subresource.is_empty() {
+            self.allocate_service(Some(old), &mut new).await?;
         }
         if meta::is_deleting(old) {
             check_finalizers(target, old, &new)?;
@@ -543,42 +574,20 @@ impl Registry {
             return Ok(Some(Written { object: new, created: false, warnings }));
         }
         if gc::is_finished(resource, &new) {
-            let outcome =
-                self.store.delete(target.key(), Some(current.revision)).await.map_err(store_error)?;
-            return match outcome {
-                WriteOutcome::Applied { .. } => {
-                    self.after_removal(target, &new).await;
-                    Ok(Some(Written { object: new, created: false, warnings }))
-                }
+            return match self.remove(target, old, current.revision).await? {
+                WriteOutcome::Applied { .. } => Ok(Some(Written { object: new, created: false, warnings })),
                 WriteOutcome::Conflict { .. } => Ok(None),
             };
         }
-        let bytes = self.to_stored(resource, &new).await?;
-        match self.store.update(target.key(), bytes, current.revision).await.map_err(store_error)? {
-            WriteOutcome::Applied { kv, .. } => Ok(Some(Written {
+        match self.commit(target, Some(old), Some(&new), Expect::At(current.revision)).await? {
+            Some(WriteOutcome::Applied { kv, .. }) => Ok(Some(Written {
                 object: self.written_form(resource, new, &kv).await?,
                 created: false,
                 warnings,
             })),
-            WriteOutcome::Conflict { current: None, .. } => Err(target.not_found()),
-            WriteOutcome::Conflict { .. } => Ok(None),
+            Some(WriteOutcome::Conflict { current: None, .. }) => Err(target.not_found()),
+            Some(WriteOutcome::Conflict { .. }) | None => Ok(None),
         }
-    }
-
-    async fn complete_service(&self, old: &Value, new: &mut Value, dry_run: bool) -> Result<(), ApiError> {
-        // What the service has already stays claimed: only ask for what is missing.
-        let kept = str_at(old, &["spec", "clusterIP"]).to_owned();
-        if !kept.is_empty() && str_at(new, &["spec", "clusterIP"]) == kept {
-            value::remove(new, &["spec", "clusterIP"]);
-            let mut probe = new.clone();
-            set(&mut probe, &["spec", "clusterIP"], json!("None"));
-            self.allocate_service(&mut probe, dry_run).await?;
-            *new = probe;
-            set(new, &["spec", "clusterIP"], json!(kept));
-            set(new, &["spec", "clusterIPs"], json!([kept]));
-            return Ok(());
-        }
-        self.allocate_service(new, dry_run).await
     }
 
     /// Writes an object as the server's own controllers do: no validation of what did not change, no lost updates.
@@ -613,11 +622,8 @@ impl Registry {
         object: Value,
     ) -> Result<Option<Value>, ApiError> {
         if gc::is_finished(&target.resource, &object) {
-            return match self.store.delete(target.key(), Some(revision)).await.map_err(store_error)? {
-                WriteOutcome::Applied { .. } => {
-                    self.after_removal(target, &object).await;
-                    Ok(Some(object))
-                }
+            return match self.remove(target, &object, revision).await? {
+                WriteOutcome::Applied { .. } => Ok(Some(object)),
                 WriteOutcome::Conflict { .. } => Ok(None),
             };
         }
@@ -629,12 +635,14 @@ impl Registry {
             WriteOutcome::Conflict { .. } => Ok(None),
         }
     }
+}
 
-    pub(crate) async fn after_removal(&self, target: &Target, object: &Value) {
-        if target.resource.plural == "services" && !target.resource.is_custom() {
-            self.release_service(object).await;
-        }
+/// A new object without what only the server writes.
+fn prepare_create(resource: &Resource, object: &mut Value) {
+    for key in ["uid", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "generation"] {
+        value::remove(object, &["metadata", key]);
     }
+    strategy::prepare_create(resource, object);
 }
 
 /// Did anything change that is neither metadata nor (where that is a subresource) status?

@@ -1,11 +1,14 @@
 //! The HTTPS client of all webhooks: HTTP/1.1 connections that are kept for the next call, by destination.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use base64::Engine as _;
 use bytes::Bytes;
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
 use http::{Request, Response, Uri, header};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
@@ -19,8 +22,12 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument as _;
 
-/// Largest answer of a webhook: a conversion may answer with as many objects as it was asked about, each grown.
-const MAX_ANSWER: usize = 16 << 20;
+use super::Bound;
+
+/// How long one address of a webhook is tried before the next one is tried beside it, as Go does.
+const HEAD_START: Duration = Duration::from_millis(300);
+/// How often the authorities that the system trusts are read again.
+const SYSTEM_CA_AGE: Duration = Duration::from_secs(600);
 /// As much of an answer that is no review as an error tells, as client-go.
 const MAX_TEXT: usize = 2048;
 /// Connections to one destination that are kept while nobody uses them.
@@ -83,6 +90,8 @@ struct Peer {
     tls: ClientTls,
     idle: Vec<Connection>,
     used: Instant,
+    /// When its authorities were read.
+    read: Instant,
 }
 
 struct Connection {
@@ -131,17 +140,27 @@ impl Client {
         destination: &Destination,
         body: Bytes,
         timeout: Duration,
+        bound: Bound,
     ) -> Result<Value, CallError> {
-        let exchange = tokio::time::timeout(timeout, self.exchange(destination, body)).await;
+        let exchange = tokio::time::timeout(timeout, self.exchange(destination, body, bound.bytes)).await;
         let (code, bytes) = exchange.map_err(|_| CallError::Timeout { url: destination.url.clone() })??;
         if !(200..300).contains(&code) {
             return Err(CallError::Refused(refusal(code, &bytes)));
+        }
+        if values(&bytes) > bound.values {
+            let values = bound.values;
+            return Err(CallError::Malformed(format!("the answer has more than {values} values")));
         }
         serde_json::from_slice(&bytes)
             .map_err(|e| CallError::Malformed(format!("couldn't get version/kind; json parse error: {e}")))
     }
 
-    async fn exchange(&self, destination: &Destination, body: Bytes) -> Result<(u16, Bytes), CallError> {
+    async fn exchange(
+        &self,
+        destination: &Destination,
+        body: Bytes,
+        limit: usize,
+    ) -> Result<(u16, Bytes), CallError> {
         let mut request = Request::post(destination.path.as_str())
             .header(header::HOST, destination.authority.as_str())
             .header(header::ACCEPT, "application/json, */*")
@@ -155,7 +174,7 @@ impl Client {
                 None => (self.connect(destination).await?, false),
             };
             match connection.sender.try_send_request(request).await {
-                Ok(response) => return self.read(destination, connection, response).await,
+                Ok(response) => return self.read(destination, connection, response, limit).await,
                 Err(mut error) => match error.take_message() {
                     // The server closed a kept connection before anything was sent: the next one, or a new one.
                     Some(unsent) if kept => request = unsent,
@@ -170,14 +189,15 @@ impl Client {
         destination: &Destination,
         connection: Connection,
         response: Response<Incoming>,
+        limit: usize,
     ) -> Result<(u16, Bytes), CallError> {
         let code = response.status().as_u16();
         // Like client-go, which shows text only.
         let media = response.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok());
         let shown = (200..300).contains(&code) || media.is_none_or(|m| m.starts_with("text/"));
-        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(|error| {
+        let body = Limited::new(response.into_body(), limit).collect().await.map_err(|error| {
             if error.downcast_ref::<LengthLimitError>().is_some() {
-                return CallError::Malformed(format!("the answer is larger than {MAX_ANSWER} bytes"));
+                return CallError::Malformed(format!("the answer is larger than {limit} bytes"));
             }
             destination.failed(text(error.as_ref()))
         })?;
@@ -211,25 +231,35 @@ impl Client {
         }
     }
 
-    fn tls(&self, key: &Key) -> Result<ClientTls, CallError> {
-        if let Some(peer) = self.peers.lock().get(key) {
+    async fn tls(&self, key: &Key) -> Result<ClientTls, CallError> {
+        if let Some(peer) = self.peers.lock().get(key)
+            && (!key.ca.is_empty() || peer.read.elapsed() < SYSTEM_CA_AGE)
+        {
             return Ok(peer.tls.clone());
         }
-        let tls = authorities(&key.ca).map_err(CallError::CaBundle)?;
+        let bundle = key.ca.clone();
+        let read = tokio::task::spawn_blocking(move || authorities(&bundle)).await;
+        let tls = read.map_err(|e| CallError::CaBundle(e.to_string()))?.map_err(CallError::CaBundle)?;
         let mut peers = self.peers.lock();
         if peers.len() >= MAX_DESTINATIONS
             && let Some(oldest) = peers.iter().min_by_key(|(_, p)| p.used).map(|(k, _)| k.clone())
         {
             peers.remove(&oldest);
         }
-        let peer = Peer { tls: tls.clone(), idle: Vec::new(), used: Instant::now() };
-        peers.entry(key.clone()).or_insert(peer);
+        let now = Instant::now();
+        let peer = peers.entry(key.clone()).or_insert_with(|| Peer {
+            tls: tls.clone(),
+            idle: Vec::new(),
+            used: now,
+            read: now,
+        });
+        (peer.tls, peer.read) = (tls.clone(), now);
         Ok(tls)
     }
 
     async fn connect(&self, destination: &Destination) -> Result<Connection, CallError> {
         let key = &destination.key;
-        let tls = self.tls(key)?;
+        let tls = self.tls(key).await?;
         let tcp = dial(&key.host, key.port).await.map_err(|why| destination.failed(why))?;
         let name = tls::ServerName::try_from(key.name.clone())
             .map_err(|_| destination.failed(format!("{:?} is no name of a server", key.name)))?;
@@ -256,33 +286,66 @@ fn authorities(bundle: &str) -> Result<ClientTls, String> {
     tls.and_then(|tls| tls.with_versions(TlsVersions::From12)).map_err(|e| text(&e))
 }
 
-/// Connects to the first address that answers.
+/// Connects to the first address that answers. One that keeps silent does not use up the time of the others.
 async fn dial(host: &str, port: u16) -> Result<TcpStream, String> {
     let found = tokio::net::lookup_host((host, port)).await;
-    let addresses: Vec<_> = found.map_err(|_| format!("dial tcp: lookup {host}: no such host"))?.collect();
-    let mut failed = format!("dial tcp: lookup {host}: no such host");
-    for address in addresses {
-        match TcpStream::connect(address).await {
-            Ok(stream) => {
-                // Reviews are one small message each way.
-                if let Err(error) = stream.set_nodelay(true) {
-                    tracing::debug!(%error, "a webhook's connection keeps small packets back");
-                }
-                return Ok(stream);
-            }
-            Err(error) => {
-                let why = match error.kind() {
-                    std::io::ErrorKind::ConnectionRefused => "connect: connection refused".to_owned(),
-                    std::io::ErrorKind::NetworkUnreachable => "connect: network is unreachable".to_owned(),
-                    std::io::ErrorKind::HostUnreachable => "connect: no route to host".to_owned(),
-                    std::io::ErrorKind::TimedOut => "i/o timeout".to_owned(),
-                    _ => error.to_string(),
-                };
-                failed = format!("dial tcp {address}: {why}");
-            }
+    let none = || format!("dial tcp: lookup {host}: no such host");
+    let mut addresses = found.map_err(|_| none())?;
+    let mut failed = none();
+    let mut attempts = FuturesUnordered::new();
+    let mut more = true;
+    loop {
+        match addresses.next() {
+            Some(address) => attempts.push(dial_one(address)),
+            None => more = false,
+        }
+        let outcome = tokio::select! {
+            outcome = attempts.next() => outcome,
+            () = tokio::time::sleep(HEAD_START), if more => continue,
+        };
+        match outcome {
+            Some(Ok(stream)) => return Ok(stream),
+            Some(Err(why)) => failed = why,
+            None => return Err(failed),
         }
     }
-    Err(failed)
+}
+
+async fn dial_one(address: SocketAddr) -> Result<TcpStream, String> {
+    match TcpStream::connect(address).await {
+        Ok(stream) => {
+            // Reviews are one small message each way.
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%error, "a webhook's connection keeps small packets back");
+            }
+            Ok(stream)
+        }
+        Err(error) => {
+            let why = match error.kind() {
+                std::io::ErrorKind::ConnectionRefused => "connect: connection refused".to_owned(),
+                std::io::ErrorKind::NetworkUnreachable => "connect: network is unreachable".to_owned(),
+                std::io::ErrorKind::HostUnreachable => "connect: no route to host".to_owned(),
+                std::io::ErrorKind::TimedOut => "i/o timeout".to_owned(),
+                _ => error.to_string(),
+            };
+            Err(format!("dial tcp {address}: {why}"))
+        }
+    }
+}
+
+/// About how many values a JSON text has, without making them.
+fn values(json: &[u8]) -> usize {
+    let (mut count, mut text, mut escaped) = (1, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if text => escaped = true,
+            b'"' => text = !text,
+            b',' | b'[' | b'{' if !text => count += 1,
+            _ => {}
+        }
+    }
+    count
 }
 
 fn text(error: &(dyn std::error::Error + 'static)) -> String {
@@ -368,5 +431,12 @@ mod tests {
             refusal(418, b""),
             "the server responded with the status code 418 but did not return more information"
         );
+    }
+
+    #[test]
+    fn values_are_counted_outside_of_texts() {
+        assert_eq!(values(br#"{"a": "[,\",{", "b": [1, 2, {}]}"#), 7);
+        let many = format!("[{}]", vec!["0"; 30_000].join(","));
+        assert!(values(many.as_bytes()) > Bound::VERDICT.values);
     }
 }

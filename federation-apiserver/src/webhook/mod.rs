@@ -18,6 +18,21 @@ pub(crate) use client::{CallError, Client};
 /// Port of a service that names none.
 pub(crate) const SERVICE_PORT: i64 = 443;
 
+/// How much a webhook may answer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bound {
+    pub(crate) bytes: usize,
+    /// Arrays, objects and what is in them: each takes many times the memory of the shortest text that makes it.
+    pub(crate) values: usize,
+}
+
+impl Bound {
+    /// A verdict, whose largest part is a patch as one text.
+    pub(crate) const VERDICT: Self = Self { bytes: 5 << 20, values: 20_000 };
+    /// As many objects as it was asked about, each grown.
+    pub(crate) const OBJECTS: Self = Self { bytes: 16 << 20, values: usize::MAX };
+}
+
 /// Where a webhook is (`clientConfig`).
 #[derive(Clone, Debug)]
 pub(crate) struct Endpoint {
@@ -60,6 +75,7 @@ pub(crate) async fn call(
     endpoint: &Endpoint,
     body: &Value,
     timeout: Duration,
+    bound: Bound,
 ) -> Result<Value, CallError> {
     let query = format!("timeout={}s", timeout.as_secs().max(1));
     let (url, dial) = match &endpoint.address {
@@ -80,5 +96,5 @@ pub(crate) async fn call(
         }
     };
     let destination = Destination::new(&url, dial, &endpoint.ca)?;
-    client.post(&destination, body.to_string().into(), timeout).await
+    client.post(&destination, body.to_string().into(), timeout, bound).await
 }

@@ -228,7 +228,8 @@ impl ServiceAccounts {
     }
 }
 
-fn user(namespace: &str, name: &str, uid: &str) -> UserInfo {
+/// The user that a service account acts as.
+pub(crate) fn user(namespace: &str, name: &str, uid: &str) -> UserInfo {
     UserInfo {
         name: format!("{}{namespace}:{name}", impersonation::SERVICE_ACCOUNT),
         uid: uid.to_owned(),

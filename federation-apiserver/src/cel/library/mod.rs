@@ -1,5 +1,6 @@
 //! What the functions do.
 
+pub(crate) mod authz;
 mod core;
 pub(crate) mod formats;
 mod lists;
@@ -49,4 +50,5 @@ pub(crate) fn implementation(name: &str) -> Option<Implementation> {
         .or_else(|| urls::implementation(name))
         .or_else(|| formats::implementation(name))
         .or_else(|| quantity::implementation(name))
+        .or_else(|| authz::implementation(name))
 }
