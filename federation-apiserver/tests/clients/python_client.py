@@ -247,7 +247,8 @@ def case_leader_lease(core):
     last = elect(LeaseLock, ns)
     lease = client.CoordinationV1Api().read_namespaced_lease("the-lock", ns)
     assert lease.spec.holder_identity == last and lease.spec.lease_duration_seconds == 4, lease
-    assert lease.spec.renew_time > lease.spec.acquire_time, lease
+    # Equal when the last leader was cut off before it renewed.
+    assert lease.spec.renew_time >= lease.spec.acquire_time, lease
 
     # Of two who have read the same lease one writes it.
     leases = client.CoordinationV1Api()
