@@ -137,6 +137,9 @@ pub enum IdentityError {
         /// In the flags.
         configured: String,
     },
+    /// No key to enrol with.
+    #[error("failed to make the agent's key")]
+    Key(#[from] tls::AuthorityError),
     /// Neither certificate nor token.
     #[error(
         "{} holds no valid certificate and there is no enrolment token: run `cellway cluster add` at the hub and start \
@@ -174,12 +177,6 @@ enum AttemptError {
     OtherCa,
     #[error("failed to keep the certificate")]
     File(#[from] tls::FileError),
-}
-
-/// What a token was spent on.
-struct NewIdentity {
-    issued: request::Issued,
-    key: AgentKey,
 }
 
 /// Gets and keeps the identity.
@@ -293,14 +290,16 @@ impl IdentityKeeper {
             Some(id) => id.to_string(),
             None => uuid::Uuid::new_v4().to_string(),
         };
+        // One key for all attempts: the hub may have used the token up for it and its answer may have been lost.
+        let key = AgentKey::generate()?;
         let mut delay = Duration::from_secs(1);
         for attempt in 0.. {
             let server = self.server(attempt);
-            let outcome = self.enrol_at(&server, token, *hash, cluster.as_ref(), &agent_id).await;
+            let outcome = self.enrol_at(&server, token, *hash, &key, cluster.as_ref(), &agent_id).await;
             self.count(&outcome);
             match outcome {
-                Ok(identity) => {
-                    keep_new(data_dir, token, &identity).await;
+                Ok(issued) => {
+                    keep_new(data_dir, token, &issued, &key).await;
                     tracing::info!(server, agent.id = agent_id, "enrolled");
                     break;
                 }
@@ -405,10 +404,10 @@ impl IdentityKeeper {
         server: &str,
         token: &EnrolmentToken,
         hash: CaHash,
+        key: &AgentKey,
         cluster: Option<&ClusterName>,
         agent_id: &str,
-    ) -> Result<NewIdentity, AttemptError> {
-        let key = AgentKey::generate()?;
+    ) -> Result<request::Issued, AttemptError> {
         let tls = ClientTls::with_ca_hash(hash, None)?;
         let bearer = token.bearer();
         let request = key.certificate_request()?;
@@ -417,12 +416,12 @@ impl IdentityKeeper {
         if !authorities.iter().any(|ca| CaHash::of(ca).is_ok_and(|found| found == hash)) {
             return Err(AttemptError::OtherCa);
         }
-        let identity = check(&issued, &key)?;
+        let identity = check(&issued, key)?;
         if identity.agent.as_str() != agent_id || cluster.is_some_and(|cluster| *cluster != identity.cluster)
         {
             return Err(AttemptError::Other(identity));
         }
-        Ok(NewIdentity { issued, key })
+        Ok(issued)
     }
 
     async fn renew_at(
@@ -490,9 +489,9 @@ fn is_new(data_dir: &Path, token: &EnrolmentToken) -> bool {
 
 /// Writes down what was enrolled for. The token is spent, so the hub is not asked again when a write fails: the agent
 /// waits for its disk, with the certificate in hand.
-async fn keep_new(data_dir: &Path, token: &EnrolmentToken, identity: &NewIdentity) {
+async fn keep_new(data_dir: &Path, token: &EnrolmentToken, issued: &request::Issued, key: &AgentKey) {
     let mut delay = Duration::from_secs(1);
-    while let Err(error) = store(data_dir, &identity.issued, &identity.key) {
+    while let Err(error) = store(data_dir, issued, key) {
         tracing::error!(
             error = %error_chain(&error),
             retry.after = ?delay,

@@ -6,8 +6,9 @@
 //! ```
 //!
 //! A token is redeemed as often as it says and no more, once unless told otherwise, by whoever's write wins; only then is
-//! anything signed by the CA. A request that could not be signed anyway does not use the token up. Where tokens live is an
-//! [`EnrolmentAuthority`]'s business.
+//! anything signed by the CA. A request that could not be signed anyway does not use the token up, and one whose answer was
+//! lost may be repeated: an agent that comes again with the same token, name and key is signed again. Where tokens live is
+//! an [`EnrolmentAuthority`]'s business.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -69,8 +70,10 @@ pub struct Grant {
     pub issued_at: SystemTime,
     /// The record's version when it was read: redeeming anything else fails.
     pub version: String,
-    /// How many agents it still admits, this one included.
+    /// How many agents it still admits, this one included; 0: none any more.
     pub uses: u32,
+    /// Whom it has admitted lately, by what [`EnrolmentAuthority::redeem`] was told of them.
+    pub admitted: Vec<String>,
 }
 
 /// Why no certificate is given.
@@ -122,8 +125,9 @@ pub trait EnrolmentAuthority: Send + Sync + 'static {
         now: SystemTime,
     ) -> BoxFuture<'a, Result<Grant, EnrolError>>;
 
-    /// Uses it up, or one of its uses; fails when somebody else has changed it since it was read.
-    fn redeem<'a>(&'a self, grant: &'a Grant) -> BoxFuture<'a, Result<(), EnrolError>>;
+    /// Uses it up, or one of its uses, for `agent`, which the token's later grants name; fails when somebody else has
+    /// changed it since it was read.
+    fn redeem<'a>(&'a self, grant: &'a Grant, agent: &'a str) -> BoxFuture<'a, Result<(), EnrolError>>;
 }
 
 /// The endpoint.
@@ -234,16 +238,23 @@ impl Enrolment {
         csr: &str,
         now: SystemTime,
     ) -> Result<CertificateResponse, EnrolError> {
+        let bad = |error: tls::AuthorityError| EnrolError::BadRequest(service::error_chain(&error));
+        let applicant = applicant(&tls::requested_key(csr).map_err(bad)?, &agent);
         let mut attempts = 1;
         loop {
             let grant = self.authority.check(token, now).await?;
             let identity =
                 AgentIdentity::new(self.trust_domain.clone(), grant.cluster.clone(), agent.clone());
             self.admit(&identity, grant.issued_at)?;
-            self.rehearsal
-                .sign_agent(csr, &identity, self.ttl)
-                .map_err(|error| EnrolError::BadRequest(service::error_chain(&error)))?;
-            match self.authority.redeem(&grant).await {
+            self.rehearsal.sign_agent(csr, &identity, self.ttl).map_err(bad)?;
+            if grant.admitted.contains(&applicant) {
+                tracing::info!(cluster = %identity.cluster, agent.id = %identity.agent, "agent enrolled again: it had no answer to its first request");
+                return self.sign(&identity, csr);
+            }
+            if grant.uses == 0 {
+                return Err(EnrolError::InvalidToken);
+            }
+            match self.authority.redeem(&grant, &applicant).await {
                 Ok(()) => {
                     let left = grant.uses.saturating_sub(1);
                     tracing::info!(cluster = %identity.cluster, agent.id = %identity.agent, token.uses.left = left, "agent enrolled");
@@ -355,6 +366,15 @@ fn bearer_token(request: &Request<Body>) -> Result<Option<EnrolmentToken>, Enrol
     let text = value.to_str().map_err(|_| EnrolError::InvalidToken)?;
     let token = text.strip_prefix("Bearer ").ok_or(EnrolError::NoCredential)?;
     token.trim().parse().map(Some)
+}
+
+/// An agent that asks, in a text that says nothing to others: its name and the key that it has proved to hold.
+fn applicant(key: &[u8], agent: &AgentId) -> String {
+    let mut hash = Sha256::new();
+    hash.update(key);
+    hash.update(agent.as_str());
+    // 128 bits are more than anybody can find twice.
+    hex::encode(&hash.finalize()[..16])
 }
 
 fn rfc3339(time: SystemTime) -> String {

@@ -415,6 +415,14 @@ impl fmt::Debug for AgentKey {
     }
 }
 
+/// The public key of a certificate request, as the point of an ECDSA P-256 key.
+///
+/// # Errors
+/// When the request is malformed, not signed by its own key, or holds another kind of key.
+pub fn requested_key(request_pem: &str) -> Result<Vec<u8>, AuthorityError> {
+    Ok(RequestedKey::from_pem(request_pem)?.0)
+}
+
 // === helpers ===
 
 /// The public key of a request whose signature was verified.

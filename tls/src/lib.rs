@@ -17,7 +17,7 @@ mod files;
 mod fuzz;
 mod identity;
 
-pub use authority::{AgentKey, AuthorityError, CertificateAuthority, IssuedCertificate};
+pub use authority::{AgentKey, AuthorityError, CertificateAuthority, IssuedCertificate, requested_key};
 pub use certificate::{
     CaHash, CertificateError, InvalidCaHash, agent_identity, certificates_from_pem, user_of, validity,
 };

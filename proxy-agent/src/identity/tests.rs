@@ -129,7 +129,8 @@ fn keeper_with(hub: &Hub, data_dir: &Path, hash: CaHash, token: &str) -> Identit
 async fn attempt(hub: &Hub, keeper: &IdentityKeeper, hash: CaHash) -> Result<(), AttemptError> {
     let token = EnrolmentToken::parse("abc.secret").unwrap();
     let cluster = "prod-hz".parse().unwrap();
-    keeper.enrol_at(&hub.address, &token, hash, Some(&cluster), "a1").await.map(drop)
+    let key = AgentKey::generate().unwrap();
+    keeper.enrol_at(&hub.address, &token, hash, &key, Some(&cluster), "a1").await.map(drop)
 }
 
 #[tokio::test]

@@ -16,6 +16,7 @@ struct Record {
     cluster: ClusterName,
     expires: SystemTime,
     uses: u32,
+    admitted: Vec<String>,
 }
 
 #[derive(Clone, Default)]
@@ -42,11 +43,12 @@ impl EnrolmentAuthority for Tokens {
                 issued_at: SystemTime::now(),
                 version: record.uses.to_string(),
                 uses: record.uses,
+                admitted: record.admitted.clone(),
             })
         })
     }
 
-    fn redeem<'a>(&'a self, grant: &'a Grant) -> BoxFuture<'a, Result<(), EnrolError>> {
+    fn redeem<'a>(&'a self, grant: &'a Grant, agent: &'a str) -> BoxFuture<'a, Result<(), EnrolError>> {
         Box::pin(async move {
             // Between the look and the write others run, as they do where the token is in a database.
             tokio::task::yield_now().await;
@@ -56,9 +58,7 @@ impl EnrolmentAuthority for Tokens {
                 return Err(EnrolError::Contended);
             }
             record.uses -= 1;
-            if record.uses == 0 {
-                tokens.remove(&grant.id);
-            }
+            record.admitted.push(agent.to_owned());
             Ok(())
         })
     }
@@ -92,7 +92,8 @@ impl Setup {
 
     fn token_for(&self, cluster: &str, expires: SystemTime, uses: u32) -> EnrolmentToken {
         let token = EnrolmentToken::generate();
-        let record = Record { hash: token.hash(), cluster: cluster.parse().unwrap(), expires, uses };
+        let cluster = cluster.parse().unwrap();
+        let record = Record { hash: token.hash(), cluster, expires, uses, admitted: Vec::new() };
         self.tokens.0.lock().insert(token.id.clone(), record);
         token
     }
@@ -139,6 +140,24 @@ async fn a_token_works_once() {
     assert_eq!((status, body["kind"].as_str()), (401, Some("Status")), "{body}");
 }
 
+/// A hub that is killed between the redemption and the answer owes the agent its certificate.
+#[tokio::test]
+async fn an_agent_that_had_no_answer_asks_again() {
+    let setup = Setup::new();
+    let token = setup.token("east", HOUR).reveal();
+    let key = tls::AgentKey::generate().unwrap();
+    let ask = |agent: &str, key: &tls::AgentKey| {
+        let body = json!({ "csr": key.certificate_request().unwrap(), "agentId": agent });
+        setup.post(Some(&token), None, body)
+    };
+    assert_eq!(ask("a1", &key).await.0, 200);
+    let (status, body) = ask("a1", &key).await;
+    assert_eq!((status, body["agentId"].as_str()), (200, Some("a1")), "{body}");
+    // Neither another name nor another key.
+    assert_eq!(ask("a2", &key).await.0, 401);
+    assert_eq!(ask("a1", &tls::AgentKey::generate().unwrap()).await.0, 401);
+}
+
 /// The pods of a DaemonSet start together with one token: each gets its certificate, one too many does not.
 #[tokio::test]
 async fn a_token_works_as_often_as_it_says() {
@@ -152,7 +171,7 @@ async fn a_token_works_as_often_as_it_says() {
         assert_eq!(status, 200, "{body}");
     }
     assert_eq!(ask(5).await.0, 401);
-    assert!(setup.tokens.0.lock().is_empty());
+    assert!(setup.tokens.0.lock().values().all(|record| record.uses == 0));
 }
 
 #[tokio::test]

@@ -2,13 +2,14 @@
 //! their cluster is revoked or their time is over.
 //!
 //! A token is good for one agent. One whose Secret says `uses` is good for so many: a DaemonSet's pods all start with the
-//! same Secret. Each redemption counts it down at the version that was read, and the last one deletes it.
+//! same Secret. Each redemption counts it down at the version that was read and says for whom, so that an agent whose answer
+//! was lost gets its certificate again. One that is used up stays for that until its time is over.
 
 use std::time::{Duration, SystemTime};
 
 use futures::future::BoxFuture;
 use k8s_openapi::api::core::v1::Secret;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt};
 use serde_json::json;
 
@@ -20,6 +21,9 @@ const SECRET_TYPE: &str = "cellway.io/enrolment-token";
 
 /// The most agents that one token admits: more nodes than one member has.
 const MAX_USES: u32 = 10_000;
+
+/// The most agents that a token remembers having admitted: those that may still be waiting for their answer.
+const MAX_ADMITTED: usize = 256;
 
 /// How often expired tokens are removed.
 const CLEANING_INTERVAL: Duration = Duration::from_secs(3600);
@@ -52,20 +56,17 @@ impl SecretTokens {
         grant_of(&secret, token, now)
     }
 
-    async fn redeem(&self, grant: &Grant) -> Result<(), EnrolError> {
+    async fn redeem(&self, grant: &Grant, agent: &str) -> Result<(), EnrolError> {
         let name = secret_name(&grant.id);
-        let redeemed = if grant.uses <= 1 {
-            let preconditions = Preconditions { resource_version: Some(grant.version.clone()), uid: None };
-            let params = DeleteParams::default().preconditions(preconditions);
-            self.secrets.delete(&name, &params).await.map(drop)
-        } else {
-            // The version makes it a compare-and-swap.
-            let patch = json!({ "metadata": { "resourceVersion": grant.version },
-                                "stringData": { "uses": (grant.uses - 1).to_string() } });
-            self.secrets.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await.map(drop)
-        };
-        match redeemed {
-            Ok(()) => Ok(()),
+        let forgotten = (grant.admitted.len() + 1).saturating_sub(MAX_ADMITTED);
+        let admitted: Vec<&str> =
+            grant.admitted.iter().skip(forgotten).map(String::as_str).chain([agent]).collect();
+        // The version makes it a compare-and-swap.
+        let patch = json!({ "metadata": { "resourceVersion": grant.version },
+                            "stringData": { "uses": grant.uses.saturating_sub(1).to_string(),
+                                            "admitted": admitted.join(" ") } });
+        match self.secrets.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await {
+            Ok(_) => Ok(()),
             Err(kube::Error::Api(status)) if status.code == 404 => Err(EnrolError::InvalidToken),
             // Somebody else was first, or changed it.
             Err(kube::Error::Api(status)) if status.code == 409 => Err(EnrolError::Contended),
@@ -86,12 +87,12 @@ impl EnrolmentAuthority for SecretTokens {
         Box::pin(self.check(token, now))
     }
 
-    fn redeem<'a>(&'a self, grant: &'a Grant) -> BoxFuture<'a, Result<(), EnrolError>> {
-        Box::pin(self.redeem(grant))
+    fn redeem<'a>(&'a self, grant: &'a Grant, agent: &'a str) -> BoxFuture<'a, Result<(), EnrolError>> {
+        Box::pin(self.redeem(grant, agent))
     }
 }
 
-/// Removes the tokens of `cluster` that were made at or before `until`; gives their number.
+/// Removes the tokens of `cluster` that were made at or before `until`; gives the number of those that were still good.
 pub(super) async fn remove_of(client: Client, cluster: &str, until: SystemTime) -> kube::Result<usize> {
     remove(client, |secret| {
         text(secret, "cluster").as_deref() == Some(cluster) && issued_at(secret).is_none_or(|at| at <= until)
@@ -129,7 +130,7 @@ async fn remove(client: Client, which: impl Fn(&Secret) -> bool) -> kube::Result
             continue;
         }
         match secrets.delete(&secret.name_any(), &DeleteParams::default()).await {
-            Ok(_) => removed += 1,
+            Ok(_) => removed += usize::from(text(&secret, "uses").as_deref() != Some("0")),
             // Redeemed or removed in between.
             Err(kube::Error::Api(status)) if status.code == 404 => {}
             Err(error) => return Err(error),
@@ -161,7 +162,7 @@ fn grant_of(secret: &Secret, token: &EnrolmentToken, now: SystemTime) -> Result<
         let expires: jiff::Timestamp = field("expires-at")?.parse().ok()?;
         let uses = match field("uses") {
             None => 1,
-            Some(uses) => uses.parse().ok().filter(|uses| (1..=MAX_USES).contains(uses))?,
+            Some(uses) => uses.parse().ok().filter(|uses| *uses <= MAX_USES)?,
         };
         Some((
             cluster,
@@ -180,7 +181,9 @@ fn grant_of(secret: &Secret, token: &EnrolmentToken, now: SystemTime) -> Result<
     if now >= expires {
         return Err(EnrolError::Expired);
     }
-    Ok(Grant { id: token.id.clone(), cluster, issued_at, version, uses })
+    let admitted = field("admitted").unwrap_or_default();
+    let admitted = admitted.split_ascii_whitespace().take(MAX_ADMITTED).map(str::to_owned).collect();
+    Ok(Grant { id: token.id.clone(), cluster, issued_at, version, uses, admitted })
 }
 
 #[cfg(test)]
@@ -211,7 +214,8 @@ mod tests {
             grant_of(&secret, &token, now).map(|grant| grant.uses)
         };
         assert_eq!((with("3"), with("10000")), (Ok(3), Ok(10_000)));
-        for bad in ["0", "-1", "10001", "many", "", "99999999999999999999"] {
+        assert_eq!(with("0"), Ok(0), "for whom it has admitted");
+        for bad in ["-1", "10001", "many", "", "99999999999999999999"] {
             assert_eq!(with(bad), Err(EnrolError::InvalidToken), "{bad}");
         }
     }
