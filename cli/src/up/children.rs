@@ -15,6 +15,8 @@ use crate::error::{Error, Result};
 
 /// A hub drains its connections before it ends; longer than this is not waited for.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// A log that is longer is set aside when a program starts.
+const MAX_LOG: u64 = 16 << 20;
 /// Lines of a log that an error shows.
 const TAIL_LINES: usize = 15;
 
@@ -40,6 +42,8 @@ struct Running {
     name: String,
     child: Child,
     log: PathBuf,
+    /// Where in the log this run begins.
+    from: u64,
     /// The child ends when this is closed, however this process ends.
     input: Option<ChildStdin>,
 }
@@ -60,7 +64,12 @@ impl Children {
         let tried = format!("start {}", program.name);
         let failed = |error: std::io::Error| Error::failed(&tried, error);
         let log = self.logs.join(format!("{}.log", program.name));
-        let output = fs::File::create(&log).map_err(failed)?;
+        // Another one of this name may be running and write here too: its log stays.
+        if fs::metadata(&log).is_ok_and(|found| found.len() > MAX_LOG) {
+            fs::rename(&log, log.with_extension("log.old")).map_err(failed)?;
+        }
+        let output = fs::File::options().create(true).append(true).open(&log).map_err(failed)?;
+        let from = output.metadata().map_err(failed)?.len();
         let errors = output.try_clone().map_err(failed)?;
         let this = std::env::current_exe().map_err(failed)?;
         let mut child = Command::new(this)
@@ -75,7 +84,7 @@ impl Children {
             .spawn()
             .map_err(failed)?;
         let input = child.stdin.take();
-        self.running.push(Running { name: program.name, child, log, input });
+        self.running.push(Running { name: program.name, child, log, from, input });
         Ok(())
     }
 
@@ -99,7 +108,8 @@ impl Children {
             return String::new();
         };
         let text = fs::read(&running.log).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
+        let own = usize::try_from(running.from).ok().and_then(|from| text.get(from..)).unwrap_or(&text);
+        let text = String::from_utf8_lossy(own);
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(TAIL_LINES)..].iter().map(|line| format!("    {line}\n")).collect()
     }
@@ -121,5 +131,27 @@ impl Children {
             // It was asked and has not gone.
             let _ = running.child.kill().await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_log_of_whoever_runs_already_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("hub.log");
+        fs::write(&log, "of the one that runs\n").unwrap();
+        let mut children = Children::new(folder.path().to_owned());
+        // This program is the test itself, which does not know the flag and ends.
+        children.start(Program::new("hub", ["--no-such-flag"])).unwrap();
+        let mut child = children.running.pop().unwrap();
+        child.child.wait().await.unwrap();
+        let text = fs::read_to_string(&log).unwrap();
+        assert!(text.starts_with("of the one that runs\n") && text.len() > 30, "{text}");
+        children.running.push(child);
+        let tail = children.tail("hub");
+        assert!(!tail.is_empty() && !tail.contains("of the one that runs"), "{tail}");
     }
 }
