@@ -114,8 +114,15 @@ impl Kept {
         ObjectKey { kind, namespace: Arc::clone(&self.key.0), name: Arc::clone(&self.key.1) }
     }
 
+    /// Where the federated object of a native one lies.
+    pub(crate) fn home(&self, kind: usize, of: &FederatedType) -> ObjectKey {
+        let (namespace, name) = (Arc::clone(&self.key.0), Arc::clone(&self.key.1));
+        let namespace = if of.is_namespace() { Arc::clone(&name) } else { namespace };
+        ObjectKey { kind, namespace, name }
+    }
+
     /// The object again.
-    fn parsed(&self) -> Option<DynamicObject> {
+    pub(crate) fn parsed(&self) -> Option<DynamicObject> {
         serde_json::from_str(&self.text).ok()
     }
 }
@@ -133,9 +140,12 @@ impl HubState {
 
     /// Whether everything that concerns objects of a type has been listed.
     pub(crate) fn is_complete(&self, kind: usize) -> bool {
-        self.unlisted.is_empty()
-            && !self.unlisted_kinds.contains(&kind)
-            && !self.retired_kinds.contains(&kind)
+        self.unlisted.is_empty() && self.is_listed(kind)
+    }
+
+    /// Whether the objects of a type have been listed.
+    pub(crate) fn is_listed(&self, kind: usize) -> bool {
+        !self.unlisted_kinds.contains(&kind) && !self.retired_kinds.contains(&kind)
     }
 
     /// Whether the type configurations have been gone through, so that every type that is followed is known.
@@ -429,6 +439,17 @@ impl HubState {
             // It cannot be read: nothing is taken away for that.
             Err(_) => NamespacePlacement::Unrestricted,
         }
+    }
+
+    /// Whether a federated object may be made of a native one.
+    pub(crate) fn may_be_companion(&self, key: &ObjectKey) -> bool {
+        self.objects.get(key).is_some_and(|object| object.text.contains(names::POLICY_LABEL))
+    }
+
+    /// Objects of some types that may be made of native ones.
+    pub(crate) fn companions(&self, wanted: impl Fn(usize) -> bool) -> Vec<ObjectKey> {
+        let all = self.objects.keys().filter(|key| wanted(key.kind) && self.may_be_companion(key));
+        all.cloned().collect()
     }
 
     /// Objects in a namespace, and those of some kinds wherever they are.

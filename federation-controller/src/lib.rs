@@ -31,6 +31,7 @@ mod loss;
 mod member;
 mod metrics;
 mod pace;
+mod policies;
 mod queue;
 mod reconcile;
 mod tenants;
@@ -65,6 +66,7 @@ pub use self::lease::LeaseOptions;
 use self::member::{Member, chain};
 use self::metrics::{Metrics, Outcome, PassLabels};
 use self::pace::retry_delay;
+use self::policies::Policies;
 use self::queue::WorkQueue;
 use self::reconcile::{ReconcileError, Unsettled, reconcile};
 use self::types::Types;
@@ -144,6 +146,7 @@ pub(crate) struct Shared {
     state: RwLock<HubState>,
     members: RwLock<BTreeMap<String, Arc<Member>>>,
     types: Types,
+    policies: Policies,
     /// The set of type configurations has changed.
     types_changed: Notify,
     /// There are new tombstones, or a member is back.
@@ -203,7 +206,8 @@ impl Default for Options {
 
 impl Controller {
     /// Makes a controller that is not running yet. `hub` needs every right on the federation's groups, the right to create
-    /// Events and to read namespaces, and, for what of it is used, Leases, Secrets of clusters and RBAC of tenants; `connector` reaches members by cluster name.
+    /// Events and to read namespaces, and, for what of it is used, Leases, Secrets of clusters, RBAC of tenants and to read
+    /// what policies federate; `connector` reaches members by cluster name.
     pub fn new(hub: kube::Client, connector: Connector, options: Options) -> Self {
         Self { hub, connector, options, metrics: Metrics::default(), acting: Arc::default() }
     }
@@ -258,6 +262,7 @@ impl Controller {
             state: RwLock::new(HubState::new()),
             members: RwLock::default(),
             types: Types::new(),
+            policies: Policies::new(),
             types_changed: Notify::new(),
             tombstones_due: Notify::new(),
             tenants_due: Notify::new(),
@@ -286,6 +291,7 @@ impl Controller {
         tasks.spawn(credentials::run(Arc::clone(&shared)).instrument(info_span!("credentials")));
         tasks.spawn(failover::run(Arc::clone(&shared)).instrument(info_span!("failover")));
         tasks.spawn(loss::run(Arc::clone(&shared)).instrument(info_span!("loss")));
+        tasks.spawn(policies::run(Arc::clone(&shared)).instrument(info_span!("policies")));
         tasks.spawn(resync(Arc::clone(&shared)).instrument(info_span!("resync")));
         for _ in 0..shared.options.workers.max(1) {
             tasks.spawn(work(Arc::clone(&shared)).instrument(info_span!("reconcile")));

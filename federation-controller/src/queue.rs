@@ -90,6 +90,12 @@ impl<K: Eq + Hash + Clone + Ord> WorkQueue<K> {
         self.inner.wake.notify_one();
     }
 
+    /// Whether nothing is being worked on, and nothing waits but for its moment.
+    pub(crate) fn is_idle(&self) -> bool {
+        let state = self.inner.state.lock();
+        state.ready.is_empty() && state.active.is_empty()
+    }
+
     /// The next key, when there is one. Cancel-safe.
     pub(crate) async fn next(&self) -> Lease<K> {
         loop {
@@ -185,6 +191,7 @@ mod tests {
         let second = take(&queue).expect("a key");
         assert_eq!(*second.key(), 2);
         assert!(take(&queue).is_none(), "1 is being worked on");
+        assert!(!queue.is_idle());
         drop(first);
         assert_eq!(*take(&queue).expect("again").key(), 1);
     }

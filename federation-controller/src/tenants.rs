@@ -87,6 +87,7 @@ fn wanted(tenants: &[Tenant], visibility: bool) -> Vec<Wanted> {
     for (name, verbs) in [("cellway:tenant-admin", &ALL[..]), ("cellway:tenant-viewer", &READ[..])] {
         let rules = json!([
             {"apiGroups": THEIRS, "resources": ["*"], "verbs": verbs},
+            {"apiGroups": ["policy.cellway.io"], "resources": ["propagationpolicies"], "verbs": verbs},
             {"apiGroups": ["", "events.k8s.io"], "resources": ["events"], "verbs": READ},
         ]);
         all.push(Wanted::cluster("ClusterRole", name, "", json!({"rules": rules})));

@@ -95,6 +95,13 @@ impl Types {
         Some((found, Arc::clone(&slots[found].of)))
     }
 
+    /// The types that are enabled, by slot.
+    pub(crate) fn live(&self) -> Vec<(usize, Arc<FederatedType>)> {
+        let slots = self.slots.read();
+        let live = slots.iter().enumerate().filter(|(_, slot)| *slot.stage.borrow() != Stage::Retired);
+        live.map(|(kind, slot)| (kind, Arc::clone(&slot.of))).collect()
+    }
+
     /// The slot of the type that federates namespaces.
     pub(crate) fn namespaces(&self) -> Option<usize> {
         let slots = self.slots.read();
@@ -234,6 +241,7 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
         shared.state.write().set_followed(all);
         shared.enqueue_stand_ins();
         shared.failover_due.notify_one();
+        shared.policies.types_changed();
         while tasks.try_join_next().is_some() {}
         if again {
             let at = Arc::clone(&shared);
@@ -263,13 +271,18 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>)
         if !touched.is_empty() {
             at.types.mark_used(kind);
         }
-        touched.into_iter().for_each(|key| at.queue.add(key));
+        for key in touched {
+            let is_companion = at.state.read().may_be_companion(&key);
+            at.policies.touched(&key, is_companion);
+            at.queue.add(key);
+        }
         if listed && of.is_namespace() {
             at.enqueue_all();
         } else if listed {
             at.enqueue_kind(kind);
         }
         if listed {
+            at.policies.listed(kind);
             at.enqueue_stand_ins();
             at.failover_due.notify_one();
         }

@@ -7,7 +7,8 @@
 //!
 //! Reading order: [`api`] (what people write), [`topology`] (units), [`metadata`] (which annotations and labels are
 //! whose), [`revision`] (snapshots), [`render`] (a unit's member object), [`drift`] (is the member's object what it
-//! should be), [`plan`] (all of it together), [`status`].
+//! should be), [`plan`] (all of it together), [`status`], [`policy`] (native
+//! objects of the hub).
 
 pub mod api;
 pub mod capacity;
@@ -21,6 +22,7 @@ pub mod metadata;
 pub mod names;
 pub mod overrides;
 pub mod plan;
+pub mod policy;
 pub mod render;
 pub mod revision;
 pub mod schedule;
@@ -40,6 +42,7 @@ pub fn crds(conversion: &api::Conversion) -> Vec<CustomResourceDefinition> {
         api::FederatedTypeConfig::crd(),
         api::Cell::crd(),
         api::PropagationConfig::crd(),
+        api::PropagationPolicy::crd(),
         api::FederatedRevision::crd(),
         api::ReplicaSchedulingPreference::crd(),
         api::Tenant::crd(),
@@ -90,6 +93,7 @@ mod tests {
                 "federatedtypeconfigs.core.kubefed.io",
                 "cells.topology.cellway.io",
                 "propagationconfigs.policy.cellway.io",
+                "propagationpolicies.policy.cellway.io",
                 "federatedrevisions.types.kubefed.io",
                 "replicaschedulingpreferences.scheduling.kubefed.io",
                 "tenants.policy.cellway.io",
@@ -119,7 +123,7 @@ mod tests {
                 assert!(!text.contains("\"anyOf\""), "{}: {text}", crd.spec.names.kind);
             }
         }
-        let deployment = serde_json::to_value(&crds[8]).expect("serialises");
+        let deployment = serde_json::to_value(&crds[9]).expect("serialises");
         assert_eq!(deployment["spec"]["scope"], "Namespaced");
         assert_eq!(
             deployment["spec"]["versions"][1]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]

@@ -24,6 +24,11 @@ pub const ADOPT_ANNOTATION: &str = "cellway.io/adopt";
 /// Annotation on a federated object: what becomes of its deletion in a member that cannot be reached. `Wait` (the default)
 /// keeps the object at the hub until the member is back; `Tombstone` lets it go, and the member's part is done later.
 pub const UNREACHABLE_ANNOTATION: &str = "cellway.io/unreachable";
+/// Annotation on a native object of the hub: the name of the `PropagationPolicy` that it goes by, instead of any that would
+/// select it. On the companion, the federated object that is made of the two: the policy's namespace and name.
+pub const POLICY_ANNOTATION: &str = "cellway.io/policy";
+/// Label on a federated object that is the companion of a native one: the policy's name.
+pub const POLICY_LABEL: &str = "cellway.io/policy";
 /// Label on a cluster or a cell: the tenant that it belongs to. Set by the platform.
 pub const TENANT_LABEL: &str = "cellway.io/tenant";
 /// Annotation on a cell: its tenant label is its cluster's, and follows that.

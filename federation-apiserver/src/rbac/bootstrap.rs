@@ -309,7 +309,10 @@ fn hub() -> Vec<Value> {
         cluster_role(
             "system:cellway:aggregate-to-edit",
             &["aggregate-to-edit"],
-            json!([rule(WRITE, &theirs, &["*"])]),
+            json!([
+                rule(WRITE, &theirs, &["*"]),
+                rule(WRITE, &["policy.cellway.io"], &["propagationpolicies"])
+            ]),
         ),
         // The federation controller, and the hub's directory of members.
         cluster_role(
@@ -318,6 +321,9 @@ fn hub() -> Vec<Value> {
             json!([
                 rule(READ_WRITE, OUR_GROUPS, &["*"]),
                 rule(READ, &[""], &["namespaces", "configmaps"]),
+                // What propagation policies may federate. Secrets are not among it: whoever wants that says so.
+                rule(READ, &[""], &["serviceaccounts", "services"]),
+                rule(READ, &["apps"], &["daemonsets", "deployments", "statefulsets"]),
                 // Enabling a type makes the definition of its federated kind.
                 rule(
                     &["create", "get", "list", "patch", "update", "watch"],
@@ -480,6 +486,35 @@ fn merge(object: &mut Value, wanted: &Value) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The same rights for a hub API that is a stock kube-apiserver, in the documentation. `UPDATE_GOLDEN=1` writes them.
+    #[test]
+    fn the_documentation_holds_the_hubs_rights() {
+        let namespaces = ["kube-federation-system", "cellway-system"]
+            .map(|name| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}));
+        let mut text =
+            "# The namespaces and rights that cellway needs on a stock kube-apiserver as hub API.\n"
+                .to_owned();
+        for mut object in namespaces.into_iter().chain(hub()) {
+            if let Some(meta) = object["metadata"].as_object_mut() {
+                meta.remove("annotations");
+                if let Some(labels) = meta.get_mut("labels").and_then(Value::as_object_mut) {
+                    labels.remove("kubernetes.io/bootstrapping");
+                }
+                if meta.get("labels").is_some_and(|labels| *labels == json!({})) {
+                    meta.remove("labels");
+                }
+            }
+            let document = serde_yaml_ng::to_string(&object).expect("serialises");
+            text.push_str(&format!("---\n{document}"));
+        }
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/stock-hub.yaml");
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            std::fs::write(path, &text).expect("written");
+        }
+        let written = std::fs::read_to_string(path).expect("docs/stock-hub.yaml");
+        assert!(written == text, "docs/stock-hub.yaml is stale: UPDATE_GOLDEN=1 writes it");
+    }
 
     #[test]
     fn what_is_taken_away_comes_back_and_what_is_added_stays() {

@@ -240,7 +240,7 @@ const ROWS: &[Row] = &[
         namespaced: true,
         short: &["deploy"],
         categories: &["all"],
-        has: &["status", "scale", "generation", "member"],
+        has: &["status", "scale", "generation"],
     },
     Row {
         group: "apps",
@@ -262,7 +262,7 @@ const ROWS: &[Row] = &[
         namespaced: true,
         short: &["sts"],
         categories: &["all"],
-        has: &["status", "scale", "generation", "member"],
+        has: &["status", "scale", "generation"],
     },
     Row {
         group: "apps",
@@ -273,7 +273,7 @@ const ROWS: &[Row] = &[
         namespaced: true,
         short: &["ds"],
         categories: &["all"],
-        has: &["status", "generation", "member"],
+        has: &["status", "generation"],
     },
 ];
 

@@ -7,6 +7,7 @@ mod failover;
 mod fake;
 mod leaders;
 mod loss;
+mod policies;
 mod replicas;
 mod tenants;
 mod world;

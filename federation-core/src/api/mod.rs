@@ -5,6 +5,7 @@ mod cluster;
 mod failover;
 mod federated;
 mod loss;
+mod policy;
 mod propagation;
 mod revision;
 mod scheduling;
@@ -24,6 +25,9 @@ pub use self::federated::{
     TopologyType, UnitReference, UnitStatus, federated_crd,
 };
 pub use self::loss::{LossPhase, LossPolicy, LossProbe, LossStatus, Verdict, Vote};
+pub use self::policy::{
+    PolicyOverride, PropagationPolicy, PropagationPolicySpec, PropagationPolicyStatus, ResourceSelector,
+};
 pub use self::propagation::{KeyClass, KeyRule, PropagationConfig, PropagationConfigSpec};
 pub use self::revision::{FederatedRevision, FederatedRevisionSpec, Snapshot};
 pub use self::scheduling::{

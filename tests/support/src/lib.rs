@@ -1,5 +1,5 @@
 //! What tests share: waiting on a predicate, child programs that never outlive their test, network namespaces, a relay
-//! that impairs what passes through it, and finding the tools that a test drives.
+//! that impairs what passes through it, stock servers, and finding the tools that a test drives.
 //!
 //! Nothing here knows cellway's protocols, so that every crate's tests can use it.
 
@@ -7,6 +7,7 @@ pub mod databases;
 pub mod netns;
 pub mod process;
 pub mod relay;
+pub mod stock;
 pub mod stream;
 pub mod tools;
 mod wait;

@@ -1,0 +1,566 @@
+//! Federates native objects of the hub by `PropagationPolicy`: keeps the companion of each, a federated object that the
+//! rest of the controller treats as any other.
+//!
+//! ```text
+//!   PropagationPolicy ─┐
+//!   native object ─────┼─► which policy? (federation-core) ─► companion: applied, or deleted ─► hub API
+//!   companion ─────────┘                                                                         │
+//!                                                       as every federated object ◄── its watch ─┘
+//! ```
+//!
+//! A kind's native objects are watched while a policy speaks of the kind. A companion is left alone until the policies, the
+//! native objects and the companions of its kind have been listed; while no policy speaks of a kind it has no native
+//! objects that count, and its companions go.
+//!
+//! No owner reference ties a companion to its object: an object that is replaced under its name must not take what runs in
+//! members along, and on its way out a companion first learns what the object said last (`kubefed.io/orphan`).
+
+mod report;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use federation_core::api::PropagationPolicy;
+use federation_core::names::POLICY_LABEL;
+use federation_core::policy::{choose, companion, full_name, handed_on, is_right, speaks_of};
+use federation_core::types::FederatedType;
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
+use kube::runtime::watcher;
+use kube::{Api, ResourceExt as _};
+use parking_lot::Mutex;
+use serde_json::{Map, Value, json};
+use tokio::sync::Notify;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::timeout;
+use tracing::{Instrument as _, debug, error, info, info_span, warn};
+
+use self::report::report;
+use crate::Shared;
+use crate::hub::{Change, Kept, ObjectKey, WatchTrouble, admit_all, follow, follow_as};
+use crate::member::chain;
+use crate::pace::retry_delay;
+use crate::queue::WorkQueue;
+
+/// The field manager of companions: not the one of statuses and finalizers, whose fields it must not take.
+const MANAGER: &str = "cellway-policy";
+/// Companions written at once.
+const WORKERS: usize = 4;
+
+/// What is known of policies and native objects.
+#[derive(Debug)]
+pub(crate) struct Policies {
+    state: Mutex<State>,
+    queue: WorkQueue<ObjectKey>,
+    /// The set of policies, or of federated types, has changed.
+    changed: Notify,
+    /// Statuses may be due.
+    counted: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// By `namespace/name`, once listed.
+    policies: Option<BTreeMap<String, Arc<PropagationPolicy>>>,
+    /// By slot, while a policy speaks of the kind.
+    natives: HashMap<usize, Natives>,
+    outcomes: HashMap<ObjectKey, Outcome>,
+    /// What objects that are gone said last about their companion's end.
+    farewells: HashMap<ObjectKey, Map<String, Value>>,
+    failures: HashMap<ObjectKey, u32>,
+}
+
+/// The native objects of one kind.
+#[derive(Debug, Default)]
+struct Natives {
+    /// Once listed.
+    objects: Option<HashMap<ObjectKey, Kept>>,
+    /// Why they cannot be listed.
+    trouble: Option<Trouble>,
+}
+
+/// Why native objects of a kind are not known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    NotServed,
+    Forbidden,
+}
+
+/// What became of one native object. Policies are told by `namespace/name`.
+#[derive(Debug, Clone, PartialEq)]
+struct Outcome {
+    policy: String,
+    /// As a person finds it: `ConfigMap shop/settings`.
+    object: String,
+    /// Why it is not federated.
+    trouble: Option<String>,
+    overruled: Vec<String>,
+}
+
+/// What is to become of one object's companion.
+enum Wanted {
+    /// It is not known yet; what brings the answer looks again.
+    Unknown,
+    /// There is to be none; on its way out it gets these annotations.
+    None(Map<String, Value>),
+    Companion(Box<Made>),
+}
+
+struct Made {
+    companion: Value,
+    outcome: Outcome,
+    about: ObjectReference,
+}
+
+// === impl Policies ===
+
+impl Policies {
+    pub(crate) fn new() -> Self {
+        Self {
+            state: Mutex::default(),
+            queue: WorkQueue::new(),
+            changed: Notify::new(),
+            counted: Notify::new(),
+        }
+    }
+
+    /// A federated object has changed: it may be a companion, or stand in one's way.
+    pub(crate) fn touched(&self, key: &ObjectKey, is_companion: bool) {
+        let state = self.state.lock();
+        let native = || {
+            let objects = state.natives.get(&key.kind).and_then(|natives| natives.objects.as_ref());
+            objects.is_some_and(|objects| objects.contains_key(key))
+        };
+        if is_companion || native() {
+            self.queue.add(key.clone());
+        }
+    }
+
+    /// The federated objects of a kind have been listed.
+    pub(crate) fn listed(&self, kind: usize) {
+        let state = self.state.lock();
+        let objects = state.natives.get(&kind).and_then(|natives| natives.objects.as_ref());
+        objects.into_iter().flat_map(HashMap::keys).for_each(|key| self.queue.add(key.clone()));
+    }
+
+    /// The set of federated types has changed.
+    pub(crate) fn types_changed(&self) {
+        self.changed.notify_one();
+    }
+
+    fn change_policies(&self, change: Change<PropagationPolicy>) {
+        let mut state = self.state.lock();
+        // A status of ours is no change.
+        let asks = |all: &BTreeMap<String, Arc<PropagationPolicy>>| -> Vec<_> {
+            let ask = |policy: &PropagationPolicy| {
+                let meta = &policy.metadata;
+                (meta.uid.clone(), meta.deletion_timestamp.is_some(), policy.spec.clone())
+            };
+            all.iter().map(|(key, policy)| (key.clone(), ask(policy))).collect()
+        };
+        let before = state.policies.as_ref().map(asks);
+        let policies = state.policies.get_or_insert_default();
+        match change {
+            Change::Replace(all) => {
+                *policies = all.into_iter().map(|policy| (full_name(&policy), Arc::new(policy))).collect();
+            }
+            Change::Apply(policy) => {
+                policies.insert(full_name(&policy), Arc::new(policy));
+            }
+            Change::Delete(policy) => {
+                policies.remove(&full_name(&policy));
+            }
+        }
+        if before != Some(asks(policies)) {
+            self.changed.notify_one();
+        }
+    }
+
+    fn change_natives(&self, kind: usize, of: &FederatedType, change: Change<Kept>) {
+        let mut state = self.state.lock();
+        let State { natives, farewells, .. } = &mut *state;
+        // Its watch may outlive its being wanted by a moment.
+        let Some(natives) = natives.get_mut(&kind) else { return };
+        if natives.trouble.take().is_some() {
+            self.counted.notify_one();
+        }
+        let mut gone = |key: &ObjectKey, native: &Kept| {
+            let said = native.parsed().map(|native| annotations_of(&native)).unwrap_or_default();
+            if !said.is_empty() {
+                farewells.insert(key.clone(), said);
+            }
+        };
+        let touched: BTreeSet<ObjectKey> = match change {
+            Change::Replace(all) => {
+                let before = natives.objects.take().unwrap_or_default();
+                let now: HashMap<_, _> =
+                    all.into_iter().map(|native| (native.home(kind, of), native)).collect();
+                before
+                    .iter()
+                    .filter(|(key, _)| !now.contains_key(*key))
+                    .for_each(|(key, last)| gone(key, last));
+                let touched = before.into_keys().chain(now.keys().cloned()).collect();
+                natives.objects = Some(now);
+                self.counted.notify_one();
+                touched
+            }
+            Change::Apply(native) => {
+                let key = native.home(kind, of);
+                farewells.remove(&key);
+                natives.objects.get_or_insert_default().insert(key.clone(), native);
+                [key].into()
+            }
+            Change::Delete(native) => {
+                let key = native.home(kind, of);
+                gone(&key, &native);
+                natives.objects.get_or_insert_default().remove(&key);
+                [key].into()
+            }
+        };
+        drop(state);
+        touched.into_iter().for_each(|key| self.queue.add(key));
+    }
+
+    fn cannot_list(&self, kind: usize, trouble: Trouble) {
+        if let Some(natives) = self.state.lock().natives.get_mut(&kind)
+            && natives.trouble != Some(trouble)
+        {
+            natives.trouble = Some(trouble);
+            self.counted.notify_one();
+        }
+    }
+
+    /// Says what the companion of an object is to be.
+    fn wanted(&self, key: &ObjectKey, of: &FederatedType) -> Wanted {
+        let state = self.state.lock();
+        let Some(policies) = &state.policies else { return Wanted::Unknown };
+        let native = match state.natives.get(&key.kind) {
+            // A policy that speaks of the kind may have come a moment ago.
+            None if is_spoken_of(policies, of) => return Wanted::Unknown,
+            None => None,
+            Some(Natives { objects: None, .. }) => return Wanted::Unknown,
+            Some(Natives { objects: Some(objects), .. }) => objects.get(key).and_then(Kept::parsed),
+        };
+        let Some(native) = native else {
+            return Wanted::None(state.farewells.get(key).cloned().unwrap_or_default());
+        };
+        let Some(chosen) = choose(of, &native.metadata, policies.values().map(AsRef::as_ref)) else {
+            return Wanted::None(annotations_of(&native));
+        };
+        let place = match native.namespace() {
+            Some(namespace) => format!("{namespace}/{}", native.name_any()),
+            None => native.name_any(),
+        };
+        let outcome = Outcome {
+            policy: full_name(chosen.policy),
+            object: format!("{} {place}", of.target.kind),
+            trouble: None,
+            overruled: chosen.overruled.into_iter().map(full_name).collect(),
+        };
+        let about = ObjectReference {
+            api_version: Some(of.target.api_version()),
+            kind: Some(of.target.kind.clone()),
+            namespace: native.namespace(),
+            name: Some(native.name_any()),
+            uid: native.uid(),
+            ..ObjectReference::default()
+        };
+        // Made of maps with texts as keys, an object always serialises.
+        let object = serde_json::to_value(&native).unwrap_or_default();
+        Wanted::Companion(Box::new(Made { companion: companion(of, &object, chosen.policy), outcome, about }))
+    }
+
+    /// Remembers what became of an object; returns whether that is news.
+    fn note(&self, key: &ObjectKey, outcome: Option<&Outcome>) -> bool {
+        let mut state = self.state.lock();
+        let before = match outcome {
+            Some(outcome) => state.outcomes.insert(key.clone(), outcome.clone()),
+            None => state.outcomes.remove(key),
+        };
+        let news = before.as_ref() != outcome;
+        if news {
+            self.counted.notify_one();
+        }
+        news
+    }
+}
+
+fn annotations_of(native: &DynamicObject) -> Map<String, Value> {
+    handed_on(&json!({"annotations": native.annotations()}))
+}
+
+fn is_spoken_of(policies: &BTreeMap<String, Arc<PropagationPolicy>>, of: &FederatedType) -> bool {
+    policies.values().flat_map(|policy| &policy.spec.resources).any(|one| speaks_of(one, of))
+}
+
+/// Follows policies and native objects for ever.
+pub(crate) async fn run(shared: Arc<Shared>) {
+    let mut tasks = JoinSet::new();
+    let at = Arc::clone(&shared);
+    let policies: Api<PropagationPolicy> = Api::all(shared.hub.clone());
+    tasks.spawn(
+        follow(
+            policies,
+            watcher::Config::default(),
+            admit_all,
+            move |change| {
+                at.policies.change_policies(change);
+                true
+            },
+            crate::hub_trouble("propagation policies"),
+        )
+        .instrument(info_span!("watch", kind = "PropagationPolicy")),
+    );
+    for _ in 0..WORKERS {
+        tasks.spawn(work(Arc::clone(&shared)).instrument(info_span!("companions")));
+    }
+    tasks.spawn(report(Arc::clone(&shared)).instrument(info_span!("policies")));
+    let mut watches: HashMap<usize, AbortHandle> = HashMap::new();
+    loop {
+        shared.policies.changed.notified().await;
+        let live = shared.types.live();
+        let wanted: BTreeMap<usize, Arc<FederatedType>> = {
+            let mut state = shared.policies.state.lock();
+            let State { policies: Some(policies), natives, outcomes, farewells, failures } = &mut *state
+            else {
+                continue;
+            };
+            let wanted: BTreeMap<_, _> =
+                live.into_iter().filter(|(_, of)| is_spoken_of(policies, of)).collect();
+            let unwanted = natives.extract_if(|kind, _| !wanted.contains_key(kind));
+            for (key, last) in unwanted.flat_map(|(_, natives)| natives.objects.into_iter().flatten()) {
+                // That it is gone may be unheard of.
+                let said = last.parsed().map(|native| annotations_of(&native)).unwrap_or_default();
+                if !said.is_empty() {
+                    farewells.insert(key, said);
+                }
+            }
+            outcomes.retain(|key, _| wanted.contains_key(&key.kind));
+            failures.retain(|key, _| wanted.contains_key(&key.kind));
+            for kind in wanted.keys() {
+                natives.entry(*kind).or_default();
+            }
+            wanted
+        };
+        watches.retain(|kind, watch| {
+            let stays = wanted.contains_key(kind);
+            if !stays {
+                watch.abort();
+            }
+            stays
+        });
+        for (kind, of) in wanted {
+            watches.entry(kind).or_insert_with(|| tasks.spawn(watch(Arc::clone(&shared), kind, of)));
+        }
+        // Whatever a policy has to do with is looked at again.
+        let natives: Vec<_> = {
+            let state = shared.policies.state.lock();
+            let known = state.natives.values().filter_map(|natives| natives.objects.as_ref());
+            known.flat_map(HashMap::keys).chain(state.farewells.keys()).cloned().collect()
+        };
+        let companions = shared.state.read().companions(|_| true);
+        natives.into_iter().chain(companions).for_each(|key| shared.policies.queue.add(key));
+        shared.policies.counted.notify_one();
+        while let Some(ended) = tasks.try_join_next() {
+            if let Err(failure) = ended
+                && failure.is_panic()
+            {
+                error!(error = %failure, "a task of the policies failed");
+            }
+        }
+    }
+}
+
+async fn watch(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>) {
+    info!(kind = of.target.kind, "native objects of the kind are federated by policy");
+    let api: Api<DynamicObject> = Api::all_with(shared.hub.clone(), &of.target.resource());
+    let span = info_span!("watch", kind = of.target.kind);
+    let (at, own) = (Arc::clone(&shared), Arc::clone(&of));
+    let change = move |change| {
+        let listed = matches!(change, Change::Replace(_));
+        at.policies.change_natives(kind, &own, change);
+        if listed {
+            // Those of objects that went while nobody looked.
+            let companions = at.state.read().companions(|of| of == kind);
+            companions.into_iter().for_each(|key| at.policies.queue.add(key));
+        }
+        true
+    };
+    let mut say = crate::hub_trouble("native objects");
+    let trouble = move |failed: WatchTrouble| {
+        match refusal(&failed.error) {
+            Some(404) => shared.policies.cannot_list(kind, Trouble::NotServed),
+            Some(403) => shared.policies.cannot_list(kind, Trouble::Forbidden),
+            _ => return say(failed),
+        }
+        // The policies' conditions tell of it.
+        true
+    };
+    follow_as(api, watcher::Config::default(), Kept::new, admit_all, change, trouble).instrument(span).await;
+}
+
+/// The HTTP status with which the API refused, if it did.
+fn refusal(error: &watcher::Error) -> Option<u16> {
+    match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => Some(status.code),
+        watcher::Error::WatchError(status) => Some(status.code),
+        _ => None,
+    }
+}
+
+async fn work(shared: Arc<Shared>) {
+    loop {
+        let lease = shared.policies.queue.next().await;
+        let key = lease.key();
+        let limit = shared.options.request_timeout;
+        let failure = match timeout(limit, keep(&shared, key)).await {
+            Ok(Ok(())) => {
+                shared.policies.state.lock().failures.remove(key);
+                continue;
+            }
+            Ok(Err(error)) => chain(&error),
+            Err(_) => format!("the hub did not answer within {limit:?}"),
+        };
+        let times = {
+            let mut state = shared.policies.state.lock();
+            let times = state.failures.entry(key.clone()).or_default();
+            *times = times.saturating_add(1);
+            *times
+        };
+        warn!(namespace = %key.namespace, name = %key.name, error = failure, "cannot keep a companion");
+        shared.policies.queue.add_after(key.clone(), retry_delay(times, rand::random()));
+    }
+}
+
+/// Brings one object's companion to what it is to be.
+async fn keep(shared: &Shared, key: &ObjectKey) -> Result<(), kube::Error> {
+    let Some(of) = shared.types.get(key.kind) else { return Ok(()) };
+    let found = {
+        let state = shared.state.read();
+        if !state.is_listed(key.kind) {
+            // Everything is looked at once they are listed.
+            return Ok(());
+        }
+        state.object(key)
+    };
+    let api: Api<DynamicObject> = if of.namespaced() {
+        Api::namespaced_with(shared.hub.clone(), &key.namespace, &of.hub_resource())
+    } else {
+        Api::all_with(shared.hub.clone(), &of.hub_resource())
+    };
+    let made = match shared.policies.wanted(key, &of) {
+        Wanted::Unknown => return Ok(()),
+        Wanted::None(said) => {
+            shared.policies.note(key, None);
+            let done = match found {
+                Some(found) if is_companion(&found) && found.metadata.deletion_timestamp.is_none() => {
+                    match last_words(shared, key, &of, said).await {
+                        Ok(said) => dismiss(&api, key, &found, said).await,
+                        Err(error) => Err(error),
+                    }
+                }
+                _ => Ok(()),
+            };
+            if done.is_ok() {
+                shared.policies.state.lock().farewells.remove(key);
+            }
+            return done;
+        }
+        Wanted::Companion(made) => made,
+    };
+    let Made { companion, mut outcome, about } = *made;
+    let mut done = Ok(());
+    match found {
+        Some(found) if !is_companion(&found) => {
+            let name = &outcome.object;
+            outcome.trouble = Some(format!("{name}: a {} of its name is somebody's own", of.kind));
+        }
+        // The next one is made when this one is gone.
+        Some(found) if found.metadata.deletion_timestamp.is_some() => {}
+        Some(found) if serde_json::to_value(&found).is_ok_and(|found| is_right(&found, &companion)) => {}
+        _ => {
+            let params = PatchParams::apply(MANAGER).force();
+            match api.patch(&key.name, &params, &Patch::Apply(&companion)).await {
+                Ok(_) => debug!(name = %key.name, "the companion is as it should be"),
+                Err(failed) => {
+                    let said = match &failed {
+                        kube::Error::Api(status) => status.message.clone(),
+                        _ => chain(&failed),
+                    };
+                    outcome.trouble = Some(format!("{}: {said}", outcome.object));
+                    // Of what is invalid nothing but a change makes anything else, and that brings it here again.
+                    if !matches!(&failed, kube::Error::Api(status) if matches!(status.code, 400 | 422)) {
+                        done = Err(failed);
+                    }
+                }
+            }
+        }
+    }
+    if shared.policies.note(key, Some(&outcome))
+        && let Some(trouble) = outcome.trouble
+    {
+        shared.events.warning(&about, "NotFederated", trouble);
+    }
+    done
+}
+
+/// Whether a federated object was made of a native one.
+fn is_companion(object: &DynamicObject) -> bool {
+    object.labels().contains_key(POLICY_LABEL)
+}
+
+/// What a companion's object says now about its end, if it is there, and else said last (`known`): the policies' watch may
+/// be ahead of the object's.
+async fn last_words(
+    shared: &Shared,
+    key: &ObjectKey,
+    of: &FederatedType,
+    known: Map<String, Value>,
+) -> Result<Map<String, Value>, kube::Error> {
+    let resource = of.target.resource();
+    let api: Api<DynamicObject> = if of.target.namespaced {
+        Api::namespaced_with(shared.hub.clone(), &key.namespace, &resource)
+    } else {
+        Api::all_with(shared.hub.clone(), &resource)
+    };
+    match api.get_opt(&key.name).await {
+        Ok(Some(native)) => Ok(annotations_of(&native)),
+        Ok(None) => Ok(known),
+        // The kind may not be read any more.
+        Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404) => Ok(known),
+        Err(error) => Err(error),
+    }
+}
+
+/// Deletes a companion, with what its object said last about that.
+async fn dismiss(
+    api: &Api<DynamicObject>,
+    key: &ObjectKey,
+    found: &DynamicObject,
+    said: Map<String, Value>,
+) -> Result<(), kube::Error> {
+    let gone = |error: kube::Error| match error {
+        // Another of its name, or none: the watch tells.
+        kube::Error::Api(status) if matches!(status.code, 404 | 409) => Ok(()),
+        error => Err(error),
+    };
+    let unheard =
+        said.iter().any(|(key, value)| found.annotations().get(key).map(String::as_str) != value.as_str());
+    if unheard {
+        let params = PatchParams { field_manager: Some(MANAGER.into()), ..PatchParams::default() };
+        let patch = json!({"metadata": {"uid": found.metadata.uid, "annotations": said}});
+        if let Err(error) = api.patch(&key.name, &params, &Patch::Merge(patch)).await {
+            return gone(error);
+        }
+    }
+    let meant = Preconditions { uid: found.metadata.uid.clone(), resource_version: None };
+    let params = DeleteParams { preconditions: Some(meant), ..DeleteParams::default() };
+    match api.delete(&key.name, &params).await {
+        Ok(_) => {
+            debug!(name = %key.name, "the companion goes");
+            Ok(())
+        }
+        Err(error) => gone(error),
+    }
+}

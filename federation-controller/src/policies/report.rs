@@ -1,0 +1,186 @@
+//! The statuses of policies: how many objects each federates, and what is wrong.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use federation_core::api::{Condition, PropagationPolicy, PropagationPolicyStatus};
+use federation_core::policy::{complaints, full_name, speaks_of};
+use federation_core::types::FederatedType;
+use kube::api::{Patch, PatchParams};
+use kube::{Api, ResourceExt as _};
+use serde_json::json;
+use tokio::time::timeout;
+use tracing::warn;
+
+use super::{MANAGER, Natives, Trouble};
+use crate::Shared;
+use crate::member::chain;
+
+/// Statuses of policies are gathered for so long.
+const GATHER: Duration = Duration::from_millis(500);
+/// A policy whose objects are still being gone through is told of after so many looks all the same.
+const LOOKS: u32 = 20;
+/// Objects that a policy's condition names.
+const NAMED: usize = 3;
+
+/// Writes the policies' statuses as they change.
+pub(super) async fn report(shared: Arc<Shared>) {
+    let mut looks = 0;
+    loop {
+        shared.policies.counted.notified().await;
+        tokio::time::sleep(GATHER).await;
+        looks = if shared.policies.queue.is_idle() { LOOKS } else { looks + 1 };
+        let (due, later) = statuses(&shared, looks >= LOOKS);
+        if looks >= LOOKS {
+            looks = 0;
+        }
+        if later {
+            shared.policies.counted.notify_one();
+        }
+        for (policy, status) in due {
+            let api: Api<PropagationPolicy> =
+                Api::namespaced(shared.hub.clone(), &policy.namespace().unwrap_or_default());
+            let params = PatchParams { field_manager: Some(MANAGER.into()), ..PatchParams::default() };
+            let patch = Patch::Merge(json!({ "status": status }));
+            let limit = shared.options.request_timeout;
+            match timeout(limit, api.patch_status(&policy.name_any(), &params, &patch)).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(kube::Error::Api(status))) if status.code == 404 => {}
+                Ok(Err(failed)) => {
+                    warn!(
+                        policy = full_name(&policy),
+                        error = chain(&failed),
+                        "cannot write a policy's status"
+                    );
+                    shared.policies.counted.notify_one();
+                }
+                Err(_) => shared.policies.counted.notify_one(),
+            }
+        }
+    }
+}
+
+/// The statuses that are to be written, and whether there are some to be looked at again soon: a policy that has changed is
+/// told of once its objects have been gone through (`all`: or not).
+fn statuses(shared: &Shared, all: bool) -> (Vec<(Arc<PropagationPolicy>, PropagationPolicyStatus)>, bool) {
+    let types = shared.types.live();
+    let state = shared.policies.state.lock();
+    let mut counts: HashMap<&str, Tally> = HashMap::new();
+    for outcome in state.outcomes.values() {
+        let count = counts.entry(&outcome.policy).or_default();
+        match &outcome.trouble {
+            None => count.objects += 1,
+            Some(trouble) => count.troubles.push(trouble.clone()),
+        }
+        for overruled in &outcome.overruled {
+            let line = format!("{} goes by {}", outcome.object, outcome.policy);
+            counts.entry(overruled).or_default().overruled.push(line);
+        }
+    }
+    let mut later = false;
+    let mut due = Vec::new();
+    for (name, policy) in state.policies.iter().flatten() {
+        let observed = policy.status.as_ref().and_then(|status| status.observed_generation);
+        if !all && observed != policy.metadata.generation {
+            later = true;
+            continue;
+        }
+        let mut tally = counts.remove(name.as_str()).unwrap_or_default();
+        for (kind, of) in &types {
+            let spoken_of = policy.spec.resources.iter().any(|selector| speaks_of(selector, of));
+            if let Some(natives) = state.natives.get(kind).filter(|_| spoken_of) {
+                tally.see(natives, of);
+            }
+        }
+        let of: Vec<&FederatedType> = types.iter().map(|(_, of)| of.as_ref()).collect();
+        tally.complaints = complaints(policy, &of);
+        let status = tally.status(policy);
+        if policy.status.as_ref() != Some(&status) {
+            due.push((Arc::clone(policy), status));
+        }
+    }
+    (due, later)
+}
+
+/// What is to be told of one policy.
+#[derive(Debug, Default)]
+struct Tally {
+    objects: i64,
+    complaints: Vec<String>,
+    unserved: Vec<String>,
+    forbidden: Vec<String>,
+    unlisted: Vec<String>,
+    troubles: Vec<String>,
+    overruled: Vec<String>,
+}
+
+// === impl Tally ===
+
+impl Tally {
+    /// Takes in how far the objects of a kind are known.
+    fn see(&mut self, natives: &Natives, of: &FederatedType) {
+        let what = format!("{} {}", of.target.api_version(), of.target.kind);
+        match (natives.trouble, &natives.objects) {
+            (Some(Trouble::NotServed), _) => {
+                self.unserved.push(format!("the hub API does not serve {what}: federate it by {}", of.kind));
+            }
+            (Some(Trouble::Forbidden), _) => self.forbidden.push(format!(
+                "the hub may not read {what}: give its group system:cellway:controllers get, list and watch of {}",
+                of.target.plural
+            )),
+            (None, None) => self.unlisted.push(format!("{what} is being listed")),
+            (None, Some(_)) => {}
+        }
+    }
+
+    fn status(self, policy: &PropagationPolicy) -> PropagationPolicyStatus {
+        let well = || ("True", "Federated", "every selected object has its companion".to_owned());
+        let wrong = [
+            ("False", "InvalidResources", self.complaints),
+            ("False", "KindNotServed", self.unserved),
+            ("False", "KindNotReadable", self.forbidden),
+            ("False", "ObjectsNotFederated", self.troubles),
+            ("Unknown", "Listing", self.unlisted),
+        ];
+        let ready = wrong.into_iter().find(|(_, _, lines)| !lines.is_empty());
+        let ready = ready.map_or_else(well, |(status, reason, lines)| (status, reason, named(lines)));
+        let overruled = if self.overruled.is_empty() {
+            ("False", "None", "no other policy goes before it".to_owned())
+        } else {
+            ("True", "OtherPolicies", named(self.overruled))
+        };
+        let generation = policy.metadata.generation;
+        let condition = |type_: &str, (status, reason, message): (&str, &str, String)| {
+            let before = policy.status.iter().flat_map(|status| &status.conditions);
+            let since = before
+                .filter(|old| old.type_ == type_ && old.status == status)
+                .find_map(|old| old.last_transition_time.clone());
+            Condition {
+                type_: type_.into(),
+                status: status.into(),
+                observed_generation: generation,
+                last_transition_time: Some(since.unwrap_or_else(crate::now)),
+                reason: reason.into(),
+                message,
+            }
+        };
+        PropagationPolicyStatus {
+            observed_generation: generation,
+            objects: self.objects,
+            conditions: vec![condition("Ready", ready), condition("Overruled", overruled)],
+        }
+    }
+}
+
+/// The first few lines in one, and how many more there are.
+fn named(mut lines: Vec<String>) -> String {
+    lines.sort();
+    let more = lines.len().saturating_sub(NAMED);
+    lines.truncate(NAMED);
+    let mut text = lines.join("; ");
+    if more > 0 {
+        text.push_str(&format!("; and {more} more"));
+    }
+    text
+}

@@ -1,0 +1,67 @@
+//! The controller against real API servers: a hub and two members with simulated nodes and pods, over TLS, with a gateway
+//! that passes the controller's requests on as the agent's would. No tunnel: that is the e2e tests' matter.
+//!
+//! Every story runs on our own servers, in this process; and, when `KUBEBUILDER_ASSETS` names a folder with them, on stock
+//! kube-apiservers, hub and members alike.
+
+mod failover;
+mod kubefed;
+mod ours;
+mod placement;
+mod policies;
+mod simulated;
+mod stock;
+mod tenants;
+mod world;
+
+use tokio::sync::Semaphore;
+
+use crate::world::World;
+
+/// Three stock servers are as much as a small machine bears.
+static STOCK: Semaphore = Semaphore::const_new(1);
+
+macro_rules! stories {
+    ($($module:ident::$story:ident),* $(,)?) => {
+        mod on_our_servers {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $story() {
+                    super::logs();
+                    super::$module::$story(super::World::start(super::ours::start().await).await).await;
+                }
+            )*
+        }
+
+        mod on_stock_servers {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $story() {
+                    let assets = match test_support::tools::kubebuilder_assets() {
+                        Ok(assets) => assets,
+                        Err(missing) => return eprintln!("not run on stock servers: {missing}"),
+                    };
+                    super::logs();
+                    let _turn = super::STOCK.acquire().await.expect("never closed");
+                    super::$module::$story(super::World::start(super::stock::start(&assets).await).await).await;
+                }
+            )*
+        }
+    };
+}
+
+stories! {
+    failover::a_cell_is_evacuated_to_where_there_is_room,
+    kubefed::kubefed_manifests_unmodified,
+    placement::an_application_by_cell_from_birth_to_death,
+    placement::config_maps_by_selector_and_nothing_written_in_vain,
+    policies::plain_objects_go_where_a_policy_says,
+    tenants::a_tenant_sees_and_reaches_its_own_and_nothing_else,
+}
+
+fn logs() {
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_test_writer()
+        .try_init();
+}

@@ -1,0 +1,88 @@
+//! What a tenant's admin sees and reaches.
+
+use federation_core::api::{Cell, KubeFedCluster, Tenant, TenantSpec, TenantSubject};
+use federation_core::types;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::api::rbac::v1::ClusterRole;
+use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::{Api, ResourceExt as _};
+use serde_json::json;
+
+use crate::world::{World, client_as, template, until};
+
+fn code<T>(answer: Result<T, kube::Error>) -> u16 {
+    match answer {
+        Ok(_) => 200,
+        Err(kube::Error::Api(status)) => status.code,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// A tenant's admin does what they may, and tries what they may not.
+pub(crate) async fn a_tenant_sees_and_reaches_its_own_and_nothing_else(world: World) {
+    let cells: Api<Cell> = Api::all(world.hub.clone());
+    for (cell, tenant) in [("a", "red"), ("b", "blue")] {
+        let patch = json!({"metadata": {"labels": {"cellway.io/tenant": tenant}}});
+        cells.patch(cell, &PatchParams::default(), &Patch::Merge(patch)).await.expect("labelled");
+    }
+    let spec = TenantSpec {
+        namespaces: vec!["shop".into()],
+        admins: vec![TenantSubject { kind: "User".into(), name: "jo".into(), namespace: None }],
+        viewers: Vec::new(),
+    };
+    let tenants: Api<Tenant> = Api::all(world.hub.clone());
+    tenants.create(&PostParams::default(), &Tenant::new("red", spec)).await.expect("tenant");
+
+    let jo = client_as(&world.kubeconfig, "jo", &[]).await;
+    let seen: Api<Cell> = Api::all(jo.clone());
+    let names = async || -> Option<Vec<String>> {
+        Some(seen.list(&ListParams::default()).await.ok()?.items.iter().map(|cell| cell.name_any()).collect())
+    };
+    let clusters: Api<KubeFedCluster> = Api::namespaced(jo.clone(), "kube-federation-system");
+    if world.ours {
+        until("jo sees the tenant's cell", async || names().await.filter(|names| *names == ["a"])).await;
+        assert_eq!(code(seen.get("a").await), 200);
+        assert_eq!(code(seen.get("b").await), 404, "what is another's is not there");
+        assert!(clusters.list(&ListParams::default()).await.expect("list").items.is_empty());
+        assert_eq!(code(clusters.get("x").await), 404);
+    }
+
+    // What jo may: place in the tenant's namespace; and what it comes to.
+    let deployments: Api<DynamicObject> =
+        Api::namespaced_with(jo.clone(), "shop", &types::builtin()[0].hub_resource());
+    let made = json!({"apiVersion": "types.kubefed.io/v1beta2", "kind": "FederatedDeployment",
+        "metadata": {"name": "web", "namespace": "shop"}, "spec": {"template": template("web:1", 1),
+            "placement": {"units": [{"name": "a"}, {"name": "b"}, {"name": "c"}]}}});
+    let made: DynamicObject = serde_json::from_value(made).expect("object");
+    until("jo may place", async || deployments.create(&PostParams::default(), &made).await.ok()).await;
+    let theirs: Api<Deployment> = Api::namespaced(world.x.clone(), "shop");
+    until("a has it", async || theirs.get("web-a").await.ok()).await;
+    assert_eq!(code(theirs.get("web-b").await), 404);
+
+    // What jo may not: become the platform, or reach round it.
+    let params = PatchParams::default();
+    let label = json!({"metadata": {"labels": {"cellway.io/tenant": "red"}}});
+    assert_eq!(code(seen.patch("b", &params, &Patch::Merge(&label)).await), 403);
+    assert_eq!(code(seen.patch("a", &params, &Patch::Merge(json!({"spec": {"cluster": "y"}}))).await), 403);
+    let mine: Api<Tenant> = Api::all(jo.clone());
+    let more = json!({"spec": {"namespaces": ["shop", "default"]}});
+    assert_eq!(code(mine.patch("red", &params, &Patch::Merge(&more)).await), 403);
+    assert_eq!(code(clusters.patch("x", &params, &Patch::Merge(&label)).await), 403);
+    let secrets: Api<Secret> = Api::namespaced(jo.clone(), "kube-federation-system");
+    assert_eq!(code(secrets.list(&ListParams::default()).await), 403);
+    let elsewhere: Api<DynamicObject> =
+        Api::namespaced_with(jo.clone(), "default", &types::builtin()[0].hub_resource());
+    assert_eq!(code(elsewhere.list(&ListParams::default()).await), 403);
+    let roles: Api<ClusterRole> = Api::all(jo.clone());
+    let open = json!({"metadata": {"annotations": {"cellway.io/visible": null}}});
+    assert_eq!(code(roles.patch("cellway:tenant:red", &params, &Patch::Merge(&open)).await), 403);
+    assert_eq!(code(roles.list(&ListParams::default()).await), 403);
+
+    // Without the tenant there is nothing.
+    tenants.delete("red", &DeleteParams::default()).await.expect("deleted");
+    until("jo sees nothing", async || (code(seen.list(&ListParams::default()).await) == 403).then_some(()))
+        .await;
+    until("jo may nothing", async || (code(deployments.get("web").await) == 403).then_some(())).await;
+    world.end().await;
+}

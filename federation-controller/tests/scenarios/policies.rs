@@ -1,0 +1,216 @@
+//! Native objects that are federated by policies.
+
+use serde_json::{Value, json};
+
+use crate::world::{CONFIG_MAPS, World, condition};
+
+const POLICIES: &str = "policy.cellway.io/propagationpolicies";
+
+/// As [`World::start`], with the namespace at the hub too.
+async fn start() -> World {
+    let world = World::start().await;
+    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}});
+    world.hub.put("/namespaces", "", "shop", Some(namespace));
+    world
+}
+
+fn policy(world: &World, namespace: &str, name: &str, selector: Value, units: &[&str]) {
+    let mut resource = json!({"apiVersion": "v1", "kind": "ConfigMap"});
+    for (key, value) in selector.as_object().into_iter().flatten() {
+        resource[key] = value.clone();
+    }
+    let units: Vec<_> = units.iter().map(|unit| json!({"name": unit})).collect();
+    let object = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "PropagationPolicy",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"resources": [resource], "topologyType": "cell", "placement": {"units": units}}});
+    world.hub.put(POLICIES, namespace, name, Some(object));
+}
+
+fn config_map(world: &World, name: &str, metadata: Value, value: &str) {
+    let mut object = json!({"apiVersion": "v1", "kind": "ConfigMap",
+        "metadata": {"name": name, "namespace": "shop"}, "data": {"k": value}});
+    for (key, value) in metadata.as_object().into_iter().flatten() {
+        object["metadata"][key] = value.clone();
+    }
+    world.hub.put("/configmaps", "shop", name, Some(object));
+}
+
+async fn holds(world: &World, member: &str, name: &str, value: Option<&str>) {
+    world
+        .until(&format!("{member} has {name} with {value:?}"), || {
+            let found = world.member(member).get("/configmaps", "shop", name);
+            let found = found.as_ref().and_then(|found| found["data"]["k"].as_str());
+            (found == value).then_some(())
+        })
+        .await;
+}
+
+async fn policy_says(world: &World, name: &str, objects: i64, ready: &str) -> Value {
+    world
+        .until(&format!("{name} says {objects} and {ready}"), || {
+            let found = world.hub.get(POLICIES, "shop", name)?;
+            (found["status"]["objects"] == objects && condition(&found, "Ready") == Some(ready))
+                .then_some(found)
+        })
+        .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_plain_object_goes_where_its_policy_says() {
+    let mut world = start().await;
+    config_map(&world, "settings", json!({"labels": {"app": "web"}}), "v");
+    config_map(&world, "private", json!({}), "v");
+    policy(&world, "shop", "web", json!({"labelSelector": {"matchLabels": {"app": "web"}}}), &["a", "c"]);
+    holds(&world, "x", "settings", Some("v")).await;
+    holds(&world, "y", "settings", Some("v")).await;
+    let companion = world
+        .until("the companion shows the status", || {
+            let found = world.hub.get(CONFIG_MAPS, "shop", "settings")?;
+            (condition(&found, "Propagated") == Some("True")).then_some(found)
+        })
+        .await;
+    assert_eq!(companion["status"]["units"].as_array().map(Vec::len), Some(2));
+    policy_says(&world, "web", 1, "True").await;
+
+    // A change follows, a member's edit is put right, and labels reach the members.
+    config_map(&world, "settings", json!({"labels": {"app": "web", "tier": "one"}}), "w");
+    holds(&world, "x", "settings", Some("w")).await;
+    world.member("y").edit("/configmaps", "shop", "settings", |live| live["data"]["k"] = "edited".into());
+    holds(&world, "y", "settings", Some("w")).await;
+    let labels = world.member("x").get("/configmaps", "shop", "settings").expect("there");
+    assert_eq!(labels["metadata"]["labels"]["tier"], "one");
+
+    // A restart changes nothing, and takes nothing away.
+    world.stop().await;
+    let deletions = |world: &World| {
+        let all = ["x", "y"].map(|member| world.member(member).writes()).concat();
+        all.into_iter().chain(world.hub.writes()).filter(|write| write.starts_with("DELETE")).count()
+    };
+    let before = deletions(&world);
+    world.run(crate::world::options());
+    config_map(&world, "settings", json!({"labels": {"app": "web"}}), "after");
+    holds(&world, "x", "settings", Some("after")).await;
+    assert_eq!(deletions(&world), before);
+
+    // What is selected no more goes; so does what is deleted; and nothing else ever came.
+    config_map(&world, "other", json!({"annotations": {"cellway.io/policy": "web"}}), "v");
+    holds(&world, "x", "other", Some("v")).await;
+    config_map(&world, "settings", json!({}), "after");
+    holds(&world, "x", "settings", None).await;
+    holds(&world, "y", "settings", None).await;
+    world.hub.put("/configmaps", "shop", "other", None);
+    holds(&world, "x", "other", None).await;
+    policy_says(&world, "web", 0, "True").await;
+    assert!(world.member("x").get("/configmaps", "shop", "private").is_none());
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_overlapping_policies_the_more_exact_one_counts() {
+    let mut world = start().await;
+    policy(&world, "kube-federation-system", "platform", json!({}), &["c"]);
+    config_map(&world, "settings", json!({}), "v");
+    holds(&world, "y", "settings", Some("v")).await;
+    policy(&world, "shop", "all", json!({}), &["a"]);
+    holds(&world, "x", "settings", Some("v")).await;
+    holds(&world, "y", "settings", None).await;
+    policy(&world, "shop", "one", json!({"name": "settings"}), &["a", "c"]);
+    holds(&world, "y", "settings", Some("v")).await;
+    policy_says(&world, "one", 1, "True").await;
+    let all = policy_says(&world, "all", 0, "True").await;
+    assert_eq!(condition(&all, "Overruled"), Some("True"));
+    assert_eq!(all["status"]["conditions"][1]["message"], "ConfigMap shop/settings goes by shop/one");
+    let companion = world.hub.get(CONFIG_MAPS, "shop", "settings").expect("there");
+    assert_eq!(companion["metadata"]["annotations"]["cellway.io/policy"], "shop/one");
+    // With the policies the objects go.
+    for (namespace, name) in [("shop", "one"), ("shop", "all"), ("kube-federation-system", "platform")] {
+        world.hub.put(POLICIES, namespace, name, None);
+    }
+    holds(&world, "x", "settings", None).await;
+    holds(&world, "y", "settings", None).await;
+    assert!(world.hub.get("/configmaps", "shop", "settings").is_some(), "the object itself stays");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_to_stay_in_members_stays() {
+    let mut world = start().await;
+    let orphan = json!({"annotations": {"kubefed.io/orphan": "true"}, "labels": {"app": "web"}});
+    let selector = json!({"labelSelector": {"matchLabels": {"app": "web"}}});
+    for name in ["deleted", "unselected", "unruled"] {
+        config_map(&world, name, json!({"labels": {"app": "web"}}), "v");
+    }
+    policy(&world, "shop", "web", selector, &["a"]);
+    for name in ["deleted", "unselected", "unruled"] {
+        holds(&world, "x", name, Some("v")).await;
+    }
+    let kept = async |name: &str| {
+        world
+            .until(&format!("the companion of {name} is gone"), || {
+                world.hub.get(CONFIG_MAPS, "shop", name).is_none().then_some(())
+            })
+            .await;
+        let left = world.member("x").get("/configmaps", "shop", name).expect("it stays");
+        assert!(left["metadata"]["labels"]["kubefed.io/managed"].is_null(), "{left}");
+    };
+    // Said with the last breath: nothing may come between that and the end.
+    config_map(&world, "deleted", orphan.clone(), "v");
+    world.hub.put("/configmaps", "shop", "deleted", None);
+    config_map(&world, "unselected", json!({"annotations": {"kubefed.io/orphan": "true"}}), "v");
+    kept("deleted").await;
+    kept("unselected").await;
+    config_map(&world, "unruled", orphan, "v");
+    world.hub.put(POLICIES, "shop", "web", None);
+    kept("unruled").await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kind_that_cannot_be_read_is_told_and_stops_no_other() {
+    let mut world = start().await;
+    world.hub.unserved.lock().push("/secrets".into());
+    config_map(&world, "settings", json!({}), "v");
+    policy(&world, "shop", "web", json!({}), &["a"]);
+    world.hub.edit(POLICIES, "shop", "web", |policy| {
+        let kinds = policy["spec"]["resources"].as_array_mut().expect("a list");
+        kinds.push(json!({"apiVersion": "v1", "kind": "Secret"}));
+    });
+    holds(&world, "x", "settings", Some("v")).await;
+    let said = policy_says(&world, "web", 1, "False").await;
+    assert_eq!(said["status"]["conditions"][0]["reason"], "KindNotServed");
+    let message = said["status"]["conditions"][0]["message"].as_str().unwrap_or_default();
+    assert_eq!(message, "the hub API does not serve v1 Secret: federate it by FederatedSecret");
+    world.hub.unserved.lock().clear();
+    policy_says(&world, "web", 1, "True").await;
+    // A kind that is not federated.
+    world.hub.edit(POLICIES, "shop", "web", |policy| {
+        policy["spec"]["resources"][1] = json!({"apiVersion": "example.com/v1", "kind": "Widget"});
+    });
+    let said = policy_says(&world, "web", 1, "False").await;
+    assert_eq!(said["status"]["conditions"][0]["reason"], "InvalidResources");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn somebodys_own_federated_object_is_left_alone() {
+    let mut world = start().await;
+    let own = crate::world::federated("FederatedConfigMap", &["a"], json!({"data": {"k": "own"}}));
+    world.hub.put(CONFIG_MAPS, "shop", "web", Some(own));
+    holds(&world, "x", "web", Some("own")).await;
+    config_map(&world, "web", json!({}), "v");
+    policy(&world, "shop", "all", json!({}), &["a", "c"]);
+    let said = policy_says(&world, "all", 0, "False").await;
+    let message = said["status"]["conditions"][0]["message"].as_str().unwrap_or_default();
+    assert!(message.contains("FederatedConfigMap of its name is somebody's own"), "{message}");
+    assert_eq!(
+        world.hub.get(CONFIG_MAPS, "shop", "web").expect("there")["spec"]["template"]["data"]["k"],
+        "own"
+    );
+    // It is deleted: the policy's turn.
+    world.hub.edit(CONFIG_MAPS, "shop", "web", |object| {
+        object["metadata"]["deletionTimestamp"] = "2026-11-22T00:00:00Z".into();
+    });
+    holds(&world, "y", "web", Some("v")).await;
+    policy_says(&world, "all", 1, "True").await;
+    world.stop().await;
+}
