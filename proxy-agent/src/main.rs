@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(error) => return fail(exit::USAGE, &error),
     };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match service::runtime::for_relays() {
         Ok(runtime) => runtime,
         Err(error) => return fail(exit::INIT, &error),
     };

@@ -14,7 +14,7 @@ use service::{drain, exit, flags};
 
 fn main() -> ExitCode {
     let parsed = flags::parse::<Args>();
-    let runtime = match tokio::runtime::Runtime::new() {
+    let runtime = match service::runtime::for_relays() {
         Ok(runtime) => runtime,
         Err(error) => return failed(&error.into()),
     };

@@ -14,6 +14,7 @@ pub mod log;
 pub mod metrics;
 pub mod process;
 pub mod ready;
+pub mod runtime;
 pub mod signals;
 pub mod socket;
 
