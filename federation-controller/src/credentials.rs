@@ -84,22 +84,23 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     let at = Arc::clone(&shared);
     let change = move |change: Change<Secret>| {
         let listed = matches!(change, Change::Replace(_));
-        at.state.write().change_secrets(change);
+        let concerned = at.state.write().change_secrets(change);
         if listed {
             // Members that waited for their credential begin now.
             at.clusters_changed.notify_one();
         }
-        refresh(&at);
+        refresh(&at, &concerned);
         true
     };
     let trouble = crate::hub_trouble("secrets");
     follow(api, watcher::Config::default(), admit_all, change, trouble).await;
 }
 
-/// Hands every member its way, as the hub's objects say it now.
-pub(crate) fn refresh(shared: &Shared) {
-    for (name, member) in shared.members() {
-        let Some(way) = shared.state.read().way(&name) else { continue };
+/// Hands some members their way, as the hub's objects say it now.
+pub(crate) fn refresh(shared: &Shared, members: &[String]) {
+    for name in members {
+        let Some(member) = shared.members.read().get(name).cloned() else { continue };
+        let Some(way) = shared.state.read().way(name) else { continue };
         if member.take_way(way) {
             debug!(cluster = name, "another way to the member's API");
         }

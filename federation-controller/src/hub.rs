@@ -71,6 +71,8 @@ pub(crate) struct Kept {
     key: (Arc<str>, Arc<str>),
     uid: Option<String>,
     version: Option<String>,
+    /// Its status does not speak of its newest generation: somebody waits for it.
+    behind: bool,
     text: Box<str>,
 }
 
@@ -80,6 +82,15 @@ pub(crate) enum Change<K> {
     Replace(Vec<K>),
     Apply(K),
     Delete(K),
+}
+
+/// What followed from a change of clusters.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct ClustersChanged {
+    /// Something that every object may go by.
+    pub(crate) topology: bool,
+    /// Clusters of which more than the status changed, those that are new or gone included.
+    pub(crate) others: Vec<String>,
 }
 
 /// What a failed watch says, and how often in a row it has failed.
@@ -105,6 +116,7 @@ impl Kept {
             key: (object.namespace().unwrap_or_default().into(), object.name_any().into()),
             uid: object.metadata.uid.clone(),
             version: object.metadata.resource_version.clone(),
+            behind: object.metadata.generation != object.data["status"]["observedGeneration"].as_i64(),
             // Made of maps with texts as keys, an object always serialises.
             text: serde_json::to_string(&object).unwrap_or_default().into(),
         }
@@ -274,6 +286,11 @@ impl HubState {
         self.objects.keys().cloned().collect()
     }
 
+    /// Whether somebody waits for an object: it has changed, or is gone, and its status does not say so yet.
+    pub(crate) fn is_behind(&self, key: &ObjectKey) -> bool {
+        self.objects.get(key).is_none_or(|object| object.behind)
+    }
+
     /// The topology that objects of a namespace see. A namespace that two tenants claim sees nothing.
     pub(crate) fn topology(&self, namespace: &str) -> Arc<Topology> {
         let mut owners = self
@@ -337,21 +354,33 @@ impl HubState {
         self.clusters.values().any(|cluster| cluster.spec.secret_ref.is_some())
     }
 
-    /// Takes Secrets in; only those that a cluster may name are kept.
-    pub(crate) fn change_secrets(&mut self, change: Change<Secret>) {
+    /// Takes Secrets in; returns the clusters that name one that changed.
+    pub(crate) fn change_secrets(&mut self, change: Change<Secret>) -> Vec<String> {
         let mut secrets = self.secrets.take().unwrap_or_default();
-        match change {
+        let one = match change {
             Change::Replace(all) => {
                 secrets = all.into_iter().map(|secret| (secret.name_any(), Sealed::new(secret))).collect();
+                None
             }
             Change::Apply(secret) => {
-                secrets.insert(secret.name_any(), Sealed::new(secret));
+                let name = secret.name_any();
+                secrets.insert(name.clone(), Sealed::new(secret));
+                Some(name)
             }
             Change::Delete(secret) => {
-                secrets.remove(&secret.name_any());
+                let name = secret.name_any();
+                secrets.remove(&name);
+                Some(name)
             }
-        }
+        };
         self.secrets = Some(secrets);
+        let concerned = |cluster: &KubeFedCluster| match (&cluster.spec.secret_ref, &one) {
+            (None, _) => false,
+            (Some(_), None) => true,
+            (Some(reference), Some(one)) => reference.name == *one,
+        };
+        let concerned = self.clusters.iter().filter(|(_, cluster)| concerned(cluster));
+        concerned.map(|(name, _)| name.clone()).collect()
     }
 
     /// How a cluster's API is reached; `None` while that is not known.
@@ -528,19 +557,42 @@ impl HubState {
         before != self.topology
     }
 
-    /// Takes clusters in; returns whether anything but a status changed.
-    pub(crate) fn change_clusters(&mut self, change: Change<KubeFedCluster>) -> bool {
-        let mut clusters: BTreeMap<String, KubeFedCluster> = self
-            .clusters
-            .iter()
-            .map(|(name, cluster)| (name.clone(), KubeFedCluster::clone(cluster)))
-            .collect();
-        let first = self.unlisted.contains(CLUSTERS);
-        change_map(&mut clusters, change, &mut self.unlisted, CLUSTERS);
-        self.clusters = clusters.into_iter().map(|(name, cluster)| (name, Arc::new(cluster))).collect();
+    /// Takes clusters in; says what followed. A status alone costs nothing, however many clusters there are.
+    pub(crate) fn change_clusters(&mut self, change: Change<KubeFedCluster>) -> ClustersChanged {
+        let first = self.unlisted.remove(CLUSTERS);
+        let mut others = Vec::new();
+        match change {
+            Change::Replace(all) => {
+                let mut before = std::mem::take(&mut self.clusters);
+                for cluster in all {
+                    let name = cluster.name_any();
+                    if before.remove(&name).is_none_or(|before| !differs_in_status_only(&before, &cluster)) {
+                        others.push(name.clone());
+                    }
+                    self.clusters.insert(name, Arc::new(cluster));
+                }
+                others.extend(before.into_keys());
+            }
+            Change::Apply(cluster) => {
+                let name = cluster.name_any();
+                let before = self.clusters.get(&name);
+                if before.is_none_or(|before| !differs_in_status_only(before, &cluster)) {
+                    others.push(name.clone());
+                }
+                self.clusters.insert(name, Arc::new(cluster));
+            }
+            Change::Delete(cluster) => {
+                let name = cluster.name_any();
+                self.clusters.remove(&name);
+                others.push(name);
+            }
+        }
+        if others.is_empty() {
+            return ClustersChanged { topology: first, others };
+        }
         let before = Arc::clone(&self.topology);
         self.rebuild_topology();
-        first || before != self.topology
+        ClustersChanged { topology: first || before != self.topology, others }
     }
 
     /// Takes rules in; returns whether they changed.
@@ -597,6 +649,15 @@ const REVISIONS: &str = "revisions";
 const PREFERENCES: &str = "replicaschedulingpreferences";
 const TENANTS: &str = "tenants";
 const TYPES: &str = "federatedtypeconfigs";
+
+fn differs_in_status_only(one: &KubeFedCluster, other: &KubeFedCluster) -> bool {
+    let (before, after) = (&one.metadata, &other.metadata);
+    one.spec == other.spec
+        && before.uid == after.uid
+        && before.labels == after.labels
+        && before.annotations == after.annotations
+        && before.deletion_timestamp == after.deletion_timestamp
+}
 
 fn change_map<K: Resource>(
     map: &mut BTreeMap<String, K>,
@@ -772,7 +833,7 @@ mod tests {
         state.change_preferences(Change::Replace(vec![]));
         state.change_tenants(Change::Replace(vec![]));
         assert!(!state.is_complete(0));
-        assert!(state.change_clusters(Change::Replace(vec![])));
+        assert!(state.change_clusters(Change::Replace(vec![])).topology);
         assert!(state.is_complete(0) && !state.is_complete(1));
         state.drop_kind(0);
         assert!(!state.is_complete(0));
@@ -827,12 +888,20 @@ mod tests {
     fn a_clusters_status_is_no_change() {
         let mut state = HubState::new();
         let mut cluster = KubeFedCluster::new("x", KubeFedClusterSpec::default());
-        assert!(state.change_clusters(Change::Replace(vec![cluster.clone()])));
+        let changed = |topology, others: &[&str]| ClustersChanged {
+            topology,
+            others: others.iter().map(|name| (*name).to_owned()).collect(),
+        };
+        assert_eq!(state.change_clusters(Change::Replace(vec![cluster.clone()])), changed(true, &["x"]));
         cluster.status = Some(KubeFedClusterStatus::default());
-        assert!(!state.change_clusters(Change::Apply(cluster.clone())));
+        assert_eq!(state.change_clusters(Change::Apply(cluster.clone())), changed(false, &[]));
         assert!(state.cluster("x").expect("cluster").status.is_some());
+        cluster.spec.api_endpoint = Some("https://elsewhere".into());
+        assert_eq!(state.change_clusters(Change::Apply(cluster.clone())), changed(false, &["x"]));
+        assert_eq!(state.change_clusters(Change::Replace(vec![cluster.clone()])), changed(false, &[]));
         cluster.metadata.labels = Some([("a".to_owned(), "b".to_owned())].into());
-        assert!(state.change_clusters(Change::Apply(cluster)));
+        assert_eq!(state.change_clusters(Change::Apply(cluster.clone())), changed(true, &["x"]));
+        assert_eq!(state.change_clusters(Change::Delete(cluster)), changed(true, &["x"]));
         assert!(state.change_cells(Change::Apply(Cell::new("a", CellSpec::default()))));
     }
 }

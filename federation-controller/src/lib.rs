@@ -68,7 +68,7 @@ use self::metrics::{Metrics, Outcome, PassLabels};
 use self::pace::retry_delay;
 use self::policies::Policies;
 use self::queue::WorkQueue;
-use self::reconcile::{ReconcileError, Unsettled, reconcile};
+use self::reconcile::{Progress, ReconcileError, Unsettled, reconcile};
 use self::types::Types;
 
 /// A member's changes come in flocks (a rollout changes a Deployment's status many times a second); they are gathered
@@ -349,12 +349,14 @@ impl Controller {
                 admit_all,
                 move |change| {
                     let changed = at.state.write().change_clusters(change);
-                    at.secrets_due.notify_one();
-                    credentials::refresh(&at);
-                    if changed {
+                    if !changed.others.is_empty() {
+                        at.secrets_due.notify_one();
+                        credentials::refresh(&at, &changed.others);
+                    }
+                    if changed.topology {
                         at.clusters_changed.notify_one();
                     }
-                    at.after(changed)
+                    at.after(changed.topology)
                 },
                 hub_trouble("clusters"),
             )
@@ -458,14 +460,22 @@ impl Handle {
 impl Shared {
     /// Looks at everything again.
     pub(crate) fn enqueue_all(&self) {
-        let keys = self.state.read().keys();
-        keys.into_iter().for_each(|key| self.queue.add(key));
+        self.look_again(|_| true);
     }
 
     /// Looks at every object of one type again.
     pub(crate) fn enqueue_kind(&self, kind: usize) {
-        let keys = self.state.read().keys();
-        keys.into_iter().filter(|key| key.kind == kind).for_each(|key| self.queue.add(key));
+        self.look_again(|key| key.kind == kind);
+    }
+
+    fn look_again(&self, wanted: impl Fn(&ObjectKey) -> bool) {
+        let state = self.state.read();
+        let keys: Vec<_> =
+            state.keys().into_iter().filter(wanted).map(|key| (state.is_behind(&key), key)).collect();
+        drop(state);
+        for (behind, key) in keys {
+            if behind { self.queue.add(key) } else { self.queue.add_routine(key) }
+        }
     }
 
     /// The hub's id; empty when it has none.
@@ -547,13 +557,14 @@ async fn work(shared: Arc<Shared>) {
         let done = reconcile(&shared, key).instrument(span.clone()).await;
         shared.metrics.pass_duration.observe(began.elapsed().as_secs_f64());
         let outcome = match &done {
-            Ok(()) => Outcome::Done,
+            Ok(Progress::Whole) => Outcome::Done,
+            Ok(Progress::Waiting) => Outcome::Waiting,
             Err(ReconcileError::Stale) => Outcome::Stale,
             Err(_) => Outcome::Failed,
         };
         shared.metrics.passes.get_or_create(&PassLabels { outcome }).inc();
         match done {
-            Ok(()) => {
+            Ok(_) => {
                 shared.failures.lock().remove(key);
             }
             Err(ReconcileError::Stale) => shared.queue.add_after(key.clone(), STALE_RETRY),
@@ -616,6 +627,8 @@ async fn keep_members(shared: Arc<Shared>) {
                 }
             };
             shared.members.write().insert(name.clone(), Arc::clone(&member));
+            // Its credential may have changed since the look above.
+            credentials::refresh(&shared, std::slice::from_ref(&name));
             let span = info_span!("member", cluster = %name);
             let task = tasks.spawn(member.run(Arc::clone(&shared)).instrument(span));
             running.insert(name, task);

@@ -34,10 +34,12 @@ pub(crate) struct MemberLabels {
     pub(crate) cluster: String,
 }
 
-/// How something ended. `Stale`: overtaken by a change of the object.
+/// How something ended. `Stale`: overtaken by a change of the object. `Waiting`: not everything that concerns the object
+/// has been listed yet, at the hub or in a member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub(crate) enum Outcome {
     Done,
+    Waiting,
     Stale,
     Failed,
 }

@@ -1,8 +1,11 @@
 //! A work queue: each key waits at most once, is worked on by at most one worker, and may be put off.
 //!
+//! There are two lanes. What somebody waits for goes before what is only looked at again, so that a change takes no longer
+//! while ten thousand objects are gone through; of [`TURNS`] keys one is taken from the second lane all the same.
+//!
 //! Its length is bounded by the number of different keys, which are objects that exist.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::Hash;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +13,9 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
+
+/// Of so many keys one comes from the second lane, should both have some.
+const TURNS: u32 = 8;
 
 /// A queue that workers share.
 #[derive(Debug)]
@@ -26,14 +32,23 @@ struct Shared<K> {
 #[derive(Debug)]
 struct State<K> {
     ready: VecDeque<K>,
-    /// What is in `ready`.
-    queued: HashSet<K>,
-    /// What workers hold, and whether it was added again meanwhile.
-    active: HashMap<K, bool>,
+    /// The second lane. It may still hold keys that have moved to the first.
+    routine: VecDeque<K>,
+    /// What waits in either lane, and whether in the first.
+    queued: HashMap<K, Lane>,
+    turn: u32,
+    /// What workers hold, and the lane that it was added to meanwhile.
+    active: HashMap<K, Option<Lane>>,
     /// What waits for a moment; the number keeps equal moments apart.
     delayed: BTreeMap<(Instant, u64), K>,
     delayed_until: HashMap<K, (Instant, u64)>,
     sequence: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Lane {
+    Routine,
+    First,
 }
 
 /// A key that a worker holds; given back when dropped.
@@ -55,7 +70,9 @@ impl<K: Eq + Hash + Clone + Ord> WorkQueue<K> {
     pub(crate) fn new() -> Self {
         let state = State {
             ready: VecDeque::new(),
-            queued: HashSet::new(),
+            routine: VecDeque::new(),
+            queued: HashMap::new(),
+            turn: 0,
             active: HashMap::new(),
             delayed: BTreeMap::new(),
             delayed_until: HashMap::new(),
@@ -66,9 +83,16 @@ impl<K: Eq + Hash + Clone + Ord> WorkQueue<K> {
 
     /// Adds a key. One that is being worked on is worked on again afterwards.
     pub(crate) fn add(&self, key: K) {
-        let mut state = self.inner.state.lock();
-        state.push(key);
-        drop(state);
+        self.push(key, Lane::First);
+    }
+
+    /// Adds a key that nobody waits for.
+    pub(crate) fn add_routine(&self, key: K) {
+        self.push(key, Lane::Routine);
+    }
+
+    fn push(&self, key: K, lane: Lane) {
+        self.inner.state.lock().push(key, lane);
         self.inner.wake.notify_one();
     }
 
@@ -93,7 +117,7 @@ impl<K: Eq + Hash + Clone + Ord> WorkQueue<K> {
     /// Whether nothing is being worked on, and nothing waits but for its moment.
     pub(crate) fn is_idle(&self) -> bool {
         let state = self.inner.state.lock();
-        state.ready.is_empty() && state.active.is_empty()
+        state.queued.is_empty() && state.active.is_empty()
     }
 
     /// The next key, when there is one. Cancel-safe.
@@ -102,10 +126,9 @@ impl<K: Eq + Hash + Clone + Ord> WorkQueue<K> {
             let due = {
                 let mut state = self.inner.state.lock();
                 state.release(Instant::now());
-                if let Some(key) = state.ready.pop_front() {
-                    state.queued.remove(&key);
-                    state.active.insert(key.clone(), false);
-                    let more = !state.ready.is_empty();
+                if let Some(key) = state.pop() {
+                    state.active.insert(key.clone(), None);
+                    let more = !state.queued.is_empty();
                     drop(state);
                     if more {
                         self.inner.wake.notify_one();
@@ -130,11 +153,46 @@ impl<K: Eq + Hash + Clone + Ord> WorkQueue<K> {
 // === impl State ===
 
 impl<K: Eq + Hash + Clone + Ord> State<K> {
-    fn push(&mut self, key: K) {
+    fn push(&mut self, key: K, lane: Lane) {
         if let Some(again) = self.active.get_mut(&key) {
-            *again = true;
-        } else if self.queued.insert(key.clone()) {
-            self.ready.push_back(key);
+            *again = (*again).max(Some(lane));
+            return;
+        }
+        let waits = self.queued.get(&key).copied();
+        if waits >= Some(lane) {
+            return;
+        }
+        self.queued.insert(key.clone(), lane);
+        match lane {
+            Lane::First => self.ready.push_back(key),
+            Lane::Routine => self.routine.push_back(key),
+        }
+    }
+
+    fn pop(&mut self) -> Option<K> {
+        self.turn = (self.turn + 1) % TURNS;
+        if self.turn == 0
+            && let Some(key) = self.pop_routine()
+        {
+            return Some(key);
+        }
+        match self.ready.pop_front() {
+            Some(key) => {
+                self.queued.remove(&key);
+                Some(key)
+            }
+            None => self.pop_routine(),
+        }
+    }
+
+    fn pop_routine(&mut self) -> Option<K> {
+        loop {
+            let key = self.routine.pop_front()?;
+            // Otherwise it has moved to the first lane, or been through it.
+            if self.queued.get(&key) == Some(&Lane::Routine) {
+                self.queued.remove(&key);
+                return Some(key);
+            }
         }
     }
 
@@ -145,7 +203,7 @@ impl<K: Eq + Hash + Clone + Ord> State<K> {
             }
             let key = entry.remove();
             self.delayed_until.remove(&key);
-            self.push(key);
+            self.push(key, Lane::First);
         }
     }
 }
@@ -161,8 +219,8 @@ impl<K: Eq + Hash + Clone + Ord> Lease<K> {
 impl<K: Eq + Hash + Clone + Ord> Drop for Lease<K> {
     fn drop(&mut self) {
         let mut state = self.inner.state.lock();
-        if state.active.remove(&self.key) == Some(true) {
-            state.push(self.key.clone());
+        if let Some(Some(lane)) = state.active.remove(&self.key) {
+            state.push(self.key.clone(), lane);
             drop(state);
             self.inner.wake.notify_one();
         }
@@ -194,6 +252,30 @@ mod tests {
         assert!(!queue.is_idle());
         drop(first);
         assert_eq!(*take(&queue).expect("again").key(), 1);
+    }
+
+    #[tokio::test]
+    async fn what_somebody_waits_for_goes_first_and_the_rest_is_not_forgotten() {
+        let queue = WorkQueue::new();
+        (0..20).for_each(|key| queue.add_routine(key));
+        (100..120).for_each(|key| queue.add(key));
+        queue.add(19);
+        queue.add_routine(100);
+        let mut order = Vec::new();
+        while let Some(lease) = take(&queue) {
+            order.push(*lease.key());
+        }
+        assert_eq!(order.len(), 40, "each once: {order:?}");
+        let of = |key| order.iter().position(|taken| *taken == key).expect("taken");
+        assert!(of(119) < 24 && of(19) < 25, "{order:?}");
+        assert!(of(0) < 8, "{order:?}");
+        queue.add_routine(1);
+        let held = take(&queue).expect("a key");
+        queue.add_routine(1);
+        queue.add(1);
+        queue.add_routine(2);
+        drop(held);
+        assert_eq!(queue.inner.state.lock().ready, [1]);
     }
 
     #[tokio::test]

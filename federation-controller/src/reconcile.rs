@@ -23,7 +23,7 @@ use federation_core::api::{
     ReplicaSchedulingPreferenceSpec, UnitStatus,
 };
 use federation_core::names::{FIELD_MANAGER, FINALIZER, source};
-use federation_core::plan::{MemberView, Plan, PlanInput, RevisionWrite, plan};
+use federation_core::plan::{MemberState, MemberView, Plan, PlanInput, RevisionWrite, plan};
 use federation_core::status::PROPAGATED;
 use federation_core::topology::{Topology, Unit};
 use futures::future::try_join_all;
@@ -74,8 +74,17 @@ pub(crate) enum ReconcileError {
     TimedOut(Duration),
 }
 
+/// How far a pass came that did not fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// Everything that concerns the object was known.
+    Whole,
+    /// Something at the hub or in a member has not been listed yet; once it is, the object is looked at again.
+    Waiting,
+}
+
 /// One pass over one object.
-pub(crate) async fn reconcile(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileError> {
+pub(crate) async fn reconcile(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, ReconcileError> {
     let limit = shared.options.request_timeout;
     match tokio::time::timeout(limit * 2, pass(shared, key)).await {
         Ok(done) => done,
@@ -83,21 +92,21 @@ pub(crate) async fn reconcile(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(
     }
 }
 
-async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileError> {
-    let Some(of) = shared.types.get(key.kind) else { return Ok(()) };
+async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, ReconcileError> {
+    let Some(of) = shared.types.get(key.kind) else { return Ok(Progress::Whole) };
     let of = of.as_ref();
     let namespaces = shared.types.namespaces().filter(|_| of.target.namespaced);
     let (object, topology, rules, preference, namespace) = {
         let state = shared.state.read();
         if !state.is_complete(key.kind) || namespaces.is_some_and(|kind| !state.is_complete(kind)) {
             // Everything is looked at once everything is listed.
-            return Ok(());
+            return Ok(Progress::Waiting);
         }
         let Some(object) = state.object(key) else {
             shared.unsettled.lock().remove(key);
             drop(state);
             shared.members().values().for_each(|member| member.claim(key, Vec::new(), |_| false));
-            return Ok(());
+            return Ok(Progress::Whole);
         };
         let namespace = namespaces.map(|kind| state.namespace_placement(kind, &key.namespace));
         let preference = state.preference(of, key);
@@ -119,13 +128,15 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
     let ours = object.finalizers().iter().any(|finalizer| finalizer == FINALIZER);
     let deleting = object.metadata.deletion_timestamp.is_some();
     if deleting && !ours {
-        return Ok(());
+        return Ok(Progress::Whole);
     }
     let object = if ours { object } else { pass.add_finalizer(&object).await? };
 
     let mut federated: FederatedObject = match parse(&object) {
         Ok(federated) => federated,
-        Err(error) => return pass.report_unreadable(&object, &error.to_string()).await,
+        Err(error) => {
+            return pass.report_unreadable(&object, &error.to_string()).await.map(|()| Progress::Whole);
+        }
     };
     let before = federated.status.clone().unwrap_or_default();
     pass.recall_first(&mut federated);
@@ -184,7 +195,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
         tombstones::store(&shared.hub, stone).await.map_err(|error| hub("store a tombstone", error))?;
     }
     if made.finished {
-        return pass.finish(&object, &stored).await;
+        return pass.finish(&object, &stored).await.map(|()| Progress::Whole);
     }
     let under_way = !made.writes.is_empty() || views.values().any(|view| !view.in_flight.is_empty());
     let revisions = made.first.iter().chain(&made.revision);
@@ -222,7 +233,8 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileErro
     if let Some(wait) = made.look_again {
         shared.queue.add_after(key.clone(), wait);
     }
-    Ok(())
+    let syncing = views.values().any(|view| view.state == MemberState::Syncing);
+    Ok(if syncing { Progress::Waiting } else { Progress::Whole })
 }
 
 /// The members whose room decides about an object's replicas.

@@ -261,7 +261,7 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>)
         // The last listing of all completes the picture: then everything is looked at.
         let listed = matches!(change, Change::Replace(_));
         let touched = at.state.write().change_objects(kind, change);
-        if of.is_namespace() {
+        if of.is_namespace() && !listed {
             // Where a namespace goes, what lies in it may go.
             for key in &touched {
                 let inside = at.state.read().keys_in(&key.namespace);
@@ -272,9 +272,15 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>)
             at.types.mark_used(kind);
         }
         for key in touched {
-            let is_companion = at.state.read().may_be_companion(&key);
+            let (is_companion, behind) = {
+                let state = at.state.read();
+                (state.may_be_companion(&key), state.is_behind(&key))
+            };
             at.policies.touched(&key, is_companion);
-            at.queue.add(key);
+            // Of a listing, those that somebody waits for or that are gone; the others are looked at below.
+            if behind || !listed {
+                at.queue.add(key);
+            }
         }
         if listed && of.is_namespace() {
             at.enqueue_all();

@@ -138,7 +138,11 @@ fn note(member: &Member, shared: &Shared, found: Probe) {
         warn!(reason = trouble.0, message = trouble.1, "the member is offline");
     }
     // What was known before it went may be old when it comes back.
-    member.store.lock().distrust();
+    let settled = {
+        let mut store = member.store.lock();
+        store.distrust();
+        store.kinds_not_syncing()
+    };
     member.epoch.send_modify(|epoch| {
         epoch.online = after;
         epoch.number += 1;
@@ -159,7 +163,12 @@ fn note(member: &Member, shared: &Shared, found: Probe) {
         }
     }
     shared.tombstones_due.notify_one();
-    shared.enqueue_all();
+    if after {
+        // Most objects are looked at once those of the member have been listed, and not twice.
+        settled.into_iter().for_each(|kind| shared.enqueue_kind(kind));
+    } else {
+        shared.enqueue_all();
+    }
 }
 
 /// Writes the cluster's status, when it changed.

@@ -268,6 +268,12 @@ impl Store {
         }
     }
 
+    /// Kinds that nothing is listed of just now: no listing will have their objects looked at.
+    pub(super) fn kinds_not_syncing(&self) -> Vec<usize> {
+        let kinds = self.kinds.iter().enumerate();
+        kinds.filter(|(_, of)| of.state != Listing::Syncing).map(|(kind, _)| kind).collect()
+    }
+
     /// Takes a write, or says how long to wait before handing it in again.
     pub(super) fn submit(&mut self, job: Job, now: Instant) -> Result<TargetKey, Duration> {
         let target = TargetKey {
