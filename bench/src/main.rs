@@ -21,7 +21,6 @@ mod wire;
 use std::{
     collections::BTreeMap,
     fs,
-    io::Write as _,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -68,12 +67,8 @@ struct Args {
     /// Runs of every scenario; the table shows the median.
     #[arg(long, default_value_t = 1)]
     repeat: u32,
-    /// Writes everything measured here, as JSON.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Writes the table here, as Markdown.
-    #[arg(long, value_name = "FILE")]
-    markdown: Option<PathBuf>,
+    #[command(flatten)]
+    files: report::Files,
     /// The folder of cellway's proxy-server and proxy-agent [default: that of this program].
     #[arg(long, value_name = "DIR")]
     cellway_dir: Option<PathBuf>,
@@ -163,15 +158,7 @@ fn compare(args: &Args) -> Result<()> {
             _ = signal::ctrl_c() => bail!("interrupted"),
         }
     })?;
-    std::io::stdout().write_all(report.text().as_bytes()).context("failed to print the table")?;
-    if let Some(path) = &args.markdown {
-        fs::write(path, report.markdown()).with_context(|| format!("failed to write {}", path.display()))?;
-    }
-    if let Some(path) = &args.json {
-        let json = serde_json::to_vec_pretty(&report).context("failed to encode the results")?;
-        fs::write(path, json).with_context(|| format!("failed to write {}", path.display()))?;
-    }
-    Ok(())
+    args.files.publish(&report.text(), &report.markdown(), &report)
 }
 
 async fn run(args: &Args) -> Result<Report> {

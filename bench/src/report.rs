@@ -1,13 +1,32 @@
 //! The results of all runs, and how they are shown: an aligned table, Markdown, JSON.
 
-use std::{collections::BTreeMap, fmt::Write as _};
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+};
 
+use anyhow::Context as _;
+use clap::Args;
 use serde::Serialize;
 
 use crate::{
     scenario::{Goal, Metric, Outcome, Result},
     subject::Subject,
 };
+
+/// Where results go besides standard output.
+#[derive(Debug, Default, Args)]
+pub(crate) struct Files {
+    /// Writes the table here, as Markdown.
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// Writes everything measured here, as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
 
 /// What was measured, and on what.
 #[derive(Debug, Serialize)]
@@ -46,6 +65,25 @@ enum Summary {
         missing: usize,
     },
     Word(&'static str),
+}
+
+// === impl Files ===
+
+impl Files {
+    /// Prints results as `text` and writes the files that were asked for.
+    pub(crate) fn publish(&self, text: &str, markdown: &str, results: &impl Serialize) -> anyhow::Result<()> {
+        let write = |path: &Path, bytes: &[u8]| {
+            fs::write(path, bytes).with_context(|| format!("failed to write {}", path.display()))
+        };
+        std::io::stdout().write_all(text.as_bytes()).context("failed to print the table")?;
+        if let Some(path) = &self.markdown {
+            write(path, markdown.as_bytes())?;
+        }
+        if let Some(path) = &self.json {
+            write(path, &serde_json::to_vec_pretty(results).context("failed to encode the results")?)?;
+        }
+        Ok(())
+    }
 }
 
 // === impl Machine ===

@@ -4,7 +4,7 @@
 mod load;
 mod server;
 
-use std::{collections::BTreeMap, fmt::Write as _, fs, io::Write as _, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, fmt::Write as _, fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -59,12 +59,8 @@ pub(crate) struct ApiArgs {
     /// Keeps data and logs in this folder.
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
-    /// Writes the table here, as Markdown.
-    #[arg(long, value_name = "FILE")]
-    markdown: Option<PathBuf>,
-    /// Writes everything measured here, as JSON.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    files: report::Files,
 }
 
 /// What is measured on one start of a server.
@@ -136,15 +132,7 @@ pub(crate) fn run(args: &ApiArgs) -> Result<()> {
         }
     })?;
     let table = results.markdown(&args.servers);
-    std::io::stdout().write_all(table.as_bytes()).context("failed to print the table")?;
-    if let Some(path) = &args.markdown {
-        fs::write(path, table).with_context(|| format!("failed to write {}", path.display()))?;
-    }
-    if let Some(path) = &args.json {
-        let json = serde_json::to_vec_pretty(&results).context("failed to encode the results")?;
-        fs::write(path, json).with_context(|| format!("failed to write {}", path.display()))?;
-    }
-    Ok(())
+    args.files.publish(&table, &table, &results)
 }
 
 async fn compare(args: &ApiArgs) -> Result<Results> {

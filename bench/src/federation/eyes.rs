@@ -114,6 +114,11 @@ impl Eye {
         Ok(Self { name: name.to_owned(), seen, _task: AbortOnDropHandle::new(tokio::spawn(task)) })
     }
 
+    /// Where it looks.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Waits until so many objects are as they should be; the moment of the last one.
     pub(super) async fn count(&self, wanted: usize, limit: Duration) -> Result<Instant> {
         self.wait(limit, |state| (state.done >= wanted).then(Instant::now)).await.with_context(|| {

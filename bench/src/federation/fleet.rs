@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -25,6 +26,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::client::{Access, Client, Protocol};
 use crate::process::{Process, Usage};
 use crate::subject::free_ports;
+use test_support::relay::{Impairment, Relay};
 
 /// For a hub or member to answer, on a busy machine and with many objects.
 const START: Duration = Duration::from_secs(120);
@@ -38,6 +40,8 @@ const LOOK: Duration = Duration::from_millis(5);
 const GLANCE: Duration = Duration::from_millis(200);
 /// Members that are enrolled at once: each is two processes for a moment.
 const ENROL_AT_ONCE: usize = 4;
+/// A round trip to a distant member.
+const FAR: Duration = Duration::from_millis(500);
 /// Verbs of requests that change something, as kube-apiserver's metrics spell them.
 const CHANGING: [&str; 6] = ["POST", "PUT", "PATCH", "APPLY", "DELETE", "DELETECOLLECTION"];
 
@@ -57,17 +61,64 @@ pub(super) struct Member {
     process: Process,
     /// Straight to its API, past the tunnel: what a member holds is asked of itself.
     pub(super) access: Access,
+    trouble: Option<InTrouble>,
+}
+
+/// What a member is to suffer from, once [`Fleet::spoil`] says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Trouble {
+    /// Its process is gone.
+    Dead,
+    /// Its tunnel is there, and its API takes connections and never answers.
+    Hangs,
+    /// Its tunnel takes half a second for a round trip.
+    Far,
+}
+
+/// What makes the trouble.
+struct InTrouble {
+    of: Trouble,
+    /// On the way of the tunnel, or to the API.
+    relay: Relay,
+    /// The agent, where it is a process of its own.
+    agent: Option<Process>,
+}
+
+/// What the controller has done since the hub's start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Passes {
+    /// Over objects of which everything was known, hub and members.
+    pub(super) whole: u64,
+    /// Over others.
+    pub(super) other: u64,
+    /// Members that are read and written.
+    pub(super) online: usize,
 }
 
 /// Successful requests that changed something at the hub, by verb and resource.
 #[derive(Clone, Debug, Default)]
 pub(super) struct HubWrites(BTreeMap<String, u64>);
 
+// === impl Trouble ===
+
+impl Trouble {
+    /// The name of the member that has it. It comes before all others: whatever goes through the members in order meets
+    /// it first.
+    pub(super) fn member(self) -> String {
+        format!("a-{self:?}").to_lowercase()
+    }
+}
+
 // === impl Fleet ===
 
 impl Fleet {
     /// Starts a hub on an empty store and so many members, and waits until the hub sees all of them.
-    pub(super) async fn start(cellway: &Path, directory: &Path, members: usize) -> Result<Self> {
+    pub(super) async fn start(
+        cellway: &Path,
+        directory: &Path,
+        members: usize,
+        troubles: &[Trouble],
+    ) -> Result<Self> {
         ensure!(cellway.is_file(), "{} does not exist: build it with cargo build -p cli", cellway.display());
         fs::create_dir_all(directory).with_context(|| format!("failed to create {}", directory.display()))?;
         let mut fleet = Self {
@@ -86,6 +137,10 @@ impl Fleet {
             .try_collect()
             .await?;
         fleet.members = joined;
+        for trouble in troubles {
+            let member = fleet.join_spoilt(*trouble).await?;
+            fleet.members.push(member);
+        }
         time::timeout(JOIN, fleet.all_online()).await.context("not every member came online in time")??;
         Ok(fleet)
     }
@@ -158,8 +213,91 @@ impl Fleet {
 
     /// Enrols a member as a person would, and starts it.
     async fn join(&self, name: String) -> Result<Member> {
+        let enrolment = self.enrol(&name).await?;
+        let mut command = self.member_command(&name);
+        command
+            .args(["--hub", &enrolment.hub, "--ca-hash", &enrolment.ca_hash])
+            .arg("--enrolment-token-file")
+            .arg(&enrolment.token);
+        let (process, access) = self.start_member(&name, command).await?;
+        Ok(Member { name, process, access, trouble: None })
+    }
+
+    /// Enrols a member that can be spoilt.
+    async fn join_spoilt(&self, of: Trouble) -> Result<Member> {
+        let name = of.member();
+        let enrolment = self.enrol(&name).await?;
+        let mut command = self.member_command(&name);
+        let relay = |upstream: SocketAddr| async move {
+            Relay::tcp(upstream, Impairment::default()).await.context("failed to start a relay")
+        };
+        if of != Trouble::Hangs {
+            let hub = enrolment.hub.parse().with_context(|| format!("{} is no address", enrolment.hub))?;
+            let relay = relay(hub).await?;
+            command
+                .args(["--transport=h2", "--ca-hash", &enrolment.ca_hash])
+                .arg(format!("--hub={}", relay.address()))
+                .arg("--enrolment-token-file")
+                .arg(&enrolment.token);
+            let (process, access) = self.start_member(&name, command).await?;
+            return Ok(Member { name, process, access, trouble: Some(InTrouble { of, relay, agent: None }) });
+        }
+        // The tunnel is to stay well while the API hangs: the agent is a process of its own, with a relay between.
+        let (process, access) = self.start_member(&name, command).await?;
+        let relay = relay(SocketAddr::from(([127, 0, 0, 1], access.port))).await?;
+        let data = self.directory.join(&name);
+        let own = fs::read(data.join("agent.kubeconfig")).context("failed to read the agent's kubeconfig")?;
+        let mut kubeconfig: Value =
+            serde_json::from_slice(&own).context("the agent's kubeconfig is not JSON")?;
+        kubeconfig["clusters"][0]["cluster"]["server"] = format!("https://{}", relay.address()).into();
+        let around = data.join("relayed.kubeconfig");
+        tls::write_private(&around, kubeconfig.to_string().as_bytes())
+            .with_context(|| format!("failed to write {}", around.display()))?;
+        let program = self.cellway.with_file_name("proxy-agent");
+        ensure!(
+            program.is_file(),
+            "{} does not exist: build it with cargo build -p proxy-agent",
+            program.display()
+        );
+        let mut command = Command::new(program);
+        command
+            .args(["--v=0", "--health-server-port=0", "--admin-server-port=0"])
+            .arg(format!("--cluster-name={name}"))
+            .arg(format!("--server={}", enrolment.hub))
+            .arg(format!("--ca-hash={}", enrolment.ca_hash))
+            .arg(format!("--kubeconfig={}", around.display()))
+            .arg(format!("--data-dir={}", data.join("agent").display()))
+            .arg(format!("--enrolment-token-file={}", enrolment.token.display()));
+        let agent = Process::start(&format!("{name}-agent"), command, &self.directory)?;
+        Ok(Member { name, process, access, trouble: Some(InTrouble { of, relay, agent: Some(agent) }) })
+    }
+
+    /// From now on the members that can be spoilt are in trouble.
+    pub(super) async fn spoil(&mut self) -> Result<()> {
+        let (spoilt, well): (Vec<_>, Vec<_>) =
+            self.members.drain(..).partition(|member| member.trouble.is_some());
+        self.members = well;
+        for member in spoilt {
+            let Some(trouble) = &member.trouble else { continue };
+            match trouble.of {
+                Trouble::Dead => {
+                    member.process.stop().await;
+                    continue;
+                }
+                Trouble::Hangs => trouble.relay.set(Impairment { blackhole: true, ..Impairment::default() }),
+                Trouble::Far => {
+                    trouble.relay.set(Impairment { latency: FAR / 2, ..Impairment::default() });
+                }
+            }
+            self.members.push(member);
+        }
+        Ok(())
+    }
+
+    /// Asks the hub to admit a member.
+    async fn enrol(&self, name: &str) -> Result<Enrolment> {
         let added = Command::new(&self.cellway)
-            .args(["cluster", "add", &name, "--output=json", "--data-dir"])
+            .args(["cluster", "add", name, "--output=json", "--data-dir"])
             .arg(self.data())
             .kill_on_drop(true)
             .output()
@@ -175,21 +313,28 @@ impl Fleet {
         let field = |key: &str| {
             enrolment[key].as_str().with_context(|| format!("cellway cluster add printed no {key}"))
         };
-        let data = self.directory.join(&name);
+        let data = self.directory.join(name);
         fs::create_dir_all(&data).with_context(|| format!("failed to create {}", data.display()))?;
         let token = data.join("enrolment-token");
         tls::write_private(&token, field("token")?.as_bytes())
             .with_context(|| format!("failed to write {}", token.display()))?;
+        Ok(Enrolment { hub: field("hub")?.to_owned(), ca_hash: field("caHash")?.to_owned(), token })
+    }
+
+    fn member_command(&self, name: &str) -> Command {
         let mut command = Command::new(&self.cellway);
         command
-            .args(["dev", "member", &name, "--v=0"])
+            .args(["dev", "member", name, "--v=0"])
             .arg(format!("--zone={name}-a"))
             .arg("--data-dir")
-            .arg(&data)
-            .args(["--hub", field("hub")?, "--ca-hash", field("caHash")?])
-            .arg("--enrolment-token-file")
-            .arg(&token);
-        let mut process = Process::start(&name, command, &self.directory)?;
+            .arg(self.directory.join(name));
+        command
+    }
+
+    /// Starts a member and waits until its API answers.
+    async fn start_member(&self, name: &str, command: Command) -> Result<(Process, Access)> {
+        let data = self.directory.join(name);
+        let mut process = Process::start(name, command, &self.directory)?;
         let end = Instant::now() + START;
         let access = loop {
             process.check()?;
@@ -205,7 +350,7 @@ impl Fleet {
             }
             time::sleep(GLANCE).await;
         };
-        Ok(Member { name, process, access })
+        Ok((process, access))
     }
 
     /// Waits until the hub says of every member that it is ready.
@@ -245,22 +390,49 @@ impl Fleet {
         Ok(HubWrites::parse(&String::from_utf8_lossy(&text)))
     }
 
-    /// Passes of the controller over objects since the hub's start.
-    pub(super) async fn passes(&self) -> Result<u64> {
-        let text = plain_get(self.ports[3], "/metrics").await?;
-        let number = |line: &str| line.rsplit(' ').next()?.parse::<f64>().ok();
-        Ok(text
-            .lines()
-            .filter(|line| line.starts_with("cellway_federation_reconcile_total"))
-            .filter_map(number)
-            .sum::<f64>() as u64)
+    /// What the controller has done since the hub's start.
+    pub(super) async fn passes(&self) -> Result<Passes> {
+        Ok(Passes::parse(&plain_get(self.ports[3], "/metrics").await?))
     }
 
     pub(super) async fn stop(mut self) {
         self.kill_hub().await;
         for member in self.members.drain(..) {
+            if let Some(InTrouble { agent: Some(agent), .. }) = member.trouble {
+                agent.stop().await;
+            }
             member.process.stop().await;
         }
+    }
+}
+
+/// What a member is admitted with.
+struct Enrolment {
+    /// Where the hub's listener for agents is.
+    hub: String,
+    ca_hash: String,
+    /// The file that holds the token.
+    token: PathBuf,
+}
+
+// === impl Passes ===
+
+impl Passes {
+    /// Reads the controller's metrics.
+    fn parse(text: &str) -> Self {
+        let mut passes = Self::default();
+        for line in text.lines() {
+            let Some((labels, number)) = line.rsplit_once(' ') else { continue };
+            // Counts, written as such.
+            let number = number.parse::<f64>().unwrap_or_default() as u64;
+            if labels.starts_with("cellway_federation_reconcile_total") {
+                let whole = labels.contains("outcome=\"Done\"");
+                *(if whole { &mut passes.whole } else { &mut passes.other }) += number;
+            } else if labels.starts_with("cellway_federation_member_online{") {
+                passes.online += usize::from(number == 1);
+            }
+        }
+        passes
     }
 }
 
@@ -364,6 +536,17 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn passes_are_told_apart() {
+        let text = "# TYPE cellway_federation_reconcile counter\n\
+            cellway_federation_reconcile_total{outcome=\"Done\"} 12\n\
+            cellway_federation_reconcile_total{outcome=\"Waiting\"} 3\n\
+            cellway_federation_reconcile_total{outcome=\"Stale\"} 1\n\
+            cellway_federation_member_online{cluster=\"a\"} 1\n\
+            cellway_federation_member_online{cluster=\"b\"} 0\n";
+        assert_eq!(Passes::parse(text), Passes { whole: 12, other: 4, online: 1 });
+    }
 
     #[test]
     fn writes_are_counted_by_what_they_change() {

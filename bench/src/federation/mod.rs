@@ -12,7 +12,6 @@ use std::{
     collections::BTreeMap,
     fmt::Write as _,
     fs,
-    io::Write as _,
     path::{Path, PathBuf},
 };
 
@@ -52,21 +51,21 @@ pub(crate) struct FederationArgs {
     /// Members of `steady`.
     #[arg(long, default_value_t = 10)]
     steady_members: usize,
-    /// Seconds for which `steady` looks on.
-    #[arg(long, default_value_t = 60)]
+    /// Seconds for which `steady` looks on. The controller looks at everything again every ten minutes or so: with fewer
+    /// than 700 it may not, and the table says whether it has.
+    #[arg(long, default_value_t = 700)]
     seconds: u64,
+    /// Changes that `isolation` times, with and without the members that are in trouble.
+    #[arg(long, default_value_t = 1000)]
+    isolation_changes: usize,
     /// The folder of the program `cellway` [default: that of this program].
     #[arg(long, value_name = "DIR")]
     cellway_dir: Option<PathBuf>,
     /// Keeps data and logs in this folder.
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
-    /// Writes the table here, as Markdown.
-    #[arg(long, value_name = "FILE")]
-    markdown: Option<PathBuf>,
-    /// Writes everything measured here, as JSON.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    files: report::Files,
 }
 
 /// What is measured on one start of a hub and its members.
@@ -78,8 +77,11 @@ enum Scenario {
     Change,
     /// One change after the other, in many members.
     ChangeMany,
-    /// The hub ends in order, and is killed; a change made at once arrives.
+    /// The hub ends in order, and is killed; another controller hands the lease over, or stops renewing it. A change made
+    /// at once arrives.
     Restart,
+    /// Changes in seven members, and in seven beside one that is dead, one that hangs and one half a second away.
+    Isolation,
     /// Many objects in ten members: at rest, and after a cold restart.
     Steady,
 }
@@ -122,15 +124,36 @@ const ROWS: &[Row] = &[
     row("clean_end", "clean restart: the hub before it took to end", "s", 2, None),
     row("clean_answers", "clean restart: of that, until the hub API answers", "s", 2, None),
     row("killed_restart", "restart after a kill: a change is in every member after", "s", 2, Some(5.0)),
+    row(
+        "handed_over",
+        "a change after the leader handed its lease to a standby is everywhere after",
+        "s",
+        2,
+        Some(1.0),
+    ),
+    row(
+        "taken_over",
+        "a change after the leader's last renewal, then taken over, is everywhere after",
+        "s",
+        2,
+        Some(5.0),
+    ),
+    row("apart_p50", "a change in 7 members, median", "ms", 1, None),
+    row("apart_p99", "a change in 7 members, p99", "ms", 1, None),
+    row("beside_p50", "the same 7 beside a dead, a hanging and a distant one, median", "ms", 1, None),
+    row("beside_p99", "the same 7 beside a dead, a hanging and a distant one, p99", "ms", 1, None),
+    row("beside_more_p50", "that is more by, median", "%", 1, Some(10.0)),
+    row("beside_more_p99", "that is more by, p99", "%", 1, Some(10.0)),
     row("steady_fill", "steady: all objects arrive in all members after", "s", 1, None),
     row("steady_fill_cpu", "steady: CPU of all processes until then", "s", 1, None),
     row("steady_writes", "steady: hub writes while nothing happens", "", 0, Some(0.0)),
+    row("steady_passes", "steady: objects that the controller looked at again meanwhile", "", 0, None),
     row("steady_hub", "steady: the hub process uses of a core", "%", 2, Some(1.0)),
     row("steady_members", "steady: each member's process uses of a core", "%", 2, None),
     row("steady_memory", "steady: the hub's memory, hub API and proxy included", "MiB", 0, Some(250.0)),
     row(
         "cold_synced",
-        "steady: after a cold restart everything has been looked at after",
+        "steady: after a cold restart every object has been compared with every member after",
         "s",
         1,
         Some(30.0),
@@ -147,6 +170,7 @@ struct Sizes {
     members: usize,
     changes: usize,
     many_members: usize,
+    isolation_changes: usize,
     steady_objects: usize,
     steady_members: usize,
     seconds: u64,
@@ -179,14 +203,9 @@ pub(crate) fn run(args: &FederationArgs) -> Result<()> {
         }
     })?;
     let table = results.markdown();
-    std::io::stdout().write_all(table.as_bytes()).context("failed to print the table")?;
-    if let Some(path) = &args.markdown {
-        fs::write(path, table).with_context(|| format!("failed to write {}", path.display()))?;
-    }
-    if let Some(path) = &args.json {
-        let json = serde_json::to_vec_pretty(&results).context("failed to encode the results")?;
-        fs::write(path, json).with_context(|| format!("failed to write {}", path.display()))?;
-    }
+    args.files.publish(&table, &table, &results)?;
+    // Whoever runs it in a script must see that something was not measured.
+    ensure!(results.failures.is_empty(), "not everything was measured: {}", results.failures.join("; "));
     Ok(())
 }
 
@@ -211,6 +230,7 @@ async fn measure(args: &FederationArgs) -> Result<Results> {
         members: args.members.max(1),
         changes: scaled(args.changes),
         many_members: scaled(args.many_members),
+        isolation_changes: scaled(args.isolation_changes),
         steady_objects: scaled(args.steady_objects),
         steady_members: args.steady_members.max(1),
         seconds: (args.seconds as f64 * args.scale).ceil() as u64,

@@ -1,6 +1,7 @@
 //! The scenarios.
 
 use std::{
+    ops::Range,
     path::Path,
     sync::{
         Arc,
@@ -16,12 +17,14 @@ use serde_json::json;
 use tokio::{task::JoinSet, time};
 
 use super::eyes::{Eye, Look};
-use super::fleet::{Fleet, quiet};
+use super::fleet::{Fleet, Passes, Trouble, quiet};
 use super::{Scenario, Sizes};
 use crate::client::{Access, Client, Protocol};
 
 const NAMESPACE: &str = "bench";
 const OBJECTS: &str = "/apis/types.kubefed.io/v1beta2/namespaces/bench/federatedconfigmaps";
+const LEASE: &str =
+    "/apis/coordination.k8s.io/v1/namespaces/kube-federation-system/leases/cellway-federation-controller";
 const CONFIG_MAPS: &str = "/api/v1/namespaces/bench/configmaps";
 /// Bytes of a config map's one value: with its metadata half a KiB.
 const VALUE: usize = 400;
@@ -39,6 +42,16 @@ const REST: Duration = Duration::from_secs(300);
 const PACE: Duration = Duration::from_millis(40);
 /// Between two tries to reach a hub that is starting.
 const RETRY: Duration = Duration::from_millis(5);
+/// Members of `isolation` that nothing is wrong with.
+const WELL: usize = 7;
+/// Objects where changes are timed in many members, and the number of objects is not what it is about.
+const FEW: usize = 20;
+/// Changes in one fleet before it is the other's turn.
+const TURN: usize = 25;
+/// So often the controller that this program plays renews its lease.
+const RENEWAL: Duration = Duration::from_millis(500);
+/// How long it leads.
+const LEADING: Duration = Duration::from_secs(4);
 /// For a hub to come back.
 const COMEBACK: Duration = Duration::from_secs(120);
 
@@ -59,12 +72,16 @@ struct Stage {
 
 /// Runs one scenario on a fleet of its own.
 pub(super) async fn tell(scenario: Scenario, sizes: Sizes, cellway: &Path, directory: &Path) -> Result<Told> {
+    if scenario == Scenario::Isolation {
+        return isolation(sizes.isolation_changes, cellway, directory).await;
+    }
     let (members, objects) = match scenario {
         Scenario::ConfigMaps | Scenario::Change | Scenario::Restart => (sizes.members, sizes.objects),
-        Scenario::ChangeMany => (sizes.many_members, 20),
+        Scenario::ChangeMany => (sizes.many_members, FEW),
         Scenario::Steady => (sizes.steady_members, sizes.steady_objects),
+        Scenario::Isolation => (WELL, FEW),
     };
-    let fleet = Fleet::start(cellway, directory, members).await?;
+    let fleet = Fleet::start(cellway, directory, members, &[]).await?;
     let mut stage = Stage::set(fleet, objects).await?;
     let mut told = Told::default();
     told.notes.push(format!("{scenario:?}: {objects} objects in {members} members"));
@@ -75,9 +92,55 @@ pub(super) async fn tell(scenario: Scenario, sizes: Sizes, cellway: &Path, direc
         Scenario::ChangeMany => stage.changes_in_many(sizes.changes.div_ceil(4), &mut told).await,
         Scenario::Restart => stage.restarts(&mut told).await,
         Scenario::Steady => stage.steady(Duration::from_secs(sizes.seconds), &mut told).await,
+        // Two stages at once: told above.
+        Scenario::Isolation => Ok(()),
     };
     stage.fleet.stop().await;
     done.map(|()| told)
+}
+
+/// Changes in members beside others that are in trouble, in turn with changes in as many without: what else the machine
+/// does hits both alike.
+async fn isolation(number: usize, cellway: &Path, directory: &Path) -> Result<Told> {
+    const TROUBLES: [Trouble; 3] = [Trouble::Dead, Trouble::Hangs, Trouble::Far];
+    let mut told = Told::default();
+    let apart = Stage::set(Fleet::start(cellway, &directory.join("apart"), WELL, &[]).await?, FEW).await?;
+    let beside = Fleet::start(cellway, &directory.join("beside"), WELL, &TROUBLES).await?;
+    let mut beside = Stage::set(beside, FEW).await?;
+    let (mut alone, mut together) = (Vec::new(), Vec::new());
+    let done = async {
+        apart.fill().await?;
+        beside.fill().await?;
+        beside.fleet.spoil().await?;
+        beside.members.retain(|eye| !TROUBLES.iter().any(|of| of.member() == eye.name()));
+        let mut from = 0;
+        while from < number {
+            let to = (from + TURN).min(number);
+            alone.extend(apart.change_some(from..to).await?);
+            together.extend(beside.change_some(from..to).await?);
+            from = to;
+        }
+        anyhow::Ok(())
+    };
+    let done = done.await;
+    apart.fleet.stop().await;
+    beside.fleet.stop().await;
+    done?;
+    for (share, keys) in [
+        (0.5, ["apart_p50", "beside_p50", "beside_more_p50"]),
+        (0.99, ["apart_p99", "beside_p99", "beside_more_p99"]),
+    ] {
+        let (alone, together) = (quantile(&alone, share), quantile(&together, share));
+        told.figure(keys[0], alone);
+        told.figure(keys[1], together);
+        told.figure(keys[2], (together / alone - 1.0) * 100.0);
+    }
+    told.notes.push(format!(
+        "isolation: {number} changes of {FEW} objects in each of two fleets, {TURN} in turn, {} ms apart at least; the \
+         trouble begins with the first",
+        PACE.as_millis()
+    ));
+    Ok(told)
 }
 
 // === impl Stage ===
@@ -186,9 +249,14 @@ impl Stage {
 
     /// Changes one object after the other; milliseconds from the request to the last member.
     async fn change_each(&self, number: usize) -> Result<Vec<f64>> {
+        self.change_some(0..number).await
+    }
+
+    /// The same for changes of these numbers.
+    async fn change_some(&self, numbers: Range<usize>) -> Result<Vec<f64>> {
         let mut client = self.fleet.hub_client().await?;
-        let mut times = Vec::with_capacity(number);
-        for index in 0..number {
+        let mut times = Vec::with_capacity(numbers.len());
+        for index in numbers {
             let begin = Instant::now();
             // Objects in turn, spread: the next change does not meet the status of the one before.
             let name = name((index * 7) % self.objects);
@@ -220,7 +288,33 @@ impl Stage {
         self.rest().await?;
         self.fleet.kill_hub().await;
         told.figure("killed_restart", self.come_back("killed").await?.arrived.as_secs_f64());
+        self.rest().await?;
+        told.figure("handed_over", self.take_over("handed", true).await?.as_secs_f64());
+        told.figure("taken_over", self.take_over("taken", false).await?.as_secs_f64());
+        told.notes.push(
+            "restart: the hub is also the standby of a controller that leads and does nothing, played by this program"
+                .into(),
+        );
         Ok(())
+    }
+
+    /// Plays another controller that holds the lease, and then hands it back or is never heard of again; how long a
+    /// change made at that moment takes.
+    async fn take_over(&self, stamp: &str, hands_back: bool) -> Result<Duration> {
+        let mut client = self.fleet.hub_client().await?;
+        let begin = Instant::now();
+        // Long enough for the hub's controller to have seen that it leads no more.
+        while begin.elapsed() < LEADING {
+            hold_lease(&mut client, Some("bench")).await?;
+            time::sleep(RENEWAL).await;
+        }
+        hold_lease(&mut client, (!hands_back).then_some("bench")).await?;
+        let begin = Instant::now();
+        let name = name(0);
+        change(&mut client, &name, stamp).await?;
+        let took = self.changed(&name, stamp).await? - begin;
+        ensure!(hands_back || took > RENEWAL, "the hub's controller acted while another held the lease");
+        Ok(took)
     }
 
     /// Starts the hub and makes a change as soon as it answers.
@@ -257,6 +351,7 @@ impl Stage {
 
         let mut client = self.fleet.hub_client().await?;
         let writes = self.fleet.hub_writes(&mut client).await?;
+        let passes = self.fleet.passes().await?;
         let (before, begin) = (cpu(&self.fleet)?, Instant::now());
         time::sleep(looking).await;
         let (after, seconds) = (cpu(&self.fleet)?, begin.elapsed().as_secs_f64());
@@ -264,6 +359,13 @@ impl Stage {
         told.figure("steady_hub", (after.0 - before.0) * 100.0 / seconds);
         told.figure("steady_members", (after.1 - before.1) * 100.0 / seconds / self.units as f64);
         told.figure("steady_writes", writes.total() as f64);
+        let passes = self.fleet.passes().await?.whole.saturating_sub(passes.whole);
+        told.figure("steady_passes", passes as f64);
+        let looked =
+            if passes >= self.objects as u64 { "every object once at least" } else { "not every object" };
+        told.notes.push(format!(
+            "steady: {looked} was looked at again in {seconds:.0} s, as every ten minutes or so"
+        ));
         told.figure("steady_memory", self.fleet.hub_usage()?.resident_kib / 1024.0);
         told.notes.push(format!(
             "steady: hub writes in {seconds:.0} s: {}; renewals of leases among them: {}",
@@ -275,17 +377,18 @@ impl Stage {
         let begin = Instant::now();
         let back = self.come_back("cold").await?;
         told.figure("cold_change", back.arrived.as_secs_f64());
-        // Every object has had its pass, and no more passes come.
+        // Members' listings come one by one, and each has every object looked at: once all members are online, no more
+        // passes come, and every object has had one with everything known, each has been compared with every member.
         let wanted = self.objects as u64;
-        let mut last = (0, begin);
+        let mut last = (Passes::default(), begin);
         loop {
             let passes = self.fleet.passes().await?;
             if passes != last.0 {
                 last = (passes, Instant::now());
-            } else if passes >= wanted && last.1.elapsed() >= STILL {
+            } else if passes.whole >= wanted && passes.online >= self.units && last.1.elapsed() >= STILL {
                 break;
             }
-            ensure!(begin.elapsed() < COMEBACK, "{passes} passes over {wanted} objects, and no rest");
+            ensure!(begin.elapsed() < COMEBACK, "{passes:?} over {wanted} objects, and no rest");
             time::sleep(Duration::from_millis(50)).await;
         }
         told.figure("cold_synced", (last.1 - begin).as_secs_f64());
@@ -294,8 +397,9 @@ impl Stage {
         told.figure("cold_writes", writes.total().saturating_sub(1) as f64);
         told.figure("cold_memory", self.fleet.hub_usage()?.resident_kib / 1024.0);
         told.notes.push(format!(
-            "steady: after the cold restart {} passes; hub writes: {}",
-            last.0,
+            "steady: after the cold restart {} whole passes, {} before everything was listed; hub writes: {}",
+            last.0.whole,
+            last.0.other,
             writes.describe()
         ));
         Ok(())
@@ -361,6 +465,15 @@ fn federated(name: &str) -> Bytes {
 async fn change(client: &mut Client, name: &str, stamp: &str) -> Result<()> {
     let patch = json!({"spec": {"template": {"data": {"stamp": stamp}}}});
     client.call(Method::PATCH, &format!("{OBJECTS}/{name}"), patch.to_string().into()).await.map(drop)
+}
+
+/// Takes the controllers' lease and renews it, or hands it back.
+async fn hold_lease(client: &mut Client, holder: Option<&str>) -> Result<()> {
+    let lease = client.json(Method::GET, LEASE, Bytes::new()).await?;
+    // A candidate counts from the last change that it saw, whatever changed.
+    let transitions = lease["spec"]["leaseTransitions"].as_i64().unwrap_or_default() + 1;
+    let spec = json!({"holderIdentity": holder.unwrap_or_default(), "leaseTransitions": transitions});
+    client.call(Method::PATCH, LEASE, json!({ "spec": spec }).to_string().into()).await.map(drop)
 }
 
 /// The nearest rank.
