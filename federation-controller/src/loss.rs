@@ -182,13 +182,11 @@ async fn status(io: BoxedIo, endpoint: &Endpoint) -> Result<u16, hyper::Error> {
     // A path and a host that were checked: they make a request. Else nobody is asked, and nobody answers.
     let Ok(request) = request else { return Ok(400) };
     let asking = async move { sender.send_request(request).await.map(|answer| answer.status().as_u16()) };
+    let mut asking = std::pin::pin!(asking);
     tokio::select! {
-        answer = asking => answer,
-        ended = connection => match ended {
-            Err(error) => Err(error),
-            // It ended well before the answer was looked at.
-            Ok(()) => Ok(500),
-        },
+        answer = &mut asking => answer,
+        // The answer may have come with the end.
+        _ended = connection => asking.await,
     }
 }
 
@@ -404,6 +402,52 @@ async fn write(shared: &Shared, place: &Place, what: &str, patch: &Value, status
         Err(_) => {
             debug!(?place, "the hub took too long to {what} it");
             false
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    /// What is made of an answer that comes all at once and ends the connection.
+    async fn answered(answer: &'static str) -> Result<u16, hyper::Error> {
+        let (ours, mut theirs) = tokio::io::duplex(4096);
+        let endpoint = Endpoint::of(&LossProbe {
+            from: "west".into(),
+            url: "http://[fd00::1]:8080/healthz".into(),
+            ca_bundle: None,
+        })
+        .expect("address");
+        let serving = async move {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(theirs.read_u8().await.expect("a request"));
+            }
+            theirs.write_all(answer.as_bytes()).await.expect("written");
+            String::from_utf8(head).expect("text")
+        };
+        let (found, asked) = tokio::join!(status(Box::new(ours), &endpoint), serving);
+        assert!(
+            asked.starts_with("GET /healthz HTTP/1.1\r\n") && asked.contains("[fd00::1]:8080"),
+            "{asked}"
+        );
+        found
+    }
+
+    #[tokio::test]
+    async fn an_answer_counts_by_its_status() {
+        // Often, as answer and end may be seen in either order.
+        for _ in 0..50 {
+            let ok = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok";
+            assert_eq!(answered(ok).await.ok(), Some(200));
+        }
+        assert_eq!(answered("HTTP/1.1 503 Unavailable\r\nContent-Length: 0\r\n\r\n").await.ok(), Some(503));
+        assert_eq!(answered("HTTP/1.1 401 Unauthorized\r\n\r\n").await.ok(), Some(401));
+        for bad in ["", "SSH-2.0-OpenSSH\r\n", "HTTP/1.1 20"] {
+            assert!(answered(bad).await.is_err(), "{bad}");
         }
     }
 }
