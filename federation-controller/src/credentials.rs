@@ -16,7 +16,7 @@ use kube::{Api, ResourceExt as _};
 use tracing::debug;
 
 use crate::Shared;
-use crate::hub::{Change, admit_all, follow};
+use crate::follow::{Change, admit_all, follow};
 
 /// How a member's API is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -37,7 +37,8 @@ use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
 use self::report::report;
 use crate::Shared;
-use crate::hub::{Change, Kept, ObjectKey, WatchTrouble, admit_all, follow, follow_as};
+use crate::follow::{Change, WatchTrouble, admit_all, follow, follow_as};
+use crate::hub::{Kept, ObjectKey};
 use crate::member::chain;
 use crate::pace::retry_delay;
 use crate::queue::WorkQueue;

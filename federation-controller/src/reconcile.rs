@@ -36,7 +36,8 @@ use thiserror::Error;
 use tokio::time::Instant;
 use tracing::{debug, info};
 
-use crate::hub::{ObjectKey, lighten};
+use crate::follow::lighten;
+use crate::hub::ObjectKey;
 use crate::{Shared, tombstones};
 
 /// How long a status may lag behind while writes are under way. Long enough for members at a distance to answer, short

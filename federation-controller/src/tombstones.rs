@@ -18,7 +18,8 @@ use tokio::time::timeout;
 use tracing::{Instrument as _, debug, info, info_span};
 
 use crate::Shared;
-use crate::hub::{ObjectKey, admit_all, follow};
+use crate::follow::{admit_all, follow};
+use crate::hub::ObjectKey;
 use crate::member::{Member, chain};
 
 /// Wait before a deletion that failed is tried again.

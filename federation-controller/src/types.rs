@@ -29,7 +29,8 @@ use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument as _, info, info_span, warn};
 
 use crate::Shared;
-use crate::hub::{Change, Kept, admit_all, follow, follow_as};
+use crate::follow::{Change, admit_all, follow, follow_as};
+use crate::hub::Kept;
 use crate::member::chain;
 
 /// Types that may be enabled at once: each costs a watch at the hub and, once used, one in every member.

@@ -12,7 +12,8 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::Job;
-use crate::hub::{Change, ObjectKey, is_older, lighten};
+use crate::follow::{Change, lighten};
+use crate::hub::{ObjectKey, is_older};
 use crate::pace::{FightGuard, fight_message, retry_delay};
 
 /// Most objects of one kind that a member may have the hub keep: a hub with ten thousand federated objects over ten

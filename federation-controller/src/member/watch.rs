@@ -18,7 +18,8 @@ use tracing::{debug, warn};
 use super::store::{Listing, MAX_BYTES, MAX_OBJECTS, Seen};
 use super::{Member, chain};
 use crate::Shared;
-use crate::hub::{Change, ObjectKey, WatchTrouble, follow_as};
+use crate::follow::{Change, WatchTrouble, follow_as};
+use crate::hub::ObjectKey;
 use crate::types::Stage;
 
 /// Objects in one page of a list; bounds what one response of a member holds.

@@ -17,7 +17,7 @@ use super::health::shortened;
 use super::store::{TargetKey, hash_of};
 use super::{Job, Member, chain};
 use crate::Shared;
-use crate::hub::lighten;
+use crate::follow::lighten;
 use crate::metrics::{Outcome, Verb, WriteLabels};
 
 /// Why a write came to nothing.
