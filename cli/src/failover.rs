@@ -9,7 +9,6 @@ use federation_core::api::{
 use federation_core::capacity::Room;
 use federation_core::evacuation::{self, Move};
 use federation_core::names::FEDERATION_NAMESPACE;
-use federation_core::topology::Topology;
 use federation_core::types::FederatedType;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt as _};
@@ -18,6 +17,7 @@ use serde_json::{Value, json};
 
 use crate::args::ListArgs;
 use crate::error::{Error, Result};
+use crate::fleet::Fleet;
 use crate::hub::{Hub, Items, explain};
 use crate::kubeconfig::HubArgs;
 use crate::output::{self, Cell, Format, OutputArgs, Paint, Table, text_out};
@@ -181,16 +181,15 @@ async fn set(hub: &Hub, what: What, name: &str, value: &Value, tried: &str) -> R
 
 /// What would move where. Rooms are shared by all workloads, in the order in which they are listed.
 async fn preview(hub: &Hub, what: What, name: &str, failover: &Failover, tried: &str) -> Result<Vec<Move>> {
-    let mut all_cells =
-        cells(hub).list(&ListParams::default()).await.map_err(explain("list the cells"))?.items;
-    let mut all_clusters =
-        clusters(hub).list(&ListParams::default()).await.map_err(explain("list the clusters"))?.items;
+    let mut fleet = Fleet::read(hub).await?;
     let found = match what {
-        What::Cell => all_cells
+        What::Cell => fleet
+            .cells
             .iter_mut()
             .find(|cell| cell.name_any() == name)
             .map(|cell| cell.spec.failover = Some(failover.clone())),
-        What::Cluster => all_clusters
+        What::Cluster => fleet
+            .clusters
             .iter_mut()
             .find(|cluster| cluster.name_any() == name)
             .map(|cluster| cluster.spec.failover = Some(failover.clone())),
@@ -198,7 +197,7 @@ async fn preview(hub: &Hub, what: What, name: &str, failover: &Failover, tried: 
     if found.is_none() {
         return Err(Error::not_found(tried, "there is none of this name"));
     }
-    let topology = Topology::new(&all_cells, &all_clusters);
+    let seen = fleet.seen();
     let api: Api<FederatedTypeConfig> = Api::namespaced(hub.client().clone(), FEDERATION_NAMESPACE);
     let configs = api.list(&ListParams::default()).await.map_err(explain("list the federated types"))?;
     let mut moves = Vec::new();
@@ -212,6 +211,8 @@ async fn preview(hub: &Hub, what: What, name: &str, failover: &Failover, tried: 
         for object in listed.items {
             let value = serde_json::to_value(&object).map_err(|error| Error::failed(tried, error))?;
             let Ok(object) = serde_json::from_value::<FederatedObject>(value) else { continue };
+            // Another tenant's units take nothing over.
+            let topology = seen.by(&object.namespace().unwrap_or_default());
             moves.extend(evacuation::moves(&topology, &of, &object, what.topology(), name));
         }
     }

@@ -6,6 +6,7 @@ mod encryption;
 mod error;
 mod failover;
 mod federate;
+mod fleet;
 mod hub;
 mod kubeconfig;
 mod lists;

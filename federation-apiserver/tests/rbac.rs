@@ -85,6 +85,39 @@ async fn defaults_are_there_and_are_aggregated() {
 }
 
 #[tokio::test]
+async fn whoever_only_looks_sees_no_secrets_in_federated_wrapping() {
+    const FEDERATED: &str = "types.kubefed.io";
+    let dir = tempfile::tempdir().expect("a folder");
+    let config = federation_apiserver::Config::new(dir.path(), federation_apiserver::Role::Hub);
+    let server = Server::run(config.clone(), |_| {}).await;
+    // As a hub of before had it.
+    let everything =
+        json!([{"apiGroups": [FEDERATED], "resources": ["*"], "verbs": ["get", "list", "watch"]}]);
+    let mut old = role("system:cellway:aggregate-to-view", everything);
+    old["metadata"]["labels"] = json!({"rbac.authorization.k8s.io/aggregate-to-view": "true"});
+    made(&server, &format!("{RBAC}/clusterroles"), old).await;
+    made(&server, &format!("{RBAC}/clusterrolebindings"), binding("look", "ClusterRole", "view")).await;
+    until_allowed(&server, "get", FEDERATED, "federatedsecrets", "default").await;
+    server.stop().await;
+
+    let server = Server::run(config, |_| {}).await;
+    until_allowed(&server, "get", "topology.cellway.io", "cells", "").await;
+    let gone = server.get(&format!("{RBAC}/clusterroles/system:cellway:aggregate-to-view")).await;
+    assert_eq!(gone.code, 404, "{}", gone.text);
+    for resource in ["federatedsecrets", "federatedrevisions", "federatedsecrets/status"] {
+        let (resource, sub) = resource.split_once('/').unwrap_or((resource, ""));
+        let review = json!({"spec": {"user": "jo", "resourceAttributes": {"verb": "get", "group": FEDERATED,
+            "resource": resource, "subresource": sub, "namespace": "default"}}});
+        let answer = server.call("POST", &format!("{SAR}/subjectaccessreviews"), Some(&review)).await;
+        assert_eq!(answer.body["status"]["allowed"], false, "{resource}: {}", answer.text);
+    }
+    // Whoever may edit may read them, as Kubernetes' own role has it.
+    made(&server, &format!("{RBAC}/clusterrolebindings"), binding("edit", "ClusterRole", "edit")).await;
+    until_allowed(&server, "list", FEDERATED, "federatedsecrets", "default").await;
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn rights_come_with_bindings_and_go_with_them() {
     let (server, _tokens) = server().await;
     let secrets = "/api/v1/namespaces/default/secrets";

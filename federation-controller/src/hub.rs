@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use federation_core::api::{
-    Cell, FederatedRevision, FederatedTypeConfig, KubeFedCluster, Placement, PropagationConfig,
-    ReplicaSchedulingPreference, Tenant, Tombstone, TopologyType,
+    Cell, FederatedRevision, FederatedTypeConfig, KubeFedCluster, PropagationConfig,
+    ReplicaSchedulingPreference, Tenant, Tombstone,
 };
 use federation_core::metadata::PropagationRules;
 use federation_core::names;
 use federation_core::plan::NamespacePlacement;
+use federation_core::tenancy::Tenancy;
 use federation_core::topology::Topology;
 use federation_core::types::FederatedType;
 use k8s_openapi::api::core::v1::Secret;
@@ -47,9 +48,8 @@ pub(crate) struct HubState {
     tenants: BTreeMap<String, Tenant>,
     /// Secrets that clusters may name; `None` until they have been listed.
     secrets: Option<BTreeMap<String, Sealed>>,
-    /// What each tenant sees of the topology.
-    tenant_topologies: BTreeMap<String, Arc<Topology>>,
-    topology: Arc<Topology>,
+    /// The topology, and what each namespace sees of it.
+    tenancy: Tenancy,
     rules: Arc<PropagationRules>,
     /// Sorts of objects that have not been listed yet. While there is one, nothing is known not to exist.
     unlisted: BTreeSet<&'static str>,
@@ -272,18 +272,9 @@ impl HubState {
         self.objects.get(key).is_none_or(|object| object.behind)
     }
 
-    /// The topology that objects of a namespace see. A namespace that two tenants claim sees nothing.
+    /// The topology that objects of a namespace see.
     pub(crate) fn topology(&self, namespace: &str) -> Arc<Topology> {
-        let mut owners = self
-            .tenants
-            .iter()
-            .filter(|(_, tenant)| tenant.spec.namespaces.iter().any(|own| own == namespace));
-        match (owners.next(), owners.next()) {
-            (None, _) => Arc::clone(&self.topology),
-            (Some((tenant, _)), None) => self.tenant_topologies.get(tenant).cloned().unwrap_or_default(),
-            // Nobody is called this.
-            (Some(_), Some(_)) => Arc::new(self.topology.of_tenant("")),
-        }
+        self.tenancy.view(namespace)
     }
 
     /// Takes tenants in; returns whether they changed.
@@ -319,6 +310,11 @@ impl HubState {
 
     pub(crate) fn cluster(&self, name: &str) -> Option<Arc<KubeFedCluster>> {
         self.clusters.get(name).cloned()
+    }
+
+    /// Whether the clusters have been listed, so that one that is not known is none.
+    pub(crate) fn clusters_known(&self) -> bool {
+        !self.unlisted.contains(CLUSTERS)
     }
 
     pub(crate) fn cluster_names(&self) -> Vec<String> {
@@ -430,28 +426,11 @@ impl HubState {
 
     /// Where a namespace goes. `kind`: the slot of the namespaces' federated type.
     pub(crate) fn namespace_placement(&self, kind: usize, namespace: &str) -> NamespacePlacement {
-        let Some(object) = self.object(&ObjectKey::new(kind, namespace, namespace)) else {
-            return NamespacePlacement::Absent;
-        };
-        let spec = &object.data["spec"];
-        let placement: Placement = serde_json::from_value(spec["placement"].clone()).unwrap_or_default();
-        let topology: TopologyType = serde_json::from_value(spec["topologyType"].clone()).unwrap_or_default();
-        let seen = self.topology(namespace);
-        match seen.resolve(topology, &placement) {
-            Ok(mut placed) => {
-                placed.units.extend(seen.stand_ins(topology, placed.units.clone().into_values()));
-                let standing_in = object.data["status"]["units"].as_array().into_iter().flatten();
-                let standing_in = standing_in.filter(|unit| unit["standIn"] == true);
-                let standing_in = standing_in.filter_map(|unit| unit["cluster"].as_str().map(str::to_owned));
-                let placed = placed.units.values().map(|unit| unit.cluster.clone());
-                NamespacePlacement::Clusters(placed.chain(standing_in).collect())
-            }
-            // It cannot be read: nothing is taken away for that.
-            Err(_) => NamespacePlacement::Unrestricted,
-        }
+        let object = self.object(&ObjectKey::new(kind, namespace, namespace));
+        NamespacePlacement::of(object.as_ref().map(|object| &object.data), &self.topology(namespace))
     }
 
-    /// Whether a federated object may be made of a native one.
+    /// Whether a federated object may be made of a native one; only a look into it tells.
     pub(crate) fn may_be_companion(&self, key: &ObjectKey) -> bool {
         self.objects.get(key).is_some_and(|object| object.text.contains(names::POLICY_LABEL))
     }
@@ -533,9 +512,9 @@ impl HubState {
     /// Takes cells in; returns whether anything but a status changed.
     pub(crate) fn change_cells(&mut self, change: Change<Cell>) -> bool {
         change_map(&mut self.cells, change, &mut self.unlisted, CELLS);
-        let before = Arc::clone(&self.topology);
+        let before = Arc::clone(self.tenancy.whole());
         self.rebuild_topology();
-        before != self.topology
+        before != *self.tenancy.whole()
     }
 
     /// Takes clusters in; says what followed. A status alone costs nothing, however many clusters there are.
@@ -571,9 +550,9 @@ impl HubState {
         if others.is_empty() {
             return ClustersChanged { topology: first, others };
         }
-        let before = Arc::clone(&self.topology);
+        let before = Arc::clone(self.tenancy.whole());
         self.rebuild_topology();
-        ClustersChanged { topology: first || before != self.topology, others }
+        ClustersChanged { topology: first || before != *self.tenancy.whole(), others }
     }
 
     /// Takes rules in; returns whether they changed.
@@ -616,10 +595,8 @@ impl HubState {
     }
 
     fn rebuild_topology(&mut self) {
-        self.topology =
-            Arc::new(Topology::new(self.cells.values(), self.clusters.values().map(AsRef::as_ref)));
-        let own = |tenant: &String| (tenant.clone(), Arc::new(self.topology.of_tenant(tenant)));
-        self.tenant_topologies = self.tenants.keys().map(own).collect();
+        let topology = Topology::new(self.cells.values(), self.clusters.values().map(AsRef::as_ref));
+        self.tenancy = Tenancy::new(self.tenants.values(), topology);
     }
 }
 

@@ -357,6 +357,7 @@ impl Controller {
                     }
                     if changed.topology {
                         at.clusters_changed.notify_one();
+                        at.tombstones_due.notify_one();
                     }
                     at.after(changed.topology)
                 },

@@ -8,6 +8,9 @@
 //!                                                       as every federated object ◄── its watch ─┘
 //! ```
 //!
+//! What a policy and its object say of a companion is put back when somebody edits it, what was added to it included: it is
+//! written as a whole, not applied beside others' fields.
+//!
 //! A kind's native objects are watched while a policy speaks of the kind. A companion is left alone until the policies, the
 //! native objects and the companions of its kind have been listed; while no policy speaks of a kind it has no native
 //! objects that count, and its companions go.
@@ -21,11 +24,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use federation_core::api::PropagationPolicy;
-use federation_core::names::POLICY_LABEL;
-use federation_core::policy::{choose, companion, full_name, handed_on, is_right, speaks_of};
+use federation_core::policy::{
+    choose, companion, correction, full_name, handed_on, is_companion, is_right, native_name, speaks_of,
+    was_companion,
+};
 use federation_core::types::FederatedType;
 use k8s_openapi::api::core::v1::ObjectReference;
-use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::watcher;
 use kube::{Api, ResourceExt as _};
 use parking_lot::Mutex;
@@ -36,12 +41,12 @@ use tokio::time::timeout;
 use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
 use self::report::report;
-use crate::Shared;
 use crate::follow::{Change, WatchTrouble, admit_all, follow, follow_as};
 use crate::hub::{Kept, ObjectKey};
 use crate::member::chain;
 use crate::pace::retry_delay;
 use crate::queue::WorkQueue;
+use crate::{STALE_RETRY, Shared};
 
 /// The field manager of companions: not the one of statuses and finalizers, whose fields it must not take.
 const MANAGER: &str = "cellway-policy";
@@ -248,13 +253,9 @@ impl Policies {
         let Some(chosen) = choose(of, &native.metadata, policies.values().map(AsRef::as_ref)) else {
             return Wanted::None(annotations_of(&native));
         };
-        let place = match native.namespace() {
-            Some(namespace) => format!("{namespace}/{}", native.name_any()),
-            None => native.name_any(),
-        };
         let outcome = Outcome {
             policy: full_name(chosen.policy),
-            object: format!("{} {place}", of.target.kind),
+            object: native_name(of, &key.namespace, &key.name),
             trouble: None,
             overruled: chosen.overruled.into_iter().map(full_name).collect(),
         };
@@ -455,7 +456,9 @@ async fn keep(shared: &Shared, key: &ObjectKey) -> Result<(), kube::Error> {
         Wanted::None(said) => {
             shared.policies.note(key, None);
             let done = match found {
-                Some(found) if is_companion(&found) && found.metadata.deletion_timestamp.is_none() => {
+                Some(found)
+                    if is_companion(&of, &found.metadata) && found.metadata.deletion_timestamp.is_none() =>
+                {
                     match last_words(shared, key, &of, said).await {
                         Ok(said) => dismiss(&api, key, &found, said).await,
                         Err(error) => Err(error),
@@ -472,29 +475,49 @@ async fn keep(shared: &Shared, key: &ObjectKey) -> Result<(), kube::Error> {
     };
     let Made { companion, mut outcome, about } = *made;
     let mut done = Ok(());
-    match found {
-        Some(found) if !is_companion(&found) => {
+    let written = match found {
+        None => {
+            let params = PostParams { field_manager: Some(MANAGER.into()), ..PostParams::default() };
+            match serde_json::from_value::<DynamicObject>(companion) {
+                Ok(companion) => api.create(&params, &companion).await,
+                Err(error) => Err(kube::Error::SerdeError(error)),
+            }
+            .map(drop)
+        }
+        Some(found)
+            if !is_companion(&of, &found.metadata) && !was_companion(&found.metadata, &outcome.policy) =>
+        {
             let name = &outcome.object;
             outcome.trouble = Some(format!("{name}: a {} of its name is somebody's own", of.kind));
+            Ok(())
         }
         // The next one is made when this one is gone.
-        Some(found) if found.metadata.deletion_timestamp.is_some() => {}
-        Some(found) if serde_json::to_value(&found).is_ok_and(|found| is_right(&found, &companion)) => {}
-        _ => {
-            let params = PatchParams::apply(MANAGER).force();
-            match api.patch(&key.name, &params, &Patch::Apply(&companion)).await {
-                Ok(_) => debug!(name = %key.name, "the companion is as it should be"),
-                Err(failed) => {
-                    let said = match &failed {
-                        kube::Error::Api(status) => status.message.clone(),
-                        _ => chain(&failed),
-                    };
-                    outcome.trouble = Some(format!("{}: {said}", outcome.object));
-                    // Of what is invalid nothing but a change makes anything else, and that brings it here again.
-                    if !matches!(&failed, kube::Error::Api(status) if matches!(status.code, 400 | 422)) {
-                        done = Err(failed);
-                    }
-                }
+        Some(found) if found.metadata.deletion_timestamp.is_some() => Ok(()),
+        Some(found) => match serde_json::to_value(&found) {
+            Ok(found) if is_right(&found, &companion) => Ok(()),
+            Ok(found) => {
+                let params = PatchParams { field_manager: Some(MANAGER.into()), ..PatchParams::default() };
+                let patch = Patch::Merge(correction(&found, &companion));
+                api.patch(&key.name, &params, &patch).await.map(drop)
+            }
+            Err(error) => Err(kube::Error::SerdeError(error)),
+        },
+    };
+    match written {
+        Ok(()) => debug!(name = %key.name, "the companion is as it should be"),
+        // It has changed, or is there already, and what it is now is known in a moment.
+        Err(kube::Error::Api(status)) if status.code == 409 => {
+            shared.policies.queue.add_after(key.clone(), STALE_RETRY);
+        }
+        Err(failed) => {
+            let said = match &failed {
+                kube::Error::Api(status) => status.message.clone(),
+                _ => chain(&failed),
+            };
+            outcome.trouble = Some(format!("{}: {said}", outcome.object));
+            // Of what is invalid nothing but a change makes anything else, and that brings it here again.
+            if !matches!(&failed, kube::Error::Api(status) if matches!(status.code, 400 | 422)) {
+                done = Err(failed);
             }
         }
     }
@@ -504,11 +527,6 @@ async fn keep(shared: &Shared, key: &ObjectKey) -> Result<(), kube::Error> {
         shared.events.warning(&about, "NotFederated", trouble);
     }
     done
-}
-
-/// Whether a federated object was made of a native one.
-fn is_companion(object: &DynamicObject) -> bool {
-    object.labels().contains_key(POLICY_LABEL)
 }
 
 /// What a companion's object says now about its end, if it is there, and else said last (`known`): the policies' watch may

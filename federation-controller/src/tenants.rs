@@ -1,4 +1,8 @@
-//! What tenants may see and do at the hub, generated from `Tenant` objects as RBAC.
+//! What people may see and do at the hub, generated as RBAC: of tenants from `Tenant` objects, and of everybody with the role
+//! `view` from the federated types.
+//!
+//! Kubernetes' `view` shows no Secrets, so neither a viewer of ours nor a tenant's sees FederatedSecrets or the revisions, which
+//! hold what a FederatedSecret held. RBAC cannot take away, so the role names every other type: [`VIEW`] joins `view`.
 //!
 //! For each tenant: a ClusterRole that shows its clusters and cells (and no others: the annotation `cellway.io/visible` is
 //! the hub API's own, so these are made only where that is the API), bound to its admins and viewers; and in each of its
@@ -11,10 +15,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use federation_core::api::{Cell, Tenant, TenantSubject};
+use federation_core::drift;
 use federation_core::names::{
-    FEDERATION_NAMESPACE, FIELD_MANAGER, TENANT_INHERITED_ANNOTATION, TENANT_LABEL, TENANT_ROLE_LABEL,
-    VISIBLE_ANNOTATION,
+    FIELD_MANAGER, TENANT_INHERITED_ANNOTATION, TENANT_LABEL, TENANT_ROLE_LABEL, VISIBLE_ANNOTATION,
 };
+use federation_core::tenancy::is_the_platforms;
+use federation_core::types::{FEDERATED_GROUP, FederatedType};
 use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
 use kube::core::GroupVersionKind;
 use kube::{Api, Client, ResourceExt as _};
@@ -32,9 +38,10 @@ const RETRY: Duration = Duration::from_secs(10);
 const GROUP: &str = "rbac.authorization.k8s.io";
 const READ: [&str; 3] = ["get", "list", "watch"];
 const ALL: [&str; 8] = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
-/// Groups of what tenants place: objects in their namespaces.
-const THEIRS: [&str; 4] =
-    ["types.kubefed.io", "scheduling.kubefed.io", "apps.cellway.io", "release.cellway.io"];
+/// Groups of what tenants place, besides federated objects: objects in their namespaces.
+const THEIRS: [&str; 3] = ["scheduling.kubefed.io", "apps.cellway.io", "release.cellway.io"];
+/// The role by which `view` shows federated objects.
+const VIEW: &str = "cellway:view";
 
 /// One object that is to be there.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,19 +63,24 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             applied = None;
         }
         sleep(GATHER).await;
-        let Some((tenants, cells)) = shared.state.read().tenants_and_cells() else { continue };
-        let wanted = wanted(&tenants, shared.options.visibility);
+        let (tenants, cells) = {
+            let state = shared.state.read();
+            match state.tenants_and_cells() {
+                Some(known) if state.types_known() => known,
+                // Once they are known they are looked at.
+                _ => continue,
+            }
+        };
+        let wanted = wanted(&tenants, &viewed(shared.types.live()), shared.options.visibility);
         let mut failed = inherit(&shared.hub, &cells).await;
         if applied.as_ref() != Some(&wanted) {
             let done = bring_about(&shared.hub, &wanted, applied.as_deref().unwrap_or_default()).await;
             if let Err(error) = &done {
                 debug!(error = chain(error), "cannot keep up what tenants may do");
             }
-            // A hub without tenants need not give the right to look.
-            if done.is_ok() || wanted.is_empty() {
-                applied = Some(wanted);
-            } else {
-                failed = true;
+            match done {
+                Ok(()) => applied = Some(wanted),
+                Err(_) => failed = true,
             }
         }
         if failed {
@@ -78,17 +90,34 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     }
 }
 
-/// Everything that is to be there.
-fn wanted(tenants: &[Tenant], visibility: bool) -> Vec<Wanted> {
+/// Names of the federated kinds that a viewer sees: not Secrets, and nothing outside the group that is the hub's to give.
+fn viewed(types: Vec<(usize, Arc<FederatedType>)>) -> BTreeSet<String> {
+    let is_secret = |of: &FederatedType| of.target.group.is_empty() && of.target.kind == "Secret";
+    let seen = types.into_iter().filter(|(_, of)| of.group == FEDERATED_GROUP && !is_secret(of));
+    seen.flat_map(|(_, of)| [of.plural.clone(), format!("{}/status", of.plural)]).collect()
+}
+
+/// Everything that is to be there. `viewed`: names of the federated kinds that a viewer sees.
+fn wanted(tenants: &[Tenant], viewed: &BTreeSet<String>, visibility: bool) -> Vec<Wanted> {
     let mut all = Vec::new();
+    // A rule without a resource is none.
+    let federated = json!({"apiGroups": [FEDERATED_GROUP], "resources": viewed, "verbs": READ});
+    let federated: Vec<Value> = (!viewed.is_empty()).then_some(federated).into_iter().collect();
+    let mut view = Wanted::cluster("ClusterRole", VIEW, "", json!({"rules": federated}));
+    view.value["metadata"]["labels"]["rbac.authorization.k8s.io/aggregate-to-view"] = "true".into();
+    all.push(view);
     if tenants.is_empty() {
         return all;
     }
-    for (name, verbs) in [("cellway:tenant-admin", &ALL[..]), ("cellway:tenant-viewer", &READ[..])] {
-        let rules = json!([
-            {"apiGroups": THEIRS, "resources": ["*"], "verbs": verbs},
-            {"apiGroups": ["policy.cellway.io"], "resources": ["propagationpolicies"], "verbs": verbs},
-            {"apiGroups": ["", "events.k8s.io"], "resources": ["events"], "verbs": READ},
+    let everything = vec![json!({"apiGroups": [FEDERATED_GROUP], "resources": ["*"], "verbs": ALL})];
+    for (name, verbs, federated) in
+        [("cellway:tenant-admin", &ALL[..], everything), ("cellway:tenant-viewer", &READ[..], federated)]
+    {
+        let mut rules = federated;
+        rules.extend([
+            json!({"apiGroups": THEIRS, "resources": ["*"], "verbs": verbs}),
+            json!({"apiGroups": ["policy.cellway.io"], "resources": ["propagationpolicies"], "verbs": verbs}),
+            json!({"apiGroups": ["", "events.k8s.io"], "resources": ["events"], "verbs": READ}),
         ]);
         all.push(Wanted::cluster("ClusterRole", name, "", json!({"rules": rules})));
     }
@@ -130,11 +159,6 @@ fn wanted(tenants: &[Tenant], visibility: bool) -> Vec<Wanted> {
     all
 }
 
-/// Namespaces that no tenant gets anything in, whatever its object says.
-fn is_the_platforms(namespace: &str) -> bool {
-    namespace == FEDERATION_NAMESPACE || namespace == "cellway-system" || namespace.starts_with("kube-")
-}
-
 fn binding(role: &str, subjects: &[TenantSubject]) -> Value {
     let subjects: Vec<Value> = subjects
         .iter()
@@ -151,36 +175,42 @@ fn binding(role: &str, subjects: &[TenantSubject]) -> Value {
 async fn bring_about(hub: &Client, wanted: &[Wanted], applied: &[Wanted]) -> Result<(), kube::Error> {
     let params = PatchParams::apply(FIELD_MANAGER).force();
     let mut first_error = None;
+    let mut found = Vec::new();
+    for kind in ["ClusterRole", "RoleBinding", "ClusterRoleBinding"] {
+        let api: Api<DynamicObject> = Api::all_with(hub.clone(), &resource(kind));
+        let listed = api.list(&ListParams::default().labels(TENANT_ROLE_LABEL)).await?;
+        // The list said so; what it takes to be sure before something is deleted is not much.
+        let ours = listed.items.into_iter().filter(|one| one.labels().contains_key(TENANT_ROLE_LABEL));
+        found.extend(ours.map(|one| (kind, one)));
+    }
+    let is_it = |one: &Wanted, kind: &str, object: &DynamicObject| {
+        one.kind == kind && one.name == object.name_any() && one.namespace == object.namespace()
+    };
     for one in wanted.iter().filter(|one| !applied.contains(one)) {
+        let known = found.iter().find(|(kind, object)| is_it(one, kind, object));
+        if known.is_some_and(|(_, object)| one.is_there(object)) {
+            continue;
+        }
         // One namespace that is not there holds up no other.
         if let Err(error) = one.api(hub).patch(&one.name, &params, &Patch::Apply(&one.value)).await {
             first_error.get_or_insert(error);
         }
     }
-    for kind in ["ClusterRoleBinding", "RoleBinding", "ClusterRole"] {
-        let api: Api<DynamicObject> = Api::all_with(hub.clone(), &resource(kind));
-        let found = api.list(&ListParams::default().labels(TENANT_ROLE_LABEL)).await?;
-        for object in found.items {
-            // The list said so; what it takes to be sure before something is deleted is not much.
-            if !object.labels().contains_key(TENANT_ROLE_LABEL) {
-                continue;
-            }
-            let (name, namespace) = (object.name_any(), object.namespace());
-            let stays =
-                wanted.iter().any(|one| one.kind == kind && one.name == name && one.namespace == namespace);
-            if stays {
-                continue;
-            }
-            let api: Api<DynamicObject> = match &namespace {
-                Some(namespace) => Api::namespaced_with(hub.clone(), namespace, &resource(kind)),
-                None => Api::all_with(hub.clone(), &resource(kind)),
-            };
-            match api.delete(&name, &DeleteParams::default()).await {
-                Ok(_) => info!(kind, name, ?namespace, "a tenant's right is taken back"),
-                Err(kube::Error::Api(status)) if status.code == 404 => {}
-                Err(error) => {
-                    first_error.get_or_insert(error);
-                }
+    // Bindings before the roles that they give.
+    for (kind, object) in found.iter().rev() {
+        if wanted.iter().any(|one| is_it(one, kind, object)) {
+            continue;
+        }
+        let (name, namespace) = (object.name_any(), object.namespace());
+        let api: Api<DynamicObject> = match &namespace {
+            Some(namespace) => Api::namespaced_with(hub.clone(), namespace, &resource(kind)),
+            None => Api::all_with(hub.clone(), &resource(kind)),
+        };
+        match api.delete(&name, &DeleteParams::default()).await {
+            Ok(_) => info!(kind, name, ?namespace, "a right is taken back"),
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            Err(error) => {
+                first_error.get_or_insert(error);
             }
         }
     }
@@ -222,6 +252,16 @@ impl Wanted {
         Self { kind, namespace: None, name: name.to_owned(), value }
     }
 
+    /// Whether an object is this one already: what it gives, to whom, and its marks.
+    fn is_there(&self, object: &DynamicObject) -> bool {
+        let object = serde_json::to_value(object).unwrap_or_default();
+        ["rules", "roleRef", "subjects"].iter().all(|field| object.get(*field) == self.value.get(*field))
+            && ["labels", "annotations"].iter().all(|field| {
+                let wanted = &self.value["metadata"][*field];
+                wanted.is_null() || drift::covers(&object["metadata"][*field], wanted)
+            })
+    }
+
     fn api(&self, hub: &Client) -> Api<DynamicObject> {
         match &self.namespace {
             Some(namespace) => Api::namespaced_with(hub.clone(), namespace, &resource(self.kind)),
@@ -241,7 +281,7 @@ mod tests {
         let spec = TenantSpec {
             namespaces: namespaces.iter().map(|name| (*name).to_owned()).collect(),
             admins: vec![jo],
-            viewers: Vec::new(),
+            ..TenantSpec::default()
         };
         Tenant::new(name, spec)
     }
@@ -255,11 +295,13 @@ mod tests {
 
     #[test]
     fn a_tenant_gets_its_own_and_nothing_else() {
-        assert!(wanted(&[], true).is_empty());
-        let made = wanted(&[tenant("red", &["shop", "kube-system", "kube-federation-system"])], true);
+        assert_eq!(names(&wanted(&[], &seen(), true)), ["ClusterRole /cellway:view"]);
+        let made =
+            wanted(&[tenant("red", &["shop", "kube-system", "kube-federation-system"])], &seen(), true);
         assert_eq!(
             names(&made),
             [
+                "ClusterRole /cellway:view",
                 "ClusterRole /cellway:tenant-admin",
                 "ClusterRole /cellway:tenant-viewer",
                 "ClusterRole /cellway:tenant:red",
@@ -267,18 +309,61 @@ mod tests {
                 "RoleBinding shop/cellway:tenant-admin",
             ]
         );
-        assert_eq!(made[2].value["metadata"]["annotations"]["cellway.io/visible"], "cellway.io/tenant=red");
+        assert_eq!(made[3].value["metadata"]["annotations"]["cellway.io/visible"], "cellway.io/tenant=red");
+    }
+
+    #[test]
+    fn whoever_only_looks_sees_no_secrets() {
+        let made = wanted(&[tenant("red", &["shop"])], &seen(), true);
+        let federated = |role: &str| -> Vec<String> {
+            let role = made.iter().find(|one| one.name == role).expect("made");
+            let rules = role.value["rules"].as_array().expect("rules");
+            let of_types = rules.iter().filter(|rule| rule["apiGroups"][0] == FEDERATED_GROUP);
+            let names = of_types.flat_map(|rule| rule["resources"].as_array().into_iter().flatten());
+            names.filter_map(|name| name.as_str().map(str::to_owned)).collect()
+        };
+        for viewer in [VIEW, "cellway:tenant-viewer"] {
+            let names = federated(viewer);
+            assert!(names.contains(&"federateddeployments/status".to_owned()), "{names:?}");
+            for hidden in ["*", "federatedsecrets", "federatedsecrets/status", "federatedrevisions"] {
+                assert!(!names.contains(&hidden.to_owned()), "{viewer} shows {hidden}");
+            }
+        }
+        assert_eq!(federated("cellway:tenant-admin"), ["*"]);
+    }
+
+    #[test]
+    fn what_is_there_is_not_written_again() {
+        let made = wanted(&[tenant("red", &["shop"])], &seen(), true);
+        for one in &made {
+            let mut object = one.value.clone();
+            object["metadata"]["uid"] = "u".into();
+            let check = |object: &Value| {
+                one.is_there(&serde_json::from_value::<DynamicObject>(object.clone()).expect("an object"))
+            };
+            assert!(check(&object), "{object}");
+            for field in ["rules", "subjects"] {
+                if let Some(list) = object.get_mut(field).and_then(Value::as_array_mut) {
+                    list.push(json!({"name": "more"}));
+                    assert!(!check(&object), "{object}");
+                }
+            }
+        }
+    }
+
+    fn seen() -> BTreeSet<String> {
+        viewed(federation_core::types::builtin().into_iter().map(Arc::new).enumerate().collect())
     }
 
     #[test]
     fn without_visibility_nobody_is_shown_everything() {
-        let made = wanted(&[tenant("red", &["shop"])], false);
+        let made = wanted(&[tenant("red", &["shop"])], &seen(), false);
         assert!(made.iter().all(|one| one.kind != "ClusterRoleBinding"), "{:?}", names(&made));
     }
 
     #[test]
     fn a_namespace_of_two_is_nobodys() {
-        let made = wanted(&[tenant("red", &["shop", "a"]), tenant("blue", &["shop"])], true);
+        let made = wanted(&[tenant("red", &["shop", "a"]), tenant("blue", &["shop"])], &seen(), true);
         let bindings: Vec<_> = made.iter().filter(|one| one.kind == "RoleBinding").collect();
         assert_eq!(bindings.len(), 1);
         assert_eq!(bindings[0].namespace.as_deref(), Some("a"));

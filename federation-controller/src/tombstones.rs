@@ -1,6 +1,10 @@
 //! Carries out deletions that waited for their member, after their federated object is gone.
+//!
+//! A tombstone goes undone only when it is known that there is nothing to do: its cluster is not among those that have been
+//! listed, or its federated object is there anew. Until the hub's clusters, the types and the objects of the type have been
+//! listed neither is known, and the tombstone waits; so it does while its type is not federated.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +13,7 @@ use federation_core::drift::belongs_to;
 use federation_core::names::{FEDERATION_NAMESPACE, parse_source};
 use federation_core::revision::hash;
 use federation_core::types::FederatedType;
-use kube::api::{DeleteParams, DynamicObject, PostParams, Preconditions, PropagationPolicy};
+use kube::api::{DeleteParams, DynamicObject, PostParams};
 use kube::runtime::watcher;
 use kube::{Api, ResourceExt as _};
 use serde_json::json;
@@ -19,23 +23,30 @@ use tracing::{Instrument as _, debug, info, info_span};
 
 use crate::Shared;
 use crate::follow::{admit_all, follow};
-use crate::hub::ObjectKey;
-use crate::member::{Member, chain};
+use crate::member::{Member, chain, delete_params};
 
 /// Wait before a deletion that failed is tried again.
 const RETRY: Duration = Duration::from_secs(30);
 /// Digits of a tombstone's name: two objects of one cluster never share one.
 const NAME_DIGITS: usize = 32;
 
-/// Stores a tombstone, unless it is there already.
+/// Stores a tombstone. One of an earlier object of the name says from now on what this one says.
 pub(crate) async fn store(hub: &kube::Client, spec: &TombstoneSpec) -> Result<(), kube::Error> {
     let mut digest = hash(&json!([spec.cluster, spec.target, spec.namespace, spec.name, spec.source]));
     digest.truncate(NAME_DIGITS);
-    let stone = Tombstone::new(&digest, spec.clone());
+    let mut stone = Tombstone::new(&digest, spec.clone());
     match api(hub).create(&PostParams::default(), &stone).await {
-        Ok(_) => Ok(()),
-        Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
-        Err(error) => Err(error),
+        Err(kube::Error::Api(status)) if status.code == 409 => {}
+        done => return done.map(drop),
+    }
+    match api(hub).get_opt(&digest).await? {
+        Some(found) if found.spec == *spec => Ok(()),
+        Some(found) => {
+            stone.metadata.resource_version = found.metadata.resource_version;
+            api(hub).replace(&digest, &PostParams::default(), &stone).await.map(drop)
+        }
+        // It was carried out this moment.
+        None => api(hub).create(&PostParams::default(), &stone).await.map(drop),
     }
 }
 
@@ -73,12 +84,20 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             },
         }
         let mut by_cluster: BTreeMap<String, Vec<Arc<Tombstone>>> = BTreeMap::new();
-        for stone in shared.state.read().tombstones() {
-            by_cluster.entry(stone.spec.cluster.clone()).or_default().push(stone);
-        }
+        let clusters: BTreeSet<String> = {
+            let state = shared.state.read();
+            if !state.clusters_known() {
+                // Once they are, they are all looked at.
+                continue;
+            }
+            for stone in state.tombstones() {
+                by_cluster.entry(stone.spec.cluster.clone()).or_default().push(stone);
+            }
+            state.cluster_names().into_iter().collect()
+        };
         let members = shared.members();
         for (cluster, stones) in by_cluster {
-            let known = shared.state.read().cluster(&cluster).is_some();
+            let known = clusters.contains(&cluster);
             let member = members.get(&cluster).filter(|member| member.is_online()).cloned();
             if busy.contains(&cluster) || (known && member.is_none()) {
                 continue;
@@ -102,7 +121,8 @@ async fn carry_out(
     for stone in stones {
         let done = match &member {
             Some(member) => match timeout(limit, erase(&shared, member, &stone.spec)).await {
-                Ok(Ok(())) => true,
+                Ok(Ok(Erased::Done)) => true,
+                Ok(Ok(Erased::NotYet)) => continue,
                 Ok(Err(error)) => {
                     debug!(object = stone.spec.name, error = chain(&error), "cannot carry a tombstone out");
                     false
@@ -129,10 +149,20 @@ async fn carry_out(
     Some(cluster)
 }
 
-async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Result<(), kube::Error> {
-    if is_back(shared, stone) {
-        // Its federated object exists again, and takes care of everything that carries its mark.
-        return Ok(());
+/// What became of a tombstone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Erased {
+    Done,
+    /// It cannot be told whether its federated object is there anew; what brings the answer looks again.
+    NotYet,
+}
+
+async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Result<Erased, kube::Error> {
+    match is_back(shared, stone).await? {
+        // It takes care of everything that carries its mark.
+        Some(true) => return Ok(Erased::Done),
+        Some(false) => {}
+        None => return Ok(Erased::NotYet),
     }
     let target = &stone.target;
     let of = FederatedType::of(
@@ -147,35 +177,42 @@ async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Resul
     } else {
         Api::all_with(member.client().clone(), &of.target.resource())
     };
-    let Some(found) = api.get_opt(&stone.name).await? else { return Ok(()) };
+    let Some(found) = api.get_opt(&stone.name).await? else { return Ok(Erased::Done) };
     let value = serde_json::to_value(&found).unwrap_or_default();
     if !belongs_to(&value, &stone.source, shared.hub_id()) {
-        return Ok(());
+        return Ok(Erased::Done);
     }
     let done = if stone.orphan {
         member.release(&api, &stone.name, found.metadata.uid.as_deref()).await.map(drop)
     } else {
-        let params = DeleteParams {
-            propagation_policy: Some(PropagationPolicy::Background),
-            preconditions: Some(Preconditions { uid: found.metadata.uid, resource_version: None }),
-            ..DeleteParams::default()
-        };
-        api.delete(&stone.name, &params).await.map(drop)
+        api.delete(&stone.name, &delete_params(found.metadata.uid, &stone.delete_options)).await.map(drop)
     };
     match done {
         // Gone, or another object of the same name: not the one that was meant.
-        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
-        done => done,
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(Erased::Done),
+        done => done.map(|()| Erased::Done),
     }
 }
 
-/// Whether the federated object exists anew. One that is still on its way out is the one that left the tombstone.
-fn is_back(shared: &Shared, stone: &TombstoneSpec) -> bool {
-    let Some((plural, name)) = parse_source(&stone.source) else { return false };
-    let Some((kind, of)) = shared.types.by_plural(plural) else { return false };
+/// Whether the federated object exists anew, if that can be told. One that is still on its way out is the one that left the
+/// tombstone.
+async fn is_back(shared: &Shared, stone: &TombstoneSpec) -> Result<Option<bool>, kube::Error> {
+    // Nothing of ours has such a mark, and nothing can come back under it.
+    let Some((plural, name)) = parse_source(&stone.source) else { return Ok(Some(false)) };
+    let Some((kind, of)) = shared.types.by_plural(plural) else { return Ok(None) };
+    if !shared.state.read().is_listed(kind) {
+        // It is not known that the hub serves it.
+        return Ok(None);
+    }
+    // Asked for: what was made a moment ago may not have been heard of.
     let namespace = of.hub_namespace(&stone.namespace, name);
-    let object = shared.state.read().object(&ObjectKey::new(kind, namespace, name));
-    object.is_some_and(|object| object.metadata.deletion_timestamp.is_none())
+    let objects: Api<DynamicObject> = if of.namespaced() {
+        Api::namespaced_with(shared.hub.clone(), namespace, &of.hub_resource())
+    } else {
+        Api::all_with(shared.hub.clone(), &of.hub_resource())
+    };
+    let found = objects.get_opt(name).await?;
+    Ok(Some(found.is_some_and(|object| object.metadata.deletion_timestamp.is_none())))
 }
 
 fn api(hub: &kube::Client) -> Api<Tombstone> {

@@ -3,8 +3,11 @@
 //! Each type that was ever enabled has a slot with a number of its own, which keys carry. A slot is retired when its
 //! configuration goes, is disabled or says something else; enabling the type again takes a new slot, with everything
 //! listed anew.
+//!
+//! Where namespaces go holds back what lies in them. So FederatedNamespaces are read as long as there is a configuration for
+//! them, be it disabled or invalid, and what they say holds without a break when that changes: a new slot is there before
+//! the old one is retired. Only without a configuration does no namespace restrict anything.
 
-use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +18,7 @@ use federation_core::api::{
 };
 use federation_core::drift;
 use federation_core::names::{FEDERATION_NAMESPACE, FIELD_MANAGER};
-use federation_core::types::FederatedType;
+use federation_core::types::{FederatedType, known};
 use futures::future::join_all;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -64,6 +67,21 @@ pub(crate) struct Types {
 struct Slot {
     of: Arc<FederatedType>,
     stage: watch::Sender<Stage>,
+    /// Its objects are read at the hub for what they say of others, and are not propagated.
+    only_read: bool,
+}
+
+// === impl Slot ===
+
+impl Slot {
+    fn is_live(&self) -> bool {
+        *self.stage.borrow() != Stage::Retired
+    }
+
+    /// Whether its objects are propagated.
+    fn is_enabled(&self) -> bool {
+        !self.only_read && self.is_live()
+    }
 }
 
 /// A type that is followed.
@@ -83,37 +101,34 @@ impl Types {
     /// The type in a slot, while it is enabled.
     pub(crate) fn get(&self, kind: usize) -> Option<Arc<FederatedType>> {
         let slots = self.slots.read();
-        let slot = slots.get(kind)?;
-        let stage = *slot.stage.borrow();
-        (stage != Stage::Retired).then(|| Arc::clone(&slot.of))
+        slots.get(kind).filter(|slot| slot.is_enabled()).map(|slot| Arc::clone(&slot.of))
     }
 
     /// The enabled type with this plural at the hub.
     pub(crate) fn by_plural(&self, plural: &str) -> Option<(usize, Arc<FederatedType>)> {
         let slots = self.slots.read();
-        let live = |slot: &Slot| *slot.stage.borrow() != Stage::Retired;
-        let found = slots.iter().position(|slot| slot.of.plural == plural && live(slot))?;
+        let found = slots.iter().position(|slot| slot.of.plural == plural && slot.is_enabled())?;
         Some((found, Arc::clone(&slots[found].of)))
     }
 
     /// The types that are enabled, by slot.
     pub(crate) fn live(&self) -> Vec<(usize, Arc<FederatedType>)> {
         let slots = self.slots.read();
-        let live = slots.iter().enumerate().filter(|(_, slot)| *slot.stage.borrow() != Stage::Retired);
+        let live = slots.iter().enumerate().filter(|(_, slot)| slot.is_enabled());
         live.map(|(kind, slot)| (kind, Arc::clone(&slot.of))).collect()
     }
 
-    /// The slot of the type that federates namespaces.
+    /// The slot in which it is said where namespaces go, whether or not they are propagated.
     pub(crate) fn namespaces(&self) -> Option<usize> {
         let slots = self.slots.read();
-        slots.iter().position(|slot| slot.of.is_namespace() && *slot.stage.borrow() != Stage::Retired)
+        slots.iter().position(|slot| slot.of.is_namespace() && slot.is_live())
     }
 
     /// The slots of the enabled types that have replicas.
     pub(crate) fn numbers(&self) -> Vec<usize> {
         let slots = self.slots.read();
-        let of = slots.iter().enumerate().filter(|(_, slot)| slot.of.has_replicas());
-        of.filter(|(_, slot)| *slot.stage.borrow() != Stage::Retired).map(|(index, _)| index).collect()
+        let of = slots.iter().enumerate().filter(|(_, slot)| slot.of.has_replicas() && slot.is_enabled());
+        of.map(|(index, _)| index).collect()
     }
 
     /// The slots of the types whose objects lie in no namespace of a member.
@@ -137,7 +152,7 @@ impl Types {
 
     /// There is an object of it.
     pub(crate) fn mark_used(&self, kind: usize) {
-        if let Some(slot) = self.slots.read().get(kind) {
+        if let Some(slot) = self.slots.read().get(kind).filter(|slot| !slot.only_read) {
             slot.stage.send_if_modified(|stage| {
                 let first = *stage == Stage::Idle;
                 if first {
@@ -148,9 +163,10 @@ impl Types {
         }
     }
 
-    pub(crate) fn add(&self, of: Arc<FederatedType>) -> usize {
+    /// `only_read`: what its objects say of others counts, and they are not propagated.
+    pub(crate) fn add(&self, of: Arc<FederatedType>, only_read: bool) -> usize {
         let mut slots = self.slots.write();
-        slots.push(Slot { of, stage: watch::Sender::new(Stage::Idle) });
+        slots.push(Slot { of, stage: watch::Sender::new(Stage::Idle), only_read });
         let count = slots.len();
         drop(slots);
         self.count.send_replace(count);
@@ -183,6 +199,8 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
         .instrument(info_span!("watch", kind = "FederatedTypeConfig")),
     );
     let mut running: HashMap<String, Running> = HashMap::new();
+    // FederatedNamespaces, while they are not propagated.
+    let mut reading: Option<Running> = None;
     loop {
         shared.types_changed.notified().await;
         let Some(configs) = shared.state.read().type_configs() else { continue };
@@ -193,47 +211,66 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
             continue;
         }
         let wanted = sorted(configs);
-        running.retain(|name, run| {
-            let stays = wanted.get(name).is_some_and(|(_, of)| of.as_ref() == Ok(&*run.of));
-            if !stays {
-                info!(kind = run.of.kind, "the type is federated no more");
-                run.watch.abort();
-                shared.types.retire(run.kind);
-                shared.state.write().drop_kind(run.kind);
-            }
-            stays
-        });
+        let stays = |name: &str, of: &FederatedType| matches!(wanted.get(name), Some((_, Ok(wanted))) if wanted == of);
+        let new: Vec<(&String, &FederatedType)> = wanted
+            .iter()
+            .filter(|(name, _)| running.get(*name).is_none_or(|run| !stays(name, &run.of)))
+            .filter_map(|(name, (_, of))| Some((name, of.as_ref().ok()?)))
+            .collect();
         let mut again = false;
-        let new = wanted.iter().filter(|(name, _)| !running.contains_key(*name));
-        let new = new.filter_map(|(_, (_, of))| of.as_ref().ok());
         // All at once: each asks the hub, and a new one waits until it is served.
-        let defined = join_all(new.map(async |of| (of.crd_name(), define(&shared, of).await))).await;
-        let mut undefined: HashMap<String, kube::Error> =
-            defined.into_iter().filter_map(|(name, done)| Some((name, done.err()?))).collect();
-        for (name, (config, of)) in namespaces_first(wanted) {
-            let state = match of {
-                Err(reason) => Err(reason),
-                Ok(of) => {
-                    if let Entry::Vacant(slot) = running.entry(name) {
-                        if let Some(error) = undefined.remove(&of.crd_name()) {
-                            warn!(
-                                kind = of.kind,
-                                error = chain(&error),
-                                "cannot define the type at the hub; its watch is tried all the same"
-                            );
-                            again = true;
-                        }
-                        info!(kind = of.kind, "the type is federated");
-                        let of = Arc::new(of);
-                        let kind = shared.types.add(Arc::clone(&of));
-                        shared.state.write().add_kind(kind);
-                        let watch = tasks.spawn(watch_objects(Arc::clone(&shared), kind, Arc::clone(&of)));
-                        slot.insert(Running { kind, of, watch });
-                    }
-                    Ok(())
+        let at = &shared;
+        let defining = new.iter().map(|&(_, of)| async move { (of, define(at, of).await) });
+        for (of, done) in join_all(defining).await {
+            if let Err(error) = done {
+                let error = chain(&error);
+                warn!(
+                    kind = of.kind,
+                    error, "cannot define the type at the hub; its watch is tried all the same"
+                );
+                again = true;
+            }
+        }
+        let read = match not_propagated(&wanted) {
+            None => None,
+            Some(of) if reading.as_ref().is_some_and(|run| *run.of == of) => Some(of),
+            Some(of) => match is_defined(&shared, &of).await {
+                Ok(defined) => defined.then_some(of),
+                Err(error) => {
+                    warn!(error = chain(&error), "cannot tell whether FederatedNamespaces can be read");
+                    tokio::time::sleep(RETRY).await;
+                    shared.types_changed.notify_one();
+                    continue;
                 }
-            };
-            if let Err(error) = report(&shared, &config, state).await {
+            },
+        };
+        // From here until all that goes has gone nothing waits, and what comes is there first: at every moment somebody
+        // says where namespaces go.
+        let mut begin = |of: FederatedType, only_read: bool| {
+            let of = Arc::new(of);
+            let kind = shared.types.add(Arc::clone(&of), only_read);
+            shared.state.write().add_kind(kind);
+            let watch = tasks.spawn(watch_objects(Arc::clone(&shared), kind, Arc::clone(&of)));
+            Running { kind, of, watch }
+        };
+        let mut leaving: Vec<Running> =
+            running.extract_if(|name, run| !stays(name, &run.of)).map(|(_, run)| run).collect();
+        if reading.as_ref().map(|run| &*run.of) != read.as_ref() {
+            let next = read.map(|of| begin(of, true));
+            leaving.extend(std::mem::replace(&mut reading, next));
+        }
+        for (name, of) in namespaces_first(new) {
+            info!(kind = of.kind, "the type is federated");
+            running.insert(name.clone(), begin(of.clone(), false));
+        }
+        for run in leaving {
+            info!(kind = run.of.kind, "the type is followed no more");
+            run.watch.abort();
+            shared.types.retire(run.kind);
+            shared.state.write().drop_kind(run.kind);
+        }
+        for (config, of) in wanted.into_values() {
+            if let Err(error) = report(&shared, &config, of.map(drop)).await {
                 warn!(config = config.name_any(), error = chain(&error), "cannot write a type's status");
                 again = true;
             }
@@ -242,6 +279,8 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
         shared.state.write().set_followed(all);
         shared.enqueue_stand_ins();
         shared.failover_due.notify_one();
+        shared.tenants_due.notify_one();
+        shared.tombstones_due.notify_one();
         shared.policies.types_changed();
         while tasks.try_join_next().is_some() {}
         if again {
@@ -251,6 +290,31 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
                 at.types_changed.notify_one();
             });
         }
+    }
+}
+
+/// The type of namespaces, where one is configured and none is propagated.
+fn not_propagated(wanted: &BTreeMap<String, Wanted>) -> Option<FederatedType> {
+    if wanted.values().any(|(_, of)| of.as_ref().is_ok_and(FederatedType::is_namespace)) {
+        return None;
+    }
+    let is_namespaces = |config: &FederatedTypeConfig| {
+        let target = &config.spec.target_type;
+        target.group.is_empty() && target.kind == "Namespace"
+    };
+    let (config, _) = wanted.values().find(|(config, _)| is_namespaces(config))?;
+    // What cannot be read as a type has been one, most likely under the names that come with the hub.
+    FederatedType::from_config(config).ok().or_else(|| known("namespaces"))
+}
+
+/// Whether the hub knows the federated kind. Where it does not, there are no objects of it.
+async fn is_defined(shared: &Shared, of: &FederatedType) -> Result<bool, kube::Error> {
+    let api: Api<CustomResourceDefinition> = Api::all(shared.hub.clone());
+    match api.get_opt(&of.crd_name()).await {
+        Ok(found) => Ok(found.is_some()),
+        // Whoever may not look may be allowed to list them all the same.
+        Err(kube::Error::Api(status)) if status.code == 403 => Ok(true),
+        Err(error) => Err(error),
     }
 }
 
@@ -292,6 +356,7 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>)
             at.policies.listed(kind);
             at.enqueue_stand_ins();
             at.failover_due.notify_one();
+            at.tombstones_due.notify_one();
         }
         true
     };
@@ -338,10 +403,11 @@ fn sorted(mut configs: Vec<FederatedTypeConfig>) -> BTreeMap<String, Wanted> {
 
 /// The type of namespaces before all others: while it is not followed, nothing would hold an object back from clusters
 /// that its namespace does not go to.
-fn namespaces_first(wanted: BTreeMap<String, Wanted>) -> Vec<(String, Wanted)> {
-    let mut wanted: Vec<_> = wanted.into_iter().collect();
-    wanted.sort_by_key(|(_, (_, of))| !of.as_ref().is_ok_and(FederatedType::is_namespace));
-    wanted
+fn namespaces_first<'a>(
+    mut new: Vec<(&'a String, &'a FederatedType)>,
+) -> Vec<(&'a String, &'a FederatedType)> {
+    new.sort_by_key(|(_, of)| !of.is_namespace());
+    new
 }
 
 async fn enable_defaults(shared: &Shared) {
@@ -481,22 +547,47 @@ mod tests {
 
     #[test]
     fn namespaces_are_followed_before_what_lies_in_them() {
-        let configs = federation_core::types::builtin().iter().map(FederatedType::to_config).collect();
-        let order = namespaces_first(sorted(configs));
+        let types = federation_core::types::builtin();
+        let name = "any".to_owned();
+        let order = namespaces_first(types.iter().map(|of| (&name, of)).collect());
         assert!(order.len() > 1);
-        assert!(order[0].1.1.as_ref().is_ok_and(FederatedType::is_namespace), "{:?}", order[0].0);
+        assert!(order[0].1.is_namespace(), "{:?}", order[0].1);
+    }
+
+    #[test]
+    fn namespaces_that_are_not_propagated_are_read() {
+        let types = federation_core::types::builtin();
+        let namespaces = types.iter().find(|of| of.is_namespace()).expect("known");
+        let check = |change: fn(&mut FederatedTypeConfig), expect: bool| {
+            let mut config = namespaces.to_config();
+            change(&mut config);
+            let found = not_propagated(&sorted(vec![types[0].to_config(), config.clone()]));
+            assert_eq!(found.as_ref(), expect.then_some(namespaces), "{:?}", config.spec);
+        };
+        check(|_| (), false);
+        check(|config| config.spec.propagation = Mode::Disabled, true);
+        check(|config| config.spec.federated_type.plural_name = "no name".into(), true);
+        assert_eq!(not_propagated(&sorted(vec![types[0].to_config()])), None);
     }
 
     #[test]
     fn a_retired_slot_is_not_used_again() {
         let types = Types::new();
         let of = Arc::new(federation_core::types::builtin().remove(0));
-        let first = types.add(Arc::clone(&of));
+        let first = types.add(Arc::clone(&of), false);
         types.mark_used(first);
         types.retire(first);
         types.mark_used(first);
         assert!(types.get(first).is_none());
-        assert_eq!(types.add(of), 1);
+        assert_eq!(types.add(Arc::clone(&of), false), 1);
         assert!(types.get(1).is_some() && types.get(7).is_none());
+        // What is only read is no type to anybody but whoever asks where namespaces go.
+        let namespaces =
+            federation_core::types::builtin().into_iter().find(FederatedType::is_namespace).expect("known");
+        let read = types.add(Arc::new(namespaces), true);
+        types.mark_used(read);
+        assert!(types.get(read).is_none() && types.by_plural("federatednamespaces").is_none());
+        assert_eq!((types.namespaces(), types.live().len()), (Some(read), 1));
+        assert_eq!(*types.follow(read).expect("a slot").1.borrow(), Stage::Idle);
     }
 }

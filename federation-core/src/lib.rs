@@ -5,7 +5,7 @@
 //! [`plan::Plan`] that comes back. The same observation always gives the same plan, and carrying a plan out leads to an
 //! observation whose plan is empty.
 //!
-//! Reading order: [`api`] (what people write), [`topology`] (units), [`metadata`] (which annotations and labels are
+//! Reading order: [`api`] (what people write), [`topology`] (units), [`tenancy`] (whose they are), [`metadata`] (which annotations and labels are
 //! whose), [`revision`] (snapshots), [`render`] (a unit's member object), [`drift`] (is the member's object what it
 //! should be), [`plan`] (all of it together), [`status`], [`policy`] (native
 //! objects of the hub).
@@ -27,6 +27,7 @@ pub mod render;
 pub mod revision;
 pub mod schedule;
 pub mod status;
+pub mod tenancy;
 pub mod topology;
 pub mod types;
 

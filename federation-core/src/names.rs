@@ -29,6 +29,11 @@ pub const UNREACHABLE_ANNOTATION: &str = "cellway.io/unreachable";
 pub const POLICY_ANNOTATION: &str = "cellway.io/policy";
 /// Label on a federated object that is the companion of a native one: the policy's name.
 pub const POLICY_LABEL: &str = "cellway.io/policy";
+/// Annotation on a companion: the native object that it is made of, as `ConfigMap shop/settings`. It names the companion's own
+/// place, so that a copy of it elsewhere is nobody's companion.
+pub const MADE_FROM_ANNOTATION: &str = "cellway.io/made-from";
+/// Annotation on a companion: its mask is its policy's, and goes with that. Without it a mask is whoever's who wrote it.
+pub const POLICY_MASK_ANNOTATION: &str = "cellway.io/policy-mask";
 /// Label on a cluster or a cell: the tenant that it belongs to. Set by the platform.
 pub const TENANT_LABEL: &str = "cellway.io/tenant";
 /// Annotation on a cell: its tenant label is its cluster's, and follows that.

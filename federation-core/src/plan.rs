@@ -7,7 +7,7 @@
 //! being moved to. The controller stores the status *before* it moves a unit, so whatever a member may hold is one of
 //! the two, and the revision annotation on the member's object tells which. An annotation that is neither is drift. While
 //! the member cannot be seen, both are kept. Only the very first status of an object comes after its first writes: until
-//! then each member knows best where its units are, and a deletion looks everywhere.
+//! then each member knows best where its units are, and a deletion looks wherever it may have been placed.
 //!
 //! ```text
 //!             unit is let through                  its object is seen to be right
@@ -50,9 +50,13 @@ use crate::status::{
 use crate::topology::{Placed, Unit};
 
 pub use self::model::{
-    Action, Cause, DeleteOptions, LiveObject, MemberState, MemberView, NamespacePlacement, Plan, PlanInput,
-    RevisionWrite, Write, WriteFailure,
+    Action, Cause, LiveObject, MemberState, MemberView, NamespacePlacement, Plan, PlanInput, RevisionWrite,
+    Write, WriteFailure,
 };
+
+/// What is said of a unit where an object has something and may place nothing any more.
+const CLOSED: &str = "the namespace may not place in the unit any more; what is there stays, and is written to no more, \
+                      until the placement lets go of it";
 
 /// A unit on its way through the planning.
 struct Draft<'a> {
@@ -262,24 +266,30 @@ impl<'a> Planner<'a> {
         }
         match self.input.topology.resolve(spec.topology_type, &spec.placement) {
             Ok(mut placed) => {
-                match (&self.input.namespace, spec.namespace_rule) {
-                    (NamespacePlacement::Clusters(clusters), _) => {
-                        placed.units.retain(|_, unit| clusters.contains(&unit.cluster));
-                    }
-                    (NamespacePlacement::Absent, NamespaceRule::Federated) => {
-                        placed.units.clear();
-                        let message = format!(
-                            "the namespace {} has no FederatedNamespace, and spec.namespaceRule asks for one",
-                            self.namespace
-                        );
-                        self.find(NAMESPACE_NOT_FEDERATED, "NamespaceNotFederated", message);
-                    }
-                    _ => {}
+                let (namespace, rule) = (&self.input.namespace, spec.namespace_rule);
+                placed.units.retain(|_, unit| namespace.admits(&unit.cluster, rule));
+                if (namespace, rule) == (&NamespacePlacement::Absent, NamespaceRule::Federated) {
+                    let message = format!(
+                        "the namespace {} has no FederatedNamespace, and spec.namespaceRule asks for one",
+                        self.namespace
+                    );
+                    self.find(NAMESPACE_NOT_FEDERATED, "NamespaceNotFederated", message);
                 }
-                if !placed.unknown.is_empty() {
-                    let unknown = placed.unknown.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
-                    let message = format!("the placement names units that do not exist: {unknown}");
-                    self.find(PLACEMENT_INVALID, "UnknownUnit", message);
+                let closed: BTreeSet<&str> = self.closed().map(|record| record.name.as_str()).collect();
+                let unknown: Vec<&str> =
+                    placed.unknown.iter().map(String::as_str).filter(|name| !closed.contains(name)).collect();
+                let mut complaints = Vec::new();
+                if !unknown.is_empty() {
+                    complaints
+                        .push(format!("the placement names units that do not exist: {}", unknown.join(", ")));
+                }
+                if !closed.is_empty() {
+                    let closed = closed.into_iter().collect::<Vec<_>>().join(", ");
+                    complaints.push(format!("{CLOSED}: {closed}"));
+                }
+                if !complaints.is_empty() {
+                    let reason = if unknown.is_empty() { "UnitClosed" } else { "UnknownUnit" };
+                    self.find(PLACEMENT_INVALID, reason, complaints.join("; "));
                 }
                 (placed, true)
             }
@@ -288,6 +298,18 @@ impl<'a> Planner<'a> {
                 (Placed::default(), false)
             }
         }
+    }
+
+    /// Where the object has something and may place nothing any more, as the unit or the namespace is somebody else's now.
+    fn closed(&self) -> impl Iterator<Item = &UnitStatus> {
+        let spec = &self.input.object.spec;
+        let placement = (!goes_anywhere(self.input)).then_some(&spec.placement);
+        let closed = move |record: &&UnitStatus| {
+            // A record without a cluster is of a name that never was a unit of ours.
+            let had = !record.stand_in && !record.cluster.is_empty();
+            had && self.input.topology.is_closed(spec.topology_type, &record.name, placement)
+        };
+        self.before.units.iter().filter(closed)
     }
 
     fn check_mask(&mut self, placed: &Placed<'_>) {
@@ -673,7 +695,21 @@ impl<'a> Planner<'a> {
                 ..record
             });
         }
-        for name in &placed.unknown {
+        let closed: Vec<UnitStatus> =
+            if self.deleting { Vec::new() } else { self.closed().cloned().collect() };
+        for record in &closed {
+            self.keep_names(&record.name, &record.cluster);
+            if units.iter().any(|unit| unit.name == record.name && unit.cluster == record.cluster) {
+                continue;
+            }
+            units.push(UnitStatus {
+                phase: Phase::Missing,
+                reason: Some("UnitClosed".into()),
+                message: Some(CLOSED.into()),
+                ..record.clone()
+            });
+        }
+        for name in placed.unknown.iter().filter(|name| closed.iter().all(|record| record.name != **name)) {
             let records: Vec<_> =
                 self.before.units.iter().filter(|record| &record.name == name).cloned().collect();
             let records = if records.is_empty() {
@@ -758,18 +794,34 @@ impl<'a> Planner<'a> {
     }
 }
 
+/// Whether a preference places the object wherever its namespace may go, whatever its own placement says.
+fn goes_anywhere(input: &PlanInput<'_>) -> bool {
+    input.of.has_replicas()
+        && input.preference.is_some_and(|preference| !preference.intersect_with_cluster_selector)
+}
+
 /// What the status says of earlier passes. The first status of an object is stored after its first writes: one that is
-/// deleted before that may have an object wherever it could have been placed.
+/// deleted before that may have an object where it is placed, or, should its placement have changed since it was made,
+/// wherever it could have been placed.
 fn recorded(input: &PlanInput<'_>) -> FederatedStatus {
+    /// Of an object that was made and deleted and never changed: API servers count both.
+    const UNCHANGED: i64 = 2;
     let mut before = input.object.status.clone().unwrap_or_default();
     if before.observed_generation.is_none() && input.object.metadata.deletion_timestamp.is_some() {
-        let anywhere = input.topology.all(input.object.spec.topology_type);
-        before.units = anywhere
-            .map(|(name, unit)| UnitStatus {
-                name: name.clone(),
-                cluster: unit.cluster.clone(),
-                ..UnitStatus::default()
-            })
+        let spec = &input.object.spec;
+        let changed = input.object.metadata.generation.is_none_or(|generation| generation > UNCHANGED);
+        let placed = input.topology.resolve(spec.topology_type, &spec.placement);
+        let units: BTreeMap<String, &Unit> = match placed {
+            Ok(mut placed) if !changed && !goes_anywhere(input) => {
+                let stand_ins = input.topology.stand_ins(spec.topology_type, placed.units.values().copied());
+                placed.units.extend(stand_ins);
+                placed.units
+            }
+            _ => input.topology.all(spec.topology_type).map(|(name, unit)| (name.clone(), unit)).collect(),
+        };
+        before.units = units
+            .into_iter()
+            .map(|(name, unit)| UnitStatus { name, cluster: unit.cluster.clone(), ..UnitStatus::default() })
             .collect();
     }
     before

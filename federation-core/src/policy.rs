@@ -14,9 +14,11 @@ use serde_json::{Map, Value, json};
 
 use crate::api::{FederatedSpec, Override, PolicyOverride, PropagationPolicy, ResourceSelector};
 use crate::names::{
-    ADOPT_ANNOTATION, DELETE_OPTION_ANNOTATION, FEDERATION_NAMESPACE, ORPHAN_ANNOTATION, POLICY_ANNOTATION,
-    POLICY_LABEL, TENANT_ROLE_LABEL, UNREACHABLE_ANNOTATION, is_reserved,
+    ADOPT_ANNOTATION, DELETE_OPTION_ANNOTATION, FEDERATION_NAMESPACE, MADE_FROM_ANNOTATION,
+    ORPHAN_ANNOTATION, POLICY_ANNOTATION, POLICY_LABEL, POLICY_MASK_ANNOTATION, TENANT_ROLE_LABEL,
+    UNREACHABLE_ANNOTATION, is_reserved,
 };
+use crate::render::strip_nulls;
 use crate::topology::parse_selector;
 use crate::types::FederatedType;
 
@@ -38,6 +40,19 @@ const OWN_DEFINITIONS: [&str; 2] = [".kubefed.io", ".cellway.io"];
 /// Annotations by which an object says how it is federated: orphaned, adopted, deleted.
 const HANDED_ON: [&str; 4] =
     [ADOPT_ANNOTATION, DELETE_OPTION_ANNOTATION, ORPHAN_ANNOTATION, UNREACHABLE_ANNOTATION];
+
+/// Annotations of a companion that are its policy's and its object's.
+const MARKS: [&str; 7] = [
+    ADOPT_ANNOTATION,
+    DELETE_OPTION_ANNOTATION,
+    ORPHAN_ANNOTATION,
+    UNREACHABLE_ANNOTATION,
+    POLICY_ANNOTATION,
+    MADE_FROM_ANNOTATION,
+    POLICY_MASK_ANNOTATION,
+];
+/// Fields of a companion's `spec` that are its policy's and its object's. The mask is one more, while the policy has one.
+const FIELDS: [&str; 6] = ["topologyType", "template", "placement", "overrides", "naming", "retainReplicas"];
 
 /// Which policy an object goes by.
 #[derive(Debug)]
@@ -185,7 +200,29 @@ pub fn label(policy: &PropagationPolicy) -> String {
     label.trim_end_matches(['-', '.']).to_owned()
 }
 
-/// The companion, as it is applied: the policy's placement around the object's content.
+/// The native object of a federated one, as a person finds it: `ConfigMap shop/settings`.
+pub fn native_name(of: &FederatedType, namespace: &str, name: &str) -> String {
+    let kind = &of.target.kind;
+    if of.target.namespaced { format!("{kind} {namespace}/{name}") } else { format!("{kind} {name}") }
+}
+
+/// Whether a federated object is the companion of the native one of its name.
+pub fn is_companion(of: &FederatedType, object: &ObjectMeta) -> bool {
+    let name = object.name.as_deref().unwrap_or_default();
+    let native = native_name(of, object.namespace.as_deref().unwrap_or_default(), name);
+    let labelled = object.labels.as_ref().is_some_and(|all| all.contains_key(POLICY_LABEL));
+    let made_from = object.annotations.as_ref().and_then(|all| all.get(MADE_FROM_ANNOTATION));
+    labelled && made_from == Some(&native)
+}
+
+/// Whether it is one of `policy` (`namespace/name`) from before companions said what they are made from.
+pub fn was_companion(object: &ObjectMeta, policy: &str) -> bool {
+    let labelled = object.labels.as_ref().is_some_and(|all| all.contains_key(POLICY_LABEL));
+    let says = |key| object.annotations.as_ref().and_then(|all| all.get(key)).map(String::as_str);
+    labelled && says(MADE_FROM_ANNOTATION).is_none() && says(POLICY_ANNOTATION) == Some(policy)
+}
+
+/// The companion, as it is made: the policy's placement around the object's content.
 pub fn companion(of: &FederatedType, object: &Value, policy: &PropagationPolicy) -> Value {
     let meta = &object["metadata"];
     let spec = &policy.spec;
@@ -226,6 +263,12 @@ pub fn companion(of: &FederatedType, object: &Value, policy: &PropagationPolicy)
     let resource = of.hub_resource();
     let mut marks = handed_on(meta);
     marks.insert(POLICY_ANNOTATION.into(), full_name(policy).into());
+    let text = |field: &str| meta[field].as_str().unwrap_or_default();
+    let native = native_name(of, text("namespace"), text("name"));
+    marks.insert(MADE_FROM_ANNOTATION.into(), native.into());
+    if spec.placement_mask.is_some() {
+        marks.insert(POLICY_MASK_ANNOTATION.into(), "true".into());
+    }
     let mut result = json!({
         "apiVersion": resource.api_version,
         "kind": of.kind,
@@ -246,18 +289,18 @@ pub fn companion(of: &FederatedType, object: &Value, policy: &PropagationPolicy)
     if let Some(mask) = &spec.placement_mask {
         result["spec"]["placementMask"] = json!(mask);
     }
+    // Neither a member nor a comparison sees them.
+    strip_nulls(&mut result["spec"]["template"]);
     result
 }
 
-/// Whether a companion asks for what it is to ask for. What its policy cannot say (how many revisions are kept, a mask where
+/// Whether a companion asks for what it is to ask for. What its policy does not say (how many revisions are kept, a mask where
 /// the policy has none) is whoever's who wrote it.
 pub fn is_right(companion: &Value, wanted: &Value) -> bool {
     let spec = |of: &Value| serde_json::from_value::<FederatedSpec>(of["spec"].clone()).ok();
     let (Some(found), Some(asked)) = (spec(companion), spec(wanted)) else { return false };
-    let marks = HANDED_ON.iter().chain([&POLICY_ANNOTATION]);
-    let mark = |of: &Value, key: &str| of["metadata"]["annotations"].get(key).cloned();
     mark_label(companion) == mark_label(wanted)
-        && marks.into_iter().all(|key| mark(companion, key) == mark(wanted, key))
+        && MARKS.iter().all(|key| mark(companion, key) == mark(wanted, key))
         && found.topology_type == asked.topology_type
         && found.template == asked.template
         && found.placement == asked.placement
@@ -265,6 +308,55 @@ pub fn is_right(companion: &Value, wanted: &Value) -> bool {
         && found.naming == asked.naming
         && found.retain_replicas == asked.retain_replicas
         && (asked.placement_mask.is_none() || found.placement_mask == asked.placement_mask)
+}
+
+/// The merge patch (RFC 7396) that makes a companion right: of what its policy and its object say nothing is left as somebody
+/// else made it. It holds for this state of the companion only.
+pub fn correction(companion: &Value, wanted: &Value) -> Value {
+    let mut spec = companion["spec"].as_object().cloned().unwrap_or_default();
+    for field in FIELDS {
+        spec.insert(field.into(), wanted["spec"][field].clone());
+    }
+    match wanted["spec"].get("placementMask") {
+        Some(mask) => {
+            spec.insert("placementMask".into(), mask.clone());
+        }
+        // It was the policy's.
+        None if mark(companion, POLICY_MASK_ANNOTATION).is_some() => {
+            spec.remove("placementMask");
+        }
+        None => {}
+    }
+    let mut marks = Map::new();
+    for key in MARKS {
+        let (found, asked) = (mark(companion, key), mark(wanted, key));
+        if found != asked {
+            marks.insert(key.into(), asked.cloned().unwrap_or_default());
+        }
+    }
+    let meta = &companion["metadata"];
+    json!({
+        "metadata": {
+            "uid": meta["uid"],
+            "resourceVersion": meta["resourceVersion"],
+            "labels": {POLICY_LABEL: mark_label(wanted)},
+            "annotations": marks,
+        },
+        "spec": difference(&companion["spec"], &Value::Object(spec)),
+    })
+}
+
+/// What makes one of the other as a merge patch; neither has nulls.
+fn difference(from: &Value, to: &Value) -> Value {
+    let (Value::Object(from), Value::Object(to)) = (from, to) else { return to.clone() };
+    let gone = from.keys().filter(|key| !to.contains_key(*key)).map(|key| (key.clone(), Value::Null));
+    let set = to.iter().filter(|(key, value)| from.get(*key) != Some(value));
+    let set = set.map(|(key, value)| (key.clone(), difference(from.get(key).unwrap_or(&Value::Null), value)));
+    Value::Object(gone.chain(set).collect())
+}
+
+fn mark<'a>(object: &'a Value, key: &str) -> Option<&'a Value> {
+    object["metadata"]["annotations"].get(key)
 }
 
 fn mark_label(object: &Value) -> Option<&Value> {
@@ -461,30 +553,113 @@ mod tests {
         assert_eq!(meant, ["all", "yes"]);
         assert_eq!(
             found["metadata"]["annotations"],
-            json!({"kubefed.io/orphan": "true", "cellway.io/policy": "shop/p"})
+            json!({"kubefed.io/orphan": "true", "cellway.io/policy": "shop/p", "cellway.io/policy-mask": "true",
+                "cellway.io/made-from": "ConfigMap shop/settings"})
         );
         assert_eq!(found["metadata"]["labels"], json!({"cellway.io/policy": "p"}));
     }
 
+    /// As an API server merges (RFC 7396).
+    fn merged(mut target: Value, patch: &Value) -> Value {
+        let Value::Object(patch) = patch else { return patch.clone() };
+        if !target.is_object() {
+            target = json!({});
+        }
+        for (key, value) in patch {
+            if value.is_null() {
+                target.as_object_mut().expect("a map").remove(key);
+            } else {
+                target[key] = merged(target[key].take(), value);
+            }
+        }
+        target
+    }
+
     #[test]
-    fn a_companion_that_somebody_changed_is_not_right() {
-        let object = json!({"metadata": {"name": "settings", "namespace": "shop"}, "data": {"k": "v"}});
-        let wanted = companion(&config_maps(), &object, &policy("shop", "p", Value::Null));
+    fn what_somebody_changed_in_a_companion_is_put_back_whole() {
+        let object =
+            json!({"metadata": {"name": "settings", "namespace": "shop"}, "data": {"k": "v", "null": null}});
+        let plain = policy("shop", "p", Value::Null);
+        let wanted = companion(&config_maps(), &object, &plain);
+        let mut masked = plain.clone();
+        masked.spec.placement_mask = Some(Default::default());
+        let mut masked = companion(&config_maps(), &object, &masked);
+        masked["metadata"]["uid"] = "u".into();
         let changed = |pointer: &str, value: Value| {
             let (parent, key) = pointer.rsplit_once('/').expect("a pointer");
             let mut found = wanted.clone();
-            found.pointer_mut(parent).expect("there")[key] = value;
-            is_right(&found, &wanted)
+            found["metadata"]["resourceVersion"] = "7".into();
+            found.pointer_mut(parent).expect("there")[key.replace("~1", "/")] = value;
+            found
         };
-        assert!(changed("/status", json!({"summary": "1 unit"})));
-        assert!(changed("/spec/revisionHistoryLimit", json!(3)), "the policy says nothing of it");
-        assert!(changed("/metadata/annotations/other", json!("1")));
-        assert!(!changed("/spec/placement/units", json!([{"name": "a"}, {"name": "b"}])));
-        assert!(!changed("/spec/template/data", json!({"k": "v", "more": "w"})));
-        assert!(!changed("/spec/topologyType", json!("cluster")));
-        let marks = json!({"cellway.io/policy": "shop/p", "kubefed.io/orphan": "true"});
-        assert!(!changed("/metadata/annotations", marks));
-        assert!(!changed("/metadata/labels", json!({})));
+        // What the policy does not say.
+        for (pointer, value) in [
+            ("/status", json!({"summary": "1 unit"})),
+            ("/spec/revisionHistoryLimit", json!(3)),
+            ("/spec/placementMask", json!({"units": ["a"]})),
+            ("/metadata/annotations/other", json!("1")),
+        ] {
+            let found = changed(pointer, value);
+            assert!(is_right(&found, &wanted), "{pointer}");
+            assert_eq!(correction(&found, &wanted)["spec"], json!({}), "{pointer}");
+        }
+        // What it says, and its object.
+        for (pointer, value) in [
+            ("/spec/placement/units", json!([{"name": "a"}, {"name": "b"}])),
+            ("/spec/placement/unitSelector", json!({})),
+            ("/spec/template/data", json!({"k": "v", "more": "w"})),
+            ("/spec/template/binaryData", json!({"k": "dg=="})),
+            ("/spec/template", json!("rubbish")),
+            ("/spec/overrides", json!([{"units": ["a"], "patches": []}])),
+            ("/spec/topologyType", json!("cluster")),
+            ("/spec/retainReplicas", json!(true)),
+            ("/metadata/annotations/kubefed.io~1orphan", json!("true")),
+            ("/metadata/annotations/cellway.io~1policy", json!("shop/other")),
+            ("/metadata/labels", json!({})),
+        ] {
+            let found = changed(pointer, value);
+            assert!(!is_right(&found, &wanted), "{pointer}");
+            let patch = correction(&found, &wanted);
+            assert_eq!(patch["metadata"]["resourceVersion"], "7");
+            let mut put_right = merged(found, &patch);
+            put_right["metadata"].as_object_mut().expect("a map").remove("resourceVersion");
+            assert_eq!(put_right, wanted, "{pointer}");
+        }
+        // The policy's mask comes and goes with it.
+        for (found, wanted) in [(&wanted, &masked), (&masked, &wanted)] {
+            assert!(!is_right(found, wanted));
+            let put_right = merged(found.clone(), &correction(found, wanted));
+            assert!(is_right(&put_right, wanted), "{put_right}");
+            assert_eq!(put_right["spec"], wanted["spec"]);
+        }
+    }
+
+    #[test]
+    fn a_copy_of_a_companion_is_nobodys() {
+        let object = json!({"metadata": {"name": "settings", "namespace": "shop"}, "data": {"k": "v"}});
+        let of = config_maps();
+        let made = companion(&of, &object, &policy("shop", "p", Value::Null));
+        let check = |change: fn(&mut Value), expect: bool| {
+            let mut meta = made["metadata"].clone();
+            meta["namespace"] = "shop".into();
+            change(&mut meta);
+            let meta: ObjectMeta = serde_json::from_value(meta).expect("metadata");
+            assert_eq!(is_companion(&of, &meta), expect, "{meta:?}");
+        };
+        check(|_| (), true);
+        check(|meta| meta["name"] = "copy".into(), false);
+        check(|meta| meta["namespace"] = "bank".into(), false);
+        check(|meta| meta["annotations"] = json!({}), false);
+        check(|meta| meta["labels"] = json!({}), false);
+        let before = |marks: Value| {
+            let meta = json!({"labels": {"cellway.io/policy": "p"}, "annotations": marks});
+            was_companion(&serde_json::from_value(meta).expect("metadata"), "shop/p")
+        };
+        assert!(before(json!({"cellway.io/policy": "shop/p"})));
+        assert!(!before(json!({"cellway.io/policy": "shop/q"})) && !before(json!({})));
+        assert!(!before(made["metadata"]["annotations"].clone()));
+        let namespaces = types::builtin().into_iter().find(FederatedType::is_namespace).expect("known");
+        assert_eq!(native_name(&namespaces, "shop", "shop"), "Namespace shop");
     }
 
     #[test]

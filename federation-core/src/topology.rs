@@ -1,6 +1,7 @@
 //! Units: what exists to place things on, and what a placement comes to.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Toleration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -43,6 +44,8 @@ pub struct Topology {
     registered: BTreeSet<String>,
     /// Cells and clusters that were given up, whosever they are.
     given_up: BTreeMap<(TopologyType, String), Failover>,
+    /// Where this is only a part: what it is a part of.
+    whole: Option<Arc<Topology>>,
 }
 
 /// What a placement comes to.
@@ -122,23 +125,62 @@ impl Topology {
     }
 
     /// The part of it that belongs to a tenant: nothing else has a name or a label there. That a cluster is registered is
-    /// known all the same, as a tenant's cells may lie in one that is nobody's.
-    pub fn of_tenant(&self, tenant: &str) -> Self {
-        let is_theirs = |unit: &&Unit| match (tenant_label(unit), &unit.cell) {
-            (Some(owner), _) => owner == tenant,
-            (None, Some(_)) => self.clusters.get(&unit.cluster).and_then(tenant_label) == Some(tenant),
-            (None, None) => false,
+    /// known all the same, as a tenant's cells may lie in one that is nobody's. Nobody's name is empty.
+    pub fn of_tenant(self: &Arc<Self>, tenant: &str) -> Self {
+        self.part(|owner| owner == Some(tenant) && !tenant.is_empty())
+    }
+
+    /// The part of it that belongs to no tenant.
+    pub fn of_nobody(self: &Arc<Self>) -> Self {
+        self.part(|owner| owner.is_none())
+    }
+
+    /// Whether any unit belongs to a tenant.
+    pub fn is_owned(&self) -> bool {
+        self.cells.values().chain(self.clusters.values()).any(|unit| self.owner(unit).is_some())
+    }
+
+    fn part(self: &Arc<Self>, is_in: impl Fn(Option<&str>) -> bool) -> Self {
+        let is_in = |unit: &&Unit| is_in(self.owner(unit));
+        let mut own = Self {
+            registered: self.registered.clone(),
+            given_up: self.given_up.clone(),
+            whole: Some(Arc::clone(self)),
+            ..Self::default()
         };
-        let mut own =
-            Self { registered: self.registered.clone(), given_up: self.given_up.clone(), ..Self::default() };
-        for unit in self.cells.values().filter(is_theirs) {
+        for unit in self.cells.values().filter(is_in) {
             own.by_cluster.entry(unit.cluster.clone()).or_default().insert(unit.name.clone());
             own.cells.insert(unit.name.clone(), unit.clone());
         }
-        for unit in self.clusters.values().filter(is_theirs) {
+        for unit in self.clusters.values().filter(is_in) {
             own.clusters.insert(unit.name.clone(), unit.clone());
         }
         own
+    }
+
+    /// Whose a unit is: as its own label says, or, of a cell without one, its cluster's.
+    fn owner<'a>(&'a self, unit: &'a Unit) -> Option<&'a str> {
+        let cluster = || unit.cell.as_ref().and_then(|_| self.clusters.get(&unit.cluster));
+        tenant_label(unit).or_else(|| tenant_label(cluster()?))
+    }
+
+    /// Whether a placement (`None`: one that means every unit) means a unit that exists and is not in this part: there
+    /// nothing is placed, and what is there stays.
+    pub fn is_closed(&self, topology: TopologyType, name: &str, placement: Option<&Placement>) -> bool {
+        let Some(unit) = self.whole.as_ref().and_then(|whole| whole.unit(topology, name)) else {
+            return false;
+        };
+        if self.has_unit(topology, name) {
+            return false;
+        }
+        match placement {
+            None => true,
+            Some(Placement { units: Some(units), .. }) => units.iter().any(|one| one.name == name),
+            Some(Placement { unit_selector: Some(selector), .. }) => {
+                parse_selector(selector).is_ok_and(|selector| selector.matches(&unit.labels))
+            }
+            Some(_) => false,
+        }
     }
 
     fn give_up(&mut self, of: TopologyType, name: &str, failover: Option<&Failover>) {
@@ -319,7 +361,7 @@ mod tests {
         let mut clusters =
             ["x", "y", "z"].map(|name| KubeFedCluster::new(name, KubeFedClusterSpec::default()));
         clusters[1].metadata.labels = owned("red");
-        let red = Topology::new(&cells, &clusters).of_tenant("red");
+        let red = Arc::new(Topology::new(&cells, &clusters)).of_tenant("red");
         let names = |topology, placement: &Placement| {
             let placed = red.resolve(topology, placement).expect("selector");
             (placed.units.into_keys().collect::<Vec<_>>(), placed.unknown.into_iter().collect::<Vec<_>>())
@@ -329,6 +371,11 @@ mod tests {
         assert_eq!(names(TopologyType::Cluster, &all).0, ["y"]);
         assert_eq!(names(TopologyType::Cell, &by_names(&["b", "a"])), (vec!["a".into()], vec!["b".into()]));
         assert!(!red.has_unit(TopologyType::Cell, "b") && red.has_cluster("x"));
+        // What is there and not red's.
+        let closed = |name, placement| red.is_closed(TopologyType::Cell, name, placement);
+        let (a, b) = (by_names(&["a"]), by_names(&["b"]));
+        assert!(closed("b", Some(&all)) && closed("b", Some(&b)) && closed("b", None));
+        assert!(!closed("b", Some(&a)) && !closed("a", None) && !closed("zz", None));
     }
 
     #[test]

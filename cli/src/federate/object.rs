@@ -1,14 +1,20 @@
 //! Finding a federated object by what people call it, with its type and revisions.
 
-use federation_core::api::{Cell, FederatedObject, FederatedRevision, FederatedTypeConfig, KubeFedCluster};
+use std::sync::Arc;
+
+use federation_core::api::{
+    FederatedObject, FederatedRevision, FederatedTypeConfig, ReplicaSchedulingPreference,
+};
 use federation_core::names::{FEDERATION_NAMESPACE, source};
+use federation_core::plan::NamespacePlacement;
 use federation_core::revision::held;
 use federation_core::topology::Topology;
-use federation_core::types::FederatedType;
+use federation_core::types::{FederatedType, known};
 use kube::api::{DynamicObject, ListParams};
 use kube::{Api, ResourceExt as _};
 
 use crate::error::{Error, Result};
+use crate::fleet::Fleet;
 use crate::hub::{Hub, explain};
 use crate::kubeconfig::HubArgs;
 
@@ -73,13 +79,44 @@ impl Found {
         Ok(own)
     }
 
-    /// Every cell and cluster of the hub.
-    pub(crate) async fn topology(&self) -> Result<Topology> {
-        let cells: Api<Cell> = Api::all(self.hub.client().clone());
-        let clusters: Api<KubeFedCluster> = Api::namespaced(self.hub.client().clone(), FEDERATION_NAMESPACE);
-        let cells = cells.list(&ListParams::default()).await.map_err(explain("list the cells"))?;
-        let clusters = clusters.list(&ListParams::default()).await.map_err(explain("list the clusters"))?;
-        Ok(Topology::new(&cells.items, &clusters.items))
+    /// The cells and clusters that it can be placed in.
+    pub(crate) async fn topology(&self) -> Result<Arc<Topology>> {
+        Ok(Fleet::read(&self.hub).await?.seen().by(&self.namespace))
+    }
+
+    /// Where its namespace goes. `seen`: the topology that it sees.
+    pub(crate) async fn namespace_placement(&self, seen: &Topology) -> Result<NamespacePlacement> {
+        if !self.of.target.namespaced {
+            return Ok(NamespacePlacement::Unrestricted);
+        }
+        let configs = type_configs(&self.hub, "find out where the namespace goes").await?;
+        let of_namespaces = |config: &&FederatedTypeConfig| {
+            config.spec.target_type.group.is_empty() && config.spec.target_type.kind == "Namespace"
+        };
+        let config = configs.iter().find(of_namespaces);
+        // Disabled or not a type, it is read all the same.
+        let of =
+            config.and_then(|config| FederatedType::from_config(config).ok().or_else(|| known("namespaces")));
+        let Some(of) = of else { return Ok(NamespacePlacement::Unrestricted) };
+        let api: Api<DynamicObject> =
+            Api::namespaced_with(self.hub.client().clone(), &self.namespace, &of.hub_resource());
+        match api.get_opt(&self.namespace).await {
+            Ok(found) => Ok(NamespacePlacement::of(found.as_ref().map(|object| &object.data), seen)),
+            Err(kube::Error::Api(status)) if status.code == 403 => Ok(NamespacePlacement::Unrestricted),
+            Err(error) => Err(explain("read the FederatedNamespace")(error)),
+        }
+    }
+
+    /// What somebody asks for about its replicas.
+    pub(crate) async fn preference(&self) -> Result<Option<ReplicaSchedulingPreference>> {
+        if !self.of.has_replicas() {
+            return Ok(None);
+        }
+        let api: Api<ReplicaSchedulingPreference> =
+            Api::namespaced(self.hub.client().clone(), &self.namespace);
+        let found =
+            api.get_opt(&self.name).await.map_err(explain("read the replica scheduling preference"))?;
+        Ok(found.filter(|of| of.spec.target_kind == self.of.kind))
     }
 }
 
@@ -102,14 +139,17 @@ pub(crate) fn pick<'a>(revisions: &'a [FederatedRevision], wanted: &str) -> Resu
     }
 }
 
+async fn type_configs(hub: &Hub, tried: &str) -> Result<Vec<FederatedTypeConfig>> {
+    let api: Api<FederatedTypeConfig> = Api::namespaced(hub.client().clone(), FEDERATION_NAMESPACE);
+    Ok(api.list(&ListParams::default()).await.map_err(explain(tried))?.items)
+}
+
 /// The federated type that people mean.
 async fn type_of(hub: &Hub, wanted: &str) -> Result<FederatedType> {
     let tried = format!("find the type {wanted}");
-    let api: Api<FederatedTypeConfig> = Api::namespaced(hub.client().clone(), FEDERATION_NAMESPACE);
-    let configs = api.list(&ListParams::default()).await.map_err(explain(&tried))?;
+    let configs = type_configs(hub, &tried).await?;
     let wanted = wanted.to_lowercase();
     configs
-        .items
         .iter()
         .filter_map(|config| FederatedType::from_config(config).ok())
         .find(|of| {

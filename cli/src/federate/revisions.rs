@@ -4,8 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use federation_core::api::{FederatedObject, FederatedRevision, PlacementMask, PropagationConfig, Snapshot};
 use federation_core::metadata::PropagationRules;
+use federation_core::names::POLICY_ANNOTATION;
+use federation_core::policy::{is_companion, native_name};
 use federation_core::render::render;
 use federation_core::topology::Unit;
+use federation_core::types::FederatedType;
 use kube::api::{ListParams, PostParams};
 use kube::{Api, ResourceExt as _};
 use serde::Serialize;
@@ -152,6 +155,7 @@ pub(crate) async fn diff(args: DiffArgs) -> Result<()> {
 pub(crate) async fn rollback(args: RollbackArgs) -> Result<()> {
     let tried = format!("go back with {}", args.object.object);
     let found = Found::open(&args.object).await?;
+    refuse_companion(&found.of, &found.object, &args.object.object, &tried)?;
     let revisions = found.revisions().await?;
     let now = current(&found, &revisions)?;
     let to = match &args.to {
@@ -180,6 +184,20 @@ pub(crate) async fn rollback(args: RollbackArgs) -> Result<()> {
         to.spec.number,
         to.name_any()
     ))
+}
+
+/// A companion is what its object and its policy say: whatever is written into it goes again.
+fn refuse_companion(of: &FederatedType, object: &FederatedObject, called: &str, tried: &str) -> Result<()> {
+    let meta = &object.metadata;
+    if !is_companion(of, meta) {
+        return Ok(());
+    }
+    let native = native_name(of, meta.namespace.as_deref().unwrap_or_default(), &object.name_any());
+    let policy = object.annotations().get(POLICY_ANNOTATION).map_or("a policy", String::as_str);
+    let happened =
+        format!("it is made from {native} by the policy {policy}, and would be made from it again");
+    let remedy = format!("change {native} itself; `cellway diff {called}` shows what it was");
+    Err(Error::failed(tried, happened).remedy(remedy))
 }
 
 pub(crate) async fn preview(args: PreviewArgs) -> Result<()> {
@@ -211,14 +229,29 @@ async fn moves(
     let tried = "preview the move";
     let topology = found.topology().await?;
     let spec = &found.object.spec;
-    let placed =
+    let mut placed =
         topology.resolve(spec.topology_type, &spec.placement).map_err(|error| Error::failed(tried, error))?;
+    let namespace = found.namespace_placement(&topology).await?;
+    placed.units.retain(|_, unit| namespace.admits(&unit.cluster, spec.namespace_rule));
+    let preference = found.preference().await?;
+    let anywhere = preference.is_some_and(|of| !of.spec.intersect_with_cluster_selector);
+    if anywhere {
+        // The placement does not count, and only the members' rooms tell where it goes: as it was divided last.
+        let divided = revisions.last().map(|newest| &newest.spec.snapshot.replicas);
+        let units = divided.into_iter().flat_map(BTreeMap::keys);
+        placed.units =
+            units.filter_map(|name| Some((name.clone(), topology.unit(spec.topology_type, name)?))).collect();
+        placed.unknown.clear();
+    }
+    let placement = (!anywhere).then_some(&spec.placement);
     let status = found.object.status.clone().unwrap_or_default();
     let snapshots: BTreeMap<String, &Snapshot> =
         revisions.iter().map(|revision| (revision.name_any(), &revision.spec.snapshot)).collect();
     let mut moves = Vec::new();
-    let names: BTreeSet<&String> =
-        placed.units.keys().chain(mask.iter().flat_map(|mask| &mask.units)).collect();
+    let has = |name: &String| status.units.iter().any(|record| &record.name == name);
+    let named = mask.iter().flat_map(|mask| &mask.units).chain(&placed.unknown);
+    let named = named.filter(|name| placed.units.contains_key(*name) || !has(name));
+    let names: BTreeSet<&String> = placed.units.keys().chain(named).collect();
     for name in names {
         let Some(unit) = placed.units.get(name) else {
             moves.push(Move {
@@ -246,12 +279,16 @@ async fn moves(
     }
     for record in &status.units {
         if !placed.units.contains_key(&record.name) {
+            // What is not there or not to be changed any more, and what stands in, has its own end.
+            let stays = record.stand_in
+                || placed.unknown.contains(&record.name)
+                || topology.is_closed(spec.topology_type, &record.name, placement);
             moves.push(Move {
                 unit: record.name.clone(),
                 cluster: record.cluster.clone(),
-                action: "remove",
+                action: if stays { "stay" } else { "remove" },
                 from: record.revision.clone(),
-                to: None,
+                to: record.revision.clone().filter(|_| stays),
                 diff: None,
             });
         }
@@ -457,6 +494,20 @@ mod tests {
         let far = format!("1\n{old}2\n");
         let both = format!("one\n{old}two\n");
         assert!(unified(&far, &both).contains("  ...\n"));
+    }
+
+    #[test]
+    fn a_companion_does_not_go_back_by_itself() {
+        let of = federation_core::types::known("configmaps").unwrap();
+        let mut object = FederatedObject::new("settings", federation_core::api::FederatedSpec::default());
+        object.metadata.namespace = Some("shop".into());
+        let check = |object: &FederatedObject| refuse_companion(&of, object, "configmap/settings", "go back");
+        assert!(check(&object).is_ok());
+        let map = |key: &str, value: &str| Some([(key.to_owned(), value.to_owned())].into());
+        object.metadata.labels = map("cellway.io/policy", "web");
+        object.metadata.annotations = map("cellway.io/made-from", "ConfigMap shop/settings");
+        let refused = check(&object).unwrap_err().to_string();
+        assert!(refused.contains("change ConfigMap shop/settings itself"), "{refused}");
     }
 
     #[test]

@@ -24,6 +24,11 @@ const READ: &[&str] = &["get", "list", "watch"];
 const WRITE: &[&str] = &["create", "delete", "deletecollection", "patch", "update"];
 const READ_WRITE: &[&str] =
     &["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
+/// Roles that were made once and give too much: `view` is to show no Secrets, in whatever wrapping.
+const RETIRED: &[&str] = &["system:cellway:aggregate-to-view"];
+/// The group of federated objects and their revisions, Secrets among them. Which of its kinds `view` shows is said by the
+/// federation controller, which knows them.
+const FEDERATED_GROUP: &str = "types.kubefed.io";
 /// The groups of cellway's own kinds.
 const OUR_GROUPS: &[&str] = &[
     "core.kubefed.io",
@@ -299,17 +304,16 @@ fn view_rules() -> Value {
 /// Of the hub: its own programs, and its kinds for `view` and `edit`.
 fn hub() -> Vec<Value> {
     // Objects of a namespace; clusters, cells, tenants and classes are an administrator's.
-    let theirs = ["types.kubefed.io", "scheduling.kubefed.io", "apps.cellway.io", "release.cellway.io"];
+    let theirs = ["scheduling.kubefed.io", "apps.cellway.io", "release.cellway.io"];
+    let seen: Vec<&str> = OUR_GROUPS.iter().copied().filter(|group| *group != FEDERATED_GROUP).collect();
     vec![
-        cluster_role(
-            "system:cellway:aggregate-to-view",
-            &["aggregate-to-view"],
-            json!([rule(READ, OUR_GROUPS, &["*"])]),
-        ),
+        cluster_role("system:cellway:view", &["aggregate-to-view"], json!([rule(READ, &seen, &["*"])])),
         cluster_role(
             "system:cellway:aggregate-to-edit",
             &["aggregate-to-edit"],
             json!([
+                // As Kubernetes' own `edit` reads Secrets.
+                rule(READ_WRITE, &[FEDERATED_GROUP], &["*"]),
                 rule(WRITE, &theirs, &["*"]),
                 rule(WRITE, &["policy.cellway.io"], &["propagationpolicies"])
             ]),
@@ -425,7 +429,26 @@ pub(crate) async fn reconcile(registry: &Registry) -> Result<(), ApiError> {
         }
         one(registry, &target, &object).await?;
     }
+    for name in RETIRED {
+        retire(registry, &registry.target((GROUP, "v1", "clusterroles"), "", name)?).await?;
+    }
     aggregation::aggregate(registry).await
+}
+
+/// Removes a role that gives too much, unless somebody has taken it over.
+async fn retire(registry: &Registry, role: &Target) -> Result<(), ApiError> {
+    match registry.get(role).await {
+        Ok(found) if str_at(&found.object, &["metadata", "annotations", AUTOUPDATE]) == "false" => Ok(()),
+        Ok(_) => {
+            match registry.delete(role, &crate::registry::delete::DeleteOptions::default()).await {
+                // Another replica was faster.
+                Err(error) if error.is_not_found() => Ok(()),
+                done => done.map(|_| ()),
+            }
+        }
+        Err(error) if error.is_not_found() => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 async fn one(registry: &Registry, target: &Target, wanted: &Value) -> Result<(), ApiError> {

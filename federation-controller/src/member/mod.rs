@@ -38,6 +38,7 @@ pub(crate) use self::health::chain;
 use self::room::Rooms;
 use self::store::{Store, TargetKey};
 use self::warnings::{Home, Troubles};
+pub(crate) use self::writer::delete_params;
 use crate::Shared;
 use crate::client::{IdentityError, Path, client_along};
 use crate::credentials::Way;

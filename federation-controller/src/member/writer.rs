@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use federation_core::api::DeleteOptions;
 use federation_core::drift::{Refusal, admit};
-use federation_core::names::{FIELD_MANAGER, MANAGED_LABEL};
+use federation_core::names::{FIELD_MANAGER, HUB_ANNOTATION, MANAGED_LABEL};
 use federation_core::plan::{Action, Cause, WriteFailure};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::Api;
@@ -130,7 +131,7 @@ async fn perform(
             let mut answer = match first {
                 // Mostly the namespace is there: it is made when it turns out not to be.
                 Err(kube::Error::Api(status)) if status.code == 404 && of.target.namespaced => {
-                    ensure_namespace(member, &target.namespace).await?;
+                    ensure_namespace(member, shared.hub_id(), &target.namespace).await?;
                     answered(api.patch(name, &params, &Patch::Apply(desired)).await)?
                 }
                 first => answered(first)?,
@@ -150,17 +151,7 @@ async fn perform(
             Ok(Some(plain(answer)?))
         }
         Action::Delete { uid, options } => {
-            let mut params = DeleteParams {
-                propagation_policy: Some(match options.propagation_policy.as_deref() {
-                    Some("Foreground") => PropagationPolicy::Foreground,
-                    Some("Orphan") => PropagationPolicy::Orphan,
-                    _ => PropagationPolicy::Background,
-                }),
-                grace_period_seconds: options.grace_period_seconds,
-                ..Default::default()
-            };
-            params.preconditions = Some(Preconditions { uid: uid.clone(), resource_version: None });
-            match api.delete(name, &params).await {
+            match api.delete(name, &delete_params(uid.clone(), options)).await {
                 Ok(answer) => match answer.left() {
                     // With finalizers it stays for a while; a server also gives back what it has just removed.
                     Some(_) => match optional(api.get_opt(name).await)? {
@@ -188,8 +179,23 @@ async fn perform(
     }
 }
 
-/// Makes the namespace when it is not there. One that is there is left as it is.
-async fn ensure_namespace(member: &Member, name: &str) -> Result<(), WriteError> {
+/// How an object is deleted, should it be the one with this uid.
+pub(crate) fn delete_params(uid: Option<String>, options: &DeleteOptions) -> DeleteParams {
+    DeleteParams {
+        propagation_policy: Some(match options.propagation_policy.as_deref() {
+            Some("Foreground") => PropagationPolicy::Foreground,
+            Some("Orphan") => PropagationPolicy::Orphan,
+            _ => PropagationPolicy::Background,
+        }),
+        grace_period_seconds: options.grace_period_seconds,
+        preconditions: Some(Preconditions { uid, resource_version: None }),
+        ..DeleteParams::default()
+    }
+}
+
+/// Makes the namespace when it is not there. One that is there is left as it is. It says which hub it is from, or any other
+/// hub would take it for its own.
+async fn ensure_namespace(member: &Member, hub: &str, name: &str) -> Result<(), WriteError> {
     let api: Api<Namespace> = Api::all(member.client.clone());
     match api.get_opt(name).await {
         Ok(Some(_)) => return Ok(()),
@@ -198,11 +204,14 @@ async fn ensure_namespace(member: &Member, name: &str) -> Result<(), WriteError>
         Ok(None) => {}
         Err(error) => return Err(from_error(error)),
     }
-    let namespace = json!({
+    let mut namespace = json!({
         "apiVersion": "v1",
         "kind": "Namespace",
         "metadata": {"name": name, "labels": {MANAGED_LABEL: "true"}},
     });
+    if !hub.is_empty() {
+        namespace["metadata"]["annotations"] = json!({HUB_ANNOTATION: hub});
+    }
     answered(api.patch(name, &PatchParams::apply(FIELD_MANAGER), &Patch::Apply(namespace)).await).map(drop)
 }
 

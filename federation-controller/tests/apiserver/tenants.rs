@@ -1,6 +1,6 @@
 //! What a tenant's admin sees and reaches.
 
-use federation_core::api::{Cell, KubeFedCluster, Tenant, TenantSpec, TenantSubject};
+use federation_core::api::{Cell, FederatedRevision, KubeFedCluster, Tenant, TenantSpec, TenantSubject};
 use federation_core::types;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Secret;
@@ -29,7 +29,8 @@ pub(crate) async fn a_tenant_sees_and_reaches_its_own_and_nothing_else(world: Wo
     let spec = TenantSpec {
         namespaces: vec!["shop".into()],
         admins: vec![TenantSubject { kind: "User".into(), name: "jo".into(), namespace: None }],
-        viewers: Vec::new(),
+        viewers: vec![TenantSubject { kind: "User".into(), name: "vi".into(), namespace: None }],
+        ..TenantSpec::default()
     };
     let tenants: Api<Tenant> = Api::all(world.hub.clone());
     tenants.create(&PostParams::default(), &Tenant::new("red", spec)).await.expect("tenant");
@@ -60,6 +61,20 @@ pub(crate) async fn a_tenant_sees_and_reaches_its_own_and_nothing_else(world: Wo
     until("a has it", async || theirs.get("web-a").await.ok()).await;
     assert_eq!(code(theirs.get("web-b").await), 404);
 
+    // Whoever only looks sees no Secrets, in whatever wrapping.
+    let vi = client_as(&world.kubeconfig, "vi", &[]).await;
+    let of = |client: &kube::Client, kind: &str| -> Api<DynamicObject> {
+        let of = types::known(kind).expect("known");
+        Api::namespaced_with(client.clone(), "shop", &of.hub_resource())
+    };
+    let all = ListParams::default();
+    until("vi looks", async || of(&vi, "configmaps").list(&all).await.ok()).await;
+    assert_eq!(code(of(&vi, "deployments").get("web").await), 200);
+    assert_eq!(code(of(&vi, "secrets").list(&all).await), 403);
+    let revisions: Api<FederatedRevision> = Api::namespaced(vi.clone(), "shop");
+    assert_eq!(code(revisions.list(&all).await), 403);
+    assert_eq!(code(of(&jo, "secrets").list(&all).await), 200);
+
     // What jo may not: become the platform, or reach round it.
     let params = PatchParams::default();
     let label = json!({"metadata": {"labels": {"cellway.io/tenant": "red"}}});
@@ -79,8 +94,20 @@ pub(crate) async fn a_tenant_sees_and_reaches_its_own_and_nothing_else(world: Wo
     assert_eq!(code(roles.patch("cellway:tenant:red", &params, &Patch::Merge(&open)).await), 403);
     assert_eq!(code(roles.list(&ListParams::default()).await), 403);
 
-    // Without the tenant there is nothing.
+    // Without the tenant there is nothing, and nothing opens: what is there stays, and what is another's stays theirs.
     tenants.delete("red", &DeleteParams::default()).await.expect("deleted");
+    let placed: Api<DynamicObject> =
+        Api::namespaced_with(world.hub.clone(), "shop", &types::builtin()[0].hub_resource());
+    until("it is told", async || {
+        let units = placed.get("web").await.ok()?.data["status"]["units"].as_array().cloned()?;
+        let told = |name: &str, reason: &str| {
+            units.iter().any(|unit| unit["name"] == name && unit["reason"] == reason)
+        };
+        (told("a", "UnitClosed") && told("b", "UnitMissing")).then_some(())
+    })
+    .await;
+    assert_eq!(code(theirs.get("web-a").await), 200);
+    assert_eq!(code(theirs.get("web-b").await), 404);
     until("jo sees nothing", async || (code(seen.list(&ListParams::default()).await) == 403).then_some(()))
         .await;
     until("jo may nothing", async || (code(deployments.get("web").await) == 403).then_some(())).await;

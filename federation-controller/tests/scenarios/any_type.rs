@@ -4,7 +4,7 @@ use federation_core::api::{FederatedTypeConfig, Phase};
 use federation_core::types::{self, FederatedType};
 use serde_json::{Value, json};
 
-use crate::world::{World, condition, is_true};
+use crate::world::{DEPLOYMENTS, World, condition, federated, is_true, options, template};
 
 const CONFIGS: &str = "core.kubefed.io/federatedtypeconfigs";
 const HOME: &str = "kube-federation-system";
@@ -174,5 +174,112 @@ async fn a_member_without_the_type_stops_nobody_else() {
         })
         .await;
     assert_eq!(status.units[0].reason.as_deref(), Some("TypeNotServed"));
+    world.stop().await;
+}
+
+const NAMESPACES: &str = "types.kubefed.io/federatednamespaces";
+
+/// The federated namespace `shop`, placed in cells.
+fn namespace(cells: &[&str]) -> Value {
+    let units: Vec<_> = cells.iter().map(|name| json!({"name": name})).collect();
+    let spec = json!({"topologyType": "cell", "placement": {"units": units}});
+    object("FederatedNamespace", Some("shop"), "shop", spec)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_a_namespace_goes_holds_while_its_type_is_disabled_or_wrong() {
+    let mut world = World::start().await;
+    world.hub.put(NAMESPACES, "shop", "shop", Some(namespace(&["a"])));
+    let web = federated("FederatedDeployment", &["a", "c"], template("web:1", 1));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(web));
+    world.settled(DEPLOYMENTS, "a has it", |status| is_true(status, "Ready")).await;
+    let says = async |world: &World, mode: &str, running: &str| {
+        let config = || world.hub.get(CONFIGS, HOME, "namespaces");
+        world.hub.edit(CONFIGS, HOME, "namespaces", |config| config["spec"]["propagation"] = mode.into());
+        world
+            .until(&format!("namespaces are {mode}"), || {
+                let config = config()?;
+                let seen = config["status"]["observedGeneration"] == config["metadata"]["generation"];
+                (seen && config["status"]["propagationController"] == running).then_some(())
+            })
+            .await;
+    };
+    let changed = async |world: &World, image: &str| {
+        world.edit(|object| object["spec"]["template"] = template(image, 1));
+        world
+            .until(&format!("a has {image}"), || {
+                let live = world.deployment("x", "web-a")?;
+                (live["spec"]["template"]["spec"]["containers"][0]["image"] == image).then_some(())
+            })
+            .await;
+        world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+        let written = world.member("y").writes();
+        assert!(!written.iter().any(|write| write.contains("deployments")), "{written:?}");
+    };
+    says(&world, "Disabled", "NotRunning").await;
+    changed(&world, "web:2").await;
+    world.stop().await;
+    world.run(options());
+    changed(&world, "web:3").await;
+    says(&world, "Enabled", "Running").await;
+    changed(&world, "web:4").await;
+    // Edited: followed anew. Wrong: read under the names that come with the hub.
+    world
+        .hub
+        .edit(CONFIGS, HOME, "namespaces", |config| config["spec"]["statusCollection"] = "Enabled".into());
+    changed(&world, "web:5").await;
+    let names = |name: &str| {
+        world.hub.edit(CONFIGS, HOME, "namespaces", |config| {
+            config["spec"]["federatedType"]["pluralName"] = name.into();
+        });
+    };
+    names("no name");
+    world
+        .until("it is told", || {
+            let config = world.hub.get(CONFIGS, HOME, "namespaces")?;
+            (config["status"]["conditions"][0]["reason"] == "Invalid").then_some(())
+        })
+        .await;
+    changed(&world, "web:6").await;
+    names("federatednamespaces");
+    says(&world, "Disabled", "NotRunning").await;
+    // What it says is heard all the same, and nothing of it is written.
+    let before = world.member("x").writes().len();
+    let more = namespace(&["a", "c"])["spec"].clone();
+    world.hub.edit(NAMESPACES, "shop", "shop", |object| object["spec"] = more);
+    world.until("c has it", || world.deployment("y", "web-c")).await;
+    let written = world.member("x").writes().split_off(before);
+    assert!(!written.iter().any(|write| write.contains("namespaces")), "{written:?}");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_namespace_that_was_made_on_demand_is_its_hubs() {
+    let mut world = World::stopped();
+    let home = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": HOME}});
+    world.hub.put("/namespaces", "", HOME, Some(home));
+    let id = world.hub.get("/namespaces", "", HOME).expect("there")["metadata"]["uid"].clone();
+    let web = federated("FederatedDeployment", &["a", "c"], template("web:1", 1));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(web));
+    world.run(options());
+    for member in ["x", "y"] {
+        let made = world.until("it is made", || world.member(member).get("/namespaces", "", "shop")).await;
+        assert_eq!(made["metadata"]["annotations"]["cellway.io/hub"], id);
+    }
+    // In `y` it was another hub that made it.
+    world.member("y").edit("/namespaces", "", "shop", |made| {
+        made["metadata"]["annotations"]["cellway.io/hub"] = "another".into();
+    });
+    world.hub.put(NAMESPACES, "shop", "shop", Some(namespace(&["a", "c"])));
+    let units = world
+        .until("both are told", || {
+            let units = world.hub.get(NAMESPACES, "shop", "shop")?["status"]["units"].as_array().cloned()?;
+            (units.len() == 2 && units.iter().all(|unit| unit["phase"] != "Pending")).then_some(units)
+        })
+        .await;
+    assert_eq!(units[0]["phase"], "Synced", "its own is taken over: {units:?}");
+    assert_eq!(units[1]["reason"], "OwnedByAnotherHub", "{units:?}");
+    let theirs = world.member("y").get("/namespaces", "", "shop").expect("there");
+    assert_eq!(theirs["metadata"]["annotations"]["cellway.io/hub"], "another");
     world.stop().await;
 }

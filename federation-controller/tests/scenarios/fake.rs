@@ -47,6 +47,10 @@ struct State {
     version: u64,
     uids: u64,
     writes: Vec<String>,
+    /// Bodies of deletions, by path as in `writes`.
+    deletions: Vec<(String, Value)>,
+    /// Resources that were watched.
+    watched: Vec<String>,
     users: Vec<String>,
     /// History up to here is gone.
     compacted: u64,
@@ -143,6 +147,17 @@ impl FakeApi {
         self.state.lock().writes.clone()
     }
 
+    /// The options with which objects of a name were deleted.
+    pub(crate) fn deletions(&self, name: &str) -> Vec<Value> {
+        let state = self.state.lock();
+        state.deletions.iter().filter(|(of, _)| of == name).map(|(_, options)| options.clone()).collect()
+    }
+
+    /// How often a resource has been watched: each time it had been listed before.
+    pub(crate) fn watched(&self, resource: &str) -> usize {
+        self.state.lock().watched.iter().filter(|watched| *watched == resource).count()
+    }
+
     /// Whom requests came from.
     pub(crate) fn users(&self) -> Vec<String> {
         self.state.lock().users.clone()
@@ -223,6 +238,7 @@ impl FakeApi {
             return known.ok_or_else(missing);
         }
         if *method == Method::DELETE {
+            state.deletions.push((place.name.clone(), sent.clone()));
             let known = known.ok_or_else(missing)?;
             let uid = &sent["preconditions"]["uid"];
             if !uid.is_null() && *uid != known["metadata"]["uid"] {
@@ -247,6 +263,16 @@ impl FakeApi {
                     ));
                 }
                 sent
+            }
+            (&Method::PUT, _) => {
+                let known = known.clone().ok_or_else(missing)?;
+                let wanted = &sent["metadata"]["resourceVersion"];
+                if !wanted.is_null() && *wanted != known["metadata"]["resourceVersion"] {
+                    return Err((StatusCode::CONFLICT, "Conflict", "the object has been modified".into()));
+                }
+                let mut next = sent;
+                next["metadata"]["uid"] = known["metadata"]["uid"].clone();
+                next
             }
             (&Method::PATCH, "application/merge-patch+json") => {
                 let mut next = known.clone().ok_or_else(missing)?;
@@ -344,7 +370,8 @@ impl FakeApi {
     }
 
     fn watch(&self, route: &Route) -> Response<Body> {
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        state.watched.push(route.resource.clone());
         let from: u64 =
             route.query.get("resourceVersion").and_then(|from| from.parse().ok()).unwrap_or(state.version);
         if from < state.compacted {

@@ -10,6 +10,7 @@ mod loss;
 mod policies;
 mod replicas;
 mod tenants;
+mod tombstones;
 mod world;
 
 use std::sync::atomic::Ordering;
@@ -429,32 +430,6 @@ async fn many_objects_and_a_dead_member() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_tombstone_is_carried_out_when_the_member_is_back() {
-    let world = placed(&["a", "c"]).await;
-    let stones = "policy.cellway.io/tombstones";
-    world.tunnel("y", false);
-    world
-        .settled(DEPLOYMENTS, "y is gone", |status| {
-            status.units.iter().any(|unit| unit.phase == Phase::Unreachable)
-        })
-        .await;
-    world.edit(|object| {
-        object["metadata"]["annotations"]["cellway.io/unreachable"] = "Tombstone".into();
-        object["metadata"]["deletionTimestamp"] = "2026-11-21T00:00:00Z".into();
-    });
-    world
-        .until("it is gone from the hub", || {
-            world.hub.get(DEPLOYMENTS, "shop", "web").is_none().then_some(())
-        })
-        .await;
-    assert_eq!(world.hub.names(stones).len(), 1);
-    assert!(world.deployment("y", "web-c").is_some());
-    world.tunnel("y", true);
-    world.until("it is gone from y", || world.deployment("y", "web-c").is_none().then_some(())).await;
-    world.until("nothing is left to do", || world.hub.names(stones).is_empty().then_some(())).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_mass_of_objects_costs_the_hub_few_writes() {
     const OBJECTS: usize = 200;
     let mut world = World::start().await;
@@ -498,7 +473,7 @@ async fn a_mass_of_objects_costs_the_hub_few_writes() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tenants_objects_reach_only_its_own_units() {
-    let world = World::start().await;
+    let mut world = World::stopped();
     let tenant = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "Tenant",
         "metadata": {"name": "red"}, "spec": {"namespaces": ["shop"]}});
     world.hub.put("policy.cellway.io/tenants", "", "red", Some(tenant));
@@ -507,6 +482,7 @@ async fn a_tenants_objects_reach_only_its_own_units() {
             cell["metadata"]["labels"]["cellway.io/tenant"] = tenant.into();
         });
     }
+    world.run(options());
     // By name: another tenant's cell and one of the platform are as if they were not there.
     let object = federated("FederatedDeployment", &["a", "b", "c"], template("web:1", 2));
     world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));

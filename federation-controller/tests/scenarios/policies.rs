@@ -214,3 +214,96 @@ async fn somebodys_own_federated_object_is_left_alone() {
     policy_says(&world, "all", 1, "True").await;
     world.stop().await;
 }
+
+/// A companion as it is at the hub.
+fn companion(world: &World, name: &str) -> Option<Value> {
+    world.hub.get(CONFIG_MAPS, "shop", name)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_somebody_adds_to_a_companion_goes_again() {
+    let mut world = start().await;
+    config_map(&world, "settings", json!({}), "v");
+    policy(&world, "shop", "web", json!({}), &["a"]);
+    holds(&world, "x", "settings", Some("v")).await;
+    world.edit_config_map("settings", |object| {
+        object["spec"]["template"]["data"]["extra"] = "e".into();
+        object["spec"]["placement"]["units"] = json!([{"name": "a"}, {"name": "c"}]);
+        object["spec"]["overrides"] =
+            json!([{"units": ["a"], "patches": [{"path": "/data/k", "value": "o"}]}]);
+        object["spec"]["revisionHistoryLimit"] = 3.into();
+    });
+    world
+        .until("it is put back", || {
+            let spec = &companion(&world, "settings")?["spec"];
+            let back = spec["template"] == json!({"data": {"k": "v"}})
+                && spec["placement"] == json!({"units": [{"name": "a"}]})
+                && spec["overrides"].as_array().is_none_or(Vec::is_empty);
+            (back && spec["revisionHistoryLimit"] == 3).then_some(())
+        })
+        .await;
+    world
+        .until("nothing of it is left in members", || {
+            let x = world.member("x").get("/configmaps", "shop", "settings")?;
+            let gone = world.member("y").get("/configmaps", "shop", "settings").is_none();
+            (gone && x["data"] == json!({"k": "v"})).then_some(())
+        })
+        .await;
+    policy_says(&world, "web", 1, "True").await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policys_mask_is_lifted_with_it() {
+    let mut world = start().await;
+    config_map(&world, "settings", json!({}), "one");
+    policy(&world, "shop", "web", json!({}), &["a", "c"]);
+    holds(&world, "x", "settings", Some("one")).await;
+    holds(&world, "y", "settings", Some("one")).await;
+    world.hub.edit(POLICIES, "shop", "web", |policy| {
+        policy["spec"]["placementMask"] = json!({"units": ["a"]});
+    });
+    let mask = |name: &str| Some(companion(&world, name)?["spec"]["placementMask"]["units"].clone());
+    world.until("it is masked", || (mask("settings")? == json!(["a"])).then_some(())).await;
+    config_map(&world, "settings", json!({}), "two");
+    holds(&world, "x", "settings", Some("two")).await;
+    holds(&world, "y", "settings", Some("one")).await;
+    world.hub.edit(POLICIES, "shop", "web", |policy| {
+        policy["spec"].as_object_mut().expect("a map").remove("placementMask");
+    });
+    holds(&world, "y", "settings", Some("two")).await;
+    // One that somebody put on where the policy has none is theirs.
+    world.edit_config_map("settings", |object| object["spec"]["placementMask"] = json!({"units": ["a"]}));
+    config_map(&world, "settings", json!({}), "three");
+    holds(&world, "x", "settings", Some("three")).await;
+    assert_eq!(mask("settings"), Some(json!(["a"])));
+    holds(&world, "y", "settings", Some("two")).await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_label_makes_nobodys_object_a_companion() {
+    let mut world = start().await;
+    config_map(&world, "settings", json!({}), "v");
+    policy(&world, "shop", "web", json!({"name": "settings"}), &["a"]);
+    holds(&world, "x", "settings", Some("v")).await;
+    // A copy of the companion, and an object with its label; neither has a native object.
+    let mut copy = companion(&world, "settings").expect("there");
+    copy["metadata"] =
+        json!({"labels": copy["metadata"]["labels"], "annotations": copy["metadata"]["annotations"]});
+    copy["status"] = Value::Null;
+    world.hub.put(CONFIG_MAPS, "shop", "copy", Some(copy));
+    let mut own = crate::world::federated("FederatedConfigMap", &["a"], json!({"data": {"k": "own"}}));
+    own["metadata"]["labels"] = json!({"cellway.io/policy": "web"});
+    world.hub.put(CONFIG_MAPS, "shop", "own", Some(own));
+    holds(&world, "x", "copy", Some("v")).await;
+    holds(&world, "x", "own", Some("own")).await;
+    // With the policy goes its companion, looked at after the others, and nothing else.
+    world.hub.put(POLICIES, "shop", "web", None);
+    holds(&world, "x", "settings", None).await;
+    for name in ["copy", "own"] {
+        let found = companion(&world, name).expect("it stays");
+        assert!(found["metadata"]["deletionTimestamp"].is_null(), "{found}");
+    }
+    world.stop().await;
+}

@@ -3,7 +3,7 @@
 use federation_controller::Options;
 use serde_json::{Value, json};
 
-use crate::world::{World, options};
+use crate::world::{DEPLOYMENTS, World, federated, is_true, options, template};
 
 const TENANTS: &str = "policy.cellway.io/tenants";
 const CELLS: &str = "topology.cellway.io/cells";
@@ -66,9 +66,53 @@ async fn rights_come_and_go_with_the_tenant() {
     world.hub.put(TENANTS, "", "red", None);
     world
         .until("nothing is left", || {
-            let left = world.hub.names(ROLES) == ["other"] && world.hub.names(CLUSTER_BINDINGS).is_empty();
+            let left = world.hub.names(ROLES) == ["cellway:view", "other"]
+                && world.hub.names(CLUSTER_BINDINGS).is_empty();
             (left && world.hub.names(BINDINGS).is_empty()).then_some(())
         })
         .await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_tenant_has_stays_when_it_goes_and_nothing_opens() {
+    let mut world = World::stopped();
+    for (cell, tenant) in [("a", "red"), ("b", "blue"), ("c", "blue")] {
+        world
+            .hub
+            .edit(CELLS, "", cell, |cell| cell["metadata"]["labels"] = json!({"cellway.io/tenant": tenant}));
+    }
+    let tenant = |everywhere: bool| {
+        json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "Tenant", "metadata": {"name": "red"},
+            "spec": {"namespaces": ["shop"], "everywhere": everywhere}})
+    };
+    world.hub.put(TENANTS, "", "red", Some(tenant(false)));
+    let mut object = federated("FederatedDeployment", &[], template("web:1", 2));
+    object["spec"]["placement"] = json!({"unitSelector": {}});
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    world.run(options());
+    let all =
+        |world: &World| ["x", "y"].map(|member| world.member(member).names("apps/deployments")).concat();
+    // The tenant goes once it is recorded what its object has.
+    world.settled(DEPLOYMENTS, "red has it", |status| is_true(status, "Ready")).await;
+    assert_eq!(all(&world), ["web-a"]);
+    world.hub.put(TENANTS, "", "red", None);
+    world
+        .settled(DEPLOYMENTS, "it is told", |status| {
+            status.units.len() == 1 && status.units[0].reason.as_deref() == Some("UnitClosed")
+        })
+        .await;
+    world.edit(|object| object["spec"]["template"] = template("web:2", 2));
+    world.settled(DEPLOYMENTS, "it is seen", |status| status.units.len() == 1).await;
+    assert_eq!(all(&world), ["web-a"]);
+    let image = |world: &World| {
+        let live = world.deployment("x", "web-a").expect("there");
+        live["spec"]["template"]["spec"]["containers"][0]["image"].clone()
+    };
+    assert_eq!(image(&world), "web:1");
+    // The namespace is the platform's own from now on.
+    world.hub.put(TENANTS, "", "red", Some(tenant(true)));
+    world.until("it goes everywhere", || (all(&world) == ["web-a", "web-b", "web-c"]).then_some(())).await;
+    world.until("a follows", || (image(&world) == "web:2").then_some(())).await;
     world.stop().await;
 }

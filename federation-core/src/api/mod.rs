@@ -34,7 +34,7 @@ pub use self::scheduling::{
     Division, ReplicaSchedulingPreference, ReplicaSchedulingPreferenceSpec, UnitPreference,
 };
 pub use self::tenant::{Tenant, TenantSpec, TenantSubject};
-pub use self::tombstone::{Tombstone, TombstoneSpec};
+pub use self::tombstone::{DeleteOptions, Tombstone, TombstoneSpec};
 pub use self::type_config::{
     ApiResourceSpec, ControllerState, FederatedTypeConfig, FederatedTypeConfigSpec,
     FederatedTypeConfigStatus, Mode, Scope,

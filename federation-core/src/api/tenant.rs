@@ -6,7 +6,9 @@ use serde::{Deserialize, Serialize};
 
 /// Namespaces at the hub that belong to one tenant. Federated objects in them reach only clusters and cells that carry the
 /// tenant's name in the label `cellway.io/tenant`, by whatever name or selector; a cell without the label is its cluster's
-/// tenant's. Objects in namespaces of no tenant are the platform's and reach everything.
+/// tenant's. Objects in namespaces of no tenant reach only clusters and cells of no tenant. The platform's own objects reach
+/// everything: those without a namespace, and those in `kube-...`, in `cellway-system` and in namespaces of a Tenant with
+/// `everywhere`. Where a tenant goes, what its objects have placed stays, and is written to no more.
 #[derive(CustomResource, Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "policy.cellway.io",
@@ -22,6 +24,9 @@ pub struct TenantSpec {
     /// Names of namespaces. One that two tenants name belongs to neither, and what lies in it reaches no unit.
     #[serde(default)]
     pub namespaces: Vec<String>,
+    /// Whether these namespaces are the platform's own, and objects in them reach every unit, whosever it is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub everywhere: bool,
     /// Who may place and change federated objects in the tenant's namespaces, and see its clusters and cells.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub admins: Vec<TenantSubject>,

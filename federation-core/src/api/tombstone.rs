@@ -37,4 +37,27 @@ pub struct TombstoneSpec {
     /// Whether the object stays and only the hub's marks go.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub orphan: bool,
+    /// How it is deleted.
+    #[serde(default, skip_serializing_if = "DeleteOptions::says_nothing")]
+    pub delete_options: DeleteOptions,
+}
+
+/// How member objects are deleted, as KubeFed's annotation `kubefed.io/deleteoption` says it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DeleteOptions {
+    /// `Background`, `Foreground` or `Orphan` (of what the object owns); `Background` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub propagation_policy: Option<String>,
+    /// Seconds that the object has to end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grace_period_seconds: Option<u32>,
+}
+
+// === impl DeleteOptions ===
+
+impl DeleteOptions {
+    fn says_nothing(&self) -> bool {
+        *self == Self::default()
+    }
 }

@@ -3,12 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use serde::Deserialize;
 use serde_json::Value;
 
 use crate::api::{
-    FederatedObject, FederatedRevision, FederatedRevisionSpec, FederatedStatus,
-    ReplicaSchedulingPreferenceSpec, TombstoneSpec, UnitStatus,
+    DeleteOptions, FederatedObject, FederatedRevision, FederatedRevisionSpec, FederatedStatus, NamespaceRule,
+    Placement, ReplicaSchedulingPreferenceSpec, TombstoneSpec, TopologyType, UnitStatus,
 };
 use crate::capacity::RoomView;
 use crate::drift::Baseline;
@@ -57,6 +56,40 @@ pub enum NamespacePlacement {
     Absent,
     /// To these clusters.
     Clusters(BTreeSet<String>),
+}
+
+impl NamespacePlacement {
+    /// Where a namespace goes. `object`: its FederatedNamespace (`spec` and `status` count); `seen`: what objects of the
+    /// namespace see of the topology.
+    pub fn of(object: Option<&Value>, seen: &Topology) -> Self {
+        let Some(object) = object else { return Self::Absent };
+        let spec = &object["spec"];
+        let placement: Placement = serde_json::from_value(spec["placement"].clone()).unwrap_or_default();
+        let topology: TopologyType = serde_json::from_value(spec["topologyType"].clone()).unwrap_or_default();
+        let Ok(mut placed) = seen.resolve(topology, &placement) else {
+            // It cannot be read: nothing is taken away for that.
+            return Self::Unrestricted;
+        };
+        placed.units.extend(seen.stand_ins(topology, placed.units.clone().into_values()));
+        // Where it is although its placement does not say so: for others, or because it may not be changed there.
+        let is_there = |unit: &&Value| {
+            let name = unit["name"].as_str().unwrap_or_default();
+            unit["standIn"] == true || seen.is_closed(topology, name, Some(&placement))
+        };
+        let records = object["status"]["units"].as_array().into_iter().flatten();
+        let there = records.filter(is_there).filter_map(|unit| unit["cluster"].as_str().map(str::to_owned));
+        let clusters = placed.units.values().map(|unit| unit.cluster.clone()).chain(there);
+        Self::Clusters(clusters.filter(|cluster| !cluster.is_empty()).collect())
+    }
+
+    /// Whether an object of the namespace may go to a cluster.
+    pub fn admits(&self, cluster: &str, rule: NamespaceRule) -> bool {
+        match self {
+            Self::Unrestricted => true,
+            Self::Absent => rule == NamespaceRule::Automatic,
+            Self::Clusters(clusters) => clusters.contains(cluster),
+        }
+    }
 }
 
 /// What is seen of one member, as far as one federated object is concerned.
@@ -243,16 +276,6 @@ pub enum Action {
         /// The uid that was seen.
         uid: Option<String>,
     },
-}
-
-/// How member objects are deleted, from KubeFed's annotation `kubefed.io/deleteoption`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct DeleteOptions {
-    /// `Background`, `Foreground` or `Orphan` (of what the object owns); `Background` when absent.
-    pub propagation_policy: Option<String>,
-    /// Time that the object has to end.
-    pub grace_period_seconds: Option<u32>,
 }
 
 /// Why an object is applied.

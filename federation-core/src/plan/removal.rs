@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Planner;
-use super::model::{Action, DeleteOptions, MemberState, Write};
-use crate::api::{Phase, TombstoneSpec, UnitStatus};
+use super::model::{Action, MemberState, Write};
+use crate::api::{DeleteOptions, Phase, TombstoneSpec, UnitStatus};
 use crate::drift;
 use crate::names::{DELETE_OPTION_ANNOTATION, ORPHAN_ANNOTATION, UNREACHABLE_ANNOTATION};
 use crate::status::OVERRIDES_INVALID;
@@ -119,7 +119,7 @@ impl Planner<'_> {
             units.push(record);
         }
         for record in &buried {
-            self.bury(record, orphan);
+            self.bury(record, orphan, &options);
         }
         // Objects whose unit is forgotten: being deleted still, so the object must not be let go of yet.
         if self.deleting {
@@ -148,7 +148,7 @@ impl Planner<'_> {
     }
 
     /// Remembers what a unit may have in a member that cannot be reached.
-    pub(super) fn bury(&mut self, record: &UnitStatus, orphan: bool) {
+    pub(super) fn bury(&mut self, record: &UnitStatus, orphan: bool, options: &DeleteOptions) {
         let names: BTreeSet<String> = match &record.object {
             Some(object) => [object.clone()].into(),
             None => [self.name.to_owned(), format!("{}-{}", self.name, record.name)].into(),
@@ -161,6 +161,7 @@ impl Planner<'_> {
                 name,
                 source: self.source.clone(),
                 orphan,
+                delete_options: options.clone(),
             };
             if !self.tombstones.contains(&tombstone) {
                 self.tombstones.push(tombstone);

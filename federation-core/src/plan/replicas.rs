@@ -12,7 +12,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 
-use super::{Draft, MemberState, MemberView, NamespacePlacement, Planner};
+use super::{Draft, MemberState, MemberView, Planner};
 use crate::api::{Division, Setback, Snapshot};
 use crate::capacity::RoomView;
 use crate::drift;
@@ -64,10 +64,7 @@ impl<'a> Planner<'a> {
         if preference.intersect_with_cluster_selector {
             all.clone_from(&placed.units);
         } else {
-            let allowed = |cluster: &str| match &input.namespace {
-                NamespacePlacement::Clusters(clusters) => clusters.contains(cluster),
-                _ => true,
-            };
+            let allowed = |cluster: &str| input.namespace.admits(cluster, spec.namespace_rule);
             let every = input.topology.all(spec.topology_type);
             all.extend(
                 every.filter(|(_, unit)| allowed(&unit.cluster)).map(|(name, unit)| (name.clone(), unit)),

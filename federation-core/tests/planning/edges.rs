@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::world::{World, deployment, unreachable};
-use federation_core::api::{CellSpec, Phase, Placement, PlacementMask};
+use federation_core::api::{CellSpec, Phase, Placement, PlacementMask, TopologyType};
 use federation_core::plan::{Action, Cause, LiveObject, MemberState, MemberView};
 use federation_core::topology::Topology;
 use serde_json::{Value, json};
@@ -270,11 +270,59 @@ fn a_cell_that_changes_tenant() {
     world.object.spec.template = deployment("web:2", 2);
     world.settle();
     assert_eq!([image(&world, "x", "web-a"), image(&world, "x", "web-b")], ["web:1", "web:2"]);
-    assert_eq!(world.unit("a").phase, Phase::Missing);
-    assert_eq!(world.condition("PlacementInvalid").map(|found| found.0), Some("True"));
+    assert_eq!(
+        (world.unit("a").phase, world.unit("a").reason.as_deref()),
+        (Phase::Missing, Some("UnitClosed"))
+    );
+    assert_eq!(world.condition("PlacementInvalid"), Some(("True", "UnitClosed")));
+    // A selector holds it as a name does, and a unit that never was ours is not told apart from none.
+    world.object.spec.placement.units = None;
+    world.object.spec.placement.unit_selector = Some(Default::default());
+    world.settle();
+    assert_eq!(image(&world, "x", "web-a"), "web:1");
+    assert_eq!(world.unit("a").reason.as_deref(), Some("UnitClosed"));
+    let labels = world.cells[2].metadata.labels.as_mut().expect("labels");
+    labels.insert("cellway.io/tenant".into(), "blue".into());
+    world.place(&["a", "b", "c"]).settle();
+    assert_eq!(world.condition("PlacementInvalid"), Some(("True", "UnitClosed")), "c had been placed");
+    world.place(&["a", "b", "d"]).settle();
+    assert_eq!(world.condition("PlacementInvalid"), Some(("True", "UnknownUnit")));
+    assert_eq!(world.unit("d").reason.as_deref(), Some("UnitMissing"));
     // Letting go of it takes it away: it is still ours to remove.
     world.place(&["b"]).settle();
     assert_eq!(world.names("x"), ["web-b"].into());
+}
+
+#[test]
+fn a_tenant_that_goes_takes_nothing_along_and_opens_nothing() {
+    let mut world = World::deployment();
+    for (cell, tenant) in world.cells.iter_mut().zip(["red", "red", "blue"]) {
+        cell.metadata.labels.get_or_insert_default().insert("cellway.io/tenant".into(), tenant.into());
+    }
+    world.tenant = Some("red".into());
+    world.object.spec.placement.unit_selector = Some(Default::default());
+    world.settle();
+    assert_eq!((world.names("x").len(), world.names("y").len()), (2, 0));
+    // Nobody is called this: the tenant is gone, or two claim the namespace.
+    world.tenant = Some(String::new());
+    world.object.spec.template = deployment("web:2", 2);
+    let before = world.writes;
+    world.settle();
+    assert_eq!(world.writes, before);
+    assert_eq!([image(&world, "x", "web-a"), image(&world, "x", "web-b")], ["web:1", "web:1"]);
+    assert!(world.names("y").is_empty());
+    assert_eq!(world.condition("PlacementInvalid"), Some(("True", "UnitClosed")));
+    // It comes back: all goes on. And what is deleted goes, whosever the units are.
+    world.tenant = Some("red".into());
+    world.settle();
+    assert_eq!([image(&world, "x", "web-a"), image(&world, "x", "web-b")], ["web:2", "web:2"]);
+    assert_eq!(world.condition("PlacementInvalid"), None);
+    world.tenant = Some(String::new());
+    world.settle();
+    world.object.metadata.deletion_timestamp =
+        Some(serde_json::from_value(json!("2026-11-21T00:00:00Z")).expect("time"));
+    assert!(world.settle().finished);
+    assert!(world.names("x").is_empty());
 }
 
 #[test]
@@ -305,7 +353,7 @@ fn a_topology_without_anything_places_nothing() {
     world.cells.clear();
     world.place(&["a"]).settle();
     assert_eq!(world.unit("a").phase, Phase::Missing);
-    assert_eq!(Topology::default().of_tenant("red"), Topology::default());
+    assert_eq!(Arc::new(Topology::default()).of_tenant("red").all(TopologyType::Cell).count(), 0);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What goes, and when, as stories: units that are taken out, deletions, orphans, tombstones.
 
 use crate::world::{World, unreachable};
-use federation_core::api::Phase;
+use federation_core::api::{DeleteOptions, Phase};
 use federation_core::plan::{Action, MemberState};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde_json::json;
@@ -13,13 +13,30 @@ fn a_deletion_before_the_first_status_looks_everywhere() {
     for write in &plan.writes {
         world.apply(&write.cluster, &write.object, &write.action);
     }
-    // The controller died here. The placement changed, the member is away, and the object is deleted.
+    // The controller died here. The placement changed, the member is away, and the object is deleted: three generations.
     world.place(&["a"]);
+    world.object.metadata.generation = Some(3);
     world.object.metadata.deletion_timestamp =
         Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
     world.members.get_mut("y").expect("y").state = unreachable();
     assert!(!world.settle().finished);
     world.members.get_mut("y").expect("y").state = MemberState::Synced;
+    assert!(world.settle().finished);
+    assert!(world.names("y").is_empty());
+}
+
+#[test]
+fn a_deletion_right_after_the_creation_waits_for_nobody_else() {
+    let mut world = World::deployment();
+    let plan = world.place(&["c"]).plan();
+    for write in &plan.writes {
+        world.apply(&write.cluster, &write.object, &write.action);
+    }
+    // No status yet. Another member is away that the object never was placed in.
+    world.object.metadata.generation = Some(2);
+    world.object.metadata.deletion_timestamp =
+        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+    world.members.get_mut("x").expect("x").state = unreachable();
     assert!(world.settle().finished);
     assert!(world.names("y").is_empty());
 }
@@ -108,6 +125,12 @@ fn a_deletion_does_not_wait_where_tombstones_are_wanted() {
     let buried: Vec<_> =
         plan.tombstones.iter().map(|stone| (stone.cluster.as_str(), stone.name.as_str())).collect();
     assert_eq!(buried, [("x", "web-a"), ("x", "web-b")]);
+    assert!(plan.tombstones.iter().all(|stone| stone.delete_options == DeleteOptions::default()));
+    // How it is to be deleted holds for the tombstone too.
+    let annotations = world.object.metadata.annotations.as_mut().expect("annotations");
+    annotations.insert("kubefed.io/deleteoption".into(), r#"{"propagationPolicy": "Orphan"}"#.into());
+    let options = world.plan().tombstones.remove(0).delete_options;
+    assert_eq!(options.propagation_policy.as_deref(), Some("Orphan"));
     world.carry_out(&plan);
     assert!(world.plan().finished);
 }

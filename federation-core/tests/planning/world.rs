@@ -103,7 +103,7 @@ impl World {
     pub(crate) fn plan(&self) -> Plan {
         let mut topology = Topology::new(&self.cells, &self.clusters);
         if let Some(tenant) = &self.tenant {
-            topology = topology.of_tenant(tenant);
+            topology = Arc::new(topology).of_tenant(tenant);
         }
         let rules = PropagationRules::new(&self.configs);
         let revisions: Vec<_> = self.revisions.iter().collect();
