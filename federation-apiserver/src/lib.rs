@@ -34,6 +34,7 @@ mod fairness;
 mod flags;
 mod fuzz;
 mod gc;
+mod health;
 mod http;
 mod logs;
 mod openapi;
@@ -57,6 +58,7 @@ pub use config::{
 };
 pub use federation_store::Location;
 pub use flags::ApiFlags;
+pub use health::Database;
 pub use logs::{LogOptions, LogSource};
 pub use server::{ApiServer, BindError, Bound};
 

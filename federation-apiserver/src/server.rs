@@ -28,7 +28,8 @@ use crate::client::LocalClient;
 use crate::config::{Config, DEFAULT_ISSUER, Role};
 use crate::encryption::store::StoreHandle;
 use crate::encryption::{ConfigError, Encryption};
-use crate::fairness::Places;
+use crate::fairness::{Places, Room};
+use crate::health::{self, Database};
 use crate::http::metrics::Metrics;
 use crate::http::{App, ClientAddr};
 use crate::registry::resource::split_api_version;
@@ -109,6 +110,7 @@ pub struct Bound {
     authority: CertificateAuthority,
     tls: ServerTls,
     registry: Arc<Registry>,
+    database: Database,
     authenticator: Authenticator,
     audit: Option<Audit>,
     audit_writer: Option<AuditWriter>,
@@ -179,6 +181,7 @@ impl ApiServer {
             authority,
             tls,
             registry,
+            database: Database::default(),
             authenticator,
             audit,
             audit_writer,
@@ -214,6 +217,11 @@ impl Bound {
         } else {
             format!("https://{host}:{}", self.address.port())
         }
+    }
+
+    /// Whether the database answers, as `/readyz` says: for programs with probes of their own.
+    pub fn database(&self) -> Database {
+        self.database.clone()
     }
 
     /// Certificate of the CA that signs serving and client certificates, in PEM.
@@ -276,6 +284,8 @@ impl Bound {
         let mut tasks = JoinSet::new();
         tasks.spawn(crd::run(self.registry.clone()).instrument(tracing::info_span!("crd")));
         tasks.spawn(gc::run(self.registry.clone()).instrument(tracing::info_span!("gc")));
+        let looking = health::run(self.registry.clone(), self.database.clone());
+        tasks.spawn(looking.instrument(tracing::info_span!("database")));
         let encryption =
             encryption::run(self.registry.store.encryption().clone(), self.registry.shutdown.clone());
         tasks.spawn(encryption.instrument(tracing::info_span!("encryption")));
@@ -316,10 +326,12 @@ impl Bound {
             ),
             reading,
             changing,
+            room: Room::default(),
             logs: simulated.as_ref().map(|s| Arc::new(s.logs()) as Arc<dyn crate::LogSource>),
             mounts: self.mounts,
             openapi: crate::openapi::Cache::default(),
             ready: std::sync::atomic::AtomicBool::new(true),
+            database: self.database,
         });
         let mut audit_task = JoinSet::new();
         if let Some(writer) = self.audit_writer {

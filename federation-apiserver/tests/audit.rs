@@ -9,6 +9,7 @@ use common::Server;
 use federation_apiserver::{AuditConfig, AuditLogConfig, Role};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpListener;
 
 const CM: &str = "/api/v1/namespaces/default/configmaps";
 const POLICY: &str = "
@@ -93,69 +94,122 @@ async fn requests_are_told_of_as_the_policy_says() {
     assert!(!std::fs::read_to_string(&log).expect("a log").contains("RequestReceived"), "omitted");
 }
 
-#[tokio::test]
-async fn a_slow_or_greedy_client_holds_nobody_up() {
+/// Two users who may write ConfigMaps, by the tokens `greedy` and `modest`.
+async fn server_with_users(limit: usize) -> (Server, tempfile::NamedTempFile) {
     let tokens = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(tokens.path(), "greedy,greedy,1\nmodest,modest,2\n").expect("written");
     let path = tokens.path().to_owned();
     let configure = |c: &mut federation_apiserver::Config| {
         c.token_auth_file = Some(path);
-        c.limits.changing = 1;
-        c.limits.request_timeout = Duration::from_secs(3);
+        c.limits.changing = limit;
     };
     let server = Server::start(Role::Hub, configure, |_| {}).await;
     let rbac = "/apis/rbac.authorization.k8s.io/v1";
     let binding = json!({"metadata": {"name": "edit"}, "roleRef": {"kind": "ClusterRole", "name": "edit"},
         "subjects": [{"kind": "User", "name": "greedy"}, {"kind": "User", "name": "modest"}]});
     assert_eq!(server.call("POST", &format!("{rbac}/clusterrolebindings"), Some(&binding)).await.code, 201);
-    let post = async |token: &str, name: String| {
-        let bearer = format!("Bearer {token}");
-        let headers = [("authorization", bearer.as_str()), ("content-type", "application/json")];
-        let body = json!({"metadata": {"name": name}}).to_string();
-        server.send_as(None, "POST", CM, &headers, body).await
-    };
     let deadline = tokio::time::Instant::now() + common::LIMIT;
-    while post("modest", format!("first-{}", uuid::Uuid::new_v4())).await.code != 201 {
+    while post(&server, "modest", &format!("first-{}", uuid::Uuid::new_v4()), json!({})).await.code != 201 {
         assert!(tokio::time::Instant::now() < deadline, "the binding does not come into force");
     }
-    // One request takes the only place and does not go on; many of the same user wait behind it.
-    let mut slow = server.handshake().await;
-    let head = format!(
-        "POST {CM} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer greedy\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{{"
-    );
-    slow.write_all(head.as_bytes()).await.expect("sent");
-    server
-        .until("/metrics", "the place is taken", |a| {
-            a.text.contains("apiserver_current_inflight_requests{request_kind=\"mutating\"} 1")
-        })
-        .await;
-    let many = futures::future::join_all((0..80).map(|i| post("greedy", format!("g-{i}"))));
-    let patient = async {
-        server
-            .until("/metrics", "the queue is full", |a| {
-                a.text.contains("apiserver_current_inqueue_requests{request_kind=\"mutating\"} 64")
-            })
-            .await;
-        // Another user waits too, but not behind all of the first one's; the administrator does not wait at all.
-        let admin = server.call("POST", CM, Some(&json!({"metadata": {"name": "admin"}}))).await;
-        assert_eq!(admin.code, 201);
-        post("modest", "second".into()).await
+    (server, tokens)
+}
+
+async fn post(server: &Server, token: &str, name: &str, labels: Value) -> common::Answer {
+    let bearer = format!("Bearer {token}");
+    let headers = [("authorization", bearer.as_str()), ("content-type", "application/json")];
+    let body = json!({"metadata": {"name": name, "labels": labels}}).to_string();
+    server.send_as(None, "POST", CM, &headers, body).await
+}
+
+/// Waits until a gauge of the requests that change something is at this.
+async fn until_mutating(server: &Server, what: &str, gauge: &str, count: usize) {
+    let line = format!("apiserver_current_{gauge}_requests{{request_kind=\"mutating\"}} {count}\n");
+    server.until("/metrics", what, |a| a.text.contains(&line)).await;
+}
+
+#[tokio::test]
+async fn a_greedy_client_holds_nobody_up() {
+    let (server, _tokens) = server_with_users(1).await;
+    // A webhook that does not answer keeps one request at its work.
+    let hook = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+    let url = format!("https://{}", hook.local_addr().expect("an address"));
+    let config = json!({"metadata": {"name": "hold"}, "webhooks": [{"name": "hold.test.io",
+        "clientConfig": {"url": url}, "admissionReviewVersions": ["v1"], "sideEffects": "None",
+        "failurePolicy": "Ignore", "timeoutSeconds": 30, "objectSelector": {"matchLabels": {"hold": "yes"}},
+        "rules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["configmaps"]}]}]});
+    let hooks = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations";
+    assert_eq!(server.call("POST", hooks, Some(&config)).await.code, 201);
+    let held = post(&server, "greedy", "held", json!({"hold": "yes"}));
+    let others = async {
+        let (asked, _) = hook.accept().await.expect("the webhook is asked");
+        until_mutating(&server, "the place is taken", "inflight", 1).await;
+        let names: Vec<String> = (0..80).map(|i| format!("g-{i}")).collect();
+        let many = names.iter().map(|name| post(&server, "greedy", name, json!({})));
+        let patient = async {
+            until_mutating(&server, "the queue is full", "inqueue", 64).await;
+            // The administrator does not wait at all. Another user waits, but not behind all of the first one's.
+            let admin = server.call("POST", CM, Some(&json!({"metadata": {"name": "admin"}}))).await;
+            assert_eq!(admin.code, 201);
+            let release = async {
+                until_mutating(&server, "the other one waits too", "inqueue", 65).await;
+                drop((asked, hook));
+            };
+            tokio::join!(post(&server, "modest", "second", json!({})), release).0
+        };
+        tokio::join!(futures::future::join_all(many), patient)
     };
-    let (many, second) = tokio::join!(many, patient);
-    assert_eq!(second.code, 201, "{}", second.text);
+    let (held, (many, second)) = tokio::join!(held, others);
+    assert_eq!((held.code, second.code), (201, 201), "{} {}", held.text, second.text);
     let refused: Vec<_> = many.iter().filter(|a| a.code == 429).collect();
     assert_eq!(refused.len(), 80 - 64);
     assert_eq!(refused[0].headers["retry-after"], "1");
     assert_eq!(refused[0].body["message"], "Too many requests, please try again later.");
     assert_eq!(many.iter().filter(|a| a.code == 201).count(), 64);
-    // The slow one was told that its time is over.
-    let mut answer = vec![0; 64];
-    let read = slow.read(&mut answer).await.expect("an answer");
-    assert!(String::from_utf8_lossy(&answer[..read]).starts_with("HTTP/1.1 504"));
     let metrics = server.get("/metrics").await.text;
     let counted = "apiserver_request_total{verb=\"POST\",group=\"\",version=\"v1\",resource=\"configmaps\",subresource=\"\",scope=\"namespace\",component=\"apiserver\",code=\"429\"} 16";
     assert!(metrics.contains(counted), "{metrics}");
     assert!(metrics.contains("apiserver_request_duration_seconds_bucket"));
     assert_eq!(server.anonymous("GET", "/metrics", &[]).await.code, 403);
     server.stop().await;
+}
+
+#[tokio::test]
+async fn who_sends_slowly_takes_no_place() {
+    let (server, _tokens) = server_with_users(2).await;
+    let body = json!({"metadata": {"name": "slow"}}).to_string();
+    let head = format!(
+        "POST {CM} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer greedy\r\ncontent-type: application/json\r\ncontent-length: {}\r\nexpect: 100-continue\r\n\r\n",
+        body.len()
+    );
+    let mut slow = Vec::new();
+    for _ in 0..10 {
+        let mut stream = server.handshake().await;
+        stream.write_all(head.as_bytes()).await.expect("sent");
+        // The server begins to read the body, of each of them.
+        assert_eq!(heard(&mut stream, "\r\n\r\n").await, "HTTP/1.1 100 Continue\r\n\r\n");
+        stream.write_all(&body.as_bytes()[..1]).await.expect("sent");
+        slow.push(stream);
+    }
+    until_mutating(&server, "nothing runs", "inflight", 0).await;
+    assert_eq!(post(&server, "modest", "quick", json!({})).await.code, 201);
+    // They are not given up either.
+    let mut last = slow.pop().expect("ten");
+    last.write_all(&body.as_bytes()[1..]).await.expect("sent");
+    assert!(heard(&mut last, "\r\n").await.starts_with("HTTP/1.1 201"));
+    drop(slow);
+    server.stop().await;
+}
+
+/// What comes, up to some words.
+async fn heard(stream: &mut (impl tokio::io::AsyncRead + Unpin), end: &str) -> String {
+    let mut text = Vec::new();
+    while !String::from_utf8_lossy(&text).contains(end) {
+        let mut piece = vec![0; 256];
+        let read = tokio::time::timeout(common::LIMIT, stream.read(&mut piece)).await.expect("in time");
+        let read = read.expect("an answer");
+        assert_ne!(read, 0, "the connection ends after {:?}", String::from_utf8_lossy(&text));
+        text.extend_from_slice(&piece[..read]);
+    }
+    String::from_utf8_lossy(&text).into_owned()
 }

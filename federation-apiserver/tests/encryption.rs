@@ -23,6 +23,7 @@ use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
 
 const SECRETS: &str = "/api/v1/namespaces/default/secrets";
+const MAPS: &str = "/api/v1/namespaces/default/configmaps";
 const PLAIN: &str = "correct-horse-battery-staple";
 
 /// The program, on a free port, logging everything into a file.
@@ -336,5 +337,92 @@ async fn a_kms_plugin_holds_the_key() {
         program.server.call("POST", "/api/v1/namespaces/default/configmaps", Some(&open)).await.code,
         201
     );
+    program.stop().await;
+}
+
+/// Waits until the collector, and what else follows the store, has come to what is made now.
+async fn settled(server: &Server, mark: &str) {
+    let map = json!({"metadata": {"name": mark, "ownerReferences": [
+        {"apiVersion": "v1", "kind": "ConfigMap", "name": "nobody", "uid": "b5a7"}]}});
+    assert_eq!(server.call("POST", MAPS, Some(&map)).await.code, 201);
+    server.until(&format!("{MAPS}/{mark}"), "what has no owner is collected", |a| a.code == 404).await;
+}
+
+async fn dependent(server: &Server, name: &str, owner: &Value) {
+    let map = json!({"metadata": {"name": name, "ownerReferences": [{"apiVersion": "v1", "kind": "Secret",
+        "name": owner["metadata"]["name"], "uid": owner["metadata"]["uid"]}]}});
+    assert_eq!(server.call("POST", MAPS, Some(&map)).await.code, 201);
+}
+
+#[tokio::test]
+async fn nothing_is_lost_while_a_plugin_is_away() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let socket = dir.path().join("kms.sock");
+    let plugin = Arc::new(Mutex::new(Plugin { key: 1, healthy: true, calls: Vec::new() }));
+    let running = serve(&socket, plugin.clone());
+    let config = dir.path().join("encryption.yaml");
+    let kms = format!(
+        "{{kms: {{apiVersion: v2, name: vault, endpoint: 'unix://{}', timeout: 5s}}}}",
+        socket.display()
+    );
+    write(&config, &kms);
+    let program = Program::start(dir.path(), &config).await;
+    for name in ["owner", "spoilt", "kept"] {
+        create(&program.server, name).await;
+    }
+    let owner = program.server.get(&format!("{SECRETS}/owner")).await.body;
+    dependent(&program.server, "before", &owner).await;
+    program.stop().await;
+    // It starts without the plug-in: the owner cannot be read, and is not gone for that.
+    drop(running);
+    std::fs::remove_file(&socket).expect("the socket goes");
+    let program = Program::start(dir.path(), &config).await;
+    let server = &program.server;
+    assert_eq!(server.get(&format!("{SECRETS}/owner")).await.code, 500);
+    settled(server, "first-mark").await;
+    assert_eq!(server.get(&format!("{MAPS}/before")).await.code, 200);
+    // A deletion that has to know all dependents waits until they can be read.
+    let map = json!({"metadata": {"name": "parent"}});
+    assert_eq!(server.call("POST", MAPS, Some(&map)).await.code, 201);
+    let orphan = json!({"propagationPolicy": "Orphan"});
+    server.call("DELETE", &format!("{MAPS}/parent"), Some(&orphan)).await;
+    // Other things go on: a new namespace has its service account.
+    let shop = json!({"metadata": {"name": "shop"}});
+    assert_eq!(server.call("POST", "/api/v1/namespaces", Some(&shop)).await.code, 201);
+    let account = "/api/v1/namespaces/shop/serviceaccounts/default";
+    server.until(account, "the namespace's account", |a| a.code == 200).await;
+    settled(server, "second-mark").await;
+    assert_eq!(server.get(&format!("{MAPS}/parent")).await.code, 200);
+    // What nobody will ever read again can be deleted, by who says so, and nothing else can be that way.
+    let spoilt = format!("{SECRETS}/spoilt");
+    assert_eq!(server.call("DELETE", &spoilt, None).await.code, 500);
+    let unsafely = "ignoreStoreReadErrorWithClusterBreakingPotential";
+    let both = json!({unsafely: true, "propagationPolicy": "Background"});
+    let refused = server.call("DELETE", &spoilt, Some(&both)).await;
+    assert_eq!(refused.code, 422, "{}", refused.text);
+    assert!(refused.text.contains("cannot be set together with .propagationPolicy"), "{}", refused.text);
+    let refused = server.call("DELETE", SECRETS, Some(&json!({unsafely: true}))).await;
+    assert!(refused.text.contains("is not allowed with DELETECOLLECTION"), "{}", refused.text);
+    let refused = server.call("DELETE", &format!("{MAPS}/before"), Some(&json!({unsafely: true}))).await;
+    assert_eq!(refused.code, 422, "{}", refused.text);
+    assert!(refused.text.contains("is exclusively used to delete corrupt object(s)"), "{}", refused.text);
+    let gone = server.call("DELETE", &format!("{spoilt}?{unsafely}=true"), None).await;
+    assert_eq!(gone.code, 200, "{}", gone.text);
+    assert_eq!(server.get(&spoilt).await.code, 404);
+    // With the plug-in everything is there again, also for objects that are made then.
+    let _running = serve(&socket, plugin);
+    server.until(&format!("{SECRETS}/owner"), "the Secret can be read", |a| a.code == 200).await;
+    dependent(server, "after", &owner).await;
+    settled(server, "third-mark").await;
+    for name in ["before", "after"] {
+        assert_eq!(server.get(&format!("{MAPS}/{name}")).await.code, 200, "{name}");
+    }
+    server.until(&format!("{MAPS}/parent"), "the deletion that waited", |a| a.code == 404).await;
+    // And collection works: with the owner they go.
+    assert_eq!(server.call("DELETE", &format!("{SECRETS}/owner"), None).await.code, 200);
+    for name in ["before", "after"] {
+        server.until(&format!("{MAPS}/{name}"), "it goes with its owner", |a| a.code == 404).await;
+    }
+    readable(server, "kept").await;
     program.stop().await;
 }

@@ -450,6 +450,17 @@ async fn dependents_follow_their_owner() {
 }
 
 #[tokio::test]
+async fn readiness_is_told_check_by_check() {
+    let server = Server::hub().await;
+    let all = server.anonymous("GET", "/readyz?verbose", &[]).await;
+    assert_eq!(all.text, "[+]ping ok\n[+]serving ok\n[+]database ok\nreadyz check passed\n");
+    assert_eq!(server.get("/readyz/database").await.text, "ok");
+    assert_eq!(server.get("/readyz/nothing").await.code, 404);
+    assert_eq!(server.get("/livez/database").await.code, 404, "a restart does not help it");
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn discovery_in_both_forms() {
     let server = Server::member().await;
     let groups = server.get("/apis").await.body;

@@ -348,3 +348,38 @@ async fn a_labelled_role_shows_its_own_and_gives_nothing_else_away() {
     assert!(!rules.iter().any(everything), "{}", view.text);
     server.stop().await;
 }
+
+#[tokio::test]
+async fn a_put_makes_what_may_be_made_by_it() {
+    let (server, _tokens) = server().await;
+    let role = json!({"metadata": {"name": "renewer"}, "rules": [{"apiGroups": ["coordination.k8s.io"],
+        "resources": ["leases"], "verbs": ["update", "get"]}]});
+    let made = server.call("PUT", &format!("{RBAC}/clusterroles/renewer"), Some(&role)).await;
+    assert_eq!((made.code, made.body["metadata"]["uid"].is_string()), (201, true), "{}", made.text);
+    let again = server.call("PUT", &format!("{RBAC}/clusterroles/renewer"), Some(&role)).await;
+    assert_eq!((again.code, &again.body["metadata"]["uid"]), (200, &made.body["metadata"]["uid"]));
+    let binding = json!({"metadata": {"name": "renewer"}, "roleRef": {"kind": "ClusterRole", "name": "renewer"},
+        "subjects": [{"kind": "User", "name": "jo"}]});
+    assert_eq!(server.call("POST", &format!("{RBAC}/clusterrolebindings"), Some(&binding)).await.code, 201);
+    // Making an object takes the right to create.
+    let leases = "/apis/coordination.k8s.io/v1/namespaces/default/leases";
+    let jo = [("authorization", "Bearer t0ken"), ("content-type", "application/json")];
+    let lease = json!({"metadata": {"name": "l"}, "spec": {"holderIdentity": "a"}});
+    let deadline = tokio::time::Instant::now() + common::LIMIT;
+    let refused = loop {
+        let answer = server.send_as(None, "PUT", &format!("{leases}/l"), &jo, lease.to_string()).await;
+        // Until the binding is in force, even the update is refused.
+        if answer.text.contains("cannot create resource") {
+            break answer;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{}", answer.text);
+    };
+    assert_eq!(refused.code, 403);
+    assert_eq!(server.call("PUT", &format!("{leases}/l"), Some(&lease)).await.code, 201);
+    let blind = server.send_as(None, "PUT", &format!("{leases}/l"), &jo, lease.to_string()).await;
+    assert_eq!(blind.code, 422, "{}", blind.text);
+    let mut next = server.get(&format!("{leases}/l")).await.body;
+    next["spec"]["holderIdentity"] = json!("b");
+    assert_eq!(server.call("PUT", &format!("{leases}/l"), Some(&next)).await.code, 200);
+    server.stop().await;
+}

@@ -67,12 +67,13 @@ impl Admin {
         self
     }
 
-    /// `/livez /healthz /readyz[?verbose] /ready /metrics`.
+    /// `/livez /healthz /readyz[?verbose] /readyz/<check> /ready /metrics`.
     pub fn health_router(&self) -> Router {
         Router::new()
             .route("/livez", get(live))
             .route("/healthz", get(live))
             .route("/readyz", get(ready))
+            .route("/readyz/{check}", get(ready_check))
             .route("/ready", get(ready))
             .route("/metrics", get(metrics))
             .with_state(Arc::new(self.clone()))
@@ -124,6 +125,18 @@ async fn ready(State(admin): State<Arc<Admin>>, RawQuery(query): RawQuery) -> Re
     text.push_str(if ok { "readyz check passed\n" } else { "readyz check failed\n" });
     let status = if ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, text).into_response()
+}
+
+/// One of the checks alone.
+async fn ready_check(State(admin): State<Arc<Admin>>, Path(check): Path<String>) -> Response {
+    let found = admin.readiness.all().into_iter().find(|(name, _)| *name == check);
+    match found {
+        Some((_, Ok(()))) => "ok".into_response(),
+        Some((name, Err(why))) => {
+            (StatusCode::SERVICE_UNAVAILABLE, format!("[-]{name} failed: {why}\n")).into_response()
+        }
+        None => (StatusCode::NOT_FOUND, format!("no check '{check}': see /readyz?verbose\n")).into_response(),
+    }
 }
 
 async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
@@ -189,7 +202,7 @@ mod tests {
     async fn pages() {
         let readiness = Readiness::default();
         let guard = readiness.register("first agent");
-        let admin = Admin::new(readiness, SharedRegistry::new("test"))
+        let admin = Admin::new(readiness.clone(), SharedRegistry::new("test"))
             .config(serde_json::json!({ "agent-port": 8091 }))
             .table("tunnels", || serde_json::json!([{ "id": 1 }]));
         let router = admin.admin_router();
@@ -197,6 +210,14 @@ mod tests {
         let (status, text) = get(&router, "/readyz").await;
         assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
         assert!(text.contains("[-]first agent failed: not done yet"), "{text}");
+        let (status, text) = get(&router, "/readyz/first%20agent").await;
+        assert_eq!(
+            (status, text.as_str()),
+            (StatusCode::SERVICE_UNAVAILABLE, "[-]first agent failed: not done yet\n")
+        );
+        readiness.check("database", || Ok(()));
+        assert_eq!(get(&router, "/readyz/database").await, (StatusCode::OK, "ok".to_owned()));
+        assert_eq!(get(&router, "/readyz/nothing").await.0, StatusCode::NOT_FOUND);
         drop(guard);
         assert_eq!(get(&router, "/readyz").await, (StatusCode::OK, "ok".to_owned()));
         assert!(get(&router, "/readyz?verbose").await.1.contains("readyz check passed"));

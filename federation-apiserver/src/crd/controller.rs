@@ -9,7 +9,8 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::names::Used;
-use super::{is_converted, is_established, resources, set_condition, update_status};
+use super::{is_converted, is_established, resources, set_condition, stored_version, update_status};
+use crate::registry::read::ListOptions;
 use crate::registry::resource::{Catalog, Resource};
 use crate::registry::selectors::Filter;
 use crate::registry::write::WriteOptions;
@@ -132,6 +133,41 @@ pub(crate) async fn tell_deletion(
         before.as_ref() != object.get("status")
     };
     registry.modify(crd, tell).await.map(drop)
+}
+
+/// The resource by which the server itself comes at the objects of a CRD, whether they are served or not. `None`: it has
+/// none of its own.
+pub(crate) async fn stored(registry: &Registry, crd: &Target) -> Result<Option<Arc<Resource>>, ApiError> {
+    let Some((plural, group)) = crd.name.split_once('.') else { return Ok(None) };
+    match registry.catalog().by_key(group, plural) {
+        Some(resource) if resource.is_custom() => Ok(Some(resource)),
+        // Such keys are those of built-in objects.
+        Some(_) => Ok(None),
+        None => Ok(unserved_resource(registry, &registry.get(crd).await?.object)),
+    }
+}
+
+fn unserved_resource(registry: &Registry, crd: &Value) -> Option<Arc<Resource>> {
+    let converter = registry.converter.clone().filter(|_| is_converted(crd));
+    let resource = stored_version(crd, &registry.webhooks)?;
+    Some(Arc::new(Resource { converter, ..resource }))
+}
+
+/// The same of all CRDs none of whose versions is served here now.
+pub(crate) async fn unserved(registry: &Registry) -> Result<Vec<Arc<Resource>>, ApiError> {
+    let target = collection(registry)?;
+    let page = registry.list_entries(&target, &ListOptions::default()).await?;
+    let catalog = registry.catalog();
+    let mut found = Vec::new();
+    for entry in page.items {
+        let key = String::from_utf8_lossy(&entry.kv.key);
+        let name = key.rsplit('/').next().unwrap_or_default();
+        if name.split_once('.').is_some_and(|(plural, group)| catalog.by_key(group, plural).is_none()) {
+            let crd = entry.object(&target.resource, entry.kv.mod_revision)?;
+            found.extend(unserved_resource(registry, &crd));
+        }
+    }
+    Ok(found)
 }
 
 /// Creates a CRD, or updates its spec where it differs.

@@ -8,7 +8,7 @@ mod names;
 pub(crate) mod rules;
 mod validation;
 
-pub(crate) use controller::{Compiled, ensure, refresh, run, tell_deletion};
+pub(crate) use controller::{Compiled, ensure, refresh, run, stored, tell_deletion, unserved};
 pub(crate) use validation::validate_crd;
 
 use std::sync::Arc;
@@ -56,6 +56,16 @@ fn condition<'a>(crd: &'a Value, kind: &str) -> &'a str {
 
 /// The resources that a CRD makes served, one per served version.
 pub(crate) fn resources(crd: &Value, client: &Arc<Client>) -> Vec<Resource> {
+    versions(crd, client, "served")
+}
+
+/// The resource in the version that its objects are stored in, be it served or not.
+fn stored_version(crd: &Value, client: &Arc<Client>) -> Option<Resource> {
+    versions(crd, client, "storage").pop()
+}
+
+/// One resource for each version of a CRD that has this flag.
+fn versions(crd: &Value, client: &Arc<Client>, flag: &str) -> Vec<Resource> {
     let webhook = conversion::Webhook::of(crd, client);
     let text = |path: &[&str]| str_at(crd, path).to_owned();
     let list = |value: Option<&Value>| -> Vec<String> {
@@ -73,7 +83,7 @@ pub(crate) fn resources(crd: &Value, client: &Arc<Client>) -> Vec<Resource> {
         .map(|v| api_version(&group, str_at(v, &["name"])))
         .unwrap_or_default();
     let mut result = Vec::new();
-    for version in versions.iter().filter(|v| v.get("served") == Some(&json!(true))) {
+    for version in versions.iter().filter(|v| v.get(flag) == Some(&json!(true))) {
         let name = str_at(version, &["name"]);
         let schema = at(version, &["schema", "openAPIV3Schema"]).cloned();
         let warning = if version.get("deprecated") == Some(&json!(true)) {

@@ -1,10 +1,12 @@
 //! What happens after a delete: dependents are collected, namespaces are emptied, custom resources go with their CRD.
 //!
-//! One task follows the whole store and keeps a graph of owners. It is level-triggered: everything it does is decided
-//! from the graph and the store as they are, and it starts over from a list after an error.
+//! One task follows the whole store and keeps a graph of owners. It is level-triggered: the graph says what to look at,
+//! and what is done about it is decided from the store as it is then; it starts over from a list after an error.
 
+mod agenda;
 mod graph;
 mod namespace;
+mod owners;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -12,14 +14,16 @@ use std::time::Duration;
 
 use federation_store::{Event, EventKind, KeyRange, Revision};
 use serde_json::Value;
+use tokio::time::Instant;
 
 use crate::crd;
-use crate::registry::delete::{DeleteOptions, Propagation};
+use crate::registry::delete::DeleteOptions;
 use crate::registry::resource::Resource;
 use crate::registry::selectors::Filter;
 use crate::registry::{Registry, Target, meta, store_error};
 use crate::status::ApiError;
 use crate::value::{self, at, i64_at, str_at};
+use agenda::{Agenda, Next};
 use graph::{Graph, Node};
 
 /// Finalizer of a foreground deletion: dependents first.
@@ -33,6 +37,8 @@ pub(crate) const CUSTOM_RESOURCES: &str = "customresourcecleanup.apiextensions.k
 const EVENT_SWEEP: Duration = Duration::from_secs(300);
 /// Pause after a failure before starting over.
 const RETRY: Duration = Duration::from_secs(1);
+/// How often objects that could not be decrypted are looked for in the cache, which reads them again as often.
+const REREAD: Duration = Duration::from_secs(15);
 
 /// Is an object that is being deleted free to go?
 pub(crate) fn is_finished(resource: &Resource, object: &Value) -> bool {
@@ -124,34 +130,38 @@ async fn follow(registry: &Registry) -> Result<(), ApiError> {
     let mut graph = Graph::default();
     let revision = load(registry, &mut graph).await?;
     let mut watcher = registry.store.watch(KeyRange::prefix("/registry/"), revision).map_err(store_error)?;
+    let mut agenda = Agenda::default();
     // Whatever is due from before.
     let all: BTreeSet<Vec<u8>> = graph.keys().cloned().collect();
-    let mut retry = process(registry, &mut graph, all).await;
+    process(registry, &graph, &mut agenda, all).await;
+    let mut reread = Instant::now() + REREAD;
     loop {
+        let wake = agenda.first().unwrap_or(reread).min(reread);
         let event = tokio::select! {
             event = watcher.next() => Some(event.map_err(store_error)?),
-            () = tokio::time::sleep(RETRY), if !retry.is_empty() => None,
+            () = tokio::time::sleep_until(wake) => None,
         };
-        let mut due = std::mem::take(&mut retry);
+        let now = Instant::now();
+        let mut due = agenda.due(now);
         if let Some(event) = event {
             due.extend(absorb(&mut graph, &event)?);
         }
-        retry = process(registry, &mut graph, due).await;
+        if reread <= now {
+            due.extend(read_hidden(registry, &mut graph).await?);
+            reread = now + REREAD;
+        }
+        process(registry, &graph, &mut agenda, due).await;
     }
 }
 
 /// Takes all objects into the graph; the revision from which events have to be followed. What changes meanwhile may be
-/// in it already, and comes again as an event.
+/// in it already, and comes again as an event; until then the graph is not of one moment.
 async fn load(registry: &Registry, graph: &mut Graph) -> Result<Revision, ApiError> {
     let objects = registry.cache.objects().await?;
     let revision = objects.applied();
     for kind in objects.kinds() {
         for entry in kind.snapshot(b"", None, None).entries {
-            // What cannot be decrypted stays out of the picture until it can be.
-            if entry.kv.value.starts_with(crate::encryption::ENCRYPTED) {
-                continue;
-            }
-            graph.put(entry.kv.key.to_vec(), Node::read(&entry.kv.value).map_err(ApiError::internal)?);
+            take(graph, entry.kv.key.to_vec(), &entry.kv.value)?;
         }
         // A hundred thousand objects take a while: requests go first.
         tokio::task::yield_now().await;
@@ -159,25 +169,65 @@ async fn load(registry: &Registry, graph: &mut Graph) -> Result<Revision, ApiErr
     Ok(revision)
 }
 
+/// Takes an object into the graph; whether it has to be looked at, and what was known of it.
+fn take(graph: &mut Graph, key: Vec<u8>, value: &[u8]) -> Result<(bool, Option<Node>), ApiError> {
+    if value.starts_with(crate::encryption::ENCRYPTED) {
+        graph.hide(key);
+        return Ok((false, None));
+    }
+    let node = Node::read(value).map_err(ApiError::internal)?;
+    let acts = node.deleting || !node.owners.is_empty();
+    Ok((acts, graph.put(key, node)))
+}
+
+/// Takes what can be decrypted by now; the keys that have to be looked at.
+async fn read_hidden(registry: &Registry, graph: &mut Graph) -> Result<BTreeSet<Vec<u8>>, ApiError> {
+    let mut due = BTreeSet::new();
+    let hidden: Vec<Vec<u8>> = graph.hidden().cloned().collect();
+    if hidden.is_empty() {
+        return Ok(due);
+    }
+    let objects = registry.cache.objects().await?;
+    for key in hidden {
+        // One that is gone is taken out by its event.
+        let Some(entry) = std::str::from_utf8(&key).ok().and_then(|key| objects.get(key)) else { continue };
+        if take(graph, key.clone(), &entry.kv.value)?.0 {
+            due.insert(key);
+        }
+    }
+    Ok(due)
+}
+
 /// Takes an event into the graph; returns the keys that have to be looked at.
 fn absorb(graph: &mut Graph, event: &Event) -> Result<BTreeSet<Vec<u8>>, ApiError> {
     let key = event.kv.key.to_vec();
     let mut due = BTreeSet::new();
     match event.kind {
-        EventKind::Put if event.kv.value.starts_with(crate::encryption::ENCRYPTED) => {}
         EventKind::Put => {
-            let node = Node::read(&event.kv.value).map_err(ApiError::internal)?;
-            let acts = node.deleting || !node.owners.is_empty();
-            graph.put(key.clone(), node);
+            let (acts, before) = take(graph, key.clone(), &event.kv.value)?;
+            // Owners that need not wait for it any more.
+            for owner in before.into_iter().flat_map(|node| node.owners).filter(|o| o.blocks) {
+                let now = graph.get(&key).and_then(|n| n.owners.iter().find(|o| o.uid == owner.uid));
+                if !now.is_some_and(|o| o.blocks) {
+                    due.extend(graph.key_of(&owner.uid));
+                }
+            }
             if acts {
                 due.insert(key);
             }
         }
         EventKind::Delete => {
-            let Some(node) = graph.remove(&key) else { return Ok(due) };
-            // Its dependents may be orphans now, its owners may be waiting for it.
-            due.extend(graph.dependents(&node.uid));
-            due.extend(node.owners.iter().filter_map(|o| graph.key_of(&o.uid)));
+            // As it was when it went: what the graph has may be newer.
+            let went = event.prev_kv.as_ref().and_then(|kv| Node::read(&kv.value).ok());
+            let known = graph.remove(&key);
+            if let Some(went) = &went {
+                graph.note_gone(&went.uid);
+            }
+            for node in went.into_iter().chain(known) {
+                // Its dependents may be orphans now, its owners may be waiting for it.
+                due.extend(graph.dependents(&node.uid));
+                due.extend(node.owners.iter().filter_map(|o| graph.key_of(&o.uid)));
+            }
             // So may its namespace or CRD.
             if let Some((group, plural, namespace, _)) = split_key(&key) {
                 if !namespace.is_empty() {
@@ -193,27 +243,19 @@ fn absorb(graph: &mut Graph, event: &Event) -> Result<BTreeSet<Vec<u8>>, ApiErro
     Ok(due)
 }
 
-/// Looks at each key; returns those to be tried again.
-async fn process(registry: &Registry, graph: &mut Graph, due: BTreeSet<Vec<u8>>) -> BTreeSet<Vec<u8>> {
-    let mut retry = BTreeSet::new();
+/// Looks at each key, and notes those to be looked at again.
+async fn process(registry: &Registry, graph: &Graph, agenda: &mut Agenda, due: BTreeSet<Vec<u8>>) {
     for key in due {
-        let Some(node) = graph.get(&key) else { continue };
-        if !node.deleting && node.owners.is_empty() {
-            continue;
-        }
-        match settle(registry, graph, &key).await {
-            Ok(true) => {}
-            Ok(false) => {
-                retry.insert(key);
-            }
-            Err(error) if error.is_not_found() => {}
+        let next = match settle(registry, graph, &key).await {
+            Ok(next) => next,
+            Err(error) if error.is_not_found() => Next::Done,
             Err(error) => {
                 tracing::warn!(%error, key = %String::from_utf8_lossy(&key), "failed to collect garbage, trying again");
-                retry.insert(key);
+                Next::Later
             }
-        }
+        };
+        agenda.note(key, next, Instant::now());
     }
-    retry
 }
 
 fn target_of(registry: &Registry, key: &[u8]) -> Option<Target> {
@@ -222,115 +264,30 @@ fn target_of(registry: &Registry, key: &[u8]) -> Option<Target> {
     Some(Target { resource, namespace, name })
 }
 
-/// Brings one object further. `false`: it is to be looked at again.
-async fn settle(registry: &Registry, graph: &Graph, key: &[u8]) -> Result<bool, ApiError> {
-    let (Some(target), Some(node)) = (target_of(registry, key), graph.get(key)) else { return Ok(true) };
-    if node.deleting {
-        if node.has(ORPHAN) {
-            orphan_dependents(registry, graph, node).await?;
-            remove_finalizer(registry, &target, ORPHAN).await?;
-            return Ok(true);
-        }
-        if node.has(FOREGROUND) {
-            return foreground(registry, graph, node, &target).await;
-        }
-        if target.resource.plural == "namespaces" && target.resource.group.is_empty() {
-            return namespace::empty(registry, &target).await;
-        }
-        if node.has(CUSTOM_RESOURCES) {
-            return remove_custom_resources(registry, &target).await;
-        }
-        return Ok(true);
+/// Brings one object further.
+async fn settle(registry: &Registry, graph: &Graph, key: &[u8]) -> Result<Next, ApiError> {
+    let Some(node) = graph.get(key) else { return Ok(Next::Done) };
+    if !node.deleting && node.owners.is_empty() {
+        return Ok(Next::Done);
     }
-    if node.owners.is_empty() {
-        return Ok(true);
+    // Its definition may come, or be served again.
+    let Some(target) = target_of(registry, key) else { return Ok(Next::Later) };
+    if !node.deleting {
+        return owners::collect(registry, graph, &target, node).await;
     }
-    let (solid, dangling): (Vec<_>, Vec<_>) =
-        node.owners.iter().partition(|o| graph.key_of(&o.uid).is_some());
-    if dangling.is_empty() {
-        // An owner that is being deleted in the foreground takes its dependents with it.
-        let all_waiting =
-            node.owners.iter().all(|o| graph.by_uid(&o.uid).is_some_and(|n| n.deleting && n.has(FOREGROUND)));
-        if all_waiting {
-            let options = DeleteOptions {
-                propagation: Some(Propagation::Foreground)
-                    .filter(|_| !graph.dependents(&node.uid).is_empty()),
-                uid: Some(node.uid.clone()),
-                ..DeleteOptions::default()
-            };
-            registry.delete(&target, &options).await?;
-        }
-        return Ok(true);
+    if node.has(ORPHAN) {
+        return owners::orphan(registry, graph, node, &target).await;
     }
-    if solid.is_empty() {
-        let options = DeleteOptions { uid: Some(node.uid.clone()), ..DeleteOptions::default() };
-        tracing::debug!(kind = %target.resource.kind, namespace = %target.namespace, name = %target.name, "collected: its owners are gone");
-        registry.delete(&target, &options).await?;
-        return Ok(true);
+    if node.has(FOREGROUND) {
+        return owners::foreground(registry, graph, node, &target).await;
     }
-    let gone: Vec<String> = dangling.iter().map(|o| o.uid.clone()).collect();
-    drop_owners(registry, &target, &gone).await?;
-    Ok(true)
-}
-
-async fn drop_owners(registry: &Registry, target: &Target, uids: &[String]) -> Result<(), ApiError> {
-    registry
-        .modify(target, |object| {
-            let Some(Value::Array(list)) =
-                object.get_mut("metadata").and_then(|m| m.get_mut("ownerReferences"))
-            else {
-                return false;
-            };
-            let before = list.len();
-            list.retain(|o| !uids.iter().any(|u| u == str_at(o, &["uid"])));
-            let (empty, changed) = (list.is_empty(), list.len() != before);
-            if empty {
-                value::remove(object, &["metadata", "ownerReferences"]);
-            }
-            changed
-        })
-        .await
-        .map(drop)
-}
-
-async fn orphan_dependents(registry: &Registry, graph: &Graph, node: &Node) -> Result<(), ApiError> {
-    for key in graph.dependents(&node.uid) {
-        if let Some(target) = target_of(registry, &key) {
-            drop_owners(registry, &target, std::slice::from_ref(&node.uid)).await?;
-        }
+    if target.resource.plural == "namespaces" && target.resource.group.is_empty() {
+        return namespace::empty(registry, &target).await;
     }
-    Ok(())
-}
-
-async fn foreground(
-    registry: &Registry,
-    graph: &Graph,
-    node: &Node,
-    target: &Target,
-) -> Result<bool, ApiError> {
-    let dependents = graph.dependents(&node.uid);
-    let mut blocking = false;
-    for key in dependents {
-        let (Some(dependent), Some(child)) = (target_of(registry, &key), graph.get(&key)) else { continue };
-        blocking |= child.owners.iter().any(|o| o.uid == node.uid && o.blocks);
-        if !child.deleting {
-            let nested = !graph.dependents(&child.uid).is_empty();
-            let options = DeleteOptions {
-                propagation: nested.then_some(Propagation::Foreground),
-                uid: Some(child.uid.clone()),
-                ..DeleteOptions::default()
-            };
-            match registry.delete(&dependent, &options).await {
-                Err(error) if !error.is_not_found() => return Err(error),
-                _ => {}
-            }
-        }
+    if node.has(CUSTOM_RESOURCES) {
+        return remove_custom_resources(registry, &target).await;
     }
-    if !blocking {
-        remove_finalizer(registry, target, FOREGROUND).await?;
-    }
-    // With blocking dependents, the deletion of the last one brings us back here.
-    Ok(true)
+    Ok(Next::Done)
 }
 
 async fn remove_finalizer(registry: &Registry, target: &Target, finalizer: &str) -> Result<(), ApiError> {
@@ -364,9 +321,9 @@ async fn delete_content(registry: &Registry, collection: &Target) -> Result<Vec<
 }
 
 /// Deletes all custom resources of a CRD; when none is left, lets the CRD go.
-async fn remove_custom_resources(registry: &Registry, crd: &Target) -> Result<bool, ApiError> {
-    let Some((plural, group)) = crd.name.split_once('.') else { return Ok(true) };
-    if let Some(resource) = registry.catalog().by_key(group, plural) {
+async fn remove_custom_resources(registry: &Registry, crd: &Target) -> Result<Next, ApiError> {
+    // Also of a CRD none of whose versions is served, or which this server does not serve yet.
+    if let Some(resource) = crd::stored(registry, crd).await? {
         let collection = Target { resource, namespace: String::new(), name: String::new() };
         let left = delete_content(registry, &collection).await;
         let told = match &left {
@@ -375,11 +332,11 @@ async fn remove_custom_resources(registry: &Registry, crd: &Target) -> Result<bo
         };
         crd::tell_deletion(registry, crd, told.as_deref()).await?;
         if !left?.is_empty() {
-            return Ok(false);
+            return Ok(Next::Soon);
         }
     }
     remove_finalizer(registry, crd, CUSTOM_RESOURCES).await?;
-    Ok(true)
+    Ok(Next::Done)
 }
 
 #[cfg(test)]

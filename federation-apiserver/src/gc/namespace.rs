@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
+use super::agenda::Next;
 use super::delete_content;
+use crate::crd;
 use crate::registry::{Registry, Target};
 use crate::status::ApiError;
 use crate::value::{self, at, set, str_at};
@@ -18,10 +20,11 @@ struct Remaining {
     finalizers: BTreeMap<String, usize>,
 }
 
-/// Deletes all that is in a namespace; when nothing is left, lets the namespace go. `false`: it is to be looked at again.
-pub(super) async fn empty(registry: &Registry, namespace: &Target) -> Result<bool, ApiError> {
+/// Deletes all that is in a namespace; when nothing is left, lets the namespace go.
+pub(super) async fn empty(registry: &Registry, namespace: &Target) -> Result<Next, ApiError> {
     let mut remaining = Remaining::default();
-    for resource in registry.catalog().stored().into_iter().filter(|r| r.namespaced) {
+    let resources = registry.catalog().stored().into_iter().chain(crd::unserved(registry).await?);
+    for resource in resources.filter(|r| r.namespaced) {
         let name = format!("{}.{}", resource.plural, resource.group);
         let collection = Target { resource, namespace: namespace.name.clone(), name: String::new() };
         remaining.add(name, &delete_content(registry, &collection).await?);
@@ -41,7 +44,7 @@ pub(super) async fn empty(registry: &Registry, namespace: &Target) -> Result<boo
         })
         .await?;
     // Deletions of the content bring us back; so does a later look, for what was created meanwhile.
-    Ok(empty)
+    Ok(if empty { Next::Done } else { Next::Soon })
 }
 
 // === impl Remaining ===

@@ -55,11 +55,25 @@ pub(crate) fn summary(bytes: &[u8]) -> String {
     }
 }
 
+/// Does a body say itself that it has more than `limit` bytes?
+pub(crate) fn is_too_large(headers: &HeaderMap, limit: usize) -> bool {
+    let declared = headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    declared.is_some_and(|n| n > limit as u64)
+}
+
 /// Reads a whole body of at most `limit` bytes.
 pub(crate) async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<bytes::Bytes, ApiError> {
-    let declared =
-        headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
-    if declared.is_some_and(|n| n > limit as u64) {
+    read_counted(headers, body, limit, |_| Ok(())).await
+}
+
+/// The same, asking before each piece is kept.
+pub(crate) async fn read_counted(
+    headers: &HeaderMap,
+    body: Body,
+    limit: usize,
+    mut keep: impl FnMut(usize) -> Result<(), ApiError>,
+) -> Result<bytes::Bytes, ApiError> {
+    if is_too_large(headers, limit) {
         return Err(ApiError::too_large(limit));
     }
     let mut body = Limited::new(body, limit);
@@ -77,6 +91,7 @@ pub(crate) async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Resul
             Err(_) => return Err(ApiError::body_timeout(PROGRESS, PROGRESS_TIME)),
         };
         if let Some(data) = frame.data_ref() {
+            keep(data.len())?;
             read.extend_from_slice(data);
         }
         if read.len() >= wanted {

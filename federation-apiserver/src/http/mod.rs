@@ -24,7 +24,8 @@ use crate::admission::Notes;
 use crate::audit::{About, Audit, Level, Stage, Trail};
 use crate::auth::{Authenticator, MASTERS, PeerIdentity, UserInfo, impersonation};
 use crate::config::Limits;
-use crate::fairness::Places;
+use crate::fairness::{Busy, Place, Places, Room};
+use crate::health::Database;
 use crate::logs::LogSource;
 use crate::rbac::{Attributes, ResourceAttributes};
 use crate::registry::Registry;
@@ -54,11 +55,14 @@ pub(crate) struct App {
     /// Places of requests that read, and of those that change something.
     pub(crate) reading: Places,
     pub(crate) changing: Places,
+    /// Room for the bodies of requests that have no place yet.
+    pub(crate) room: Room,
     pub(crate) logs: Option<Arc<dyn LogSource>>,
     /// Routers of the embedding program by path prefix, longest first.
     pub(crate) mounts: Vec<(String, Router)>,
     pub(crate) openapi: openapi::Cache,
     pub(crate) ready: std::sync::atomic::AtomicBool,
+    pub(crate) database: Database,
 }
 
 /// Where a request comes from, put into it by the server.
@@ -158,9 +162,9 @@ impl App {
         let place = if user.is_in(MASTERS) || is_probe(&attributes) {
             None
         } else {
-            let places = if is_reading(&attributes) { &self.reading } else { &self.changing };
-            let busy = |_| ApiError::too_many_requests("Too many requests, please try again later.");
-            Some(places.enter(&user.name).await.map_err(busy)?)
+            let place;
+            (place, request) = self.place(&user, is_reading(&attributes), request).await?;
+            Some(place)
         };
         let work = async {
             if let Some(trail) = trace.trail.as_mut().filter(|t| t.level() >= Level::Request) {
@@ -173,6 +177,31 @@ impl App {
         let answer = tokio::time::timeout(self.limits.request_timeout, work).await;
         drop(place);
         answer.unwrap_or_else(|_| Err(ApiError::timeout()))
+    }
+
+    /// A place for a request, after its body has come: nobody waits for what somebody sends slowly.
+    async fn place(
+        &self,
+        user: &UserInfo,
+        reading: bool,
+        request: Request<Body>,
+    ) -> Result<(Place, Request<Body>), ApiError> {
+        let busy = |Busy| ApiError::too_many_requests("Too many requests, please try again later.");
+        if reading {
+            return Ok((self.reading.enter(&user.name).await.map_err(busy)?, request));
+        }
+        let mut load = self.room.enter(&user.name).map_err(busy)?;
+        let limit = self.limits.body;
+        // One that is too large by its own account is refused where it would be read.
+        let request = if body::is_too_large(request.headers(), limit) {
+            request
+        } else {
+            let (parts, body) = request.into_parts();
+            let read = body::read_counted(&parts.headers, body, limit, |n| load.grow(n).map_err(busy));
+            let read = tokio::time::timeout(self.limits.request_timeout, read).await;
+            Request::from_parts(parts, Body::from(read.unwrap_or_else(|_| Err(ApiError::timeout()))?))
+        };
+        Ok((self.changing.enter(&user.name).await.map_err(busy)?, request))
     }
 
     async fn dispatch(self: Arc<Self>, parsed: Path, call: Call) -> Result<Response<Body>, ApiError> {
@@ -212,7 +241,11 @@ impl App {
         let mut parts = path.trim_start_matches('/').splitn(2, '/');
         let (name, check) = (parts.next().unwrap_or_default(), parts.next());
         let live = ("ping", true);
-        let checks = if name == "livez" { vec![live] } else { vec![live, ("serving", ready)] };
+        let checks = if name == "livez" {
+            vec![live]
+        } else {
+            vec![live, ("serving", ready), ("database", self.database.verdict().is_ok())]
+        };
         let checks: Vec<_> = checks.into_iter().filter(|(n, _)| check.is_none_or(|c| c == *n)).collect();
         if checks.is_empty() {
             return Err(ApiError::no_such_page());
@@ -224,6 +257,7 @@ impl App {
         }
         let mut text = String::new();
         for (check, passed) in checks {
+            // Why, the log says: anybody may ask here.
             text += &if passed { format!("[+]{check} ok\n") } else { format!("[-]{check} failed\n") };
         }
         text += &format!("{name} check {}\n", if passed { "passed" } else { "failed" });

@@ -12,8 +12,9 @@ use super::negotiate::{self, Accept, Shape};
 use super::path::{Query, ResourcePath};
 use super::{App, Call, response, stream};
 use crate::logs::LogOptions;
+use crate::rbac::Attributes;
 use crate::registry::Target;
-use crate::registry::delete::{DeleteOptions, Deleted, Propagation};
+use crate::registry::delete::{DeleteOptions, Deleted, IGNORE_READ_ERROR, Propagation};
 use crate::registry::read::ListOptions;
 use crate::registry::resource::Resource;
 use crate::registry::selectors::{FieldSelector, Filter, LabelSelector};
@@ -636,8 +637,12 @@ fn delete_options(call: &Call) -> Result<DeleteOptions, ApiError> {
     options.propagation =
         Propagation::choose(query.get("propagationPolicy"), query.optional_flag("orphanDependents"))?;
     options.dry_run = dry_run(query, "DeleteOptions")?;
+    options.ignore_read_error = query.flag(IGNORE_READ_ERROR);
     Ok(options)
 }
+
+/// The verb that deleting what cannot be read takes besides `delete`, as in kube-apiserver.
+const DELETE_UNREAD: &str = "unsafe-delete-ignore-read-errors";
 
 async fn delete(
     app: &Arc<App>,
@@ -646,9 +651,17 @@ async fn delete(
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
     let mut options = delete_options(&call)?;
+    let user = call.user.clone();
     let body = options_body(app, call).await?;
     options.read(&body)?;
+    options.check()?;
     let resource = &target.resource;
+    if options.ignore_read_error {
+        let (namespace, name) = (&target.namespace, &target.name);
+        let attributes =
+            Attributes::of_resource(DELETE_UNREAD, &resource.group, &resource.plural, namespace, name);
+        app.registry.rbac.check(&user, &attributes)?;
+    }
     Ok(match app.registry.delete(target, &options).await? {
         Deleted::Marked(object) => response::value(StatusCode::OK, &object, accept.encoding),
         Deleted::Removed(object) if resource.pod => response::value(StatusCode::OK, &object, accept.encoding),
@@ -674,6 +687,12 @@ async fn delete_collection(
     let filter = filter_of(Asked::of(&call), target)?;
     let body = options_body(app, call).await?;
     options.read(&body)?;
+    options.check()?;
+    if options.ignore_read_error {
+        let detail = "is not allowed with DELETECOLLECTION, try again after removing the option";
+        let error = FieldError::invalid(IGNORE_READ_ERROR, &json!(true), detail);
+        return Err(ApiError::invalid("meta.k8s.io", "DeleteOptions", "", &[error]));
+    }
     let items = app.registry.delete_collection(target, &filter, &options).await?;
     let list = json!({"kind": target.resource.list_kind, "apiVersion": target.resource.api_version(),
         "metadata": {"resourceVersion": app.registry.store.revision().0.to_string()}, "items": items});

@@ -7,9 +7,10 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use serde_json::{Value, json};
 
 use super::selectors::Filter;
-use super::{Registry, Stored, Target, meta};
+use super::{Registry, Stored, Target, meta, store_error};
 use crate::admission::{self, Notes, Operation};
 use crate::auth::UserInfo;
+use crate::encryption::store::StoreFault;
 use crate::gc::{CUSTOM_RESOURCES, FOREGROUND, ORPHAN};
 use crate::status::{ApiError, FieldError};
 use crate::value::{self, at, i64_at, set, str_at};
@@ -18,6 +19,8 @@ use crate::value::{self, at, i64_at, set, str_at};
 const CONCURRENT: usize = 32;
 /// Times that a delete without preconditions is tried again when the object changes under it.
 const ATTEMPTS: usize = 16;
+/// Kubernetes' name of the option to delete what cannot be read from the store.
+pub(crate) const IGNORE_READ_ERROR: &str = "ignoreStoreReadErrorWithClusterBreakingPotential";
 /// Longest grace period that is kept: a year.
 const MAX_GRACE: i64 = 365 * 24 * 3600;
 
@@ -41,6 +44,9 @@ pub struct DeleteOptions {
     pub uid: Option<String>,
     pub resource_version: Option<String>,
     pub dry_run: bool,
+    /// Delete what cannot be decrypted, whatever it is and holds:
+    /// `ignoreStoreReadErrorWithClusterBreakingPotential`.
+    pub ignore_read_error: bool,
     /// On whose behalf; `None`: the server itself, which no admission holds up.
     pub user: Option<Arc<UserInfo>>,
     /// One of a collection that goes.
@@ -89,7 +95,32 @@ impl DeleteOptions {
         if body.get("dryRun").and_then(Value::as_array).is_some_and(|d| !d.is_empty()) {
             self.dry_run = true;
         }
+        if let Some(ignore) = body.get(IGNORE_READ_ERROR).and_then(Value::as_bool) {
+            self.ignore_read_error = ignore;
+        }
         Ok(())
+    }
+
+    /// What does not go together.
+    pub(crate) fn check(&self) -> Result<(), ApiError> {
+        if !self.ignore_read_error {
+            return Ok(());
+        }
+        let others = [
+            (self.dry_run, "dryRun"),
+            (self.propagation.is_some(), "propagationPolicy"),
+            (self.grace_seconds.is_some(), "gracePeriodSeconds"),
+            (self.uid.is_some() || self.resource_version.is_some(), "preconditions"),
+        ];
+        let wrong = |(_, name): (bool, &str)| {
+            let detail = format!("cannot be set together with .{name}");
+            FieldError::invalid(IGNORE_READ_ERROR, &json!(true), detail)
+        };
+        let errors: Vec<FieldError> = others.into_iter().filter(|(set, _)| *set).map(wrong).collect();
+        if errors.is_empty() {
+            return Ok(());
+        }
+        Err(ApiError::invalid("meta.k8s.io", "DeleteOptions", "", &errors))
     }
 }
 
@@ -155,6 +186,9 @@ impl Deleted {
 impl Registry {
     /// Deletes one object.
     pub async fn delete(&self, target: &Target, options: &DeleteOptions) -> Result<Deleted, ApiError> {
+        if options.ignore_read_error {
+            return self.delete_unreadable(target).await;
+        }
         for _ in 0..ATTEMPTS {
             let current = self.get(target).await?;
             self.check_preconditions(target, &current, options)?;
@@ -163,6 +197,33 @@ impl Registry {
             }
         }
         Err(target.modified())
+    }
+
+    /// Deletes an object that cannot be decrypted: nobody knows its finalizers, and admission is not asked. Anything else
+    /// is refused, as kube-apiserver does it.
+    async fn delete_unreadable(&self, target: &Target) -> Result<Deleted, ApiError> {
+        let resource = &target.resource;
+        if let Some(why) = protected(target) {
+            return Err(ApiError::forbidden(&resource.group, &resource.plural, &target.name, why));
+        }
+        let key = target.key();
+        // The database itself, and with the keys as they are now: the cache may still have what is readable again.
+        if !matches!(self.store.get(&key, None).await, Err(StoreFault::Encryption { .. })) {
+            let detail = "is exclusively used to delete corrupt object(s), try again by removing this option";
+            let error = FieldError::invalid(IGNORE_READ_ERROR, &json!(true), detail);
+            return Err(ApiError::invalid(&resource.group, &resource.plural, &target.name, &[error]));
+        }
+        let store: &federation_store::Store = &self.store;
+        let (found, _) = store.get(&key, None).await.map_err(store_error)?;
+        let Some(kv) = found else { return Err(target.not_found()) };
+        match store.delete(key.clone(), Some(kv.mod_revision)).await.map_err(store_error)? {
+            WriteOutcome::Applied { .. } => {
+                tracing::warn!(key, "an object that could not be decrypted was deleted");
+                Ok(Deleted::Removed(json!({"metadata": {"name": target.name}})))
+            }
+            WriteOutcome::Conflict { current: None, .. } => Err(target.not_found()),
+            WriteOutcome::Conflict { .. } => Err(target.modified()),
+        }
     }
 
     fn check_preconditions(

@@ -87,6 +87,13 @@ impl Registry {
         converted.pop().ok_or_else(|| target.not_found())
     }
 
+    /// What is stored under a key now, neither converted nor, perhaps, readable.
+    pub(crate) async fn stored(&self, key: &str) -> Result<Option<Arc<Entry>>, ApiError> {
+        let objects = self.cache.objects().await?;
+        objects.catch_up().await?;
+        Ok(objects.get(key))
+    }
+
     /// One page of a collection, consistent at one revision over all pages.
     pub async fn list(&self, target: &Target, options: &ListOptions) -> Result<Page, ApiError> {
         let page = self.list_entries(target, options).await?;

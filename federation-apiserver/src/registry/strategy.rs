@@ -34,8 +34,41 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("endpointslices", &["addressType"]),
 ];
 
+/// Kinds of which a PUT makes the object when there is none: group, plural. kube-apiserver's `AllowCreateOnUpdate`, in the
+/// `strategy.go` of each kind.
+const PUT_CREATES: &[(&str, &str)] = &[
+    ("", "services"),
+    ("", "endpoints"),
+    ("", "events"),
+    ("events.k8s.io", "events"),
+    ("coordination.k8s.io", "leases"),
+    ("rbac.authorization.k8s.io", "roles"),
+    ("rbac.authorization.k8s.io", "rolebindings"),
+    ("rbac.authorization.k8s.io", "clusterroles"),
+    ("rbac.authorization.k8s.io", "clusterrolebindings"),
+];
+
+/// Kinds that a PUT replaces only with the resourceVersion in it, as it does custom resources: those without
+/// `AllowUnconditionalUpdate`.
+const PUT_NEEDS_VERSION: &[(&str, &str)] = &[
+    ("coordination.k8s.io", "leases"),
+    ("apiextensions.k8s.io", "customresourcedefinitions"),
+    ("admissionregistration.k8s.io", "mutatingwebhookconfigurations"),
+    ("admissionregistration.k8s.io", "validatingwebhookconfigurations"),
+];
+
 /// Keys of all data in one ConfigMap or Secret, as in Kubernetes.
 const MAX_DATA: usize = 1 << 20;
+
+/// Does a PUT make an object that does not exist?
+pub(crate) fn put_creates(resource: &Resource) -> bool {
+    !resource.is_custom() && PUT_CREATES.contains(&(&resource.group, &resource.plural))
+}
+
+/// May a PUT leave out which version it replaces?
+pub(crate) fn put_is_unconditional(resource: &Resource) -> bool {
+    !resource.is_custom() && !PUT_NEEDS_VERSION.contains(&(&resource.group, &resource.plural))
+}
 
 fn is_workload(resource: &Resource) -> bool {
     matches!(resource.plural.as_str(), "deployments" | "replicasets" | "statefulsets" | "daemonsets")

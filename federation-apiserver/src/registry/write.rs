@@ -1,6 +1,7 @@
 //! Create, update, patch and apply.
 
 mod checks;
+mod update;
 
 use std::sync::Arc;
 
@@ -8,6 +9,7 @@ use federation_store::{Expect, Revision, Write, WriteOutcome};
 use serde_json::{Value, json};
 
 use self::checks::{check_finalizers, check_name, nameless, restrict};
+use self::update::other_uid;
 use super::resource::{Resource, split_api_version};
 use super::{Registry, Stored, Target, decode, meta, services, store_error, strategy};
 use crate::admission::{self, Notes, Operation};
@@ -278,42 +280,6 @@ impl Registry {
         Err(target.modified())
     }
 
-    /// Replaces an object (or its status).
-    pub async fn update(
-        &self,
-        target: &Target,
-        mut object: Value,
-        options: &WriteOptions,
-    ) -> Result<Written, ApiError> {
-        options.check()?;
-        self.identify(target, &mut object)?;
-        let resource = &target.resource;
-        let name = str_at(&object, &["metadata", "name"]);
-        let sent = str_at(&object, &["metadata", "resourceVersion"]).to_owned();
-        if resource.is_custom() && sent.is_empty() {
-            let error =
-                FieldError::invalid("metadata.resourceVersion", &json!(0), "must be specified for an update");
-            return Err(ApiError::invalid(&resource.group, &resource.plural, name, &[error]));
-        }
-        if let Err(error) = sent.parse::<u64>()
-            && !sent.is_empty()
-        {
-            tracing::debug!(%error, "a resourceVersion is no number");
-            return Err(ApiError::unexplained(format!(
-                "strconv.ParseUint: parsing {sent:?}: invalid syntax"
-            )));
-        }
-        for _ in 0..PATCH_ATTEMPTS {
-            let current = self.get(target).await?;
-            match self.replace(target, &current, object.clone(), options, Ownership::Update).await? {
-                Some(written) => return Ok(written),
-                None if sent.is_empty() => continue,
-                None => return Err(target.modified()),
-            }
-        }
-        Err(target.modified())
-    }
-
     /// Patches an object; an apply patch creates it when it does not exist.
     pub async fn patch(
         &self,
@@ -524,12 +490,7 @@ impl Registry {
         }
         let uid = str_at(&new, &["metadata", "uid"]);
         if !uid.is_empty() && uid != str_at(old, &["metadata", "uid"]) {
-            let why = format!(
-                "StorageError: invalid object, Code: 4, Key: {}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: UID in precondition: {uid}, UID in object meta: {}",
-                target.public_key(),
-                str_at(old, &["metadata", "uid"])
-            );
-            return Err(ApiError::conflict(&resource.group, &resource.plural, &target.name, &why));
+            return Err(other_uid(target, uid, str_at(old, &["metadata", "uid"])));
         }
         let mut new = restrict(target, old, new, options.subresource);
         let mut warnings = self.decode(target, &mut new, options)?;

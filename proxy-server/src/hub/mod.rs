@@ -290,6 +290,9 @@ impl Hub {
         metrics.with(|registry| controller.register(registry.sub_registry_with_prefix("cellway_federation")));
         let readiness = Readiness::default();
         let starting = readiness.register("hub API answers and clusters are known");
+        let database = api.database();
+        // Why, the log says: anybody may ask for health.
+        readiness.check("database", move || database.verdict().map_err(|_| "it does not answer".to_owned()));
         let pages = AdminApi {
             info: Arc::new(HubInfo {
                 server_id: config.server_id.clone(),

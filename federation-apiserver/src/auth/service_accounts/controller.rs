@@ -7,11 +7,12 @@ use std::time::Duration;
 use base64::Engine as _;
 use federation_store::{EventKind, KeyRange};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::{ServiceAccounts, is_token_secret};
 use crate::encryption::store::StoreWatcher;
 use crate::registry::delete::DeleteOptions;
-use crate::registry::selectors::Filter;
+use crate::registry::read::ListOptions;
 use crate::registry::write::WriteOptions;
 use crate::registry::{Registry, Target, meta, store_error};
 use crate::status::ApiError;
@@ -22,6 +23,8 @@ pub(crate) const ACCOUNT_NAME: &str = "kubernetes.io/service-account.name";
 const ACCOUNT_UID: &str = "kubernetes.io/service-account.uid";
 /// Pause after a failure before starting over.
 const RETRY: Duration = Duration::from_secs(1);
+/// Pause before another look at what could not be looked after: the rest goes on meanwhile.
+const AGAIN: Duration = Duration::from_secs(5);
 
 /// What to look at.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,17 +61,23 @@ async fn follow(accounts: &ServiceAccounts, ca: &str) -> Result<(), ApiError> {
     };
     let (mut namespaces, mut services, mut secrets) =
         (watch("namespaces")?, watch("serviceaccounts")?, watch("secrets")?);
-    for due in everything(registry).await? {
-        look(accounts, ca, &due).await?;
-    }
+    let (mut due, mut failed) = (everything(registry).await?, BTreeSet::new());
+    let mut again = Instant::now() + AGAIN;
     loop {
-        let due = tokio::select! {
-            due = next(&mut namespaces) => due?,
-            due = next(&mut services) => due?,
-            due = next(&mut secrets) => due?,
-        };
-        if let Some(due) = due {
-            look(accounts, ca, &due).await?;
+        for one in std::mem::take(&mut due) {
+            if let Err(error) = look(accounts, ca, &one).await {
+                tracing::warn!(%error, what = ?one, "failed to look after a service account, trying again");
+                failed.insert(one);
+            }
+        }
+        tokio::select! {
+            found = next(&mut namespaces) => due.extend(found?),
+            found = next(&mut services) => due.extend(found?),
+            found = next(&mut secrets) => due.extend(found?),
+            () = tokio::time::sleep_until(again), if !failed.is_empty() => {
+                due.append(&mut failed);
+                again = Instant::now() + AGAIN;
+            }
         }
     }
 }
@@ -93,7 +102,7 @@ async fn next(watcher: &mut StoreWatcher) -> Result<Option<Due>, ApiError> {
 async fn everything(registry: &Registry) -> Result<BTreeSet<Due>, ApiError> {
     let mut due = BTreeSet::new();
     for plural in ["namespaces", "secrets"] {
-        for object in registry.list_all(&registry.core(plural, "", "")?, &Filter::default()).await? {
+        for object in readable(registry, &registry.core(plural, "", "")?).await? {
             let text = |key| str_at(&object, &["metadata", key]).to_owned();
             match plural {
                 "namespaces" => due.insert(Due::Namespace(text("name"))),
@@ -105,6 +114,13 @@ async fn everything(registry: &Registry) -> Result<BTreeSet<Due>, ApiError> {
     Ok(due)
 }
 
+/// The objects of a collection but for those that cannot be decrypted: one such Secret is nobody else's trouble.
+async fn readable(registry: &Registry, collection: &Target) -> Result<Vec<Value>, ApiError> {
+    let page = registry.list_entries(collection, &ListOptions::default()).await?;
+    let entries = page.items.iter().filter(|entry| entry.is_readable());
+    entries.map(|entry| entry.object(&collection.resource, entry.kv.mod_revision)).collect()
+}
+
 async fn look(accounts: &ServiceAccounts, ca: &str, due: &Due) -> Result<(), ApiError> {
     match due {
         Due::Namespace(name) => default_account(&accounts.registry, name).await,
@@ -114,7 +130,7 @@ async fn look(accounts: &ServiceAccounts, ca: &str, due: &Due) -> Result<(), Api
                 default_account(&accounts.registry, namespace).await?;
             }
             let secrets = accounts.registry.core("secrets", namespace, "")?;
-            for secret in accounts.registry.list_all(&secrets, &Filter::default()).await? {
+            for secret in readable(&accounts.registry, &secrets).await? {
                 if is_token_secret(&secret)
                     && str_at(&secret, &["metadata", "annotations", ACCOUNT_NAME]) == name
                 {
@@ -154,6 +170,9 @@ async fn default_account(registry: &Registry, namespace: &str) -> Result<(), Api
 async fn fill(accounts: &ServiceAccounts, ca: &str, namespace: &str, name: &str) -> Result<(), ApiError> {
     let registry = &accounts.registry;
     let target = registry.core("secrets", namespace, name)?;
+    if registry.stored(&target.key()).await?.is_some_and(|entry| !entry.is_readable()) {
+        return Err(ApiError::unavailable("the Secret cannot be decrypted"));
+    }
     let secret = match registry.get(&target).await {
         Ok(found) => found.object,
         Err(error) if error.is_not_found() => return Ok(()),
