@@ -277,22 +277,52 @@ fn derived(status: &Map<String, Value>) -> (Option<Value>, Option<Value>) {
     (Some(Value::Array(clusters.into_iter().map(Value::Object).collect())), Some(conditions))
 }
 
-/// KubeFed's word for a unit; empty when it is well.
-fn cluster_status(unit: &Value) -> String {
+/// KubeFed's words for a cluster in which something is not as it should be (`PropagationStatus` in its sync controller).
+const KUBEFED_WORDS: [&str; 19] = [
+    "AlreadyExists",
+    "ApplyOverridesFailed",
+    "CachedRetrievalFailed",
+    "ClientRetrievalFailed",
+    "ClusterNotReady",
+    "ComputeResourceFailed",
+    "CreationFailed",
+    "CreationTimedOut",
+    "DeletionFailed",
+    "DeletionTimedOut",
+    "FieldRetentionFailed",
+    "LabelRemovalFailed",
+    "LabelRemovalTimedOut",
+    "ManagedLabelFalse",
+    "RetrievalFailed",
+    "UpdateFailed",
+    "UpdateTimedOut",
+    "VersionRetrievalFailed",
+    "WaitingForRemoval",
+];
+
+/// KubeFed's word for a unit; empty when it is well. Whatever this program says otherwise, there is one of KubeFed's for it.
+fn cluster_status(unit: &Value) -> &'static str {
     let reason = unit["reason"].as_str().unwrap_or_default();
-    match unit["phase"].as_str().unwrap_or_default() {
-        "Synced" | "Masked" => String::new(),
-        "Unreachable" | "Missing" => "ClusterNotReady".into(),
-        "Removing" if reason.is_empty() => "WaitingForRemoval".into(),
-        "Pending" if reason.is_empty() => "Pending".into(),
-        _ => match reason {
-            "" => "UpdateFailed".into(),
-            "MemberSyncing" => "CachedRetrievalFailed".into(),
-            "TypeNotServed" | "VersionNotServed" => "ClientRetrievalFailed".into(),
-            "BeingDeleted" => "WaitingForRemoval".into(),
-            "OwnedByAnother" => "AlreadyExists".into(),
-            reason => reason.into(),
-        },
+    if let Some(word) = KUBEFED_WORDS.iter().find(|word| **word == reason) {
+        return word;
+    }
+    match (unit["phase"].as_str().unwrap_or_default(), reason) {
+        ("Synced" | "Masked", _) => "",
+        (_, "MemberSyncing") => "CachedRetrievalFailed",
+        (_, "TypeNotServed" | "VersionNotServed") => "ClientRetrievalFailed",
+        (_, "BeingDeleted") => "WaitingForRemoval",
+        (_, "OwnedByAnother" | "OwnedByAnotherHub") => "AlreadyExists",
+        (_, "UnitsDisagree" | "HeldByMaskedCell" | "HeldByFailedCell" | "RevisionMissing") => {
+            "ComputeResourceFailed"
+        }
+        ("Unreachable" | "Missing", _) => "ClusterNotReady",
+        ("Removing", "" | "WaitingForReplacement") => "WaitingForRemoval",
+        // Its member cannot be reached: every other reason to wait is named above.
+        ("Removing", _) => "ClusterNotReady",
+        // KubeFed notes a write as one that timed out until it is answered.
+        ("Pending", _) if unit["revision"].is_string() => "UpdateTimedOut",
+        ("Pending", _) => "CreationTimedOut",
+        _ => "UpdateFailed",
     }
 }
 
@@ -439,6 +469,41 @@ mod tests {
                 "lastUpdateTime": "t"})
         );
         assert_eq!(convert(old, NEW), Ok(new));
+    }
+
+    #[test]
+    fn every_reason_is_told_in_kubefeds_words() {
+        for (phase, reason, revision, expected) in [
+            ("Synced", None, Some("r"), ""),
+            ("Masked", Some("NotStarted"), None, ""),
+            ("Unreachable", Some("WatchFailing"), Some("r"), "ClusterNotReady"),
+            ("Missing", Some("UnitMissing"), None, "ClusterNotReady"),
+            ("Removing", Some("NoTunnel"), Some("r"), "ClusterNotReady"),
+            ("Removing", Some("Unauthorized"), Some("r"), "ClusterNotReady"),
+            ("Removing", Some("DeletionTimedOut"), Some("r"), "DeletionTimedOut"),
+            ("Removing", Some("WaitingForReplacement"), Some("r"), "WaitingForRemoval"),
+            ("Removing", None, Some("r"), "WaitingForRemoval"),
+            ("Pending", Some("MemberSyncing"), None, "CachedRetrievalFailed"),
+            ("Pending", Some("BeingDeleted"), Some("r"), "WaitingForRemoval"),
+            ("Pending", None, None, "CreationTimedOut"),
+            ("Pending", None, Some("r"), "UpdateTimedOut"),
+            ("Conflict", Some("AlreadyExists"), None, "AlreadyExists"),
+            ("Conflict", Some("ManagedLabelFalse"), None, "ManagedLabelFalse"),
+            ("Conflict", Some("OwnedByAnother"), None, "AlreadyExists"),
+            ("Conflict", Some("OwnedByAnotherHub"), None, "AlreadyExists"),
+            ("Conflict", Some("UnitsDisagree"), None, "ComputeResourceFailed"),
+            ("Conflict", Some("HeldByMaskedCell"), None, "ComputeResourceFailed"),
+            ("Failed", Some("RevisionMissing"), None, "ComputeResourceFailed"),
+            ("Failed", Some("ApplyOverridesFailed"), None, "ApplyOverridesFailed"),
+            ("Failed", Some("TypeNotServed"), None, "ClientRetrievalFailed"),
+            ("Failed", Some("Contended"), Some("r"), "UpdateFailed"),
+            ("Failed", Some("whatever comes to be"), None, "UpdateFailed"),
+        ] {
+            let unit = json!({"phase": phase, "reason": reason, "revision": revision});
+            let word = cluster_status(&unit);
+            assert_eq!(word, expected, "{unit}");
+            assert!(word.is_empty() || KUBEFED_WORDS.contains(&word));
+        }
     }
 
     #[test]

@@ -26,6 +26,19 @@ pub struct Claim {
     pub replicas: i64,
 }
 
+/// What of the room decides about one workload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outlook {
+    /// Name of the member's object.
+    pub object: String,
+    /// For how many more of its pods there is room.
+    pub fits: i64,
+    /// Pods of it that have a node.
+    pub bound: i64,
+    /// Pods of it that stay without one.
+    pub waiting: i64,
+}
+
 /// The ledger. `K` says who claims.
 #[derive(Debug)]
 pub struct Ledger<K> {
@@ -70,6 +83,19 @@ impl<K: Ord> Ledger<K> {
     pub fn claimed(&self, by: &K) -> BTreeMap<String, i64> {
         let own = self.claims.get(by).into_iter().flatten();
         own.filter(|(_, held)| held.taken > 0).map(|(name, held)| (name.clone(), held.taken)).collect()
+    }
+
+    /// What decides about the workloads that somebody claims room for; `None` where the room is not known, or nothing is
+    /// claimed and so it cannot be told what decides.
+    pub fn outlook(&self, by: &K) -> Option<Vec<Outlook>> {
+        let left = self.left.known()?;
+        let looked = self.claims.get(by)?.values().map(|Held { claim, .. }| Outlook {
+            object: claim.object.clone(),
+            fits: left.fits(&claim.pod),
+            bound: left.bound(&claim.namespace, &claim.labels),
+            waiting: left.waiting(&claim.namespace, &claim.labels),
+        });
+        Some(looked.collect())
     }
 
     /// Replaces what somebody claims. An earlier claim for an object that `keeps` names stays where no new one is made.

@@ -49,16 +49,34 @@ pub enum OverrideError {
     Selector(#[from] SelectorError),
 }
 
-/// Applies every override that speaks of `unit` to `document`, in order.
-pub fn apply(document: &mut Value, overrides: &[Override], unit: &Unit) -> Result<(), OverrideError> {
-    for entry in overrides {
-        if selects(entry, unit)? {
+/// Applies every override that speaks of `unit` to `document`, in order. `by_label`: what [`by_label`] said of the unit at the
+/// time that counts; without it the unit's present labels decide.
+pub fn apply(
+    document: &mut Value,
+    overrides: &[Override],
+    unit: &Unit,
+    by_label: Option<&[u32]>,
+) -> Result<(), OverrideError> {
+    for (place, entry) in (0..).zip(overrides) {
+        if selects(place, entry, unit, by_label)? {
             for patch in &entry.patches {
                 apply_patch(document, patch)?;
             }
         }
     }
     Ok(())
+}
+
+/// Which overrides (their places in the list) a unit gets for its labels; `None` when no override goes by labels.
+pub fn by_label(overrides: &[Override], unit: &Unit) -> Result<Option<Vec<u32>>, SelectorError> {
+    let mut found = None;
+    for (place, entry) in (0..).zip(overrides) {
+        if let (None, Some(selector)) = (&entry.units, &entry.unit_selector) {
+            let taken = parse_selector(selector)?.matches(&unit.labels);
+            found.get_or_insert_with(Vec::new).extend(taken.then_some(place));
+        }
+    }
+    Ok(found)
 }
 
 /// What is wrong with a list of overrides whatever the unit, in sentences: unknown names, entries that speak of nobody,
@@ -92,18 +110,25 @@ pub fn complaints(overrides: &[Override], topology: TopologyType, known: &Topolo
     complaints
 }
 
-/// Whether an override that speaks of `unit` touches this very path.
-pub fn touches(overrides: &[Override], unit: &Unit, path: &str) -> bool {
-    overrides.iter().any(|entry| {
-        selects(entry, unit).unwrap_or(false) && entry.patches.iter().any(|patch| patch.path == path)
+/// Whether an override that speaks of `unit` touches this very path; `by_label` as for [`apply`].
+pub fn touches(overrides: &[Override], unit: &Unit, by_label: Option<&[u32]>, path: &str) -> bool {
+    (0..).zip(overrides).any(|(place, entry)| {
+        selects(place, entry, unit, by_label).unwrap_or(false)
+            && entry.patches.iter().any(|patch| patch.path == path)
     })
 }
 
-fn selects(entry: &Override, unit: &Unit) -> Result<bool, OverrideError> {
-    match (&entry.units, &entry.unit_selector) {
-        (Some(units), _) => Ok(units.contains(&unit.name)),
-        (None, Some(selector)) => Ok(parse_selector(selector)?.matches(&unit.labels)),
-        (None, None) => Ok(false),
+fn selects(
+    place: u32,
+    entry: &Override,
+    unit: &Unit,
+    by_label: Option<&[u32]>,
+) -> Result<bool, OverrideError> {
+    match (&entry.units, &entry.unit_selector, by_label) {
+        (Some(units), _, _) => Ok(units.contains(&unit.name)),
+        (None, Some(_), Some(by_label)) => Ok(by_label.contains(&place)),
+        (None, Some(selector), None) => Ok(parse_selector(selector)?.matches(&unit.labels)),
+        (None, None, _) => Ok(false),
     }
 }
 
@@ -239,7 +264,7 @@ mod tests {
             unit_selector: None,
             patches: serde_json::from_value(patches).expect("patches"),
         };
-        let done = apply(&mut document, &[entry], &unit("a")).map(|()| document["spec"].clone());
+        let done = apply(&mut document, &[entry], &unit("a"), None).map(|()| document["spec"].clone());
         match (done, expect) {
             (Ok(found), Ok(expected)) => assert_eq!(found, expected),
             (Err(error), Err(text)) => assert!(error.to_string().contains(text), "{error}"),
@@ -278,10 +303,23 @@ mod tests {
         .expect("overrides");
         let run = |name: &str| {
             let mut document = json!({"n": 0});
-            apply(&mut document, &entries, &unit(name)).expect("applies");
+            apply(&mut document, &entries, &unit(name), None).expect("applies");
             document["n"].clone()
         };
         assert_eq!((run("a"), run("b")), (json!(2), json!(1)));
+        // What it got for its labels at another time counts, if that is said.
+        assert_eq!(by_label(&entries, &unit("b")), Ok(Some(vec![0])));
+        let mut elsewhere = unit("b");
+        elsewhere.labels.clear();
+        assert_eq!(by_label(&entries, &elsewhere), Ok(Some(vec![])));
+        for (labels, expected) in [(&[0][..], 1), (&[], 0)] {
+            for unit in [&unit("b"), &elsewhere] {
+                let mut document = json!({"n": 0});
+                apply(&mut document, &entries, unit, Some(labels)).expect("applies");
+                assert_eq!(document["n"], expected);
+            }
+        }
+        assert_eq!(by_label(&entries[1..], &unit("b")), Ok(None), "none goes by labels");
         let complaints = complaints(&entries, TopologyType::Cluster, &Topology::default());
         assert_eq!(
             complaints,

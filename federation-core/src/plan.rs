@@ -19,7 +19,9 @@
 //! ## What a mask does not hold
 //!
 //! What belongs to the cell and not to the revision: its node selector and tolerations, and its place in the placement.
-//! A cell that is taken out of the placement loses its object, masked or not.
+//! A cell that is taken out of the placement loses its object, masked or not. Overrides that go by labels do belong to the
+//! revision: `status.units[].overridesByLabel` says which ones a unit got, and a unit that is held keeps them when it is
+//! relabelled.
 //!
 //! ## What is never done
 //!
@@ -42,7 +44,7 @@ use crate::drift;
 use crate::ledger::Claim;
 use crate::names::{self, ADOPT_ANNOTATION, HUB_ANNOTATION, REVISION_ANNOTATION};
 use crate::overrides;
-use crate::render::{Rendered, object_name, render};
+use crate::render::{RenderError, Rendered, object_name, render_as};
 use crate::revision::{self, Current, DEFAULT_HISTORY_LIMIT};
 use crate::status::{
     self, Finding, MASK_INVALID, NAMESPACE_NOT_FEDERATED, OVERRIDES_INVALID, PLACEMENT_INVALID,
@@ -351,6 +353,10 @@ impl<'a> Planner<'a> {
                     .elsewhere(unit)
                     .and_then(|old| old.revision.clone())
                     .or_else(|| self.revision_to_stand_in(unit)),
+                overrides_by_label: self
+                    .elsewhere(unit)
+                    .map(|old| old.overrides_by_label.clone())
+                    .unwrap_or_default(),
                 ..UnitStatus::default()
             });
         let mut draft = Draft { unit, allowed, status: record, base: None, target: None };
@@ -445,16 +451,25 @@ impl<'a> Planner<'a> {
 
         // The newest revision where the mask lets it through, else (or when it cannot be rendered) what is there.
         let mut problem = None;
+        let mut by_label = std::mem::take(&mut draft.status.overrides_by_label);
         if draft.allowed {
-            match self.rendered(unit, current, snapshots) {
-                Ok(rendered) => draft.target = Some((current.to_owned(), rendered)),
+            match self.rendered(unit, current, snapshots, None) {
+                Ok(rendered) => {
+                    by_label.extend(labelled(unit, current, snapshots));
+                    draft.target = Some((current.to_owned(), rendered));
+                }
                 Err(found) => problem = Some(found),
             }
         }
         if draft.target.is_none() {
             match draft.base.clone() {
-                Some(base) => match self.rendered(unit, &base, snapshots) {
-                    Ok(rendered) => draft.target = Some((base, rendered)),
+                Some(base) => match self.rendered(unit, &base, snapshots, by_label.get(&base)) {
+                    Ok(rendered) => {
+                        if !by_label.contains_key(&base) {
+                            by_label.extend(labelled(unit, &base, snapshots));
+                        }
+                        draft.target = Some((base, rendered));
+                    }
                     Err(found) => {
                         problem.get_or_insert(found);
                         self.keep_names(&unit.name, &unit.cluster);
@@ -463,6 +478,9 @@ impl<'a> Planner<'a> {
                 None => self.keep_names(&unit.name, &unit.cluster),
             }
         }
+        let target = draft.target.as_ref().map(|(target, _)| target);
+        by_label.retain(|revision, _| [draft.base.as_ref(), target].contains(&Some(revision)));
+        draft.status.overrides_by_label = by_label;
         match problem {
             Some((reason, message)) => waits(&mut draft, Phase::Failed, reason, message),
             None if draft.target.is_none() => {
@@ -493,6 +511,7 @@ impl<'a> Planner<'a> {
         unit: &Unit,
         revision: &str,
         snapshots: &BTreeMap<&str, &Snapshot>,
+        by_label: Option<&Vec<u32>>,
     ) -> Result<Rendered, (&'static str, String)> {
         let snapshot = snapshots.get(revision).ok_or_else(|| {
             let message = format!(
@@ -500,8 +519,14 @@ impl<'a> Planner<'a> {
             );
             ("RevisionMissing", message)
         })?;
-        render(self.input.of, self.namespace, self.name, snapshot, unit)
-            .map_err(|error| ("ComputeResourceFailed", error.to_string()))
+        let by_label = by_label.map(Vec::as_slice);
+        render_as(self.input.of, self.namespace, self.name, snapshot, unit, by_label).map_err(|error| {
+            let reason = match &error {
+                RenderError::Override(_) => "ApplyOverridesFailed",
+                _ => "ComputeResourceFailed",
+            };
+            (reason, error.to_string())
+        })
     }
 
     /// Brings the units of one object together, decides what is written, and says where each unit stands.
@@ -644,6 +669,7 @@ impl<'a> Planner<'a> {
             }
             if right {
                 draft.status.revision = Some(target.clone());
+                draft.status.overrides_by_label.retain(|revision, _| *revision == target);
                 if target == current || draft.allowed {
                     say(Phase::Synced, None, None);
                 } else {
@@ -858,6 +884,16 @@ fn conflict(draft: &mut Draft<'_>, reason: &str, object: &str, who: &str) {
     draft.status.message = Some(format!(
         "{who} want {object} otherwise, and it is one object: set spec.naming to PerUnit, or let them agree"
     ));
+}
+
+/// Which overrides of a revision a unit gets for its labels as they are now, if any goes by labels.
+fn labelled(
+    unit: &Unit,
+    revision: &str,
+    snapshots: &BTreeMap<&str, &Snapshot>,
+) -> Option<(String, Vec<u32>)> {
+    let found = overrides::by_label(&snapshots.get(revision)?.overrides, unit).ok()??;
+    Some((revision.to_owned(), found))
 }
 
 fn clear_observed(status: &mut UnitStatus) {

@@ -71,13 +71,25 @@ pub fn object_name(
     if own { names::per_unit(object, &unit.name) } else { Ok(object.to_owned()) }
 }
 
-/// Renders a snapshot for a unit.
+/// Renders a snapshot for a unit as it is labelled now.
 pub fn render(
     of: &FederatedType,
     namespace: &str,
     object: &str,
     snapshot: &Snapshot,
     unit: &Unit,
+) -> Result<Rendered, RenderError> {
+    render_as(of, namespace, object, snapshot, unit, None)
+}
+
+/// Renders a snapshot for a unit that gets these of the overrides which go by labels; see [`overrides::by_label`].
+pub fn render_as(
+    of: &FederatedType,
+    namespace: &str,
+    object: &str,
+    snapshot: &Snapshot,
+    unit: &Unit,
+    by_label: Option<&[u32]>,
 ) -> Result<Rendered, RenderError> {
     let name = object_name(of, object, unit, snapshot.naming)?;
     let own = unit.cell.is_some() && of.per_cell(snapshot.naming);
@@ -87,7 +99,7 @@ pub fn render(
 
     let mut document =
         overrides::document(&snapshot.template, text(&snapshot.labels), text(&snapshot.annotations));
-    overrides::apply(&mut document, &snapshot.overrides, unit)?;
+    overrides::apply(&mut document, &snapshot.overrides, unit, by_label)?;
     let split = snapshot.replicas.get(&unit.name);
     if let Some(replicas) = split {
         object_at(&mut document, "spec", "spec")?["replicas"] = (*replicas).into();
@@ -95,7 +107,7 @@ pub fn render(
     let retain = snapshot.retain_replicas
         && of.has_replicas()
         && split.is_none()
-        && !overrides::touches(&snapshot.overrides, unit, "/spec/replicas");
+        && !overrides::touches(&snapshot.overrides, unit, by_label, "/spec/replicas");
 
     if let (Some(cell), true) = (&unit.cell, own) {
         if unit.name.len() > names::MAX_CELL_NAME {

@@ -270,6 +270,10 @@ pub struct UnitStatus {
     /// The revision that it is being moved to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending_revision: Option<String>,
+    /// For these revisions: which of the overrides that go by labels the unit got, by their place in the list. A unit that the
+    /// mask holds keeps them, whatever becomes of its labels.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub overrides_by_label: BTreeMap<String, Vec<u32>>,
     /// Name of its object in the member.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub object: Option<String>,

@@ -220,7 +220,7 @@ impl<'a> Planner<'a> {
             Some((_, rendered)) => Some(rendered.clone()),
             None => {
                 let at = record.pending_revision.as_deref().or(record.revision.as_deref()).unwrap_or(current);
-                self.rendered(draft.unit, at, snapshots).ok()
+                self.rendered(draft.unit, at, snapshots, record.overrides_by_label.get(at)).ok()
             }
         };
         if rendered.as_ref().is_some_and(|rendered| rendered.retain_replicas) {

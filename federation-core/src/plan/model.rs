@@ -208,7 +208,10 @@ impl Plan {
             let target = unit.pending_revision.as_ref().or(unit.revision.as_ref());
             let record = before.units.iter().find(|old| old.name == unit.name && old.cluster == unit.cluster);
             record.is_some_and(|old| {
+                let by_label =
+                    |of: &UnitStatus| target.and_then(|of_it| of.overrides_by_label.get(of_it).cloned());
                 target.is_some()
+                    && by_label(old) == by_label(unit)
                     && (old.revision.as_ref() == target || old.pending_revision.as_ref() == target)
             })
         };

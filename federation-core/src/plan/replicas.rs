@@ -51,7 +51,8 @@ impl<'a> Planner<'a> {
     /// Divides the replicas, when somebody asked for it; says of each unit how many it gets. Without
     /// `intersectWithClusterSelector` the division also decides which units there are.
     ///
-    /// `None`: it cannot be told yet, and everything is to stay as it is.
+    /// `None`: it cannot be told yet, and everything is to stay as it is. That is so only until the first division: afterwards
+    /// a member that is still being counted keeps what it has and holds nobody else up.
     pub(super) fn split(&mut self, placed: &mut Placed<'a>) -> Option<BTreeMap<String, i64>> {
         let input = self.input;
         let spec = &input.object.spec;
@@ -72,8 +73,9 @@ impl<'a> Planner<'a> {
         }
         let template = self.pod_template_hash();
         let plain = revision::snapshot(input.object, input.rules, BTreeMap::new());
+        let divided = newest.is_some_and(|revision| !revision.spec.snapshot.replicas.is_empty());
         let mut candidates = BTreeMap::new();
-        let mut unreadable = BTreeSet::new();
+        let (mut unreadable, mut uncounted) = (BTreeSet::new(), BTreeSet::new());
         for (name, unit) in &all {
             let current = newest.and_then(|revision| revision.spec.snapshot.replicas.get(name).copied());
             let view = input.members.get(&unit.cluster).filter(|view| {
@@ -87,9 +89,12 @@ impl<'a> Planner<'a> {
                 continue;
             };
             if by_capacity && view.room == RoomView::Unknown {
-                let message = format!("the room in {} is being counted", unit.cluster);
-                self.find(REPLICAS_UNPLACED, "RoomUnknown", message);
-                return None;
+                if !divided {
+                    let message = format!("the room in {} is being counted", unit.cluster);
+                    self.find(REPLICAS_UNPLACED, "RoomUnknown", message);
+                    return None;
+                }
+                uncounted.insert(unit.cluster.clone());
             }
             let found = self.look(unit, view, current.unwrap_or(0), &plain);
             let held = self.setback(unit, current, &found, &template);
@@ -113,6 +118,13 @@ impl<'a> Planner<'a> {
             let message =
                 format!("cannot tell how much room there is, so replicas stay as they are ({what})");
             self.find(REPLICAS_UNPLACED, "RoomUnreadable", message);
+        } else if missing > 0 && !uncounted.is_empty() {
+            let what = uncounted.into_iter().collect::<Vec<_>>().join(", ");
+            let message = format!(
+                "{missing} of {} replicas wait: the room in {what} is being counted",
+                preference.total_replicas
+            );
+            self.find(REPLICAS_UNPLACED, "RoomUnknown", message);
         } else if missing > 0 {
             let message = format!(
                 "{missing} of {} replicas fit nowhere: add nodes, raise maxReplicas, or place the object in more units",

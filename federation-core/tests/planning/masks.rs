@@ -39,6 +39,61 @@ fn the_first_revision_gets_an_object_when_there_is_a_second() {
 }
 
 #[test]
+fn a_unit_that_is_held_keeps_its_overrides_when_it_is_relabelled() {
+    let mut world = World::deployment();
+    world.object.spec.overrides = serde_json::from_value(json!([
+        {"unitSelector": {"matchLabels": {"tier": "gold"}}, "patches": [{"path": "/spec/replicas", "value": 9}]},
+    ]))
+    .expect("overrides");
+    let label = |world: &mut World, tier: &str| {
+        let labels = world.cells[1].metadata.labels.get_or_insert_default();
+        labels.insert("tier".into(), tier.into());
+    };
+    world.place(&["a", "b"]).settle();
+    let first = world.status().current_revision.clone().expect("a revision");
+    let by_label = |world: &World, unit: &str| world.unit(unit).overrides_by_label.clone();
+    assert_eq!(by_label(&world, "b"), [(first.clone(), vec![])].into());
+    let frozen = world.live("x", "web-b").clone();
+
+    world.mask(Some(&["a"]));
+    label(&mut world, "gold");
+    world.settle();
+    assert_eq!(world.live("x", "web-b"), &frozen);
+    // Drift is healed to what it got then; a new template does not bring the label with it.
+    world.live_mut("x", "web-b")["spec"]["replicas"] = 50.into();
+    world.object.spec.template = deployment("web:2", 2);
+    world.settle();
+    assert_eq!(world.live("x", "web-b")["spec"], frozen["spec"]);
+
+    // Let through, it gets what its label says; held again, it keeps that without the label.
+    world.mask(None).settle();
+    assert_eq!(world.live("x", "web-b")["spec"]["replicas"], 9);
+    let second = world.status().current_revision.clone().expect("a revision");
+    assert_eq!(by_label(&world, "b"), [(second.clone(), vec![0])].into(), "nothing of the first is kept");
+    world.mask(Some(&[]));
+    label(&mut world, "iron");
+    world.settle();
+    assert_eq!(world.live("x", "web-b")["spec"]["replicas"], 9);
+    // So it does when the mask closes while it is on its way: its status said so before it was written.
+    world.mask(None).settle();
+    assert_eq!(world.live("x", "web-b")["spec"]["replicas"], 2);
+    label(&mut world, "gold");
+    let plan = world.plan();
+    assert!(plan.moves(world.status()), "the status comes first");
+    world.store(&plan);
+    world.mask(Some(&[]));
+    label(&mut world, "iron");
+    world.settle();
+    assert_eq!(world.live("x", "web-b")["spec"]["replicas"], 9);
+
+    // Overrides by name need none of this.
+    world.mask(None);
+    world.object.spec.overrides = vec![replicas("b", 4)];
+    world.settle();
+    assert!(by_label(&world, "b").is_empty());
+}
+
+#[test]
 fn what_is_large_is_not_kept_in_the_status() {
     let mut world = World::new(1, json!({"data": {"k": "x".repeat(5000)}}));
     world.place(&["a"]).settle();

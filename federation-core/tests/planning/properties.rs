@@ -23,6 +23,9 @@ enum Change {
     Mask(Option<BTreeSet<u8>>),
     Drift(u8),
     Vanish(u8),
+    /// Replicas for whatever cell has a label.
+    OverrideByLabel(u8, u8),
+    Relabel(u8, u8),
 }
 
 fn change() -> impl Strategy<Value = Change> {
@@ -36,6 +39,8 @@ fn change() -> impl Strategy<Value = Change> {
         proptest::option::of(some_cells()).prop_map(Change::Mask),
         (0..3u8).prop_map(Change::Drift),
         (0..3u8).prop_map(Change::Vanish),
+        (0..2u8, 10..19u8).prop_map(|(tier, replicas)| Change::OverrideByLabel(tier, replicas)),
+        (0..3u8, 0..2u8).prop_map(|(cell, tier)| Change::Relabel(cell, tier)),
     ]
 }
 
@@ -58,6 +63,15 @@ fn make(world: &mut World, change: &Change) {
             patches: serde_json::from_value(json!([{"path": "/spec/replicas", "value": replicas}]))
                 .expect("patch"),
         }),
+        Change::OverrideByLabel(tier, replicas) => world.object.spec.overrides.push(
+            serde_json::from_value(json!({"unitSelector": {"matchLabels": {"tier": tier.to_string()}},
+                "patches": [{"path": "/spec/replicas", "value": replicas}]}))
+            .expect("override"),
+        ),
+        Change::Relabel(cell, tier) => {
+            let labels = world.cells[usize::from(*cell)].metadata.labels.get_or_insert_default();
+            labels.insert("tier".into(), tier.to_string());
+        }
         Change::NoOverrides => world.object.spec.overrides.clear(),
         Change::Annotation(value) => {
             world.object.spec.template["metadata"]["annotations"] = json!({"note": value.to_string()});
@@ -133,6 +147,35 @@ proptest! {
         }
     }
 
+    /// A unit that the mask lets through has what its labels say now, whoever was relabelled and whenever.
+    #[test]
+    fn labels_count_where_the_mask_lets_through(
+        history in proptest::collection::vec(change(), 1..8),
+        tier in 0..2u8,
+    ) {
+        let mut world = World::deployment();
+        world.place(&CELLS).settle();
+        for change in &history {
+            make(&mut world, change);
+            world.settle();
+        }
+        make(&mut world, &Change::Relabel(0, tier));
+        make(&mut world, &Change::OverrideByLabel(tier, 33));
+        world.place(&CELLS).mask(Some(&["a"])).settle();
+        prop_assert_eq!(&world.live("x", "web-a")["spec"]["replicas"], &json!(33));
+        let other = Change::Relabel(0, 1 - tier);
+        world.mask(Some(&[])).settle();
+        make(&mut world, &other);
+        world.settle();
+        prop_assert_eq!(&world.live("x", "web-a")["spec"]["replicas"], &json!(33), "held");
+        let mut bare = World::deployment();
+        bare.cells = world.cells.clone();
+        bare.object.spec = world.object.spec.clone();
+        bare.mask(None).settle();
+        world.mask(None).settle();
+        prop_assert_eq!(&world.live("x", "web-a")["spec"], &bare.live("x", "web-a")["spec"], "let through");
+    }
+
     /// Interrupting a plan anywhere and planning again ends where the uninterrupted plan ends.
     #[test]
     fn an_interrupted_plan_ends_the_same(
@@ -191,7 +234,7 @@ proptest! {
         let unit = Unit { name: "a".into(), cluster: "x".into(), labels: Default::default(), cell: None };
         let entry = Override { units: Some(vec!["a".into()]), unit_selector: None, patches: vec![patch] };
         let mut document = json!({"kind": "K", "metadata": {"labels": {}, "name": "n"}, "spec": {"list": [1, 2]}});
-        let _ = overrides::apply(&mut document, &[entry], &unit);
+        let _ = overrides::apply(&mut document, &[entry], &unit, None);
         prop_assert_eq!(&document["kind"], "K");
         prop_assert_eq!(&document["metadata"]["name"], "n");
     }

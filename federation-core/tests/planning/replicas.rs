@@ -104,6 +104,36 @@ fn while_the_room_is_not_known_everything_stays() {
 }
 
 #[test]
+fn a_member_that_is_being_counted_holds_nobody_else_up() {
+    let mut world = world(Division::Capacity, 6, false);
+    set_room(&mut world, "x", &[("a", 4), ("b", 4)]);
+    // Until everybody has been counted once there is nothing to go by.
+    world.settle();
+    assert!(world.names("x").is_empty() && world.names("y").is_empty());
+    assert_eq!(world.condition("ReplicasUnplaced"), Some(("True", "RoomUnknown")));
+    set_room(&mut world, "y", &[("c", 4)]);
+    world.settle();
+    let before = counts(&world);
+    assert_eq!(before.iter().sum::<i64>(), 6);
+    // As after a restart: one is counted again, the other is not yet.
+    world.members.get_mut("y").expect("y").room = RoomView::Unknown;
+    world.object.spec.template["spec"]["template"]["spec"]["containers"][0]["image"] = "web:2".into();
+    world.settle();
+    for (cluster, name) in [("x", "web-a"), ("x", "web-b"), ("y", "web-c")] {
+        assert_eq!(world.live(cluster, name)["spec"]["template"]["spec"]["containers"][0]["image"], "web:2");
+    }
+    assert_eq!(counts(&world), before);
+    assert_eq!(world.condition("ReplicasUnplaced"), None);
+    // What is taken out goes, and what is more waits for the count where there is no room elsewhere.
+    world.preference = Some(preference(40, Division::Capacity, false));
+    world.settle();
+    assert_eq!(counts(&world)[2], before[2]);
+    assert_eq!(world.condition("ReplicasUnplaced"), Some(("True", "RoomUnknown")));
+    world.place(&["a", "c"]).settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web-a"]);
+}
+
+#[test]
 fn a_cell_that_stays_unschedulable_is_not_tried_again_at_once() {
     let mut world = world(Division::Weight, 9, true);
     world.settle();

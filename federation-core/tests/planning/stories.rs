@@ -156,7 +156,7 @@ fn an_override_that_fails_holds_one_unit_where_it_is() {
     assert_eq!(world.unit("a").phase, Phase::Synced);
     assert_eq!(
         (world.unit("b").phase, world.unit("b").reason.as_deref()),
-        (Phase::Failed, Some("ComputeResourceFailed"))
+        (Phase::Failed, Some("ApplyOverridesFailed"))
     );
     assert_eq!(world.live("x", "web-b"), &frozen);
     world.live_mut("x", "web-b")["spec"]["replicas"] = 50.into();
