@@ -1,5 +1,7 @@
 //! What the controller knows of the hub: its objects, as watches bring them.
 
+mod stand_ins;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -17,12 +19,14 @@ use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::DynamicObject;
 use kube::{Api, Resource, ResourceExt as _};
-use serde_json::Value;
 
 use crate::credentials::{Sealed, Way, missing};
 use crate::failover::{GivenUp, Place};
 use crate::follow::{Change, lighten};
 use crate::loss::Watched;
+use crate::queue::Sharer;
+
+use self::stand_ins::{StandIn, StandIns};
 
 /// A federated object: which type (its slot), and where.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -36,6 +40,8 @@ pub(crate) struct ObjectKey {
 #[derive(Debug, Default)]
 pub(crate) struct HubState {
     objects: HashMap<ObjectKey, Kept>,
+    /// What of the objects stands in for others.
+    stand_ins: StandIns,
     cells: BTreeMap<String, Cell>,
     clusters: BTreeMap<String, Arc<KubeFedCluster>>,
     configs: BTreeMap<String, PropagationConfig>,
@@ -68,6 +74,7 @@ pub(crate) struct Kept {
     version: Option<String>,
     /// Its status does not speak of its newest generation: somebody waits for it.
     behind: bool,
+    stand_ins: Box<[StandIn]>,
     text: Box<str>,
 }
 
@@ -98,6 +105,7 @@ impl Kept {
             uid: object.metadata.uid.clone(),
             version: object.metadata.resource_version.clone(),
             behind: object.metadata.generation != object.data["status"]["observedGeneration"].as_i64(),
+            stand_ins: stand_ins::of_status(&object.data["status"]),
             // Made of maps with texts as keys, an object always serialises.
             text: serde_json::to_string(&object).unwrap_or_default().into(),
         }
@@ -165,7 +173,7 @@ impl HubState {
     pub(crate) fn drop_kind(&mut self, kind: usize) {
         self.unlisted_kinds.remove(&kind);
         self.retired_kinds.insert(kind);
-        self.objects.retain(|key, _| key.kind != kind);
+        self.remove_kind(kind);
     }
 
     /// The type configurations, once they have been listed.
@@ -238,28 +246,13 @@ impl HubState {
             return None;
         }
         let inside = of.target.namespaced || of.is_namespace();
-        let needs = |unit: &Value| {
-            unit["extra"].as_i64().is_some_and(|extra| extra > 0)
-                || (of.is_namespace() && unit["standIn"] == true)
-        };
-        let beside = self.objects.iter().filter(|(key, object)| {
-            *key != own
-                && (!inside || key.namespace == own.namespace)
-                // Looked for in the text first: there are few.
-                && (object.text.contains("\"standIn\"") || object.text.contains("\"extra\""))
-        });
-        let mut clusters = BTreeSet::new();
-        for object in beside.filter_map(|(_, object)| object.parsed()) {
-            let units = object.data["status"]["units"].as_array().into_iter().flatten();
-            let needed = units.filter(|unit| needs(unit)).filter_map(|unit| unit["cluster"].as_str());
-            clusters.extend(needed.map(str::to_owned));
-        }
-        Some(clusters)
+        let mine = self.objects.get(own).map(|object| &*object.stand_ins).unwrap_or_default();
+        Some(self.stand_ins.beside(inside.then_some(&*own.namespace), mine, of.is_namespace()))
     }
 
-    /// Objects that may stand in somewhere.
+    /// Objects that stand in somewhere.
     pub(crate) fn standing_in(&self) -> Vec<ObjectKey> {
-        let stands_in = |object: &Kept| object.text.contains("\"standIn\"");
+        let stands_in = |object: &Kept| object.stand_ins.iter().any(StandIn::stands_in);
         self.objects.iter().filter(|(_, object)| stands_in(object)).map(|(key, _)| key.clone()).collect()
     }
 
@@ -275,6 +268,20 @@ impl HubState {
     /// The topology that objects of a namespace see.
     pub(crate) fn topology(&self, namespace: &str) -> Arc<Topology> {
         self.tenancy.view(namespace)
+    }
+
+    /// The tenant of each namespace that has one, and only one.
+    pub(crate) fn owners(&self) -> HashMap<String, Sharer> {
+        let mut owners: HashMap<String, Option<Sharer>> = HashMap::new();
+        for (name, tenant) in &self.tenants {
+            // No namespace is called this.
+            let sharer: Sharer = format!("tenant/{name}").into();
+            for namespace in BTreeSet::from_iter(&tenant.spec.namespaces) {
+                let claimed = owners.contains_key(namespace);
+                owners.insert(namespace.clone(), (!claimed).then(|| Arc::clone(&sharer)));
+            }
+        }
+        owners.into_iter().filter_map(|(namespace, sharer)| Some((namespace, sharer?))).collect()
     }
 
     /// Takes tenants in; returns whether they changed.
@@ -459,11 +466,11 @@ impl HubState {
                 self.unlisted_kinds.remove(&kind);
                 let mut touched: BTreeSet<_> =
                     self.objects.keys().filter(|key| key.kind == kind).cloned().collect();
-                self.objects.retain(|key, _| key.kind != kind);
+                self.remove_kind(kind);
                 for object in all {
                     let key = object.key(kind);
                     touched.insert(key.clone());
-                    self.objects.insert(key, object);
+                    self.insert(key, object);
                 }
                 touched.into_iter().collect()
             }
@@ -478,7 +485,7 @@ impl HubState {
                 let key = object.key(kind);
                 // A later object of the same name may be known already, from a write's answer.
                 if self.objects.get(&key).is_some_and(|known| known.uid == object.uid) {
-                    self.objects.remove(&key);
+                    self.remove(&key);
                 }
                 vec![key]
             }
@@ -505,8 +512,29 @@ impl HubState {
         {
             return false;
         }
-        self.objects.insert(key.clone(), object);
+        self.insert(key.clone(), object);
         true
+    }
+
+    fn insert(&mut self, key: ObjectKey, object: Kept) {
+        self.stand_ins.add(&key.namespace, &object.stand_ins);
+        let namespace = Arc::clone(&key.namespace);
+        if let Some(before) = self.objects.insert(key, object) {
+            self.stand_ins.remove(&namespace, &before.stand_ins);
+        }
+    }
+
+    fn remove(&mut self, key: &ObjectKey) {
+        if let Some(before) = self.objects.remove(key) {
+            self.stand_ins.remove(&key.namespace, &before.stand_ins);
+        }
+    }
+
+    fn remove_kind(&mut self, kind: usize) {
+        let Self { objects, stand_ins, .. } = self;
+        for (key, object) in objects.extract_if(|key, _| key.kind == kind) {
+            stand_ins.remove(&key.namespace, &object.stand_ins);
+        }
     }
 
     /// Takes cells in; returns whether anything but a status changed.
@@ -654,6 +682,7 @@ pub(crate) fn clusters(client: kube::Client) -> Api<KubeFedCluster> {
 mod tests {
     use federation_core::api::{CellSpec, KubeFedClusterSpec, KubeFedClusterStatus};
     use federation_core::types;
+    use serde_json::Value;
 
     use super::*;
 

@@ -16,7 +16,9 @@
 //!   each unit may be. The first status of an object comes after its first writes; until then the members know.
 //! - Members do not wait for each other: each has its own connection pool, queue, workers, rate and time limits.
 //!
-//! - Of several controllers the holder of a Lease acts, and no other.
+//! - Of several controllers the holder of a Lease acts, and no other. A task that fails ends its term: nobody leads and does
+//!   nothing.
+//! - Tenants take turns: one that changes ten thousand objects at once delays another's change by one turn.
 //!
 //! What it leaves to later: namespaces that it made in members because an object needed them are never removed.
 
@@ -37,9 +39,10 @@ mod queue;
 mod reconcile;
 mod tenants;
 mod tombstones;
+mod traces;
 mod types;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,7 +58,7 @@ use kube::runtime::watcher;
 use parking_lot::{Mutex, RwLock};
 use prometheus_client::registry::Registry;
 use tokio::sync::Notify;
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::Instant;
 use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
@@ -66,11 +69,12 @@ use self::follow::{Change, WatchTrouble, admit_all, follow};
 use self::hub::{HubState, ObjectKey};
 pub use self::lease::LeaseOptions;
 use self::member::{Member, chain};
-use self::metrics::{Metrics, Outcome, PassLabels};
+use self::metrics::{Metrics, Outcome, PassLabels, Present};
 use self::pace::retry_delay;
 use self::policies::Policies;
-use self::queue::WorkQueue;
+use self::queue::{ObjectQueue, Owners};
 use self::reconcile::{Progress, ReconcileError, Unsettled, reconcile};
+use self::traces::Traces;
 use self::types::Types;
 
 /// A member's changes come in flocks (a rollout changes a Deployment's status many times a second); they are gathered
@@ -78,6 +82,8 @@ use self::types::Types;
 const SETTLE: Duration = Duration::from_millis(50);
 /// A pass that was overtaken by a change of the object is made again after so long, should its watch be slow.
 const STALE_RETRY: Duration = Duration::from_millis(100);
+/// After a term of so long what ended the one before is forgotten.
+const LONG_TERM: Duration = Duration::from_secs(600);
 
 /// How the controller works. Every default says what it trades.
 #[derive(Debug, Clone)]
@@ -132,6 +138,16 @@ pub struct Controller {
     acting: Arc<RwLock<Option<Arc<Shared>>>>,
 }
 
+/// How a term ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// It was to.
+    Asked,
+    LeaseLost,
+    /// One of its tasks failed.
+    Failed,
+}
+
 /// Tells a running controller things that it would otherwise find out later.
 #[derive(Clone)]
 pub struct Handle {
@@ -161,7 +177,10 @@ pub(crate) struct Shared {
     failover_due: Notify,
     /// The set of clusters has changed.
     clusters_changed: Notify,
-    queue: WorkQueue<ObjectKey>,
+    queue: ObjectQueue,
+    owners: Owners,
+    /// Where objects may have something.
+    traces: Traces,
     failures: Mutex<HashMap<ObjectKey, u32>>,
     /// Held by whoever looks at rooms until it has claimed what it was given of them.
     room_turn: Mutex<()>,
@@ -217,6 +236,7 @@ impl Controller {
     /// Registers the controller's metrics; give the registry a prefix such as `cellway_federation`.
     pub fn register(&self, registry: &mut Registry) {
         self.metrics.register(registry);
+        registry.register_collector(Box::new(Present(Arc::clone(&self.acting))));
     }
 
     /// A handle to tell it things.
@@ -226,52 +246,77 @@ impl Controller {
 
     /// Runs until `shutdown` completes. Writes under way are given up: the next controller finds out what became of
     /// them. With [`Options::lease`] it acts while it holds the lease, and hands it back at the end.
+    ///
+    /// Should one of its tasks fail, which is a fault of this program, all of them end with it: the lease is handed back, and
+    /// another controller, or in a while this one, begins anew with everything listed again.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send) {
         let mut shutdown = std::pin::pin!(shutdown);
-        let Some(lease) = &self.options.lease else {
-            self.act(shutdown).await;
-            return;
-        };
+        let mut failures = 0;
         loop {
-            let mut held = tokio::select! {
-                () = &mut shutdown => return,
-                held = lease::acquire(self.hub.clone(), lease) => held,
+            let mut held = match &self.options.lease {
+                None => None,
+                Some(lease) => Some(tokio::select! {
+                    () = &mut shutdown => return,
+                    held = lease::acquire(self.hub.clone(), lease) => held,
+                }),
             };
-            let lost = tokio::select! {
+            let began = Instant::now();
+            let kept = async {
+                match &mut held {
+                    Some(held) => held.keep().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let ended = tokio::select! {
                 // Renewing goes first: a controller that is busy must not lose the lease for that.
                 biased;
-                () = held.keep() => true,
-                () = self.act(&mut shutdown) => false,
+                () = kept => Ended::LeaseLost,
+                ended = self.act(&mut shutdown) => ended,
             };
             // What was known is forgotten: the next term begins with everything listed anew.
             self.end_term();
-            if !lost {
+            if ended == Ended::LeaseLost {
+                continue;
+            }
+            if let Some(held) = held {
                 held.release().await;
+            }
+            if ended == Ended::Asked {
                 return;
+            }
+            failures = if began.elapsed() < LONG_TERM { failures + 1 } else { 1 };
+            let wait = retry_delay(failures, rand::random());
+            error!(?wait, "the controller stops acting; another may take over, or it begins anew");
+            tokio::select! {
+                () = &mut shutdown => return,
+                () = tokio::time::sleep(wait) => {}
             }
         }
     }
 
-    /// Acts until `shutdown` completes.
-    async fn act(&self, shutdown: impl Future<Output = ()> + Send) {
+    /// Acts until `shutdown` completes or a task fails.
+    async fn act(&self, shutdown: impl Future<Output = ()> + Send) -> Ended {
         let mut shutdown = std::pin::pin!(shutdown);
         let hub_id = tokio::select! {
-            () = &mut shutdown => return,
+            () = &mut shutdown => return Ended::Asked,
             id = hub_id(&self.hub) => id,
         };
         let (events, publisher) = events::channel(self.metrics.events_dropped.clone());
+        let owners = Owners::default();
         let shared = Arc::new(Shared {
             state: RwLock::new(HubState::new()),
             members: RwLock::default(),
             types: Types::new(),
-            policies: Policies::new(),
+            policies: Policies::new(Arc::clone(&owners)),
             types_changed: Notify::new(),
             tombstones_due: Notify::new(),
             tenants_due: Notify::new(),
             secrets_due: Notify::new(),
             failover_due: Notify::new(),
             clusters_changed: Notify::new(),
-            queue: WorkQueue::new(),
+            queue: ObjectQueue::new(Arc::clone(&owners)),
+            owners,
+            traces: Traces::default(),
             failures: Mutex::default(),
             room_turn: Mutex::default(),
             unsettled: Mutex::default(),
@@ -299,20 +344,19 @@ impl Controller {
             tasks.spawn(work(Arc::clone(&shared)).instrument(info_span!("reconcile")));
         }
         info!("the federation controller runs");
-        loop {
+        let ended = loop {
             tokio::select! {
-                () = &mut shutdown => break,
-                ended = tasks.join_next() => match ended {
-                    Some(Ok(())) => {}
-                    Some(Err(failure)) if failure.is_panic() => error!(error = %failure, "a task of the controller failed"),
-                    Some(Err(_)) => {}
-                    None => break,
+                () = &mut shutdown => break Ended::Asked,
+                Some(ended) = tasks.join_next() => if let Err(failure) = ended && failure.is_panic() {
+                    error!(error = %failure, "a task of the controller failed");
+                    break Ended::Failed;
                 },
             }
-        }
+        };
         tasks.shutdown().await;
         self.end_term();
         info!("the federation controller has ended");
+        ended
     }
 
     fn end_term(&self) {
@@ -409,7 +453,11 @@ impl Controller {
                 admit_all,
                 move |change| {
                     let listed = matches!(change, Change::Replace(_));
-                    let changed = at.state.write().change_tenants(change);
+                    let (changed, owners) = {
+                        let mut state = at.state.write();
+                        (state.change_tenants(change), state.owners())
+                    };
+                    *at.owners.write() = owners;
                     at.after(changed || listed)
                 },
                 hub_trouble("tenants"),
@@ -494,6 +542,26 @@ impl Shared {
         keys.into_iter().for_each(|key| self.queue.add(key));
     }
 
+    /// The members that a look at an object asks: those that it `concerns`, and those where it may have something.
+    pub(crate) fn members_for(
+        &self,
+        key: &ObjectKey,
+        concerns: &BTreeSet<String>,
+    ) -> BTreeMap<String, Arc<Member>> {
+        let traces = self.traces.of(key);
+        let members = self.members.read();
+        let names = concerns.iter().map(String::as_str).chain(traces.iter().map(AsRef::as_ref));
+        names.filter_map(|name| Some((name.to_owned(), Arc::clone(members.get(name)?)))).collect()
+    }
+
+    /// Forgets the members where an object has nothing to do and nothing left; `concerns` as in [`Self::members_for`].
+    pub(crate) fn settle_traces(&self, key: &ObjectKey, of: &FederatedType, concerns: &BTreeSet<String>) {
+        let members = self.members.read();
+        self.traces.settle(key, |name| {
+            concerns.contains(name) || members.get(name).is_some_and(|member| member.holds(key, of))
+        });
+    }
+
     /// The members, as they are now.
     pub(crate) fn members(&self) -> BTreeMap<String, Arc<Member>> {
         self.members.read().clone()
@@ -531,6 +599,18 @@ async fn hub_id(hub: &kube::Client) -> String {
                 tokio::time::sleep(retry_delay(failures, rand::random())).await;
             }
         }
+    }
+}
+
+/// What a task gave back that has ended; `None` if it was ended. A failure goes on to whoever asks, so that no task stands
+/// still unnoticed.
+pub(crate) fn outcome<T>(ended: Result<T, JoinError>) -> Option<T> {
+    match ended {
+        Ok(done) => Some(done),
+        Err(error) => match error.try_into_panic() {
+            Ok(failure) => std::panic::resume_unwind(failure),
+            Err(_) => None,
+        },
     }
 }
 
@@ -603,6 +683,8 @@ async fn resync(shared: Arc<Shared>) {
 async fn keep_members(shared: Arc<Shared>) {
     let mut tasks: JoinSet<()> = JoinSet::new();
     let mut running: HashMap<String, AbortHandle> = HashMap::new();
+    // How often each has failed.
+    let mut failures: HashMap<String, u32> = HashMap::new();
     loop {
         let wanted = shared.state.read().cluster_names();
         running.retain(|name, task| {
@@ -612,6 +694,7 @@ async fn keep_members(shared: Arc<Shared>) {
                 task.abort();
                 shared.members.write().remove(name);
                 shared.metrics.forget(name);
+                failures.remove(name);
             }
             stays
         });
@@ -633,18 +716,27 @@ async fn keep_members(shared: Arc<Shared>) {
             // Its credential may have changed since the look above.
             credentials::refresh(&shared, std::slice::from_ref(&name));
             let span = info_span!("member", cluster = %name);
-            let task = tasks.spawn(member.run(Arc::clone(&shared)).instrument(span));
+            let failed = failures.get(&name).copied().unwrap_or(0);
+            let pause = if failed == 0 { Duration::ZERO } else { retry_delay(failed, rand::random()) };
+            let at = Arc::clone(&shared);
+            let running_member = async move {
+                tokio::time::sleep(pause).await;
+                member.run(at).await;
+            };
+            let task = tasks.spawn(running_member.instrument(span));
             running.insert(name, task);
         }
         shared.enqueue_all();
         tokio::select! {
             () = shared.clusters_changed.notified() => {}
             Some(_) = tasks.join_next() => {
-                // One of them ended by itself: it is started anew if it is still wanted.
+                // One of them ended by itself, because a task of it failed: it is started anew if it is still wanted. What
+                // one member makes fail is no reason to stop the others.
                 running.retain(|name, task| {
                     let alive = !task.is_finished();
                     if !alive {
                         shared.members.write().remove(name);
+                        *failures.entry(name.clone()).or_default() += 1;
                     }
                     alive
                 });

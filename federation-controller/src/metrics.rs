@@ -1,11 +1,17 @@
 //! What the controller counts. Names carry no prefix of their own: whoever registers them gives one.
 
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric as _};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
+
+use crate::Shared;
 
 /// The controller's metrics. Cheap to clone; clones count together.
 #[derive(Debug, Clone)]
@@ -16,6 +22,9 @@ pub(crate) struct Metrics {
     pub(crate) online: Family<MemberLabels, Gauge>,
     pub(crate) events_dropped: Counter,
 }
+
+/// What is counted when it is asked for, of the controller while it acts.
+pub(crate) struct Present(pub(crate) Arc<RwLock<Option<Arc<Shared>>>>);
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct PassLabels {
@@ -103,6 +112,42 @@ impl Metrics {
     }
 }
 
+// === impl Present ===
+
+impl std::fmt::Debug for Present {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Present").finish_non_exhaustive()
+    }
+}
+
+impl Collector for Present {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let acting = self.0.read().clone();
+        let backlog = acting.as_ref().map(|shared| shared.queue.backlog()).unwrap_or_default();
+        let members = acting.as_ref().map(|shared| shared.members()).unwrap_or_default();
+        let contended: usize = members.values().map(|member| member.contended()).sum();
+        let mut gauge = |name: &str, help: &str, unit: Option<&Unit>, value: f64| {
+            let gauge = ConstGauge::new(value);
+            gauge.encode(encoder.encode_descriptor(name, help, unit, gauge.metric_type())?)
+        };
+        let leads = if acting.is_some() { 1.0 } else { 0.0 };
+        gauge("leading", "Whether this controller acts, of those that share the hub: 1 or 0", None, leads)?;
+        gauge("queue_length", "Federated objects that are to be looked at", None, backlog.length as f64)?;
+        gauge(
+            "queue_oldest",
+            "How long the object has waited that waits longest to be looked at",
+            Some(&Unit::Seconds),
+            backlog.oldest.as_secs_f64(),
+        )?;
+        gauge(
+            "contended_objects",
+            "Objects in members that something else keeps changing back, and that are left alone for a while",
+            None,
+            contended as f64,
+        )
+    }
+}
+
 // === impl Verb ===
 
 impl Verb {
@@ -147,6 +192,7 @@ mod tests {
         let metrics = Metrics::default();
         let mut registry = Registry::with_prefix("cellway_federation");
         metrics.register(&mut registry);
+        registry.register_collector(Box::new(Present(Arc::default())));
         metrics.passes.get_or_create(&PassLabels { outcome: Outcome::Done }).inc();
         metrics.online.get_or_create(&MemberLabels { cluster: "x".into() }).set(1);
         let labels = WriteLabels { cluster: "x".into(), verb: Verb::Heal, outcome: Outcome::Failed };
@@ -158,6 +204,10 @@ mod tests {
             "cellway_federation_member_online{cluster=\"x\"} 1",
             "cellway_federation_member_writes_total{cluster=\"x\",verb=\"Heal\",outcome=\"Failed\"} 1",
             "cellway_federation_events_dropped_total 0",
+            "cellway_federation_leading 0",
+            "cellway_federation_queue_length 0",
+            "cellway_federation_queue_oldest_seconds 0",
+            "cellway_federation_contended_objects 0",
         ] {
             assert!(text.contains(line), "{line} is not in {text}");
         }

@@ -38,14 +38,14 @@ use serde_json::{Map, Value, json};
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
-use tracing::{Instrument as _, debug, error, info, info_span, warn};
+use tracing::{Instrument as _, debug, info, info_span, warn};
 
 use self::report::report;
 use crate::follow::{Change, WatchTrouble, admit_all, follow, follow_as};
 use crate::hub::{Kept, ObjectKey};
 use crate::member::chain;
 use crate::pace::retry_delay;
-use crate::queue::WorkQueue;
+use crate::queue::{ObjectQueue, Owners};
 use crate::{STALE_RETRY, Shared};
 
 /// The field manager of companions: not the one of statuses and finalizers, whose fields it must not take.
@@ -57,7 +57,7 @@ const WORKERS: usize = 4;
 #[derive(Debug)]
 pub(crate) struct Policies {
     state: Mutex<State>,
-    queue: WorkQueue<ObjectKey>,
+    queue: ObjectQueue,
     /// The set of policies, or of federated types, has changed.
     changed: Notify,
     /// Statuses may be due.
@@ -121,10 +121,10 @@ struct Made {
 // === impl Policies ===
 
 impl Policies {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(owners: Owners) -> Self {
         Self {
             state: Mutex::default(),
-            queue: WorkQueue::new(),
+            queue: ObjectQueue::new(owners),
             changed: Notify::new(),
             counted: Notify::new(),
         }
@@ -319,7 +319,13 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     tasks.spawn(report(Arc::clone(&shared)).instrument(info_span!("policies")));
     let mut watches: HashMap<usize, AbortHandle> = HashMap::new();
     loop {
-        shared.policies.changed.notified().await;
+        tokio::select! {
+            () = shared.policies.changed.notified() => {}
+            Some(ended) = tasks.join_next() => {
+                crate::outcome(ended);
+                continue;
+            }
+        }
         let live = shared.types.live();
         let wanted: BTreeMap<usize, Arc<FederatedType>> = {
             let mut state = shared.policies.state.lock();
@@ -363,13 +369,6 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         let companions = shared.state.read().companions(|_| true);
         natives.into_iter().chain(companions).for_each(|key| shared.policies.queue.add(key));
         shared.policies.counted.notify_one();
-        while let Some(ended) = tasks.try_join_next() {
-            if let Err(failure) = ended
-                && failure.is_panic()
-            {
-                error!(error = %failure, "a task of the policies failed");
-            }
-        }
     }
 }
 

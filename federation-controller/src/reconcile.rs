@@ -106,7 +106,11 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
         let Some(object) = state.object(key) else {
             shared.unsettled.lock().remove(key);
             drop(state);
-            shared.members().values().for_each(|member| member.claim(key, Vec::new(), |_| false));
+            let nowhere = BTreeSet::new();
+            for member in shared.members_for(key, &nowhere).values() {
+                member.claim(key, Vec::new(), |_| false);
+            }
+            shared.settle_traces(key, of, &nowhere);
             return Ok(Progress::Whole);
         };
         let namespace = namespaces.map(|kind| state.namespace_placement(kind, &key.namespace));
@@ -143,8 +147,11 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
     pass.recall_first(&mut federated);
 
     let mark = source(&of.plural, &key.name);
-    let members = shared.members();
-    let rooms = needs_room(preference.as_ref().map(|of| &of.spec), &federated, &topology);
+    let divided = preference.as_ref().map(|of| &of.spec);
+    let rooms = needs_room(of, divided, &federated, &topology);
+    let concerned = concerned(divided, &federated, &topology);
+    let members = shared.members_for(key, &concerned);
+    members.values().for_each(|member| shared.traces.add([key.clone()], &member.name));
     let stands_in = federated.status.iter().flat_map(|status| &status.units).any(|unit| unit.stand_in);
     let held_stand_ins =
         if stands_in { shared.state.read().held_stand_ins(of, key) } else { Some(BTreeSet::new()) };
@@ -171,7 +178,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
             topology: &topology,
             rules: &rules,
             revisions: &revisions,
-            preference: preference.as_ref().map(|preference| &preference.spec),
+            preference: divided,
             namespace,
             members: &views,
             held_stand_ins: held_stand_ins.as_ref(),
@@ -234,36 +241,89 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
     if let Some(wait) = made.look_again {
         shared.queue.add_after(key.clone(), wait);
     }
+    shared.settle_traces(key, of, &concerned);
+    if topology.is_given_up() {
+        // What begins to move now asks for rooms that nothing asked for so far.
+        let after = FederatedObject { status: Some(made.status), ..federated };
+        if !needs_room(of, divided, &after, &topology).is_subset(&rooms) {
+            shared.queue.add(key.clone());
+        }
+    }
     let syncing = views.values().any(|view| view.state == MemberState::Syncing);
     Ok(if syncing { Progress::Waiting } else { Progress::Whole })
 }
 
-/// The members whose room decides about an object's replicas.
-fn needs_room(
+/// The members that a plan for an object may have anything to do in: where it is placed or may stand in, and where its status
+/// says that it is. What else it may have somewhere is told by [`crate::traces`].
+fn concerned(
     preference: Option<&ReplicaSchedulingPreferenceSpec>,
     object: &FederatedObject,
     topology: &Topology,
 ) -> BTreeSet<String> {
     let of = object.spec.topology_type;
-    let goes_by_room =
-        |of: &&ReplicaSchedulingPreferenceSpec| of.divide_by == Division::Capacity || of.rebalance;
-    let anywhere = preference.is_some_and(|of| !of.intersect_with_cluster_selector);
-    let placed =
-        || topology.resolve(of, &object.spec.placement).map(|placed| placed.units).unwrap_or_default();
+    let status = object.status.as_ref();
+    let recorded = status.into_iter().flat_map(|status| &status.units).map(|unit| unit.cluster.clone());
+    let mut names: BTreeSet<String> = recorded.collect();
+    names.extend(clusters_of(may_be_in(object, topology).into_values()));
+    // Until the first status is stored there may be something wherever it could have been placed.
+    let deleting = object.metadata.deletion_timestamp.is_some();
+    let untold = deleting && status.is_none_or(|status| status.observed_generation.is_none());
+    if untold || preference.is_some_and(|of| !of.intersect_with_cluster_selector) {
+        names.extend(clusters_of(topology.all(of).map(|(_, unit)| unit)));
+    }
+    names
+}
+
+/// The units that an object is placed in or has something in, and those that stand in for them.
+fn may_be_in<'a>(object: &FederatedObject, topology: &'a Topology) -> BTreeMap<String, &'a Unit> {
+    let of = object.spec.topology_type;
+    let records = object.status.iter().flat_map(|status| &status.units);
+    let mut units: BTreeMap<String, &Unit> =
+        records.filter_map(|unit| Some((unit.name.clone(), topology.unit(of, &unit.name)?))).collect();
+    units.extend(topology.resolve(of, &object.spec.placement).map(|placed| placed.units).unwrap_or_default());
+    if topology.is_given_up() {
+        units.extend(topology.stand_ins(of, units.clone().into_values()));
+    }
+    units
+}
+
+/// The members whose room decides about an object's replicas.
+fn needs_room(
+    kind: &FederatedType,
+    preference: Option<&ReplicaSchedulingPreferenceSpec>,
+    object: &FederatedObject,
+    topology: &Topology,
+) -> BTreeSet<String> {
     let mut needed = BTreeSet::new();
-    if preference.filter(goes_by_room).is_some() {
-        let all = topology.all(of).map(|(_, unit)| unit);
-        needed.extend(if anywhere { clusters_of(all) } else { clusters_of(placed().into_values()) });
+    if !kind.has_replicas() {
+        return needed;
+    }
+    let of = object.spec.topology_type;
+    if let Some(preference) = preference.filter(|of| of.divide_by == Division::Capacity || of.rebalance) {
+        if preference.intersect_with_cluster_selector {
+            let placed = topology.resolve(of, &object.spec.placement);
+            needed.extend(clusters_of(placed.map(|placed| placed.units).unwrap_or_default().into_values()));
+        } else {
+            needed.extend(clusters_of(topology.all(of).map(|(_, unit)| unit)));
+        }
     }
     if topology.is_given_up() {
-        // Those that it has something in, whoever placed it there, and those that may stand in.
-        let records = object.status.iter().flat_map(|status| &status.units);
-        let mut units: BTreeMap<String, &Unit> =
-            records.filter_map(|unit| Some((unit.name.clone(), topology.unit(of, &unit.name)?))).collect();
-        units.extend(placed());
-        if units.values().any(|unit| topology.failover_of(unit).is_some()) {
-            units.extend(topology.stand_ins(of, units.clone().into_values()));
-            needed.extend(clusters_of(units.into_values()));
+        let records: Vec<&UnitStatus> = object.status.iter().flat_map(|status| &status.units).collect();
+        let units = may_be_in(object, topology);
+        let mut given_up = units.values().filter(|unit| topology.failover_of(unit).is_some()).peekable();
+        let has_moved = |unit: &&Unit| {
+            let record = records.iter().find(|of| of.name == unit.name && of.cluster == unit.cluster);
+            let moved = record.and_then(|record| record.evacuation.as_ref());
+            moved.is_some_and(|moved| moved.left == 0 && moved.waiting.is_none())
+        };
+        if given_up.peek().is_some() {
+            if given_up.all(has_moved) {
+                // Once everything has moved only those matter that run it.
+                let runs = records.iter().filter(|record| record.extra.is_some());
+                needed.extend(runs.map(|record| record.cluster.clone()));
+            } else {
+                needed.extend(clusters_of(units.into_values()));
+            }
         }
     }
     needed
@@ -593,5 +653,99 @@ fn hub(what: &'static str, error: kube::Error) -> ReconcileError {
         // Changed, or gone: either way the watch says so.
         kube::Error::Api(status) if matches!(status.code, 404 | 409) => ReconcileError::Stale,
         source => ReconcileError::Hub { what, source: Box::new(source) },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use federation_core::api::{
+        Cell, CellSpec, Evacuation, Failover, FederatedSpec, KubeFedCluster, KubeFedClusterSpec, Placement,
+        UnitReference,
+    };
+    use federation_core::types::builtin;
+
+    use super::*;
+
+    /// Two hundred members with a cell each: `m7` has `c7`. `given_up`: cells, and what takes over.
+    fn topology(given_up: &[(&str, &str)]) -> Topology {
+        let cells: Vec<Cell> = (0..200)
+            .map(|index| {
+                let mut spec = CellSpec { cluster: format!("m{index}"), ..CellSpec::default() };
+                let name = format!("c{index}");
+                if let Some((_, to)) = given_up.iter().find(|(cell, _)| *cell == name) {
+                    spec.failover = Some(Failover { to: Some(placement(&[to])), ..Failover::default() });
+                }
+                Cell::new(&name, spec)
+            })
+            .collect();
+        let clusters: Vec<_> = (0..200)
+            .map(|index| KubeFedCluster::new(&format!("m{index}"), KubeFedClusterSpec::default()))
+            .collect();
+        Topology::new(&cells, &clusters)
+    }
+
+    fn placement(units: &[&str]) -> Placement {
+        let units = units.iter().map(|name| UnitReference { name: (*name).into() }).collect();
+        Placement { units: Some(units), unit_selector: None }
+    }
+
+    fn object(units: &[&str]) -> FederatedObject {
+        let spec = FederatedSpec { placement: placement(units), ..FederatedSpec::default() };
+        FederatedObject::new("web", spec)
+    }
+
+    fn record(name: &str, cluster: &str) -> UnitStatus {
+        UnitStatus { name: name.into(), cluster: cluster.into(), ..UnitStatus::default() }
+    }
+
+    #[test]
+    fn a_look_asks_the_members_that_the_object_has_to_do_with() {
+        let names = |found: BTreeSet<String>| Vec::from_iter(found);
+        let all = topology(&[("c9", "c50")]);
+        let mut web = object(&["c7"]);
+        assert_eq!(names(concerned(None, &web, &all)), ["m7"], "of two hundred");
+        // Where it was, and what stands in for what is given up.
+        web.status = Some(FederatedStatus {
+            observed_generation: Some(1),
+            units: vec![record("c7", "m7"), record("c9", "m9"), record("gone", "m11")],
+            ..FederatedStatus::default()
+        });
+        assert_eq!(names(concerned(None, &web, &all)), ["m11", "m50", "m7", "m9"]);
+        // A division that goes beyond the placement, and a deletion before anything was told, look everywhere.
+        let anywhere = ReplicaSchedulingPreferenceSpec {
+            intersect_with_cluster_selector: false,
+            ..ReplicaSchedulingPreferenceSpec::default()
+        };
+        assert_eq!(concerned(Some(&anywhere), &web, &all).len(), 200);
+        let mut going = object(&["c7"]);
+        going.metadata.deletion_timestamp =
+            Some(serde_json::from_value(json!("2026-11-21T00:00:00Z")).expect("a time"));
+        assert_eq!(concerned(None, &going, &all).len(), 200);
+    }
+
+    #[test]
+    fn rooms_are_asked_for_while_something_moves() {
+        let (deployments, maps) = (&builtin()[0], &builtin()[1]);
+        let all = topology(&[("c9", "c50")]);
+        let mut web = object(&["c7", "c9"]);
+        let asked = |web: &FederatedObject| Vec::from_iter(needs_room(deployments, None, web, &all));
+        assert_eq!(asked(&web), ["m50", "m7", "m9"]);
+        assert!(needs_room(maps, None, &web, &all).is_empty(), "it has no replicas");
+        assert!(
+            needs_room(deployments, None, &object(&["c7"]), &all).is_empty(),
+            "nothing of it is given up"
+        );
+        let mut units = vec![record("c7", "m7"), record("c9", "m9"), record("c50", "m50")];
+        units[2].extra = Some(2);
+        units[1].evacuation = Some(Evacuation { moved: 1, left: 1, ..Evacuation::default() });
+        web.status = Some(FederatedStatus { units: units.clone(), ..FederatedStatus::default() });
+        assert_eq!(asked(&web), ["m50", "m7", "m9"], "half of it has moved");
+        units[1].evacuation = Some(Evacuation { moved: 2, ..Evacuation::default() });
+        web.status = Some(FederatedStatus { units: units.clone(), ..FederatedStatus::default() });
+        assert_eq!(asked(&web), ["m50"], "all of it has, and it runs there");
+        units[1].evacuation =
+            Some(Evacuation { moved: 2, left: 0, waiting: Some("w".into()), step_percent: None });
+        web.status = Some(FederatedStatus { units, ..FederatedStatus::default() });
+        assert_eq!(asked(&web), ["m50", "m7", "m9"], "it is held up");
     }
 }

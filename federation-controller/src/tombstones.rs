@@ -73,14 +73,8 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     loop {
         tokio::select! {
             () = shared.tombstones_due.notified() => {}
-            Some(ended) = tasks.join_next() => match ended {
-                Ok(Some(cluster)) => { busy.remove(&cluster); }
-                Ok(None) => {}
-                Err(error) => {
-                    // Which one it was is not known: at worst a member is asked by two tasks once.
-                    tracing::error!(%error, "a task of the tombstones failed");
-                    busy.clear();
-                }
+            Some(ended) = tasks.join_next() => if let Some(Some(cluster)) = crate::outcome(ended) {
+                busy.remove(&cluster);
             },
         }
         let mut by_cluster: BTreeMap<String, Vec<Arc<Tombstone>>> = BTreeMap::new();

@@ -202,7 +202,13 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
     // FederatedNamespaces, while they are not propagated.
     let mut reading: Option<Running> = None;
     loop {
-        shared.types_changed.notified().await;
+        tokio::select! {
+            () = shared.types_changed.notified() => {}
+            Some(ended) = tasks.join_next() => {
+                crate::outcome(ended);
+                continue;
+            }
+        }
         let Some(configs) = shared.state.read().type_configs() else { continue };
         if configs.is_empty() {
             // The first start of all: what comes enabled is enabled. An emptied list fills up again; `propagation:
@@ -282,7 +288,6 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
         shared.tenants_due.notify_one();
         shared.tombstones_due.notify_one();
         shared.policies.types_changed();
-        while tasks.try_join_next().is_some() {}
         if again {
             let at = Arc::clone(&shared);
             tasks.spawn(async move {

@@ -18,7 +18,8 @@ use federation_core::api::{UnitStatus, Verdict};
 use federation_core::capacity::RoomView;
 use federation_core::ledger::Claim;
 use federation_core::names::{
-    FIELD_MANAGER, HUB_ANNOTATION, MANAGED_LABEL, RENDERED_ANNOTATION, REVISION_ANNOTATION, SOURCE_ANNOTATION,
+    FIELD_MANAGER, HUB_ANNOTATION, MANAGED_LABEL, RENDERED_ANNOTATION, REVISION_ANNOTATION,
+    SOURCE_ANNOTATION, source,
 };
 use federation_core::plan::{MemberView, Write};
 use federation_core::types::FederatedType;
@@ -144,7 +145,7 @@ impl Member {
         self.path.turn(way);
     }
 
-    /// Lives until dropped.
+    /// Lives until dropped, or until one of its tasks fails: then nothing of it is left, and it may be begun anew.
     pub(crate) async fn run(self: Arc<Self>, shared: Arc<Shared>) {
         let mut tasks = JoinSet::new();
         tasks.spawn(probe::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
@@ -163,7 +164,9 @@ impl Member {
             watched = count;
             tokio::select! {
                 Some(ended) = tasks.join_next() => if let Err(error) = ended && error.is_panic() {
-                    tracing::error!(%error, "a task of the member failed; the member stands still until it is started anew");
+                    tracing::error!(%error, "a task of the member failed; the member is begun anew in a while");
+                    tasks.shutdown().await;
+                    return;
                 },
                 changed = types.changed() => if changed.is_err() { return },
             }
@@ -253,6 +256,17 @@ impl Member {
         }
     }
 
+    /// Whether anything of an object is here, or on its way.
+    pub(crate) fn holds(&self, key: &ObjectKey, of: &FederatedType) -> bool {
+        let home = of.target_namespace(&key.namespace);
+        self.store.lock().holds(key, home, &source(&of.plural, &key.name))
+    }
+
+    /// Objects that something else keeps changing back, and that are left alone for a while.
+    pub(crate) fn contended(&self) -> usize {
+        self.store.lock().contended(Instant::now())
+    }
+
     /// Takes back the writes for an object that no worker has begun.
     pub(crate) fn cancel(&self, source: &ObjectKey) {
         self.store.lock().cancel(source);
@@ -270,7 +284,7 @@ impl Member {
         let home = of.target_namespace(&source.namespace).into();
         let job = Job { source: source.clone(), home, about: about.clone(), write };
         match self.store.lock().submit(job, Instant::now()) {
-            Ok(target) => self.jobs.add(target),
+            Ok(target) => self.jobs.add(target, shared.queue.sharer(source)),
             Err(wait) => shared.queue.add_after(source.clone(), wait),
         }
     }

@@ -1,7 +1,8 @@
 //! Reads how much room a member's nodes have, while there are objects whose replicas are divided by that.
 //!
 //! Nodes and pods are listed in pages and counted as they come; nothing of them is kept but the sums. A large member is
-//! looked at less often, so that the lists cost it and the hub no more than those of a small one.
+//! looked at less often, so that the lists cost it and the hub no more than those of a small one. Of a new count those are
+//! told for whom it changes anything.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
@@ -9,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use federation_core::capacity::{MAX_NODES, Room, RoomView};
-use federation_core::ledger::{Claim, Ledger};
+use federation_core::ledger::{Claim, Ledger, Outlook};
 use jiff::Timestamp;
 use kube::Api;
 use kube::api::{ApiResource, DynamicObject, ListParams};
@@ -34,6 +35,10 @@ const MAX_PODS: usize = 150_000;
 const PODS_PER_SECOND: u32 = 200;
 /// Longest time for one page.
 const PAGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest time for a whole count: what waits for the first one waits no longer, however slow a member's pages are.
+const COUNT_TIMEOUT: Duration = Duration::from_secs(120);
+/// Askers that are gone through before others get their turn.
+const ASKERS_AT_ONCE: usize = 32;
 
 /// What is known of the room, and who wants to know.
 #[derive(Debug, Default)]
@@ -45,8 +50,15 @@ pub(super) struct Rooms {
 
 #[derive(Debug, Default)]
 struct State {
-    askers: HashMap<ObjectKey, Instant>,
+    askers: HashMap<ObjectKey, Asker>,
     ledger: Ledger<ObjectKey>,
+}
+
+#[derive(Debug)]
+struct Asker {
+    asked: Instant,
+    /// What decided about it when it was last told to look; `None` when that is not known.
+    told: Option<Vec<Outlook>>,
 }
 
 // === impl Rooms ===
@@ -56,7 +68,7 @@ impl Rooms {
     pub(super) fn ask(&self, asker: &ObjectKey, now: Instant) -> (RoomView, BTreeMap<String, i64>) {
         let mut state = self.state.lock();
         let first = state.askers.is_empty();
-        state.askers.insert(asker.clone(), now);
+        state.askers.entry(asker.clone()).or_insert(Asker { asked: now, told: None }).asked = now;
         if first {
             self.asked.notify_one();
         }
@@ -68,15 +80,26 @@ impl Rooms {
         self.state.lock().ledger.claim(by.clone(), claims, keeps);
     }
 
-    /// Whom a change concerns. Without anybody, what is known is forgotten.
+    /// Who asks. Without anybody, what is known is forgotten.
     fn askers(&self, now: Instant) -> Vec<ObjectKey> {
         let State { askers, ledger } = &mut *self.state.lock();
-        askers.retain(|_, asked| *asked + ASK_MEMORY > now);
+        askers.retain(|_, asker| asker.asked + ASK_MEMORY > now);
         ledger.retain(|by| askers.contains_key(by));
         if askers.is_empty() {
             ledger.count(RoomView::Unknown);
         }
         askers.keys().cloned().collect()
+    }
+
+    /// Whether something changed for an asker since it was last told. `counted`: the last count is another than the one before.
+    fn concerns(&self, asker: &ObjectKey, counted: bool) -> bool {
+        let mut state = self.state.lock();
+        let outlook = state.ledger.outlook(asker);
+        let Some(known) = state.askers.get_mut(asker) else { return false };
+        let same = known.told == outlook;
+        let decides = outlook.is_some();
+        known.told = outlook;
+        if decides { !same } else { counted }
     }
 
     /// Takes a view in; returns whether it is another than before.
@@ -96,17 +119,25 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
         if !online {
             return;
         }
-        let (view, pods) = match read(&member.client).await {
+        let counting = async {
+            let late = || Err("its nodes and pods could not be counted in time".to_owned());
+            timeout(COUNT_TIMEOUT, read(&member.client)).await.unwrap_or_else(|_| late())
+        };
+        let (view, pods) = match counting.await {
             Ok((room, pods)) => (RoomView::Known(Arc::new(room)), pods),
             Err(why) => {
                 debug!(why, "cannot read the room that the member has");
                 (RoomView::Unreadable(why), 0)
             }
         };
-        if member.rooms.learn(view) {
-            for asker in member.rooms.askers(Instant::now()) {
-                shared.queue.add(asker);
+        let counted = member.rooms.learn(view);
+        for askers in member.rooms.askers(Instant::now()).chunks(ASKERS_AT_ONCE) {
+            for asker in askers {
+                if member.rooms.concerns(asker, counted) {
+                    shared.queue.add(asker.clone());
+                }
             }
+            tokio::task::yield_now().await;
         }
         let by_size = Duration::from_secs(u64::from(pods / PODS_PER_SECOND));
         sleep(shared.options.room_interval.max(by_size)).await;
@@ -153,5 +184,60 @@ async fn each(
             Some(token) => params = ListParams::default().limit(PAGE).continue_token(&token),
             None => return Ok(count),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn room(free: &str, bound: &[&str]) -> RoomView {
+        let mut room = Room::default();
+        room.add_node(&json!({"metadata": {"name": "n"}, "spec": {}, "status": {
+            "allocatable": {"cpu": free, "pods": "100"}, "conditions": [{"type": "Ready", "status": "True"}]}}));
+        for app in bound {
+            let pod = json!({"metadata": {"namespace": "shop", "labels": {"app": app}},
+                "spec": {"nodeName": "n", "containers": [{"resources": {"requests": {"cpu": "1"}}}]}});
+            room.add_pod(&pod, "2026-11-21T00:00:00Z".parse().expect("a time"));
+        }
+        RoomView::Known(Arc::new(room))
+    }
+
+    fn claim(app: &str, cpu: &str) -> Claim {
+        Claim {
+            object: app.into(),
+            namespace: "shop".into(),
+            labels: [("app".to_owned(), app.to_owned())].into(),
+            pod: json!({"containers": [{"resources": {"requests": {"cpu": cpu}}}]}),
+            replicas: 1,
+        }
+    }
+
+    #[test]
+    fn those_are_told_for_whom_something_changed() {
+        let rooms = Rooms::default();
+        let [small, large, vague] = ["small", "large", "vague"].map(|name| ObjectKey::new(0, "shop", name));
+        let now = Instant::now();
+        for asker in [&small, &large, &vague] {
+            rooms.ask(asker, now);
+        }
+        let told = |view: RoomView| {
+            let counted = rooms.learn(view);
+            let all = [("small", &small), ("large", &large), ("vague", &vague)];
+            let told = all.into_iter().filter(|(_, asker)| rooms.concerns(asker, counted));
+            told.map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        assert_eq!(told(room("10", &[])), ["small", "large", "vague"], "nobody knew before");
+        rooms.claim(&small, vec![claim("small", "1")], |_| false);
+        rooms.claim(&large, vec![claim("large", "6")], |_| false);
+        assert_eq!(told(room("10", &[])), ["small", "large"], "now it is known what decides about them");
+        assert!(told(room("10", &[])).is_empty(), "the same count");
+        // Somebody else's pod takes room for one of the small ones, and the large one fits as before.
+        assert_eq!(told(room("10", &["other"])), ["small", "vague"]);
+        // Its own pod is seen: what it claimed is taken up.
+        assert_eq!(told(room("10", &["other", "small"])), ["small", "vague"]);
+        assert_eq!(told(RoomView::Unreadable("no".into())), ["small", "large", "vague"]);
     }
 }

@@ -24,6 +24,8 @@ pub(crate) const MAX_OBJECTS: usize = 100_000;
 pub(crate) const MAX_BYTES: usize = 256 << 20;
 /// How long a failure is remembered beyond its retry, so that the number of failures in a row is not forgotten.
 const FAILURE_MEMORY: Duration = Duration::from_secs(600);
+/// How often what is remembered of failures and fights is gone through: it may be as many as there are objects.
+const FORGET_EVERY: Duration = Duration::from_secs(60);
 
 /// An object in a member.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -43,6 +45,8 @@ pub(super) struct Store {
     in_flight: HashMap<TargetKey, Begun>,
     failures: HashMap<TargetKey, Failure>,
     fights: HashMap<TargetKey, FightGuard>,
+    /// When both were last gone through.
+    forgot: Option<Instant>,
 }
 
 /// A namespace and a source mark.
@@ -192,6 +196,25 @@ impl Store {
                 .collect(),
             ..MemberView::default()
         }
+    }
+
+    /// Federated objects of a kind that something here says it comes from: their marks, and the namespaces of what says so.
+    pub(super) fn marks(&self, kind: usize) -> Vec<(Arc<str>, Arc<str>)> {
+        let sources = self.kinds.get(kind).into_iter().flat_map(|of| of.sources.keys());
+        sources.map(|(namespace, mark)| (Arc::clone(mark), Arc::clone(namespace))).collect()
+    }
+
+    /// Whether there is anything of a federated object in `home`, or on its way.
+    pub(super) fn holds(&self, key: &ObjectKey, home: &str, source: &str) -> bool {
+        let marked = |of: &Kind| of.sources.contains_key(&(home.into(), source.into()));
+        self.kinds.get(key.kind).is_some_and(marked)
+            || self.jobs_of.contains_key(key)
+            || self.in_flight.values().any(|begun| begun.source == *key)
+    }
+
+    /// Objects that are left alone for a while.
+    pub(super) fn contended(&mut self, now: Instant) -> usize {
+        self.fights.values_mut().filter_map(|guard| guard.rest(now)).count()
     }
 
     /// When an object may be written again, if it is contended.
@@ -401,7 +424,12 @@ impl Store {
         (wait, news)
     }
 
+    /// Lets go of what need not be remembered, now and then.
     fn forget(&mut self, now: Instant) {
+        if self.forgot.is_some_and(|last| now.saturating_duration_since(last) < FORGET_EVERY) {
+            return;
+        }
+        self.forgot = Some(now);
         self.failures.retain(|_, failure| failure.retry_at + FAILURE_MEMORY > now);
         self.fights.retain(|_, guard| !guard.is_idle(now));
     }
@@ -719,6 +747,42 @@ mod tests {
         let target = TargetKey { kind: 0, namespace: "shop".into(), name: "web-a".into() };
         assert!(view(&mut store).contended.contains_key("web-a"));
         assert_eq!(store.rest(&target, now), Some(Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn what_is_remembered_is_gone_through_now_and_then() {
+        let mut store = Store::default();
+        let now = Instant::now();
+        let target = store.submit(job("one"), now).expect("taken");
+        store.begin(&target).expect("begun");
+        let failure =
+            WriteFailure { hash: "one".into(), reason: "r".into(), message: "m".into(), conflict: false };
+        store.failed(&target, failure, 1.0, now);
+        let mut look = |after: Duration| {
+            store.view(&key(), "shop", "federateddeployments/web", ["a"].into_iter(), None, now + after);
+            store.failures.len()
+        };
+        assert_eq!(look(FAILURE_MEMORY), 1);
+        assert_eq!(look(FAILURE_MEMORY + Duration::from_secs(30)), 1, "it was gone through a moment ago");
+        assert_eq!(look(FAILURE_MEMORY + FORGET_EVERY), 0);
+    }
+
+    #[test]
+    fn whoever_has_something_here_is_known() {
+        let mut store = Store::default();
+        view(&mut store);
+        let now = Instant::now();
+        let holds = |store: &Store| store.holds(&key(), "shop", "federateddeployments/web");
+        assert!(!holds(&store));
+        let target = store.submit(job("one"), now).expect("taken");
+        assert!(holds(&store), "a write waits");
+        store.begin(&target).expect("begun");
+        assert!(holds(&store), "it is under way");
+        store.succeeded(&target, &apply("one", Cause::Create), Some(live("web-a", "1", 1)), now);
+        assert!(holds(&store), "it is there");
+        assert_eq!(store.marks(0), [("federateddeployments/web".into(), "shop".into())]);
+        store.change(0, Change::Delete(seen("web-a", "1", 2)));
+        assert!(!holds(&store) && store.marks(0).is_empty());
     }
 
     #[test]

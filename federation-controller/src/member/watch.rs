@@ -110,21 +110,24 @@ fn take(member: &Member, shared: &Shared, kind: usize, of: &FederatedType, chang
     let listed = matches!(change, Change::Replace(_));
     let (marks, full) = {
         let mut store = member.store.lock();
-        (store.change(kind, change), store.is_full(kind))
+        let marks = store.change(kind, change);
+        (if listed { store.marks(kind) } else { marks }, store.is_full(kind))
     };
+    let keys: Vec<ObjectKey> = marks
+        .into_iter()
+        .filter_map(|(mark, namespace)| {
+            let (plural, name) = parse_source(&mark)?;
+            (of.plural == plural).then(|| ObjectKey::new(kind, of.hub_namespace(&namespace, name), name))
+        })
+        .collect();
+    shared.traces.add(keys.iter().cloned(), &member.name);
     if full {
         return false;
     }
     if listed {
         shared.enqueue_kind(kind);
-    }
-    for (mark, namespace) in marks {
-        if let Some((plural, name)) = parse_source(&mark)
-            && of.plural == plural
-        {
-            let namespace = of.hub_namespace(&namespace, name);
-            shared.queue.add_after(ObjectKey::new(kind, namespace, name), crate::SETTLE);
-        }
+    } else {
+        keys.into_iter().for_each(|key| shared.queue.add_after(key, crate::SETTLE));
     }
     true
 }

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use federation_controller::{ConnectError, Controller, Destination, Handle, Options, To, connector};
 use federation_core::api::FederatedStatus;
-use http::Request;
+use http::{Method, Request};
 use http_body_util::BodyExt as _;
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
@@ -27,6 +27,28 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How often a predicate is looked at.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// A write of a controller, anywhere. Leases and Events are not counted: both may be written by who does not act.
+#[derive(Debug, Clone)]
+pub(crate) struct Act {
+    /// The identity in the controller's lease.
+    pub(crate) who: String,
+    pub(crate) at: Instant,
+    pub(crate) what: String,
+}
+
+/// What is done to controllers.
+#[derive(Default)]
+pub(crate) struct Tricks {
+    /// Controllers whose requests to the hub get no answer.
+    pub(crate) cut_off: Vec<String>,
+    /// Controllers that fail (panic) when they write an object of this name at the hub.
+    pub(crate) trips_over: Vec<(String, String)>,
+    /// Members that make whatever connects to them fail.
+    pub(crate) trips: Vec<String>,
+    /// How often anything failed so.
+    pub(crate) tripped: usize,
+}
+
 pub(crate) struct World {
     pub(crate) hub: Arc<FakeApi>,
     pub(crate) members: BTreeMap<String, Arc<FakeApi>>,
@@ -37,6 +59,9 @@ pub(crate) struct World {
     /// Connections that are open, so that a lost tunnel can end them.
     #[allow(clippy::type_complexity)] // said once, here
     open: Arc<Mutex<Vec<(String, AbortOnDropHandle<()>)>>>,
+    /// What controllers have written, in order.
+    pub(crate) acts: Arc<Mutex<Vec<Act>>>,
+    pub(crate) tricks: Arc<Mutex<Tricks>>,
     handle: Option<Handle>,
     running: Option<(oneshot::Sender<()>, tokio::task::JoinHandle<()>)>,
 }
@@ -77,6 +102,8 @@ impl World {
             misses: Arc::default(),
             down: Arc::default(),
             open: Arc::default(),
+            acts: Arc::default(),
+            tricks: Arc::default(),
             handle: None,
             running: None,
         }
@@ -84,17 +111,45 @@ impl World {
 
     pub(crate) fn run(&mut self, options: Options) {
         let hub = Arc::clone(&self.hub);
+        let who = options.lease.as_ref().map(|lease| lease.identity.clone()).unwrap_or_default();
+        let (acts, tricks) = (Arc::clone(&self.acts), Arc::clone(&self.tricks));
+        let own = who.clone();
         let service = tower::service_fn(move |request: Request<kube::client::Body>| {
-            let hub = Arc::clone(&hub);
-            async move { Ok::<_, std::convert::Infallible>(serve(hub, request).await) }
+            let (hub, acts, tricks, who) =
+                (Arc::clone(&hub), Arc::clone(&acts), Arc::clone(&tricks), own.clone());
+            async move {
+                let (cut_off, trips) = {
+                    let mut tricks = tricks.lock();
+                    let name = request.uri().path().rsplit('/').next().unwrap_or_default();
+                    let trips = *request.method() != Method::GET
+                        && tricks.trips_over.iter().any(|(of, over)| *of == who && over == name);
+                    tricks.tripped += usize::from(trips);
+                    (tricks.cut_off.contains(&who), trips)
+                };
+                if cut_off {
+                    std::future::pending::<()>().await;
+                }
+                assert!(!trips, "{who} fails, as it is to");
+                note(&acts, &who, request.method(), request.uri().path());
+                Ok::<_, std::convert::Infallible>(serve(hub, request).await)
+            }
         });
         let client = kube::Client::new(service, "default");
         let (members, down, open) = (self.members.clone(), Arc::clone(&self.down), Arc::clone(&self.open));
         let misses = Arc::clone(&self.misses);
+        let (acts, tricks) = (Arc::clone(&self.acts), Arc::clone(&self.tricks));
         let connector = connector(move |Destination { cluster, to }| {
             let missed = matches!(to, To::Endpoint { .. }) && misses.lock().contains(&cluster);
             let (members, down, open) = (members.clone(), Arc::clone(&down), Arc::clone(&open));
+            let (acts, who) = (Arc::clone(&acts), who.clone());
+            let trips = {
+                let mut tricks = tricks.lock();
+                let trips = tricks.trips.contains(&cluster);
+                tricks.tripped += usize::from(trips);
+                trips
+            };
             async move {
+                assert!(!trips, "the connection to {cluster} fails, as it is to");
                 let Some(api) = members.get(&cluster).filter(|_| !down.lock().contains(&cluster)) else {
                     return Err(ConnectError::NoTunnel { cluster });
                 };
@@ -104,8 +159,9 @@ impl World {
                 }
                 let (ours, theirs) = tokio::io::duplex(64 << 10);
                 let api = Arc::clone(api);
-                let service = hyper::service::service_fn(move |request| {
+                let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
                     let api = Arc::clone(&api);
+                    note(&acts, &who, request.method(), request.uri().path());
                     async move { Ok::<_, std::convert::Infallible>(serve(api, request).await) }
                 });
                 let serving = tokio::spawn(async move {
@@ -261,6 +317,14 @@ pub(crate) fn condition<'a>(object: &'a Value, type_: &str) -> Option<&'a str> {
 
 pub(crate) fn is_true(status: &FederatedStatus, type_: &str) -> bool {
     status.conditions.iter().any(|condition| condition.type_ == type_ && condition.status == "True")
+}
+
+fn note(acts: &Mutex<Vec<Act>>, who: &str, method: &Method, path: &str) {
+    let counts = *method != Method::GET && !path.contains("/leases") && !path.contains("/events");
+    if counts {
+        let what = format!("{method} {path}");
+        acts.lock().push(Act { who: who.to_owned(), at: Instant::now(), what });
+    }
 }
 
 async fn serve<B>(api: Arc<FakeApi>, request: Request<B>) -> http::Response<crate::fake::Body>

@@ -1,0 +1,67 @@
+//! In which members a federated object may have left something, so that a look at it asks those and no others: the cost of a
+//! look depends on where the object is, and not on how many members there are.
+//!
+//! A member is noted when a look asks it about the object, and when it shows an object that carries the mark. It is
+//! forgotten when the object has nothing to do there any more and nothing of it is left.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::hub::ObjectKey;
+
+/// Members by federated object.
+#[derive(Debug, Default)]
+pub(crate) struct Traces {
+    by_object: Mutex<HashMap<ObjectKey, BTreeSet<Arc<str>>>>,
+}
+
+// === impl Traces ===
+
+impl Traces {
+    /// Notes a member for some objects.
+    pub(crate) fn add(&self, objects: impl IntoIterator<Item = ObjectKey>, member: &Arc<str>) {
+        let mut by_object = self.by_object.lock();
+        for object in objects {
+            by_object.entry(object).or_default().insert(Arc::clone(member));
+        }
+    }
+
+    /// Where an object may have something.
+    pub(crate) fn of(&self, object: &ObjectKey) -> Vec<Arc<str>> {
+        self.by_object.lock().get(object).into_iter().flatten().cloned().collect()
+    }
+
+    /// Forgets members that `stays` does not say to keep. It is asked while nothing can be noted: what a member shows comes
+    /// to be known there first, and is noted here afterwards.
+    pub(crate) fn settle(&self, object: &ObjectKey, stays: impl Fn(&str) -> bool) {
+        let mut by_object = self.by_object.lock();
+        if let Some(members) = by_object.get_mut(object) {
+            members.retain(|member| stays(member));
+            if members.is_empty() {
+                by_object.remove(object);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn members_are_kept_as_long_as_they_matter() {
+        let traces = Traces::default();
+        let (web, other) = (ObjectKey::new(0, "shop", "web"), ObjectKey::new(0, "shop", "other"));
+        for member in ["x", "y"] {
+            traces.add([web.clone(), other.clone()], &member.into());
+        }
+        traces.settle(&web, |member| member == "y");
+        assert_eq!(traces.of(&web), ["y".into()]);
+        assert_eq!(traces.of(&other).len(), 2);
+        traces.settle(&web, |_| false);
+        assert!(traces.of(&web).is_empty());
+        assert_eq!(traces.by_object.lock().len(), 1, "nothing is kept of what is nowhere");
+    }
+}
