@@ -128,6 +128,8 @@ pub(crate) struct HubCommand {
 pub(crate) enum HubAction {
     #[command(flatten)]
     Store(StoreCommand),
+    /// Give up the history of a running hub's store and the room that it takes. Who watches may have to list again.
+    Compact(ListArgs),
     /// What of a running hub's objects is encrypted under which key.
     #[command(subcommand)]
     Encryption(EncryptionCommand),
@@ -137,7 +139,8 @@ pub(crate) enum HubAction {
 pub(crate) enum EncryptionCommand {
     /// Show how many objects are under which key.
     Status(ListArgs),
-    /// Write everything that is under an old key anew under the current one.
+    /// Write everything that is under an old key anew under the current one, and keep nothing of the old form: the history
+    /// goes too.
     Rewrite(ListArgs),
 }
 
@@ -182,9 +185,10 @@ pub(crate) struct StoreArgs {
     /// The hub's data folder [default: ~/.cellway].
     #[arg(long, value_name = "DIR", conflicts_with = "store")]
     pub(crate) data_dir: Option<PathBuf>,
-    /// The SQLite file itself, when it is not in a data folder.
+    /// The SQLite file itself, when it is not in a data folder; for `check` also postgres://… or mysql://…, which
+    /// may be in the variable CELLWAY_STORE instead.
     #[arg(long, value_name = "FILE")]
-    pub(crate) store: Option<PathBuf>,
+    pub(crate) store: Option<String>,
 }
 
 /// For programs that another one starts.

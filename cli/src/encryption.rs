@@ -6,7 +6,8 @@ use crate::{
     args::{EncryptionCommand, ListArgs},
     error::{Error, Result},
     hub::{Hub, explain},
-    output::{self, Cell, Paint, Table, text_out},
+    output::{self, Cell, Paint, Table},
+    upkeep,
 };
 
 /// `GET /encryption`.
@@ -29,16 +30,6 @@ struct Group {
     key: String,
     objects: u64,
     stale: u64,
-}
-
-/// `POST /encryption/rewrite`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Rewritten {
-    rewritten: u64,
-    failed: u64,
-    #[serde(default)]
-    failed_keys: Vec<String>,
 }
 
 pub(crate) async fn run(command: EncryptionCommand) -> Result<()> {
@@ -77,9 +68,7 @@ fn table(status: &Status) -> Table {
 async fn rewrite(args: ListArgs) -> Result<()> {
     const TRIED: &str = "rewrite what is under an old key";
     let hub = Hub::open(&args.hub).await?;
-    let request =
-        http::Request::post("/encryption/rewrite").body(Vec::new()).map_err(|e| Error::usage(TRIED, e))?;
-    let done: Rewritten = hub.client().request(request).await.map_err(explain(TRIED))?;
+    let done = upkeep::follow(&hub, "/encryption/rewrite", TRIED).await?;
     if done.failed > 0 {
         let first = done.failed_keys.first().map_or("", String::as_str);
         return Err(Error::failed(
@@ -93,5 +82,6 @@ async fn rewrite(args: ListArgs) -> Result<()> {
             "see the hub's log; the former keys have to stay in the configuration until all are rewritten",
         ));
     }
-    text_out(&format!("{} objects rewritten under the current key\n", done.rewritten))
+    let text = format!("{} objects rewritten under the current key; {}", done.rewritten, upkeep::room(&done));
+    upkeep::print(&args, TRIED, &done, &text)
 }

@@ -18,6 +18,7 @@ mod run_member;
 mod store;
 mod texts;
 mod up;
+mod upkeep;
 
 use std::process::ExitCode;
 
@@ -56,6 +57,7 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Hub(mut args) => match args.action.take() {
             None => return run_hub::run(*args).await,
             Some(HubAction::Store(command)) => store::run(command).await,
+            Some(HubAction::Compact(args)) => upkeep::compact(args).await,
             Some(HubAction::Encryption(command)) => encryption::run(command).await,
         },
         Command::Dev(DevCommand::Member(args)) => return run_member::run(*args).await,

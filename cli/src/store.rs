@@ -1,8 +1,14 @@
 //! `hub backup`, `hub restore` and `hub check`: looking after a hub's SQLite file, without the hub.
 
-use std::path::PathBuf;
+use std::{
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
 
-use federation_store::files::{self, Checked, FileError};
+use federation_store::{
+    Location,
+    files::{self, Checked, FileError, Restored},
+};
 use serde_json::json;
 
 use crate::{
@@ -28,23 +34,24 @@ pub(crate) async fn run(command: StoreCommand) -> Result<()> {
         }
         StoreCommand::Restore(args) => {
             let store = args.of.file()?;
-            let revision = files::restore(&args.file, &store)
+            let Restored { revision, replaced } = files::restore(&args.file, &store, SystemTime::now())
                 .await
                 .map_err(|error| failed(format!("restore {}", store.display()), &error))?;
-            text_out(&format!(
-                "{} goes on at revision {revision}; what was there is in {}.replaced\n",
-                store.display(),
-                store.display()
-            ))
+            let replaced = match replaced {
+                Some(path) => format!("what was there is in {}", path.display()),
+                None => "nothing was there before".to_owned(),
+            };
+            text_out(&format!("{} goes on at revision {revision}; {replaced}\n", store.display()))
         }
         StoreCommand::Check(args) => check(&args).await,
     }
 }
 
 async fn check(args: &CheckArgs) -> Result<()> {
-    let store = args.of.file()?;
-    let tried = format!("check {}", store.display());
-    let checked = files::check(&store).await.map_err(|error| failed(&tried, &error))?;
+    let store = args.of.location()?;
+    let tried = format!("check {store}");
+    let checked = files::check_at(&store).await.map_err(|error| failed(&tried, &error))?;
+    let store = store.sqlite_path().map_or_else(|| store.to_string(), |path| path.display().to_string());
     let Checked { revision, compacted, keys, rows, faults } = &checked;
     match args.output.output {
         Format::Json | Format::Yaml => {
@@ -71,13 +78,34 @@ async fn check(args: &CheckArgs) -> Result<()> {
 }
 
 impl StoreArgs {
+    /// The database that these arguments mean.
+    fn location(&self) -> Result<Location> {
+        // As the hub itself takes it; a password is seen by nobody there.
+        let store = match (&self.store, &self.data_dir) {
+            (Some(store), _) => Some(store.clone()),
+            (None, Some(_)) => None,
+            (None, None) => std::env::var("CELLWAY_STORE").ok().filter(|store| !store.is_empty()),
+        };
+        match store {
+            Some(store) if store.contains("://") => {
+                Location::parse(&store).map_err(|error| Error::usage("find the data", chain(&error)))
+            }
+            Some(file) => Ok(Location::sqlite(file)),
+            None => {
+                let folder = self.data_dir.clone().map_or_else(default_data_dir, Ok)?;
+                Ok(Location::sqlite(folder.join("store.db")))
+            }
+        }
+    }
+
     /// The file that these arguments mean.
     fn file(&self) -> Result<PathBuf> {
-        match (&self.store, &self.data_dir) {
-            (Some(file), _) => Ok(file.clone()),
-            (None, Some(folder)) => Ok(folder.join("store.db")),
-            (None, None) => Ok(default_data_dir()?.join("store.db")),
-        }
+        let location = self.location()?;
+        location.sqlite_path().map(Path::to_owned).ok_or_else(|| {
+            Error::usage(format!("find the file of {location}"), "it is no SQLite file").remedy(
+                "back such a database up and restore it with its own tools, such as pg_dump or mariadb-dump",
+            )
+        })
     }
 }
 

@@ -138,6 +138,8 @@ async fn a_hubs_data_is_backed_up_checked_and_restored() {
 
     let output = cellway(&["hub", "restore", copy, "--data-dir", path]);
     assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("what was there is in ") && text.contains("store.db.replaced-"), "{text}");
     let output = cellway(&["hub", "check", "--data-dir", path, "-o", "json"]);
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     let checked: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -148,4 +150,65 @@ async fn a_hubs_data_is_backed_up_checked_and_restored() {
     std::fs::write(copy, "no database at all").unwrap();
     let damaged = cellway(&["hub", "check", "--store", copy]);
     assert_eq!(code(&damaged), 1, "{}", stderr(&damaged));
+}
+
+/// A hub of this program, for as long as the value lives.
+struct Hub(std::process::Child);
+
+impl Drop for Hub {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn a_hub_moves_to_a_key_and_keeps_nothing_of_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let config = folder.path().join("encryption.yaml");
+    let providers = |providers: &str| {
+        let text = format!(
+            "apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfiguration\nresources:\n\
+             - resources: [secrets]\n  providers: [{providers}]\n"
+        );
+        std::fs::write(&config, text).unwrap();
+    };
+    providers("{identity: {}}");
+    let log = std::fs::File::create(folder.path().join("log")).unwrap();
+    let child = Command::new(env!("CARGO_BIN_EXE_cellway"))
+        .args(["hub", "--bind-address=127.0.0.1", "--api-port=0", "--agent-port=0", "--connect-port=0"])
+        .args(["--health-port=0", "--admin-port=0", "--data-dir"])
+        .arg(&data)
+        .arg("--encryption-provider-config")
+        .arg(&config)
+        .stdin(std::process::Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    let hub = Hub(child);
+    let ready = || data.join("hub.json").exists();
+    test_support::wait_for(ready, std::time::Duration::from_secs(120), "the hub").await.unwrap();
+    let at = data.to_str().unwrap();
+    let key = format!("{}=", "A".repeat(43));
+    providers(&format!("{{aesgcm: {{keys: [{{name: one, secret: {key}}}]}}}}, {{identity: {{}}}}"));
+    let rewritten = cellway(&["hub", "encryption", "rewrite", "--data-dir", at]);
+    assert_eq!(code(&rewritten), 0, "{}", stderr(&rewritten));
+    let text = String::from_utf8_lossy(&rewritten.stdout).into_owned();
+    assert!(text.contains("rewritten under the current key; the history is gone"), "{text}");
+    let status = cellway(&["hub", "encryption", "status", "--data-dir", at, "-o", "json"]);
+    assert_eq!(code(&status), 0, "{}", stderr(&status));
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+    assert_eq!(status["stale"], 0, "{status}");
+    let compacted = cellway(&["hub", "compact", "--data-dir", at, "-o", "json"]);
+    assert_eq!(code(&compacted), 0, "{}", stderr(&compacted));
+    let compacted: serde_json::Value = serde_json::from_slice(&compacted.stdout).unwrap();
+    assert_eq!((&compacted["step"], &compacted["problem"]), (&"finished".into(), &serde_json::Value::Null));
+    // A key that is no key: said as it is, and nothing is written.
+    std::fs::write(&config, "kind: X").unwrap();
+    let refused = cellway(&["hub", "encryption", "rewrite", "--data-dir", at]);
+    assert_eq!(code(&refused), 1, "{}", stderr(&refused));
+    assert!(stderr(&refused).contains("nothing was rewritten"), "{}", stderr(&refused));
+    drop(hub);
 }

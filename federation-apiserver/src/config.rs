@@ -27,6 +27,11 @@ pub struct Config {
     /// Where to listen; port 0 takes a free one.
     pub bind: SocketAddr,
     pub role: Role,
+    /// What to serve with; a certificate of the server's own when not given. Followed when the files change.
+    pub serving: Option<ServingConfig>,
+    /// Clients are also known by certificates of the authorities in this file: user and groups are common name and
+    /// organisations. Followed when it changes.
+    pub client_ca_file: Option<PathBuf>,
     /// Names and addresses in the serving certificate beyond localhost and the bound address.
     pub extra_names: Vec<String>,
     /// Address that kubeconfigs name; the bound one when empty (loopback when bound to all addresses).
@@ -59,6 +64,13 @@ pub struct Config {
     pub limits: Limits,
     /// The member's simulation; ignored for the hub.
     pub simulation: crate::simulation::SimulationConfig,
+}
+
+/// A certificate chain and its key, in PEM files: kube-apiserver's `--tls-cert-file` and `--tls-private-key-file`.
+#[derive(Clone, Debug)]
+pub struct ServingConfig {
+    pub certificate: PathBuf,
+    pub key: PathBuf,
 }
 
 /// How long events are kept when nothing else is said, as kube-apiserver's `--event-ttl`.
@@ -158,6 +170,8 @@ impl Config {
             cert_dir: None,
             bind: SocketAddr::from(([127, 0, 0, 1], 0)),
             role,
+            serving: None,
+            client_ca_file: None,
             extra_names: Vec::new(),
             advertise: None,
             token_auth_file: None,

@@ -8,7 +8,7 @@ use service::duration::GoDuration;
 
 use crate::audit::AuditLogConfig;
 use crate::auth::oidc::OidcConfig;
-use crate::config::{AuditConfig, Config, ServiceAccountConfig};
+use crate::config::{AuditConfig, Config, ServiceAccountConfig, ServingConfig};
 
 /// Revisions that are kept however old they are, when history goes by its age: watches that start over need some.
 const MIN_HISTORY: u64 = 1_000;
@@ -34,6 +34,16 @@ pub struct ApiFlags {
     /// Serve requests without credentials as system:anonymous, with what its roles allow; else refuse them.
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub anonymous_auth: bool,
+    /// The certificate to serve with, with its chain, in PEM; read again when it changes [default: one of the server's own
+    /// authority].
+    #[arg(long, value_name = "FILE", requires = "tls_private_key_file")]
+    pub tls_cert_file: Option<PathBuf>,
+    /// Its key.
+    #[arg(long, value_name = "FILE", requires = "tls_cert_file")]
+    pub tls_private_key_file: Option<PathBuf>,
+    /// Authorities whose client certificates are accepted beside those of the server's own; read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    pub client_ca_file: Option<PathBuf>,
     /// What is encrypted in the store and with what: an EncryptionConfiguration of apiserver.config.k8s.io/v1.
     #[arg(long, value_name = "FILE")]
     pub encryption_provider_config: Option<PathBuf>,
@@ -127,6 +137,12 @@ impl ApiFlags {
         config.event_ttl = self.event_ttl.0;
         config.limits.shutdown_delay = self.shutdown_delay_duration.0;
         config.anonymous_auth = self.anonymous_auth;
+        // Each asks for the other.
+        config.serving = self
+            .tls_cert_file
+            .zip(self.tls_private_key_file)
+            .map(|(certificate, key)| ServingConfig { certificate, key });
+        config.client_ca_file = self.client_ca_file;
         config.encryption_provider_config = self.encryption_provider_config;
         config.audit = match (self.audit_policy_file, self.audit_log_path) {
             (Some(policy_file), Some(path)) => Some(AuditConfig {

@@ -25,6 +25,7 @@ pub mod apply;
 pub mod audit;
 pub mod auth;
 mod cel;
+mod certificates;
 mod client;
 mod config;
 mod crd;
@@ -46,6 +47,7 @@ mod server;
 pub mod simulation;
 pub mod status;
 mod table;
+mod upkeep;
 mod value;
 mod webhook;
 
@@ -55,6 +57,7 @@ pub use auth::oidc::OidcConfig;
 pub use client::LocalClient;
 pub use config::{
     AuditConfig, CONVERTED_ANNOTATION, Config, Converter, DEFAULT_ISSUER, Limits, Role, ServiceAccountConfig,
+    ServingConfig,
 };
 pub use federation_store::Location;
 pub use flags::ApiFlags;

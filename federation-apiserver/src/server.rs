@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use base64::Engine as _;
 use federation_store::{Store, StoreConfig};
+use futures::FutureExt as _;
 use serde_json::{Value, json};
 use service::http::{Entrance, Gate};
-use tls::{CertificateAuthority, ClientAuth, ServerTls, TlsVersions};
+use tls::ServerTls;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -23,7 +23,8 @@ use crate::auth::oidc::{Oidc, OidcConfigError};
 use crate::auth::service_accounts::keys::{KeyError, Keys};
 use crate::auth::service_accounts::{self, ServiceAccounts};
 use crate::auth::tokens::{TokenFile, TokenFileError};
-use crate::auth::{Authenticator, IMPERSONATORS, MASTERS, PeerIdentity};
+use crate::auth::{Authenticator, PeerIdentity};
+use crate::certificates::{ADMIN_KUBECONFIG, AGENT_KUBECONFIG, Certificates};
 use crate::client::LocalClient;
 use crate::config::{Config, DEFAULT_ISSUER, Role};
 use crate::encryption::store::StoreHandle;
@@ -37,11 +38,8 @@ use crate::registry::write::WriteOptions;
 use crate::registry::{Registry, services};
 use crate::status::ApiError;
 use crate::value::str_at;
-use crate::{crd, encryption, gc, rbac, simulation};
+use crate::{crd, encryption, gc, rbac, simulation, upkeep};
 
-/// Lifetime of the certificates made at start: the serving one is made anew with every start, as are those in
-/// kubeconfigs.
-const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Pause after the listener fails to accept (file descriptors used up): nothing to do but wait for some to close.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Namespaces that every server has.
@@ -107,8 +105,7 @@ pub struct Bound {
     config: Config,
     listener: TcpListener,
     address: SocketAddr,
-    authority: CertificateAuthority,
-    tls: ServerTls,
+    certificates: Certificates,
     registry: Arc<Registry>,
     database: Database,
     authenticator: Authenticator,
@@ -130,17 +127,6 @@ impl ApiServer {
         let address = listener.local_addr().map_err(listen)?;
 
         let pki = config.cert_dir.clone().unwrap_or_else(|| dir.join("pki"));
-        let certificates = |source| BindError::Certificates { path: pki.clone(), source };
-        let authority = CertificateAuthority::load_or_create(&pki, "cellway-api-ca").map_err(certificates)?;
-        let serving =
-            authority.issue_server(&names(&config, address), CERTIFICATE_LIFETIME).map_err(certificates)?;
-        let tls = ServerTls::from_pem(
-            &serving.certificate_pem,
-            &serving.key_pem,
-            Some(authority.certificate_pem()),
-            ClientAuth::Optional,
-        )?
-        .with_versions(TlsVersions::From12)?;
         let tokens = match &config.token_auth_file {
             Some(path) => TokenFile::read(path)?,
             None => TokenFile::default(),
@@ -162,6 +148,8 @@ impl ApiServer {
         );
         bootstrap(&registry, &config, address).await?;
 
+        // Not before the store is ours: a server that runs in this folder keeps its files.
+        let certificates = Certificates::new(&config, &pki, address, url(&config, address))?;
         let accounts = Arc::new(service_accounts(&config, &pki, &registry)?);
         let oidc = config.oidc.clone().map(Oidc::new).transpose()?;
         let authenticator =
@@ -174,12 +162,11 @@ impl ApiServer {
                 (Some(Audit { policy, sink }), Some(writer))
             }
         };
-        let mounts = Vec::new();
-        let bound = Bound {
+        let mounts = vec![(upkeep::PATH.to_owned(), upkeep::router(registry.clone()))];
+        Ok(Bound {
             listener,
             address,
-            authority,
-            tls,
+            certificates,
             registry,
             database: Database::default(),
             authenticator,
@@ -187,13 +174,7 @@ impl ApiServer {
             audit_writer,
             mounts,
             config,
-        };
-        bound.write_kubeconfig(&bound.admin_kubeconfig(), "cellway:admin", &[MASTERS])?;
-        if bound.config.role == Role::Member {
-            let path = bound.agent_kubeconfig();
-            bound.write_kubeconfig(&path, "cellway:agent", &[IMPERSONATORS])?;
-        }
-        Ok(bound)
+        })
     }
 }
 
@@ -207,16 +188,7 @@ impl Bound {
 
     /// `https://…` as kubeconfigs name it.
     pub fn url(&self) -> String {
-        let host = match &self.config.advertise {
-            Some(host) => host.clone(),
-            None if self.address.ip().is_unspecified() => "127.0.0.1".into(),
-            None => self.address.ip().to_string(),
-        };
-        if host.contains(':') && !host.starts_with('[') {
-            format!("https://[{host}]:{}", self.address.port())
-        } else {
-            format!("https://{host}:{}", self.address.port())
-        }
+        url(&self.config, self.address)
     }
 
     /// Whether the database answers, as `/readyz` says: for programs with probes of their own.
@@ -226,43 +198,23 @@ impl Bound {
 
     /// Certificate of the CA that signs serving and client certificates, in PEM.
     pub fn ca_pem(&self) -> &str {
-        self.authority.certificate_pem()
+        self.certificates.ca_pem()
     }
 
     /// The administrator's kubeconfig, user `cellway:admin` in `system:masters`.
     pub fn admin_kubeconfig(&self) -> PathBuf {
-        self.config.data_dir.join("admin.kubeconfig")
+        self.config.data_dir.join(ADMIN_KUBECONFIG)
     }
 
     /// A member's kubeconfig for its agent: user `cellway:agent`, who may impersonate and read, nothing more.
     pub fn agent_kubeconfig(&self) -> PathBuf {
-        self.config.data_dir.join("agent.kubeconfig")
+        self.config.data_dir.join(AGENT_KUBECONFIG)
     }
 
-    /// Writes a kubeconfig (readable by its owner only) with a new client certificate for a user.
+    /// Writes a kubeconfig (readable by its owner only) with a new client certificate for a user, valid for as long as the
+    /// authority: for a client in this process, which keeps what it has read once.
     pub fn write_kubeconfig(&self, path: &Path, user: &str, groups: &[&str]) -> Result<(), BindError> {
-        let groups: Vec<String> = groups.iter().map(|g| (*g).to_owned()).collect();
-        let issued = self
-            .authority
-            .issue_client(user, &groups, CERTIFICATE_LIFETIME)
-            .map_err(|source| BindError::Certificates { path: path.to_owned(), source })?;
-        let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
-        let name = match self.config.role {
-            Role::Hub => "cellway-hub",
-            Role::Member => "cellway-member",
-        };
-        let config = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": name, "preferences": {},
-            "clusters": [{"name": name, "cluster": {"server": self.url(),
-                "certificate-authority-data": encode(self.authority.certificate_pem())}}],
-            "users": [{"name": user, "user": {"client-certificate-data": encode(&issued.certificate_pem),
-                "client-key-data": encode(&issued.key_pem)}}],
-            "contexts": [{"name": name, "context": {"cluster": name, "user": user, "namespace": "default"}}],
-        });
-        // JSON is YAML; kubectl reads it, and it needs no quoting rules of its own.
-        let text = serde_json::to_string_pretty(&config).unwrap_or_default();
-        tls::write_private(path, text.as_bytes())
-            .map_err(|source| BindError::Write { path: path.to_owned(), source })
+        self.certificates.write_lasting(path, user, groups)
     }
 
     /// Serves `router` for paths that start with `prefix` (`/clusters`). Requests arrive authenticated and
@@ -289,20 +241,24 @@ impl Bound {
         let encryption =
             encryption::run(self.registry.store.encryption().clone(), self.registry.shutdown.clone());
         tasks.spawn(encryption.instrument(tracing::info_span!("encryption")));
+        let upkeep = upkeep::run(self.registry.clone(), self.registry.shutdown.clone());
+        tasks.spawn(upkeep.instrument(tracing::info_span!("upkeep")));
         tasks.spawn(rbac::index::run(self.registry.clone()).instrument(tracing::info_span!("rbac")));
         let aggregation = rbac::aggregation::run(self.registry.clone());
         tasks.spawn(aggregation.instrument(tracing::info_span!("aggregation")));
         let events = gc::run_events(self.registry.clone());
         tasks.spawn(events.instrument(tracing::info_span!("events")));
         if let Some(accounts) = self.authenticator.service_accounts().cloned() {
-            let care =
-                service_accounts::controller::run(accounts, self.authority.certificate_pem().to_owned());
+            let care = service_accounts::controller::run(accounts, self.certificates.ca_pem().to_owned());
             tasks.spawn(care.instrument(tracing::info_span!("service accounts")));
         }
         let jwks_uri = match &self.config.service_accounts.jwks_uri {
             Some(uri) => uri.clone(),
             None => format!("{}/openid/v1/jwks", self.url()),
         };
+        let tls = self.certificates.tls().clone();
+        let certificates = self.registry.shutdown.clone().run_until_cancelled_owned(self.certificates.keep());
+        tasks.spawn(certificates.map(drop).instrument(tracing::info_span!("certificates")));
         let simulated = match self.config.role {
             Role::Hub => None,
             Role::Member => {
@@ -364,8 +320,7 @@ impl Bound {
                         continue;
                     }
                 };
-                let serve =
-                    serve(stream, remote, self.tls.clone(), app.clone(), gate.enter(), draining.clone());
+                let serve = serve(stream, remote, tls.clone(), app.clone(), gate.enter(), draining.clone());
                 let span = tracing::debug_span!("connection", client.addr = %remote);
                 connections.spawn(serve.instrument(span));
             }
@@ -467,28 +422,18 @@ fn service_accounts(
     Ok(ServiceAccounts { keys, issuers, audiences, max_expiration, registry: registry.clone() })
 }
 
-/// Names and addresses of the serving certificate.
-fn names(config: &Config, address: SocketAddr) -> Vec<String> {
-    let mut names: Vec<String> = [
-        "localhost",
-        "127.0.0.1",
-        "::1",
-        "kubernetes",
-        "kubernetes.default",
-        "kubernetes.default.svc",
-        "kubernetes.default.svc.cluster.local",
-        services::API_SERVICE_IP,
-    ]
-    .map(str::to_owned)
-    .to_vec();
-    if !address.ip().is_unspecified() {
-        names.push(address.ip().to_string());
+/// `https://…` as kubeconfigs name it.
+fn url(config: &Config, address: SocketAddr) -> String {
+    let host = match &config.advertise {
+        Some(host) => host.clone(),
+        None if address.ip().is_unspecified() => "127.0.0.1".into(),
+        None => address.ip().to_string(),
+    };
+    if host.contains(':') && !host.starts_with('[') {
+        format!("https://[{host}]:{}", address.port())
+    } else {
+        format!("https://{host}:{}", address.port())
     }
-    names.extend(config.advertise.clone());
-    names.extend(config.extra_names.iter().cloned());
-    let mut seen = std::collections::BTreeSet::new();
-    names.retain(|n| seen.insert(n.clone()));
-    names
 }
 
 fn make_private_dir(path: &Path) -> std::io::Result<()> {

@@ -106,6 +106,12 @@ pub enum OpenError {
         /// The database.
         path: PathBuf,
     },
+    /// A restore was cut off between the old data and the new.
+    #[error("a restore of {path} was cut off: do it again (`cellway hub restore`)")]
+    RestoreCutOff {
+        /// The database.
+        path: PathBuf,
+    },
     /// The database cannot be opened.
     #[error("failed to open the database {database}")]
     Open {

@@ -7,12 +7,17 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
 use sqlx::{ConnectOptions as _, Connection as _, Row as _};
 
-use crate::backend::sqlite::{self, MIGRATIONS};
+use crate::backend;
+use crate::backend::sql::Dialect as _;
+use crate::backend::sqlite::{self, SqliteDialect};
+use crate::location::{Location, Looked};
 use crate::types::Revision;
 
 /// How far a restore moves the counter: more writes than any hub makes between a backup and its loss.
@@ -90,61 +95,6 @@ pub struct Checked {
     pub faults: Vec<String>,
 }
 
-/// Rules that hold for every file, as queries for what breaks them: an example of each fault, and their number.
-const RULES: &[(&str, &str)] = &[
-    (
-        "a row is newer than the counter",
-        "SELECT place >> 20 AS example FROM store_log, store_state WHERE place >> 20 > revision",
-    ),
-    (
-        "the counter's revision has no row",
-        "SELECT revision AS example FROM store_state
-          WHERE revision > 1 AND revision > compacted
-            AND NOT EXISTS (SELECT 1 FROM store_log WHERE place >= revision << 20)",
-    ),
-    (
-        "compaction is ahead of the counter",
-        "SELECT compacted AS example FROM store_state WHERE compacted > revision OR swept > compacted",
-    ),
-    (
-        "a key's newest row is not the one that is listed",
-        "SELECT h.place >> 20 AS example FROM store_head h
-          WHERE h.place IS NOT (SELECT MAX(l.place) FROM store_log l WHERE l.name = h.name)",
-    ),
-    (
-        "a key is deleted in one table and not in the other",
-        "SELECT h.place >> 20 AS example FROM store_head h JOIN store_log l ON l.place = h.place
-          WHERE h.deleted <> l.deleted",
-    ),
-    (
-        "a row's key is not listed",
-        "SELECT l.place >> 20 AS example FROM store_log l
-          WHERE NOT EXISTS (SELECT 1 FROM store_head h WHERE h.name = l.name)",
-    ),
-    (
-        "a row replaces one that is missing",
-        "SELECT l.place >> 20 AS example FROM store_log l, store_state s
-          WHERE l.prev > 0 AND l.place >> 20 > s.compacted
-            AND NOT EXISTS (SELECT 1 FROM store_log p WHERE p.place = l.prev AND p.name = l.name)
-            AND l.prev >> 20 > s.compacted",
-    ),
-    (
-        "a row does not continue the one that it replaces",
-        "SELECT l.place >> 20 AS example FROM store_log l JOIN store_log p ON p.place = l.prev
-          WHERE p.place >= l.place OR p.name <> l.name
-             OR (NOT l.deleted AND NOT p.deleted
-                 AND (l.version <> p.version + 1 OR l.create_revision <> p.create_revision))
-             OR (NOT l.deleted AND p.deleted AND l.version <> 1)
-             OR (l.deleted AND p.deleted)",
-    ),
-    (
-        "a revision after the compaction has no row",
-        "SELECT s.revision AS example FROM store_state s
-          WHERE (SELECT COUNT(DISTINCT place >> 20) FROM store_log WHERE place >> 20 > s.compacted)
-                <> s.revision - MAX(s.compacted, 1)",
-    ),
-];
-
 /// Copies the database at `source`, which may be in use, as it is at one moment, to the new file `target`; checks the copy.
 pub async fn backup(source: &Path, target: &Path) -> Result<Checked, FileError> {
     if target.exists() {
@@ -182,22 +132,37 @@ pub async fn backup(source: &Path, target: &Path) -> Result<Checked, FileError> 
     outcome
 }
 
-/// Puts a backup in the place of `target`, which nobody may be using; what was there is kept beside it with the suffix
-/// `.replaced`. Gives the revision at which the store goes on.
-pub async fn restore(backup: &Path, target: &Path) -> Result<Revision, FileError> {
+/// What a restore has done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Restored {
+    /// Where the store goes on.
+    pub revision: Revision,
+    /// Where the former data is, if there was any.
+    pub replaced: Option<PathBuf>,
+}
+
+/// Puts a backup in the place of `target`, which nobody may be using; what was there is kept beside it, with `.replaced-`
+/// and the time (`now`) after its name. The new file belongs to whoever owned the former one, or owns the folder.
+///
+/// Until all of it is done a store does not open the file: a restore that was cut off is to be done again.
+pub async fn restore(backup: &Path, target: &Path, now: SystemTime) -> Result<Restored, FileError> {
     let checked = check(backup).await?;
     if !checked.faults.is_empty() {
         return Err(FileError::Damaged { path: backup.to_owned(), faults: checked.faults });
     }
-    let _alone = sqlite::lock_alone(target).map_err(|error| match error {
-        Some(source) => FileError::Io { action: "lock", path: target.to_owned(), source },
-        None => FileError::InUse { path: target.to_owned() },
-    })?;
-    let part = with_suffix(target, ".part");
     let io = |action, path: &Path| {
         let path = path.to_owned();
         move |source| FileError::Io { action, path, source }
     };
+    let folder = folder_of(target);
+    let owner = fs::metadata(target).or_else(|_| fs::metadata(folder)).map_err(io("look at", folder))?;
+    let _alone = sqlite::lock_alone(target).map_err(|error| match error {
+        Some(source) => FileError::Io { action: "lock", path: target.to_owned(), source },
+        None => FileError::InUse { path: target.to_owned() },
+    })?;
+    let give = |path: &Path| give_to(path, &owner).map_err(io("give to the owner of the data", path));
+    give(&sqlite::lock_path(target))?;
+    let part = with_suffix(target, ".part");
     // The permissions come first, the content after.
     let _ = fs::remove_file(&part);
     let mut to = File::options();
@@ -207,16 +172,24 @@ pub async fn restore(backup: &Path, target: &Path) -> Result<Revision, FileError
     io::copy(&mut from, &mut to).map_err(io("copy", backup))?;
     drop(to);
     let revision = jump_ahead(&part).await?;
+    give(&part)?;
+    // Between two of the steps that follow there would be an empty hub, or one with another's write-ahead log.
+    let mark = sqlite::restoring(target);
+    File::create(&mark).and_then(|file| file.sync_all()).map_err(io("make", &mark))?;
+    sync_folder(target).map_err(io("write", folder))?;
+    let kept = free_name(target, now);
+    let mut replaced = None;
     // The write-ahead log belongs to what is replaced, and goes with it.
     for suffix in ["", "-wal", "-shm"] {
         let old = with_suffix(target, suffix);
         if old.exists() {
-            let kept = with_suffix(target, &format!(".replaced{suffix}"));
-            fs::rename(&old, &kept).map_err(io("set aside", &old))?;
+            fs::rename(&old, with_suffix(&kept, suffix)).map_err(io("set aside", &old))?;
+            replaced = Some(kept.clone());
         }
     }
     settle(&part, target)?;
-    Ok(revision)
+    fs::remove_file(&mark).map_err(io("remove", &mark))?;
+    Ok(Restored { revision, replaced })
 }
 
 /// Looks whether a file, which may be in use, is sound: SQLite's own check, and the store's rules.
@@ -224,48 +197,31 @@ pub async fn check(path: &Path) -> Result<Checked, FileError> {
     let mut connection = connect(path, true).await?;
     schema(&mut connection, path).await?;
     let failed = |source| FileError::Database { action: "check", path: path.to_owned(), source };
-    // All of it at one moment.
-    let mut snapshot = connection.begin().await.map_err(failed)?;
     let mut faults = Vec::new();
     // Ten faults of a damaged file say as much as all of them.
-    let lines = sqlx::query("PRAGMA integrity_check(10)").fetch_all(&mut *snapshot).await.map_err(failed)?;
+    let lines = sqlx::query("PRAGMA integrity_check(10)").fetch_all(&mut connection).await.map_err(failed)?;
     for line in lines {
         let line: String = line.try_get(0).map_err(failed)?;
         if line != "ok" {
             faults.push(format!("SQLite says: {line}"));
         }
     }
-    let state = sqlx::query(
-        "SELECT revision, compacted, (SELECT COUNT(*) FROM store_head WHERE deleted = 0) AS living,
-                (SELECT COUNT(*) FROM store_log) AS number FROM store_state WHERE id = 1",
-    )
-    .fetch_optional(&mut *snapshot)
-    .await
-    .map_err(failed)?;
-    let Some(state) = state else {
-        faults.push("there is no counter".to_owned());
-        return Ok(Checked { revision: Revision::ZERO, compacted: Revision::ZERO, keys: 0, rows: 0, faults });
-    };
-    let number = |column: &str| -> Result<u64, FileError> {
-        Ok(u64::try_from(state.try_get::<i64, _>(column).map_err(failed)?).unwrap_or_default())
-    };
-    for (rule, query) in RULES {
-        let query =
-            sqlx::AssertSqlSafe(format!("SELECT COUNT(*) AS number, MIN(example) AS example FROM ({query})"));
-        let row = sqlx::query(query).fetch_one(&mut *snapshot).await.map_err(failed)?;
-        let count: i64 = row.try_get("number").map_err(failed)?;
-        if count > 0 {
-            let example: Option<i64> = row.try_get("example").map_err(failed)?;
-            faults.push(format!("{rule}: {count} times, first at revision {}", example.unwrap_or_default()));
-        }
+    let mut checked = backend::check::check::<SqliteDialect>(&mut connection).await.map_err(failed)?;
+    faults.append(&mut checked.faults);
+    Ok(Checked { faults, ..checked })
+}
+
+/// The same by the store's rules alone, of any database: the schema is left as it is.
+pub async fn check_at(location: &Location) -> Result<Checked, FileError> {
+    if let Some(path) = location.sqlite_path() {
+        return check(path).await;
     }
-    Ok(Checked {
-        revision: Revision(number("revision")?),
-        compacted: Revision(number("compacted")?),
-        keys: number("living")?,
-        rows: number("number")?,
-        faults,
-    })
+    // Shown as it may be, without its password.
+    let name = PathBuf::from(location.to_string());
+    match location.look().await.map_err(failed("check", &name))? {
+        Looked::Checked(checked) => Ok(checked),
+        Looked::Schema { found, known } => Err(other_schema(found, known, &name)),
+    }
 }
 
 /// Moves the counter of a restored file beyond every revision that was given out, and gives its history up.
@@ -313,21 +269,20 @@ async fn connect(path: &Path, read_only: bool) -> Result<SqliteConnection, FileE
 
 /// Refuses what this release does not know.
 async fn schema(connection: &mut SqliteConnection, path: &Path) -> Result<(), FileError> {
-    let found: i64 = sqlx::query("SELECT COALESCE(MAX(version), 0) FROM store_schema")
-        .fetch_one(connection)
+    let found = backend::check::schema::<SqliteDialect>(connection)
         .await
-        .and_then(|row| row.try_get(0))
         .map_err(failed("read the schema of", path))?;
-    let known = MIGRATIONS.len() as i64;
+    let known = SqliteDialect::SCHEMA;
+    if found == known { Ok(()) } else { Err(other_schema(found, known, path)) }
+}
+
+fn other_schema(found: i64, known: i64, path: &Path) -> FileError {
     if found > known {
-        return Err(FileError::SchemaTooNew { path: path.to_owned(), found, known });
+        return FileError::SchemaTooNew { path: path.to_owned(), found, known };
     }
-    if found < known {
-        let fault =
-            format!("its schema is of version {found}: start the hub on it once, this release has {known}");
-        return Err(FileError::Damaged { path: path.to_owned(), faults: vec![fault] });
-    }
-    Ok(())
+    let fault =
+        format!("its schema is of version {found}: start the hub on it once, this release has {known}");
+    FileError::Damaged { path: path.to_owned(), faults: vec![fault] }
 }
 
 /// Brings a finished file to the disk and into its place.
@@ -338,8 +293,38 @@ fn settle(part: &Path, target: &Path) -> Result<(), FileError> {
     };
     File::open(part).and_then(|file| file.sync_all()).map_err(io("write"))?;
     fs::rename(part, target).map_err(io("put in place"))?;
-    let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(io("put in place"))
+    sync_folder(target).map_err(io("put in place"))
+}
+
+/// What was renamed in the folder of `path` stays so after a power cut.
+fn sync_folder(path: &Path) -> io::Result<()> {
+    File::open(folder_of(path))?.sync_all()
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Makes a file its owner's, when somebody else, such as root, made it.
+fn give_to(path: &Path, owner: &fs::Metadata) -> io::Result<()> {
+    let made = fs::metadata(path)?;
+    if (made.uid(), made.gid()) == (owner.uid(), owner.gid()) {
+        return Ok(());
+    }
+    match std::os::unix::fs::chown(path, Some(owner.uid()), Some(owner.gid())) {
+        // The group alone is not worth an error: the file is for its owner only.
+        Err(error) if made.uid() != owner.uid() => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// A name for what is set aside that nothing has yet.
+fn free_name(target: &Path, now: SystemTime) -> PathBuf {
+    let time = jiff::Timestamp::try_from(now).unwrap_or_default().strftime("%Y%m%dT%H%M%SZ").to_string();
+    let first = with_suffix(target, &format!(".replaced-{time}"));
+    let others = (2_u32..).map(|n| with_suffix(target, &format!(".replaced-{time}-{n}")));
+    let free = |name: &PathBuf| ["", "-wal", "-shm"].iter().all(|suffix| !with_suffix(name, suffix).exists());
+    std::iter::once(first.clone()).chain(others).find(free).unwrap_or(first)
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

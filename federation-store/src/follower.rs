@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::backend::{Backend, Changes, State};
+use crate::backend::{Backend, Changes};
 use crate::error::Error;
 use crate::hub::{Hub, RING_EVENTS};
 use crate::types::{Event, KeyRange, Revision};
@@ -36,9 +36,19 @@ pub(crate) struct Follower {
     hub: Arc<Hub>,
     backend: Arc<dyn Backend>,
     /// Whoever publishes holds it, over the reads that fill the gap before: an asynchronous lock for that.
-    order: tokio::sync::Mutex<()>,
+    order: tokio::sync::Mutex<Seen>,
     /// When the counter was last read.
     looked: parking_lot::Mutex<tokio::time::Instant>,
+}
+
+/// What is certain to be in the database that the connections lead to. Another connection may lead to another copy of it,
+/// one that was behind: then what was seen has to be looked for, however far that copy has been written since.
+#[derive(Default)]
+struct Seen {
+    /// How many connections there had been then.
+    connections: u64,
+    /// The newest event in memory then.
+    last: Option<Arc<Event>>,
 }
 
 // === impl Follower ===
@@ -48,20 +58,31 @@ impl Follower {
         Self {
             hub,
             backend,
-            order: tokio::sync::Mutex::new(()),
+            order: tokio::sync::Mutex::default(),
             looked: parking_lot::Mutex::new(tokio::time::Instant::now()),
         }
     }
 
     /// Makes events of a commit of this process known, and what others committed before.
     pub(crate) async fn publish(&self, events: Vec<Event>) {
-        let Some(first) = events.first().map(|event| event.revision) else { return };
-        let _order = self.order.lock().await;
-        if let Err(error) = self.fill(first.previous()).await {
+        let (Some(first), Some(newest)) = (events.first(), events.last().map(|event| event.revision)) else {
+            return;
+        };
+        let mut seen = self.order.lock().await;
+        if let Err(error) = self.verify(&mut seen).await {
+            // Nothing that is published here is taken for certain until it has been.
+            tracing::debug!(error = &error as &dyn std::error::Error, "failed to look for what was seen");
+        }
+        // It may have been read from the log already; then it is the same.
+        let known = self.hub.first_of(first.revision);
+        if known.is_some_and(|known| !same(&known, first)) {
+            self.go_back(&mut seen, first.revision, newest);
+        } else if let Err(error) = self.fill(first.revision.previous()).await {
             // The watchers will read what is missing.
             tracing::debug!(error = &error as &dyn std::error::Error, "failed to read foreign writes");
         }
         self.hub.publish(events);
+        self.note(&mut seen);
     }
 
     /// How long ago the counter was read; zero where nobody else can write.
@@ -71,43 +92,59 @@ impl Follower {
 
     /// Brings the hub up to the database; the newest revision of it.
     pub(crate) async fn catch_up(&self) -> Result<Revision, Error> {
-        let _order = self.order.lock().await;
+        let mut seen = self.order.lock().await;
         // Before the counter is read: what was seen was committed.
-        let seen = self.hub.revision();
+        let shown = self.hub.revision();
         let state = self.backend.state().await?;
-        if state.revision < seen {
-            self.go_back(seen, state);
+        if state.revision < shown {
+            self.go_back(&mut seen, shown, state.revision);
         } else {
+            self.verify(&mut seen).await?;
             self.fill(state.revision).await?;
         }
         self.hub.set_compacted(state.compacted, state.swept);
         *self.looked.lock() = tokio::time::Instant::now();
+        self.note(&mut seen);
         Ok(state.revision)
     }
 
-    /// Looks, after the connection was lost, whether the database still has what was shown: it may have failed over to a
-    /// copy that was behind and has been written to since.
-    pub(crate) async fn verify(&self) -> Result<(), Error> {
-        let _order = self.order.lock().await;
-        let Some(last) = self.hub.last() else { return Ok(()) };
-        let logged =
-            self.backend.events(&KeyRange::single(last.kv.key.clone()), last.revision.previous()).await?;
-        // What is compacted may be gone for good reasons.
-        let same = logged.state.compacted >= last.revision
-            || logged.events.first().is_some_and(|event| *event == *last);
-        if !same {
-            self.go_back(last.revision, logged.state);
+    /// Looks, when there are other connections than before, whether the database still has what was seen: it may have
+    /// failed over to a copy that was behind and has been written to since.
+    async fn verify(&self, seen: &mut Seen) -> Result<(), Error> {
+        let connections = self.backend.connections();
+        if connections == seen.connections {
+            return Ok(());
         }
+        if let Some(last) = seen.last.clone() {
+            let range = KeyRange::single(last.kv.key.clone());
+            let logged = self.backend.events(&range, last.revision.previous()).await?;
+            // What is compacted may be gone for good reasons.
+            let kept = logged.state.compacted >= last.revision
+                || logged.events.first().is_some_and(|event| same(event, &last));
+            if !kept {
+                self.go_back(seen, last.revision, logged.state.revision);
+            }
+        }
+        *seen = Seen { connections, last: self.hub.last() };
         Ok(())
     }
 
-    fn go_back(&self, seen: Revision, state: State) {
+    /// What is in memory is in the database, unless there was another connection meanwhile.
+    fn note(&self, seen: &mut Seen) {
+        if seen.connections == self.backend.connections() {
+            seen.last = self.hub.last();
+        }
+    }
+
+    fn go_back(&self, seen: &mut Seen, lost: Revision, revision: Revision) {
+        // Once is enough.
+        seen.last = None;
         tracing::error!(
-            seen = seen.0,
-            revision = state.revision.0,
+            seen = lost.0,
+            revision = revision.0,
             "the database no longer has writes that were seen in it: watchers have to list again"
         );
-        self.hub.go_back(state.revision);
+        self.hub.go_back(revision);
     }
 
     /// Publishes what lies between the hub and `target`.
@@ -158,12 +195,8 @@ impl Follower {
                 }
             }
             let before = self.hub.revision();
-            let outcome = match self.catch_up().await {
-                Ok(_) if failing => self.verify().await,
-                outcome => outcome.map(drop),
-            };
-            match outcome {
-                Ok(()) => {
+            match self.catch_up().await {
+                Ok(_) => {
                     if failing {
                         tracing::info!("following the database again");
                     }
@@ -207,3 +240,11 @@ impl Follower {
         }
     }
 }
+
+/// Whether two events of one revision are the same write.
+fn same(one: &Event, other: &Event) -> bool {
+    one.kind == other.kind && one.revision == other.revision && one.kv == other.kv
+}
+
+#[cfg(test)]
+mod tests;

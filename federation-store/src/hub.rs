@@ -146,6 +146,13 @@ impl Hub {
         self.ring.lock().events.back().cloned()
     }
 
+    /// The first event of a revision, if it is in memory.
+    pub(crate) fn first_of(&self, revision: Revision) -> Option<Arc<Event>> {
+        let ring = self.ring.lock();
+        let at = ring.events.partition_point(|event| event.revision < revision);
+        ring.events.get(at).filter(|event| event.revision == revision).cloned()
+    }
+
     fn advance(&self, newest: Revision) {
         self.revision.send_if_modified(|revision| {
             let moved = *revision < newest;

@@ -29,7 +29,8 @@
 //!   be found out, as [`Error::Unresolved`].
 //!
 //! What it cannot do: notice that the whole database was replaced by an older copy and then written to past the newest
-//! revision that a *client* knows. Watchers that were running do notice ([`Error::WentBack`]).
+//! revision that a *client* knows. Watchers that were running do notice ([`Error::WentBack`]): whenever there is another
+//! connection the newest event in memory is looked for, and each write is compared with what was shown at its revision.
 //!
 //! The parts that differ between databases (SQLite, PostgreSQL, MySQL with MariaDB and OceanBase) are behind
 //! `backend::Backend`; [`Location`] says how they are named.

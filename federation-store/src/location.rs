@@ -3,15 +3,23 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
+use sqlx::ConnectOptions as _;
 use sqlx::mysql::MySqlConnectOptions;
 use sqlx::postgres::PgConnectOptions;
+use sqlx::sqlite::SqliteConnectOptions;
 
-use crate::backend::Backend;
-use crate::backend::mysql::{self, MySqlBackend};
-use crate::backend::postgres::{self, PostgresBackend};
-use crate::backend::sqlite::SqliteBackend;
+use crate::backend::mysql::{self, MySqlBackend, MySqlDialect};
+use crate::backend::postgres::{self, PostgresBackend, PostgresDialect};
+use crate::backend::sql::{Connection, Dialect};
+use crate::backend::sqlite::{SqliteBackend, SqliteDialect};
+use crate::backend::{Backend, check};
 use crate::error::OpenError;
+use crate::files::Checked;
+
+/// How long a connection for a look may take to come up.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Parameters that a PostgreSQL URL may have. The driver passes over others, and a misspelt `sslmode` must not be passed
 /// over.
@@ -129,6 +137,25 @@ impl Location {
         }
     }
 
+    /// Checks what is there. Nothing is made or changed.
+    pub(crate) async fn look(&self) -> Result<Looked, sqlx::Error> {
+        match &self.0 {
+            // Nobody else's, and nothing is in it.
+            Kind::Memory => look::<SqliteDialect>(SqliteConnectOptions::new().in_memory(true)).await,
+            Kind::Sqlite { path, .. } => {
+                let options = SqliteConnectOptions::new().filename(path).read_only(true);
+                look::<SqliteDialect>(options).await
+            }
+            Kind::Postgres { options, .. } => look::<PostgresDialect>(PgConnectOptions::clone(options)).await,
+            Kind::MySql { options, .. } => {
+                // As the store itself does: only what is asked for.
+                let options =
+                    options.clone().timezone(None).pipes_as_concat(false).no_engine_substitution(false);
+                look::<MySqlDialect>(options).await
+            }
+        }
+    }
+
     pub(crate) async fn open(&self) -> Result<Arc<dyn Backend>, OpenError> {
         Ok(match &self.0 {
             Kind::Memory => Arc::new(SqliteBackend::in_memory().await?),
@@ -153,6 +180,36 @@ impl fmt::Debug for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
+}
+
+/// What [`Location::look`] tells.
+pub(crate) enum Looked {
+    /// Of another schema the questions make no sense.
+    Schema {
+        found: i64,
+        known: i64,
+    },
+    Checked(Checked),
+}
+
+async fn look<D: Dialect>(
+    options: <Connection<D> as sqlx::Connection>::Options,
+) -> Result<Looked, sqlx::Error> {
+    let options = options.disable_statement_logging();
+    let connecting = tokio::time::timeout(CONNECT_TIMEOUT, options.connect());
+    let mut connection = connecting.await.map_err(|_| {
+        let text = format!("no connection within {CONNECT_TIMEOUT:?}");
+        sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, text))
+    })??;
+    let (found, known) = (check::schema::<D>(&mut connection).await?, D::SCHEMA);
+    let looked = if found == known {
+        Looked::Checked(check::check::<D>(&mut connection).await?)
+    } else {
+        Looked::Schema { found, known }
+    };
+    // What it had to say it has said.
+    let _ = sqlx::Connection::close(connection).await;
+    Ok(looked)
 }
 
 /// The parameter that nobody would heed, if there is one.

@@ -130,6 +130,10 @@ impl Backend for Lossy {
         async move { if due(&self.plan.sweeps) { Err(lost()) } else { self.inner.sweep().await } }.boxed()
     }
 
+    fn vacuum(&self) -> BoxFuture<'_, Result<(), Error>> {
+        self.inner.vacuum()
+    }
+
     fn size(&self) -> BoxFuture<'_, Result<u64, Error>> {
         // Nobody else shall hold the one connection: a clock that stands still would run out for who waits for it.
         std::future::ready(Ok(1)).boxed()

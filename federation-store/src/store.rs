@@ -423,6 +423,19 @@ impl Store {
         }
     }
 
+    /// Gives the room of removed rows back to the system, so that the database's own files hold nothing of them any more.
+    /// It rewrites what is there: on SQLite writes wait meanwhile and as much room again is needed, on PostgreSQL reads
+    /// wait too, on MySQL nobody does.
+    pub async fn vacuum(&self) -> Result<(), Error> {
+        self.alive()?;
+        if !self.inner.backend.vacuums_alone() {
+            return self.inner.backend.vacuum().await;
+        }
+        let (answer, answered) = oneshot::channel();
+        self.send(Request::Vacuum { answer }).await?;
+        answered.await.map_err(|_| Error::Closed)?
+    }
+
     /// What the store is doing.
     pub fn metrics(&self) -> StoreMetrics {
         let Inner { hub, requests, memory, follower, .. } = &*self.inner;

@@ -62,6 +62,9 @@ pub(crate) enum Request {
         revision: Revision,
         answer: oneshot::Sender<Result<(), Error>>,
     },
+    Vacuum {
+        answer: oneshot::Sender<Result<(), Error>>,
+    },
 }
 
 /// See the module.
@@ -167,6 +170,10 @@ impl Writer {
                     self.write(std::mem::take(&mut batch)).await;
                     // The asker may have gone: the compaction stands.
                     let _ = answer.send(self.compact(revision).await);
+                }
+                Request::Vacuum { answer } => {
+                    self.write(std::mem::take(&mut batch)).await;
+                    let _ = answer.send(self.backend.vacuum().await);
                 }
             }
         }

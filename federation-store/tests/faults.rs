@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use federation_store::files::{self, FileError};
 use federation_store::{
     Compaction, Error, Expect, KeyRange, Lease, LeaseChange, ListRequest, Location, OpenError, Revision,
     Store, StoreConfig, Transaction,
@@ -149,53 +150,49 @@ async fn full_server(kind: Kind) {
     store.close().await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_read_only_server_is_read() {
-    for (kind, on, off) in [
-        (
-            Kind::Postgres,
+async fn read_only(kind: Kind) {
+    let (on, off) = match kind {
+        Kind::Postgres => (
             "ALTER SYSTEM SET default_transaction_read_only = on",
             "ALTER SYSTEM SET default_transaction_read_only = off",
         ),
-        (Kind::MariaDb, "SET GLOBAL read_only = 1", "SET GLOBAL read_only = 0"),
-        (Kind::MySql, "SET GLOBAL read_only = 1", "SET GLOBAL read_only = 0"),
-    ] {
-        let server = test_support::require!(Server::start(kind).await.unwrap());
-        let store = open(&server.database().await.unwrap()).await.unwrap();
-        store.create("/a", "1").await.unwrap();
-        let settle = async || {
-            if kind == Kind::Postgres {
-                server.run("SELECT pg_reload_conf()").await.unwrap();
-            }
-        };
-        server.run(on).await.unwrap();
-        settle().await;
-        // PostgreSQL's sessions hear of it a moment later.
-        let mut tried = 0;
-        let error = wait_until(
-            || {
-                tried += 1;
-                let key = format!("/b/{tried}");
-                let store = store.clone();
-                async move { store.create(key, "1").await.err().ok_or("it still writes") }
-            },
-            LONG,
-            "the server to be read-only",
-        )
-        .await
-        .unwrap();
-        assert!(
-            matches!(&error, Error::Database { source, .. } if source.to_string().contains("read-only")),
-            "{error:?}"
-        );
-        assert_eq!(store.get("/a", None).await.unwrap().0.unwrap().value, "1");
-        let revision = store.sync().await.unwrap();
-        assert_eq!(revision.0, 2 + tried - 1, "a refused write took a revision");
-        server.run(off).await.unwrap();
-        settle().await;
-        recovers(&store, "/c").await;
-        store.close().await;
-    }
+        Kind::MariaDb | Kind::MySql => ("SET GLOBAL read_only = 1", "SET GLOBAL read_only = 0"),
+    };
+    let server = test_support::require!(Server::start(kind).await.unwrap());
+    let store = open(&server.database().await.unwrap()).await.unwrap();
+    store.create("/a", "1").await.unwrap();
+    let settle = async || {
+        if kind == Kind::Postgres {
+            server.run("SELECT pg_reload_conf()").await.unwrap();
+        }
+    };
+    server.run(on).await.unwrap();
+    settle().await;
+    // PostgreSQL's sessions hear of it a moment later.
+    let mut tried = 0;
+    let error = wait_until(
+        || {
+            tried += 1;
+            let key = format!("/b/{tried}");
+            let store = store.clone();
+            async move { store.create(key, "1").await.err().ok_or("it still writes") }
+        },
+        LONG,
+        "the server to be read-only",
+    )
+    .await
+    .unwrap();
+    assert!(
+        matches!(&error, Error::Database { source, .. } if source.to_string().contains("read-only")),
+        "{error:?}"
+    );
+    assert_eq!(store.get("/a", None).await.unwrap().0.unwrap().value, "1");
+    let revision = store.sync().await.unwrap();
+    assert_eq!(revision.0, 2 + tried - 1, "a refused write took a revision");
+    server.run(off).await.unwrap();
+    settle().await;
+    recovers(&store, "/c").await;
+    store.close().await;
 }
 
 /// Copies the data of a stopped server.
@@ -206,65 +203,62 @@ fn copy(kind: Kind, from: &Path, to: &Path) {
     give(kind, to).unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_failover_to_the_same_data_is_a_pause_and_to_older_data_is_noticed() {
-    for kind in [Kind::Postgres, Kind::MariaDb, Kind::MySql] {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-        let mut first = test_support::require!(Server::start(kind).await.unwrap());
-        let relay = Relay::tcp(([127, 0, 0, 1], first.port()).into(), Impairment::default()).await.unwrap();
-        let url = first.database().await.unwrap();
-        let store = open(&first.through(&url, relay.address().port())).await.unwrap();
-        let mut watcher = store.watch(KeyRange::prefix("/"), store.revision()).unwrap();
-        for n in 0..20 {
-            store.create(format!("/before/{n}"), "1").await.unwrap();
-        }
-        first.stop().await.unwrap();
-        copy(kind, first.data(), &folder.path().join("second"));
-        copy(kind, first.data(), &folder.path().join("third"));
-
-        // The same data elsewhere: a write that is under way meanwhile arrives there.
-        let write = tokio::spawn({
-            let store = store.clone();
-            async move { store.create("/meanwhile", "1").await }
-        });
-        let second = Server::start_in(kind, Some(&folder.path().join("second")), &[]).await.unwrap().unwrap();
-        relay.redirect(([127, 0, 0, 1], second.port()).into());
-        // It may have given up before the second server was there.
-        if write.await.unwrap().is_err() {
-            recovers(&store, "/meanwhile").await;
-        }
-        for n in 0..20 {
-            store.create(format!("/after/{n}"), "1").await.unwrap();
-        }
-        for expected in 2..2 + 41 {
-            let event = tokio::time::timeout(LONG, watcher.next()).await.unwrap().unwrap();
-            assert_eq!(event.revision.0, expected);
-        }
-
-        // Older data: it lacks what was written since the copy. Whoever watches is told.
-        let third = Server::start_in(kind, Some(&folder.path().join("third")), &[]).await.unwrap().unwrap();
-        relay.redirect(([127, 0, 0, 1], third.port()).into());
-        let went_back = tokio::time::timeout(LONG, async {
-            loop {
-                match watcher.next().await {
-                    Err(Error::Database { .. }) => {}
-                    other => break other,
-                }
-            }
-        });
-        let went_back = went_back.await.unwrap();
-        assert!(
-            matches!(went_back, Err(Error::WentBack { revision: Revision(21), seen: Revision(42) })),
-            "{went_back:?}"
-        );
-        assert_eq!(store.revision(), Revision(21));
-        let mut watcher = store.watch(KeyRange::prefix("/"), Revision(21)).unwrap();
-        recovers(&store, "/anew").await;
-        let event = tokio::time::timeout(LONG, watcher.next()).await.unwrap().unwrap();
-        assert_eq!((event.revision, event.kv.key.as_ref()), (Revision(22), &b"/anew"[..]));
-        store.close().await;
+async fn failover(kind: Kind) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut first = test_support::require!(Server::start(kind).await.unwrap());
+    let relay = Relay::tcp(([127, 0, 0, 1], first.port()).into(), Impairment::default()).await.unwrap();
+    let url = first.database().await.unwrap();
+    let store = open(&first.through(&url, relay.address().port())).await.unwrap();
+    let mut watcher = store.watch(KeyRange::prefix("/"), store.revision()).unwrap();
+    for n in 0..20 {
+        store.create(format!("/before/{n}"), "1").await.unwrap();
     }
+    first.stop().await.unwrap();
+    copy(kind, first.data(), &folder.path().join("second"));
+    copy(kind, first.data(), &folder.path().join("third"));
+
+    // The same data elsewhere: a write that is under way meanwhile arrives there.
+    let write = tokio::spawn({
+        let store = store.clone();
+        async move { store.create("/meanwhile", "1").await }
+    });
+    let second = Server::start_in(kind, Some(&folder.path().join("second")), &[]).await.unwrap().unwrap();
+    relay.redirect(([127, 0, 0, 1], second.port()).into());
+    // It may have given up before the second server was there.
+    if write.await.unwrap().is_err() {
+        recovers(&store, "/meanwhile").await;
+    }
+    for n in 0..20 {
+        store.create(format!("/after/{n}"), "1").await.unwrap();
+    }
+    for expected in 2..2 + 41 {
+        let event = tokio::time::timeout(LONG, watcher.next()).await.unwrap().unwrap();
+        assert_eq!(event.revision.0, expected);
+    }
+
+    // Older data: it lacks what was written since the copy. Whoever watches is told.
+    let third = Server::start_in(kind, Some(&folder.path().join("third")), &[]).await.unwrap().unwrap();
+    relay.redirect(([127, 0, 0, 1], third.port()).into());
+    let went_back = tokio::time::timeout(LONG, async {
+        loop {
+            match watcher.next().await {
+                Err(Error::Database { .. }) => {}
+                other => break other,
+            }
+        }
+    });
+    let went_back = went_back.await.unwrap();
+    assert!(
+        matches!(went_back, Err(Error::WentBack { revision: Revision(21), seen: Revision(42) })),
+        "{went_back:?}"
+    );
+    assert_eq!(store.revision(), Revision(21));
+    let mut watcher = store.watch(KeyRange::prefix("/"), Revision(21)).unwrap();
+    recovers(&store, "/anew").await;
+    let event = tokio::time::timeout(LONG, watcher.next()).await.unwrap().unwrap();
+    assert_eq!((event.revision, event.kv.key.as_ref()), (Revision(22), &b"/anew"[..]));
+    store.close().await;
 }
 
 #[tokio::test]
@@ -278,72 +272,65 @@ async fn a_server_that_cannot_take_large_values_is_refused() {
     assert!(!error.to_string().contains("secret"), "{error}");
 }
 
-#[tokio::test]
-async fn older_schemas_are_brought_up_to_date() {
-    for kind in [Kind::Postgres, Kind::MariaDb, Kind::MySql] {
-        let server = test_support::require!(Server::start(kind).await.unwrap());
-        let url = server.database().await.unwrap();
-        let store = open(&url).await.unwrap();
-        store.create("/kept", "1").await.unwrap();
-        store.close().await;
-        // What version 1 did not have.
-        for statement in [
-            "DELETE FROM test_0.store_schema WHERE version > 1",
-            "DROP TABLE test_0.store_lease",
-            match kind {
-                Kind::Postgres => "DROP INDEX test_0.store_log_lease",
-                Kind::MariaDb | Kind::MySql => "DROP INDEX store_log_lease ON test_0.store_log",
-            },
-        ] {
-            server.run(statement).await.unwrap();
-        }
-        // Two replicas of a new release, started together.
-        let (one, other) = tokio::join!(open(&url), open(&url));
-        let (one, other) = (one.unwrap(), other.unwrap());
-        assert_eq!(one.get("/kept", None).await.unwrap().0.unwrap().value, "1");
-        let lease = Lease { id: 7, ttl: 60, expires_at: i64::MAX };
-        let grant = Transaction { lease: Some(LeaseChange::Grant(lease)), ..Transaction::default() };
-        one.transact(grant).await.unwrap();
-        other.put("/leased", "1", 7, Expect::Absent).await.unwrap().applied().unwrap();
-        assert_eq!(one.leases().await.unwrap(), [lease]);
-        assert_eq!(one.leased(7).await.unwrap(), ["/leased"]);
-        // A definition that went through before its version was written down is no obstacle.
-        one.close().await;
-        other.close().await;
-        if kind != Kind::Postgres {
-            server.run("DELETE FROM test_0.store_schema WHERE version > 1").await.unwrap();
-            let again = open(&url).await.unwrap();
-            assert_eq!(again.leases().await.unwrap(), [lease]);
-        }
+async fn older_schemas(kind: Kind) {
+    let server = test_support::require!(Server::start(kind).await.unwrap());
+    let url = server.database().await.unwrap();
+    let store = open(&url).await.unwrap();
+    store.create("/kept", "1").await.unwrap();
+    store.close().await;
+    // What version 1 did not have.
+    for statement in [
+        "DELETE FROM test_0.store_schema WHERE version > 1",
+        "DROP TABLE test_0.store_lease",
+        match kind {
+            Kind::Postgres => "DROP INDEX test_0.store_log_lease",
+            Kind::MariaDb | Kind::MySql => "DROP INDEX store_log_lease ON test_0.store_log",
+        },
+    ] {
+        server.run(statement).await.unwrap();
+    }
+    // Two replicas of a new release, started together.
+    let (one, other) = tokio::join!(open(&url), open(&url));
+    let (one, other) = (one.unwrap(), other.unwrap());
+    assert_eq!(one.get("/kept", None).await.unwrap().0.unwrap().value, "1");
+    let lease = Lease { id: 7, ttl: 60, expires_at: i64::MAX };
+    let grant = Transaction { lease: Some(LeaseChange::Grant(lease)), ..Transaction::default() };
+    one.transact(grant).await.unwrap();
+    other.put("/leased", "1", 7, Expect::Absent).await.unwrap().applied().unwrap();
+    assert_eq!(one.leases().await.unwrap(), [lease]);
+    assert_eq!(one.leased(7).await.unwrap(), ["/leased"]);
+    // A definition that went through before its version was written down is no obstacle.
+    one.close().await;
+    other.close().await;
+    if kind != Kind::Postgres {
+        server.run("DELETE FROM test_0.store_schema WHERE version > 1").await.unwrap();
+        let again = open(&url).await.unwrap();
+        assert_eq!(again.leases().await.unwrap(), [lease]);
     }
 }
 
-#[tokio::test]
-async fn large_values_and_newer_schemas() {
-    for kind in [Kind::Postgres, Kind::MariaDb, Kind::MySql] {
-        let server = test_support::require!(Server::start(kind).await.unwrap());
-        let url = server.database().await.unwrap();
-        let store = open(&url).await.unwrap();
-        let value: Vec<u8> = (0..4 << 20).map(|n: u32| (n % 253) as u8).collect();
-        let mut watcher = store.watch(KeyRange::prefix(""), store.revision()).unwrap();
-        let writes = (0..6).map(|n| store.create(format!("/large/{n}"), value.clone()));
-        for outcome in futures::future::join_all(writes).await {
-            outcome.unwrap().applied().unwrap();
-        }
-        let list = store.list(&ListRequest::prefix("/large/")).await.unwrap();
-        assert!(list.items.len() == 6 && list.items.iter().all(|kv| kv.value == value));
-        for _ in 0..6 {
-            assert_eq!(watcher.next().await.unwrap().kv.value, value);
-        }
-        store.close().await;
-        server.run("INSERT INTO test_0.store_schema VALUES (99)").await.unwrap();
-        let newer = open(&url).await;
-        assert!(matches!(newer, Err(OpenError::SchemaTooNew { found: 99, .. })), "{newer:?}");
+async fn large_values(kind: Kind) {
+    let server = test_support::require!(Server::start(kind).await.unwrap());
+    let url = server.database().await.unwrap();
+    let store = open(&url).await.unwrap();
+    let value: Vec<u8> = (0..4 << 20).map(|n: u32| (n % 253) as u8).collect();
+    let mut watcher = store.watch(KeyRange::prefix(""), store.revision()).unwrap();
+    let writes = (0..6).map(|n| store.create(format!("/large/{n}"), value.clone()));
+    for outcome in futures::future::join_all(writes).await {
+        outcome.unwrap().applied().unwrap();
     }
+    let list = store.list(&ListRequest::prefix("/large/")).await.unwrap();
+    assert!(list.items.len() == 6 && list.items.iter().all(|kv| kv.value == value));
+    for _ in 0..6 {
+        assert_eq!(watcher.next().await.unwrap().kv.value, value);
+    }
+    store.close().await;
+    server.run("INSERT INTO test_0.store_schema VALUES (99)").await.unwrap();
+    let newer = open(&url).await;
+    assert!(matches!(newer, Err(OpenError::SchemaTooNew { found: 99, .. })), "{newer:?}");
 }
 
-#[tokio::test]
-async fn tls_to_the_database_is_verified() {
+async fn verified_tls(kind: Kind) {
     let folder = tempfile::tempdir().unwrap();
     std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let right = tls::CertificateAuthority::load_or_create(&folder.path().join("right"), "right").unwrap();
@@ -360,38 +347,213 @@ async fn tls_to_the_database_is_verified() {
     let certificate = file("server.pem", &issued.certificate_pem);
     let key = file("server.key", &issued.key_pem);
     std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
-    for kind in [Kind::Postgres, Kind::MariaDb, Kind::MySql] {
-        give(kind, &key).unwrap();
-        let (certificate, key) = (certificate.display(), key.display());
-        let (arguments, mode, ca) = match kind {
-            Kind::Postgres => (
-                vec![
-                    "-cssl=on".to_owned(),
-                    format!("-cssl_cert_file={certificate}"),
-                    format!("-cssl_key_file={key}"),
-                ],
-                "&sslmode=verify-full",
-                "&sslrootcert=",
-            ),
-            Kind::MariaDb | Kind::MySql => (
-                vec![
-                    "--require-secure-transport=ON".to_owned(),
-                    format!("--ssl-cert={certificate}"),
-                    format!("--ssl-key={key}"),
-                ],
-                "?ssl-mode=VERIFY_IDENTITY",
-                "&ssl-ca=",
-            ),
-        };
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let server = test_support::require!(Server::start_in(kind, None, &arguments).await.unwrap());
-        let url = server.database().await.unwrap();
-        let store = open(&format!("{url}{mode}{ca}{}", right.display())).await.unwrap();
-        store.create("/a", "1").await.unwrap();
-        store.close().await;
-        for refused in [format!("{url}{mode}{ca}{}", wrong.display()), format!("{url}{mode}")] {
-            let refused = open(&refused).await;
-            assert!(matches!(refused, Err(OpenError::Open { .. })), "{refused:?}");
-        }
+    give(kind, &key).unwrap();
+    let (certificate, key) = (certificate.display(), key.display());
+    let (arguments, mode, ca) = match kind {
+        Kind::Postgres => (
+            vec![
+                "-cssl=on".to_owned(),
+                format!("-cssl_cert_file={certificate}"),
+                format!("-cssl_key_file={key}"),
+            ],
+            "&sslmode=verify-full",
+            "&sslrootcert=",
+        ),
+        Kind::MariaDb | Kind::MySql => (
+            vec![
+                "--require-secure-transport=ON".to_owned(),
+                format!("--ssl-cert={certificate}"),
+                format!("--ssl-key={key}"),
+            ],
+            "?ssl-mode=VERIFY_IDENTITY",
+            "&ssl-ca=",
+        ),
+    };
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let server = test_support::require!(Server::start_in(kind, None, &arguments).await.unwrap());
+    let url = server.database().await.unwrap();
+    let store = open(&format!("{url}{mode}{ca}{}", right.display())).await.unwrap();
+    store.create("/a", "1").await.unwrap();
+    store.close().await;
+    for refused in [format!("{url}{mode}{ca}{}", wrong.display()), format!("{url}{mode}")] {
+        let refused = open(&refused).await;
+        assert!(matches!(refused, Err(OpenError::Open { .. })), "{refused:?}");
     }
 }
+
+/// The copy has less than was seen, and more when it is first looked at: a write that is under way gets there first, or
+/// others have written meanwhile.
+async fn overtaken(kind: Kind) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut first = test_support::require!(Server::start(kind).await.unwrap());
+    let url = first.database().await.unwrap();
+    let seed = open(&url).await.unwrap();
+    seed.create("/kept", "1").await.unwrap();
+    seed.close().await;
+    first.stop().await.unwrap();
+    let copies = ["second", "third"].map(|name| folder.path().join(name));
+    for to in &copies {
+        copy(kind, first.data(), to);
+    }
+    first.restart().await.unwrap();
+    let relay = Relay::tcp(([127, 0, 0, 1], first.port()).into(), Impairment::default()).await.unwrap();
+    for (to, foreign) in copies.iter().zip([0, 25]) {
+        relay.redirect(([127, 0, 0, 1], first.port()).into());
+        let store = open(&first.through(&url, relay.address().port())).await.unwrap();
+        let mut watcher = store.watch(KeyRange::prefix("/"), store.revision()).unwrap();
+        for n in 0..3 {
+            store.create(format!("/lost/{foreign}/{n}"), "1").await.unwrap();
+            watcher.next().await.unwrap();
+        }
+        let seen = store.revision();
+        let other = Server::start_in(kind, Some(to), &[]).await.unwrap().unwrap();
+        let elsewhere = open(&first.through(&url, other.port())).await.unwrap();
+        for n in 0..foreign {
+            elsewhere.create(format!("/foreign/{n}"), "1").await.unwrap();
+        }
+        elsewhere.close().await;
+        relay.redirect(([127, 0, 0, 1], other.port()).into());
+        // As many as it takes to pass what was seen.
+        for n in 0..3 {
+            recovers(&store, &format!("/own/{n}")).await;
+        }
+        let went_back = tokio::time::timeout(LONG, async {
+            loop {
+                match watcher.next().await {
+                    Err(Error::Database { .. }) => {}
+                    Err(error) => break error,
+                    // What came between the failover and its being noticed.
+                    Ok(event) => assert!(event.revision <= seen, "{event:?} was taken for the next event"),
+                }
+            }
+        });
+        let error = went_back.await.unwrap();
+        assert!(matches!(error, Error::WentBack { .. }), "{error:?}");
+        // Whoever begins now sees what there is.
+        let list = store.list(&ListRequest::prefix("/")).await.unwrap();
+        assert_eq!(list.items.len(), 1 + foreign + 3);
+        assert_eq!(store.sync().await.unwrap(), list.revision);
+        let mut watcher = store.watch(KeyRange::prefix("/"), list.revision).unwrap();
+        recovers(&store, "/last").await;
+        let event = tokio::time::timeout(LONG, watcher.next()).await.unwrap().unwrap();
+        assert_eq!((event.revision, event.kv.key.as_ref()), (Revision(list.revision.0 + 1), &b"/last"[..]));
+        store.close().await;
+    }
+}
+
+/// What was removed gives its room back while the store works.
+async fn vacuumed(kind: Kind) {
+    let server = test_support::require!(Server::start(kind).await.unwrap());
+    let store = open(&server.database().await.unwrap()).await.unwrap();
+    let mut revision = None;
+    for n in 0..40_u8 {
+        let expect = revision.map_or(Expect::Absent, Expect::At);
+        let written = store.put("/a", vec![n; 500_000], 0, expect).await.unwrap();
+        revision = Some(written.applied().unwrap().mod_revision);
+    }
+    let newest = store.revision();
+    store.compact(newest).await.unwrap();
+    store.swept(newest).await.unwrap();
+    let busy = async {
+        for n in 0..20 {
+            store.create(format!("/busy/{n}"), "1").await.unwrap().applied().unwrap();
+        }
+    };
+    let (vacuumed, ()) = tokio::join!(store.vacuum(), busy);
+    vacuumed.unwrap();
+    assert_eq!(store.get("/a", None).await.unwrap().0.unwrap().value, vec![39; 500_000]);
+    assert_eq!(store.count(&KeyRange::prefix("/busy/"), None).await.unwrap().0, 20);
+    // The servers' own statistics may be late; the files are what counts.
+    if kind == Kind::Postgres {
+        assert!(store.size().await.unwrap() < 10_000_000);
+    }
+    store.close().await;
+}
+
+/// The check asks the same of every database.
+async fn checked(kind: Kind) {
+    let server = test_support::require!(Server::start(kind).await.unwrap());
+    let url = server.database().await.unwrap();
+    let location = Location::parse(&url).unwrap();
+    let empty = files::check_at(&location).await;
+    assert!(matches!(empty, Err(FileError::Database { .. })), "{empty:?}");
+    let store = open(&url).await.unwrap();
+    store.create("/a", "1").await.unwrap();
+    store.update("/a", "2", Revision(2)).await.unwrap();
+    store.create("/b", "1").await.unwrap();
+    store.delete("/b", None).await.unwrap();
+    let found = files::check_at(&location).await.unwrap();
+    assert_eq!((found.revision, found.keys, found.rows, found.faults), (Revision(5), 1, 4, Vec::new()));
+    store.compact(Revision(4)).await.unwrap();
+    store.swept(Revision(4)).await.unwrap();
+    assert_eq!(files::check_at(&location).await.unwrap().faults, Vec::<String>::new());
+    store.close().await;
+    for (damage, finding) in [
+        ("UPDATE test_0.store_state SET revision = 3", "newer than the counter"),
+        ("UPDATE test_0.store_state SET revision = 100", "has no row"),
+        ("UPDATE test_0.store_head SET deleted = NOT deleted", "in one table and not in the other"),
+        ("UPDATE test_0.store_head SET place = place - 1", "not the one that is listed"),
+        ("DELETE FROM test_0.store_head", "not listed"),
+        ("DELETE FROM test_0.store_state", "no counter"),
+    ] {
+        server.run(damage).await.unwrap();
+        let faults = files::check_at(&location).await.unwrap().faults;
+        assert!(faults.iter().any(|fault| fault.contains(finding)), "{damage}: {faults:?}");
+    }
+    server.run("INSERT INTO test_0.store_schema VALUES (99)").await.unwrap();
+    let newer = files::check_at(&location).await;
+    assert!(matches!(newer, Err(FileError::SchemaTooNew { found: 99, .. })), "{newer:?}");
+    assert!(!format!("{newer:?} {}", newer.as_ref().unwrap_err()).contains("secret"));
+}
+
+/// The checks, each with each server by itself: where one cannot be had the others are tested all the same.
+macro_rules! with_each_server {
+    ($($server:ident: $kind:expr),*) => {$(
+        mod $server {
+            use super::*;
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn a_read_only_server_is_read() {
+                read_only($kind).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn a_failover_to_the_same_data_is_a_pause_and_to_older_data_is_noticed() {
+                failover($kind).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn a_failover_to_older_data_is_noticed_although_it_was_written_to() {
+                overtaken($kind).await;
+            }
+
+            #[tokio::test]
+            async fn older_schemas_are_brought_up_to_date() {
+                older_schemas($kind).await;
+            }
+
+            #[tokio::test]
+            async fn large_values_and_newer_schemas() {
+                large_values($kind).await;
+            }
+
+            #[tokio::test]
+            async fn tls_to_the_database_is_verified() {
+                verified_tls($kind).await;
+            }
+
+            #[tokio::test]
+            async fn what_is_wrong_is_found() {
+                checked($kind).await;
+            }
+
+            #[tokio::test]
+            async fn room_is_given_back() {
+                vacuumed($kind).await;
+            }
+        }
+    )*};
+}
+
+with_each_server!(postgresql: Kind::Postgres, mariadb: Kind::MariaDb, mysql: Kind::MySql);

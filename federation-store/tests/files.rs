@@ -4,9 +4,10 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
-use federation_store::files::{self, FileError};
-use federation_store::{Compaction, Error, KeyRange, ListRequest, Revision, Store, StoreConfig};
+use federation_store::files::{self, FileError, Restored};
+use federation_store::{Compaction, Error, KeyRange, ListRequest, OpenError, Revision, Store, StoreConfig};
 
 async fn open(path: &Path) -> Store {
     Store::open(StoreConfig { compaction: Compaction::Manual, ..StoreConfig::new(path) }).await.unwrap()
@@ -58,16 +59,18 @@ async fn a_backup_of_a_busy_store_is_one_moment_and_can_be_restored() {
     // Every revision after the three first ones is one key.
     assert_eq!((checked.keys, checked.faults), (checked.revision.0 - 3, Vec::new()));
     assert!(matches!(files::backup(&path, &target).await, Err(FileError::Exists { .. })));
-    assert!(matches!(files::restore(&target, &path).await, Err(FileError::InUse { .. })));
+    let in_use = files::restore(&target, &path, SystemTime::now()).await;
+    assert!(matches!(in_use, Err(FileError::InUse { .. })));
     store.subscribe().wait_for(|revision| revision.0 > checked.revision.0 + 20).await.unwrap();
     store.close().await;
     busy.await.unwrap();
     let lost = store.revision();
 
-    let revision = files::restore(&target, &path).await.unwrap();
+    let Restored { revision, replaced } = files::restore(&target, &path, SystemTime::now()).await.unwrap();
     assert!(revision > lost);
     assert_eq!(files::check(&path).await.unwrap().faults, Vec::<String>::new());
-    assert!(folder.path().join("hub/store.db.replaced").exists());
+    let replaced = files::check(&replaced.unwrap()).await.unwrap();
+    assert_eq!((replaced.revision, replaced.faults), (lost, Vec::new()));
     let store = open(&path).await;
     let list = store.list(&ListRequest::prefix("/")).await.unwrap();
     assert_eq!((list.items.len() as u64, list.revision), (checked.keys, revision));
@@ -82,6 +85,121 @@ async fn a_backup_of_a_busy_store_is_one_moment_and_can_be_restored() {
     assert_eq!(event.prev_kv.as_ref().map(|kv| kv.value.len()), Some(100_000));
     store.create("/gone", "again").await.unwrap();
     store.compact(store.revision()).await.unwrap();
+    store.close().await;
+    assert_eq!(files::check(&path).await.unwrap().faults, Vec::<String>::new());
+}
+
+async fn has(path: &Path, key: &str) -> bool {
+    let store = open(path).await;
+    let found = store.get(key, None).await.unwrap().0.is_some();
+    store.close().await;
+    found
+}
+
+/// The wrong backup first, then the right one, in the same second: each time what was there is kept, with its own
+/// write-ahead log.
+#[tokio::test]
+async fn no_restore_destroys_what_another_set_aside() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.db");
+    let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_790_000_000);
+    let backup = async |key: &'static str| {
+        let store = open(&path).await;
+        store.create(key, "1").await.unwrap();
+        let target = folder.path().join(format!("{}.backup", key.trim_start_matches('/')));
+        files::backup(&path, &target).await.unwrap();
+        store.close().await;
+        target
+    };
+    let (one, two) = (backup("/one").await, backup("/two").await);
+    // As a hub leaves it that was killed: the newest write is in the log beside the file.
+    let store = open(&path).await;
+    store.create("/newest", "1").await.unwrap();
+    let log = std::fs::read(folder.path().join("store.db-wal")).unwrap();
+    let data = std::fs::read(&path).unwrap();
+    store.close().await;
+    std::fs::write(&path, data).unwrap();
+    std::fs::write(folder.path().join("store.db-wal"), log).unwrap();
+
+    let first = files::restore(&one, &path, now).await.unwrap().replaced.unwrap();
+    assert!(!has(&path, "/two").await);
+    let second = files::restore(&two, &path, now).await.unwrap().replaced.unwrap();
+    assert!(has(&path, "/two").await && !has(&path, "/newest").await);
+    assert_eq!(first, folder.path().join("store.db.replaced-20260921T141320Z"));
+    assert_eq!(second, folder.path().join("store.db.replaced-20260921T141320Z-2"));
+    assert!(has(&first, "/newest").await);
+    assert!(has(&second, "/one").await && !has(&second, "/two").await);
+}
+
+#[tokio::test]
+async fn a_restore_that_was_cut_off_is_no_empty_hub() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.db");
+    let store = open(&path).await;
+    store.create("/kept", "1").await.unwrap();
+    let backup = folder.path().join("backup");
+    files::backup(&path, &backup).await.unwrap();
+    store.close().await;
+    // Killed between the old data's going and the new one's coming.
+    std::fs::write(folder.path().join("store.db.restoring"), "").unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let refused = Store::open(StoreConfig::new(&path)).await;
+    assert!(matches!(refused, Err(OpenError::RestoreCutOff { .. })), "{refused:?}");
+    assert!(!path.exists());
+    let restored = files::restore(&backup, &path, SystemTime::now()).await.unwrap();
+    assert_eq!(restored.replaced, None);
+    assert!(has(&path, "/kept").await);
+}
+
+/// Root looks after a hub that runs as somebody else.
+#[tokio::test]
+async fn what_root_restores_belongs_to_whoever_owned_it() {
+    if let Err(missing) = test_support::tools::root() {
+        test_support::not_run(&missing);
+        return;
+    }
+    const SOMEBODY: u32 = 12_345;
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    let source = folder.path().join("source.db");
+    open(&source).await.close().await;
+    std::os::unix::fs::chown(&data, Some(SOMEBODY), Some(SOMEBODY)).unwrap();
+    let path = data.join("store.db");
+    files::restore(&source, &path, SystemTime::now()).await.unwrap();
+    for file in [path.clone(), data.join("store.db.lock")] {
+        let owner = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(&file).unwrap());
+        assert_eq!(owner, SOMEBODY, "{}", file.display());
+    }
+}
+
+#[tokio::test]
+async fn what_was_compacted_is_in_no_file_after_a_vacuum() {
+    let folder = tempfile::tempdir().unwrap();
+    // A name that has to be quoted.
+    let folder = folder.path().join("it's");
+    let path = folder.join("store.db");
+    let held = |word: &str| {
+        let held = |name: &String| {
+            let content = std::fs::read(folder.join(name)).unwrap();
+            content.windows(word.len()).any(|window| window == word.as_bytes())
+        };
+        names(&folder).iter().any(held)
+    };
+    let store = Store::open(StoreConfig { compaction: Compaction::Manual, ..StoreConfig::exclusive(&path) });
+    let store = store.await.unwrap();
+    let created = store.create("/a", "the-former-form".repeat(1000)).await.unwrap();
+    store.update("/a", "the-new-form", created.applied().unwrap().mod_revision).await.unwrap();
+    store.compact(store.revision()).await.unwrap();
+    store.swept(store.revision()).await.unwrap();
+    assert!(held("the-former-form"), "the search finds what is there");
+    let before = store.size().await.unwrap();
+    // A write that waits meanwhile is made after it.
+    let (vacuumed, written) = tokio::join!(store.vacuum(), store.create("/b", "1"));
+    vacuumed.unwrap();
+    written.unwrap();
+    assert!(!held("the-former-form") && held("the-new-form"));
+    assert!(store.size().await.unwrap() < before);
     store.close().await;
     assert_eq!(files::check(&path).await.unwrap().faults, Vec::<String>::new());
 }
@@ -115,7 +233,7 @@ async fn a_check_finds_what_is_wrong() {
         execute(&path, damage).await;
         let faults = files::check(&path).await.unwrap().faults;
         assert!(faults.iter().any(|fault| fault.contains(finding)), "{damage}: {faults:?}");
-        let refused = files::restore(&path, &folder.path().join("other.db")).await;
+        let refused = files::restore(&path, &folder.path().join("other.db"), SystemTime::now()).await;
         assert!(matches!(refused, Err(FileError::Damaged { .. })), "{refused:?}");
     }
     let folder = tempfile::tempdir().unwrap();

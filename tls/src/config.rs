@@ -308,7 +308,7 @@ fn roots(source: &Source, pem: &[u8]) -> Result<RootCertStore, TlsError> {
     Ok(roots)
 }
 
-fn fingerprint(contents: [Option<&Vec<u8>>; 3]) -> [u8; 32] {
+fn fingerprint(contents: &[Option<&Vec<u8>>]) -> [u8; 32] {
     let mut hasher = Sha256::new();
     for content in contents {
         // The length first, so that a byte cannot move from one file to the next unseen.
@@ -318,7 +318,7 @@ fn fingerprint(contents: [Option<&Vec<u8>>; 3]) -> [u8; 32] {
     hasher.finalize().into()
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {

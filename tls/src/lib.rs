@@ -16,6 +16,7 @@ mod config;
 mod files;
 mod fuzz;
 mod identity;
+mod served;
 
 pub use authority::{AgentKey, AuthorityError, CertificateAuthority, IssuedCertificate, requested_key};
 pub use certificate::{
@@ -24,6 +25,7 @@ pub use certificate::{
 pub use config::{ClientAuth, ClientTls, ServerTls, TlsError, TlsVersions, refuses_identity};
 pub use files::{FileError, read_bounded, write_private, write_public};
 pub use identity::{AgentId, AgentIdentity, ClusterName, InvalidIdentity, TrustDomain};
+pub use served::{REISSUE_INTERVAL, ServedCertificate, reissue};
 
 pub use rustls::{ClientConfig, ServerConfig};
 pub use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};

@@ -27,7 +27,7 @@ pub(crate) use config::ConfigError;
 use config::{EncryptionConfig, Entry, Key, Provider};
 use kms::{KmsError, KmsProvider};
 use local::{Broken, Cipher};
-pub(crate) use rewrite::{rewrite, status};
+pub(crate) use rewrite::{rewrite, rewrite_all, status};
 
 /// How every encrypted value begins.
 pub(crate) const ENCRYPTED: &[u8] = b"k8s:enc:";

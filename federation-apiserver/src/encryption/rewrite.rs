@@ -3,15 +3,21 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use federation_store::{KeyValue, ListRequest, WriteOutcome};
+use federation_store::{KeyRange, KeyValue, ListRequest, WriteOutcome};
+use futures::StreamExt as _;
 use serde_json::{Value, json};
 
 use super::label;
 use crate::registry::{Registry, store_error};
 use crate::status::ApiError;
+use crate::upkeep::{Job, Upkeep};
 
+/// How the keys of objects begin.
+const ROOT: &str = "/registry/";
 /// Objects read at once.
 const CHUNK: usize = 500;
+/// Objects written at once: they share commits, and leave room in them for everybody else.
+const AT_ONCE: usize = 64;
 /// Times that one object is tried again when it changes meanwhile; a change writes it under the current key anyhow.
 const ATTEMPTS: usize = 4;
 
@@ -23,7 +29,7 @@ pub(crate) async fn status(registry: &Registry) -> Result<Value, ApiError> {
     while let Some(items) = pages.next(registry).await? {
         for kv in &items {
             let text = String::from_utf8_lossy(&kv.key);
-            let mut parts = text.trim_start_matches("/registry/").split('/');
+            let mut parts = text.trim_start_matches(ROOT).split('/');
             let (group, plural) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
             let resource = if group == "core" { plural.to_owned() } else { format!("{plural}.{group}") };
             let counted = found.entry((resource, label(&kv.value))).or_default();
@@ -42,8 +48,15 @@ pub(crate) async fn status(registry: &Registry) -> Result<Value, ApiError> {
         "problems": encryption.poll().await}))
 }
 
-/// Writes everything that is under an old key anew. Resource versions grow, as with any write.
+/// Has everything that is under an old key written anew, and the history given up; how far that is. Resource versions
+/// grow, as with any write.
 pub(crate) async fn rewrite(registry: &Registry) -> Result<Value, ApiError> {
+    let progress = registry.store.upkeep().ask(Job::Rewrite).await?;
+    serde_json::to_value(progress).map_err(ApiError::internal)
+}
+
+/// Writes everything that is under an old key anew.
+pub(crate) async fn rewrite_all(registry: &Registry, upkeep: &Upkeep) -> Result<(), ApiError> {
     let encryption = registry.store.encryption();
     // A file that was changed just now counts, and so does a key that a plug-in has changed meanwhile.
     if let Err(error) = encryption.reload() {
@@ -55,25 +68,26 @@ pub(crate) async fn rewrite(registry: &Registry) -> Result<Value, ApiError> {
     if let Some(problem) = encryption.poll().await.first() {
         return Err(ApiError::unavailable(format!("nothing was rewritten: {problem}")));
     }
-    let (mut written, mut failed) = (0_u64, Vec::new());
+    let (objects, _) = registry.store.count(&KeyRange::prefix(ROOT), None).await.map_err(store_error)?;
+    upkeep.objects(objects);
     let mut pages = Pages::default();
     while let Some(items) = pages.next(registry).await? {
-        for kv in items.iter().filter(|kv| encryption.is_stale(&kv.key, &kv.value)) {
-            match one(registry, &kv.key).await {
-                Ok(()) => written += 1,
-                Err(error) => {
-                    let key = String::from_utf8_lossy(&kv.key).into_owned();
-                    tracing::warn!(key, %error, "failed to rewrite an object");
-                    failed.push(key);
+        let stale = items.iter().filter(|kv| encryption.is_stale(&kv.key, &kv.value));
+        futures::stream::iter(stale)
+            .for_each_concurrent(AT_ONCE, |kv| async move {
+                match one(registry, &kv.key).await {
+                    Ok(()) => upkeep.rewritten(),
+                    Err(error) => {
+                        let key = String::from_utf8_lossy(&kv.key).into_owned();
+                        tracing::warn!(key, %error, "failed to rewrite an object");
+                        upkeep.failed(key);
+                    }
                 }
-            }
-        }
+            })
+            .await;
+        upkeep.looked_at(items.len() as u64);
     }
-    tracing::info!(written, failed = failed.len(), "objects under old keys were rewritten");
-    let count = failed.len();
-    // The first ones say enough; all are in the log.
-    failed.truncate(20);
-    Ok(json!({"rewritten": written, "failed": count, "failedKeys": failed}))
+    Ok(())
 }
 
 async fn one(registry: &Registry, key: &[u8]) -> Result<(), ApiError> {
@@ -102,7 +116,7 @@ impl Pages {
         if self.done {
             return Ok(None);
         }
-        let mut request = ListRequest::prefix("/registry/").limit(CHUNK);
+        let mut request = ListRequest::prefix(ROOT).limit(CHUNK);
         request.after = self.after.take();
         let page = registry.store.raw().list(&request).await.map_err(store_error)?;
         self.after = page.items.last().map(|kv| kv.key.clone());

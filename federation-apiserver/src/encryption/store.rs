@@ -9,6 +9,7 @@ use federation_store::{
 };
 
 use super::{Encryption, EncryptionError};
+use crate::upkeep::Upkeep;
 
 /// Why an operation failed.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +32,7 @@ pub(crate) enum StoreFault {
 pub(crate) struct StoreHandle {
     store: Store,
     encryption: Arc<Encryption>,
+    upkeep: Arc<Upkeep>,
 }
 
 /// A [`Watcher`] whose events hold readable values.
@@ -77,7 +79,12 @@ async fn open_if_possible(encryption: &Encryption, kv: &mut KeyValue) {
 
 impl StoreHandle {
     pub(crate) fn new(store: Store, encryption: Arc<Encryption>) -> Self {
-        Self { store, encryption }
+        Self { store, encryption, upkeep: Arc::default() }
+    }
+
+    /// Work on the whole of it.
+    pub(crate) fn upkeep(&self) -> &Arc<Upkeep> {
+        &self.upkeep
     }
 
     pub(crate) fn encryption(&self) -> &Arc<Encryption> {

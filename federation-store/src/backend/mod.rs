@@ -18,11 +18,12 @@
 //! store_schema   the version of all this
 //! ```
 
+pub(crate) mod check;
 pub(crate) mod mysql;
 pub(crate) mod postgres;
 mod remote;
 mod rows;
-mod sql;
+pub(crate) mod sql;
 pub(crate) mod sqlite;
 
 use bytes::Bytes;
@@ -160,6 +161,21 @@ pub(crate) trait Backend: Send + Sync + 'static {
 
     /// Removes some of what compaction made unreachable; done when `swept` reaches `compacted`.
     fn sweep(&self) -> BoxFuture<'_, Result<State, Error>>;
+
+    /// Gives what was removed back to the system, so that nothing of it is left in the database's files. Takes time and
+    /// room by the size of what is there.
+    fn vacuum(&self) -> BoxFuture<'_, Result<(), Error>>;
+
+    /// Whether writes cannot go on during a [`Self::vacuum`], so that it belongs between two of them.
+    fn vacuums_alone(&self) -> bool {
+        true
+    }
+
+    /// How many connections were made so far, each of which may have come to another copy of the database. Zero where
+    /// there is only one.
+    fn connections(&self) -> u64 {
+        0
+    }
 
     /// What the database takes on disk (or in memory), in bytes.
     fn size(&self) -> BoxFuture<'_, Result<u64, Error>>;

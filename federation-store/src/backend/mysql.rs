@@ -6,6 +6,8 @@
 //! several statements. There are no notifications: other replicas look at the counter.
 
 use std::str::FromStr as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -117,6 +119,7 @@ pub(crate) type MySqlBackend = SqlBackend<MySqlDialect>;
 pub(crate) struct MySqlDialect {
     /// This process among those that write to the database.
     replica: [u8; 16],
+    connections: Arc<AtomicU64>,
 }
 
 // === impl MySqlBackend ===
@@ -132,7 +135,9 @@ impl MySqlBackend {
             .no_engine_substitution(false)
             .disable_statement_logging();
         let open = |source| OpenError::Open { database: database.to_owned(), source };
+        let made = Arc::new(AtomicU64::new(0));
         let pool = |connections: u32, isolation: &'static str| {
+            let made = Arc::clone(&made);
             let session = format!(
                 "SET SESSION wait_timeout = {WAIT_SECONDS}, innodb_lock_wait_timeout = {LOCK_SECONDS},
                      sql_mode = 'STRICT_ALL_TABLES'"
@@ -147,6 +152,7 @@ impl MySqlBackend {
                 .test_before_acquire(false)
                 .after_connect(move |connection, _| {
                     let (session, isolation, silent) = (session.clone(), isolation.clone(), silent.clone());
+                    made.fetch_add(1, Ordering::AcqRel);
                     async move {
                         connection.execute(sqlx::raw_sql(AssertSqlSafe(session))).await?;
                         connection.execute(sqlx::raw_sql(AssertSqlSafe(isolation))).await?;
@@ -164,7 +170,7 @@ impl MySqlBackend {
         suitable(&writer, database).await?;
         migrate(&writer).await?;
         let readers = pool(READERS, "REPEATABLE READ").connect_with(options).await.map_err(open)?;
-        Ok(Self { writer, readers, dialect: MySqlDialect { replica: rand::random() } })
+        Ok(Self { writer, readers, dialect: MySqlDialect { replica: rand::random(), connections: made } })
     }
 }
 
@@ -174,6 +180,7 @@ impl Dialect for MySqlDialect {
     type Database = MySql;
 
     const NAME: &'static str = "MySQL";
+    const SCHEMA: i64 = MIGRATIONS.len() as i64;
     const SNAPSHOT: &'static str = "START TRANSACTION WITH CONSISTENT SNAPSHOT";
     const WRITE: &'static str = "START TRANSACTION";
     const LIMIT: Option<Duration> = Some(OPERATION_TIMEOUT);
@@ -182,6 +189,14 @@ impl Dialect for MySqlDialect {
 
     async fn run(connection: &mut MySqlConnection, statement: &'static str) -> Result<(), sqlx::Error> {
         connection.execute(statement).await.map(drop)
+    }
+
+    async fn integers(
+        connection: &mut MySqlConnection,
+        query: String,
+    ) -> Result<Option<Vec<Option<i64>>>, sqlx::Error> {
+        let row = sqlx::query(AssertSqlSafe(query)).fetch_optional(connection).await?;
+        row.map(|row| (0..row.len()).map(|column| row.try_get(column)).collect()).transpose()
     }
 
     async fn state(connection: &mut MySqlConnection, lock: bool) -> Result<State, sqlx::Error> {
@@ -438,6 +453,21 @@ impl Dialect for MySqlDialect {
     async fn set_swept(connection: &mut MySqlConnection, revision: i64) -> Result<(), sqlx::Error> {
         let query = sqlx::query("UPDATE store_state SET swept = ? WHERE id = 1");
         query.bind(revision).execute(connection).await.map(drop)
+    }
+
+    async fn vacuum(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+        // InnoDB rebuilds the tables; reads and writes go on. What goes wrong comes as a row.
+        for row in sqlx::raw_sql("OPTIMIZE TABLE store_log, store_head").fetch_all(connection).await? {
+            let (kind, text): (String, String) = (row.try_get("Msg_type")?, row.try_get("Msg_text")?);
+            if kind.eq_ignore_ascii_case("error") {
+                return Err(sqlx::Error::Protocol(text));
+            }
+        }
+        Ok(())
+    }
+
+    fn connections(&self) -> u64 {
+        self.connections.load(Ordering::Acquire)
     }
 
     async fn size(connection: &mut MySqlConnection) -> Result<u64, sqlx::Error> {

@@ -5,6 +5,8 @@
 //! takes five round trips. Its commit notifies the other replicas.
 
 use std::str::FromStr as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -122,6 +124,7 @@ pub(crate) type PostgresBackend = SqlBackend<PostgresDialect>;
 pub(crate) struct PostgresDialect {
     /// This process among those that write to the database, as a UUID.
     replica: String,
+    connections: Arc<AtomicU64>,
 }
 
 struct Notifications {
@@ -145,8 +148,9 @@ impl PostgresBackend {
              SELECT set_config('synchronous_commit', 'on', false)
               WHERE current_setting('synchronous_commit') IN ('off', 'local')"
         );
+        let made = Arc::new(AtomicU64::new(0));
         let pool = |connections: u32| {
-            let session = session.clone();
+            let (session, made) = (session.clone(), Arc::clone(&made));
             PgPoolOptions::new()
                 .max_connections(connections)
                 .acquire_timeout(ACQUIRE_TIMEOUT)
@@ -154,6 +158,7 @@ impl PostgresBackend {
                 .test_before_acquire(false)
                 .after_connect(move |connection, _| {
                     let session = session.clone();
+                    made.fetch_add(1, Ordering::AcqRel);
                     async move { connection.execute(sqlx::raw_sql(AssertSqlSafe(session))).await.map(drop) }
                         .boxed()
                 })
@@ -162,7 +167,7 @@ impl PostgresBackend {
         migrate(&writer).await?;
         let readers = pool(READERS).connect_with(options).await.map_err(open)?;
         let replica = uuid::Uuid::from_u128(rand::random()).to_string();
-        Ok(Self { writer, readers, dialect: PostgresDialect { replica } })
+        Ok(Self { writer, readers, dialect: PostgresDialect { replica, connections: made } })
     }
 }
 
@@ -172,6 +177,7 @@ impl Dialect for PostgresDialect {
     type Database = Postgres;
 
     const NAME: &'static str = "PostgreSQL";
+    const SCHEMA: i64 = MIGRATIONS.len() as i64;
     const SNAPSHOT: &'static str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
     const WRITE: &'static str = "BEGIN ISOLATION LEVEL READ COMMITTED";
     const LIMIT: Option<Duration> = Some(OPERATION_TIMEOUT);
@@ -180,6 +186,14 @@ impl Dialect for PostgresDialect {
 
     async fn run(connection: &mut PgConnection, statement: &'static str) -> Result<(), sqlx::Error> {
         connection.execute(statement).await.map(drop)
+    }
+
+    async fn integers(
+        connection: &mut PgConnection,
+        query: String,
+    ) -> Result<Option<Vec<Option<i64>>>, sqlx::Error> {
+        let row = sqlx::query(AssertSqlSafe(query)).fetch_optional(connection).await?;
+        row.map(|row| (0..row.len()).map(|column| row.try_get(column)).collect()).transpose()
     }
 
     async fn state(connection: &mut PgConnection, lock: bool) -> Result<State, sqlx::Error> {
@@ -435,6 +449,16 @@ impl Dialect for PostgresDialect {
     async fn set_swept(connection: &mut PgConnection, revision: i64) -> Result<(), sqlx::Error> {
         let query = sqlx::query("UPDATE store_state SET swept = $1 WHERE id = 1");
         query.bind(revision).execute(connection).await.map(drop)
+    }
+
+    async fn vacuum(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+        // Without FULL the old rows' bytes stay in their pages. The tables are locked meanwhile.
+        connection.execute("VACUUM (FULL) store_log").await?;
+        connection.execute("VACUUM (FULL) store_head").await.map(drop)
+    }
+
+    fn connections(&self) -> u64 {
+        self.connections.load(Ordering::Acquire)
     }
 
     async fn size(connection: &mut PgConnection) -> Result<u64, sqlx::Error> {

@@ -20,6 +20,9 @@ use crate::batch::{Basis, Decision, Place, Record, decide};
 use crate::error::Error;
 use crate::types::{Event, KeyRange, KeyValue, Lease, Revision, Transaction};
 
+/// How long a vacuum may take: it rewrites the store, a gigabyte in a minute on a slow disk.
+const VACUUM_LIMIT: Duration = Duration::from_secs(3600);
+
 /// The store's tables in one database.
 pub(crate) struct SqlBackend<D: Dialect> {
     /// One connection: whoever writes locks the counter, so more would only wait.
@@ -46,6 +49,9 @@ pub(crate) trait Dialect: Sized + Send + Sync + 'static {
     /// Begins a transaction that writes.
     const WRITE: &'static str;
 
+    /// The newest version of the schema.
+    const SCHEMA: i64;
+
     /// How long anything may take; `None` where there is no network that could lose it.
     const LIMIT: Option<Duration>;
 
@@ -60,6 +66,12 @@ pub(crate) trait Dialect: Sized + Send + Sync + 'static {
         connection: &mut Connection<Self>,
         statement: &'static str,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// The first row of a query without parameters, whose columns are integers.
+    fn integers(
+        connection: &mut Connection<Self>,
+        query: String,
+    ) -> impl Future<Output = Result<Option<Vec<Option<i64>>>, sqlx::Error>> + Send;
 
     /// The counter row; locked until the transaction ends, where beginning one has not done that.
     fn state(
@@ -172,6 +184,14 @@ pub(crate) trait Dialect: Sized + Send + Sync + 'static {
         revision: i64,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
+    /// Gives the room of removed rows back, and with it what they held. In no transaction.
+    fn vacuum(connection: &mut Connection<Self>) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// How many connections were made so far, where each may come to another copy of the database.
+    fn connections(&self) -> u64 {
+        0
+    }
+
     /// What the database takes, in bytes.
     fn size(connection: &mut Connection<Self>) -> impl Future<Output = Result<u64, sqlx::Error>> + Send;
 
@@ -241,6 +261,11 @@ macro_rules! with {
 // === impl SqlBackend ===
 
 impl<D: Dialect> SqlBackend<D> {
+    /// What a vacuum uses. Of a file only the writer may change anything; elsewhere the writer goes on.
+    fn writer_or_another(&self) -> &Pool<D::Database> {
+        if self.vacuums_alone() { &self.writer } else { &self.readers }
+    }
+
     /// Gives the connection back, or, after an error, away: what state it is in is anyone's guess.
     async fn settle<T>(
         &self,
@@ -388,6 +413,28 @@ impl<D: Dialect> Backend for SqlBackend<D> {
         with!(self.writer, "remove compacted rows", |connection| sweep::<D>(&mut connection))
     }
 
+    fn vacuum(&self) -> BoxFuture<'_, Result<(), Error>> {
+        async move {
+            let mut connection = self.writer_or_another().acquire().await?;
+            // As long as it takes, which no other limit is made for; of a connection that died the system tells.
+            let outcome = match tokio::time::timeout(VACUUM_LIMIT, D::vacuum(&mut connection)).await {
+                Ok(outcome) => outcome,
+                Err(_) => Err(timed_out(VACUUM_LIMIT)),
+            };
+            self.settle(connection, outcome).await
+        }
+        .map_err(failed::<D>("give room back"))
+        .boxed()
+    }
+
+    fn vacuums_alone(&self) -> bool {
+        D::LIMIT.is_none()
+    }
+
+    fn connections(&self) -> u64 {
+        self.dialect.connections()
+    }
+
     fn size(&self) -> BoxFuture<'_, Result<u64, Error>> {
         with!(self.readers, "read the size", |connection| D::size(&mut connection))
     }
@@ -419,11 +466,13 @@ async fn limited<D: Dialect, T>(
     let Some(limit) = D::LIMIT else { return work.await };
     match tokio::time::timeout(limit, work).await {
         Ok(outcome) => outcome,
-        Err(_) => Err(sqlx::Error::Io(std::io::Error::new(
-            std::io::ErrorKind::TimedOut,
-            format!("no answer within {limit:?}"),
-        ))),
+        Err(_) => Err(timed_out(limit)),
     }
+}
+
+fn timed_out(limit: Duration) -> sqlx::Error {
+    let text = format!("no answer within {limit:?}");
+    sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, text))
 }
 
 async fn list<D: Dialect>(

@@ -67,7 +67,7 @@ const MAX_ROWS: usize = 64;
 const JOURNAL_BYTES: &str = "67108864";
 
 /// Schema steps in order; the version is the position, counted from 1. Released steps never change.
-pub(crate) const MIGRATIONS: &[&str] = &[
+const MIGRATIONS: &[&str] = &[
     "
     CREATE TABLE store_state (
         id        INTEGER PRIMARY KEY CHECK (id = 1),
@@ -206,6 +206,7 @@ impl Dialect for SqliteDialect {
     type Database = Sqlite;
 
     const NAME: &'static str = "SQLite";
+    const SCHEMA: i64 = MIGRATIONS.len() as i64;
     const SNAPSHOT: &'static str = "BEGIN";
 
     /// Takes the write lock at once instead of at the first write, when it could fail, and so that nobody writes between
@@ -221,6 +222,14 @@ impl Dialect for SqliteDialect {
 
     async fn run(connection: &mut SqliteConnection, statement: &'static str) -> Result<(), sqlx::Error> {
         connection.execute(statement).await.map(drop)
+    }
+
+    async fn integers(
+        connection: &mut SqliteConnection,
+        query: String,
+    ) -> Result<Option<Vec<Option<i64>>>, sqlx::Error> {
+        let row = sqlx::query(AssertSqlSafe(query)).fetch_optional(connection).await?;
+        row.map(|row| (0..row.len()).map(|column| row.try_get(column)).collect()).transpose()
     }
 
     async fn state(connection: &mut SqliteConnection, _: bool) -> Result<State, sqlx::Error> {
@@ -477,6 +486,28 @@ impl Dialect for SqliteDialect {
         query.bind(revision).execute(connection).await.map(drop)
     }
 
+    async fn vacuum(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+        // The copy that it makes on the way goes where the store is: there is room, and it is private there.
+        let row = sqlx::query("SELECT file FROM pragma_database_list WHERE name = 'main'")
+            .fetch_optional(&mut *connection)
+            .await?;
+        let file: String = row.map(|row| row.try_get(0)).transpose()?.unwrap_or_default();
+        if let Some(folder) = Path::new(&file).parent().and_then(Path::to_str).filter(|f| !f.is_empty()) {
+            let folder = folder.replace('\'', "''");
+            let statement = format!("PRAGMA temp_store_directory = '{folder}'");
+            connection.execute(sqlx::raw_sql(AssertSqlSafe(statement))).await?;
+        }
+        connection.execute("VACUUM").await?;
+        // Waits for readers, up to the busy timeout. What was removed is in the log until then.
+        let row = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").fetch_one(connection).await?;
+        if row.try_get::<i64, _>(0)? != 0 {
+            return Err(sqlx::Error::Protocol(
+                "a reader kept the write-ahead log from being emptied: try again".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
     async fn size(connection: &mut SqliteConnection) -> Result<u64, sqlx::Error> {
         let row = sqlx::query(
             "SELECT c.page_count * s.page_size AS number FROM pragma_page_count() c, pragma_page_size() s",
@@ -545,6 +576,7 @@ fn lock(path: &Path, exclusive: bool) -> Result<File, OpenError> {
     let lock_path = lock_path(path);
     let file = open_private(&lock_path)?;
     match if exclusive { file.try_lock() } else { file.try_lock_shared() } {
+        Ok(()) if restoring(path).exists() => Err(OpenError::RestoreCutOff { path: path.to_owned() }),
         Ok(()) => {
             // SQLite takes an empty file for a new database, and its other files get the same permissions.
             open_private(path)?;
@@ -567,10 +599,19 @@ pub(crate) fn lock_alone(path: &Path) -> Result<File, Option<std::io::Error>> {
     }
 }
 
-fn lock_path(path: &Path) -> PathBuf {
-    let mut lock_path = path.as_os_str().to_owned();
-    lock_path.push(".lock");
-    PathBuf::from(lock_path)
+pub(crate) fn lock_path(path: &Path) -> PathBuf {
+    beside(path, ".lock")
+}
+
+/// The file that is there while a restore exchanges the database's files.
+pub(crate) fn restoring(path: &Path) -> PathBuf {
+    beside(path, ".restoring")
+}
+
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
 }
 
 /// Opens a file; makes it, for its owner alone, when it is missing: there are secrets in the store.

@@ -264,13 +264,29 @@ fn prompt(runtime: &tokio::runtime::Runtime, url: &str) {
     assert!(p99 < 1_000_000_000, "the p99 of the delay is {:?}", Duration::from_nanos(p99));
 }
 
-#[test]
-fn events_reach_other_replicas_promptly() {
+fn prompt_on_server(kind: Kind) {
     let runtime = runtime();
+    let server = test_support::require!(runtime.block_on(Server::start(kind)).unwrap());
+    prompt(&runtime, &runtime.block_on(server.database()).unwrap());
+}
+
+#[test]
+fn events_reach_other_replicas_promptly_on_sqlite() {
     let folder = tempfile::tempdir().unwrap();
-    prompt(&runtime, &format!("sqlite://{}", folder.path().join("store.db").display()));
-    for kind in [Kind::Postgres, Kind::MariaDb, Kind::MySql] {
-        let server = test_support::require!(runtime.block_on(Server::start(kind)).unwrap());
-        prompt(&runtime, &runtime.block_on(server.database()).unwrap());
-    }
+    prompt(&runtime(), &format!("sqlite://{}", folder.path().join("store.db").display()));
+}
+
+#[test]
+fn events_reach_other_replicas_promptly_on_postgresql() {
+    prompt_on_server(Kind::Postgres);
+}
+
+#[test]
+fn events_reach_other_replicas_promptly_on_mariadb() {
+    prompt_on_server(Kind::MariaDb);
+}
+
+#[test]
+fn events_reach_other_replicas_promptly_on_mysql() {
+    prompt_on_server(Kind::MySql);
 }

@@ -36,7 +36,7 @@ use service::duration::GoDuration;
 use service::log::LogHandle;
 use service::metrics::SharedRegistry;
 use service::ready::{Readiness, ReadyGuard};
-use tls::{CertificateAuthority, ClientAuth, ServerTls, TlsVersions, TrustDomain};
+use tls::{CertificateAuthority, ClientAuth, ServedCertificate, ServerTls, TlsVersions, TrustDomain};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -65,12 +65,6 @@ pub const FEDERATION_NAMESPACE: &str = "kube-federation-system";
 
 /// Who may use the CONNECT frontend with a client certificate of the hub.
 const DIALERS: [&str; 2] = ["system:masters", "cellway:dialers"];
-
-/// How long the servers' own certificates live; they are issued anew at each start and every [`REISSUE_INTERVAL`].
-const SERVER_CERTIFICATE_TTL: Duration = Duration::from_secs(90 * 24 * 3600);
-
-/// A day: a process that runs for years never comes near the end of a certificate.
-const REISSUE_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 
 /// The shortest life of an agent's certificate. It is renewed at two thirds; below this agents do little else.
 const MIN_AGENT_CERTIFICATE_TTL: Duration = Duration::from_secs(5);
@@ -204,18 +198,10 @@ pub struct Hub {
     pages: AdminApi,
     client: kube::Client,
     feed: watch::Sender<Arc<Snapshot>>,
-    certificates: ServerCertificates,
+    /// Those of the listeners for agents and for CONNECT clients. The API has its own.
+    certificates: [ServedCertificate; 2],
     controller: Controller,
     starting: ReadyGuard,
-}
-
-/// The certificates of the hub's own listeners. They lie on disk, so that they can be issued anew without a restart.
-struct ServerCertificates {
-    names: Vec<String>,
-    /// For agents, signed by the tunnel CA.
-    tunnel: (Arc<CertificateAuthority>, PathBuf),
-    /// For CONNECT clients, signed by the hub API's CA, which their kubeconfig names.
-    connect: (CertificateAuthority, PathBuf),
 }
 
 // === impl Hub ===
@@ -251,15 +237,14 @@ impl Hub {
         remove_if_there(&data_dir.join(HUB_FILE)).map_err(unusable)?;
         let tunnel_ca =
             Arc::new(CertificateAuthority::load_or_create(&data_dir.join("tunnel-ca"), "cellway-tunnel-ca")?);
-        let certificates = ServerCertificates {
-            names: server_names(&args, &advertised_host),
-            tunnel: (tunnel_ca.clone(), data_dir.join("tunnel-tls")),
-            connect: (
-                CertificateAuthority::load_or_create(&data_dir.join("pki"), "cellway-api-ca")?,
-                data_dir.join("connect-tls"),
-            ),
-        };
-        certificates.issue()?;
+        // Their kubeconfig names the authority of the hub API.
+        let api_ca = Arc::new(CertificateAuthority::load_or_create(&data_dir.join("pki"), "cellway-api-ca")?);
+        let names = server_names(&args, &advertised_host);
+        let certificates = [
+            ServedCertificate::new(tunnel_ca.clone(), names.clone(), data_dir.join("tunnel-tls")),
+            ServedCertificate::new(api_ca, names, data_dir.join("connect-tls")),
+        ];
+        issue(&certificates, SystemTime::now())?;
 
         let (feed, directory) = ClusterDirectory::fed();
         let config = server_config(&args, &data_dir, &advertised_host, directory.clone(), &api)?;
@@ -373,7 +358,12 @@ impl Hub {
         background.spawn(tokens::keep_clean(client.clone()).instrument(tracing::info_span!("tokens")));
         background.spawn(feed::run(client, feed).instrument(tracing::info_span!("directory")));
         background.spawn(probe_on_change(registry.clone(), controller.handle()).in_current_span());
-        background.spawn(certificates.keep().in_current_span());
+        background.spawn(
+            async move {
+                match tls::reissue("the listeners' certificates", |now| issue(&certificates, now)).await {}
+            }
+            .in_current_span(),
+        );
         let mut controller_task = JoinSet::new();
         let controller_stop = drain.token();
         controller_task.spawn(
@@ -454,11 +444,11 @@ fn server_config(
     api: &federation_apiserver::Bound,
 ) -> Result<ServerConfig, HubError> {
     let addr = |port| SocketAddr::new(args.bind_address, port);
-    let (certificate, key) = ServerCertificates::files(&data_dir.join("tunnel-tls"));
+    let (certificate, key) = ServedCertificate::files(&data_dir.join("tunnel-tls"));
     let agents_ca = data_dir.join("tunnel-ca").join("ca.crt");
     // Optional, because agents come without one to enrol; a tunnel without one is refused by the rules below.
     let agents_tls = ServerTls::from_files(certificate, key, Some(agents_ca), ClientAuth::Optional)?;
-    let (certificate, key) = ServerCertificates::files(&data_dir.join("connect-tls"));
+    let (certificate, key) = ServedCertificate::files(&data_dir.join("connect-tls"));
     let clients_ca = data_dir.join("connect-tls").join("clients-ca.crt");
     tls::write_public(&clients_ca, api.ca_pem().as_bytes())?;
     let connect_tls = ServerTls::from_files(certificate, key, Some(clients_ca), ClientAuth::Required)?
@@ -602,12 +592,20 @@ fn shown(args: &HubArgs, data_dir: &Path) -> serde_json::Value {
         "backend-dial-timeout": args.backend_dial_timeout,
         "graceful-shutdown-timeout": args.graceful_shutdown_timeout,
         "token-auth-file": args.token_auth_file,
+        "tls-cert-file": args.api.tls_cert_file,
+        "tls-private-key-file": args.api.tls_private_key_file,
+        "client-ca-file": args.api.client_ca_file,
         "encryption-provider-config": args.api.encryption_provider_config,
         "audit-policy-file": args.api.audit_policy_file,
         "audit-log-path": args.api.audit_log_path,
         "oidc-issuer-url": args.api.oidc_issuer_url,
         "no-access-log": args.no_access_log,
     })
+}
+
+/// Issues the listeners' certificates anew.
+fn issue(certificates: &[ServedCertificate], now: SystemTime) -> Result<(), tls::AuthorityError> {
+    certificates.iter().try_for_each(|certificate| certificate.issue(now))
 }
 
 /// The names that the hub's listeners answer to.
@@ -637,40 +635,6 @@ fn remove_if_there(path: &Path) -> std::io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
-    }
-}
-
-// === impl ServerCertificates ===
-
-impl ServerCertificates {
-    fn files(dir: &Path) -> (PathBuf, PathBuf) {
-        (dir.join("tls.crt"), dir.join("tls.key"))
-    }
-
-    /// Issues both anew. The listeners take them up by themselves; a pair that does not fit yet is looked at again.
-    fn issue(&self) -> Result<(), HubError> {
-        for (ca, dir) in [(self.tunnel.0.as_ref(), &self.tunnel.1), (&self.connect.0, &self.connect.1)] {
-            private_dir(dir).map_err(|source| HubError::DataDir { path: dir.clone(), source })?;
-            let issued = ca.issue_server(&self.names, SERVER_CERTIFICATE_TTL)?;
-            let (certificate, key) = Self::files(dir);
-            tls::write_private(&key, issued.key_pem.as_bytes())?;
-            tls::write_public(&certificate, issued.certificate_pem.as_bytes())?;
-        }
-        Ok(())
-    }
-
-    /// Issues them anew for ever, so that a process that runs for years never comes near their end.
-    async fn keep(self) {
-        loop {
-            tokio::time::sleep(REISSUE_INTERVAL).await;
-            match self.issue() {
-                Ok(()) => tracing::info!("the listeners' certificates have been issued anew"),
-                Err(error) => tracing::warn!(
-                    error = %service::error_chain(&error),
-                    "failed to issue the listeners' certificates anew; trying again in {REISSUE_INTERVAL:?}"
-                ),
-            }
-        }
     }
 }
 

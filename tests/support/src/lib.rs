@@ -86,6 +86,15 @@ impl<E> NotRun for Result<(), E> {
     }
 }
 
+/// Says why a test, or a part of it, is not run. Past the test harness, which keeps what a test prints to itself when the
+/// test passes.
+pub fn not_run(reason: &dyn std::fmt::Display) {
+    use std::io::Write as _;
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    // Nobody may be listening.
+    let _ = writeln!(std::io::stderr().lock(), "{test}: not run: {reason}");
+}
+
 /// Ends the test early, and says why, when something it needs is not there: `let kubectl = require!(tools::kubectl());`
 #[macro_export]
 macro_rules! require {
@@ -93,7 +102,7 @@ macro_rules! require {
         match $needed {
             Ok(found) => found,
             Err(reason) => {
-                println!("not run: {reason}");
+                $crate::not_run(&reason);
                 return $crate::NotRun::not_run();
             }
         }

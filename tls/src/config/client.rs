@@ -148,7 +148,7 @@ impl Sources for ClientSources {
             None => None,
         };
         let (certificate, key) = identity.as_ref().map_or((None, None), |(c, k)| (Some(c), Some(k)));
-        let fingerprint = fingerprint([ca.as_ref(), certificate, key]);
+        let fingerprint = fingerprint(&[ca.as_ref(), certificate, key]);
         if former == Some(fingerprint) {
             return Ok(None);
         }

@@ -3,8 +3,9 @@
 use std::{fmt, future::Future, path::PathBuf, sync::Arc, time::Duration};
 
 use rustls::{
-    ServerConfig,
-    server::{NoServerSessionStorage, WebPkiClientVerifier},
+    RootCertStore, ServerConfig,
+    server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier},
+    sign::CertifiedKey,
 };
 use rustls_pki_types::CertificateDer;
 use tokio_rustls::TlsAcceptor;
@@ -22,9 +23,19 @@ pub struct ServerTls(Arc<Reloading<ServerSources>>);
 struct ServerSources {
     certificate: Source,
     key: Source,
-    client_ca: Option<Source>,
+    /// For those who ask for this name: its certificate and key.
+    named: Option<(&'static str, Source, Source)>,
+    client_cas: Vec<Source>,
     client_auth: ClientAuth,
     versions: TlsVersions,
+}
+
+/// One certificate for a name, another for everybody else.
+#[derive(Debug)]
+struct ByName {
+    name: &'static str,
+    named: Arc<CertifiedKey>,
+    others: Arc<CertifiedKey>,
 }
 
 // === impl ServerTls ===
@@ -45,7 +56,8 @@ impl ServerTls {
         let sources = ServerSources {
             certificate: Source::File(certificate.into()),
             key: Source::File(key.into()),
-            client_ca: client_ca.map(Source::File),
+            named: None,
+            client_cas: client_ca.into_iter().map(Source::File).collect(),
             client_auth,
             versions: TlsVersions::Only13,
         };
@@ -65,7 +77,8 @@ impl ServerTls {
         let sources = ServerSources {
             certificate: Source::text("the server's certificate", certificate),
             key: Source::text("the server's key", key),
-            client_ca: client_ca.map(|pem| Source::text("the clients' CA", pem)),
+            named: None,
+            client_cas: client_ca.into_iter().map(|pem| Source::text("the clients' CA", pem)).collect(),
             client_auth,
             versions: TlsVersions::Only13,
         };
@@ -78,6 +91,30 @@ impl ServerTls {
     /// As [`Self::from_files`]: the sources are read again.
     pub fn with_versions(self, versions: TlsVersions) -> Result<Self, TlsError> {
         Self::new(ServerSources { versions, ..self.0.sources.clone() })
+    }
+
+    /// The same listener with another certificate for those who ask for `name`.
+    ///
+    /// # Errors
+    /// As [`Self::from_files`]: the sources are read again.
+    pub fn with_named(
+        self,
+        name: &'static str,
+        certificate: impl Into<PathBuf>,
+        key: impl Into<PathBuf>,
+    ) -> Result<Self, TlsError> {
+        let named = Some((name, Source::File(certificate.into()), Source::File(key.into())));
+        Self::new(ServerSources { named, ..self.0.sources.clone() })
+    }
+
+    /// The same listener that also takes clients whose certificates a CA of this file signed.
+    ///
+    /// # Errors
+    /// As [`Self::from_files`]: the sources are read again.
+    pub fn with_client_ca(self, file: impl Into<PathBuf>) -> Result<Self, TlsError> {
+        let mut sources = self.0.sources.clone();
+        sources.client_cas.push(Source::File(file.into()));
+        Self::new(sources)
     }
 
     fn new(sources: ServerSources) -> Result<Self, TlsError> {
@@ -131,8 +168,16 @@ impl Sources for ServerSources {
     fn load(&self, former: Option<[u8; 32]>) -> Result<Option<Current<ServerConfig>>, TlsError> {
         let certificate = self.certificate.read()?;
         let key = self.key.read()?;
-        let client_ca = self.client_ca.as_ref().map(Source::read).transpose()?;
-        let fingerprint = fingerprint([Some(&certificate), Some(&key), client_ca.as_ref()]);
+        let named = match &self.named {
+            Some((_, certificate, key)) => Some((certificate.read()?, key.read()?)),
+            None => None,
+        };
+        let client_cas: Vec<_> = self.client_cas.iter().map(Source::read).collect::<Result<_, _>>()?;
+        let mut contents = vec![Some(&certificate), Some(&key)];
+        contents
+            .extend([named.as_ref().map(|(certificate, _)| certificate), named.as_ref().map(|(_, key)| key)]);
+        contents.extend(client_cas.iter().map(Some));
+        let fingerprint = fingerprint(&contents);
         if former == Some(fingerprint) {
             return Ok(None);
         }
@@ -143,11 +188,15 @@ impl Sources for ServerSources {
         let builder = match self.client_auth {
             ClientAuth::None => builder.with_no_client_auth(),
             ClientAuth::Required | ClientAuth::Optional => {
-                let (Some(source), Some(pem)) = (&self.client_ca, client_ca) else {
+                let mut anchors = RootCertStore::empty();
+                for (source, pem) in self.client_cas.iter().zip(&client_cas) {
+                    anchors.roots.extend(roots(source, pem)?.roots);
+                }
+                if anchors.is_empty() {
                     return Err(TlsError::NoClientCa);
-                };
+                }
                 let verifier =
-                    WebPkiClientVerifier::builder_with_provider(Arc::new(roots(source, &pem)?), provider);
+                    WebPkiClientVerifier::builder_with_provider(Arc::new(anchors), provider.clone());
                 let verifier = match self.client_auth {
                     ClientAuth::Optional => verifier.allow_unauthenticated().build()?,
                     _ => verifier.build()?,
@@ -157,9 +206,24 @@ impl Sources for ServerSources {
         };
         let chain = certificates(&self.certificate, &certificate)?;
         let first = chain.first().cloned();
-        let mut config = builder
-            .with_single_cert(chain, private_key(&self.key, &key)?)
-            .map_err(|source| TlsError::Identity { origin: self.certificate.to_string(), source })?;
+        let refused = |source: &Source| {
+            let origin = source.to_string();
+            move |source| TlsError::Identity { origin, source }
+        };
+        let secret = private_key(&self.key, &key)?;
+        let mut config = match (&self.named, named) {
+            (Some((name, certificate_source, key_source)), Some((certificate, key))) => {
+                let others =
+                    CertifiedKey::from_der(chain, secret, &provider).map_err(refused(&self.certificate))?;
+                let chain = certificates(certificate_source, &certificate)?;
+                let secret = private_key(key_source, &key)?;
+                let named =
+                    CertifiedKey::from_der(chain, secret, &provider).map_err(refused(certificate_source))?;
+                let resolver = ByName { name, named: Arc::new(named), others: Arc::new(others) };
+                builder.with_cert_resolver(Arc::new(resolver))
+            }
+            _ => builder.with_single_cert(chain, secret).map_err(refused(&self.certificate))?,
+        };
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         Ok(Some(Current::new(fingerprint, config, first)))
@@ -167,5 +231,14 @@ impl Sources for ServerSources {
 
     fn set_alpn(config: &mut ServerConfig, alpn: Vec<Vec<u8>>) {
         config.alpn_protocols = alpn;
+    }
+}
+
+// === impl ByName ===
+
+impl ResolvesServerCert for ByName {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let asked = hello.server_name().is_some_and(|name| name == self.name);
+        Some(if asked { self.named.clone() } else { self.others.clone() })
     }
 }

@@ -240,3 +240,48 @@ fn what_is_missing_is_said() {
     let error = ClientTls::from_files("/nonexistent/ca", None, None).unwrap_err();
     assert!(error.to_string().contains("/nonexistent/ca"));
 }
+
+#[tokio::test]
+async fn a_name_has_a_certificate_of_its_own_and_clients_come_from_two_authorities() {
+    let directory = tempfile::tempdir().unwrap();
+    let (own, others) = (authority(), authority());
+    let at = |name: &str| directory.path().join(name);
+    let write = |name: &str, issued: &IssuedCertificate| {
+        fs::write(at(&format!("{name}.crt")), &issued.certificate_pem).unwrap();
+        fs::write(at(&format!("{name}.key")), &issued.key_pem).unwrap();
+    };
+    let inner = ["inner.example".to_owned()];
+    write("given", &others.issue_server(&hub_names(), HOUR).unwrap());
+    write("own", &own.issue_server(&inner, HOUR).unwrap());
+    fs::write(at("own-ca"), own.certificate_pem()).unwrap();
+    fs::write(at("others-ca"), others.certificate_pem()).unwrap();
+    let server =
+        ServerTls::from_files(at("given.crt"), at("given.key"), Some(at("own-ca")), ClientAuth::Required)
+            .unwrap()
+            .with_named("inner.example", at("own.crt"), at("own.key"))
+            .unwrap()
+            .with_client_ca(at("others-ca"))
+            .unwrap();
+    let client = |trusts: &CertificateAuthority, of: &CertificateAuthority| {
+        let issued = of.issue_client("ann", &[], HOUR).unwrap();
+        let identity = Some((issued.certificate_pem.as_str(), issued.key_pem.as_str()));
+        ClientTls::from_pem(trusts.certificate_pem(), identity).unwrap()
+    };
+    connect(&server, &client(&others, &own), "hub.example").await.unwrap();
+    connect(&server, &client(&others, &others), "192.0.2.1").await.unwrap();
+    connect(&server, &client(&own, &others), "inner.example").await.unwrap();
+    connect(&server, &client(&own, &own), "hub.example").await.unwrap_err();
+    connect(&server, &client(&own, &authority()), "inner.example").await.unwrap_err();
+    // Any of the files is followed.
+    assert!(!server.reload().unwrap());
+    write("own", &own.issue_server(&["other.example".to_owned()], HOUR).unwrap());
+    assert!(server.reload().unwrap());
+    connect(&server, &client(&own, &own), "inner.example").await.unwrap_err();
+    fs::write(at("others-ca"), authority().certificate_pem()).unwrap();
+    assert!(server.reload().unwrap());
+    connect(&server, &client(&others, &others), "hub.example").await.unwrap_err();
+    connect(&server, &client(&others, &own), "hub.example").await.unwrap();
+    // A certificate whose key is another's changes nothing.
+    fs::write(at("own.key"), others.issue_server(&inner, HOUR).unwrap().key_pem).unwrap();
+    assert!(matches!(server.reload(), Err(TlsError::Identity { .. })));
+}

@@ -1,0 +1,234 @@
+//! Failovers to a copy that was behind: in front of two databases a backend that leads to one of them.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+
+use super::*;
+use crate::backend::sqlite::SqliteBackend;
+use crate::backend::{Leases, Listed, Logged, Part, State, WriteError};
+use crate::batch::Decision;
+use crate::types::{Expect, KeyValue, Lease, Transaction, Write};
+
+struct Copies {
+    copies: [SqliteBackend; 2],
+    current: AtomicUsize,
+    connections: AtomicU64,
+}
+
+impl Copies {
+    fn now(&self) -> &SqliteBackend {
+        &self.copies[self.current.load(Ordering::Relaxed)]
+    }
+}
+
+impl Backend for Copies {
+    fn name(&self) -> &'static str {
+        "copies"
+    }
+
+    fn shared(&self) -> bool {
+        true
+    }
+
+    fn connections(&self) -> u64 {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    fn state(&self) -> BoxFuture<'_, Result<State, Error>> {
+        self.now().state()
+    }
+
+    fn get<'a>(
+        &'a self,
+        key: &'a [u8],
+        at: Option<Revision>,
+    ) -> BoxFuture<'a, Result<(State, Option<KeyValue>), Error>> {
+        self.now().get(key, at)
+    }
+
+    fn list<'a>(
+        &'a self,
+        range: &'a KeyRange,
+        at: Option<Revision>,
+        limit: Option<usize>,
+        part: Part,
+    ) -> BoxFuture<'a, Result<Listed, Error>> {
+        self.now().list(range, at, limit, part)
+    }
+
+    fn count<'a>(
+        &'a self,
+        range: &'a KeyRange,
+        at: Option<Revision>,
+    ) -> BoxFuture<'a, Result<(State, u64), Error>> {
+        self.now().count(range, at)
+    }
+
+    fn events<'a>(&'a self, range: &'a KeyRange, after: Revision) -> BoxFuture<'a, Result<Logged, Error>> {
+        self.now().events(range, after)
+    }
+
+    fn write<'a>(
+        &'a self,
+        transactions: &'a [Transaction],
+        batch: i64,
+    ) -> BoxFuture<'a, Result<Decision, WriteError>> {
+        self.now().write(transactions, batch)
+    }
+
+    fn committed(&self, batch: i64) -> BoxFuture<'_, Result<bool, Error>> {
+        self.now().committed(batch)
+    }
+
+    fn leases(&self, which: Leases) -> BoxFuture<'_, Result<Vec<Lease>, Error>> {
+        self.now().leases(which)
+    }
+
+    fn leased(&self, id: i64) -> BoxFuture<'_, Result<Vec<Bytes>, Error>> {
+        self.now().leased(id)
+    }
+
+    fn mark_compacted(&self, revision: Revision) -> BoxFuture<'_, Result<State, Error>> {
+        self.now().mark_compacted(revision)
+    }
+
+    fn sweep(&self) -> BoxFuture<'_, Result<State, Error>> {
+        self.now().sweep()
+    }
+
+    fn vacuum(&self) -> BoxFuture<'_, Result<(), Error>> {
+        self.now().vacuum()
+    }
+
+    fn size(&self) -> BoxFuture<'_, Result<u64, Error>> {
+        self.now().size()
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        self.now().close()
+    }
+}
+
+struct Failover {
+    backend: Arc<Copies>,
+    follower: Follower,
+    hub: Arc<Hub>,
+}
+
+async fn write(to: &SqliteBackend, key: &'static str) -> Vec<Event> {
+    let key = Bytes::from_static(key.as_bytes());
+    let write = Write { value: Some(key.clone()), key, lease: 0, expect: Expect::Any };
+    to.write(&[Transaction::single(write)], 1).await.unwrap().events
+}
+
+impl Failover {
+    /// Both copies have `/a` at revision 2; the first one has `/lost` at 3, which the hub has shown.
+    async fn new() -> Self {
+        let copies = [SqliteBackend::in_memory().await.unwrap(), SqliteBackend::in_memory().await.unwrap()];
+        let hub = Arc::new(Hub::new(Revision(1), Revision::ZERO, Revision::ZERO));
+        let backend =
+            Arc::new(Copies { copies, current: AtomicUsize::new(0), connections: AtomicU64::new(1) });
+        let follower = Follower::new(Arc::clone(&hub), Arc::clone(&backend) as Arc<dyn Backend>);
+        write(&backend.copies[1], "/a").await;
+        follower.publish(write(&backend.copies[0], "/a").await).await;
+        // Of another process.
+        write(&backend.copies[0], "/lost").await;
+        assert_eq!(follower.catch_up().await.unwrap(), Revision(3));
+        assert_eq!(hub.back().0, 0);
+        Self { backend, follower, hub }
+    }
+
+    /// The next connections lead to the second copy.
+    fn over(&self) {
+        self.backend.current.store(1, Ordering::Relaxed);
+        self.backend.connections.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Somebody else writes to the second copy.
+    async fn foreign(&self, key: &'static str) {
+        write(&self.backend.copies[1], key).await;
+    }
+
+    /// This process writes.
+    async fn own(&self, key: &'static str) {
+        let events = write(self.backend.now(), key).await;
+        self.follower.publish(events).await;
+    }
+
+    fn went_back(&self, to: u64) {
+        assert_eq!((self.hub.back(), self.hub.revision()), ((1, Revision(to)), Revision(to)));
+    }
+}
+
+#[tokio::test]
+async fn a_copy_that_is_behind_is_noticed_by_its_counter() {
+    let failover = Failover::new().await;
+    failover.over();
+    assert_eq!(failover.follower.catch_up().await.unwrap(), Revision(2));
+    failover.went_back(2);
+    // Whoever follows from there is not disturbed again.
+    failover.own("/own").await;
+    assert_eq!(failover.follower.catch_up().await.unwrap(), Revision(3));
+    assert_eq!((failover.hub.back().0, failover.hub.revision()), (1, Revision(3)));
+}
+
+#[tokio::test]
+async fn a_write_that_gets_there_first_does_not_hide_it() {
+    let failover = Failover::new().await;
+    failover.over();
+    failover.own("/own").await;
+    failover.went_back(3);
+    failover.own("/next").await;
+    assert_eq!(failover.follower.catch_up().await.unwrap(), Revision(4));
+    assert_eq!((failover.hub.back().0, failover.hub.revision()), (1, Revision(4)));
+}
+
+#[tokio::test]
+async fn writes_of_others_do_not_hide_it() {
+    for foreign in [&["/x"][..], &["/x", "/y", "/z"]] {
+        let failover = Failover::new().await;
+        failover.over();
+        for key in foreign {
+            failover.foreign(key).await;
+        }
+        failover.follower.catch_up().await.unwrap();
+        failover.went_back(2 + foreign.len() as u64);
+    }
+}
+
+#[tokio::test]
+async fn a_write_that_follows_others_does_not_hide_it() {
+    let failover = Failover::new().await;
+    failover.over();
+    failover.foreign("/x").await;
+    failover.own("/own").await;
+    failover.went_back(4);
+}
+
+#[tokio::test]
+async fn a_rewritten_revision_is_noticed_over_connections_that_were_kept() {
+    let failover = Failover::new().await;
+    // A proxy between keeps them.
+    failover.backend.current.store(1, Ordering::Relaxed);
+    failover.own("/own").await;
+    failover.went_back(3);
+}
+
+#[tokio::test]
+async fn the_same_data_elsewhere_is_nothing_to_tell() {
+    let failover = Failover::new().await;
+    failover.foreign("/lost").await;
+    failover.over();
+    failover.follower.catch_up().await.unwrap();
+    failover.own("/own").await;
+    // Read from the log before it was published.
+    let events = write(failover.backend.now(), "/late").await;
+    failover.follower.catch_up().await.unwrap();
+    failover.over();
+    failover.follower.publish(events).await;
+    failover.foreign("/foreign").await;
+    failover.follower.catch_up().await.unwrap();
+    assert_eq!((failover.hub.back().0, failover.hub.revision()), (0, Revision(6)));
+}
