@@ -147,6 +147,7 @@ impl Policies {
         let state = self.state.lock();
         let objects = state.natives.get(&kind).and_then(|natives| natives.objects.as_ref());
         objects.into_iter().flat_map(HashMap::keys).for_each(|key| self.queue.add(key.clone()));
+        self.counted.notify_one();
     }
 
     /// The set of federated types has changed.
@@ -223,7 +224,7 @@ impl Policies {
                 [key].into()
             }
         };
-        drop(state);
+        // Under the lock still: whoever sees the objects sees that they are in the queue.
         touched.into_iter().for_each(|key| self.queue.add(key));
     }
 

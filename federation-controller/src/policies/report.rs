@@ -30,13 +30,12 @@ pub(super) async fn report(shared: Arc<Shared>) {
     loop {
         shared.policies.counted.notified().await;
         tokio::time::sleep(GATHER).await;
-        looks = if shared.policies.queue.is_idle() { LOOKS } else { looks + 1 };
+        looks += 1;
         let (due, later) = statuses(&shared, looks >= LOOKS);
-        if looks >= LOOKS {
-            looks = 0;
-        }
         if later {
             shared.policies.counted.notify_one();
+        } else {
+            looks = 0;
         }
         for (policy, status) in due {
             let api: Api<PropagationPolicy> =
@@ -65,7 +64,13 @@ pub(super) async fn report(shared: Arc<Shared>) {
 /// told of once its objects have been gone through (`all`: or not).
 fn statuses(shared: &Shared, all: bool) -> (Vec<(Arc<PropagationPolicy>, PropagationPolicyStatus)>, bool) {
     let types = shared.types.live();
+    let unlisted: Vec<usize> = {
+        let state = shared.state.read();
+        types.iter().map(|(kind, _)| *kind).filter(|kind| !state.is_listed(*kind)).collect()
+    };
     let state = shared.policies.state.lock();
+    // Objects come to the queue before anybody can see that they are known.
+    let idle = shared.policies.queue.is_idle();
     let mut counts: HashMap<&str, Tally> = HashMap::new();
     for outcome in state.outcomes.values() {
         let count = counts.entry(&outcome.policy).or_default();
@@ -82,16 +87,19 @@ fn statuses(shared: &Shared, all: bool) -> (Vec<(Arc<PropagationPolicy>, Propaga
     let mut due = Vec::new();
     for (name, policy) in state.policies.iter().flatten() {
         let observed = policy.status.as_ref().and_then(|status| status.observed_generation);
-        if !all && observed != policy.metadata.generation {
-            later = true;
-            continue;
-        }
         let mut tally = counts.remove(name.as_str()).unwrap_or_default();
         for (kind, of) in &types {
             let spoken_of = policy.spec.resources.iter().any(|selector| speaks_of(selector, of));
             if let Some(natives) = state.natives.get(kind).filter(|_| spoken_of) {
                 tally.see(natives, of);
+                if unlisted.contains(kind) {
+                    tally.unlisted.push(format!("{} is being listed", of.kind));
+                }
             }
+        }
+        if !all && observed != policy.metadata.generation && !(idle && tally.unlisted.is_empty()) {
+            later = true;
+            continue;
         }
         let of: Vec<&FederatedType> = types.iter().map(|(_, of)| of.as_ref()).collect();
         tally.complaints = complaints(policy, &of);
