@@ -46,7 +46,7 @@ pub const VISIBLE_ANNOTATION: &str = "cellway.io/visible";
 pub const FINALIZER: &str = "kubefed.io/sync-controller";
 /// The one field manager of every write into a member.
 pub const FIELD_MANAGER: &str = "cellway-federation";
-/// Annotation on a `KubeFedCluster`: certificates issued at or before this RFC 3339 moment are refused.
+/// Annotation on a `KubeFedCluster`: certificates and tokens issued at or before this RFC 3339 moment are refused.
 pub const REVOKED_ANNOTATION: &str = "cellway.io/revoked-at";
 /// Label on a Secret with a credential: the one cluster that it is for.
 pub const CREDENTIAL_LABEL: &str = "cellway.io/credential-of";

@@ -49,6 +49,7 @@ pub struct Bound {
     readiness: Readiness,
     metrics: Metrics,
     tables: Arc<Tables>,
+    budget: Arc<Budget>,
     gateway: Option<Gateway>,
     keeper: Arc<IdentityKeeper>,
     known: watch::Sender<Vec<String>>,
@@ -121,6 +122,9 @@ impl App {
         let (metrics, tables) = (Metrics::default(), Arc::new(Tables::default()));
         let registry = SharedRegistry::new("proxy-agent");
         registry.with(|registry| metrics.register(registry, &tables));
+        let budget = Budget::new(config.memory_budget);
+        let (counted, shown) = (metrics.clone(), budget.clone());
+        registry.before_scrape(move || counted.show_memory(&shown));
 
         let gateway = match &config.gateway {
             Some(gateway) => {
@@ -164,6 +168,7 @@ impl App {
             readiness,
             metrics,
             tables,
+            budget,
             gateway,
             keeper: Arc::new(keeper),
             known,
@@ -271,7 +276,7 @@ impl Bound {
             egress_proxy: config.egress_proxy,
             hello,
             limits: Limits { keepalive_interval: config.keepalive_interval, ..Limits::default() },
-            budget: Budget::new(config.memory_budget),
+            budget: self.budget,
             dialer: Dialer::new(config.policy.clone(), config.max_dials),
             gateway: self.gateway,
             metrics: self.metrics,

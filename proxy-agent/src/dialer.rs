@@ -11,12 +11,8 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::{net::TcpStream, sync::Semaphore, time::Instant};
-use tunnel::{DialError, Target, policy::DestinationPolicy};
-
-/// How long one address has for itself before the next is tried beside it (RFC 8305 recommends 250 ms).
-const STAGGER: Duration = Duration::from_millis(250);
+use tunnel::{DialError, Target, policy::DestinationPolicy, race};
 
 /// Look-ups under way at once: each blocks a thread of the runtime's 512, which others need too.
 const MAX_LOOKUPS: usize = 128;
@@ -24,9 +20,6 @@ const MAX_LOOKUPS: usize = 128;
 /// How long a dial waits for one of the slots. A burst passes in this time; against destinations that never answer
 /// another agent does better, and the server tries one.
 const SLOT_WAIT: Duration = Duration::from_secs(1);
-
-/// The most addresses of one name that are tried; the deadline leaves no time for more anyway.
-const MAX_ADDRESSES: usize = 8;
 
 /// Resolves names and connects.
 #[derive(Debug, Clone)]
@@ -106,55 +99,14 @@ impl Dialer {
         if addresses.is_empty() {
             return Err(if any { DialError::NotAllowed } else { DialError::UnknownHost });
         }
-        Ok(interleave(addresses))
+        Ok(race::interleave(addresses))
     }
 }
 
-/// Alternates the address families, beginning with the resolver's first choice, so that one broken family costs one
-/// stagger and not many.
-fn interleave(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
-    let first_is_v6 = addresses.first().is_some_and(SocketAddr::is_ipv6);
-    let (first, second): (Vec<_>, Vec<_>) =
-        addresses.into_iter().partition(|address| address.is_ipv6() == first_is_v6);
-    let mut second = second.into_iter();
-    let mut ordered = Vec::new();
-    for address in first {
-        ordered.push(address);
-        ordered.extend(second.next());
-    }
-    ordered.extend(second);
-    ordered.truncate(MAX_ADDRESSES);
-    ordered
-}
-
-/// The first connection that succeeds; a new attempt begins when the last one failed or has had its time.
 async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
-    // By far the most common case, and every dial of a busy agent passes here.
-    if let [address] = addresses[..] {
-        return connect(address).await;
-    }
-    let mut waiting = addresses.into_iter();
-    let mut attempts = FuturesUnordered::new();
-    let mut last_error = None;
-    loop {
-        match waiting.next() {
-            Some(address) => attempts.push(connect(address)),
-            None if attempts.is_empty() => {
-                return Err(last_error.unwrap_or_else(|| io::Error::other("no address to connect to")));
-            }
-            None => {}
-        }
-        let stagger = async {
-            if waiting.len() == 0 { std::future::pending().await } else { tokio::time::sleep(STAGGER).await }
-        };
-        tokio::select! {
-            Some(outcome) = attempts.next() => match outcome {
-                Ok(stream) => return Ok(stream),
-                Err(error) => last_error = Some(error),
-            },
-            () = stagger => {}
-        }
-    }
+    race::first(addresses, connect)
+        .await
+        .map_err(|error| error.unwrap_or_else(|| io::Error::other("no address to connect to")))
 }
 
 async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
@@ -259,16 +211,5 @@ mod tests {
         assert!(stream.nodelay().unwrap());
         // One that is alive may stop reading for as long as it likes.
         assert_eq!(rustix::net::sockopt::tcp_user_timeout(&stream).unwrap(), 0);
-    }
-
-    #[test]
-    fn families_alternate() {
-        let addresses =
-            |list: &[&str]| list.iter().map(|text| text.parse().unwrap()).collect::<Vec<SocketAddr>>();
-        let mixed = addresses(&["[2001:db8::1]:1", "[2001:db8::2]:1", "[2001:db8::3]:1", "192.0.2.1:1"]);
-        let ordered = addresses(&["[2001:db8::1]:1", "192.0.2.1:1", "[2001:db8::2]:1", "[2001:db8::3]:1"]);
-        assert_eq!(interleave(mixed), ordered);
-        let many = vec!["192.0.2.1:1".parse().unwrap(); 100];
-        assert_eq!(interleave(many).len(), MAX_ADDRESSES);
     }
 }

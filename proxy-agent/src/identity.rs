@@ -21,6 +21,7 @@ use std::{
 };
 
 use rand::Rng;
+use serde::{Deserialize, Serialize};
 use service::error_chain;
 use tls::{
     AgentId, AgentIdentity, AgentKey, CaHash, CertificateError, ClientTls, ClusterName, TlsError,
@@ -40,6 +41,9 @@ const CA_FILE: &str = "ca.crt";
 
 /// The id of the token that the agent was enrolled with, in the data folder. A start with another token enrols anew.
 const TOKEN_FILE: &str = "enrolled-with";
+
+/// In the data folder, until the hub has answered: whom the agent enrols as, and with which key.
+const PENDING_FILE: &str = "enrolling.json";
 
 /// How often certificates in files are looked at: a replaced file is in force within this time.
 const FILES_INTERVAL: Duration = Duration::from_secs(10);
@@ -286,12 +290,7 @@ impl IdentityKeeper {
             return self.load()?.ok_or(IdentityError::NoCaHash);
         };
         let former = stored(data_dir)?;
-        let agent_id = match agent_id {
-            Some(id) => id.to_string(),
-            None => uuid::Uuid::new_v4().to_string(),
-        };
-        // One key for all attempts: the hub may have used the token up for it and its answer may have been lost.
-        let key = AgentKey::generate()?;
+        let Pending { agent_id, key } = Pending::of(data_dir, token, agent_id.as_ref())?;
         let mut delay = Duration::from_secs(1);
         for attempt in 0.. {
             let server = self.server(attempt);
@@ -464,6 +463,61 @@ impl IdentityKeeper {
     }
 }
 
+// === impl Pending ===
+
+/// An agent that asks for its first certificate: one name and one key for all attempts, since the hub may have used the
+/// token up for them and its answer may have been lost.
+struct Pending {
+    agent_id: String,
+    key: AgentKey,
+}
+
+/// [`Pending`] in [`PENDING_FILE`].
+#[derive(Serialize, Deserialize)]
+struct PendingFile {
+    /// The token's public half.
+    token: String,
+    agent_id: String,
+    key: String,
+}
+
+impl Pending {
+    /// What an earlier process began with this token, or something new, which a later one can take up.
+    fn of(
+        data_dir: &Path,
+        token: &EnrolmentToken,
+        agent_id: Option<&AgentId>,
+    ) -> Result<Self, IdentityError> {
+        let file = data_dir.join(PENDING_FILE);
+        if let Some(begun) = Self::read(&file, token, agent_id) {
+            return Ok(begun);
+        }
+        let agent_id = agent_id.map_or_else(|| uuid::Uuid::new_v4().to_string(), ToString::to_string);
+        let key = AgentKey::generate()?;
+        let content = PendingFile { token: token.id.clone(), agent_id: agent_id.clone(), key: key.to_pem() };
+        let written = serde_json::to_vec(&content)
+            .map_err(|error| error_chain(&error))
+            .and_then(|content| tls::write_private(&file, &content).map_err(|error| error_chain(&error)));
+        if let Err(error) = written {
+            tracing::warn!(
+                error,
+                "failed to note whom the agent enrols as: should it be stopped while the hub answers, it needs a new token"
+            );
+        }
+        Ok(Self { agent_id, key })
+    }
+
+    /// One that is damaged, or of another token or name, counts for nothing.
+    fn read(file: &Path, token: &EnrolmentToken, agent_id: Option<&AgentId>) -> Option<Self> {
+        let begun: PendingFile = serde_json::from_slice(&tls::read_bounded(file).ok()?).ok()?;
+        if begun.token != token.id || agent_id.is_some_and(|id| id.as_str() != begun.agent_id) {
+            return None;
+        }
+        let agent_id = begun.agent_id.parse::<AgentId>().ok()?.to_string();
+        Some(Self { agent_id, key: AgentKey::from_pem(&begun.key).ok()? })
+    }
+}
+
 // === helpers ===
 
 /// The stored certificate, if there is one that has not expired.
@@ -501,6 +555,8 @@ async fn keep_new(data_dir: &Path, token: &EnrolmentToken, issued: &request::Iss
         tokio::time::sleep(delay).await;
         delay = (delay * 2).min(UNREACHABLE_CAP);
     }
+    // Its key is the agent's now. Should it stay, the next token is another one.
+    let _ = fs::remove_file(data_dir.join(PENDING_FILE));
     let file = data_dir.join(TOKEN_FILE);
     if let Err(error) = tls::write_public(&file, token.id.as_bytes()) {
         // Without the note no token counts as new, and the stored certificate is used. A note of a former token would

@@ -12,7 +12,7 @@ use prometheus_client::{
     },
     registry::{Registry, Unit},
 };
-use tunnel::DialError;
+use tunnel::{Budget, DialError};
 
 use crate::table::Tables;
 
@@ -33,6 +33,12 @@ pub struct Metrics {
     pub(crate) certificate_expiry: Gauge,
     /// Enrolments and renewals.
     pub(crate) certificate_requests: Family<RequestLabels, Counter>,
+    /// Bytes promised to servers as receive windows, in all tunnels.
+    tunnel_memory: Gauge,
+    /// The most that may be.
+    tunnel_memory_limit: Gauge,
+    /// Connections cut at that limit, since nobody read slower.
+    tunnel_cuts: Counter,
 }
 
 /// The label of [`Metrics::connects`].
@@ -90,6 +96,9 @@ impl Default for Metrics {
             gateway_requests: Family::default(),
             certificate_expiry: Gauge::default(),
             certificate_requests: Family::default(),
+            tunnel_memory: Gauge::default(),
+            tunnel_memory_limit: Gauge::default(),
+            tunnel_cuts: Counter::default(),
         }
     }
 }
@@ -123,7 +132,32 @@ impl Metrics {
             "Enrolments and renewals",
             self.certificate_requests.clone(),
         );
+        registry.register_with_unit(
+            "tunnel_memory",
+            "Promised to servers as receive windows in all tunnels; at its limit new connections are refused",
+            Unit::Bytes,
+            self.tunnel_memory.clone(),
+        );
+        registry.register_with_unit(
+            "tunnel_memory_limit",
+            "The most that is promised: --memory-budget",
+            Unit::Bytes,
+            self.tunnel_memory_limit.clone(),
+        );
+        registry.register(
+            "tunnel_cuts",
+            "Connections over QUIC that were cut as the slowest readers when the memory was used up",
+            self.tunnel_cuts.clone(),
+        );
         registry.register_collector(Box::new(tables.collector()));
+    }
+
+    /// Shows what the tunnels' budget has promised. Called at each scrape.
+    pub(crate) fn show_memory(&self, budget: &Budget) {
+        let bytes = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        self.tunnel_memory.set(bytes(budget.used()));
+        self.tunnel_memory_limit.set(bytes(budget.limit()));
+        self.tunnel_cuts.inc_by(budget.cuts().saturating_sub(self.tunnel_cuts.get()));
     }
 
     pub(crate) fn dialled(&self, outcome: Result<(), DialError>) {

@@ -91,8 +91,10 @@ pub enum Rejection {
     /// The hub has no such member.
     #[error("cluster '{0}' is not known to this hub")]
     UnknownCluster(String),
-    /// The certificate begins before the revocation.
-    #[error("cluster '{0}' has been revoked: enrol it again with a new token")]
+    /// The certificate begins before the revocation, or before the member was added.
+    #[error(
+        "cluster '{0}' has been revoked, or removed and added again, since this was issued: enrol it again with a new token"
+    )]
     Revoked(String),
     /// The hub does not know its members yet.
     #[error("the hub is starting: try again")]

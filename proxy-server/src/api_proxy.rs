@@ -42,7 +42,7 @@ use tunnel::{ServerTunnel, Target};
 use crate::error::ProxyError;
 use crate::limit::{ClientPlace, ConcurrencyLimiter};
 use crate::metrics::DialLabels;
-use crate::registry::{DialRequest, Dialed, Frontend, Registry, Tunnel};
+use crate::registry::{DialRequest, Dialed, Frontend, LiveConnection, Registry, Tunnel, Turn};
 use crate::route::{Route, parse_cluster};
 use crate::status;
 use crate::user::User;
@@ -186,7 +186,7 @@ impl<T: Tunnel> ApiProxy<T> {
     ) -> Result<Response<Body>, ProxyError> {
         let permit =
             self.0.permits.clone().try_acquire_owned().map_err(|_| ProxyError::TooManyConnections)?;
-        let place = (permit, self.0.users.enter(&user.name).ok_or(ProxyError::RateLimited)?);
+        let of_user = self.0.users.enter(&user.name).ok_or(ProxyError::RateLimited)?;
         let upgrade = upgrade_protocol(request.headers());
         let client_side = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
         // Nothing that the client's connection or its authenticator left there goes further.
@@ -206,6 +206,8 @@ impl<T: Tunnel> ApiProxy<T> {
             false => ProxyError::BodyTimeout,
         };
         let mut response = answer.map_err(|_| timed_out())??;
+        let turn = response.extensions_mut().remove::<Carrier>().map(|carrier| carrier.0.turn_of(&user.name));
+        let place = RequestPlace { _permit: permit, _of_user: of_user, _turn: turn };
 
         let switching = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         let member_side = switching.then(|| hyper::upgrade::on(&mut response));
@@ -320,8 +322,16 @@ struct Held {
     _place: RequestPlace,
 }
 
-/// Among all requests, and among the user's.
-type RequestPlace = (OwnedSemaphorePermit, ClientPlace<String>);
+/// Among all requests, among the user's, and the user's turn with the connection, as far as it is known.
+struct RequestPlace {
+    _permit: OwnedSemaphorePermit,
+    _of_user: ClientPlace<String>,
+    _turn: Option<Turn>,
+}
+
+/// The connection that carried a response.
+#[derive(Clone, Debug)]
+struct Carrier(Arc<LiveConnection>);
 
 impl http_body::Body for Held {
     type Data = bytes::Bytes;
@@ -578,7 +588,7 @@ impl<T: Tunnel> Service<Uri> for GatewayConnector<T> {
 
 impl<T: Tunnel> Connection for Dialed<T> {
     fn connected(&self) -> Connected {
-        Connected::new()
+        Connected::new().extra(Carrier(self.place.live.clone()))
     }
 }
 

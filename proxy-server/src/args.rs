@@ -24,7 +24,7 @@ use crate::route::Strategy;
 use crate::server::{AgentsConfig, ServerConfig, TlsFrontend, UdsConfig};
 
 /// Memory that all tunnels together may promise, unless told otherwise.
-const DEFAULT_MEMORY_MIB: usize = 2048;
+pub(crate) const DEFAULT_MEMORY_MIB: usize = 2048;
 
 /// How long streams may take to finish after the first signal.
 const DEFAULT_DRAIN: &str = "0s";

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 use tunnel::Target;
@@ -12,7 +12,9 @@ use tunnel::policy::DestinationPolicy;
 /// One member as the hub knows it.
 #[derive(Debug, Clone, Default)]
 pub struct ClusterInfo {
-    /// Certificates that begin at or before this moment are refused.
+    /// When its object was made: what was issued before was issued to another member of the same name.
+    pub created_at: Option<SystemTime>,
+    /// What was issued at or before this moment is refused.
     pub revoked_at: Option<SystemTime>,
     /// What may be dialled besides the member's own API.
     pub allowed: DestinationPolicy,
@@ -49,6 +51,9 @@ pub enum Lookup<T> {
     NotSynced,
 }
 
+/// 9999-12-30T22:00:00Z.
+const LAST_SECOND: Duration = Duration::from_secs(253_402_207_200);
+
 // === impl ClusterDirectory ===
 
 impl ClusterDirectory {
@@ -78,9 +83,9 @@ impl ClusterDirectory {
         }
     }
 
-    /// Whether a certificate of `cluster` that begins at `not_before` is good now.
-    pub fn admits(&self, cluster: &str, not_before: SystemTime) -> Lookup<bool> {
-        self.lookup(cluster, |info| info.revoked_at.is_none_or(|revoked| not_before > revoked))
+    /// Whether a certificate that begins, or a token that was made, at `issued_at` is good for `cluster` now.
+    pub fn admits(&self, cluster: &str, issued_at: SystemTime) -> Lookup<bool> {
+        self.lookup(cluster, |info| info.admits(issued_at))
     }
 
     /// Returns once the directory knows its members.
@@ -112,6 +117,18 @@ impl ClusterDirectory {
 // === impl ClusterInfo ===
 
 impl ClusterInfo {
+    /// A revocation that nothing is younger than: the last moment that every time zone can write in RFC 3339.
+    pub fn revoked_for_good() -> SystemTime {
+        SystemTime::UNIX_EPOCH + LAST_SECOND
+    }
+
+    /// Whether what was issued at `issued_at` is good. All three times are in whole seconds: an object's first certificate
+    /// may be of its own second, while one of the second of a revocation is taken for older.
+    fn admits(&self, issued_at: SystemTime) -> bool {
+        self.created_at.is_none_or(|created| issued_at >= created)
+            && self.revoked_at.is_none_or(|revoked| issued_at > revoked)
+    }
+
     /// Whether clients may dial `target` in this member.
     ///
     /// Names are compared as written: only the agent resolves them, and checks the address against its own policy.
@@ -126,7 +143,6 @@ impl ClusterInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn revocation_is_by_the_certificates_beginning() {
@@ -138,6 +154,16 @@ mod tests {
         assert_eq!(directory.admits("east", at), Lookup::Known(false));
         assert_eq!(directory.admits("east", at + Duration::from_secs(1)), Lookup::Known(true));
         assert_eq!(directory.admits("west", at), Lookup::Unknown);
+    }
+
+    #[test]
+    fn an_object_that_was_made_anew_knows_nothing_of_what_its_former_self_was_issued() {
+        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+        let anew = ClusterInfo { created_at: Some(at), ..ClusterInfo::default() };
+        assert!(!anew.admits(at - Duration::from_secs(1)));
+        assert!(anew.admits(at) && anew.admits(at + Duration::from_secs(1)));
+        let for_good = ClusterInfo { revoked_at: Some(ClusterInfo::revoked_for_good()), ..anew };
+        assert!(!for_good.admits(at + Duration::from_secs(100 * 365 * 24 * 3600)));
     }
 
     #[test]

@@ -66,7 +66,7 @@ pub struct Grant {
     pub id: String,
     /// The member.
     pub cluster: ClusterName,
-    /// When the token was made: one from before the cluster's revocation is worth nothing any more.
+    /// When the token was made: one from before the cluster's revocation, or its object, is worth nothing any more.
     pub issued_at: SystemTime,
     /// The record's version when it was read: redeeming anything else fails.
     pub version: String,
@@ -90,8 +90,10 @@ pub enum EnrolError {
     /// The certificate or token is for a cluster that the hub does not have.
     #[error("cluster '{0}' is not known to this hub: add it with `cellway cluster add`")]
     UnknownCluster(String),
-    /// The certificate or the token is from before the cluster's revocation.
-    #[error("cluster '{0}' has been revoked: enrol it again with a new token")]
+    /// The certificate or the token is from before the cluster's revocation, or from before it was added.
+    #[error(
+        "cluster '{0}' has been revoked, or removed and added again, since this was issued: enrol it again with a new token"
+    )]
     Revoked(String),
     /// Another agent redeemed the same token at the same time; it may be good for more.
     #[error("other agents are using this token at the same moment: try again later")]

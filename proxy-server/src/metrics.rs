@@ -83,6 +83,14 @@ pub struct ServerMetrics {
     pub enrolments: Family<DialLabels, Counter>,
     /// Kubernetes API requests forwarded, by cluster and class of status.
     pub api_requests: Family<DialLabels, Counter>,
+    /// Bytes promised to agents as receive windows, in all tunnels.
+    pub tunnel_memory: Gauge,
+    /// The most that may be.
+    pub tunnel_memory_limit: Gauge,
+    /// Connections cut at that limit, since nobody read slower.
+    pub tunnel_cuts: Counter,
+    /// When the first certificate of a member's connected agents expires, in Unix time.
+    pub agent_certificate_expiry: Family<ClusterLabels, Gauge>,
 }
 
 // === impl ServerMetrics ===
@@ -100,6 +108,10 @@ impl Default for ServerMetrics {
             rejected_requests: Family::default(),
             enrolments: Family::default(),
             api_requests: Family::default(),
+            tunnel_memory: Gauge::default(),
+            tunnel_memory_limit: Gauge::default(),
+            tunnel_cuts: Counter::default(),
+            agent_certificate_expiry: Family::default(),
         }
     }
 }
@@ -143,6 +155,39 @@ impl ServerMetrics {
         r.register("rejected_requests", "Client requests turned away", self.rejected_requests.clone());
         r.register("enrolments", "Certificate requests of agents, by outcome", self.enrolments.clone());
         r.register("api_requests", "Kubernetes API requests forwarded", self.api_requests.clone());
+        r.register_with_unit(
+            "tunnel_memory",
+            "Promised to agents as receive windows in all tunnels; at its limit new connections are refused",
+            Unit::Bytes,
+            self.tunnel_memory.clone(),
+        );
+        r.register_with_unit(
+            "tunnel_memory_limit",
+            "The most that is promised: --tunnel-memory",
+            Unit::Bytes,
+            self.tunnel_memory_limit.clone(),
+        );
+        r.register(
+            "tunnel_cuts",
+            "Connections over QUIC that were cut as the slowest readers when the memory was used up",
+            self.tunnel_cuts.clone(),
+        );
+        r.register_with_unit(
+            "agent_certificate_expiry_timestamp",
+            "When the first certificate of a member's connected agents expires, in Unix time",
+            Unit::Seconds,
+            self.agent_certificate_expiry.clone(),
+        );
+    }
+
+    /// Shows what the tunnels' budget has promised.
+    pub fn show_memory(&self, budget: &tunnel::Budget) {
+        let bytes = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+        self.tunnel_memory.set(bytes(budget.used()));
+        self.tunnel_memory_limit.set(bytes(budget.limit()));
+        // Only scrapes come here, and they take turns with nobody: the counter is behind by what was cut since.
+        let seen = self.tunnel_cuts.get();
+        self.tunnel_cuts.inc_by(budget.cuts().saturating_sub(seen));
     }
 
     /// Counts a client request that was turned away.
@@ -170,6 +215,8 @@ mod tests {
         metrics.dials.get_or_create(&DialLabels { cluster: "east".to_owned(), outcome: "ok" }).inc();
         metrics.dial_seconds.get_or_create(&ClusterLabels { cluster: "east".to_owned() }).observe(0.01);
         metrics.bytes.get_or_create(&ByteLabels { cluster: "east".to_owned(), direction: "sent" }).inc();
+        metrics.show_memory(&tunnel::Budget::new(1 << 20));
+        metrics.agent_certificate_expiry.get_or_create(&ClusterLabels { cluster: "east".to_owned() }).set(7);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
         for line in [
@@ -178,6 +225,10 @@ mod tests {
             "cellway_server_proxied_bytes_total{cluster=\"east\",direction=\"sent\"} 1",
             "cellway_server_rejected_requests_total{frontend=\"connect\",reason=\"head-too-large\"} 1",
             "cellway_server_rejected_handshakes_total{reason=\"revoked\"} 1",
+            "cellway_server_tunnel_memory_bytes 0",
+            "cellway_server_tunnel_memory_limit_bytes 1048576",
+            "cellway_server_tunnel_cuts_total 0",
+            "cellway_server_agent_certificate_expiry_timestamp_seconds{cluster=\"east\"} 7",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }

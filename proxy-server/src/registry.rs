@@ -207,8 +207,17 @@ pub struct LiveConnection {
     pub frontend: Frontend,
     /// Who opened it.
     pub client: String,
+    /// For whom it is used now, where that is somebody else: the API proxy's are shared by its users.
+    user: Mutex<(u64, Option<String>)>,
     /// When.
     pub started_at: SystemTime,
+}
+
+/// A user's turn with a shared connection, over when it is dropped.
+#[derive(Debug)]
+pub struct Turn {
+    live: Arc<LiveConnection>,
+    number: u64,
 }
 
 /// A connection through a member's tunnel, with its row in the tables.
@@ -359,10 +368,23 @@ impl<T: Tunnel> Registry<T> {
         self.0.draining.store(true, Ordering::Relaxed);
     }
 
-    /// Brings the metrics' byte counters up to date with the open tunnels. Called at each scrape.
+    /// Brings the metrics' byte counters and expiries up to date with the open tunnels. Called at each scrape.
     pub fn sample(&self) {
+        let mut expiries: BTreeMap<String, i64> = BTreeMap::new();
         for entry in self.tunnels() {
             entry.count_bytes();
+            if let Some(end) = entry.member.not_after {
+                let seconds = end.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+                let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
+                let first = expiries.entry(entry.member.cluster.clone()).or_insert(seconds);
+                *first = seconds.min(*first);
+            }
+        }
+        // A member without a tunnel has another alert.
+        let shown = &self.0.metrics.agent_certificate_expiry;
+        shown.clear();
+        for (cluster, seconds) in expiries {
+            shown.get_or_create(&ClusterLabels { cluster }).set(seconds);
         }
     }
 
@@ -503,11 +525,41 @@ impl<T: Tunnel> Registry<T> {
             target: request.route.target.clone(),
             frontend: request.frontend,
             client: request.client.to_owned(),
+            user: Mutex::default(),
             started_at: SystemTime::now(),
         });
         self.0.connections.lock().insert(live.id, live.clone());
         entry.counters.connections.inc();
         Dialed { connection, place: Place { registry: self.clone(), entry, live } }
+    }
+}
+
+// === impl LiveConnection ===
+
+impl LiveConnection {
+    /// Who holds it now: the client that opened it, and whom that uses it for.
+    pub fn holder(&self) -> String {
+        match &self.user.lock().1 {
+            Some(user) => format!("{} for {user}", self.client),
+            None => self.client.clone(),
+        }
+    }
+
+    /// From now on it is used for `user`, until the turn is over.
+    pub fn turn_of(self: &Arc<Self>, user: &str) -> Turn {
+        let mut held = self.user.lock();
+        *held = (held.0 + 1, Some(user.to_owned()));
+        Turn { live: self.clone(), number: held.0 }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut held = self.live.user.lock();
+        // The next request may have begun before this one's body was dropped.
+        if held.0 == self.number {
+            held.1 = None;
+        }
     }
 }
 

@@ -111,6 +111,8 @@ pub struct Parts {
     pub metrics: ServerMetrics,
     /// The Kubernetes API proxy, to be mounted elsewhere too.
     pub api_proxy: ApiProxy<ServerTunnel>,
+    /// The memory of all tunnels.
+    pub budget: Arc<Budget>,
 }
 
 /// Where the server listens.
@@ -185,11 +187,14 @@ struct Listeners {
 // === impl Parts ===
 
 impl Parts {
-    /// Registers the metrics, and keeps the byte counters up to date at each scrape.
+    /// Registers the metrics, and brings what is counted elsewhere up to date at each scrape.
     pub fn register(&self, metrics: &SharedRegistry) {
         metrics.with(|registry| self.metrics.register(registry));
-        let registry = self.registry.clone();
-        metrics.before_scrape(move || registry.sample());
+        let (registry, counted, budget) = (self.registry.clone(), self.metrics.clone(), self.budget.clone());
+        metrics.before_scrape(move || {
+            registry.sample();
+            counted.show_memory(&budget);
+        });
     }
 
     /// The shared parts of a server with this configuration.
@@ -197,7 +202,7 @@ impl Parts {
         let metrics = ServerMetrics::default();
         let registry = Registry::new(config.directory.clone(), config.strategies.clone(), metrics.clone());
         let api_proxy = ApiProxy::new(registry.clone(), config.limits.dial_timeout, config.access_log);
-        Self { registry, metrics, api_proxy }
+        Self { registry, metrics, api_proxy, budget: Budget::new(config.agents.memory) }
     }
 }
 
@@ -233,7 +238,7 @@ impl BoundServer {
             quic: config.agents.quic,
             tls: config.agents.tls,
             limits: config.agents.limits,
-            budget: Budget::new(config.agents.memory),
+            budget: parts.budget.clone(),
             reset_key: config.agents.reset_key,
         })
         .await

@@ -79,7 +79,7 @@ pub fn connections<T: Tunnel>(registry: &Registry<T>, cluster: Option<&str>) -> 
                 "agentId": live.member.agent_id,
                 "target": live.target.to_string(),
                 "frontend": live.frontend.as_str(),
-                "client": live.client,
+                "client": live.holder(),
                 "startedAt": rfc3339(live.started_at),
                 "bytesReceived": received,
                 "bytesSent": sent,

@@ -168,15 +168,14 @@ impl Setup {
         Ok(Enrolled { certificate: text("certificate"), ca: text("ca"), key })
     }
 
-    /// Holds a tunnel whose gateway tells who asks for what.
-    async fn agent(
+    async fn connect(
         &self,
         enrolled: &Enrolled,
         cluster: &str,
         agent: &str,
-    ) -> (tunnel::AgentTunnelHandle, AbortOnDropHandle<()>) {
+    ) -> Result<tunnel::AgentTunnel, tunnel::ConnectError> {
         let identity = (enrolled.certificate.as_str(), enrolled.key.to_pem());
-        let mut tunnel = tunnel::connect(ConnectOptions {
+        tunnel::connect(ConnectOptions {
             address: self.agents().to_owned(),
             server_name: "127.0.0.1".to_owned(),
             tls: ClientTls::from_pem(&enrolled.ca, Some((identity.0, &identity.1))).unwrap(),
@@ -187,7 +186,16 @@ impl Setup {
             budget: Budget::new(1 << 30),
         })
         .await
-        .unwrap();
+    }
+
+    /// Holds a tunnel whose gateway tells who asks for what.
+    async fn agent(
+        &self,
+        enrolled: &Enrolled,
+        cluster: &str,
+        agent: &str,
+    ) -> (tunnel::AgentTunnelHandle, AbortOnDropHandle<()>) {
+        let mut tunnel = self.connect(enrolled, cluster, agent).await.unwrap();
         let handle = tunnel.handle();
         let task = tokio::spawn(async move {
             let mut connections = tokio::task::JoinSet::new();
@@ -278,6 +286,26 @@ async fn from_token_to_revocation() {
     // What is made after the answer works.
     let fresh = setup.add_token("east", 600).await;
     assert!(setup.request_certificate(&fresh, "a4").await.is_ok());
+
+    // Deleted and added again: another member of the same name, whatever its former self was issued.
+    let unused = setup.add_token("west", 600).await;
+    let former = setup.add_token("west", 600).await;
+    let former = setup.request_certificate(&former, "w2").await.map_err(|(_, body)| body).unwrap();
+    let (handle, _task) = setup.agent(&former, "west", "w2").await;
+    let path = "/apis/core.kubefed.io/v1beta1/namespaces/kube-federation-system/kubefedclusters/west";
+    let deleted = Request::delete(path).body(Vec::new()).unwrap();
+    setup.client.request::<Value>(deleted).await.unwrap();
+    tokio::time::timeout(LIMIT, handle.closed()).await.unwrap();
+    let issued = jiff::Timestamp::now().as_second();
+    until("next second", || async move { (jiff::Timestamp::now().as_second() > issued).then_some(()) }).await;
+    setup.add_cluster("west").await;
+    let refused = setup.connect(&former, "west", "w2").await.err().unwrap().to_string();
+    assert!(refused.contains("revoked, or removed"), "{refused}");
+    let (status, body) = setup.request_certificate(&unused, "w3").await.err().unwrap();
+    assert!(body["message"].as_str().unwrap().contains("revoked, or removed"), "{status}: {body}");
+    let anew = setup.add_token("west", 600).await;
+    let anew = setup.request_certificate(&anew, "w3").await.map_err(|(_, body)| body).unwrap();
+    drop(setup.agent(&anew, "west", "w3").await);
 
     // A DaemonSet: all at once with one token, each once, nobody more.
     let shared = setup.add_token_for("east", 600, 12).await;

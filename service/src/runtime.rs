@@ -19,8 +19,38 @@ const WORKER_THREADS: &str = "TOKIO_WORKER_THREADS";
 pub fn for_relays() -> io::Result<Runtime> {
     let mut builder = Builder::new_multi_thread();
     if env::var_os(WORKER_THREADS).is_none() {
-        let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        builder.worker_threads((processors / 2).max(1));
+        builder.worker_threads(workers(thread::available_parallelism().map_or(1, NonZero::get)));
     }
     builder.enable_all().build()
+}
+
+fn workers(processors: usize) -> usize {
+    (processors / 2).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_relay_has_half_of_the_processors_and_does_io_and_waits_with_one_thread() {
+        assert_eq!([1, 2, 3, 4, 64].map(workers), [1, 1, 1, 2, 32]);
+        let runtime = for_relays().unwrap();
+        if env::var_os(WORKER_THREADS).is_none() {
+            let processors = thread::available_parallelism().unwrap().get();
+            assert_eq!(runtime.metrics().num_workers(), workers(processors));
+        } else {
+            eprintln!("the number of threads is not looked at: {WORKER_THREADS} is set");
+        }
+        // A socket and a timer, on its own threads.
+        let done = runtime.spawn(async {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+            let (near, far) =
+                tokio::join!(tokio::net::TcpStream::connect(listener.local_addr()?), listener.accept());
+            let _both = (near?, far?);
+            tokio::time::timeout(std::time::Duration::ZERO, std::future::pending::<()>()).await.unwrap_err();
+            Ok::<_, io::Error>(())
+        });
+        runtime.block_on(done).unwrap().unwrap();
+    }
 }

@@ -1,6 +1,6 @@
 //! The agent's side: dialling out, and answering what the server asks for.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use proto::tunnel::v1;
 use rustls::pki_types::ServerName;
@@ -20,6 +20,7 @@ use crate::{
     hello::{Carrier, CarrierChoice, Hello, ServerHello},
     limits::{Budget, Limits},
     quic::{self, QuicConnection, QuicLink},
+    race,
     session::{Attached, Session},
     table::{ConnectionInfo, TunnelStats},
 };
@@ -27,6 +28,11 @@ use crate::{
 /// How long QUIC is tried alone under [`CarrierChoice::Auto`]: one lost packet and its retransmission on a path of
 /// 100 ms. Where UDP is blocked every new tunnel takes this much longer.
 const QUIC_HEAD_START: Duration = Duration::from_millis(250);
+
+/// How long QUIC goes on alone once HTTP/2 has failed: from its beginning, its first packet lost and a path of 250 ms.
+/// A server that is away, and one whose UDP nobody lets through, never answer it, and the next attempt finds the server
+/// back sooner than this one's end.
+const QUIC_GRACE: Duration = Duration::from_secs(1);
 
 /// Dials that wait for [`AgentTunnel::accept`]; more are refused.
 const DIAL_QUEUE: usize = 1024;
@@ -144,10 +150,18 @@ async fn connect_first(options: &ConnectOptions) -> Result<Carried, ConnectError
         },
         result = &mut h2 => match result {
             Ok(carried) => (carried, Some("slower to establish, or blocked".to_owned())),
-            Err(error) => {
-                debug!(error = %chain(&error), "HTTP/2 failed first");
-                (quic.await?, None)
-            }
+            Err(error) => match tokio::time::timeout(QUIC_GRACE, quic).await {
+                Ok(Ok(carried)) => {
+                    debug!(error = %chain(&error), "HTTP/2 failed first");
+                    (carried, None)
+                }
+                // An answer says more than silence.
+                Err(_) => return Err(error),
+                Ok(Err(quic)) => {
+                    debug!(error = %chain(&quic), "QUIC failed too");
+                    return Err(error);
+                }
+            },
         },
     };
     match lost {
@@ -180,24 +194,21 @@ async fn connect_h2(options: &ConnectOptions) -> Result<Carried, ConnectError> {
 
 async fn connect_quic(options: &ConnectOptions) -> Result<Carried, ConnectError> {
     let unreachable = |source| ConnectError::Unreachable { address: options.address.clone(), source };
-    let addresses: Vec<SocketAddr> =
-        tokio::net::lookup_host(&options.address).await.map_err(unreachable)?.collect();
-    let mut last = None;
-    for address in addresses {
-        match quic::connect(address, &options.server_name, options.tls.config(&[quic::ALPN]), &options.limits)
-            .await
-        {
-            Ok((endpoint, connection)) => {
-                let link = QuicLink::new(connection, options.limits.clone(), &options.budget);
-                let (sender, incoming) = mpsc::channel(DIAL_QUEUE);
-                let serve = link.clone().serve(endpoint, sender);
-                let driver = tokio::spawn(async { drop(serve.await) }.in_current_span());
-                return Ok(Carried::Quic { link, driver: AbortOnDropHandle::new(driver), incoming });
-            }
-            Err(error) => last = Some(error),
-        }
-    }
-    Err(last.map_or_else(|| ConnectError::Address(options.address.clone()), ConnectError::from))
+    let addresses = tokio::net::lookup_host(&options.address).await.map_err(unreachable)?.collect();
+    let tls = options.tls.config(&[quic::ALPN]);
+    // QUIC waits for an address that does not answer until its handshake's time is up.
+    let (endpoint, connection) = race::first(race::interleave(addresses), |address| {
+        quic::connect(address, &options.server_name, tls.clone(), &options.limits)
+    })
+    .await
+    .map_err(|error| {
+        error.map_or_else(|| ConnectError::Address(options.address.clone()), ConnectError::from)
+    })?;
+    let link = QuicLink::new(connection, options.limits.clone(), &options.budget);
+    let (sender, incoming) = mpsc::channel(DIAL_QUEUE);
+    let serve = link.clone().serve(endpoint, sender);
+    let driver = tokio::spawn(async { drop(serve.await) }.in_current_span());
+    Ok(Carried::Quic { link, driver: AbortOnDropHandle::new(driver), incoming })
 }
 
 /// Waits for the server's control stream and exchanges hellos.

@@ -9,6 +9,8 @@ use tokio::{
     net::TcpStream,
 };
 
+use crate::race;
+
 /// An HTTP proxy that takes CONNECT.
 #[derive(Clone, PartialEq, Eq)]
 pub struct EgressProxy {
@@ -42,9 +44,11 @@ pub async fn dial(server: &str, proxy: Option<&EgressProxy>) -> Result<TcpStream
 }
 
 async fn connect(address: &str) -> Result<TcpStream, EgressError> {
-    TcpStream::connect(address)
+    let unreachable = |source| EgressError::Unreachable { address: address.to_owned(), source };
+    let addresses = tokio::net::lookup_host(address).await.map_err(unreachable)?.collect();
+    race::first(race::interleave(addresses), TcpStream::connect)
         .await
-        .map_err(|source| EgressError::Unreachable { address: address.to_owned(), source })
+        .map_err(|error| unreachable(error.unwrap_or_else(|| io::Error::other("the name has no address"))))
 }
 
 // === impl EgressProxy ===

@@ -29,6 +29,7 @@ mod limits;
 mod piece;
 pub mod policy;
 mod quic;
+pub mod race;
 mod relay;
 mod reset;
 mod server;

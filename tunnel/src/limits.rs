@@ -2,11 +2,13 @@
 
 use std::{
     sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
+        Arc, Weak,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
+
+use parking_lot::Mutex;
 
 /// What one tunnel may cost and how long it may take. Every default says what it trades.
 #[derive(Clone, Debug)]
@@ -20,7 +22,8 @@ pub struct Limits {
     pub keepalive_interval: Duration,
     /// …and the tunnel is given up when nothing was heard for this long after it. Together under 30 s.
     pub keepalive_timeout: Duration,
-    /// Connections open at once in one tunnel; more are refused. At 256 KiB each they take the whole budget.
+    /// Connections open at once in one tunnel; more are refused. At 256 KiB each, the first window of a connection over
+    /// HTTP/2, they take the whole budget; over QUIC a quarter of it while their readers keep up.
     pub max_connections: usize,
     /// The receive windows of one tunnel's connections together, in bytes; at it, new connections are refused.
     pub memory_per_tunnel: usize,
@@ -48,12 +51,34 @@ pub(crate) fn agents_share(timeout: Duration) -> Duration {
 }
 
 /// Bytes that may be promised to peers as receive windows. A promise is taken before it is made and given back when
-/// its connection ends, so buffered data can never exceed the limit, whatever the peers do.
-#[derive(Debug)]
+/// the peer can use it no more, so buffered data can never exceed the limit, whatever the peers do.
 pub struct Budget {
     limit: usize,
     used: AtomicUsize,
     parent: Option<Arc<Budget>>,
+    /// Those that have held received bytes for long.
+    slow: Mutex<Vec<Weak<dyn Slow>>>,
+    cuts: AtomicU64,
+}
+
+/// A connection that holds received bytes since its local peer reads slowly.
+pub(crate) trait Slow: Send + Sync {
+    /// Bytes a second that its peer reads; `None` while it holds nothing, or not long enough to tell.
+    fn pace(&self, now: Instant) -> Option<u64>;
+
+    /// Resets it, which gives back what it holds.
+    fn cut(&self);
+}
+
+/// How far a budget may be used up.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Part {
+    /// By new connections.
+    Whole,
+    /// By connections whose readers fell behind: the rest is for new ones.
+    ThreeQuarters,
+    /// By what is a convenience.
+    Half,
 }
 
 /// A part of a budget, given back on drop.
@@ -68,12 +93,17 @@ pub(crate) struct Reservation {
 impl Budget {
     /// A budget of `limit` bytes, to be shared by the tunnels of a process.
     pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, used: AtomicUsize::new(0), parent: None })
+        Self::with(limit, None)
     }
 
     /// A tunnel's own budget inside the process's.
     pub(crate) fn child(self: &Arc<Self>, limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, used: AtomicUsize::new(0), parent: Some(self.clone()) })
+        Self::with(limit, Some(self.clone()))
+    }
+
+    fn with(limit: usize, parent: Option<Arc<Self>>) -> Arc<Self> {
+        let (used, slow, cuts) = (AtomicUsize::new(0), Mutex::default(), AtomicU64::new(0));
+        Arc::new(Self { limit, used, parent, slow, cuts })
     }
 
     /// Bytes promised now.
@@ -94,38 +124,76 @@ impl Budget {
         }
     }
 
+    /// Connections that were cut since their readers were the slowest, in the whole process.
+    pub fn cuts(&self) -> u64 {
+        self.root().cuts.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_cut(&self) {
+        self.root().cuts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn root(&self) -> &Self {
+        self.parent.as_ref().map_or(self, |parent| parent.root())
+    }
+
     pub(crate) fn reserve(self: &Arc<Self>, bytes: usize) -> Option<Reservation> {
-        self.take(bytes).then(|| Reservation { budget: self.clone(), bytes })
+        let mut reservation = self.nothing();
+        reservation.extend(bytes, Part::Whole).ok().map(|()| reservation)
     }
 
-    fn take(&self, bytes: usize) -> bool {
-        let taken = self
-            .used
+    /// A reservation to extend.
+    pub(crate) fn nothing(self: &Arc<Self>) -> Reservation {
+        Reservation { budget: self.clone(), bytes: 0 }
+    }
+
+    /// The number of the budget that has no room otherwise: 0 for this one, 1 for its parent.
+    fn take(&self, bytes: usize, part: Part) -> Result<(), usize> {
+        let limit = match part {
+            Part::Whole => self.limit,
+            Part::ThreeQuarters => self.limit - self.limit / 4,
+            Part::Half => self.limit / 2,
+        };
+        self.used
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-                used.checked_add(bytes).filter(|sum| *sum <= self.limit)
+                used.checked_add(bytes).filter(|sum| *sum <= limit)
             })
-            .is_ok();
-        if !taken {
-            return false;
-        }
-        if self.parent.as_ref().is_some_and(|parent| !parent.take(bytes)) {
+            .map_err(|_| 0usize)?;
+        if let Some(parent) = &self.parent
+            && let Err(level) = parent.take(bytes, part)
+        {
             self.used.fetch_sub(bytes, Ordering::Relaxed);
-            return false;
+            return Err(level + 1);
         }
-        true
+        Ok(())
     }
 
-    /// Takes what is a convenience: only from the first half of every budget, so that there is always room for new
-    /// connections.
-    fn take_spare(&self, bytes: usize) -> bool {
-        let mut level = Some(self);
-        while let Some(budget) = level {
-            if budget.used() + bytes > budget.limit / 2 {
-                return false;
-            }
-            level = budget.parent.as_deref();
+    /// The budget of a number that a reservation failed with.
+    pub(crate) fn level(&self, level: usize) -> &Self {
+        match &self.parent {
+            Some(parent) if level > 0 => parent.level(level - 1),
+            _ => self,
         }
-        self.take(bytes)
+    }
+
+    /// From now on `slow` is among those of which the slowest is cut, whenever it has a pace. To be called once for each.
+    pub(crate) fn enlist(&self, slow: &Arc<dyn Slow>) {
+        let entry = Arc::downgrade(slow);
+        let mut list = self.slow.lock();
+        if list.len() == list.capacity() {
+            list.retain(|known| known.strong_count() > 0);
+        }
+        list.push(entry);
+        drop(list);
+        if let Some(parent) = &self.parent {
+            parent.enlist(slow);
+        }
+    }
+
+    /// The slowest that holds something, and its pace.
+    pub(crate) fn slowest(&self, now: Instant) -> Option<(u64, Arc<dyn Slow>)> {
+        let list: Vec<_> = self.slow.lock().iter().filter_map(Weak::upgrade).collect();
+        list.into_iter().filter_map(|slow| Some((slow.pace(now)?, slow))).min_by_key(|(pace, _)| *pace)
     }
 
     fn give_back(&self, bytes: usize) {
@@ -141,21 +209,17 @@ impl Budget {
 impl Reservation {
     /// Takes `bytes` more; false and nothing taken when half of the budget is used.
     pub(crate) fn grow(&mut self, bytes: usize) -> bool {
-        let taken = self.budget.take_spare(bytes);
-        self.add(taken, bytes)
+        self.extend(bytes, Part::Half).is_ok()
     }
 
-    /// Takes `bytes` more, to the budget's last; false and nothing taken when it has not as many.
-    pub(crate) fn extend(&mut self, bytes: usize) -> bool {
-        let taken = self.budget.take(bytes);
-        self.add(taken, bytes)
-    }
-
-    fn add(&mut self, taken: bool, bytes: usize) -> bool {
-        if taken {
+    /// Takes `bytes` more of `part` of the budget; nothing is taken when it has not as many, and the number of the one that
+    /// has not is told, for [`Budget::level`].
+    pub(crate) fn extend(&mut self, bytes: usize, part: Part) -> Result<(), usize> {
+        if bytes > 0 {
+            self.budget.take(bytes, part)?;
             self.bytes += bytes;
         }
-        taken
+        Ok(())
     }
 
     /// Bytes held.
@@ -170,6 +234,15 @@ impl Reservation {
             self.bytes -= bytes;
             self.budget.give_back(bytes);
         }
+    }
+}
+
+impl std::fmt::Debug for Budget {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Budget")
+            .field("limit", &self.limit)
+            .field("used", &self.used())
+            .finish_non_exhaustive()
     }
 }
 
@@ -205,5 +278,49 @@ mod tests {
         assert!(two.reserve(60).is_some());
         drop(held);
         assert_eq!((process.used(), one.used()), (0, 0));
+    }
+    /// Holds bytes, and gives them back when it is cut.
+    struct Holder(Mutex<Option<Reservation>>, u64);
+
+    impl Slow for Holder {
+        fn pace(&self, _: Instant) -> Option<u64> {
+            self.0.lock().as_ref().map(|_| self.1)
+        }
+
+        fn cut(&self) {
+            *self.0.lock() = None;
+        }
+    }
+
+    #[test]
+    fn the_slowest_makes_room_and_new_connections_have_some_left() {
+        let process = Budget::new(1000);
+        let (one, two) = (process.child(600), process.child(600));
+        let hold = |tunnel: &Arc<Budget>, bytes, pace| {
+            let mut reservation = tunnel.nothing();
+            reservation.extend(bytes, Part::ThreeQuarters).map(|()| {
+                let holder: Arc<dyn Slow> = Arc::new(Holder(Mutex::new(Some(reservation)), pace));
+                tunnel.enlist(&holder);
+                holder
+            })
+        };
+        let quick = hold(&one, 400, 50).unwrap();
+        let _stopped = hold(&two, 300, 0).unwrap();
+        let now = Instant::now();
+        // The tunnel's own limit: only its own connections make room in it.
+        let level = hold(&one, 100, 9).err().unwrap();
+        assert_eq!(one.level(level).slowest(now).unwrap().0, 50);
+        // The process's: whoever is slowest, wherever.
+        let level = hold(&two, 100, 9).err().unwrap();
+        let (pace, slowest) = two.level(level).slowest(now).unwrap();
+        assert_eq!(pace, 0);
+        slowest.cut();
+        let _third = hold(&two, 100, 9).unwrap();
+        assert_eq!(two.slowest(now).unwrap().0, 9, "one that holds nothing any more is no candidate");
+        assert!(one.reserve(200).is_some(), "new connections may take the last quarter");
+        drop(quick);
+        assert_eq!(process.used(), 100);
+        two.count_cut();
+        assert_eq!((one.cuts(), process.cuts()), (1, 1));
     }
 }

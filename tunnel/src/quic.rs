@@ -1,38 +1,47 @@
 //! The QUIC carrier (RFC 9000): one bidirectional stream per connection, opened by the server, beginning with a
 //! length-prefixed `Dial` that the agent answers with a `DialResult`; then raw bytes.
 
+mod connection;
+mod reader;
+mod window;
+
 use std::{
-    io::{self, IoSlice},
+    convert::Infallible,
+    io,
     net::SocketAddr,
-    pin::{Pin, pin},
-    slice,
-    sync::{Arc, atomic::Ordering},
-    task::{Context, Poll, ready},
-    time::Duration,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
-use bytes::{Buf, Bytes, BytesMut};
 use futures::{StreamExt, stream::FuturesUnordered};
+use parking_lot::Mutex;
 use proto::tunnel::v1;
 use quinn::{
     AckFrequencyConfig, MtuDiscoveryConfig, TransportConfig, VarInt,
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
+use rustc_hash::FxHashMap;
 use rustls::pki_types::CertificateDer;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::{mpsc, watch},
-};
+use tokio::sync::{Notify, mpsc, watch};
 
+pub(crate) use self::connection::QuicConnection;
+use self::{
+    connection::Seat,
+    reader::{Look, Opening, Reader},
+    window::Window,
+};
 use crate::{
     address::Target,
     control::{printable, read_framed, write_framed},
     error::{CloseReason, DialError, TunnelError},
-    limits::{Budget, Limits, Reservation, agents_share},
-    piece::Piece,
-    relay::{LocalReader, LocalSocket, LocalWriter, RelayOutcome, RelayReport},
+    limits::{Budget, Limits, Part, Reservation, Slow, agents_share},
+    relay::RelayOutcome,
     reset::ResetKey,
-    table::{Place, Table},
+    table::Table,
 };
 
 /// The protocol's name in the TLS handshake.
@@ -42,14 +51,6 @@ pub(crate) const ALPN: &[u8] = b"cellway-quic/1";
 /// but only to whoever sends it something: over TCP the kernel would have said so at once. It costs an idle tunnel a
 /// small datagram each way.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(3);
-
-/// The receive window of one stream: 100 MiB/s at 10 ms of round trip. quinn does not grow windows, so a connection
-/// takes as much from the budget while nobody, or a local peer that does not read, takes what the other side sends.
-const STREAM_WINDOW: usize = 1024 * 1024;
-
-/// What a connection takes from the budget while its local peer reads what comes: received bytes lie in memory from
-/// their arrival to the next turn of its task only.
-const READ_SHARE: usize = 64 * 1024;
 
 /// Bytes that a tunnel has sent and that are not acknowledged: 80 MiB/s at 100 ms of round trip.
 const SEND_WINDOW: u64 = 8 * 1024 * 1024;
@@ -70,8 +71,15 @@ const MAX_OPENING: usize = 256;
 /// ten packets in one segmented send, which fails above 65,507 bytes, and it takes that for loss.
 const MAX_PACKET: u16 = 6500;
 
-/// Received chunks that are written to a socket at once: one for each packet, so up to 100 KiB.
-const CHUNKS: usize = 16;
+/// Bytes that are read before the window is looked at again: the least window holds twice as many.
+const SETTLE: usize = 32 * 1024;
+
+/// Readers of one tunnel that are cut or have others cut for them in one round of its sweep: each looks at all that hold
+/// received bytes.
+const CUTS: usize = 64;
+
+/// Others that are cut for one connection before it is cut itself: what they held comes back as it is read, perhaps late.
+const VICTIMS: usize = 3;
 
 /// Packets that a peer may leave unacknowledged, instead of two (draft-ietf-quic-ack-frequency): what one segmented
 /// send carries. A packet out of order is still acknowledged at once.
@@ -94,23 +102,34 @@ pub(crate) struct QuicLink {
     budget: Arc<Budget>,
     limits: Limits,
     closed: watch::Sender<Option<CloseReason>>,
+    promise: Mutex<Promise>,
+    /// Bytes read that the window does not know of.
+    unsettled: AtomicUsize,
+    /// By stream. The control stream is not among them.
+    readers: Mutex<FxHashMap<u64, Arc<Reader>>>,
+    /// Wakes the sweep: somebody fell behind.
+    behind: Arc<Notify>,
+}
+
+/// The window, and the part of the budget that it is promised from.
+struct Promise {
+    window: Window,
+    held: Reservation,
+}
+
+/// What came of the search for room.
+enum Room {
+    Found,
+    /// Somebody was cut.
+    Cut,
+    /// It is too early to tell whom to cut.
+    Later,
 }
 
 /// A stream that the server opened and that is not answered yet.
 pub(crate) enum Incoming {
     Attach(QuicConnection),
     Dial { connection: QuicConnection, target: Target, timeout: Option<Duration> },
-}
-
-/// One proxied connection; dropping it before both directions ended resets it.
-pub(crate) struct QuicConnection {
-    send: quinn::SendStream,
-    recv: quinn::RecvStream,
-    sent_end: bool,
-    place: Option<Place>,
-    /// The control stream has none: its task reads at once, and thousands of idle tunnels must fit.
-    reservation: Option<Reservation>,
-    link: Arc<QuicLink>,
 }
 
 // === endpoints ===
@@ -183,10 +202,9 @@ fn transport(limits: &Limits, streams: usize) -> TransportConfig {
     transport
         .max_concurrent_bidi_streams(VarInt::from_u32(u32::try_from(streams).unwrap_or(u32::MAX)))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
-        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW as u32))
-        // What the budget can promise at most; below it only the streams' own windows count, so that a stalled reader
-        // uses up nobody else's.
-        .receive_window(VarInt::from_u64(limits.memory_per_tunnel as u64).unwrap_or(VarInt::MAX))
+        .stream_receive_window(VarInt::from_u32(window::STREAM as u32))
+        // It grows as the budget allows.
+        .receive_window(VarInt::from_u32(window::CONTROL as u32))
         .send_window(SEND_WINDOW)
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(Some(mtu))
@@ -235,12 +253,26 @@ fn close_reason(error: &quinn::ConnectionError) -> CloseReason {
 impl QuicLink {
     pub(crate) fn new(connection: quinn::Connection, limits: Limits, budget: &Arc<Budget>) -> Arc<Self> {
         let budget = budget.child(limits.memory_per_tunnel);
-        Arc::new(Self { connection, table: Arc::default(), budget, limits, closed: watch::channel(None).0 })
+        let promise = Promise { window: Window::new(Instant::now()), held: budget.nothing() };
+        Arc::new(Self {
+            connection,
+            table: Arc::default(),
+            budget,
+            limits,
+            closed: watch::channel(None).0,
+            promise: Mutex::new(promise),
+            unsettled: AtomicUsize::new(0),
+            readers: Mutex::default(),
+            behind: Arc::default(),
+        })
     }
 
     /// The server's driver: waits for the end.
     pub(crate) async fn watch(self: Arc<Self>) -> CloseReason {
-        let error = self.connection.closed().await;
+        let error = tokio::select! {
+            error = self.connection.closed() => error,
+            never = self.sweep() => match never {},
+        };
         self.ended(close_reason(&error))
     }
 
@@ -251,8 +283,10 @@ impl QuicLink {
         incoming: mpsc::Sender<Incoming>,
     ) -> CloseReason {
         let mut opening = FuturesUnordered::new();
+        let mut sweep = pin!(self.sweep());
         let reason = loop {
             tokio::select! {
+                never = &mut sweep => match never {},
                 accepted = self.connection.accept_bi(), if opening.len() < MAX_OPENING => match accepted {
                     Ok((send, recv)) => opening.push(self.clone().open_incoming(send, recv)),
                     Err(error) => break close_reason(&error),
@@ -287,16 +321,15 @@ impl QuicLink {
             return None;
         };
         let control = dial.target.is_empty();
-        let reservation = if control { None } else { self.budget.reserve(STREAM_WINDOW) };
-        if reservation.is_none() && !control {
+        let seat = if control { None } else { Seat::take(&self) };
+        if seat.is_none() && !control {
             let result = v1::DialResult { error: DialError::TooManyConnections.code().to_owned() };
             let _ = write_framed(&mut send, &result).await;
             let _ = send.finish();
             return None;
         }
         let id = send.id().index();
-        let connection =
-            |place| QuicConnection { send, recv, sent_end: false, place, reservation, link: self.clone() };
+        let connection = |place| QuicConnection::new(send, recv, place, seat, self.clone());
         if control {
             return Some(Incoming::Attach(connection(None)));
         }
@@ -338,16 +371,15 @@ impl QuicLink {
         if self.table.len() >= self.limits.max_connections {
             return Err(DialError::TooManyConnections);
         }
-        let reservation = match target {
-            Some(_) => Some(self.budget.reserve(STREAM_WINDOW).ok_or(DialError::TooManyConnections)?),
+        let seat = match target {
+            Some(_) => Some(Seat::take(self).ok_or(DialError::TooManyConnections)?),
             None => None,
         };
         let (send, recv) = self.connection.open_bi().await.map_err(|_| DialError::TunnelClosed)?;
         let id = send.id().index();
         let place = target.map(|target| self.table.enter(id, target.clone()));
         // Dropping `connection` on any of these errors resets the stream.
-        let mut connection =
-            QuicConnection { send, recv, sent_end: false, place, reservation, link: self.clone() };
+        let mut connection = QuicConnection::new(send, recv, place, seat, self.clone());
         let dial = v1::Dial {
             target: target.map(Target::to_string).unwrap_or_default(),
             timeout_millis: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
@@ -356,11 +388,15 @@ impl QuicLink {
             if self.closed.borrow().is_some() { DialError::TunnelClosed } else { DialError::Failed }
         };
         write_framed(&mut connection.send, &dial).await.map_err(lost)?;
-        let result =
-            read_framed::<v1::DialResult>(&mut connection.recv, MAX_RESULT).await.map_err(|error| {
-                if self.connection.close_reason().is_some() { DialError::TunnelClosed } else { lost(error) }
-            })?;
-        if result.error.is_empty() { Ok(connection) } else { Err(DialError::from_code(&result.error)) }
+        let mut answer = Opening(&connection.reader);
+        let result = read_framed::<v1::DialResult>(&mut answer, MAX_RESULT).await.map_err(|error| {
+            if self.connection.close_reason().is_some() { DialError::TunnelClosed } else { lost(error) }
+        })?;
+        if !result.error.is_empty() {
+            return Err(DialError::from_code(&result.error));
+        }
+        connection.begin();
+        Ok(connection)
     }
 
     pub(crate) fn close(&self, reason: CloseReason) {
@@ -384,6 +420,125 @@ impl QuicLink {
         self.budget.process()
     }
 
+    /// Changes the window in a way that needs no more of the budget.
+    fn change(&self, change: impl FnOnce(&mut Window)) {
+        let mut promise = self.promise.lock();
+        let mut window = promise.window;
+        change(&mut window);
+        self.adopt(&mut promise, window);
+    }
+
+    /// Changes the window if `part` of the budget has room for it; otherwise the number of the budget that has none.
+    fn extend(&self, part: Part, change: impl FnOnce(&mut Window)) -> Result<(), usize> {
+        let mut promise = self.promise.lock();
+        let mut window = promise.window;
+        change(&mut window);
+        let more = window.promised().saturating_sub(promise.held.bytes());
+        promise.held.extend(more, part)?;
+        self.adopt(&mut promise, window);
+        Ok(())
+    }
+
+    /// Tells quinn of a window for which enough is held, and gives back what is too much.
+    fn adopt(&self, promise: &mut Promise, window: Window) {
+        if window.size() != promise.window.size() {
+            // A window is far below 2^62.
+            self.connection.set_receive_window(VarInt::from_u64(window.size() as u64).unwrap_or(VarInt::MAX));
+        }
+        promise.window = window;
+        promise.held.shrink(promise.held.bytes().saturating_sub(window.promised()));
+    }
+
+    /// A reader fell behind: the peer may fill its stream's window.
+    fn stall(&self) -> Result<(), usize> {
+        self.extend(Part::ThreeQuarters, Window::stall)
+    }
+
+    /// Counts bytes that were taken from the connection.
+    fn read(&self, bytes: usize) {
+        if self.unsettled.fetch_add(bytes, Ordering::Relaxed) + bytes < SETTLE {
+            return;
+        }
+        let bytes = self.unsettled.swap(0, Ordering::Relaxed);
+        let (now, path) = (Instant::now(), self.connection.rtt());
+        let mut limited = false;
+        let mut stalls = false;
+        self.change(|window| {
+            limited = window.read(bytes, now, path);
+            stalls = window.stalls();
+        });
+        if stalls {
+            self.announce();
+        }
+        if limited {
+            // Without room it stays as it is.
+            let _ = self.extend(Part::Half, Window::grow);
+        }
+    }
+
+    /// Tells the peer how much it may send. quinn does so by itself once an eighth of the window has been read; where
+    /// stalled readers hold more than the rest, that would never be, and everybody else would wait for it.
+    fn announce(&self) {
+        let promise = self.promise.lock();
+        let size = |bytes: usize| VarInt::from_u64(bytes as u64).unwrap_or(VarInt::MAX);
+        // A window that grows is announced; the byte is taken off again with the next one read.
+        self.connection.set_receive_window(size(promise.window.size() + 1));
+        self.connection.set_receive_window(size(promise.window.size()));
+    }
+
+    /// Looks after the readers that fell behind, for as long as it is polled: each gets a whole window of the budget, so
+    /// that the rest of the tunnel does not go short, or the slowest of all that hold one is cut.
+    async fn sweep(&self) -> Infallible {
+        let waker = reader::sweep_waker(&self.behind);
+        loop {
+            self.behind.notified().await;
+            loop {
+                tokio::time::sleep(reader::PATIENCE).await;
+                let readers: Vec<_> = self.readers.lock().values().cloned().collect();
+                let (now, mut again, mut cuts) = (Instant::now(), false, CUTS);
+                for reader in readers {
+                    match reader.look(now, self, &waker) {
+                        Look::Fine => {}
+                        Look::Soon => again = true,
+                        Look::Stalls if cuts == 0 => again = true,
+                        Look::Stalls => match self.make_room(&reader, now) {
+                            Room::Found => {}
+                            Room::Cut => cuts -= 1,
+                            Room::Later => again = true,
+                        },
+                    }
+                }
+                if !again {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Finds room for a reader that fell behind: the slowest that hold received bytes go first, and itself when it is.
+    fn make_room(&self, reader: &Arc<Reader>, now: Instant) -> Room {
+        for cut in 0..=VICTIMS {
+            let Err(level) = reader.stall(self) else {
+                return if cut > 0 { Room::Cut } else { Room::Found };
+            };
+            let Some(speed) = reader.speed(now) else { return Room::Later };
+            match self.budget.level(level).slowest(now) {
+                Some((pace, slowest)) if pace < speed && cut < VICTIMS => slowest.cut(),
+                _ => break,
+            }
+        }
+        reader.cut();
+        Room::Cut
+    }
+
+    fn broken(&self) -> RelayOutcome {
+        if self.connection.close_reason().is_some() {
+            RelayOutcome::TunnelClosed
+        } else {
+            RelayOutcome::RemoteReset
+        }
+    }
+
     /// Keeps the first reason and gives it back.
     fn ended(&self, reason: CloseReason) -> CloseReason {
         self.closed.send_if_modified(|closed| {
@@ -394,249 +549,6 @@ impl QuicLink {
             first
         });
         self.closed.borrow().clone().unwrap_or(reason)
-    }
-}
-
-// === impl QuicConnection ===
-
-impl QuicConnection {
-    pub(crate) fn id(&self) -> u64 {
-        self.send.id().index()
-    }
-
-    /// Answers a dial: connected.
-    pub(crate) async fn accept(&mut self) -> Result<(), TunnelError> {
-        write_framed(&mut self.send, &v1::DialResult { error: String::new() }).await
-    }
-
-    /// Answers a dial with an error and ends the stream.
-    pub(crate) async fn refuse(mut self, error: DialError) {
-        // A server that is gone needs no answer.
-        let _ = write_framed(&mut self.send, &v1::DialResult { error: error.code().to_owned() }).await;
-        let _ = self.send.finish();
-        self.sent_end = true;
-    }
-
-    pub(crate) async fn relay(mut self, local: LocalSocket) -> RelayReport {
-        let (mut reader, writer) = local.into_split();
-        let (mut up, mut down) = (Bytes::new(), Bytes::new());
-        self.reads_on();
-        let (mut sending, mut receiving, mut discarding) = (true, true, false);
-        let mut failure = None;
-        std::future::poll_fn(|cx| {
-            reader.poll_settle(cx);
-            while receiving {
-                match self.poll_down(cx, &writer, &mut down) {
-                    Poll::Ready(Ok(true)) => {}
-                    Poll::Ready(Ok(false)) => {
-                        writer.shutdown();
-                        receiving = false;
-                    }
-                    // The local peer reads no more; what it has still to say goes on.
-                    Poll::Ready(Err(RelayOutcome::LocalReset)) => {
-                        failure = Some(RelayOutcome::LocalReset);
-                        receiving = false;
-                    }
-                    Poll::Ready(Err(outcome)) => {
-                        failure = Some(outcome);
-                        return Poll::Ready(());
-                    }
-                    Poll::Pending => break,
-                }
-            }
-            while sending {
-                match self.poll_up(cx, &mut reader, &mut up) {
-                    Poll::Ready(Ok(true)) => {}
-                    // A local peer that is gone reads nothing more either: the rest is stopped when this is dropped.
-                    Poll::Ready(Ok(false)) => {
-                        (sending, receiving) = (false, receiving && !reader.is_hung_up())
-                    }
-                    Poll::Ready(Err(RelayOutcome::LocalReset)) => {
-                        failure = Some(RelayOutcome::LocalReset);
-                        return Poll::Ready(());
-                    }
-                    // The peer takes no more; what it has still to say is delivered.
-                    Poll::Ready(Err(outcome)) => {
-                        failure.get_or_insert(outcome);
-                        (sending, discarding) = (false, true);
-                    }
-                    Poll::Pending => break,
-                }
-            }
-            if discarding && receiving {
-                discarding = reader.poll_discard(cx).is_pending();
-            }
-            if sending || receiving { Poll::Pending } else { Poll::Ready(()) }
-        })
-        .await;
-        // What was received to its end and passed on must still reach the local peer: no reset then.
-        if failure.is_some() && receiving {
-            reader.abort();
-        }
-        writer.forget();
-        let (sent, received) = self.place.as_ref().map_or((0, 0), Place::bytes);
-        RelayReport {
-            bytes_sent: sent,
-            bytes_received: received,
-            outcome: failure.unwrap_or(RelayOutcome::Complete),
-        }
-    }
-
-    /// Some chunks from the stream to the socket; false at the stream's end. `held` is what the socket did not take.
-    fn poll_down(
-        &mut self,
-        cx: &mut Context<'_>,
-        writer: &LocalWriter,
-        held: &mut Bytes,
-    ) -> Poll<Result<bool, RelayOutcome>> {
-        let written = |result: io::Result<usize>| match result {
-            Ok(written) => Ok(written),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
-            Err(_) => Err(RelayOutcome::LocalReset),
-        };
-        while !held.is_empty() {
-            match writer.poll_write_ready(cx) {
-                Poll::Ready(Ok(())) => held.advance(written(writer.try_write(held))?),
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(RelayOutcome::LocalReset)),
-                Poll::Pending if self.stalls() => return Poll::Pending,
-                Poll::Pending => return Poll::Ready(Err(RelayOutcome::OverBudget)),
-            }
-        }
-        self.reads_on();
-        // An idle connection keeps no buffer.
-        *held = Bytes::new();
-        let mut chunks: [Bytes; CHUNKS] = Default::default();
-        let polled = pin!(self.recv.read_chunks(&mut chunks)).poll(cx);
-        let count = match ready!(polled) {
-            Ok(Some(count)) => count,
-            Ok(None) => return Poll::Ready(Ok(false)),
-            Err(_) => return Poll::Ready(Err(self.broken())),
-        };
-        let chunks = &chunks[..count];
-        let length: usize = chunks.iter().map(Bytes::len).sum();
-        if let Some(place) = &self.place {
-            place.entry.received.fetch_add(length as u64, Ordering::Relaxed);
-        }
-        let mut slices = [IoSlice::new(&[]); CHUNKS];
-        for (slice, chunk) in slices.iter_mut().zip(chunks) {
-            *slice = IoSlice::new(chunk);
-        }
-        let mut taken = written(writer.try_write_vectored(&slices[..count]))?;
-        if taken < length {
-            // A chunk is part of a whole datagram's buffer, which must not wait for a slow reader.
-            let mut rest = BytesMut::with_capacity(length - taken);
-            for chunk in chunks {
-                let skip = taken.min(chunk.len());
-                rest.extend_from_slice(&chunk[skip..]);
-                taken -= skip;
-            }
-            *held = rest.freeze();
-        }
-        Poll::Ready(Ok(true))
-    }
-
-    /// One piece from the socket to the stream; false at the socket's end. `held` is what the stream did not take.
-    fn poll_up(
-        &mut self,
-        cx: &mut Context<'_>,
-        reader: &mut LocalReader,
-        held: &mut Bytes,
-    ) -> Poll<Result<bool, RelayOutcome>> {
-        if held.is_empty() {
-            let mut piece = Piece::take();
-            let mut buffer = ReadBuf::new(piece.buffer());
-            let read = ready!(reader.poll_read(cx, &mut buffer)).map(|()| buffer.filled().len());
-            match read {
-                Err(_) => return Poll::Ready(Err(RelayOutcome::LocalReset)),
-                Ok(0) => {
-                    self.sent_end = true;
-                    // Fails only when the server stopped the stream, which the other direction reports.
-                    let _ = self.send.finish();
-                    return Poll::Ready(Ok(false));
-                }
-                Ok(length) => {
-                    if let Some(place) = &self.place {
-                        place.entry.sent.fetch_add(length as u64, Ordering::Relaxed);
-                    }
-                    *held = piece.into_bytes(length);
-                }
-            }
-        }
-        while !held.is_empty() {
-            // The stream takes the bytes as they are, and leaves here what it has no room for.
-            let polled = pin!(self.send.write_chunks(slice::from_mut(held))).poll(cx);
-            if ready!(polled).is_err() {
-                return Poll::Ready(Err(self.broken()));
-            }
-        }
-        Poll::Ready(Ok(true))
-    }
-
-    /// The local peer reads no further for now: a whole window may come meanwhile. False when the budget has no room.
-    fn stalls(&mut self) -> bool {
-        let more = STREAM_WINDOW - READ_SHARE;
-        self.reservation.as_mut().is_none_or(|held| held.bytes() > READ_SHARE || held.extend(more))
-    }
-
-    /// The local peer reads what comes.
-    fn reads_on(&mut self) {
-        if let Some(held) = &mut self.reservation {
-            held.shrink(held.bytes().saturating_sub(READ_SHARE));
-        }
-    }
-
-    fn broken(&self) -> RelayOutcome {
-        if self.link.connection.close_reason().is_some() {
-            RelayOutcome::TunnelClosed
-        } else {
-            RelayOutcome::RemoteReset
-        }
-    }
-}
-
-impl AsyncRead for QuicConnection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let polled = AsyncRead::poll_read(Pin::new(&mut self.recv), cx, buffer);
-        if let Some(place) = &self.place {
-            place.entry.received.fetch_add((buffer.filled().len() - before) as u64, Ordering::Relaxed);
-        }
-        polled
-    }
-}
-
-impl AsyncWrite for QuicConnection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let polled = AsyncWrite::poll_write(Pin::new(&mut self.send), cx, bytes);
-        if let (Some(place), Poll::Ready(Ok(written))) = (&self.place, &polled) {
-            place.entry.sent.fetch_add(*written as u64, Ordering::Relaxed);
-        }
-        polled
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.sent_end = true;
-        // Fails only when the peer stopped the stream: then there is nothing left to end.
-        let _ = self.send.finish();
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl Drop for QuicConnection {
-    fn drop(&mut self) {
-        // quinn would finish the stream: a cut connection would look complete.
-        if !self.sent_end {
-            let _ = self.send.reset(code::CANCELLED);
-        }
-        let _ = self.recv.stop(code::CANCELLED);
     }
 }
 

@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 use support::{Pair, both, pattern};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -58,11 +58,46 @@ async fn a_server_that_comes_back_resets_what_its_former_self_held() {
     };
     let mut former = bind(b"kept across restarts").await;
     let (stranger, next) = (bind(b"another").await, bind(b"kept across restarts").await);
-    // What stands for the server's one address: killing the server is sending its packets elsewhere.
+    let (address, server, _forwarding) = udp_forwarder(former.quic_addr().unwrap()).await;
+    let mut options = support::options(&identities, address, CarrierChoice::Quic);
+    options.limits = limits.clone();
+    let (agent, tunnel) = tokio::join!(tunnel::connect(options), support::attach(&mut former));
+    let agent = agent.unwrap();
+    // One that does not have the key cannot end it.
+    server.send_replace(stranger.quic_addr().unwrap());
+    tokio::time::timeout(Duration::from_secs(1), agent.handle().closed()).await.unwrap_err();
+    server.send_replace(next.quic_addr().unwrap());
+    let reason = tokio::time::timeout(Duration::from_secs(5), agent.handle().closed()).await.unwrap();
+    println!("closed: {reason}");
+    drop(tunnel);
+}
+
+#[tokio::test]
+async fn over_quic_an_idle_agent_soon_learns_that_its_server_was_started_again() {
+    let identities = support::Identities::new();
+    let limits = Limits::default();
+    assert!(limits.keepalive_interval >= Duration::from_secs(10), "too seldom for this");
+    let bind = async || {
+        let key = tunnel::ResetKey::derived(b"kept across restarts");
+        support::listener_with(&identities, limits.clone(), true, key).await
+    };
+    let (mut former, next) = (bind().await, bind().await);
+    let (address, server, _forwarding) = udp_forwarder(former.quic_addr().unwrap()).await;
+    let options = support::options(&identities, address, CarrierChoice::Quic);
+    let (agent, _tunnel) = tokio::join!(tunnel::connect(options), support::attach(&mut former));
+    server.send_replace(next.quic_addr().unwrap());
+    let closed = agent.unwrap().handle();
+    tokio::time::timeout(Duration::from_secs(6), closed.closed()).await.expect("nobody told it");
+}
+
+/// What stands for a server's one address: killing the server is sending its packets elsewhere.
+async fn udp_forwarder(
+    to: SocketAddr,
+) -> (SocketAddr, tokio::sync::watch::Sender<SocketAddr>, tokio_util::task::AbortOnDropHandle<()>) {
     let forwarder = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let address = forwarder.local_addr().unwrap();
-    let (server, mut to) = tokio::sync::watch::channel(former.quic_addr().unwrap());
-    let _forwarding = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(async move {
+    let (server, mut to) = tokio::sync::watch::channel(to);
+    let forwarding = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(async move {
         let mut agent = None;
         let mut packet = vec![0; 65_536];
         loop {
@@ -75,17 +110,7 @@ async fn a_server_that_comes_back_resets_what_its_former_self_held() {
             }
         }
     }));
-    let mut options = support::options(&identities, address, CarrierChoice::Quic);
-    options.limits = limits.clone();
-    let (agent, tunnel) = tokio::join!(tunnel::connect(options), support::attach(&mut former));
-    let agent = agent.unwrap();
-    // One that does not have the key cannot end it.
-    server.send_replace(stranger.quic_addr().unwrap());
-    tokio::time::timeout(Duration::from_secs(1), agent.handle().closed()).await.unwrap_err();
-    server.send_replace(next.quic_addr().unwrap());
-    let reason = tokio::time::timeout(Duration::from_secs(5), agent.handle().closed()).await.unwrap();
-    println!("closed: {reason}");
-    drop(tunnel);
+    (address, server, forwarding)
 }
 
 #[tokio::test]
@@ -416,6 +441,13 @@ async fn a_stalled_reader_costs_one_window_and_disturbs_nobody() {
             far.write_all(&buffer).await.unwrap();
             near.read_exact(&mut buffer).await.unwrap();
         }
+        // And far more than one window.
+        let sent = pattern(6 * 1024 * 1024);
+        let mut read = vec![0; sent.len()];
+        let (written, heard) = tokio::join!(far.write_all(&sent), near.read_exact(&mut read));
+        written.unwrap();
+        heard.unwrap();
+        assert!(read == sent);
         for (_near, writer) in stalled {
             let total = writer.await.unwrap();
             assert!(total <= 24 * 1024 * 1024, "a stalled reader took {total} bytes");
@@ -443,7 +475,7 @@ async fn budgets_refuse_and_recover() {
         let mut buffer = [0; 5];
         far.read_exact(&mut buffer).await.unwrap();
         // Before this one comes the memory budget.
-        let small = Limits { memory_per_tunnel: 4 * 1024 * 1024, ..Limits::default() };
+        let small = Limits { memory_per_tunnel: 1024 * 1024, ..Limits::default() };
         let mut pair = Pair::with(carrier, small).await;
         let mut held = Vec::new();
         let refused = loop {
@@ -458,55 +490,131 @@ async fn budgets_refuse_and_recover() {
     .await;
 }
 
-/// quinn grows no windows, so each is large; thousands of connections fit all the same, since only those count in full
-/// whose local peers do not read.
+/// Each stream's window is 1 MiB and does not change; what a tunnel takes of the budget is its connection's window.
 #[tokio::test]
-async fn over_quic_only_stalled_readers_take_whole_windows() {
-    const CONNECTIONS: usize = 20;
-    let limits = Limits { memory_per_tunnel: 4 * 1024 * 1024, ..Limits::default() };
+async fn over_quic_connections_whose_ends_read_take_little() {
+    const CONNECTIONS: usize = 100;
+    let limits = Limits { memory_per_tunnel: 8 * 1024 * 1024, ..Limits::default() };
     let mut pair = Pair::with(CarrierChoice::Quic, limits).await;
-    let (mut relays, mut ends) = (Vec::new(), Vec::new());
+    let mut tasks = tokio::task::JoinSet::new();
     for _ in 0..CONNECTIONS {
-        let (near, far) = pair.connection().await;
-        let ((client, client_end), (target, target_end)) =
-            (support::tcp_pair().await, support::tcp_pair().await);
-        relays.push(tokio::spawn(near.relay(LocalSocket::Tcp(client_end))));
-        tokio::spawn(far.relay(LocalSocket::Tcp(target_end)));
-        // Its 1 MiB is given back once it is relayed.
-        support::eventually(|| pair.server.stats().buffered <= (relays.len()) * 64 * 1024).await;
-        ends.push((client, target));
+        // As a watch over HTTP: an answer, and then nothing for long.
+        let (mut near, mut far) = pair.connection().await;
+        near.write_all(b"watch").await.unwrap();
+        far.read_exact(&mut [0; 5]).await.unwrap();
+        far.write_all(&[1; 1000]).await.unwrap();
+        near.read_exact(&mut [0; 1000]).await.unwrap();
+        tasks.spawn(async move { near.read(&mut [0; 1]).await });
+        tasks.spawn(async move { far.read(&mut [0; 1]).await });
     }
-    let (mut client, mut target) = ends.pop().unwrap();
-    let read = relays.pop().unwrap();
-    // All others: the target sends what it can, the client reads nothing.
-    let mut clients = Vec::new();
+    let stats = pair.server.stats();
+    assert_eq!(stats.connections, CONNECTIONS);
+    assert!(stats.buffered <= CONNECTIONS * 64 * 1024 + 512 * 1024, "{stats:?}");
+}
+
+#[tokio::test]
+async fn over_quic_the_slowest_readers_make_room_at_the_budget() {
+    const STALLED: usize = 24;
+    const MEMORY: usize = 8 * 1024 * 1024;
+    let limits = Limits { memory_per_tunnel: MEMORY, ..Limits::default() };
+    let mut pair = Pair::with(CarrierChoice::Quic, limits).await;
     let mut floods = tokio::task::JoinSet::new();
-    for (client, mut target) in ends {
-        clients.push(client);
-        floods.spawn(async move { while target.write_all(&[1; 64 * 1024]).await.is_ok() {} });
+    let (mut clients, mut relays, mut unread) = (Vec::new(), tokio::task::JoinSet::new(), Vec::new());
+    for index in 0..STALLED {
+        let (near, mut far) = pair.connection().await;
+        floods.spawn(async move { while far.write_all(&[1; 64 * 1024]).await.is_ok() {} });
+        if index % 2 == 0 {
+            unread.push(near);
+        } else {
+            let (client, end) = support::tcp_pair().await;
+            clients.push(client);
+            relays.spawn(near.relay(LocalSocket::Tcp(end)));
+        }
     }
+    // Whoever reads is not among those that go, and is not held up by them; nor are new connections refused.
+    let sent = pattern(24 * 1024 * 1024);
+    let (mut near, mut far) = pair.connection().await;
+    let download = async {
+        let writer = tokio::spawn({
+            let sent = sent.clone();
+            async move {
+                far.write_all(&sent).await.unwrap();
+                far.shutdown().await.unwrap();
+                far
+            }
+        });
+        let mut read = Vec::new();
+        near.read_to_end(&mut read).await.unwrap();
+        assert!(read == sent, "{} of {} bytes, or changed", read.len(), sent.len());
+        drop(writer.await.unwrap());
+    };
     let cut = async {
-        for relay in relays {
-            let outcome = relay.await.unwrap().outcome;
-            assert_eq!(outcome, tunnel::RelayOutcome::OverBudget, "nothing else ends a connection");
-            println!("one stalled reader was cut");
+        // Three quarters of the budget hold six whole windows at most, and the small ones of all.
+        for _ in 0..STALLED - 6 {
+            floods.join_next().await.unwrap().unwrap();
         }
     };
-    // Some fit for good, so that the loop above never comes to its end.
-    tokio::select! {
-        () = cut => panic!("every stalled reader was cut"),
-        () = async {
-            floods.join_next().await;
-            for _ in 0..1000 {
-                target.write_all(&[7; 64]).await.unwrap();
-                let mut buffer = [0; 64];
-                client.read_exact(&mut buffer).await.unwrap();
-            }
-        } => {}
+    tokio::join!(download, cut);
+    let (mut near, mut far) = pair.connection().await;
+    for _ in 0..100 {
+        near.write_all(&[7; 64]).await.unwrap();
+        let mut buffer = [0; 64];
+        far.read_exact(&mut buffer).await.unwrap();
+        far.write_all(&buffer).await.unwrap();
+        near.read_exact(&mut buffer).await.unwrap();
     }
-    assert!(pair.server.stats().buffered <= 4 * 1024 * 1024);
-    drop((client, target));
-    assert_eq!(read.await.unwrap().outcome, tunnel::RelayOutcome::Complete);
+    assert!(pair.server.stats().buffered <= MEMORY);
+    // What was cut fails: it does not seem to have come to its end.
+    let mut failed = 0;
+    for mut near in unread {
+        let mut buffer = vec![0; 2 * 1024 * 1024];
+        let read = tokio::time::timeout(Duration::from_millis(100), near.read_exact(&mut buffer));
+        if let Ok(Err(error)) = read.await {
+            assert!(error.to_string().contains("memory budget"), "{error}");
+            failed += 1;
+        }
+    }
+    while let Some(ended) = relays.try_join_next() {
+        assert_eq!(ended.unwrap().outcome, tunnel::RelayOutcome::OverBudget);
+        failed += 1;
+    }
+    assert!(failed >= STALLED - 6, "{failed}");
+}
+
+/// The sweep looks at what a slow reader has not read: what it finds there must still be the reader's.
+#[tokio::test]
+async fn over_quic_a_slow_reader_misses_nothing() {
+    let mut pair = Pair::new(CarrierChoice::Quic).await;
+    let (mut near, mut far) = pair.connection().await;
+    far.write_all(&pattern(5000)).await.unwrap();
+    let stalled = || pair.server.stats().buffered > 1024 * 1024 / 2;
+    support::eventually(stalled).await;
+    let mut read = vec![0; 5000];
+    near.read_exact(&mut read).await.unwrap();
+    assert!(read == pattern(5000));
+    // A reset stays one, whoever saw it first.
+    let (mut near, far) = pair.connection().await;
+    drop(far);
+    let looked = async {
+        // Long enough for the sweep, which tells nobody that it has looked.
+        tokio::time::timeout(Duration::from_millis(150), std::future::pending::<()>()).await.unwrap_err();
+    };
+    looked.await;
+    near.read_exact(&mut [0; 1]).await.unwrap_err();
+    let error = near.read(&mut [0; 1]).await.unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{error}");
+}
+
+#[tokio::test]
+async fn auto_gives_a_server_that_is_away_up_soon() {
+    // Where a hub was: its UDP is swallowed on the way, as a firewall does, and its TCP port is closed.
+    let silent = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let options =
+        support::options(&support::Identities::new(), silent.local_addr().unwrap(), CarrierChoice::Auto);
+    assert!(options.limits.handshake_timeout > Duration::from_secs(5));
+    let attempt = tokio::time::timeout(Duration::from_secs(5), tunnel::connect(options));
+    let error = attempt.await.expect("it waits for QUIC until the time is up").err().unwrap();
+    assert!(matches!(error, tunnel::ConnectError::Egress(_)), "the answer is what is told: {error}");
 }
 
 #[tokio::test]

@@ -210,6 +210,55 @@ async fn a_token_is_shown_once_whatever_the_disk_does() {
     assert_eq!(hub.seen.lock().len(), 2);
 }
 
+#[tokio::test]
+async fn an_agent_that_was_killed_while_it_enrolled_asks_again_as_the_same() {
+    let hub = hub().await;
+    let directory = tempfile::tempdir().unwrap();
+    let hash = hub.authority.public_key_hash();
+    let unnamed = |token: &str| {
+        let mut keeper = keeper_with(&hub, directory.path(), hash, token);
+        if let IdentityConfig::Enrolled { agent_id, .. } = &mut keeper.config {
+            *agent_id = None;
+        }
+        keeper
+    };
+    // Its answer is lost, and then the process.
+    *hub.script.lock() = Script::Garbage;
+    let asked = async {
+        while hub.seen.lock().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    };
+    let killed = unnamed("abc.secret");
+    tokio::time::timeout(PATIENCE, async {
+        tokio::select! { _ = killed.enrol() => panic!("there was no answer"), () = asked => {} }
+    })
+    .await
+    .unwrap();
+    let file = directory.path().join(PENDING_FILE);
+    assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(!fs::read_to_string(&file).unwrap().contains("secret"), "the token is not written down");
+    let begun: PendingFile = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+
+    *hub.script.lock() = Script::Good;
+    let enrolled = tokio::time::timeout(PATIENCE, unnamed("abc.secret").enrol()).await.unwrap().unwrap();
+    assert_eq!(enrolled.agent_id, begun.agent_id);
+    let kept = fs::read_to_string(directory.path().join(AGENT_FILE)).unwrap();
+    assert!(kept.starts_with(&begun.key), "with the same key");
+    assert!(!file.exists());
+
+    // One of another token, of another name, or damaged is none.
+    fs::write(&file, serde_json::to_vec(&begun).unwrap()).unwrap();
+    let token = |text: &str| EnrolmentToken::parse(text).unwrap();
+    let read = |token: &EnrolmentToken, name: Option<&str>| {
+        Pending::read(&file, token, name.map(|name| name.parse().unwrap()).as_ref()).is_some()
+    };
+    assert!(read(&token("abc.other"), None), "the secret half is no part of it");
+    assert!(!read(&token("def.secret"), None) && !read(&token("abc.secret"), Some("a1")));
+    fs::write(&file, "{}").unwrap();
+    assert!(!read(&token("abc.secret"), None));
+}
+
 #[test]
 fn a_data_folder_becomes_private() {
     let directory = tempfile::tempdir().unwrap();

@@ -153,6 +153,8 @@ async fn bodies_and_connections_are_passed_on_and_reused() {
         assert!(body.ends_with("{\"kind\":\"Pod\"}"), "{body}");
     }
     assert_eq!(setup.tunnel.dialled().len(), 1);
+    let held = setup.proxy.0.registry.connections();
+    assert_eq!(held[0].holder(), "api-proxy", "nobody uses it now");
 }
 
 #[tokio::test]
@@ -223,10 +225,17 @@ async fn a_watch_streams_and_ends_with_its_client() {
     let first = body.frame().await.unwrap().unwrap().into_data().unwrap();
     assert_eq!(first, "{\"type\":\"ADDED\"}\n");
     assert_eq!(setup.proxy.0.registry.connection_count(), 1);
+    let held = setup.proxy.0.registry.connections().remove(0);
+    assert_eq!(held.holder(), "api-proxy for jane");
+    // A turn that ends late does not end the next one.
+    let next = held.turn_of("joe");
     drop(body);
     while setup.proxy.0.registry.connection_count() > 0 {
         tokio::task::yield_now().await;
     }
+    assert_eq!(held.holder(), "api-proxy for joe");
+    drop(next);
+    assert_eq!(held.holder(), "api-proxy");
 }
 
 #[tokio::test]

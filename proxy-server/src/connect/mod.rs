@@ -50,7 +50,8 @@ const COPY_BUFFER: usize = 32 * 1024;
 /// How long to wait for a refused client to read its answer and close.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// What the receive window of a new connection takes of the tunnels' memory, in bytes.
+/// What a connection over HTTP/2 takes of the tunnels' memory to begin with, in bytes. One over QUIC takes a quarter of it
+/// while its client reads; of those that stall, which take more, the slowest make room for others.
 const CONNECTION_MEMORY: usize = 256 * 1024;
 
 /// One client may hold this fraction of the connections for which there is memory: the rest is for the others.

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use federation_core::api::KubeFedCluster;
+/// RFC 3339: what was issued at or before this moment is refused.
+pub(super) use federation_core::names::REVOKED_ANNOTATION as REVOKED_AT;
 use futures::StreamExt;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event};
@@ -15,9 +17,6 @@ use tunnel::policy::DestinationPolicy;
 
 use super::FEDERATION_NAMESPACE;
 use crate::directory::{ClusterInfo, Snapshot};
-
-/// RFC 3339: certificates that begin at or before this moment are refused.
-pub(super) const REVOKED_AT: &str = "cellway.io/revoked-at";
 
 /// What may be dialled besides the member's own API.
 const ALLOWED_DESTINATIONS: &str = "cellway.io/allowed-destinations";
@@ -70,9 +69,9 @@ fn info_of(cluster: &KubeFedCluster) -> ClusterInfo {
         Err(error) => {
             tracing::warn!(
                 cluster = %cluster.name_any(), %error,
-                "{REVOKED_AT} is not an RFC 3339 time: taken as revoked until it is"
+                "{REVOKED_AT} is not an RFC 3339 time: every certificate and token is refused until it is"
             );
-            SystemTime::now()
+            ClusterInfo::revoked_for_good()
         }
     });
     let allowed = annotation(ALLOWED_DESTINATIONS)
@@ -85,7 +84,8 @@ fn info_of(cluster: &KubeFedCluster) -> ClusterInfo {
         );
         DestinationPolicy::default()
     });
-    ClusterInfo { revoked_at, allowed, labels: cluster.labels().clone() }
+    let created_at = cluster.creation_timestamp().map(|time| SystemTime::from(time.0));
+    ClusterInfo { created_at, revoked_at, allowed, labels: cluster.labels().clone() }
 }
 
 #[cfg(test)]
@@ -117,6 +117,16 @@ mod tests {
         );
         assert!(full.allows(&"db.internal:5432".parse().unwrap()));
         let broken = info_of(&cluster(&[(REVOKED_AT, "yesterday"), (ALLOWED_DESTINATIONS, "10.0.0.0/99")]));
-        assert!(broken.revoked_at.is_some() && broken.allowed.is_empty());
+        assert_eq!(broken.revoked_at, Some(ClusterInfo::revoked_for_good()), "until it is repaired");
+        assert!(broken.allowed.is_empty());
+        let mut made = cluster(&[]);
+        assert_eq!(info_of(&made).created_at, None);
+        made.metadata.creation_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(
+            "2026-11-21T09:00:00Z".parse().unwrap(),
+        ));
+        assert_eq!(
+            info_of(&made).created_at,
+            Some(SystemTime::from("2026-11-21T09:00:00Z".parse::<jiff::Timestamp>().unwrap()))
+        );
     }
 }

@@ -72,9 +72,6 @@ const MIN_AGENT_CERTIFICATE_TTL: Duration = Duration::from_secs(5);
 /// Bytes of the secret that stateless resets are made with.
 const RESET_SECRET: usize = 32;
 
-/// Memory that all tunnels together may promise to agents, in bytes.
-const TUNNEL_MEMORY: usize = 2 << 30;
-
 /// The description of a running hub, in its data folder.
 const HUB_FILE: &str = "hub.json";
 
@@ -114,6 +111,10 @@ pub struct HubArgs {
     /// Tunnels over HTTP/2 only.
     #[arg(long)]
     pub no_quic: bool,
+    /// Memory that all tunnels together may promise to agents as receive windows, in MiB; at the limit new connections
+    /// are refused.
+    #[arg(long, value_name = "MIB", default_value_t = crate::args::DEFAULT_MEMORY_MIB)]
+    pub tunnel_memory: usize,
     /// The trust domain of agents' identities.
     #[arg(long, default_value = "cellway.local", value_name = "DOMAIN")]
     pub trust_domain: TrustDomain,
@@ -471,7 +472,7 @@ fn server_config(
                 anonymous: false,
             },
             limits: Limits::default(),
-            memory: TUNNEL_MEMORY,
+            memory: args.tunnel_memory.saturating_mul(1 << 20),
             reset_key: reset_key(&data_dir.join("tunnel-tls").join("reset.key"))?,
         },
         directory,
@@ -490,7 +491,7 @@ fn server_config(
         admin: Some(SocketAddr::new(args.admin_bind_address, args.admin_port)),
         limits: ConnectLimits {
             dial_timeout: args.backend_dial_timeout.0,
-            max_client_connections: client_share(TUNNEL_MEMORY),
+            max_client_connections: client_share(args.tunnel_memory.saturating_mul(1 << 20)),
             ..ConnectLimits::default()
         },
         access_log: !args.no_access_log,
@@ -587,6 +588,7 @@ fn shown(args: &HubArgs, data_dir: &Path) -> serde_json::Value {
         "admin-bind-address": args.admin_bind_address,
         "uds-name": args.uds_name,
         "no-quic": args.no_quic,
+        "tunnel-memory": args.tunnel_memory,
         "trust-domain": args.trust_domain.as_str(),
         "agent-certificate-ttl": args.agent_certificate_ttl,
         "backend-dial-timeout": args.backend_dial_timeout,

@@ -17,26 +17,18 @@ use test_support::{
 
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// What the agent's service account needs in a member, as docs/operations.md says.
-const RBAC: &str = r"
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: cellway-agent}
-rules:
-- {apiGroups: [''], resources: [users, groups], verbs: [impersonate]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: cellway-agent}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cellway-agent}
-subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: cellway:agent}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: cellway-controllers}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cluster-admin}
-subjects: [{apiGroup: rbac.authorization.k8s.io, kind: Group, name: system:cellway:controllers}]
-";
+/// Where the rights that an agent needs in a member are told to users.
+const OPERATIONS: &str = include_str!("../../../docs/operations.md");
+
+/// The documented rights, for the user that this agent is here instead of a service account.
+fn rbac() -> Result<String> {
+    let (_, after) = OPERATIONS.split_once("### Rights\n").context("the docs have no rights")?;
+    let (_, after) = after.split_once("```yaml\n").context("the rights are no YAML")?;
+    let (yaml, _) = after.split_once("```").context("the YAML has no end")?;
+    let documented = "{kind: ServiceAccount, name: cellway-agent, namespace: cellway-system}";
+    ensure!(yaml.contains(documented), "no service account is bound:\n{yaml}");
+    Ok(yaml.replace(documented, "{apiGroup: rbac.authorization.k8s.io, kind: User, name: cellway:agent}"))
+}
 
 const FEDERATED: &str = r"
 apiVersion: v1
@@ -157,7 +149,7 @@ async fn start(fleet: &Fleet, assets: &Path) -> Result<Stock> {
             // Once it takes RBAC objects, it is ready for everything.
             let mut command = inside.command(&fleet.needs.kubectl);
             command.env("HOME", &dir).arg("--kubeconfig").arg(&admin).args(["apply", "-f", "-"]);
-            let output = run(command, Some(RBAC)).await?;
+            let output = run(command, Some(&rbac()?)).await?;
             ensure!(output.status.success(), "{}", errors(&output));
             anyhow::Ok(())
         },
