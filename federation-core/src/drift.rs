@@ -122,19 +122,19 @@ pub fn up_to_date(
     }
     match baseline {
         Some(baseline) if *baseline.hash == *hash => {
-            let mut found = project(live, desired);
+            let mut found = asked_for(live, desired);
             if retain_replicas && found["spec"].is_object() && !baseline.replicas.is_null() {
                 found["spec"]["replicas"] = baseline.replicas.clone();
             }
             crate::revision::hash(&found) == *baseline.answer
         }
-        _ => covers(live, desired),
+        _ => content(desired).all(|(key, wanted)| covers(&live[key], wanted)),
     }
 }
 
 /// What to remember of a server's answer to an apply of `desired`.
 pub fn baseline(answer: &Value, desired: &Value, hash: &str) -> Baseline {
-    let answer = project(answer, desired);
+    let answer = asked_for(answer, desired);
     Baseline {
         hash: hash.into(),
         replicas: answer["spec"]["replicas"].clone(),
@@ -146,6 +146,20 @@ pub fn baseline(answer: &Value, desired: &Value, hash: &str) -> Baseline {
 pub fn metadata_map(object: &Value, field: &str) -> BTreeMap<String, String> {
     let Value::Object(map) = &object["metadata"][field] else { return BTreeMap::new() };
     map.iter().filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
+}
+
+/// What an object says beyond its type, which the items of a list leave out (API conventions, "Lists and simple kinds"):
+/// an object that was listed is the same as when it was watched.
+fn content(desired: &Value) -> impl Iterator<Item = (&String, &Value)> {
+    let all = desired.as_object().into_iter().flatten();
+    all.filter(|(key, _)| !matches!(key.as_str(), "apiVersion" | "kind"))
+}
+
+/// The content of `live` that `desired` speaks of.
+fn asked_for(live: &Value, desired: &Value) -> Value {
+    let fields = content(desired)
+        .filter_map(|(key, wanted)| live.get(key).map(|found| (key.clone(), project(found, wanted))));
+    Value::Object(fields.collect())
 }
 
 /// The fields of `live` that `desired` speaks of.
@@ -180,11 +194,7 @@ fn project(live: &Value, desired: &Value) -> Value {
 pub fn covers(live: &Value, desired: &Value) -> bool {
     match (live, desired) {
         (Value::Object(live), Value::Object(desired)) => {
-            desired.iter().all(|(key, wanted)| match live.get(key) {
-                Some(found) => covers(found, wanted),
-                // A server may leave out what is empty.
-                None => is_empty(wanted),
-            })
+            desired.iter().all(|(key, wanted)| covers(live.get(key).unwrap_or(&Value::Null), wanted))
         }
         (Value::Array(found), Value::Array(wanted)) => match element_key(found, wanted) {
             Some(key) => wanted
@@ -196,6 +206,8 @@ pub fn covers(live: &Value, desired: &Value) -> bool {
             }
         },
         (Value::Number(found), Value::Number(wanted)) => found == wanted || found.as_f64() == wanted.as_f64(),
+        // A server may leave out what is empty.
+        (Value::Null, _) => is_empty(desired),
         _ => live == desired,
     }
 }
@@ -271,6 +283,23 @@ mod tests {
         assert!(up_to_date(&mark("1", true), &desired, "h", Some(&baseline), false));
         assert!(!up_to_date(&mark("2", true), &desired, "h", Some(&baseline), false));
         assert!(!up_to_date(&mark("1", true), &desired, "other", Some(&baseline), false));
+    }
+
+    /// Items of a list have no type, the answer to a write and a watch's events have one.
+    #[test]
+    fn a_listed_object_is_the_one_that_was_written() {
+        let desired = json!({"apiVersion": "v1", "kind": "ConfigMap", "data": {"a": "1"},
+            "metadata": {"name": "web", "annotations": {RENDERED_ANNOTATION: "h"}}});
+        let mut listed = desired.clone();
+        let fields = listed.as_object_mut().expect("an object");
+        fields.remove("apiVersion");
+        fields.remove("kind");
+        assert!(up_to_date(&listed, &desired, "h", None, false));
+        assert!(up_to_date(&listed, &desired, "h", Some(&baseline(&desired, &desired, "h")), false));
+        assert!(up_to_date(&desired, &desired, "h", Some(&baseline(&listed, &desired, "h")), false));
+        listed["data"]["a"] = "2".into();
+        assert!(!up_to_date(&listed, &desired, "h", None, false));
+        assert!(!up_to_date(&listed, &desired, "h", Some(&baseline(&desired, &desired, "h")), false));
     }
 
     #[test]
