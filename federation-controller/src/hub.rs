@@ -72,7 +72,7 @@ pub(crate) struct Kept {
     key: (Arc<str>, Arc<str>),
     uid: Option<String>,
     version: Option<String>,
-    /// Its status does not speak of its newest generation: somebody waits for it.
+    /// Its status does not speak of its newest generation, or of a unit that waits: somebody waits for it.
     behind: bool,
     stand_ins: Box<[StandIn]>,
     text: Box<str>,
@@ -100,12 +100,16 @@ impl ObjectKey {
 impl Kept {
     pub(crate) fn new(mut object: DynamicObject) -> Self {
         lighten(&mut object);
+        let status = &object.data["status"];
+        let mut units = status["units"].as_array().into_iter().flatten();
+        let behind = object.metadata.generation != status["observedGeneration"].as_i64()
+            || units.any(|unit| unit["phase"] == "Pending");
         Self {
             key: (object.namespace().unwrap_or_default().into(), object.name_any().into()),
             uid: object.metadata.uid.clone(),
             version: object.metadata.resource_version.clone(),
-            behind: object.metadata.generation != object.data["status"]["observedGeneration"].as_i64(),
-            stand_ins: stand_ins::of_status(&object.data["status"]),
+            behind,
+            stand_ins: stand_ins::of_status(status),
             // Made of maps with texts as keys, an object always serialises.
             text: serde_json::to_string(&object).unwrap_or_default().into(),
         }
@@ -260,7 +264,7 @@ impl HubState {
         self.objects.keys().cloned().collect()
     }
 
-    /// Whether somebody waits for an object: it has changed, or is gone, and its status does not say so yet.
+    /// Whether somebody waits for an object: it has changed, or is gone, and its status does not say yet that all is done.
     pub(crate) fn is_behind(&self, key: &ObjectKey) -> bool {
         self.objects.get(key).is_none_or(|object| object.behind)
     }

@@ -34,9 +34,11 @@ const REFUSED_CAP: Duration = Duration::from_secs(300);
 const DUPLICATE_BASE: Duration = Duration::from_secs(10);
 const DUPLICATE_CAP: Duration = Duration::from_secs(300);
 
-/// After a tunnel that was a success the delays begin so much shorter and double as all do: a server that restarts is found
-/// again within about as long as it was away, and only one that stays away is left alone for long.
+/// After a tunnel that was a success the delays begin so much shorter. They double once and then stay for
+/// [`QUICK_TRIES`], a second or so: a server that restarts is found again soon after it is back. From then on they double as
+/// all do, and one that stays away is left alone for long.
 const QUICK: u32 = 8;
+const QUICK_TRIES: u32 = 8;
 
 /// No delay is shorter, however the dice fall: a hub that is starting is dialled by all of its agents.
 const SHORTEST_DELAY: Duration = Duration::from_millis(50);
@@ -205,8 +207,11 @@ impl<R: Rng> ServerSet<R> {
     fn pause(&mut self, failure: Failure, failures: u32, quick: bool) -> Duration {
         match failure {
             Failure::Transient => {
-                let base = if quick { self.backoff.base / QUICK } else { self.backoff.base };
-                self.delay(base, self.backoff.cap, failures)
+                if !quick {
+                    return self.delay(self.backoff.base, self.backoff.cap, failures);
+                }
+                let doublings = failures.min(1) + failures.saturating_sub(QUICK_TRIES);
+                self.delay(self.backoff.base / QUICK, self.backoff.cap, doublings)
             }
             // Half of it is certain: a small draw must not turn a refusal into a storm.
             Failure::Refused => {
@@ -473,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_restarts_is_found_within_about_as_long_as_it_was_away() {
+    fn a_server_that_restarts_is_found_soon_after_it_is_back() {
         const TIMES: u32 = 200;
         let mut seeds = 0..;
         let mut found_after = |length: Duration| {
@@ -494,9 +499,10 @@ mod tests {
             }
             now - begin - length
         };
-        for length in [300, 1000, 4000].map(Duration::from_millis) {
-            let mean = (0..TIMES).map(|_| found_after(length)).sum::<Duration>() / TIMES;
-            assert!(mean < length, "{mean:?} after {length:?}");
+        for (away, found) in [(300, 200), (800, 200), (1500, 1500), (4000, 4000)] {
+            let (away, found) = (Duration::from_millis(away), Duration::from_millis(found));
+            let mean = (0..TIMES).map(|_| found_after(away)).sum::<Duration>() / TIMES;
+            assert!(mean < found, "{mean:?} after {away:?}");
         }
     }
 
