@@ -38,6 +38,9 @@ pub(crate) struct Access {
     pub(crate) tls: ClientTls,
 }
 
+/// A connection without a protocol on it.
+pub(crate) type TlsStream = tls::client::TlsStream<TcpStream>;
+
 /// One connection.
 pub(crate) struct Client {
     sender: Sender,
@@ -76,6 +79,17 @@ impl Access {
     }
 }
 
+impl Access {
+    /// A connection on which this protocol was agreed.
+    pub(crate) async fn dial(&self, protocol: Protocol) -> Result<TlsStream> {
+        let tcp = TcpStream::connect(("127.0.0.1", self.port)).await.context("failed to connect")?;
+        tcp.set_nodelay(true).context("failed to set TCP_NODELAY")?;
+        let alpn: &[u8] = if protocol == Protocol::H2 { b"h2" } else { b"http/1.1" };
+        let name = ServerName::try_from("localhost").context("localhost is no name")?;
+        self.tls.connector(&[alpn]).connect(name, tcp).await.context("the TLS handshake failed")
+    }
+}
+
 // === impl Client ===
 
 impl Client {
@@ -84,13 +98,7 @@ impl Client {
     }
 
     async fn try_connect(access: &Access, protocol: Protocol) -> Result<Self> {
-        let tcp = TcpStream::connect(("127.0.0.1", access.port)).await.context("failed to connect")?;
-        tcp.set_nodelay(true).context("failed to set TCP_NODELAY")?;
-        let alpn: &[u8] = if protocol == Protocol::H2 { b"h2" } else { b"http/1.1" };
-        let name = ServerName::try_from("localhost").context("localhost is no name")?;
-        let stream =
-            access.tls.connector(&[alpn]).connect(name, tcp).await.context("the TLS handshake failed")?;
-        let io = TokioIo::new(stream);
+        let io = TokioIo::new(access.dial(protocol).await?);
         Ok(match protocol {
             Protocol::H2 => {
                 let (sender, connection) = http2::Builder::new(TokioExecutor::new())

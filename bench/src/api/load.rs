@@ -13,7 +13,6 @@ use bytes::Bytes;
 use http::Method;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
-use memchr::memmem;
 use serde_json::json;
 use tokio::{
     sync::Barrier,
@@ -21,6 +20,7 @@ use tokio::{
     time::{self, Instant, MissedTickBehavior},
 };
 
+use super::tap::{Tap, Watch};
 use crate::client::{Access, Client, Protocol};
 
 /// Bytes of a ConfigMap's one value: with its metadata half a KiB.
@@ -29,8 +29,6 @@ const VALUE: usize = 400;
 const LATE: Duration = Duration::from_secs(20);
 /// Watchers' connections are made one after the other; so many seconds are enough for all of them.
 const ATTACH: Duration = Duration::from_secs(60);
-/// What stands before the time of a write in its object.
-const STAMP: &[u8] = b"\"stamp\":\"";
 /// Width of a bucket of delays, and their number: 20 s.
 const BUCKET_US: u64 = 100;
 const BUCKETS: usize = 200_000;
@@ -142,15 +140,29 @@ impl Load {
         let received = Arc::new(AtomicU64::new(0));
         let mut clients = Vec::new();
         let mut tasks = JoinSet::new();
+        let each = watchers.div_ceil(connections.max(1));
         let attach = async {
-            for index in 0..watchers {
-                if index % watchers.div_ceil(connections.max(1)) == 0 {
-                    clients.push(Client::connect(&self.access, self.protocol).await?);
+            let mut left = watchers;
+            while left > 0 {
+                let here = each.min(left);
+                left -= here;
+                if self.protocol == Protocol::H2 {
+                    tasks.spawn(
+                        Tap::open(&self.access, &watched, here).await?.follow(writes, received.clone()),
+                    );
+                    continue;
                 }
-                let client = clients.last_mut().context("there is no connection")?;
-                let response = client.open(Method::GET, &watched, Bytes::new()).await?;
-                ensure!(response.status().is_success(), "a watch was answered with {}", response.status());
-                tasks.spawn(follow(response.into_body(), writes, received.clone()));
+                for _ in 0..here {
+                    let mut client = Client::connect(&self.access, self.protocol).await?;
+                    let response = client.open(Method::GET, &watched, Bytes::new()).await?;
+                    ensure!(
+                        response.status().is_success(),
+                        "a watch was answered with {}",
+                        response.status()
+                    );
+                    tasks.spawn(follow(response.into_body(), writes, received.clone()));
+                    clients.push(client);
+                }
             }
             Ok::<(), anyhow::Error>(())
         };
@@ -222,27 +234,13 @@ impl Load {
 /// Reads a watch until all writes were seen; the delay of each.
 async fn follow(mut body: Incoming, writes: u64, received: Arc<AtomicU64>) -> Result<Vec<u32>> {
     let mut delays = Vec::with_capacity(usize::try_from(writes).unwrap_or_default());
-    let finder = memmem::Finder::new(STAMP);
-    // A line may be cut between two frames: its beginning waits here.
-    let mut rest: Vec<u8> = Vec::new();
-    while (delays.len() as u64) < writes {
+    let mut watch = Watch::new();
+    while watch.seen < writes {
         let frame = body.frame().await.context("a watch has ended")?.context("a watch broke off")?;
         let Some(data) = frame.data_ref() else { continue };
-        let now = now_us();
-        // Most frames are whole lines, which are not copied.
-        let joined = (!rest.is_empty()).then(|| [&std::mem::take(&mut rest)[..], data].concat());
-        let data = joined.as_deref().unwrap_or(data);
-        let end = memchr::memrchr(b'\n', data).map_or(0, |at| at + 1);
-        let (mut text, cut) = data.split_at(end);
-        rest.extend_from_slice(cut);
-        let before = delays.len();
-        while let Some(at) = finder.find(text) {
-            text = &text[at + STAMP.len()..];
-            let end = memchr::memchr(b'"', text).context("a time without an end")?;
-            let stamp: u64 = std::str::from_utf8(&text[..end])?.parse().context("a time that is none")?;
-            delays.push(u32::try_from(now.saturating_sub(stamp)).unwrap_or(u32::MAX));
-        }
-        received.fetch_add((delays.len() - before) as u64, Ordering::Relaxed);
+        let before = watch.seen;
+        watch.take(data, now_us(), &mut delays)?;
+        received.fetch_add(watch.seen - before, Ordering::Relaxed);
     }
     Ok(delays)
 }
@@ -286,7 +284,7 @@ fn config_map(name: &str, stamp: Option<u64>) -> Bytes {
 }
 
 /// Microseconds since 1970: writers and watchers are in one process, so they agree.
-fn now_us() -> u64 {
+pub(super) fn now_us() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or_default()
 }

@@ -3,6 +3,7 @@
 
 mod load;
 mod server;
+mod tap;
 
 use std::{collections::BTreeMap, fmt::Write as _, fs, path::PathBuf, time::Duration};
 
