@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -40,8 +39,6 @@ use crate::status::ApiError;
 use crate::value::str_at;
 use crate::{crd, encryption, gc, rbac, simulation, upkeep};
 
-/// Pause after the listener fails to accept (file descriptors used up): nothing to do but wait for some to close.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Namespaces that every server has.
 const NAMESPACES: &[&str] = &["default", "kube-system", "kube-public"];
 
@@ -296,35 +293,17 @@ impl Bound {
         tracing::info!(address = %self.address, role = ?self.config.role, "API server is listening");
         let draining = CancellationToken::new();
         let gate = Gate::new(self.config.limits.connections);
-        let mut connections: JoinSet<()> = JoinSet::new();
-        // Of its own, so that nothing borrows the app afterwards: the audit log ends with its last owner.
-        {
-            let told = async {
-                shutdown.cancelled().await;
-                app.ready.store(false, std::sync::atomic::Ordering::Relaxed);
-                tracing::info!(delay = ?app.limits.shutdown_delay, "stopping: not ready any more");
-                tokio::time::sleep(app.limits.shutdown_delay).await;
-            };
-            let mut told = std::pin::pin!(told);
-            loop {
-                let accepted = tokio::select! {
-                    () = told.as_mut() => break,
-                    Some(_) = connections.join_next(), if !connections.is_empty() => continue,
-                    accepted = self.listener.accept() => accepted,
-                };
-                let (stream, remote) = match accepted {
-                    Ok(accepted) => accepted,
-                    Err(error) => {
-                        tracing::warn!(%error, "failed to accept a connection");
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
-                        continue;
-                    }
-                };
-                let serve = serve(stream, remote, tls.clone(), app.clone(), gate.enter(), draining.clone());
-                let span = tracing::debug_span!("connection", client.addr = %remote);
-                connections.spawn(serve.instrument(span));
-            }
-        }
+        let told = async {
+            shutdown.cancelled().await;
+            app.ready.store(false, std::sync::atomic::Ordering::Relaxed);
+            tracing::info!(delay = ?app.limits.shutdown_delay, "stopping: not ready any more");
+            tokio::time::sleep(app.limits.shutdown_delay).await;
+        };
+        let serve = |(stream, remote): (TcpStream, SocketAddr)| {
+            serve(stream, remote, tls.clone(), app.clone(), gate.enter(), draining.clone())
+                .instrument(tracing::debug_span!("connection", client.addr = %remote))
+        };
+        let mut connections = service::http::accept(|cx| self.listener.poll_accept(cx), told, serve).await;
         drop(self.listener);
         // Ends watches and logs; they would otherwise hold their connections for as long as they like.
         self.registry.shutdown.cancel();

@@ -12,8 +12,9 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
+use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -28,7 +29,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt;
@@ -96,32 +97,47 @@ pub struct Entrance {
 pub async fn serve(listener: TcpListener, router: Router, limits: Limits, drain: DrainWatch) {
     let gate = Gate::new(limits.max_connections);
     let limits = Arc::new(limits);
+    let serve = |(stream, remote): (TcpStream, SocketAddr)| {
+        socket::keep_alive(&stream);
+        let entrance = gate.enter();
+        let (router, limits, drain) = (router.clone(), limits.clone(), drain.clone());
+        async move { serve_connection(stream, remote, router, &limits, entrance, drain).await }
+            .instrument(tracing::debug_span!("http", client.addr = %remote))
+    };
+    let mut connections = accept(|cx| listener.poll_accept(cx), drain.signaled(), serve).await;
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+/// Takes connections in until `end`, each in a task of its own; returns the tasks that still run. `poll` is polled as
+/// [`TcpListener::poll_accept`] is.
+pub async fn accept<S, F>(
+    mut poll: impl FnMut(&mut Context<'_>) -> Poll<io::Result<S>>,
+    end: impl Future<Output = ()>,
+    mut serve: impl FnMut(S) -> F,
+) -> JoinSet<()>
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut end = pin!(end);
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
-            () = drain.signaled() => break,
+            () = end.as_mut() => return connections,
             Some(_) = connections.join_next(), if !connections.is_empty() => continue,
-            accepted = listener.accept() => accepted,
+            accepted = poll_fn(&mut poll) => accepted,
         };
-        let (stream, remote) = match accepted {
-            Ok(accepted) => accepted,
+        match accepted {
+            Ok(accepted) => {
+                connections.spawn(serve(accepted));
+            }
             Err(error) => {
                 // Out of descriptors, most likely: existing connections must end first.
                 tracing::warn!(%error, "failed to accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
             }
-        };
-        socket::keep_alive(&stream);
-        let entrance = gate.enter();
-        let (router, limits, drain) = (router.clone(), limits.clone(), drain.clone());
-        connections.spawn(
-            async move { serve_connection(stream, remote, router, &limits, entrance, drain).await }
-                .instrument(tracing::debug_span!("http", client.addr = %remote)),
-        );
+        }
     }
-    drop(listener);
-    while connections.join_next().await.is_some() {}
 }
 
 /// How long to leave the accept loop alone after a failure.
@@ -189,7 +205,7 @@ pub async fn serve_handler<I, H, F>(
         .keep_alive_timeout(limits.keepalive);
     let (io, mut flusher) = coalesce(io);
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
-    let mut connection = std::pin::pin!(connection);
+    let mut connection = pin!(connection);
     let busy = watched.clone();
     let ended = tokio::select! {
         ended = drive(&mut flusher, connection.as_mut(), &busy) => ended,

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
@@ -17,15 +18,11 @@ use service::http::{Gate, Limits};
 use tls::ServerTls;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::task::JoinSet;
 use tower::ServiceExt as _;
 use tracing::Instrument as _;
 
 /// How long a client may take for the TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-
-/// How long to leave the accept loop alone after a failure: out of descriptors, most likely.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// gRPC speaks HTTP/2, probes speak what they like.
 const ALPN: &[&[u8]] = &[b"h2", b"http/1.1"];
@@ -186,22 +183,8 @@ impl Listener {
     pub async fn serve(self, router: Router, drain: DrainWatch) {
         let limits = Arc::new(limits());
         let gate = Gate::new(limits.max_connections);
-        let mut connections = JoinSet::new();
-        loop {
-            let accepted = tokio::select! {
-                () = drain.signaled() => break,
-                Some(_) = connections.join_next(), if !connections.is_empty() => continue,
-                accepted = self.accept() => accepted,
-            };
-            let (stream, remote) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    tracing::warn!(%error, "failed to accept a connection");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            };
-            let entrance = gate.enter();
+        let serve = |(stream, remote): (Box<dyn Connection>, String)| {
+            let mut entrance = gate.enter();
             let (router, limits, drain, tls) =
                 (router.clone(), limits.clone(), drain.clone(), self.tls.clone());
             let connection = async move {
@@ -213,32 +196,34 @@ impl Listener {
                 let Some(tls) = tls else {
                     return service::http::serve_handler(stream, handler, &limits, entrance, drained).await;
                 };
-                match tokio::time::timeout(HANDSHAKE, tls.acceptor(ALPN).accept(stream)).await {
-                    Ok(Ok(stream)) => {
+                let handshake = tokio::time::timeout(HANDSHAKE, tls.acceptor(ALPN).accept(stream));
+                match entrance.before(handshake).await {
+                    Some(Ok(Ok(stream))) => {
                         service::http::serve_handler(stream, handler, &limits, entrance, drained).await;
                     }
-                    Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
-                    Err(_) => tracing::debug!("a TLS handshake took too long"),
+                    Some(Ok(Err(error))) => tracing::debug!(%error, "a TLS handshake failed"),
+                    Some(Err(_)) => tracing::debug!("a TLS handshake took too long"),
+                    None => tracing::debug!("closed during its handshake to make room"),
                 }
             };
-            connections.spawn(connection.instrument(tracing::debug_span!("client", client.addr = %remote)));
-        }
+            connection.instrument(tracing::debug_span!("client", client.addr = %remote))
+        };
+        let mut connections = service::http::accept(|cx| self.poll_accept(cx), drain.signaled(), serve).await;
         while connections.join_next().await.is_some() {}
     }
 
-    async fn accept(&self) -> io::Result<(Box<dyn Connection>, String)> {
+    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Box<dyn Connection>, String)>> {
         match &self.socket {
-            Socket::Tcp(socket) => {
-                let (stream, remote) = socket.accept().await?;
+            Socket::Tcp(socket) => socket.poll_accept(cx).map(|accepted| {
+                let (stream, remote) = accepted?;
                 service::socket::keep_alive(&stream);
                 // Small answers must not wait for more to come.
                 stream.set_nodelay(true)?;
-                Ok((Box::new(stream), remote.to_string()))
-            }
-            Socket::Unix(socket) => {
-                let (stream, _) = socket.accept().await?;
-                Ok((Box::new(stream), "unix".to_owned()))
-            }
+                Ok((Box::new(stream) as Box<dyn Connection>, remote.to_string()))
+            }),
+            Socket::Unix(socket) => socket
+                .poll_accept(cx)
+                .map_ok(|(stream, _)| (Box::new(stream) as Box<dyn Connection>, "unix".to_owned())),
         }
     }
 }
