@@ -6,6 +6,7 @@
 
 mod failover;
 mod kubefed;
+mod large;
 mod ours;
 mod placement;
 mod policies;
@@ -53,6 +54,7 @@ macro_rules! stories {
 stories! {
     failover::a_cell_is_evacuated_to_where_there_is_room,
     kubefed::kubefed_manifests_unmodified,
+    large::an_object_of_more_than_a_mebibyte,
     placement::an_application_by_cell_from_birth_to_death,
     placement::config_maps_by_selector_and_nothing_written_in_vain,
     policies::plain_objects_go_where_a_policy_says,

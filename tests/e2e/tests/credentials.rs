@@ -1,8 +1,8 @@
 //! Credentials that the hub holds: TLS to a member's API server through a real agent, with tokens and with a client
-//! certificate, rotated while they are used.
+//! certificate, rotated while they are used, and nowhere to be read at the hub.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use e2e_tests::{Fleet, LIMIT, Options, counter, errors, needs, run};
 use serde_json::{Value, json};
-use test_support::{netns::MEMBER_INSIDE, require, wait_until};
+use test_support::{TestDir, netns::MEMBER_INSIDE, require, wait_until};
 
 const HOME: &str = "kube-federation-system";
 const OBJECT: &str = r"
@@ -67,6 +67,45 @@ async fn credentials(fleet: &Fleet, status: &str, message: &str) -> Result<()> {
     .with_context(|| fleet.hub_log())
 }
 
+/// The hub's Secrets are encrypted at rest with a key of this test's.
+const ENCRYPTION: &str = r"
+apiVersion: apiserver.config.k8s.io/v1
+kind: EncryptionConfiguration
+resources:
+- resources: [secrets]
+  providers:
+  - aesgcm: {keys: [{name: one, secret: 'MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY='}]}
+";
+
+/// Files of the hub, its log and the agent's among them, that hold one of these texts.
+fn files_with(fleet: &Fleet, texts: &[String]) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let mut looked_at = 0;
+    let mut paths = vec![fleet.hub_dir(), fleet.dir.join("hub.log"), fleet.dir.join("west.log")];
+    while let Some(path) = paths.pop() {
+        let kind = std::fs::symlink_metadata(&path)?.file_type();
+        if kind.is_dir() {
+            for entry in std::fs::read_dir(&path)? {
+                paths.push(entry?.path());
+            }
+        } else if kind.is_file() {
+            looked_at += 1;
+            if holds(&path, texts)? {
+                found.push(path);
+            }
+        }
+    }
+    ensure!(looked_at > 3, "only {looked_at} files were looked at");
+    Ok(found)
+}
+
+fn holds(path: &Path, texts: &[String]) -> Result<bool> {
+    let content = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    // Searched as text, in which everything that is no text is something else.
+    let content = String::from_utf8_lossy(&content);
+    Ok(texts.iter().any(|text| content.contains(text.as_str())))
+}
+
 /// The controller's writes into `west` that were taken, and those that failed.
 async fn writes(fleet: &Fleet) -> Result<(f64, f64)> {
     let metrics = fleet.metrics().await?;
@@ -81,8 +120,13 @@ async fn writes(fleet: &Fleet) -> Result<(f64, f64)> {
 async fn tokens_and_certificates_are_rotated_in_use() -> Result<()> {
     let needs = require!(needs());
     let api = format!("{MEMBER_INSIDE}:6443");
-    let options =
-        Options { member: vec!["--api-port=6443".into(), format!("--allow={api}")], ..Options::default() };
+    let keys = TestDir::new("e2e-keys")?;
+    let encryption = keys.join("encryption.yaml");
+    std::fs::write(&encryption, ENCRYPTION)?;
+    let options = Options {
+        hub: vec![format!("--encryption-provider-config={}", encryption.display())],
+        member: vec!["--api-port=6443".into(), format!("--allow={api}")],
+    };
     let fleet = Arc::new(Fleet::start(needs, &["west"], options).await?);
     let admin = fleet.dir.join("west").join("admin.kubeconfig");
     let view = inside(&fleet, &admin, &["config", "view", "--raw", "-o", "json"]).await?;
@@ -104,7 +148,20 @@ async fn tokens_and_certificates_are_rotated_in_use() -> Result<()> {
         }
     };
 
-    let version = set_secret(&fleet, &token("hub-one").await?).await?;
+    // Each credential as it is used and as it is stored.
+    let mut secrets = Vec::new();
+    let mut remember = |stored: &Value| -> Result<()> {
+        let stored = stored.as_str().context("no text")?;
+        let used = String::from_utf8(STANDARD.decode(stored)?)?;
+        // Of a PEM file the lines of its key.
+        let lines = used.lines().filter(|line| line.len() > 40 && !line.starts_with("-----"));
+        secrets.extend(lines.map(str::to_owned).chain([stored.to_owned()]));
+        Ok(())
+    };
+    let first = token("hub-one").await?;
+    remember(&first["token"])?;
+    remember(&user["client-key-data"])?;
+    let version = set_secret(&fleet, &first).await?;
     let patch =
         json!({"spec": {"secretRef": {"name": "west-access"}, "apiEndpoint": format!("https://{api}")}});
     fleet
@@ -157,7 +214,9 @@ async fn tokens_and_certificates_are_rotated_in_use() -> Result<()> {
     credentials(&fleet, "True", &format!("version {version}")).await?;
     inside(&fleet, &admin, &["delete", "serviceaccount", "hub-one"]).await?;
     goes_on().await?;
-    let version = set_secret(&fleet, &token("hub-two").await?).await?;
+    let third = token("hub-two").await?;
+    remember(&third["token"])?;
+    let version = set_secret(&fleet, &third).await?;
     credentials(&fleet, "True", &format!("version {version}")).await?;
     goes_on().await?;
     // A wrong one is told and not taken.
@@ -174,6 +233,16 @@ async fn tokens_and_certificates_are_rotated_in_use() -> Result<()> {
     println!(
         "{changes} changes arrived over three credentials; {done} writes were taken and {failed} failed"
     );
+
+    // They are in no file of the hub's in a form that can be read, the database and the logs among them; what is looked for
+    // would be found.
+    ensure!(secrets.iter().all(|text| text.len() > 40), "too short to look for");
+    let found = files_with(&fleet, &secrets)?;
+    ensure!(found.is_empty(), "credentials can be read in {found:?}");
+    let public =
+        ca.as_str().map(str::to_owned).into_iter().chain(["west-access".to_owned()]).collect::<Vec<_>>();
+    let found = files_with(&fleet, &public)?;
+    ensure!(found.iter().any(|path| path.to_string_lossy().contains("store.db")), "only {found:?}");
 
     // It is this credential, and nothing else, that opens the member.
     inside(&fleet, &admin, &["delete", "serviceaccount", "hub-two"]).await?;

@@ -1,0 +1,453 @@
+//! The commands about federated objects against a hub and two members that run, on loopback: each says what it promises, and
+//! what it promises happens.
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use http::{Method, Request};
+use kube::Client;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use serde_json::{Value, json};
+use test_support::process::Process;
+use test_support::wait_until;
+use tokio::process::Command;
+
+/// Programs are built without optimisation and share the machine with other tests.
+const LIMIT: Duration = Duration::from_secs(90);
+const MEMBERS: [(&str, &[&str]); 2] = [("west", &["west-a", "west-b"]), ("east", &["east-a"])];
+const HOME: &str = "kube-federation-system";
+const DEPLOYMENTS: &str = "/apis/types.kubefed.io/v1beta2/namespaces/shop/federateddeployments";
+const WIDGETS: &str = "/apis/types.kubefed.io/v1beta1/namespaces/shop/federatedwidgets";
+const MEMBER_WIDGETS: &str = "/apis/example.com/v1/namespaces/shop/widgets";
+
+/// A hub with its members. Everything ends on drop.
+struct Fleet {
+    folder: tempfile::TempDir,
+    hub: Client,
+    west: Client,
+    east: Client,
+    _running: Vec<Process>,
+}
+
+impl Fleet {
+    async fn start() -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let log = |name: &str| folder.path().join(format!("{name}.log"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
+        command.args(["hub", "--bind-address=127.0.0.1", "--data-dir"]).arg(folder.path().join("hub"));
+        for port in ["api", "agent", "connect", "health", "admin"] {
+            command.arg(format!("--{port}-port=0"));
+        }
+        let hub = Process::spawn("hub", command, &log("hub"))?;
+        let ready = folder.path().join("hub").join("hub.json");
+        test_support::wait_for(|| ready.is_file(), LIMIT, "the hub to be ready")
+            .await
+            .with_context(|| hub.tail(40))?;
+        let mut running = vec![hub];
+        for (name, zones) in MEMBERS {
+            let added = run(folder.path(), &["cluster", "add", name, "-o", "json"]).await?;
+            let added: Value = serde_json::from_slice(&added.stdout)?;
+            let field = |field: &str| added[field].as_str().map(str::to_owned).context("not printed");
+            let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
+            command.args(["dev", "member", name, "--hub", &field("hub")?, "--ca-hash", &field("caHash")?]);
+            command.env("CELLWAY_ENROLMENT_TOKEN", field("token")?);
+            command.arg("--data-dir").arg(folder.path().join(name));
+            command.args(zones.iter().map(|zone| format!("--zone={zone}")));
+            running.push(Process::spawn(name, command, &log(name))?);
+        }
+        let hub = client(folder.path().join("hub")).await?;
+        let [west, east] =
+            [client(folder.path().join("west")).await?, client(folder.path().join("east")).await?];
+        let fleet = Self { folder, hub, west, east, _running: running };
+        for (name, _) in MEMBERS {
+            let path = format!("/apis/core.kubefed.io/v1beta1/namespaces/{HOME}/kubefedclusters/{name}");
+            fleet
+                .until(&format!("{name} to be ready"), async || {
+                    let cluster = get(&fleet.hub, &path).await?;
+                    let conditions = cluster["status"]["conditions"].as_array().context("no conditions")?;
+                    let ready =
+                        conditions.iter().any(|one| one["type"] == "Ready" && one["status"] == "True");
+                    ensure!(ready, "{conditions:?}");
+                    Ok(())
+                })
+                .await?;
+        }
+        Ok(fleet)
+    }
+
+    async fn until<T>(&self, what: &str, look: impl AsyncFn() -> Result<T>) -> Result<T> {
+        let found = wait_until(|| look(), LIMIT, what).await;
+        found.with_context(|| {
+            let hub = std::fs::read_to_string(self.folder.path().join("hub.log")).unwrap_or_default();
+            let from = hub.len().saturating_sub(4000);
+            hub.get(from..).unwrap_or_default().to_owned()
+        })
+    }
+
+    /// A command about this hub that must succeed; what it prints.
+    async fn cellway(&self, args: &[&str]) -> Result<String> {
+        let output = run(self.folder.path(), args).await?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "`cellway {}`: {errors}", args.join(" "));
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// The same, as JSON: its `items`.
+    async fn items(&self, args: &[&str]) -> Result<Vec<Value>> {
+        let args: Vec<&str> = args.iter().copied().chain(["-o", "json"]).collect();
+        let printed: Value = serde_json::from_str(&self.cellway(&args).await?)?;
+        printed["items"].as_array().cloned().with_context(|| format!("no items in {printed}"))
+    }
+
+    /// A command that must fail: its exit code and what it says.
+    async fn fails(&self, args: &[&str]) -> Result<(i32, String)> {
+        let output = run(self.folder.path(), args).await?;
+        let code = output.status.code().context("it was killed")?;
+        ensure!(code != 0, "`cellway {}` succeeded", args.join(" "));
+        Ok((code, String::from_utf8_lossy(&output.stderr).into_owned()))
+    }
+
+    /// The image and the replicas of a cell's workload, once all of them are ready.
+    async fn workload(&self, cell: &str) -> Result<(String, i64)> {
+        let member = if cell.starts_with("west") { &self.west } else { &self.east };
+        let live = get(member, &format!("/apis/apps/v1/namespaces/shop/deployments/web-{cell}")).await?;
+        let (spec, status) = (&live["spec"], &live["status"]);
+        ensure!(status["observedGeneration"] == live["metadata"]["generation"], "not observed");
+        ensure!(
+            status["readyReplicas"].as_i64().unwrap_or(0) == spec["replicas"].as_i64().unwrap_or(1),
+            "{status}"
+        );
+        let image = spec["template"]["spec"]["containers"][0]["image"].as_str().unwrap_or_default();
+        Ok((image.to_owned(), spec["replicas"].as_i64().unwrap_or(1)))
+    }
+
+    async fn until_images(&self, images: [&str; 3]) -> Result<()> {
+        self.until(&format!("the cells to run {images:?}"), async || {
+            for (cell, image) in ["west-a", "west-b", "east-a"].into_iter().zip(images) {
+                let found = self.workload(cell).await?;
+                ensure!(found.0 == format!("shop/web:{image}"), "{cell} runs {found:?}");
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Waits until the status of the federated Deployment speaks of its newest generation, and is at rest.
+    async fn until_at_rest(&self, name: &str) -> Result<Value> {
+        self.until("the object to be at rest", async || {
+            let object = get(&self.hub, &format!("{DEPLOYMENTS}/{name}")).await?;
+            let status = &object["status"];
+            ensure!(status["observedGeneration"] == object["metadata"]["generation"], "{status}");
+            let conditions = status["conditions"].as_array().context("no conditions")?;
+            let is =
+                |type_: &str| conditions.iter().any(|one| one["type"] == type_ && one["status"] == "True");
+            ensure!(is("Propagated") && is("Ready"), "{status}");
+            Ok(object)
+        })
+        .await
+    }
+}
+
+async fn run(folder: &Path, args: &[&str]) -> Result<Output> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
+    command.args(args).arg("--data-dir").arg(folder.join("hub"));
+    command.env_remove("CELLWAY_DATA_DIR").env_remove("CELLWAY_KUBECONFIG").env("HOME", folder);
+    command.kill_on_drop(true);
+    let done = tokio::time::timeout(LIMIT, command.output()).await;
+    Ok(done.with_context(|| format!("`cellway {}` does not end", args.join(" ")))??)
+}
+
+/// Whoever administers what keeps its data in `folder`.
+async fn client(folder: PathBuf) -> Result<Client> {
+    let path = folder.join("admin.kubeconfig");
+    test_support::wait_for(|| path.is_file(), LIMIT, path.display()).await?;
+    let kubeconfig = Kubeconfig::read_from(&path)?;
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    Ok(Client::try_from(config)?)
+}
+
+async fn ask(client: &Client, method: Method, path: &str, content: &str, body: &Value) -> Result<Value> {
+    let body = if body.is_null() { Vec::new() } else { serde_json::to_vec(body)? };
+    let request = Request::builder().method(&method).uri(path).header("content-type", content).body(body)?;
+    client.request(request).await.with_context(|| format!("{method} {path}"))
+}
+
+async fn get(client: &Client, path: &str) -> Result<Value> {
+    ask(client, Method::GET, path, "application/json", &Value::Null).await
+}
+
+async fn create(client: &Client, path: &str, object: &Value) -> Result<Value> {
+    ask(client, Method::POST, path, "application/json", object).await
+}
+
+async fn merge(client: &Client, path: &str, patch: &Value) -> Result<Value> {
+    ask(client, Method::PATCH, path, "application/merge-patch+json", patch).await
+}
+
+fn template(image: &str) -> Value {
+    json!({"metadata": {"labels": {"app": "web"}},
+        "spec": {"replicas": 2, "selector": {"matchLabels": {"app": "web"}}, "template": {
+            "metadata": {"labels": {"app": "web"}},
+            "spec": {"containers": [{"name": "web", "image": format!("shop/web:{image}")}]}}}})
+}
+
+fn deployment(name: &str, units: &[&str], template: Value) -> Value {
+    let units: Vec<_> = units.iter().map(|name| json!({"name": name})).collect();
+    json!({"apiVersion": "types.kubefed.io/v1beta2", "kind": "FederatedDeployment",
+        "metadata": {"name": name, "namespace": "shop"},
+        "spec": {"topologyType": "cell", "template": template, "placement": {"units": units}}})
+}
+
+/// What a table of moves says, by unit.
+fn actions(moves: &[Value]) -> Vec<(&str, &str)> {
+    moves
+        .iter()
+        .map(|one| (one["unit"].as_str().unwrap_or(""), one["action"].as_str().unwrap_or("")))
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_commands_about_federated_objects_do_what_they_say() -> Result<()> {
+    let fleet = Fleet::start().await?;
+    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}});
+    create(&fleet.hub, "/api/v1/namespaces", &namespace).await?;
+    for (member, zones) in MEMBERS {
+        for zone in zones {
+            let cell = json!({"apiVersion": "topology.cellway.io/v1alpha1", "kind": "Cell", "metadata": {"name": zone},
+                "spec": {"cluster": member, "nodeSelector": {"topology.kubernetes.io/zone": zone}}});
+            create(&fleet.hub, "/apis/topology.cellway.io/v1alpha1/cells", &cell).await?;
+        }
+    }
+    let all = ["west-a", "west-b", "east-a"];
+    create(&fleet.hub, DEPLOYMENTS, &deployment("web", &all, template("1"))).await?;
+    fleet.until_images(["1", "1", "1"]).await?;
+    fleet.until_at_rest("web").await?;
+
+    revisions_and_masks(&fleet).await?;
+    looking_into_members(&fleet).await?;
+    giving_a_cell_up(&fleet).await?;
+    another_type(&fleet).await?;
+    a_large_object(&fleet).await
+}
+
+/// `revisions`, `preview`, `diff` and `rollback`.
+async fn revisions_and_masks(fleet: &Fleet) -> Result<()> {
+    let web = ["deployment/web", "-n", "shop"];
+    let with = |command: &'static str, more: &[&'static str]| -> Vec<&'static str> {
+        [command].into_iter().chain(web).chain(more.iter().copied()).collect()
+    };
+    let first = fleet.items(&with("revisions", &[])).await?;
+    ensure!(first.len() == 1 && first[0]["current"] == true && first[0]["number"] == 1, "{first:?}");
+    ensure!(first[0]["units"].as_array().is_some_and(|units| units.len() == 3), "{first:?}");
+    let (code, said) = fleet.fails(&["diff", "deployment/web", "-n", "shop"]).await?;
+    ensure!(code == 3 && said.contains("oldest that is kept"), "{code}: {said}");
+
+    let path = format!("{DEPLOYMENTS}/web");
+    let change = json!({"spec": {"placementMask": {"units": ["west-a"]}, "template": template("2")}});
+    merge(&fleet.hub, &path, &change).await?;
+    fleet.until_images(["2", "1", "1"]).await?;
+    fleet.until_at_rest("web").await?;
+    let listed = fleet.items(&with("revisions", &[])).await?;
+    let units = |of: &Value| of["units"].as_array().map_or(0, Vec::len);
+    ensure!(listed.len() == 2 && units(&listed[0]) == 1 && units(&listed[1]) == 2, "{listed:?}");
+    ensure!(
+        listed[0]["current"] == true && listed[1]["current"] == false,
+        "the newest comes first: {listed:?}"
+    );
+
+    // What the mask that is set does, and what another one would.
+    let moves = fleet.items(&with("preview", &[])).await?;
+    ensure!(actions(&moves) == [("east-a", "stay"), ("west-a", "stay"), ("west-b", "stay")], "{moves:?}");
+    let moves = fleet.items(&with("preview", &["--no-mask"])).await?;
+    ensure!(actions(&moves) == [("east-a", "move"), ("west-a", "stay"), ("west-b", "move")], "{moves:?}");
+    let moves = fleet.items(&with("preview", &["--mask", "east-a,nowhere"])).await?;
+    let expected = [("east-a", "move"), ("nowhere", "unknown"), ("west-a", "stay"), ("west-b", "stay")];
+    ensure!(actions(&moves) == expected, "{moves:?}");
+    let shown = fleet.cellway(&with("preview", &["--mask", "east-a", "--diff"])).await?;
+    for line in ["east-a in east:", "image: shop/web:1", "image: shop/web:2"] {
+        ensure!(shown.contains(line), "{line:?} is not in {shown}");
+    }
+    ensure!(fleet.workload("east-a").await?.0 == "shop/web:1", "looking moves nothing");
+
+    let shown = fleet.cellway(&with("diff", &[])).await?;
+    let line = |mark: char, image: &str| {
+        let wanted = format!("image: shop/web:{image}");
+        shown.lines().any(|line| line.starts_with(mark) && line.contains(&wanted))
+    };
+    ensure!(line('-', "1") && line('+', "2"), "{shown}");
+
+    let before = get(&fleet.hub, &path).await?;
+    let shown = fleet.cellway(&with("rollback", &["--dry-run"])).await?;
+    ensure!(shown.contains("west-a") && shown.contains("move"), "{shown}");
+    let after = get(&fleet.hub, &path).await?;
+    ensure!(before["metadata"]["generation"] == after["metadata"]["generation"], "--dry-run changed it");
+    let said = fleet.cellway(&with("rollback", &[])).await?;
+    ensure!(said.contains("goes back to revision 1") && said.contains("where the mask lets it"), "{said}");
+    fleet.until_images(["1", "1", "1"]).await?;
+    let object = fleet.until_at_rest("web").await?;
+    ensure!(object["spec"]["placementMask"]["units"] == json!(["west-a"]), "the mask is no revision's");
+    let listed = fleet.items(&with("revisions", &[])).await?;
+    ensure!(listed.len() == 2 && listed[0]["number"] == 3 && units(&listed[0]) == 3, "{listed:?}");
+    let (code, said) = fleet.fails(&with("rollback", &["--to", "3"])).await?;
+    ensure!(code == 1 && said.contains("is the current revision"), "{code}: {said}");
+    let (code, said) = fleet.fails(&with("rollback", &["--to", "77"])).await?;
+    ensure!(code == 3 && said.contains("cellway revisions"), "{code}: {said}");
+    merge(&fleet.hub, &path, &json!({"spec": {"placementMask": null}})).await?;
+    fleet.until_at_rest("web").await?;
+    Ok(())
+}
+
+/// `describe` and `logs`.
+async fn looking_into_members(fleet: &Fleet) -> Result<()> {
+    let shown = fleet.cellway(&["describe", "deployment/web", "-n", "shop"]).await?;
+    let pods = shown.lines().filter(|line| line.contains("Pod web-")).count();
+    ensure!(shown.starts_with("FederatedDeployment shop/web: 3 units: 3 synced") && pods == 6, "{shown}");
+    for line in ["west-a in west: Synced, ready", "east-a in east: Synced, ready", "Deployment web-west-b"] {
+        ensure!(shown.contains(line), "{line:?} is not in {shown}");
+    }
+    let shown = fleet.cellway(&["describe", "deployment/web", "-n", "shop", "--hub-only"]).await?;
+    ensure!(shown.contains("west-a in west") && !shown.contains("Pod "), "{shown}");
+    let (code, said) = fleet.fails(&["describe", "deployment/none", "-n", "shop"]).await?;
+    ensure!(code == 3 && said.contains("deployment/none"), "{code}: {said}");
+
+    let shown = fleet.cellway(&["logs", "deployment/web", "-n", "shop", "--tail", "1"]).await?;
+    for cell in ["west-a", "west-b", "east-a"] {
+        let lines = shown.lines().filter(|line| line.starts_with(&format!("[{cell} web-{cell}-"))).count();
+        ensure!(lines == 2, "{lines} lines of two pods of {cell}: {shown}");
+    }
+    let shown =
+        fleet.cellway(&["logs", "deployment/web", "-n", "shop", "--tail", "1", "--unit", "east-a"]).await?;
+    ensure!(shown.lines().count() == 2 && shown.lines().all(|line| line.starts_with("[east-a ")), "{shown}");
+    let (code, _) = fleet.fails(&["logs", "deployment/web", "-n", "shop", "--unit", "nowhere"]).await?;
+    ensure!(code == 3, "{code}");
+    Ok(())
+}
+
+/// `failover`.
+async fn giving_a_cell_up(fleet: &Fleet) -> Result<()> {
+    let phase = async || -> Result<Option<String>> {
+        let listed = fleet.items(&["failover", "list"]).await?;
+        let cell = listed.iter().find(|one| one["name"] == "west-a");
+        Ok(cell.and_then(|cell| cell["phase"].as_str()).map(str::to_owned))
+    };
+    let before = fleet.workload("west-a").await?;
+    let shown = fleet.cellway(&["failover", "cell", "west-a", "--dry-run"]).await?;
+    ensure!(shown.contains("web"), "{shown}");
+    ensure!(phase().await?.is_none(), "--dry-run gave it up");
+    let (code, said) = fleet.fails(&["failover", "cell", "nowhere"]).await?;
+    ensure!(code == 3 && said.contains("nowhere"), "{code}: {said}");
+
+    let said = fleet.cellway(&["failover", "cell", "west-a", "--step", "100", "--reason", "a test"]).await?;
+    ensure!(said.contains("cell west-a is given up"), "{said}");
+    fleet
+        .until("the cell to be empty", async || {
+            let phase = phase().await?;
+            ensure!(phase.as_deref() == Some("Evacuated"), "{phase:?}");
+            let mut running = 0;
+            for cell in ["west-b", "east-a"] {
+                running += fleet.workload(cell).await?.1;
+            }
+            let left = fleet.workload("west-a").await?.1;
+            ensure!((left, running) == (0, 6), "{left} there and {running} elsewhere");
+            Ok(())
+        })
+        .await?;
+    let said = fleet.cellway(&["failover", "cell", "west-a", "--return"]).await?;
+    ensure!(said.contains("is taken back"), "{said}");
+    fleet
+        .until("everything to be back", async || {
+            ensure!(phase().await?.is_none(), "it is on its way back");
+            for cell in ["west-a", "west-b", "east-a"] {
+                let found = fleet.workload(cell).await?;
+                ensure!(found == before, "{cell} runs {found:?}");
+            }
+            Ok(())
+        })
+        .await
+}
+
+/// `federate`.
+async fn another_type(fleet: &Fleet) -> Result<()> {
+    let definition = json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {"name": "widgets.example.com"},
+        "spec": {"group": "example.com", "scope": "Namespaced", "names": {"plural": "widgets", "kind": "Widget"},
+            "versions": [{"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema":
+                {"type": "object", "x-kubernetes-preserve-unknown-fields": true}}}]}});
+    create(&fleet.east, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", &definition).await?;
+    fleet.until("the member to serve the type", async || get(&fleet.east, MEMBER_WIDGETS).await).await?;
+    let state = async || -> Result<Option<String>> {
+        let listed = fleet.items(&["federate", "types"]).await?;
+        let config = listed.iter().find(|config| config["metadata"]["name"] == "widgets.example.com");
+        Ok(config.and_then(|config| config["spec"]["propagation"].as_str()).map(str::to_owned))
+    };
+    ensure!(state().await?.is_none(), "it is federated already");
+    let dry = ["federate", "enable", "widgets.example.com", "--from", "east", "--dry-run"];
+    let shown = fleet.cellway(&dry).await?;
+    ensure!(shown.contains("FederatedWidget") && state().await?.is_none(), "{shown}");
+    let said = fleet.cellway(&["federate", "enable", "widgets.example.com", "--from", "east"]).await?;
+    ensure!(said.contains("is federated"), "{said}");
+    ensure!(state().await?.as_deref() == Some("Enabled"), "{:?}", state().await?);
+    let widget = json!({"apiVersion": "types.kubefed.io/v1beta1", "kind": "FederatedWidget",
+        "metadata": {"name": "one", "namespace": "shop"},
+        "spec": {"template": {"spec": {"size": 3}}, "placement": {"clusters": [{"name": "east"}]}}});
+    create(&fleet.hub, WIDGETS, &widget).await?;
+    let one = format!("{MEMBER_WIDGETS}/one");
+    let found = fleet.until("the widget to arrive", async || get(&fleet.east, &one).await).await?;
+    ensure!(found["spec"]["size"] == 3, "{found}");
+    let shown = fleet.cellway(&["describe", "widgets.example.com/one", "-n", "shop"]).await?;
+    ensure!(shown.contains("east in east"), "{shown}");
+
+    let said = fleet.cellway(&["federate", "disable", "widgets.example.com"]).await?;
+    ensure!(said.contains("stays") && state().await?.as_deref() == Some("Disabled"), "{said}");
+    // It is followed no more, and what is in the member stays as it is.
+    fleet
+        .until("nobody to look after it", async || {
+            let config = get(
+                &fleet.hub,
+                &format!(
+                    "/apis/core.kubefed.io/v1beta1/namespaces/{HOME}/federatedtypeconfigs/widgets.example.com"
+                ),
+            )
+            .await?;
+            ensure!(config["status"]["propagationController"] == "NotRunning", "{}", config["status"]);
+            Ok(())
+        })
+        .await?;
+    merge(&fleet.east, &one, &json!({"spec": {"size": 9}})).await?;
+    ensure!(get(&fleet.east, &one).await?["spec"]["size"] == 9, "it is put right");
+    Ok(())
+}
+
+/// More than a mebibyte, through the hub, a tunnel and a member.
+async fn a_large_object(fleet: &Fleet) -> Result<()> {
+    let large = |last: char| {
+        let mut template = template("1");
+        let mut value = "x".repeat(1200 << 10);
+        value.push(last);
+        template["spec"]["replicas"] = 0.into();
+        template["spec"]["template"]["spec"]["containers"][0]["env"] =
+            json!([{"name": "LARGE", "value": value}]);
+        template
+    };
+    create(&fleet.hub, DEPLOYMENTS, &deployment("large", &["east-a"], large('1'))).await?;
+    let arrived = async |last: char| {
+        fleet
+            .until("the large object to arrive", async || {
+                let live = get(&fleet.east, "/apis/apps/v1/namespaces/shop/deployments/large-east-a").await?;
+                let value = live["spec"]["template"]["spec"]["containers"][0]["env"][0]["value"].as_str();
+                ensure!(value.is_some_and(|value| value.len() == (1200 << 10) + 1 && value.ends_with(last)));
+                Ok(())
+            })
+            .await
+    };
+    arrived('1').await?;
+    // A second revision of it, too.
+    merge(&fleet.hub, &format!("{DEPLOYMENTS}/large"), &json!({"spec": {"template": large('2')}})).await?;
+    arrived('2').await?;
+    fleet.until_at_rest("large").await?;
+    let revisions = fleet.items(&["revisions", "deployment/large", "-n", "shop"]).await?;
+    ensure!(revisions.len() == 2, "{}", revisions.len());
+    Ok(())
+}
