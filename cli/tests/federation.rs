@@ -19,7 +19,7 @@ const LIMIT: Duration = Duration::from_secs(90);
 const MEMBERS: [(&str, &[&str]); 2] = [("west", &["west-a", "west-b"]), ("east", &["east-a"])];
 const HOME: &str = "kube-federation-system";
 const DEPLOYMENTS: &str = "/apis/types.kubefed.io/v1beta2/namespaces/shop/federateddeployments";
-const WIDGETS: &str = "/apis/types.kubefed.io/v1beta1/namespaces/shop/federatedwidgets";
+const WIDGETS: &str = "/apis/types.kubefed.io/v1beta2/namespaces/shop/federatedwidgets";
 const MEMBER_WIDGETS: &str = "/apis/example.com/v1/namespaces/shop/widgets";
 
 /// A hub with its members. Everything ends on drop.
@@ -389,9 +389,9 @@ async fn another_type(fleet: &Fleet) -> Result<()> {
     let said = fleet.cellway(&["federate", "enable", "widgets.example.com", "--from", "east"]).await?;
     ensure!(said.contains("is federated"), "{said}");
     ensure!(state().await?.as_deref() == Some("Enabled"), "{:?}", state().await?);
-    let widget = json!({"apiVersion": "types.kubefed.io/v1beta1", "kind": "FederatedWidget",
+    let widget = json!({"apiVersion": "types.kubefed.io/v1beta2", "kind": "FederatedWidget",
         "metadata": {"name": "one", "namespace": "shop"},
-        "spec": {"template": {"spec": {"size": 3}}, "placement": {"clusters": [{"name": "east"}]}}});
+        "spec": {"topologyType": "cluster", "template": {"spec": {"size": 3}}, "placement": {"units": [{"name": "east"}]}}});
     create(&fleet.hub, WIDGETS, &widget).await?;
     let one = format!("{MEMBER_WIDGETS}/one");
     let found = fleet.until("the widget to arrive", async || get(&fleet.east, &one).await).await?;
