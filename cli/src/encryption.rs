@@ -68,7 +68,7 @@ fn table(status: &Status) -> Table {
 async fn rewrite(args: ListArgs) -> Result<()> {
     const TRIED: &str = "rewrite what is under an old key";
     let hub = Hub::open(&args.hub).await?;
-    let done = upkeep::follow(&hub, "/encryption/rewrite", TRIED).await?;
+    let done = upkeep::follow(&hub, "/upkeep/rewrite", TRIED).await?;
     if done.failed > 0 {
         let first = done.failed_keys.first().map_or("", String::as_str);
         return Err(Error::failed(

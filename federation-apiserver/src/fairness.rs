@@ -65,6 +65,13 @@ struct Held {
     user: String,
 }
 
+/// Takes who does not wait any more out of the queue. While places are stuck nothing else would, and those who gave up
+/// would count as waiting until nobody else may.
+struct Leaving<'a> {
+    places: &'a Inner,
+    user: &'a str,
+}
+
 /// There is no place, and no room to wait for one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Busy;
@@ -121,6 +128,8 @@ impl Places {
             state.waiting += 1;
             turn
         };
+        // Dropped after the wait, also when that is given up.
+        let _leaving = Leaving { places: &self.0, user };
         match tokio::time::timeout(MAX_WAIT, turn).await {
             Ok(Ok(place)) => Ok(place),
             _ => {
@@ -190,6 +199,14 @@ impl State {
             self.queues.remove(user);
             self.turns.retain(|other| other != user);
         }
+    }
+}
+
+// === impl Leaving ===
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.places.state.lock().forget_gone(self.user);
     }
 }
 
@@ -310,7 +327,10 @@ mod tests {
         // Another user still has room; time ends all waiting.
         assert_eq!(places.enter("b").await.err(), Some(Busy));
         assert_eq!(waiting.remove(0).await.err(), Some(Busy));
-        drop((running, waiting));
+        // Who gave up does not count, although no place has become free.
+        drop(waiting);
+        assert_eq!(places.load(), (1, 0));
+        drop(running);
         assert_eq!(places.load().0, 0);
         assert_eq!(Places::new(0).enter("x").await.map(|_| ()), Ok(()));
     }

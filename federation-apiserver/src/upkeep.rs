@@ -2,8 +2,8 @@
 //! with the room that it takes.
 //!
 //! ```text
-//!  POST /encryption/rewrite ─┐                    ┌─ rewrite ─┐
-//!  POST /upkeep/compact ─────┴─▶ one job at a time ┴───────────┴─▶ compact, sweep, vacuum
+//!  POST /upkeep/rewrite ─┐                     ┌─ rewrite ─┐
+//!  POST /upkeep/compact ─┴─▶ one job at a time ┴───────────┴─▶ compact, sweep, vacuum
 //!  GET  /upkeep ◀── how far it is
 //! ```
 //!
@@ -91,6 +91,15 @@ impl Default for Upkeep {
     }
 }
 
+// === impl Progress ===
+
+impl Progress {
+    /// It has ended, well or not.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.step == Step::Finished
+    }
+}
+
 // === impl Upkeep ===
 
 impl Upkeep {
@@ -131,7 +140,7 @@ impl Upkeep {
     pub(crate) async fn ask(&self, job: Job) -> Result<Progress, ApiError> {
         self.begin(job)?;
         let mut progress = self.progress.subscribe();
-        let finished = progress.wait_for(|progress| progress.step == Step::Finished);
+        let finished = progress.wait_for(Progress::is_finished);
         // Whether it has finished or not: what there is to say is the same.
         let _ = tokio::time::timeout(ANSWER_WITHIN, finished).await;
         let progress = self.progress.borrow().clone();
@@ -230,6 +239,7 @@ pub(crate) fn router(registry: Arc<Registry>) -> Router {
     Router::new()
         .route(PATH, get(progress))
         .route(&format!("{PATH}/compact"), post(compact))
+        .route(&format!("{PATH}/rewrite"), post(rewrite))
         .with_state(registry)
 }
 
@@ -239,9 +249,17 @@ async fn progress(State(registry): State<Arc<Registry>>, Extension(user): Extens
 }
 
 async fn compact(State(registry): State<Arc<Registry>>, Extension(user): Extension<UserInfo>) -> Response {
-    let path = format!("{PATH}/compact");
-    answer(match registry.rbac.check(&user, &Attributes::of_path("post", &path)) {
-        Ok(()) => registry.store.upkeep().ask(Job::Compact).await,
+    begin(&registry, &user, Job::Compact, "compact").await
+}
+
+async fn rewrite(State(registry): State<Arc<Registry>>, Extension(user): Extension<UserInfo>) -> Response {
+    begin(&registry, &user, Job::Rewrite, "rewrite").await
+}
+
+async fn begin(registry: &Registry, user: &UserInfo, job: Job, name: &str) -> Response {
+    let path = format!("{PATH}/{name}");
+    answer(match registry.rbac.check(user, &Attributes::of_path("post", &path)) {
+        Ok(()) => registry.store.upkeep().ask(job).await,
         Err(error) => Err(error),
     })
 }

@@ -48,14 +48,19 @@ pub(crate) async fn status(registry: &Registry) -> Result<Value, ApiError> {
         "problems": encryption.poll().await}))
 }
 
-/// Has everything that is under an old key written anew, and the history given up; how far that is. Resource versions
-/// grow, as with any write.
+/// The path of before, where an answer says that all is done: whoever reads it may take the old key away. Otherwise as
+/// `POST /upkeep/rewrite`.
 pub(crate) async fn rewrite(registry: &Registry) -> Result<Value, ApiError> {
     let progress = registry.store.upkeep().ask(Job::Rewrite).await?;
+    if !progress.is_finished() {
+        return Err(ApiError::unavailable(
+            "the rewrite goes on by itself: keep the old keys until GET /upkeep says that it has finished",
+        ));
+    }
     serde_json::to_value(progress).map_err(ApiError::internal)
 }
 
-/// Writes everything that is under an old key anew.
+/// Writes everything that is under an old key anew. Resource versions grow, as with any write.
 pub(crate) async fn rewrite_all(registry: &Registry, upkeep: &Upkeep) -> Result<(), ApiError> {
     let encryption = registry.store.encryption();
     // A file that was changed just now counts, and so does a key that a plug-in has changed meanwhile.

@@ -220,8 +220,11 @@ impl StoreWatcher {
         Ok(event)
     }
 
-    /// See [`Watcher::progress`].
+    /// See [`Watcher::progress`]. An event that waits for its key was not returned yet.
     pub(crate) fn progress(&self) -> Revision {
-        self.watcher.progress()
+        match &self.pending {
+            Some(event) => Revision(event.revision.0.saturating_sub(1)),
+            None => self.watcher.progress(),
+        }
     }
 }

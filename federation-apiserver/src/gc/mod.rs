@@ -17,6 +17,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use crate::crd;
+use crate::encryption::store::StoreWatcher;
 use crate::registry::delete::DeleteOptions;
 use crate::registry::resource::Resource;
 use crate::registry::selectors::Filter;
@@ -39,6 +40,8 @@ const EVENT_SWEEP: Duration = Duration::from_secs(300);
 const RETRY: Duration = Duration::from_secs(1);
 /// How often objects that could not be decrypted are looked for in the cache, which reads them again as often.
 const REREAD: Duration = Duration::from_secs(15);
+/// How often it is looked whether the watch has come far enough: writes to other keys bring no event.
+const CATCH_UP: Duration = Duration::from_millis(20);
 
 /// Is an object that is being deleted free to go?
 pub(crate) fn is_finished(resource: &Resource, object: &Value) -> bool {
@@ -132,7 +135,10 @@ async fn follow(registry: &Registry) -> Result<(), ApiError> {
     let mut watcher = registry.store.watch(KeyRange::prefix("/registry/"), revision).map_err(store_error)?;
     let mut agenda = Agenda::default();
     // Whatever is due from before.
-    let all: BTreeSet<Vec<u8>> = graph.keys().cloned().collect();
+    let mut all: BTreeSet<Vec<u8>> = graph.keys().cloned().collect();
+    let objects = registry.cache.objects().await?;
+    objects.catch_up().await?;
+    all.extend(absorb_until(&mut watcher, &mut graph, objects.applied()).await?);
     process(registry, &graph, &mut agenda, all).await;
     let mut reread = Instant::now() + REREAD;
     loop {
@@ -167,6 +173,24 @@ async fn load(registry: &Registry, graph: &mut Graph) -> Result<Revision, ApiErr
         tokio::task::yield_now().await;
     }
     Ok(revision)
+}
+
+/// Takes all events up to a revision into the graph; the keys that have to be looked at. Kinds are loaded one after the
+/// other: until all that came meanwhile is known too, an owner may be in the graph without a dependent that is older than
+/// its deletion, and would go without it.
+async fn absorb_until(
+    watcher: &mut StoreWatcher,
+    graph: &mut Graph,
+    upto: Revision,
+) -> Result<BTreeSet<Vec<u8>>, ApiError> {
+    let mut due = BTreeSet::new();
+    while watcher.progress() < upto {
+        tokio::select! {
+            event = watcher.next() => due.extend(absorb(graph, &event.map_err(store_error)?)?),
+            () = tokio::time::sleep(CATCH_UP) => {}
+        }
+    }
+    Ok(due)
 }
 
 /// Takes an object into the graph; whether it has to be looked at, and what was known of it.
@@ -348,6 +372,24 @@ mod tests {
     use super::*;
     use crate::config::Role;
     use crate::registry::write::WriteOptions;
+
+    #[tokio::test]
+    async fn nothing_is_judged_before_what_came_meanwhile_is_known() {
+        let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
+        let store = crate::encryption::store::StoreHandle::new(store, Arc::default());
+        let registry = Registry::new(store, Role::Hub, CancellationToken::new());
+        let mut graph = Graph::default();
+        let revision = load(&registry, &mut graph).await.expect("loaded");
+        let range = KeyRange::prefix("/registry/");
+        let mut watcher = registry.store.watch(range, revision).expect("a watch");
+        let namespace = registry.core("namespaces", "", "").expect("served");
+        let object = json!({"metadata": {"name": "late"}});
+        registry.create(&namespace, object, &WriteOptions::by("test")).await.expect("a namespace");
+        let newest = registry.store.sync().await.expect("a revision");
+        absorb_until(&mut watcher, &mut graph, newest).await.expect("absorbed");
+        assert!(graph.get(b"/registry/core/namespaces/late").is_some());
+        assert!(watcher.progress() >= newest);
+    }
 
     #[tokio::test]
     async fn old_events_are_swept() {

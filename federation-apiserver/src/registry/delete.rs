@@ -10,7 +10,6 @@ use super::selectors::Filter;
 use super::{Registry, Stored, Target, meta, store_error};
 use crate::admission::{self, Notes, Operation};
 use crate::auth::UserInfo;
-use crate::encryption::store::StoreFault;
 use crate::gc::{CUSTOM_RESOURCES, FOREGROUND, ORPHAN};
 use crate::status::{ApiError, FieldError};
 use crate::value::{self, at, i64_at, set, str_at};
@@ -207,15 +206,16 @@ impl Registry {
             return Err(ApiError::forbidden(&resource.group, &resource.plural, &target.name, why));
         }
         let key = target.key();
-        // The database itself, and with the keys as they are now: the cache may still have what is readable again.
-        if !matches!(self.store.get(&key, None).await, Err(StoreFault::Encryption { .. })) {
+        // The database itself, and with the keys as they are now: the cache may still have what is readable again. What is
+        // tried is what is deleted: a write in between makes an object that has finalizers to be asked for.
+        let store: &federation_store::Store = &self.store;
+        let (found, _) = store.get(&key, None).await.map_err(store_error)?;
+        let Some(kv) = found else { return Err(target.not_found()) };
+        if self.store.encryption().open(&kv.key, kv.value).await.is_ok() {
             let detail = "is exclusively used to delete corrupt object(s), try again by removing this option";
             let error = FieldError::invalid(IGNORE_READ_ERROR, &json!(true), detail);
             return Err(ApiError::invalid(&resource.group, &resource.plural, &target.name, &[error]));
         }
-        let store: &federation_store::Store = &self.store;
-        let (found, _) = store.get(&key, None).await.map_err(store_error)?;
-        let Some(kv) = found else { return Err(target.not_found()) };
         match store.delete(key.clone(), Some(kv.mod_revision)).await.map_err(store_error)? {
             WriteOutcome::Applied { .. } => {
                 tracing::warn!(key, "an object that could not be decrypted was deleted");
