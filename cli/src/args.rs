@@ -128,7 +128,8 @@ pub(crate) struct HubCommand {
 pub(crate) enum HubAction {
     #[command(flatten)]
     Store(StoreCommand),
-    /// Give up the history of a running hub's store and the room that it takes. Who watches may have to list again.
+    /// Give up the history of a running hub's store and the room that it takes. Who watches may have to list again. A
+    /// SQLite store needs twice its size free in its folder meanwhile.
     Compact(ListArgs),
     /// What of a running hub's objects is encrypted under which key.
     #[command(subcommand)]

@@ -156,12 +156,13 @@ pub async fn restore(backup: &Path, target: &Path, now: SystemTime) -> Result<Re
     };
     let folder = folder_of(target);
     let owner = fs::metadata(target).or_else(|_| fs::metadata(folder)).map_err(io("look at", folder))?;
-    let _alone = sqlite::lock_alone(target).map_err(|error| match error {
+    let alone = sqlite::lock_alone(target).map_err(|error| match error {
         Some(source) => FileError::Io { action: "lock", path: target.to_owned(), source },
         None => FileError::InUse { path: target.to_owned() },
     })?;
-    let give = |path: &Path| give_to(path, &owner).map_err(io("give to the owner of the data", path));
-    give(&sqlite::lock_path(target))?;
+    let give =
+        |file: &File, path: &Path| give_to(file, &owner).map_err(io("give to the owner of the data", path));
+    give(&alone, &sqlite::lock_path(target))?;
     let part = with_suffix(target, ".part");
     // The permissions come first, the content after.
     let _ = fs::remove_file(&part);
@@ -170,12 +171,16 @@ pub async fn restore(backup: &Path, target: &Path, now: SystemTime) -> Result<Re
     let mut to = to.open(&part).map_err(io("make", &part))?;
     let mut from = File::open(backup).map_err(io("read", backup))?;
     io::copy(&mut from, &mut to).map_err(io("copy", backup))?;
-    drop(to);
     let revision = jump_ahead(&part).await?;
-    give(&part)?;
+    give(&to, &part)?;
+    drop(to);
     // Between two of the steps that follow there would be an empty hub, or one with another's write-ahead log.
     let mark = sqlite::restoring(target);
-    File::create(&mark).and_then(|file| file.sync_all()).map_err(io("make", &mark))?;
+    match File::create_new(&mark).and_then(|file| file.sync_all()) {
+        // Left by a restore that was cut off, perhaps another user's.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        made => made.map_err(io("make", &mark))?,
+    }
     sync_folder(target).map_err(io("write", folder))?;
     let kept = free_name(target, now);
     let mut replaced = None;
@@ -305,13 +310,19 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Makes a file its owner's, when somebody else, such as root, made it.
-fn give_to(path: &Path, owner: &fs::Metadata) -> io::Result<()> {
-    let made = fs::metadata(path)?;
+/// Makes an open file its owner's, when somebody else, such as root, made it. By its handle: the owner of the folder, who
+/// need not be root, may exchange what has the name.
+fn give_to(file: &File, owner: &fs::Metadata) -> io::Result<()> {
+    let made = file.metadata()?;
     if (made.uid(), made.gid()) == (owner.uid(), owner.gid()) {
         return Ok(());
     }
-    match std::os::unix::fs::chown(path, Some(owner.uid()), Some(owner.gid())) {
+    if made.nlink() > 1 {
+        return Err(io::Error::other("it has another name too, perhaps of a file that is somebody else's"));
+    }
+    match std::os::unix::fs::fchown(file, Some(owner.uid()), Some(owner.gid())) {
+        // Who may not give is not root, and made the file for itself: the folder may be a group's.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         // The group alone is not worth an error: the file is for its owner only.
         Err(error) if made.uid() != owner.uid() => Err(error),
         _ => Ok(()),

@@ -424,8 +424,8 @@ impl Store {
     }
 
     /// Gives the room of removed rows back to the system, so that the database's own files hold nothing of them any more.
-    /// It rewrites what is there: on SQLite writes wait meanwhile and as much room again is needed, on PostgreSQL reads
-    /// wait too, on MySQL nobody does.
+    /// It rewrites what is there: on SQLite writes wait meanwhile and twice the size is needed besides, for a copy and for
+    /// the write-ahead log, on PostgreSQL reads wait too, on MySQL nobody does.
     pub async fn vacuum(&self) -> Result<(), Error> {
         self.alive()?;
         if !self.inner.backend.vacuums_alone() {

@@ -151,6 +151,29 @@ async fn a_restore_that_was_cut_off_is_no_empty_hub() {
     assert!(has(&path, "/kept").await);
 }
 
+/// Whoever has the folder may have taken the hub over, and root restores.
+#[tokio::test]
+async fn a_restore_follows_no_links() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    let source = folder.path().join("source.db");
+    open(&source).await.close().await;
+    let elsewhere = folder.path().join("elsewhere");
+    std::fs::write(&elsewhere, "kept").unwrap();
+    let path = data.join("store.db");
+    let (lock, mark) = (data.join("store.db.lock"), data.join("store.db.restoring"));
+    std::os::unix::fs::symlink(&elsewhere, &lock).unwrap();
+    let refused = files::restore(&source, &path, SystemTime::now()).await;
+    assert!(matches!(refused, Err(FileError::Io { action: "lock", .. })), "{refused:?}");
+    std::fs::remove_file(&lock).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &mark).unwrap();
+    files::restore(&source, &path, SystemTime::now()).await.unwrap();
+    assert_eq!(std::fs::read_to_string(&elsewhere).unwrap(), "kept");
+    assert!(!mark.is_symlink());
+    open(&path).await.close().await;
+}
+
 /// Root looks after a hub that runs as somebody else.
 #[tokio::test]
 async fn what_root_restores_belongs_to_whoever_owned_it() {

@@ -587,10 +587,12 @@ fn lock(path: &Path, exclusive: bool) -> Result<File, OpenError> {
     }
 }
 
-/// Takes the lock file for this process alone; `None` in the error when others have it.
+/// Takes the lock file for this process alone; `None` in the error when others have it. A link is refused: who asks may
+/// be root, in the folder of somebody who is not.
 pub(crate) fn lock_alone(path: &Path) -> Result<File, Option<std::io::Error>> {
     let mut options = File::options();
     options.create(true).write(true).truncate(false).mode(0o600);
+    options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32);
     let file = options.open(lock_path(path)).map_err(Some)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
