@@ -51,6 +51,9 @@ pub enum Lookup<T> {
     NotSynced,
 }
 
+/// How far the clocks of the hub's replicas may be apart: one makes the object, another issues for it.
+const CLOCK_SKEW: Duration = Duration::from_secs(10);
+
 /// 9999-12-30T22:00:00Z.
 const LAST_SECOND: Duration = Duration::from_secs(253_402_207_200);
 
@@ -123,9 +126,12 @@ impl ClusterInfo {
     }
 
     /// Whether what was issued at `issued_at` is good. All three times are in whole seconds: an object's first certificate
-    /// may be of its own second, while one of the second of a revocation is taken for older.
+    /// may be of its own second, or of a clock that is a little behind, while one of the second of a revocation is taken
+    /// for older.
     fn admits(&self, issued_at: SystemTime) -> bool {
-        self.created_at.is_none_or(|created| issued_at >= created)
+        // An error means that it was issued after.
+        let before = |created: SystemTime| created.duration_since(issued_at).unwrap_or_default();
+        self.created_at.is_none_or(|created| before(created) <= CLOCK_SKEW)
             && self.revoked_at.is_none_or(|revoked| issued_at > revoked)
     }
 
@@ -160,7 +166,8 @@ mod tests {
     fn an_object_that_was_made_anew_knows_nothing_of_what_its_former_self_was_issued() {
         let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
         let anew = ClusterInfo { created_at: Some(at), ..ClusterInfo::default() };
-        assert!(!anew.admits(at - Duration::from_secs(1)));
+        assert!(!anew.admits(at - CLOCK_SKEW - Duration::from_secs(1)));
+        assert!(anew.admits(at - CLOCK_SKEW), "by a clock that is behind");
         assert!(anew.admits(at) && anew.admits(at + Duration::from_secs(1)));
         let for_good = ClusterInfo { revoked_at: Some(ClusterInfo::revoked_for_good()), ..anew };
         assert!(!for_good.admits(at + Duration::from_secs(100 * 365 * 24 * 3600)));

@@ -503,7 +503,11 @@ impl QuicLink {
                         Look::Stalls if cuts == 0 => again = true,
                         Look::Stalls => match self.make_room(&reader, now) {
                             Room::Found => {}
-                            Room::Cut => cuts -= 1,
+                            Room::Cut => {
+                                cuts -= 1;
+                                // Each looks at all that hold received bytes: others have their turn in between.
+                                tokio::task::yield_now().await;
+                            }
                             Room::Later => again = true,
                         },
                     }

@@ -149,6 +149,8 @@ impl Reader {
                 Poll::Ready(Err(link.broken()))
             }
             Poll::Pending => {
+                // A cut takes quinn's own waker away.
+                self.task.register(cx.waker());
                 inner.keeps_up(link);
                 Poll::Pending
             }
@@ -184,7 +186,10 @@ impl Reader {
                 self.task.register(cx.waker());
             }
             read if read > 0 => link.read(read),
-            _ if polled.is_pending() => inner.keeps_up(link),
+            _ if polled.is_pending() => {
+                self.task.register(cx.waker());
+                inner.keeps_up(link);
+            }
             _ => inner.broken |= matches!(polled, Poll::Ready(Err(_))),
         }
         polled
@@ -258,7 +263,9 @@ impl Slow for Reader {
         let Some(link) = self.link.upgrade() else { return };
         {
             let mut inner = self.inner.lock();
-            if self.is_cut() {
+            // One that has caught up since it was chosen holds nothing, and its task may wait in quinn alone, which
+            // forgets that with the stop.
+            if self.is_cut() || inner.behind.is_none() {
                 return;
             }
             // Before the stop, after which quinn would tell of an orderly end.
