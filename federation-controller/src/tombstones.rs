@@ -96,6 +96,12 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             if busy.contains(&cluster) || (known && member.is_none()) {
                 continue;
             }
+            // A task that can do nothing would end at once, and its end begins the next one.
+            let stones: Vec<_> =
+                stones.into_iter().filter(|stone| !known || can_be_told(&shared, &stone.spec)).collect();
+            if stones.is_empty() {
+                continue;
+            }
             busy.insert(cluster.clone());
             let span = info_span!("tombstones", cluster = %cluster);
             tasks.spawn(carry_out(Arc::clone(&shared), cluster, member, stones).instrument(span));
@@ -186,6 +192,13 @@ async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Resul
         Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(Erased::Done),
         done => done.map(|()| Erased::Done),
     }
+}
+
+/// Whether it can be told if a tombstone's federated object exists anew. What changes that looks at all of them again.
+fn can_be_told(shared: &Shared, stone: &TombstoneSpec) -> bool {
+    let Some((plural, _)) = parse_source(&stone.source) else { return true };
+    let found = shared.types.by_plural(plural);
+    found.is_some_and(|(kind, _)| shared.state.read().is_listed(kind))
 }
 
 /// Whether the federated object exists anew, if that can be told. One that is still on its way out is the one that left the

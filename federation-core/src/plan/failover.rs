@@ -121,9 +121,13 @@ impl<'a> Planner<'a> {
             let given_up = self.input.topology.failover_of(draft.unit).is_some();
             (given_up && !draft.status.stand_in) || draft.status.evacuation.is_some()
         };
+        // A unit that is somebody else's now gives as little account of itself as one that is gone.
+        let closed: BTreeSet<String> = self.closed().map(|record| record.name.clone()).collect();
         let gone = self.before.units.iter().filter(|record| record.evacuation.is_some());
-        let gone: Vec<String> =
-            gone.map(|record| record.name.clone()).filter(|name| unknown.contains(name)).collect();
+        let gone: Vec<String> = gone
+            .map(|record| record.name.clone())
+            .filter(|name| unknown.contains(name) || closed.contains(name))
+            .collect();
         if gone.is_empty() && !drafts.iter().any(leaves) {
             self.lost_stand_ins.clear();
             drafts.iter_mut().for_each(|draft| draft.status.extra = None);
@@ -157,7 +161,7 @@ impl<'a> Planner<'a> {
         let unclear = names(&|side: &Side| side.unclear);
         let (reason, message) = if !gone.is_empty() {
             let message = format!(
-                "{} does not exist any more, so what runs elsewhere stays: take it out of the placement and place the object there",
+                "{} does not exist any more, or may not be used, so what runs elsewhere stays: take it out of the placement and place the object there",
                 gone.join(", ")
             );
             ("UnitMissing", message)

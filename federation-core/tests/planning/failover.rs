@@ -352,6 +352,36 @@ fn the_cell_of_an_evacuated_unit_is_deleted() {
 }
 
 #[test]
+fn an_evacuated_unit_that_becomes_somebody_elses_takes_nothing_along() {
+    let mut world = world(4, &["a"]);
+    for cell in &mut world.cells {
+        cell.metadata.labels.get_or_insert_default().insert("cellway.io/tenant".into(), "red".into());
+    }
+    world.tenant = Some("red".into());
+    world.object.spec.placement.units = None;
+    world.object.spec.placement.unit_selector =
+        Some(serde_json::from_value(json!({"matchLabels": {"cell": "a"}})).expect("selector"));
+    give_up(&mut world, "a", Some(to(&["c"])));
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 0, 4]);
+    // The tenant is gone, and with it the unit that stands in.
+    world.tenant = Some(String::new());
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 0, 4], "nothing else runs it");
+    assert_eq!(world.condition("Evacuating"), Some(("True", "UnitMissing")));
+    world.tenant = Some("red".into());
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 0, 4]);
+    assert_eq!(world.condition("Evacuating"), Some(("True", "Evacuated")));
+    // Only the unit that was given up is another's.
+    let labels = world.cells[0].metadata.labels.as_mut().expect("labels");
+    labels.insert("cellway.io/tenant".into(), "blue".into());
+    steps(&mut world);
+    assert_eq!(counts(&world), [0, 0, 4]);
+    assert_eq!(world.condition("Evacuating"), Some(("True", "UnitMissing")));
+}
+
+#[test]
 fn a_unit_whose_revision_is_lost_moves_nothing() {
     let mut world = world(4, &["a", "b"]);
     give_up(&mut world, "a", Some(Failover::default()));
