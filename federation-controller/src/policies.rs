@@ -25,8 +25,8 @@ use std::sync::Arc;
 
 use federation_core::api::PropagationPolicy;
 use federation_core::policy::{
-    choose, companion, correction, full_name, handed_on, is_companion, is_right, native_name, speaks_of,
-    was_companion,
+    choose, companion, correction, full_name, handed_on, is_companion, is_right, native_name,
+    policy_of_before, speaks_of, was_companion,
 };
 use federation_core::types::FederatedType;
 use k8s_openapi::api::core::v1::ObjectReference;
@@ -74,6 +74,8 @@ struct State {
     /// What objects that are gone said last about their companion's end.
     farewells: HashMap<ObjectKey, Map<String, Value>>,
     failures: HashMap<ObjectKey, u32>,
+    /// How often in a row a companion was another than the one known here when it was written.
+    conflicts: HashMap<ObjectKey, u32>,
 }
 
 /// The native objects of one kind.
@@ -330,7 +332,8 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         let live = shared.types.live();
         let wanted: BTreeMap<usize, Arc<FederatedType>> = {
             let mut state = shared.policies.state.lock();
-            let State { policies: Some(policies), natives, outcomes, farewells, failures } = &mut *state
+            let State { policies: Some(policies), natives, outcomes, farewells, failures, conflicts } =
+                &mut *state
             else {
                 continue;
             };
@@ -346,6 +349,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             }
             outcomes.retain(|key, _| wanted.contains_key(&key.kind));
             failures.retain(|key, _| wanted.contains_key(&key.kind));
+            conflicts.retain(|key, _| wanted.contains_key(&key.kind));
             for kind in wanted.keys() {
                 natives.entry(*kind).or_default();
             }
@@ -402,7 +406,7 @@ async fn watch(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>) {
 }
 
 /// The HTTP status with which the API refused, if it did.
-fn refusal(error: &watcher::Error) -> Option<u16> {
+pub(crate) fn refusal(error: &watcher::Error) -> Option<u16> {
     match error {
         watcher::Error::InitialListFailed(kube::Error::Api(status))
         | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => Some(status.code),
@@ -455,19 +459,23 @@ async fn keep(shared: &Shared, key: &ObjectKey) -> Result<(), kube::Error> {
         Wanted::Unknown => return Ok(()),
         Wanted::None(said) => {
             shared.policies.note(key, None);
-            let done = match found {
-                Some(found)
-                    if is_companion(&of, &found.metadata) && found.metadata.deletion_timestamp.is_none() =>
-                {
-                    match last_words(shared, key, &of, said).await {
-                        Ok(said) => dismiss(&api, key, &found, said).await,
-                        Err(error) => Err(error),
-                    }
+            let ours = match &found {
+                Some(found) if found.metadata.deletion_timestamp.is_none() => {
+                    is_ours(&api, &of, found).await?
                 }
+                _ => false,
+            };
+            let done = match found {
+                Some(found) if ours => match last_words(shared, key, &of, said).await {
+                    Ok(said) => dismiss(&api, key, &found, said).await,
+                    Err(error) => Err(error),
+                },
                 _ => Ok(()),
             };
             if done.is_ok() {
-                shared.policies.state.lock().farewells.remove(key);
+                let mut state = shared.policies.state.lock();
+                state.farewells.remove(key);
+                state.conflicts.remove(key);
             }
             return done;
         }
@@ -475,6 +483,10 @@ async fn keep(shared: &Shared, key: &ObjectKey) -> Result<(), kube::Error> {
     };
     let Made { companion, mut outcome, about } = *made;
     let mut done = Ok(());
+    let ours = match &found {
+        Some(found) => was_companion(&found.metadata, &outcome.policy) || is_ours(&api, &of, found).await?,
+        None => false,
+    };
     let written = match found {
         None => {
             let params = PostParams { field_manager: Some(MANAGER.into()), ..PostParams::default() };
@@ -484,9 +496,7 @@ async fn keep(shared: &Shared, key: &ObjectKey) -> Result<(), kube::Error> {
             }
             .map(drop)
         }
-        Some(found)
-            if !is_companion(&of, &found.metadata) && !was_companion(&found.metadata, &outcome.policy) =>
-        {
+        Some(_) if !ours => {
             let name = &outcome.object;
             outcome.trouble = Some(format!("{name}: a {} of its name is somebody's own", of.kind));
             Ok(())
@@ -504,10 +514,23 @@ async fn keep(shared: &Shared, key: &ObjectKey) -> Result<(), kube::Error> {
         },
     };
     match written {
-        Ok(()) => debug!(name = %key.name, "the companion is as it should be"),
-        // It has changed, or is there already, and what it is now is known in a moment.
+        Ok(()) => {
+            shared.policies.state.lock().conflicts.remove(key);
+            debug!(name = %key.name, "the companion is as it should be");
+        }
+        // It has changed, or is there already, and what it is now is known in a moment, unless its watch stands still.
         Err(kube::Error::Api(status)) if status.code == 409 => {
-            shared.policies.queue.add_after(key.clone(), STALE_RETRY);
+            let times = {
+                let mut state = shared.policies.state.lock();
+                let times = state.conflicts.entry(key.clone()).or_default();
+                *times = times.saturating_add(1);
+                *times
+            };
+            let wait = match times {
+                1 => STALE_RETRY,
+                more => retry_delay(more - 1, rand::random()).max(STALE_RETRY),
+            };
+            shared.policies.queue.add_after(key.clone(), wait);
         }
         Err(failed) => {
             let said = match &failed {
@@ -527,6 +550,28 @@ async fn keep(shared: &Shared, key: &ObjectKey) -> Result<(), kube::Error> {
         shared.events.warning(&about, "NotFederated", trouble);
     }
     done
+}
+
+/// Whether a federated object is the companion of its name. Those of the version before do not say of what they are made,
+/// and a copy that somebody made of one looks like it: who wrote it tells.
+async fn is_ours(
+    api: &Api<DynamicObject>,
+    of: &FederatedType,
+    found: &DynamicObject,
+) -> Result<bool, kube::Error> {
+    if is_companion(of, &found.metadata) {
+        return Ok(true);
+    }
+    if policy_of_before(&found.metadata).is_none() {
+        return Ok(false);
+    }
+    // Asked for: of the objects that are kept nobody knows any more who wrote them.
+    let now = api.get_opt(&found.name_any()).await?;
+    let written = |now: &DynamicObject| {
+        now.metadata.uid == found.metadata.uid
+            && now.managed_fields().iter().any(|by| by.manager.as_deref() == Some(MANAGER))
+    };
+    Ok(now.as_ref().is_some_and(written))
 }
 
 /// What a companion's object says now about its end, if it is there, and else said last (`known`): the policies' watch may

@@ -217,9 +217,15 @@ pub fn is_companion(of: &FederatedType, object: &ObjectMeta) -> bool {
 
 /// Whether it is one of `policy` (`namespace/name`) from before companions said what they are made from.
 pub fn was_companion(object: &ObjectMeta, policy: &str) -> bool {
+    policy_of_before(object) == Some(policy)
+}
+
+/// The policy that an object names as companions did before they said what they are made from. A copy of one does, too.
+pub fn policy_of_before(object: &ObjectMeta) -> Option<&str> {
     let labelled = object.labels.as_ref().is_some_and(|all| all.contains_key(POLICY_LABEL));
-    let says = |key| object.annotations.as_ref().and_then(|all| all.get(key)).map(String::as_str);
-    labelled && says(MADE_FROM_ANNOTATION).is_none() && says(POLICY_ANNOTATION) == Some(policy)
+    let annotations = object.annotations.as_ref()?;
+    let before = labelled && !annotations.contains_key(MADE_FROM_ANNOTATION);
+    annotations.get(POLICY_ANNOTATION).map(String::as_str).filter(|_| before)
 }
 
 /// The companion, as it is made: the policy's placement around the object's content.

@@ -60,13 +60,15 @@ pub(super) async fn report(shared: Arc<Shared>) {
     }
 }
 
-/// The statuses that are to be written, and whether there are some to be looked at again soon: a policy that has changed is
-/// told of once its objects have been gone through (`all`: or not).
+/// The statuses that are to be written, and whether there are some to be looked at again soon: a policy is told of
+/// once its objects have been gone through (`all`: or not).
 fn statuses(shared: &Shared, all: bool) -> (Vec<(Arc<PropagationPolicy>, PropagationPolicyStatus)>, bool) {
     let types = shared.types.live();
-    let unlisted: Vec<usize> = {
+    let (types_known, unlisted) = {
         let state = shared.state.read();
-        types.iter().map(|(kind, _)| *kind).filter(|kind| !state.is_listed(*kind)).collect()
+        let unlisted: Vec<usize> =
+            types.iter().map(|(kind, _)| *kind).filter(|kind| !state.is_listed(*kind)).collect();
+        (state.types_known(), unlisted)
     };
     let state = shared.policies.state.lock();
     // Objects come to the queue before anybody can see that they are known.
@@ -86,7 +88,6 @@ fn statuses(shared: &Shared, all: bool) -> (Vec<(Arc<PropagationPolicy>, Propaga
     let mut later = false;
     let mut due = Vec::new();
     for (name, policy) in state.policies.iter().flatten() {
-        let observed = policy.status.as_ref().and_then(|status| status.observed_generation);
         let mut tally = counts.remove(name.as_str()).unwrap_or_default();
         for (kind, of) in &types {
             let spoken_of = policy.spec.resources.iter().any(|selector| speaks_of(selector, of));
@@ -97,7 +98,8 @@ fn statuses(shared: &Shared, all: bool) -> (Vec<(Arc<PropagationPolicy>, Propaga
                 }
             }
         }
-        if !all && observed != policy.metadata.generation && !(idle && tally.unlisted.is_empty()) {
+        // After a restart the status says already what comes out in the end: what is known halfway there is no news.
+        if !all && !(idle && types_known && tally.unlisted.is_empty()) {
             later = true;
             continue;
         }
