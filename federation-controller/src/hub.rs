@@ -264,6 +264,11 @@ impl HubState {
         self.objects.keys().cloned().collect()
     }
 
+    /// Whether an object is at the hub.
+    pub(crate) fn knows(&self, key: &ObjectKey) -> bool {
+        self.objects.contains_key(key)
+    }
+
     /// Whether somebody waits for an object: it has changed, or is gone, and its status does not say yet that all is done.
     pub(crate) fn is_behind(&self, key: &ObjectKey) -> bool {
         self.objects.get(key).is_none_or(|object| object.behind)
@@ -465,6 +470,10 @@ impl HubState {
 
     /// Takes federated objects in; returns those that are to be looked at.
     pub(crate) fn change_objects(&mut self, kind: usize, change: Change<Kept>) -> Vec<ObjectKey> {
+        if self.retired_kinds.contains(&kind) {
+            // Its watch may outlive its end by a moment, and nobody would take these out again.
+            return Vec::new();
+        }
         match change {
             Change::Replace(all) => {
                 self.unlisted_kinds.remove(&kind);
@@ -747,6 +756,8 @@ mod tests {
         assert!(state.is_complete(0) && !state.is_complete(1));
         state.drop_kind(0);
         assert!(!state.is_complete(0));
+        assert!(state.change_objects(0, Change::Apply(object("web", "u", "10"))).is_empty());
+        assert!(state.keys().is_empty(), "a watch that ends takes nothing in");
     }
 
     #[test]

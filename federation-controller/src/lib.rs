@@ -562,6 +562,17 @@ impl Shared {
         });
     }
 
+    /// Forgets traces of what the hub does not know and no member shows, and of types that are not federated any more.
+    fn prune_traces(&self) {
+        let state = self.state.read();
+        let members = self.members();
+        self.traces.retain(|key, name| {
+            self.types.get(key.kind).is_some_and(|of| {
+                state.knows(key) || members.get(name).is_some_and(|member| member.holds(key, &of))
+            })
+        });
+    }
+
     /// The members, as they are now.
     pub(crate) fn members(&self) -> BTreeMap<String, Arc<Member>> {
         self.members.read().clone()
@@ -675,6 +686,7 @@ async fn resync(shared: Arc<Shared>) {
         let known: std::collections::HashSet<_> = shared.state.read().keys().into_iter().collect();
         shared.failures.lock().retain(|key, _| known.contains(key));
         shared.unsettled.lock().retain(|key, _| known.contains(key));
+        shared.prune_traces();
         shared.enqueue_all();
     }
 }

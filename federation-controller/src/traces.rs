@@ -33,6 +33,15 @@ impl Traces {
         self.by_object.lock().get(object).into_iter().flatten().cloned().collect()
     }
 
+    /// Forgets what `stays` does not say to keep: the traces of what no look comes by any more. It is asked as by
+    /// [`Self::settle`].
+    pub(crate) fn retain(&self, stays: impl Fn(&ObjectKey, &str) -> bool) {
+        self.by_object.lock().retain(|object, members| {
+            members.retain(|member| stays(object, member));
+            !members.is_empty()
+        });
+    }
+
     /// Forgets members that `stays` does not say to keep. It is asked while nothing can be noted: what a member shows comes
     /// to be known there first, and is noted here afterwards.
     pub(crate) fn settle(&self, object: &ObjectKey, stays: impl Fn(&str) -> bool) {
@@ -63,5 +72,9 @@ mod tests {
         traces.settle(&web, |_| false);
         assert!(traces.of(&web).is_empty());
         assert_eq!(traces.by_object.lock().len(), 1, "nothing is kept of what is nowhere");
+        traces.retain(|object, member| *object == other && member == "x");
+        assert_eq!(traces.of(&other), ["x".into()]);
+        traces.retain(|_, _| false);
+        assert!(traces.by_object.lock().is_empty());
     }
 }

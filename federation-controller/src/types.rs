@@ -22,7 +22,7 @@ use federation_core::types::{FederatedType, known};
 use futures::future::join_all;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{DynamicObject, Patch, PatchParams, PostParams};
+use kube::api::{DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::watcher;
 use kube::{Api, ResourceExt as _};
 use parking_lot::RwLock;
@@ -32,9 +32,10 @@ use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument as _, info, info_span, warn};
 
 use crate::Shared;
-use crate::follow::{Change, admit_all, follow, follow_as};
+use crate::follow::{Change, WatchTrouble, admit_all, follow, follow_as};
 use crate::hub::Kept;
 use crate::member::chain;
+use crate::policies::refusal;
 
 /// Types that may be enabled at once: each costs a watch at the hub and, once used, one in every member.
 const MAX_TYPES: usize = 512;
@@ -237,9 +238,12 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
                 again = true;
             }
         }
+        // Until they are listed it may turn out that there are none to be listed.
+        let is_read =
+            |run: &Running, of: &FederatedType| *run.of == *of && shared.state.read().is_listed(run.kind);
         let read = match not_propagated(&wanted) {
             None => None,
-            Some(of) if reading.as_ref().is_some_and(|run| *run.of == of) => Some(of),
+            Some(of) if reading.as_ref().is_some_and(|run| is_read(run, &of)) => Some(of),
             Some(of) => match is_defined(&shared, &of).await {
                 Ok(defined) => defined.then_some(of),
                 Err(error) => {
@@ -256,7 +260,7 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
             let of = Arc::new(of);
             let kind = shared.types.add(Arc::clone(&of), only_read);
             shared.state.write().add_kind(kind);
-            let watch = tasks.spawn(watch_objects(Arc::clone(&shared), kind, Arc::clone(&of)));
+            let watch = tasks.spawn(watch_objects(Arc::clone(&shared), kind, Arc::clone(&of), only_read));
             Running { kind, of, watch }
         };
         let mut leaving: Vec<Running> =
@@ -316,16 +320,34 @@ fn not_propagated(wanted: &BTreeMap<String, Wanted>) -> Option<FederatedType> {
 async fn is_defined(shared: &Shared, of: &FederatedType) -> Result<bool, kube::Error> {
     let api: Api<CustomResourceDefinition> = Api::all(shared.hub.clone());
     match api.get_opt(&of.crd_name()).await {
-        Ok(found) => Ok(found.is_some()),
+        Ok(None) => return Ok(false),
+        Ok(Some(found)) if found.metadata.deletion_timestamp.is_none() => return Ok(true),
+        // On its way out it may be served still, and may have objects.
+        Ok(Some(_)) => {}
         // Whoever may not look may be allowed to list them all the same.
-        Err(kube::Error::Api(status)) if status.code == 403 => Ok(true),
-        Err(error) => Err(error),
+        Err(kube::Error::Api(status)) if status.code == 403 => {}
+        Err(error) => return Err(error),
+    }
+    let objects: Api<DynamicObject> = Api::all_with(shared.hub.clone(), &of.hub_resource());
+    match objects.list(&ListParams::default().limit(1)).await {
+        Err(kube::Error::Api(status)) => Ok(status.code != 404),
+        done => done.map(|_| true),
     }
 }
 
-async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>) {
+/// `only_read`: as in [`Types::add`].
+async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>, only_read: bool) {
     let objects: Api<DynamicObject> = Api::all_with(shared.hub.clone(), &of.hub_resource());
     let span = info_span!("watch", kind = of.kind);
+    let mut say = crate::hub_trouble("federated objects");
+    let asked = Arc::clone(&shared);
+    let trouble = move |failed: WatchTrouble| {
+        if only_read && refusal(&failed.error) == Some(404) {
+            // Its definition may have gone since it was asked for. Nothing waits for what is not there.
+            asked.types_changed.notify_one();
+        }
+        say(failed)
+    };
     let at = shared;
     let on_change = move |change: Change<Kept>| {
         // The last listing of all completes the picture: then everything is looked at.
@@ -365,16 +387,9 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>)
         }
         true
     };
-    follow_as(
-        objects,
-        watcher::Config::default(),
-        Kept::new,
-        admit_all,
-        on_change,
-        crate::hub_trouble("federated objects"),
-    )
-    .instrument(span)
-    .await;
+    follow_as(objects, watcher::Config::default(), Kept::new, admit_all, on_change, trouble)
+        .instrument(span)
+        .await;
 }
 
 /// A configuration, and the type that it makes or a reason and message why it makes none.

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use federation_core::names::{MANAGED_LABEL, parse_source};
+use federation_core::names::{MANAGED_LABEL, MAX_OBJECT_NAME, parse_source};
 use federation_core::types::FederatedType;
 use kube::Api;
 use kube::api::DynamicObject;
@@ -117,10 +117,19 @@ fn take(member: &Member, shared: &Shared, kind: usize, of: &FederatedType, chang
         .into_iter()
         .filter_map(|(mark, namespace)| {
             let (plural, name) = parse_source(&mark)?;
-            (of.plural == plural).then(|| ObjectKey::new(kind, of.hub_namespace(&namespace, name), name))
+            // It came from a member: what cannot be a name is none.
+            (of.plural == plural && name.len() <= MAX_OBJECT_NAME)
+                .then(|| ObjectKey::new(kind, of.hub_namespace(&namespace, name), name))
         })
         .collect();
     shared.traces.add(keys.iter().cloned(), &member.name);
+    if listed {
+        // What was shown before and is not any more: nothing looks at what the hub does not know.
+        let state = shared.state.read();
+        shared.traces.retain(|key, name| {
+            key.kind != kind || *name != *member.name || state.knows(key) || member.holds(key, of)
+        });
+    }
     if full {
         return false;
     }
