@@ -186,7 +186,10 @@ async fn absorb_until(
     let mut due = BTreeSet::new();
     while watcher.progress() < upto {
         tokio::select! {
-            event = watcher.next() => due.extend(absorb(graph, &event.map_err(store_error)?)?),
+            event = watcher.next() => {
+                let event = event.map_err(store_error)?;
+                due.extend(absorb(graph, &event)?);
+            }
             () = tokio::time::sleep(CATCH_UP) => {}
         }
     }

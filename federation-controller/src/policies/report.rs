@@ -99,7 +99,7 @@ fn statuses(shared: &Shared, all: bool) -> (Vec<(Arc<PropagationPolicy>, Propaga
             }
         }
         // After a restart the status says already what comes out in the end: what is known halfway there is no news.
-        if !all && !(idle && types_known && tally.unlisted.is_empty()) {
+        if !(all || idle && types_known && tally.unlisted.is_empty()) {
             later = true;
             continue;
         }
