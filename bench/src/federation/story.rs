@@ -355,6 +355,8 @@ impl Stage {
         let (before, begin) = (cpu(&self.fleet)?, Instant::now());
         time::sleep(looking).await;
         let (after, seconds) = (cpu(&self.fleet)?, begin.elapsed().as_secs_f64());
+        // The connection before has been idle for longer than the hub keeps one.
+        let mut client = self.fleet.hub_client().await?;
         let writes = self.fleet.hub_writes(&mut client).await?.since(&writes);
         told.figure("steady_hub", (after.0 - before.0) * 100.0 / seconds);
         told.figure("steady_members", (after.1 - before.1) * 100.0 / seconds / self.units as f64);
