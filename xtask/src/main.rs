@@ -81,7 +81,8 @@ fn run(args: Args) -> Result<()> {
 /// last ones printed.
 fn test(args: &[String]) -> Result<()> {
     let environment = tools::prepare_for_tests()?;
-    let all = ["--workspace".to_owned()];
+    // All that fails is told at once: a first failure does not hide the crates behind it.
+    let all = ["--workspace".to_owned(), "--no-fail-fast".to_owned()];
     let args = if args.is_empty() { &all[..] } else { args };
     // One build for all: the end-to-end tests drive the programs that this makes, so that nothing is built twice with
     // different features.

@@ -265,10 +265,17 @@ impl Server {
             }
         };
         command.args(&self.arguments);
+        self.confine(&mut command);
+        Ok((command, ready))
+    }
+
+    /// Keeps a program of the server to its own user and its own temporary files: MariaDB, when it starts, deletes every
+    /// temporary table in the folder for them, also those that another server is just using.
+    fn confine(&self, command: &mut Command) {
+        command.env("TMPDIR", self.folder.path());
         if let Some(user) = self.user {
             command.as_std_mut().uid(user).current_dir("/");
         }
-        Ok((command, ready))
     }
 
     async fn initialise(&self) -> Result<()> {
@@ -307,9 +314,7 @@ impl Server {
                 command
             }
         };
-        if let Some(user) = self.user {
-            command.as_std_mut().uid(user).current_dir("/");
-        }
+        self.confine(&mut command);
         let output = command.stdin(Stdio::null()).kill_on_drop(true).output().await?;
         if !output.status.success() {
             bail!(
