@@ -182,6 +182,7 @@ impl Agents {
                 () = drain.signaled() => break,
                 _ = sample.tick() => {
                     self.count_rejections(&mut counted, listener.rejected());
+                    self.registry.metrics().show_quic_handshakes(listener.quic_handshakes());
                     continue;
                 }
                 Some(_) = tasks.join_next(), if !tasks.is_empty() => continue,

@@ -77,6 +77,10 @@ pub struct ServerMetrics {
     pub bytes: Family<ByteLabels, Counter>,
     /// Agents turned away.
     pub rejected_handshakes: Family<RejectLabels, Counter>,
+    /// Agents' first QUIC packets that were answered with a request to prove their address.
+    pub quic_retries: Counter,
+    /// QUIC handshakes under way, or ended a moment ago without a tunnel.
+    pub quic_half_open: Gauge,
     /// Client requests turned away.
     pub rejected_requests: Family<FrontendRejectLabels, Counter>,
     /// Certificates signed, by kind or by the reason of a refusal.
@@ -105,6 +109,8 @@ impl Default for ServerMetrics {
             rtt_seconds: Family::new_with_constructor(rtt_histogram as fn() -> Histogram),
             bytes: Family::default(),
             rejected_handshakes: Family::default(),
+            quic_retries: Counter::default(),
+            quic_half_open: Gauge::default(),
             rejected_requests: Family::default(),
             enrolments: Family::default(),
             api_requests: Family::default(),
@@ -152,6 +158,16 @@ impl ServerMetrics {
             self.bytes.clone(),
         );
         r.register("rejected_handshakes", "Agents turned away, by reason", self.rejected_handshakes.clone());
+        r.register(
+            "quic_retries",
+            "First packets over QUIC that were asked to prove their address; many without tunnels are a flood",
+            self.quic_retries.clone(),
+        );
+        r.register(
+            "quic_half_open",
+            "QUIC handshakes under way or ended a moment ago without a tunnel; bounded",
+            self.quic_half_open.clone(),
+        );
         r.register("rejected_requests", "Client requests turned away", self.rejected_requests.clone());
         r.register("enrolments", "Certificate requests of agents, by outcome", self.enrolments.clone());
         r.register("api_requests", "Kubernetes API requests forwarded", self.api_requests.clone());
@@ -190,6 +206,14 @@ impl ServerMetrics {
         self.tunnel_cuts.inc_by(budget.cuts().saturating_sub(seen));
     }
 
+    /// Shows what there is on the agents' QUIC port besides tunnels.
+    pub fn show_quic_handshakes(&self, now: tunnel::QuicHandshakes) {
+        // Only the one task that accepts agents comes here.
+        let seen = self.quic_retries.get();
+        self.quic_retries.inc_by(now.retries.saturating_sub(seen));
+        self.quic_half_open.set(i64::try_from(now.half_open).unwrap_or(i64::MAX));
+    }
+
     /// Counts a client request that was turned away.
     pub fn reject(&self, frontend: &'static str, reason: &'static str) {
         self.rejected_requests.get_or_create(&FrontendRejectLabels { frontend, reason }).inc();
@@ -216,6 +240,7 @@ mod tests {
         metrics.dial_seconds.get_or_create(&ClusterLabels { cluster: "east".to_owned() }).observe(0.01);
         metrics.bytes.get_or_create(&ByteLabels { cluster: "east".to_owned(), direction: "sent" }).inc();
         metrics.show_memory(&tunnel::Budget::new(1 << 20));
+        metrics.show_quic_handshakes(tunnel::QuicHandshakes { retries: 9, half_open: 4 });
         metrics.agent_certificate_expiry.get_or_create(&ClusterLabels { cluster: "east".to_owned() }).set(7);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
@@ -228,6 +253,8 @@ mod tests {
             "cellway_server_tunnel_memory_bytes 0",
             "cellway_server_tunnel_memory_limit_bytes 1048576",
             "cellway_server_tunnel_cuts_total 0",
+            "cellway_server_quic_retries_total 9",
+            "cellway_server_quic_half_open 4",
             "cellway_server_agent_certificate_expiry_timestamp_seconds{cluster=\"east\"} 7",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");

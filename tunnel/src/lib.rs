@@ -48,8 +48,8 @@ pub use limits::{Budget, Limits};
 pub use relay::{LocalSocket, RelayOutcome, RelayReport, SETTLED};
 pub use reset::ResetKey;
 pub use server::{
-    Accepted, BindError, HttpsConnection, ListenerConfig, PendingTunnel, Rejections, ServerTunnel,
-    TunnelListener,
+    Accepted, BindError, HttpsConnection, ListenerConfig, PendingTunnel, QuicHandshakes, Rejections,
+    ServerTunnel, TunnelListener,
 };
 pub use table::{ConnectionInfo, TunnelStats};
 pub use unix::{UnixAcceptor, UnixSocket};

@@ -67,6 +67,22 @@ const MAX_RESULT: usize = 256;
 /// Streams whose `Dial` has not come in full; a server sends it with the stream's first packet.
 const MAX_OPENING: usize = 256;
 
+/// What the server takes for a round trip before it has measured one; a client's packets say only later how long the way is.
+/// A probe timeout is three times that, and three of them are how long the library keeps a handshake that was given up (RFC
+/// 9000, section 10.2): with the usual 333 ms a flood would leave three times as many behind. On a longer path the server's
+/// first flight is sent twice.
+const INITIAL_RTT: Duration = Duration::from_millis(100);
+
+/// First packets that nobody has looked at: what comes while the listener is busy with others. quinn drops what is more;
+/// agents send it again.
+const MAX_INCOMING: usize = 1024;
+
+/// Datagrams that follow a first packet before it was looked at: the rest of a ClientHello, twice.
+const INCOMING_BUFFER: u64 = 16 * 1024;
+
+/// All of these together.
+const INCOMING_BUFFERS: u64 = 4 << 20;
+
 /// The largest packet that path discovery tries. Jumbo frames would take 8,952 bytes, but quinn hands the kernel up to
 /// ten packets in one segmented send, which fails above 65,507 bytes, and it takes that for loss.
 const MAX_PACKET: u16 = 6500;
@@ -167,7 +183,13 @@ pub(crate) fn server_config(
     let crypto = QuicServerConfig::try_from(tls).map_err(|error| TunnelError::Tls(error.to_string()))?;
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
     // The server opens all streams; an agent may open none.
-    config.transport_config(Arc::new(transport(limits, 0)));
+    let mut transport = transport(limits, 0);
+    transport.initial_rtt(INITIAL_RTT);
+    config
+        .transport_config(Arc::new(transport))
+        .max_incoming(MAX_INCOMING)
+        .incoming_buffer_size(INCOMING_BUFFER)
+        .incoming_buffer_size_total(INCOMING_BUFFERS);
     Ok(config)
 }
 

@@ -7,7 +7,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     task::{Context, Poll},
     time::Duration,
@@ -49,6 +49,11 @@ const MAX_CLIENT_HELLO: usize = 16 * 1024;
 /// The pause after the system had no descriptor or memory for a new connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// A handshake over QUIC that is given up is kept by the library for most of a second, and takes about 100 KiB. So many are
+/// kept for each that may be under way, which is 1,700 a second with the default limit; beyond them newcomers get no answer,
+/// and an agent asks again by itself, or has its tunnel over HTTP/2.
+const LINGERING: usize = 3;
+
 /// What a listener for agents needs.
 #[derive(Clone)]
 pub struct ListenerConfig {
@@ -82,16 +87,27 @@ pub struct Rejections {
     pub tls: u64,
     /// Not done within the handshake time limit.
     pub timed_out: u64,
-    /// Dropped, as the oldest, because too many handshakes were under way.
+    /// Dropped, as the oldest, because too many handshakes were under way; over QUIC also not answered for that reason.
     pub overload: u64,
     /// Closed by the peer in mid-handshake.
     pub closed: u64,
+}
+
+/// What there is on the QUIC port besides tunnels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QuicHandshakes {
+    /// First packets since the start that were answered with a request to prove the address they seem to come from (Retry,
+    /// RFC 9000, section 8.1.2). Nothing is kept of them. An agent sends one or two.
+    pub retries: u64,
+    /// Handshakes under way now, and those that ended without a tunnel a moment ago.
+    pub half_open: usize,
 }
 
 /// Accepts agents. Handshakes run side by side; dropping the listener ends them.
 pub struct TunnelListener {
     local_addr: SocketAddr,
     quic_addr: Option<SocketAddr>,
+    quic: Option<quinn::Endpoint>,
     accepted: mpsc::Receiver<Accepted>,
     counters: Arc<Counters>,
     _tasks: Vec<AbortOnDropHandle<()>>,
@@ -128,8 +144,11 @@ pub struct PendingTunnel {
 
 enum PendingCarrier {
     H2 { records: Box<Records>, tcp: TcpStream, early: Early },
-    Quic(quinn::Connection),
+    Quic(quinn::Connection, Established),
 }
+
+/// Counts a QUIC connection among those that are no handshake any more, while it is held.
+struct Established(Arc<Counters>);
 
 /// A handle on an attached tunnel. The tunnel ends when the last clone is dropped.
 #[derive(Clone)]
@@ -148,6 +167,8 @@ struct Counters {
     timed_out: AtomicU64,
     overload: AtomicU64,
     closed: AtomicU64,
+    retries: AtomicU64,
+    established: AtomicUsize,
 }
 
 /// What every handshake needs.
@@ -177,8 +198,8 @@ impl TunnelListener {
             counters: counters.clone(),
         });
         let mut tasks = Vec::new();
-        let quic_addr = match config.quic {
-            None => None,
+        let (quic_addr, quic) = match config.quic {
+            None => (None, None),
             Some(mut address) => {
                 if address.port() == 0 {
                     address.set_port(local_addr.port());
@@ -188,13 +209,13 @@ impl TunnelListener {
                 let endpoint = quic::bind(address, server, &config.reset_key)
                     .map_err(|source| BindError::Quic { address, source })?;
                 let bound = endpoint.local_addr().map_err(|source| BindError::Quic { address, source })?;
-                let accept = acceptor.clone().accept_quic(endpoint);
+                let accept = acceptor.clone().accept_quic(endpoint.clone());
                 tasks.push(AbortOnDropHandle::new(tokio::spawn(accept.in_current_span())));
-                Some(bound)
+                (Some(bound), Some(endpoint))
             }
         };
         tasks.push(AbortOnDropHandle::new(tokio::spawn(acceptor.accept_tcp(tcp).in_current_span())));
-        Ok(Self { local_addr, quic_addr, accepted, counters, _tasks: tasks })
+        Ok(Self { local_addr, quic_addr, quic, accepted, counters, _tasks: tasks })
     }
 
     pub fn local_addr(&self) -> SocketAddr {
@@ -219,6 +240,36 @@ impl TunnelListener {
             overload: load(&self.counters.overload),
             closed: load(&self.counters.closed),
         }
+    }
+
+    /// Those of the QUIC port; nothing without one.
+    pub fn quic_handshakes(&self) -> QuicHandshakes {
+        QuicHandshakes {
+            retries: self.counters.retries.load(Ordering::Relaxed),
+            half_open: self.quic.as_ref().map_or(0, |endpoint| self.counters.half_open(endpoint)),
+        }
+    }
+}
+
+// === impl Counters ===
+
+impl Counters {
+    /// Connections that the endpoint keeps and that are no tunnels.
+    fn half_open(&self, endpoint: &quinn::Endpoint) -> usize {
+        endpoint.open_connections().saturating_sub(self.established.load(Ordering::Relaxed))
+    }
+}
+
+impl Established {
+    fn new(counters: &Arc<Counters>) -> Self {
+        counters.established.fetch_add(1, Ordering::Relaxed);
+        Self(counters.clone())
+    }
+}
+
+impl Drop for Established {
+    fn drop(&mut self) {
+        self.0.established.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -251,6 +302,7 @@ impl Acceptor {
             tokio::select! {
                 incoming = endpoint.accept() => {
                     let Some(incoming) = incoming else { return };
+                    let Some(incoming) = self.admit_quic(&endpoint, incoming) else { continue };
                     let remote = incoming.remote_address();
                     let handshake = self.clone().handshake_quic(incoming);
                     handshakes.start(&self, handshake.instrument(tracing::debug_span!("handshake", agent.addr = %remote)));
@@ -258,6 +310,24 @@ impl Acceptor {
                 Some(_) = handshakes.running.join_next() => {}
             }
         }
+    }
+
+    /// Whoever may begin a handshake: at an address that he has proved, while there is room. The others cost no task, no
+    /// place and no memory.
+    fn admit_quic(&self, endpoint: &quinn::Endpoint, incoming: quinn::Incoming) -> Option<quinn::Incoming> {
+        // The address is proved first: a handshake sends more than it received.
+        if !incoming.remote_address_validated() {
+            self.counters.retries.fetch_add(1, Ordering::Relaxed);
+            // Fails for addresses only that are proved already.
+            let _ = incoming.retry();
+            return None;
+        }
+        if self.counters.half_open(endpoint) >= self.limits.max_handshakes * (1 + LINGERING) {
+            self.counters.overload.fetch_add(1, Ordering::Relaxed);
+            incoming.ignore();
+            return None;
+        }
+        Some(incoming)
     }
 
     async fn handshake_tcp(self: Arc<Self>, tcp: TcpStream, remote: SocketAddr) {
@@ -268,36 +338,25 @@ impl Acceptor {
     async fn handshake_quic(self: Arc<Self>, incoming: quinn::Incoming) {
         let handshake = tokio::time::timeout(self.limits.handshake_timeout, async {
             let remote_addr = incoming.remote_address();
-            // The address is proved first: a handshake sends more than it received.
-            if !incoming.remote_address_validated() {
-                return match incoming.retry() {
-                    Ok(()) => Ok(None),
-                    Err(_) => Err(TunnelError::Closed("the QUIC handshake")),
-                };
-            }
             let config = quic::server_config(self.tls.config(&[quic::ALPN]), &self.limits)?;
             let connecting =
                 incoming.accept_with(Arc::new(config)).map_err(|error| quic::connection_error(&error))?;
             let connection = connecting.await.map_err(|error| quic::connection_error(&error))?;
-            Ok(Some(Accepted::Tunnel(PendingTunnel {
+            Ok(Accepted::Tunnel(PendingTunnel {
                 peer_certificates: quic::peer_certificates(&connection),
-                carrier: PendingCarrier::Quic(connection),
+                carrier: PendingCarrier::Quic(connection, Established::new(&self.counters)),
                 remote_addr,
                 limits: self.limits.clone(),
                 budget: self.budget.clone(),
-            })))
+            }))
         });
         self.conclude(handshake.await).await;
     }
 
-    async fn conclude(
-        &self,
-        result: Result<Result<Option<Accepted>, TunnelError>, tokio::time::error::Elapsed>,
-    ) {
+    async fn conclude(&self, result: Result<Result<Accepted, TunnelError>, tokio::time::error::Elapsed>) {
         let counter = match result {
             // A closed queue means that the listener is being dropped.
-            Ok(Ok(Some(accepted))) => return drop(self.accepted.send(accepted).await),
-            Ok(Ok(None)) => return,
+            Ok(Ok(accepted)) => return drop(self.accepted.send(accepted).await),
             Err(_) => &self.counters.timed_out,
             Ok(Err(TunnelError::Io(_) | TunnelError::Closed(_))) => &self.counters.closed,
             Ok(Err(error)) => {
@@ -308,21 +367,17 @@ impl Acceptor {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    async fn establish(
-        &self,
-        mut tcp: TcpStream,
-        remote_addr: SocketAddr,
-    ) -> Result<Option<Accepted>, TunnelError> {
+    async fn establish(&self, mut tcp: TcpStream, remote_addr: SocketAddr) -> Result<Accepted, TunnelError> {
         let (first, native) = read_client_hello(&mut tcp).await?;
         if native {
             let (records, early) = Records::accept(&mut tcp, self.tls.config(&[H2_ALPN]), first).await?;
-            return Ok(Some(Accepted::Tunnel(PendingTunnel {
+            return Ok(Accepted::Tunnel(PendingTunnel {
                 peer_certificates: records.peer_certificates(),
                 carrier: PendingCarrier::H2 { records: Box::new(records), tcp, early },
                 remote_addr,
                 limits: self.limits.clone(),
                 budget: self.budget.clone(),
-            })));
+            }));
         }
         let acceptor = tls::TlsAcceptor::from(self.tls.config(&[b"http/1.1"]));
         let stream = acceptor
@@ -330,11 +385,7 @@ impl Acceptor {
             .await
             .map_err(|error| TunnelError::Tls(error.to_string()))?;
         let peer_certificates = stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
-        Ok(Some(Accepted::Https(HttpsConnection {
-            stream: Box::new(stream),
-            peer_certificates,
-            remote_addr,
-        })))
+        Ok(Accepted::Https(HttpsConnection { stream: Box::new(stream), peer_certificates, remote_addr }))
     }
 }
 
@@ -456,7 +507,7 @@ impl PendingTunnel {
     pub fn carrier(&self) -> Carrier {
         match self.carrier {
             PendingCarrier::H2 { .. } => Carrier::H2,
-            PendingCarrier::Quic(_) => Carrier::Quic,
+            PendingCarrier::Quic(..) => Carrier::Quic,
         }
     }
 
@@ -510,10 +561,16 @@ impl PendingTunnel {
                 let driver = tokio::spawn(async { drop(driver.await) }.in_current_span());
                 (Session::H2(link), AbortOnDropHandle::new(driver))
             }
-            PendingCarrier::Quic(connection) => {
+            PendingCarrier::Quic(connection, established) => {
                 let link = QuicLink::new(connection, self.limits, &self.budget);
                 let watch = link.clone().watch();
-                let driver = tokio::spawn(async { drop(watch.await) }.in_current_span());
+                let driver = tokio::spawn(
+                    async move {
+                        drop(watch.await);
+                        drop(established);
+                    }
+                    .in_current_span(),
+                );
                 (Session::Quic(link), AbortOnDropHandle::new(driver))
             }
         }
