@@ -276,6 +276,7 @@ impl Bound {
                 &changing,
                 &self.registry.admission.metrics,
                 &self.registry.store,
+                tls.clone(),
             ),
             reading,
             changing,

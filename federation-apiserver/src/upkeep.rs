@@ -175,6 +175,11 @@ impl Upkeep {
         });
     }
 
+    /// How many were not.
+    pub(crate) fn failures(&self) -> u64 {
+        self.progress.borrow().failed
+    }
+
     fn step(&self, step: Step) {
         self.progress.send_modify(|progress| progress.step = step);
     }
@@ -212,7 +217,7 @@ async fn work(registry: &Registry, upkeep: &Upkeep, job: Job) -> Result<(), ApiE
     upkeep.progress.send_modify(|progress| progress.size_before = before);
     if job == Job::Rewrite {
         crate::encryption::rewrite_all(registry, upkeep).await?;
-        let failed = upkeep.progress.borrow().failed;
+        let failed = upkeep.failures();
         if failed > 0 {
             return Err(ApiError::unavailable(format!(
                 "{failed} objects were not rewritten, so the history was kept too"

@@ -17,16 +17,28 @@ const HOUR: Duration = Duration::from_secs(3600);
 
 /// The status of a request for something that only administrators may read.
 async fn ask(server: &Server, ca: &str, name: &str, who: Option<&IssuedCertificate>) -> io::Result<u16> {
+    let text = fetch(server, ca, name, who, "/api/v1/secrets").await?;
+    text.split(' ').nth(1).and_then(|code| code.parse().ok()).ok_or_else(|| io::Error::other(text))
+}
+
+/// The answer, head and body.
+async fn fetch(
+    server: &Server,
+    ca: &str,
+    name: &str,
+    who: Option<&IssuedCertificate>,
+    path: &str,
+) -> io::Result<String> {
     let identity = who.map(|who| (who.certificate_pem.as_str(), who.key_pem.as_str()));
     let tls = ClientTls::from_pem(ca, identity).expect("client TLS");
     let tcp = TcpStream::connect(server.address).await?;
     let name = ServerName::try_from(name.to_owned()).expect("a name");
     let mut stream = tls.connector(&[b"http/1.1"]).connect(name, tcp).await?;
-    stream.write_all(b"GET /api/v1/secrets HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await?;
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await?;
-    let text = String::from_utf8_lossy(&answer).into_owned();
-    text.split(' ').nth(1).and_then(|code| code.parse().ok()).ok_or_else(|| io::Error::other(text))
+    Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
 fn write(dir: &Path, issued: &IssuedCertificate) -> ServingConfig {
@@ -75,6 +87,21 @@ async fn given_certificates_are_served_and_followed() {
     let name = tls_name(&server.kubeconfig).expect("the kubeconfig asks for the server's own name");
     assert_eq!(ask(&server, &own_ca, &name, Some(&admin)).await.expect("an answer"), 200);
     ask(&server, &own_ca, "hub.example", Some(&admin)).await.expect_err("the given one is another's");
+
+    // Whoever watches sees all four of them end.
+    let metrics = fetch(&server, &own_ca, &name, Some(&admin), "/metrics").await.expect("an answer");
+    let end = |certificate: &str| {
+        let series = format!(
+            "cellway_apiserver_certificate_expiry_timestamp_seconds{{certificate=\"{certificate}\"}} "
+        );
+        let value = metrics.lines().find_map(|line| line.strip_prefix(&series));
+        value.unwrap_or_else(|| panic!("no {series}in\n{metrics}")).parse::<u64>().expect("a time")
+    };
+    let now =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs();
+    assert!(end("serving") <= now + HOUR.as_secs(), "the given one");
+    assert!(end("own") > now + 80 * 24 * 3600, "the server's own");
+    assert!(end("ca") > end("own") && end("client-ca") > now);
 
     // Both change.
     write(dir.path(), &named("new.example"));

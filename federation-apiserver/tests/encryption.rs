@@ -380,16 +380,42 @@ async fn a_kms_plugin_holds_the_key() {
         (0, 1, &json!(0)),
         "{status}"
     );
+    let metrics = program.server.get("/metrics").await.text;
+    for line in [
+        "cellway_apiserver_encryption_kms_healthy{provider_name=\"vault\"} 1",
+        "cellway_apiserver_encryption_stale_objects 0",
+        "cellway_apiserver_encryption_key{resources=\"secrets,*.types.kubefed.io\",provider=\"kms/vault\",key=\"sha256:",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in\n{metrics}");
+    }
+    assert_eq!(program.server.get("/readyz/kms-providers").await.text, "ok");
     // Out of order: said, and what needs it fails, the rest goes on.
     plugin.lock().healthy = false;
     let status = program.server.get("/encryption").await.body;
     assert!(status["problems"][0].as_str().is_some_and(|p| p.contains("out of order")), "{status}");
     readable(&program.server, "s3").await;
+    // `GET /encryption` has asked the plug-in. Whoever watches hears of it, and may decide to be ready without it.
+    for page in ["/readyz", "/healthz"] {
+        let all = program.server.get(&format!("{page}?verbose")).await;
+        assert!(all.code == 500 && all.text.contains("[-]kms-providers failed\n"), "{page}: {}", all.text);
+        assert_eq!(program.server.get(&format!("{page}/kms-providers")).await.code, 500);
+        let without = program.server.get(&format!("{page}?verbose&exclude=kms-providers")).await;
+        assert!(
+            without.code == 200 && without.text.contains("[+]kms-providers excluded: ok\n"),
+            "{}",
+            without.text
+        );
+    }
+    assert_eq!(program.server.get("/livez").await.text, "ok", "a restart does not help it");
+    let metrics = program.server.get("/metrics").await.text;
+    assert!(metrics.contains("encryption_kms_healthy{provider_name=\"vault\"} 0"), "{metrics}");
     program.stop().await;
     drop(running);
     let _ = std::fs::remove_file(&socket);
     let program = Program::start(dir.path(), &config).await;
     assert_eq!(program.server.get(&format!("{SECRETS}/s3")).await.code, 500);
+    let metrics = program.server.get("/metrics").await.text;
+    assert!(metrics.contains("encryption_failures_total{operation=\"decrypt\"} "), "{metrics}");
     let open = json!({"metadata": {"name": "open"}});
     assert_eq!(
         program.server.call("POST", "/api/v1/namespaces/default/configmaps", Some(&open)).await.code,

@@ -3,6 +3,8 @@
 //! Label values are bounded: a cluster is one for which the CA has signed (a request for an unknown one counts under
 //! the empty name), outcomes and reasons are words of [`crate::error::ProxyError::code`] and of [`crate::agents`].
 
+use std::time::SystemTime;
+
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -42,6 +44,13 @@ pub struct ByteLabels {
     pub cluster: String,
     /// `sent` to the member or `received` from it.
     pub direction: &'static str,
+}
+
+/// One of the listeners' certificates.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CertificateLabels {
+    /// `agents`, `connect` and `api-proxy`: what those are served with who come there; with `-ca`: who signs theirs.
+    pub certificate: &'static str,
 }
 
 /// Something turned away.
@@ -95,6 +104,8 @@ pub struct ServerMetrics {
     pub tunnel_cuts: Counter,
     /// When the first certificate of a member's connected agents expires, in Unix time.
     pub agent_certificate_expiry: Family<ClusterLabels, Gauge>,
+    /// When one of the listeners' certificates expires, in Unix time.
+    pub certificate_expiry: Family<CertificateLabels, Gauge>,
 }
 
 // === impl ServerMetrics ===
@@ -118,6 +129,7 @@ impl Default for ServerMetrics {
             tunnel_memory_limit: Gauge::default(),
             tunnel_cuts: Counter::default(),
             agent_certificate_expiry: Family::default(),
+            certificate_expiry: Family::default(),
         }
     }
 }
@@ -194,6 +206,20 @@ impl ServerMetrics {
             Unit::Seconds,
             self.agent_certificate_expiry.clone(),
         );
+        r.register_with_unit(
+            "certificate_expiry_timestamp",
+            "When a certificate of a listener, or the authority of its clients, expires, in Unix time",
+            Unit::Seconds,
+            self.certificate_expiry.clone(),
+        );
+    }
+
+    /// Shows when a certificate in force ends.
+    pub fn show_certificate(&self, certificate: &'static str, end: Option<SystemTime>) {
+        if let Some(since) = end.and_then(|end| end.duration_since(SystemTime::UNIX_EPOCH).ok()) {
+            let seconds = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
+            self.certificate_expiry.get_or_create(&CertificateLabels { certificate }).set(seconds);
+        }
     }
 
     /// Shows what the tunnels' budget has promised.
@@ -241,6 +267,9 @@ mod tests {
         metrics.bytes.get_or_create(&ByteLabels { cluster: "east".to_owned(), direction: "sent" }).inc();
         metrics.show_memory(&tunnel::Budget::new(1 << 20));
         metrics.show_quic_handshakes(tunnel::QuicHandshakes { retries: 9, half_open: 4 });
+        metrics
+            .show_certificate("agents-ca", Some(SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(8)));
+        metrics.show_certificate("connect", None);
         metrics.agent_certificate_expiry.get_or_create(&ClusterLabels { cluster: "east".to_owned() }).set(7);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
@@ -256,6 +285,7 @@ mod tests {
             "cellway_server_quic_retries_total 9",
             "cellway_server_quic_half_open 4",
             "cellway_server_agent_certificate_expiry_timestamp_seconds{cluster=\"east\"} 7",
+            "cellway_server_certificate_expiry_timestamp_seconds{certificate=\"agents-ca\"} 8",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }

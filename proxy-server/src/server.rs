@@ -113,6 +113,8 @@ pub struct Parts {
     pub api_proxy: ApiProxy<ServerTunnel>,
     /// The memory of all tunnels.
     pub budget: Arc<Budget>,
+    /// The listeners' certificates, by who comes there.
+    certificates: Vec<(&'static str, &'static str, ServerTls)>,
 }
 
 /// Where the server listens.
@@ -191,9 +193,15 @@ impl Parts {
     pub fn register(&self, metrics: &SharedRegistry) {
         metrics.with(|registry| self.metrics.register(registry));
         let (registry, counted, budget) = (self.registry.clone(), self.metrics.clone(), self.budget.clone());
+        let certificates = self.certificates.clone();
         metrics.before_scrape(move || {
             registry.sample();
             counted.show_memory(&budget);
+            for &(served, authority, ref tls) in &certificates {
+                let ends = tls.ends();
+                counted.show_certificate(served, ends.served);
+                counted.show_certificate(authority, ends.client_cas.first().copied());
+            }
         });
     }
 
@@ -202,7 +210,11 @@ impl Parts {
         let metrics = ServerMetrics::default();
         let registry = Registry::new(config.directory.clone(), config.strategies.clone(), metrics.clone());
         let api_proxy = ApiProxy::new(registry.clone(), config.limits.dial_timeout, config.access_log);
-        Self { registry, metrics, api_proxy, budget: Budget::new(config.agents.memory) }
+        let mut certificates = vec![("agents", "agents-ca", config.agents.tls.clone())];
+        certificates.extend(config.connect.as_ref().map(|it| ("connect", "connect-ca", it.tls.clone())));
+        certificates
+            .extend(config.api_proxy.as_ref().map(|it| ("api-proxy", "api-proxy-ca", it.tls.clone())));
+        Self { registry, metrics, api_proxy, budget: Budget::new(config.agents.memory), certificates }
     }
 }
 

@@ -13,7 +13,7 @@ use std::{
     fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use parking_lot::RwLock;
@@ -128,6 +128,17 @@ pub enum TlsVersions {
     From12,
 }
 
+/// When the certificates that a listener has in force end. What cannot be parsed is left out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CertificateEnds {
+    /// The listener's own.
+    pub served: Option<SystemTime>,
+    /// The one for those who ask for a name.
+    pub named: Option<SystemTime>,
+    /// Of each source of clients' CAs the last one: with it no client gets in any more.
+    pub client_cas: Vec<SystemTime>,
+}
+
 /// Where a PEM text comes from, now and at each reload.
 #[derive(Clone)]
 enum Source {
@@ -160,6 +171,7 @@ struct Current<C> {
     base: Arc<C>,
     /// The end entity's certificate, where there is one.
     certificate: Option<CertificateDer<'static>>,
+    ends: CertificateEnds,
     by_alpn: HashMap<Vec<Vec<u8>>, Arc<C>>,
 }
 
@@ -167,7 +179,12 @@ struct Current<C> {
 
 impl<C> Current<C> {
     fn new(fingerprint: [u8; 32], base: C, certificate: Option<CertificateDer<'static>>) -> Self {
-        Self { fingerprint, base: Arc::new(base), certificate, by_alpn: HashMap::new() }
+        let ends = CertificateEnds::default();
+        Self { fingerprint, base: Arc::new(base), certificate, ends, by_alpn: HashMap::new() }
+    }
+
+    fn with_ends(self, ends: CertificateEnds) -> Self {
+        Self { ends, ..self }
     }
 }
 
@@ -199,6 +216,10 @@ impl<S: Sources> Reloading<S> {
 
     fn certificate(&self) -> Option<CertificateDer<'static>> {
         self.current.read().certificate.clone()
+    }
+
+    fn ends(&self) -> CertificateEnds {
+        self.current.read().ends.clone()
     }
 
     fn reload(&self) -> Result<bool, TlsError> {

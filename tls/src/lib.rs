@@ -22,7 +22,9 @@ pub use authority::{AgentKey, AuthorityError, CertificateAuthority, IssuedCertif
 pub use certificate::{
     CaHash, CertificateError, InvalidCaHash, agent_identity, certificates_from_pem, user_of, validity,
 };
-pub use config::{ClientAuth, ClientTls, ServerTls, TlsError, TlsVersions, refuses_identity};
+pub use config::{
+    CertificateEnds, ClientAuth, ClientTls, ServerTls, TlsError, TlsVersions, refuses_identity,
+};
 pub use files::{FileError, read_bounded, write_private, write_public};
 pub use identity::{AgentId, AgentIdentity, ClusterName, InvalidIdentity, TrustDomain};
 pub use served::{REISSUE_INTERVAL, ServedCertificate, reissue};

@@ -152,6 +152,17 @@ impl KmsProvider {
         EncryptedObject::decode(data).ok().map(|object| object.key_id)
     }
 
+    /// The hash of the id of the key that writes use, as kube-apiserver's metrics show it; `None` before the first answer.
+    pub(super) fn key_hash(&self) -> Option<String> {
+        let current = self.current.read();
+        let (seed, _) = current.as_ref()?;
+        Some(
+            hash(seed.sealed.key_id.as_bytes())
+                .iter()
+                .fold("sha256:".to_owned(), |text, byte| text + &format!("{byte:02x}")),
+        )
+    }
+
     fn fresh(&self) -> Option<Arc<Seed>> {
         let current = self.current.read();
         current.as_ref().filter(|(_, at)| at.elapsed() < FRESH).map(|(seed, _)| seed.clone())
@@ -257,8 +268,8 @@ impl KmsProvider {
     }
 }
 
-fn hash(sealed: &[u8]) -> [u8; 32] {
-    Sha256::digest(sealed).into()
+fn hash(bytes: &[u8]) -> [u8; 32] {
+    Sha256::digest(bytes).into()
 }
 
 /// The key of one object.

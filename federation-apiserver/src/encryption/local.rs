@@ -38,6 +38,15 @@ impl Cipher {
         }
     }
 
+    /// The provider's name in the configuration.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::AesGcm => "aesgcm",
+            Self::AesCbc => "aescbc",
+            Self::SecretBox => "secretbox",
+        }
+    }
+
     pub(super) fn seal(self, key: &[u8], plain: &[u8], place: &[u8]) -> Result<Vec<u8>, Broken> {
         match self {
             Self::AesGcm => {

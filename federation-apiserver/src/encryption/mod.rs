@@ -11,6 +11,7 @@ mod config;
 mod grpc;
 mod kms;
 mod local;
+mod metrics;
 mod rewrite;
 pub(crate) mod store;
 
@@ -18,7 +19,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use parking_lot::RwLock;
@@ -27,6 +28,7 @@ pub(crate) use config::ConfigError;
 use config::{EncryptionConfig, Entry, Key, Provider};
 use kms::{KmsError, KmsProvider};
 use local::{Broken, Cipher};
+use metrics::{KeyLabels, Metrics};
 pub(crate) use rewrite::{rewrite, rewrite_all, status};
 
 /// How every encrypted value begins.
@@ -52,6 +54,9 @@ pub(crate) struct Encryption {
     /// Something could not be decrypted since it was last asked.
     unreadable: AtomicBool,
     current: RwLock<Arc<Providers>>,
+    /// Whether all plug-ins were well when they were last asked; false before the first time.
+    plugins_well: AtomicBool,
+    metrics: Metrics,
 }
 
 #[derive(Default)]
@@ -122,7 +127,11 @@ impl Encryption {
             (entry, transformers)
         });
         let entries = entries.collect();
-        *self.current.write() = Arc::new(Providers { entries, text });
+        let providers = Arc::new(Providers { entries, text });
+        self.metrics.forget_plugins();
+        self.metrics.keys(providers.keys());
+        self.plugins_well.store(false, Ordering::Relaxed);
+        *self.current.write() = providers;
         Ok(true)
     }
 
@@ -130,18 +139,47 @@ impl Encryption {
     pub(crate) async fn poll(&self) -> Vec<String> {
         let current = self.current.read().clone();
         let mut problems = Vec::new();
-        for transformer in current.entries.iter().flat_map(|(_, transformers)| transformers) {
-            if let Transformer::Kms(kms) = transformer
-                && let Err(error) = kms.refresh().await
-            {
+        for kms in current.plugins() {
+            let answer = kms.refresh().await;
+            self.metrics.plugin(&kms.config().name, answer.is_ok(), SystemTime::now());
+            if let Err(error) = answer {
                 problems.push(service::error_chain(&error));
             }
         }
+        self.metrics.keys(current.keys());
+        self.plugins_well.store(problems.is_empty(), Ordering::Relaxed);
         problems
+    }
+
+    /// Whether all KMS plug-ins were well when they were last asked, as `/readyz/kms-providers` says; `None` without a
+    /// configuration.
+    pub(crate) fn plugins_well(&self) -> Option<bool> {
+        self.path.as_ref()?;
+        let none = self.current.read().plugins().next().is_none();
+        Some(none || self.plugins_well.load(Ordering::Relaxed))
+    }
+
+    /// Registers what is counted here.
+    pub(crate) fn register(&self, registry: &mut prometheus_client::registry::Registry) {
+        self.metrics.register(registry);
+    }
+
+    /// So many objects are under an old key: somebody has looked.
+    fn note_stale(&self, objects: u64) {
+        self.metrics.stale(objects);
     }
 
     /// The stored form of a value.
     pub(crate) async fn seal(&self, key: &[u8], value: Bytes) -> Result<Bytes, EncryptionError> {
+        self.try_seal(key, value).await.inspect_err(|_| self.metrics.failed("encrypt"))
+    }
+
+    /// The value of a stored form.
+    pub(crate) async fn open(&self, key: &[u8], stored: Bytes) -> Result<Bytes, EncryptionError> {
+        self.try_open(key, stored).await.inspect_err(|_| self.metrics.failed("decrypt"))
+    }
+
+    async fn try_seal(&self, key: &[u8], value: Bytes) -> Result<Bytes, EncryptionError> {
         let current = self.current.read().clone();
         let Some(transformer) = current.of(key).and_then(|list| list.first()) else { return Ok(value) };
         let (mut stored, data) = match transformer {
@@ -161,8 +199,7 @@ impl Encryption {
         Ok(stored.into())
     }
 
-    /// The value of a stored form.
-    pub(crate) async fn open(&self, key: &[u8], stored: Bytes) -> Result<Bytes, EncryptionError> {
+    async fn try_open(&self, key: &[u8], stored: Bytes) -> Result<Bytes, EncryptionError> {
         if stored.is_empty() {
             return Ok(stored);
         }
@@ -267,6 +304,28 @@ pub(crate) async fn run(encryption: Arc<Encryption>, shutdown: tokio_util::sync:
 // === impl Providers ===
 
 impl Providers {
+    fn plugins(&self) -> impl Iterator<Item = &Arc<KmsProvider>> {
+        self.entries.iter().flat_map(|(_, transformers)| transformers).filter_map(|transformer| {
+            match transformer {
+                Transformer::Kms(kms) => Some(kms),
+                Transformer::Identity | Transformer::Local(..) => None,
+            }
+        })
+    }
+
+    /// What writes use, for people.
+    fn keys(&self) -> Vec<KeyLabels> {
+        let of = |(entry, transformers): &(Entry, Vec<Transformer>)| {
+            let (provider, key) = match transformers.first()? {
+                Transformer::Identity => ("identity".to_owned(), String::new()),
+                Transformer::Local(cipher, keys) => (cipher.name().to_owned(), keys.first()?.name.clone()),
+                Transformer::Kms(kms) => (format!("kms/{}", kms.config().name), kms.key_hash()?),
+            };
+            Some(KeyLabels { resources: entry.resources.join(","), provider, key })
+        };
+        self.entries.iter().filter_map(of).collect()
+    }
+
     /// What reads and writes values of this key's resource; `None`: nothing is said about it.
     fn of(&self, key: &[u8]) -> Option<&[Transformer]> {
         if self.entries.is_empty() {

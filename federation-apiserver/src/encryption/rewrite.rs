@@ -24,6 +24,8 @@ const ATTEMPTS: usize = 4;
 /// Objects and how many of them are under an old key, by resource and by provider and key.
 pub(crate) async fn status(registry: &Registry) -> Result<Value, ApiError> {
     let encryption = registry.store.encryption();
+    // First, as it decides what is under an old key.
+    let problems = encryption.poll().await;
     let mut found: BTreeMap<(String, String), (u64, u64)> = BTreeMap::new();
     let mut pages = Pages::default();
     while let Some(items) = pages.next(registry).await? {
@@ -44,8 +46,9 @@ pub(crate) async fn status(registry: &Registry) -> Result<Value, ApiError> {
         })
         .collect();
     let stale: u64 = found.values().map(|(_, stale)| stale).sum();
+    encryption.note_stale(stale);
     Ok(json!({"configured": encryption.is_configured(), "stale": stale, "objects": list,
-        "problems": encryption.poll().await}))
+        "problems": problems}))
 }
 
 /// The path of before, where an answer says that all is done: whoever reads it may take the old key away. Otherwise as
@@ -92,6 +95,7 @@ pub(crate) async fn rewrite_all(registry: &Registry, upkeep: &Upkeep) -> Result<
             .await;
         upkeep.looked_at(items.len() as u64);
     }
+    encryption.note_stale(upkeep.failures());
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! The API server's metrics, under kube-apiserver's names where they mean the same.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use http::StatusCode;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
@@ -10,7 +10,9 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use service::metrics::SharedRegistry;
+use tls::ServerTls;
 
+use crate::encryption::store::StoreHandle;
 use crate::fairness::Places;
 use crate::rbac::Attributes;
 use crate::registry::resource::Catalog;
@@ -46,6 +48,11 @@ struct KindLabels {
     request_kind: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CertificateLabels {
+    certificate: &'static str,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Code(u16);
 
@@ -74,7 +81,8 @@ impl Metrics {
         reading: &Places,
         changing: &Places,
         admission: &crate::admission::Metrics,
-        store: &federation_store::Store,
+        store: &StoreHandle,
+        tls: ServerTls,
     ) -> Self {
         let registry = SharedRegistry::new("cellway-apiserver");
         let metrics = Self {
@@ -86,8 +94,16 @@ impl Metrics {
         let inflight: Family<KindLabels, Gauge> = Family::default();
         let queued: Family<KindLabels, Gauge> = Family::default();
         let refused: Family<KindLabels, Gauge> = Family::default();
+        let expiry: Family<CertificateLabels, Gauge> = Family::default();
         registry.with(|registry| {
             metrics.register(registry);
+            store.encryption().register(registry);
+            registry.register_with_unit(
+                "cellway_apiserver_certificate_expiry_timestamp",
+                "When a certificate in force expires, in Unix time",
+                Unit::Seconds,
+                expiry.clone(),
+            );
             admission.register(registry);
             store.register(registry.sub_registry_with_prefix("cellway_store"));
             registry.register(
@@ -115,6 +131,16 @@ impl Metrics {
                 inflight.get_or_create(&labels).set(number(running));
                 queued.get_or_create(&labels).set(number(waiting));
                 refused.get_or_create(&labels).set(i64::try_from(places.refused()).unwrap_or(i64::MAX));
+            }
+            let ends = tls.ends();
+            // The authority of the server's own comes first; another is what `--client-ca-file` names.
+            let authorities = ["ca", "client-ca"].into_iter().zip(ends.client_cas.into_iter().map(Some));
+            let certificates = [("serving", ends.served), ("own", ends.named)].into_iter().chain(authorities);
+            for (certificate, end) in certificates {
+                if let Some(since) = end.and_then(|end| end.duration_since(SystemTime::UNIX_EPOCH).ok()) {
+                    let seconds = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
+                    expiry.get_or_create(&CertificateLabels { certificate }).set(seconds);
+                }
             }
         });
         metrics

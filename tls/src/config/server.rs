@@ -1,6 +1,12 @@
 //! The configuration of a listener.
 
-use std::{fmt, future::Future, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use rustls::{
     RootCertStore, ServerConfig,
@@ -11,9 +17,10 @@ use rustls_pki_types::CertificateDer;
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    ClientAuth, Current, Reloading, Source, Sources, TlsError, TlsVersions, certificates, fingerprint,
-    private_key, provider, roots,
+    CertificateEnds, ClientAuth, Current, Reloading, Source, Sources, TlsError, TlsVersions, certificates,
+    fingerprint, private_key, provider, roots,
 };
+use crate::certificate::validity;
 
 /// The current TLS configuration of a listener. Clones share it.
 #[derive(Clone)]
@@ -136,6 +143,11 @@ impl ServerTls {
         self.0.certificate()
     }
 
+    /// When the certificates in force end.
+    pub fn ends(&self) -> CertificateEnds {
+        self.0.ends()
+    }
+
     /// Reads the sources again; `true` when there was something new, which is then in force.
     ///
     /// # Errors
@@ -206,6 +218,10 @@ impl Sources for ServerSources {
         };
         let chain = certificates(&self.certificate, &certificate)?;
         let first = chain.first().cloned();
+        let mut ends = CertificateEnds { served: first.as_ref().and_then(end), ..CertificateEnds::default() };
+        for (source, pem) in self.client_cas.iter().zip(&client_cas) {
+            ends.client_cas.extend(certificates(source, pem)?.iter().filter_map(end).max());
+        }
         let refused = |source: &Source| {
             let origin = source.to_string();
             move |source| TlsError::Identity { origin, source }
@@ -216,6 +232,7 @@ impl Sources for ServerSources {
                 let others =
                     CertifiedKey::from_der(chain, secret, &provider).map_err(refused(&self.certificate))?;
                 let chain = certificates(certificate_source, &certificate)?;
+                ends.named = chain.first().and_then(end);
                 let secret = private_key(key_source, &key)?;
                 let named =
                     CertifiedKey::from_der(chain, secret, &provider).map_err(refused(certificate_source))?;
@@ -226,12 +243,16 @@ impl Sources for ServerSources {
         };
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        Ok(Some(Current::new(fingerprint, config, first)))
+        Ok(Some(Current::new(fingerprint, config, first).with_ends(ends)))
     }
 
     fn set_alpn(config: &mut ServerConfig, alpn: Vec<Vec<u8>>) {
         config.alpn_protocols = alpn;
     }
+}
+
+fn end(certificate: &CertificateDer<'static>) -> Option<SystemTime> {
+    validity(certificate).ok().map(|(_, end)| end)
 }
 
 // === impl ByName ===

@@ -272,10 +272,21 @@ async fn a_name_has_a_certificate_of_its_own_and_clients_come_from_two_authoriti
     connect(&server, &client(&own, &others), "inner.example").await.unwrap();
     connect(&server, &client(&own, &own), "hub.example").await.unwrap_err();
     connect(&server, &client(&own, &authority()), "inner.example").await.unwrap_err();
+    let end = |pem: &str| {
+        crate::certificate::validity(&crate::certificates_from_pem(pem.as_bytes()).unwrap()[0]).unwrap().1
+    };
+    let of = |file: &str| end(&fs::read_to_string(at(file)).unwrap());
+    let ends = crate::CertificateEnds {
+        served: Some(of("given.crt")),
+        named: Some(of("own.crt")),
+        client_cas: vec![of("own-ca"), of("others-ca")],
+    };
+    assert_eq!(server.ends(), ends);
     // Any of the files is followed.
     assert!(!server.reload().unwrap());
     write("own", &own.issue_server(&["other.example".to_owned()], HOUR).unwrap());
     assert!(server.reload().unwrap());
+    assert_eq!(server.ends().named, Some(of("own.crt")));
     connect(&server, &client(&own, &own), "inner.example").await.unwrap_err();
     fs::write(at("others-ca"), authority().certificate_pem()).unwrap();
     assert!(server.reload().unwrap());
