@@ -55,6 +55,7 @@ serviceAccount: {name: reached-by, annotations: {example.com/owner: network}}
 affinity: {nodeAffinity: {}}
 tolerations: [{operator: Exists}]
 priorityClassName: system-node-critical
+monitoring: {serviceMonitor: {enabled: true, interval: 1m, labels: {release: prometheus}}, prometheusRule: {enabled: true, labels: {release: prometheus}}}
 podAnnotations: {example.com/scrape: "true"}
 podLabels: {team: network}
 "#;
@@ -70,6 +71,7 @@ persistence: {size: 20Gi, storageClass: fast}
 extraArgs: ["--v=4"]
 affinity: {nodeAffinity: {}}
 tolerations: [{operator: Exists}]
+monitoring: {serviceMonitor: {enabled: true, labels: {release: prometheus}, apiSecret: cellway-hub-scrape}, prometheusRule: {enabled: true}}
 podAnnotations: {example.com/scrape: "true"}
 podLabels: {team: network}
 "#;
@@ -231,6 +233,7 @@ async fn the_charts_refuse_what_cannot_work() -> Result<()> {
         ("identity: {hostPath: relative}", "hostPath"),
         ("extraArgs: [v=4]", "extraArgs"),
         ("rbac: {impersonateUser: [jane]}", "impersonateUser"),
+        ("monitoring: {serviceMonitor: {interval: often}}", "interval"),
         ("imagePullPolicy: Always", "imagePullPolicy"),
     ];
     refuses_what_cannot_work(&AGENT, &bad).await?;
@@ -239,6 +242,7 @@ async fn the_charts_refuse_what_cannot_work() -> Result<()> {
         ("agents: {port: 0}", "port"),
         ("agentCertificateTTL: long", "agentCertificateTTL"),
         ("api: {service: {type: Ingress}}", "type"),
+        ("monitoring: {podMonitor: {enabled: true}}", "podMonitor"),
     ];
     refuses_what_cannot_work(&HUB, &bad).await
 }
