@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 use service::duration::GoDuration;
+use tls::AgentId;
 
 use crate::{
     failover::FailoverCommand,
@@ -298,6 +299,9 @@ pub(crate) struct AddArgs {
 pub(crate) struct RevokeArgs {
     /// The member.
     pub(crate) name: String,
+    /// Revoke this one of its agents only, as `cellway tunnels` names it.
+    #[arg(long, value_name = "ID")]
+    pub(crate) agent: Option<AgentId>,
     #[command(flatten)]
     pub(crate) hub: HubArgs,
     #[command(flatten)]

@@ -1,5 +1,7 @@
 //! `clusters`, `tunnels`, `connections` and `ping`: what is there and how it is doing.
 
+use std::collections::BTreeMap;
+
 use kube::api::{DynamicObject, ListParams};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -20,6 +22,9 @@ pub(crate) struct Cluster {
     pub(crate) conditions: Vec<Condition>,
     pub(crate) kubernetes_version: Option<String>,
     pub(crate) revoked_at: Option<String>,
+    /// Single agents, with the times of their revocations.
+    #[serde(default)]
+    pub(crate) revoked_agents: BTreeMap<String, String>,
     pub(crate) tunnels: u64,
     pub(crate) carriers: Vec<String>,
     pub(crate) connections: u64,
@@ -70,6 +75,10 @@ fn join(object: &DynamicObject, live: &Items<LiveCluster>) -> Cluster {
         conditions,
         kubernetes_version: object.data["status"]["kubernetesVersion"].as_str().map(str::to_owned),
         revoked_at: annotation("cellway.io/revoked-at"),
+        // One that cannot be read refuses all of them, which the hub says.
+        revoked_agents: annotation("cellway.io/revoked-agents")
+            .and_then(|text| serde_json::from_str(&text).ok())
+            .unwrap_or_default(),
         tunnels: live.map_or(0, |live| live.tunnels),
         carriers: live.map(|live| live.carriers.clone()).unwrap_or_default(),
         connections: live.map_or(0, |live| live.connections),
@@ -89,7 +98,7 @@ pub(crate) fn clusters_table(clusters: &[Cluster]) -> Table {
     let now = jiff::Timestamp::now();
     let mut table = Table::new("no clusters yet: `cellway cluster add NAME` makes one known")
         .columns(&["NAME", "READY", "TUNNELS", "CARRIER", "RTT", "CONNECTIONS", "VERSION", "AGE"])
-        .wide_columns(&["WHY"]);
+        .wide_columns(&["REVOKED AGENTS", "WHY"]);
     for cluster in clusters {
         let (ready, paint) = match (&cluster.revoked_at, cluster.ready) {
             // Revoked and not enrolled anew: tunnels come back only with a newer certificate.
@@ -118,6 +127,10 @@ pub(crate) fn clusters_table(clusters: &[Cluster]) -> Table {
             Cell::new(cluster.connections),
             Cell::option(cluster.kubernetes_version.as_ref()),
             Cell::option(cluster.created_at.as_ref().map(|time| age(time, now))),
+            Cell::option(
+                (!cluster.revoked_agents.is_empty())
+                    .then(|| cluster.revoked_agents.keys().cloned().collect::<Vec<_>>().join(",")),
+            ),
             Cell::new(why),
         ]);
     }
@@ -267,7 +280,8 @@ mod tests {
     fn joins_the_object_with_the_live_state() {
         let object: DynamicObject = serde_json::from_value(json!({
             "apiVersion": "core.kubefed.io/v1beta1", "kind": "KubeFedCluster",
-            "metadata": {"name": "east", "annotations": {"cellway.io/revoked-at": "2026-01-01T00:00:00Z"}},
+            "metadata": {"name": "east", "annotations": {"cellway.io/revoked-at": "2026-01-01T00:00:00Z",
+                "cellway.io/revoked-agents": "{\"node-7\": \"2026-01-02T00:00:00Z\"}"}},
             "status": {"kubernetesVersion": "v1.37.0", "conditions": [
                 {"type": "Ready", "status": "False", "reason": "X", "message": "no tunnel"},
                 {"type": "TunnelConnected", "status": "Unknown"}]}
@@ -281,6 +295,7 @@ mod tests {
         assert_eq!((cluster.ready, cluster.tunnels, cluster.rtt_millis), (Some(false), 2, Some(0.5)));
         let text = clusters_table(std::slice::from_ref(&cluster)).render(true, false);
         assert!(text.contains("Ready: no tunnel; TunnelConnected:"), "{text}");
+        assert!(text.contains("node-7"), "{text}");
         let gone = Cluster { tunnels: 0, ..cluster };
         assert!(clusters_table(&[gone]).render(false, false).contains("revoked"));
     }

@@ -153,12 +153,18 @@ pub(crate) async fn add(args: AddArgs) -> Result<()> {
     ))
 }
 
-/// `POST /cellway/v1/clusters/NAME/revoke`.
+/// `POST /cellway/v1/clusters/NAME/revoke` and `POST /cellway/v1/clusters/NAME/agents/ID/revoke`.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Revoked {
     cluster: String,
+    /// When it is one agent's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    agent: Option<String>,
     revoked_at: String,
+    /// The agent's tunnels to the hub that was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tunnels: Option<u64>,
     /// Enrolment tokens that nobody had used yet.
     tokens_removed: u64,
 }
@@ -167,17 +173,29 @@ pub(crate) async fn revoke(args: RevokeArgs) -> Result<()> {
     cluster_name(&args.name)?;
     let hub = Hub::open(&args.hub).await?;
     // The hub says when: this machine's clock has nothing to do with that of the certificates.
-    let path = format!("clusters/{}/revoke", args.name);
-    let revoked: Revoked = hub.admin_post(&path, &format!("revoke {}", args.name)).await?;
-    output::print(args.output.output, &revoked, |revoked| {
-        let mut table = Table::new("").columns(&["CLUSTER", "REVOKED AT", "TOKENS REMOVED"]);
-        table.row(vec![
-            Cell::new(&revoked.cluster),
-            Cell::new(&revoked.revoked_at).paint(Paint::Warn),
-            Cell::new(revoked.tokens_removed.to_string()),
-        ]);
-        table
-    })
+    let (path, what) = match &args.agent {
+        None => (format!("clusters/{}/revoke", args.name), args.name.clone()),
+        Some(agent) => (
+            format!("clusters/{}/agents/{agent}/revoke", args.name),
+            format!("agent {agent} of {}", args.name),
+        ),
+    };
+    let revoked: Revoked = hub.admin_post(&path, &format!("revoke {what}")).await?;
+    output::print(args.output.output, &revoked, revoked_table)
+}
+
+fn revoked_table(revoked: &Revoked) -> Table {
+    let mut row = vec![Cell::new(&revoked.cluster)];
+    let mut columns = vec!["CLUSTER"];
+    if let Some(agent) = &revoked.agent {
+        columns.extend(["AGENT", "TUNNELS"]);
+        row.extend([Cell::new(agent), Cell::option(revoked.tunnels)]);
+    }
+    columns.extend(["REVOKED AT", "TOKENS REMOVED"]);
+    row.extend([Cell::new(&revoked.revoked_at).paint(Paint::Warn), Cell::new(revoked.tokens_removed)]);
+    let mut table = Table::new("").columns(&columns);
+    table.row(row);
+    table
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use tunnel::{
     Accepted, Hello, HttpsConnection, PendingTunnel, Rejections, ServerHello, ServerTunnel, TunnelListener,
 };
 
-use crate::directory::{ClusterDirectory, Lookup};
+use crate::directory::{Admission, ClusterDirectory, Lookup};
 use crate::enrol::Enrolment;
 use crate::limit::{ClientPlace, ConcurrencyLimiter};
 use crate::metrics::RejectLabels;
@@ -96,6 +96,16 @@ pub enum Rejection {
         "cluster '{0}' has been revoked, or removed and added again, since this was issued: enrol it again with a new token"
     )]
     Revoked(String),
+    /// The certificate begins before its agent's revocation.
+    #[error(
+        "agent '{agent}' of cluster '{cluster}' has been revoked since this was issued: enrol it again with a new token"
+    )]
+    RevokedAgent {
+        /// The member.
+        cluster: String,
+        /// By the certificate.
+        agent: String,
+    },
     /// The hub does not know its members yet.
     #[error("the hub is starting: try again")]
     Starting,
@@ -139,6 +149,7 @@ impl Rejection {
             | Self::TrustDomain(_)
             | Self::UnknownCluster(_)
             | Self::Revoked(_)
+            | Self::RevokedAgent { .. }
             | Self::WrongCluster { .. }
             | Self::WrongAgent { .. } => tunnel::RefusalKind::Lasting,
         }
@@ -416,9 +427,14 @@ pub fn identity_of(
 }
 
 fn check_directory(directory: &ClusterDirectory, identity: &PeerIdentity) -> Result<(), Rejection> {
-    match directory.admits(&identity.cluster, identity.not_before) {
-        Lookup::Known(true) => Ok(()),
-        Lookup::Known(false) => Err(Rejection::Revoked(identity.cluster.clone())),
+    let agent = identity.agent_id.as_deref();
+    match directory.admits(&identity.cluster, agent, identity.not_before) {
+        Lookup::Known(Admission::Good) => Ok(()),
+        Lookup::Known(Admission::Revoked) => Err(Rejection::Revoked(identity.cluster.clone())),
+        Lookup::Known(Admission::AgentRevoked) => Err(Rejection::RevokedAgent {
+            cluster: identity.cluster.clone(),
+            agent: agent.unwrap_or_default().to_owned(),
+        }),
         Lookup::Unknown => Err(Rejection::UnknownCluster(identity.cluster.clone())),
         Lookup::NotSynced => Err(Rejection::Starting),
     }
@@ -474,6 +490,7 @@ impl Rejection {
             Self::TrustDomain(_) => "trust-domain",
             Self::UnknownCluster(_) => "unknown-cluster",
             Self::Revoked(_) => "revoked",
+            Self::RevokedAgent { .. } => "revoked-agent",
             Self::Starting => "starting",
             Self::WrongCluster { .. } => "wrong-cluster",
             Self::WrongAgent { .. } => "wrong-agent",

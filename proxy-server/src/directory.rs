@@ -16,6 +16,8 @@ pub struct ClusterInfo {
     pub created_at: Option<SystemTime>,
     /// What was issued at or before this moment is refused.
     pub revoked_at: Option<SystemTime>,
+    /// The same for single agents, by their names.
+    pub revoked_agents: BTreeMap<String, SystemTime>,
     /// What may be dialled besides the member's own API.
     pub allowed: DestinationPolicy,
     /// The hub object's labels.
@@ -49,6 +51,17 @@ pub enum Lookup<T> {
     Unknown,
     /// Not yet known: the hub is starting.
     NotSynced,
+}
+
+/// What becomes of a certificate or a token of a member.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// It is good.
+    Good,
+    /// It is from before the member's revocation, or from before its object.
+    Revoked,
+    /// It is from before its agent's revocation.
+    AgentRevoked,
 }
 
 /// How far the clocks of the hub's replicas may be apart: one makes the object, another issues for it.
@@ -86,9 +99,9 @@ impl ClusterDirectory {
         }
     }
 
-    /// Whether a certificate that begins, or a token that was made, at `issued_at` is good for `cluster` now.
-    pub fn admits(&self, cluster: &str, issued_at: SystemTime) -> Lookup<bool> {
-        self.lookup(cluster, |info| info.admits(issued_at))
+    /// Whether a certificate that begins, or a token that was made, at `issued_at` is good for this agent of `cluster` now.
+    pub fn admits(&self, cluster: &str, agent: Option<&str>, issued_at: SystemTime) -> Lookup<Admission> {
+        self.lookup(cluster, |info| info.admits(agent, issued_at))
     }
 
     /// Returns once the directory knows its members.
@@ -128,11 +141,19 @@ impl ClusterInfo {
     /// Whether what was issued at `issued_at` is good. All three times are in whole seconds: an object's first certificate
     /// may be of its own second, or of a clock that is a little behind, while one of the second of a revocation is taken
     /// for older.
-    fn admits(&self, issued_at: SystemTime) -> bool {
+    fn admits(&self, agent: Option<&str>, issued_at: SystemTime) -> Admission {
         // An error means that it was issued after.
         let before = |created: SystemTime| created.duration_since(issued_at).unwrap_or_default();
-        self.created_at.is_none_or(|created| before(created) <= CLOCK_SKEW)
-            && self.revoked_at.is_none_or(|revoked| issued_at > revoked)
+        let since = |revoked: Option<&SystemTime>| revoked.is_none_or(|revoked| issued_at > *revoked);
+        if self.created_at.is_some_and(|created| before(created) > CLOCK_SKEW)
+            || !since(self.revoked_at.as_ref())
+        {
+            Admission::Revoked
+        } else if !since(agent.and_then(|agent| self.revoked_agents.get(agent))) {
+            Admission::AgentRevoked
+        } else {
+            Admission::Good
+        }
     }
 
     /// Whether clients may dial `target` in this member.
@@ -154,23 +175,37 @@ mod tests {
     fn revocation_is_by_the_certificates_beginning() {
         let (feed, directory) = ClusterDirectory::fed();
         let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
-        assert_eq!(directory.admits("east", at), Lookup::NotSynced);
+        let admits = |cluster: &str, at| directory.admits(cluster, Some("a1"), at);
+        assert_eq!(admits("east", at), Lookup::NotSynced);
         let info = ClusterInfo { revoked_at: Some(at), ..ClusterInfo::default() };
         feed.send_replace(Arc::new(Snapshot { synced: true, clusters: [("east".to_owned(), info)].into() }));
-        assert_eq!(directory.admits("east", at), Lookup::Known(false));
-        assert_eq!(directory.admits("east", at + Duration::from_secs(1)), Lookup::Known(true));
-        assert_eq!(directory.admits("west", at), Lookup::Unknown);
+        assert_eq!(admits("east", at), Lookup::Known(Admission::Revoked));
+        assert_eq!(admits("east", at + Duration::from_secs(1)), Lookup::Known(Admission::Good));
+        assert_eq!(admits("west", at), Lookup::Unknown);
+    }
+
+    #[test]
+    fn one_agent_is_revoked_alone() {
+        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+        let info = ClusterInfo { revoked_agents: [("a1".to_owned(), at)].into(), ..ClusterInfo::default() };
+        let later = at + Duration::from_secs(1);
+        assert_eq!(info.admits(Some("a1"), at), Admission::AgentRevoked);
+        assert_eq!(info.admits(Some("a1"), later), Admission::Good, "enrolled anew");
+        assert_eq!(info.admits(Some("a2"), at), Admission::Good);
+        let both = ClusterInfo { revoked_at: Some(later), ..info };
+        assert_eq!(both.admits(Some("a1"), at), Admission::Revoked);
     }
 
     #[test]
     fn an_object_that_was_made_anew_knows_nothing_of_what_its_former_self_was_issued() {
         let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
         let anew = ClusterInfo { created_at: Some(at), ..ClusterInfo::default() };
-        assert!(!anew.admits(at - CLOCK_SKEW - Duration::from_secs(1)));
-        assert!(anew.admits(at - CLOCK_SKEW), "by a clock that is behind");
-        assert!(anew.admits(at) && anew.admits(at + Duration::from_secs(1)));
+        let good = |info: &ClusterInfo, at| info.admits(None, at) == Admission::Good;
+        assert!(!good(&anew, at - CLOCK_SKEW - Duration::from_secs(1)));
+        assert!(good(&anew, at - CLOCK_SKEW), "by a clock that is behind");
+        assert!(good(&anew, at) && good(&anew, at + Duration::from_secs(1)));
         let for_good = ClusterInfo { revoked_at: Some(ClusterInfo::revoked_for_good()), ..anew };
-        assert!(!for_good.admits(at + Duration::from_secs(100 * 365 * 24 * 3600)));
+        assert!(!good(&for_good, at + Duration::from_secs(100 * 365 * 24 * 3600)));
     }
 
     #[test]

@@ -27,7 +27,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use tls::{AgentId, AgentIdentity, CertificateAuthority, CertificateDer, ClusterName, TrustDomain};
 
-use crate::directory::{ClusterDirectory, Lookup};
+use crate::directory::{Admission, ClusterDirectory, Lookup};
 use crate::limit::RateLimiter;
 use crate::metrics::{DialLabels, ServerMetrics};
 use crate::status;
@@ -95,6 +95,9 @@ pub enum EnrolError {
         "cluster '{0}' has been revoked, or removed and added again, since this was issued: enrol it again with a new token"
     )]
     Revoked(String),
+    /// The certificate or the token is from before this agent's revocation.
+    #[error("agent '{0}' has been revoked since this was issued: enrol it again with a new token")]
+    RevokedAgent(String),
     /// Another agent redeemed the same token at the same time; it may be good for more.
     #[error("other agents are using this token at the same moment: try again later")]
     Contended,
@@ -300,9 +303,12 @@ impl Enrolment {
 
     /// Whether what was issued to the agent at `issued_at` is still good.
     fn admit(&self, identity: &AgentIdentity, issued_at: SystemTime) -> Result<(), EnrolError> {
-        match self.directory.admits(identity.cluster.as_str(), issued_at) {
-            Lookup::Known(true) => Ok(()),
-            Lookup::Known(false) => Err(EnrolError::Revoked(identity.cluster.to_string())),
+        match self.directory.admits(identity.cluster.as_str(), Some(identity.agent.as_str()), issued_at) {
+            Lookup::Known(Admission::Good) => Ok(()),
+            Lookup::Known(Admission::Revoked) => Err(EnrolError::Revoked(identity.cluster.to_string())),
+            Lookup::Known(Admission::AgentRevoked) => {
+                Err(EnrolError::RevokedAgent(identity.agent.to_string()))
+            }
             Lookup::Unknown => Err(EnrolError::UnknownCluster(identity.cluster.to_string())),
             Lookup::NotSynced => Err(EnrolError::Unavailable),
         }
@@ -441,7 +447,9 @@ impl EnrolError {
     fn status(&self) -> StatusCode {
         match self {
             Self::InvalidToken | Self::Expired | Self::NoCredential => StatusCode::UNAUTHORIZED,
-            Self::UnknownCluster(_) | Self::Revoked(_) | Self::NotThisAgent(_) => StatusCode::FORBIDDEN,
+            Self::UnknownCluster(_) | Self::Revoked(_) | Self::RevokedAgent(_) | Self::NotThisAgent(_) => {
+                StatusCode::FORBIDDEN
+            }
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
             Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable | Self::Contended => StatusCode::SERVICE_UNAVAILABLE,
@@ -452,7 +460,9 @@ impl EnrolError {
     fn reason(&self) -> &'static str {
         match self {
             Self::InvalidToken | Self::Expired | Self::NoCredential => "Unauthorized",
-            Self::UnknownCluster(_) | Self::Revoked(_) | Self::NotThisAgent(_) => "Forbidden",
+            Self::UnknownCluster(_) | Self::Revoked(_) | Self::RevokedAgent(_) | Self::NotThisAgent(_) => {
+                "Forbidden"
+            }
             Self::BadRequest(_) => "BadRequest",
             Self::RateLimited => "TooManyRequests",
             Self::Unavailable | Self::Contended => "ServiceUnavailable",
@@ -466,6 +476,7 @@ impl EnrolError {
             Self::Expired => "expired-token",
             Self::UnknownCluster(_) => "unknown-cluster",
             Self::Revoked(_) => "revoked",
+            Self::RevokedAgent(_) => "revoked-agent",
             Self::NoCredential => "no-credential",
             Self::NotThisAgent(_) => "not-this-agent",
             Self::BadRequest(_) => "bad-request",

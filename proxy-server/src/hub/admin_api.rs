@@ -84,10 +84,18 @@ pub struct AdminApi {
     pub client: kube::Client,
 }
 
-/// Why a cluster was not revoked.
+/// Agents of one cluster that are revoked one by one: their annotation stays far below what an object may carry.
+const MAX_REVOKED_AGENTS: usize = 500;
+
+/// How often a revocation is tried again that lost against another write to the cluster's object.
+const REVOCATIONS: usize = 8;
+
+/// Why a cluster, or one of its agents, was not revoked.
 enum RevokeError {
     Proxy(ProxyError),
     Api(kube::Error),
+    /// What the administrator asked for, or what stands in the object, cannot be.
+    Refused(String),
 }
 
 #[derive(Deserialize)]
@@ -109,6 +117,10 @@ impl AdminApi {
             .route(
                 "/cellway/v1/clusters/{name}/revoke",
                 post(revoke).layer(axum::middleware::from_fn(authorise_revoker)),
+            )
+            .route(
+                "/cellway/v1/clusters/{name}/agents/{agent}/revoke",
+                post(revoke_agent).layer(axum::middleware::from_fn(authorise_revoker)),
             )
             .fallback(async || {
                 status::response(StatusCode::NOT_FOUND, "NotFound", "no such page of the admin API")
@@ -162,6 +174,9 @@ impl AdminApi {
                     "name": name,
                     "known": info.is_some(),
                     "revokedAt": info.and_then(|info| info.revoked_at).map(rfc3339),
+                    "revokedAgents": info.map(|info| {
+                        info.revoked_agents.iter().map(|(agent, at)| (agent, rfc3339(*at))).collect::<BTreeMap<_, _>>()
+                    }).unwrap_or_default(),
                     "tunnels": entries.len(),
                     "carriers": carriers,
                     "connections": entries.iter().map(|entry| entry.tunnel.stats().connections).sum::<usize>(),
@@ -178,9 +193,7 @@ impl AdminApi {
     async fn revoke(&self, name: &str) -> Result<Value, RevokeError> {
         parse_cluster(name).map_err(RevokeError::Proxy)?;
         let clusters: Api<KubeFedCluster> = Api::namespaced(self.client.clone(), FEDERATION_NAMESPACE);
-        // Whole seconds, as in certificates.
-        let now = jiff::Timestamp::now();
-        let revoked_at = jiff::Timestamp::from_second(now.as_second()).unwrap_or(now);
+        let revoked_at = this_second();
         let patch = json!({ "metadata": { "annotations": { feed::REVOKED_AT: revoked_at.to_string() } } });
         match clusters.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await {
             Ok(_) => {}
@@ -192,14 +205,64 @@ impl AdminApi {
         let removed = tokens::remove_of(self.client.clone(), name, revoked_at.into());
         let removed = removed.await.map_err(RevokeError::Api)?;
         tracing::info!(cluster = name, %revoked_at, tokens = removed, "cluster revoked");
-        // What is made within this very second counts as older. Once it is over, a token that is made after this answer
-        // works.
-        let over = SystemTime::from(revoked_at) + Duration::from_secs(1);
-        tokio::time::sleep(
-            over.duration_since(SystemTime::now()).unwrap_or_default().min(Duration::from_secs(1)),
-        )
-        .await;
+        over(revoked_at).await;
         Ok(json!({ "cluster": name, "revokedAt": revoked_at.to_string(), "tokensRemoved": removed }))
+    }
+
+    /// The same for one agent. The cluster's tokens go all the same: whoever has the agent's machine may have one that
+    /// admits more agents.
+    async fn revoke_agent(&self, name: &str, agent: &str) -> Result<Value, RevokeError> {
+        parse_cluster(name).map_err(RevokeError::Proxy)?;
+        let agent = agent.parse::<tls::AgentId>().map_err(|error| RevokeError::Refused(error.to_string()))?;
+        let tunnels = self.registry.tunnels_of(name);
+        let tunnels = tunnels.iter().filter(|entry| entry.member.agent_id == agent.as_str()).count();
+        let revoked_at = self.note_revoked_agent(name, agent.as_str()).await?;
+        let removed = tokens::remove_of(self.client.clone(), name, revoked_at.into());
+        let removed = removed.await.map_err(RevokeError::Api)?;
+        tracing::info!(cluster = name, agent.id = %agent, %revoked_at, tunnels, tokens = removed, "agent revoked");
+        over(revoked_at).await;
+        Ok(json!({ "cluster": name, "agent": agent.as_str(), "revokedAt": revoked_at.to_string(),
+                   "tunnels": tunnels, "tokensRemoved": removed }))
+    }
+
+    /// Writes the revocation into the cluster's object, beside those of other agents.
+    async fn note_revoked_agent(&self, name: &str, agent: &str) -> Result<jiff::Timestamp, RevokeError> {
+        let clusters: Api<KubeFedCluster> = Api::namespaced(self.client.clone(), FEDERATION_NAMESPACE);
+        let mut attempts = 1;
+        loop {
+            let found = clusters.get_opt(name).await.map_err(RevokeError::Api)?;
+            let Some(found) = found else {
+                return Err(RevokeError::Proxy(ProxyError::UnknownCluster { cluster: name.to_owned() }));
+            };
+            let mut agents = feed::revoked_agents(&found).map_err(|error| {
+                RevokeError::Refused(format!(
+                    "the annotation {} of cluster '{name}' cannot be read, and refuses all its agents: repair it first: {error}",
+                    feed::REVOKED_AGENTS
+                ))
+            })?;
+            let revoked_at = this_second();
+            agents.insert(agent.to_owned(), revoked_at.into());
+            if agents.len() > MAX_REVOKED_AGENTS {
+                return Err(RevokeError::Refused(format!(
+                    "{MAX_REVOKED_AGENTS} agents of cluster '{name}' are revoked already: revoke the cluster, or take \
+                     those out of its annotation {} whose certificates have expired",
+                    feed::REVOKED_AGENTS
+                )));
+            }
+            let times: BTreeMap<&String, String> =
+                agents.iter().map(|(agent, at)| (agent, rfc3339(*at))).collect();
+            let text = serde_json::to_string(&times).unwrap_or_default();
+            // With the version that was read: what somebody else wrote meanwhile is not lost.
+            let patch = json!({ "metadata": { "resourceVersion": found.metadata.resource_version,
+                                              "annotations": { feed::REVOKED_AGENTS: text } } });
+            match clusters.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await {
+                Ok(_) => return Ok(revoked_at),
+                Err(kube::Error::Api(status)) if status.code == 409 && attempts < REVOCATIONS => {
+                    attempts += 1
+                }
+                Err(error) => return Err(RevokeError::Api(error)),
+            }
+        }
     }
 
     async fn ping(&self, name: &str) -> Result<Value, ProxyError> {
@@ -242,6 +305,20 @@ impl std::fmt::Debug for AdminApi {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("AdminApi").field(&self.info).finish()
     }
+}
+
+/// In whole seconds, as in certificates.
+fn this_second() -> jiff::Timestamp {
+    let now = jiff::Timestamp::now();
+    jiff::Timestamp::from_second(now.as_second()).unwrap_or(now)
+}
+
+/// What is made within the very second of a revocation counts as older. Once it is over, a token that is made after the
+/// answer works.
+async fn over(revoked_at: jiff::Timestamp) {
+    let over = SystemTime::from(revoked_at) + Duration::from_secs(1);
+    let rest = over.duration_since(SystemTime::now()).unwrap_or_default();
+    tokio::time::sleep(rest.min(Duration::from_secs(1))).await;
 }
 
 async fn ping_tunnel(entry: &Entry<ServerTunnel>) -> Value {
@@ -303,16 +380,25 @@ async fn authorise_revoker(request: Request<Body>, next: Next) -> Response {
     if user.is_some_and(|user| user.groups.iter().any(|group| group == REVOKERS)) {
         return next.run(request).await;
     }
-    status::response(StatusCode::FORBIDDEN, "Forbidden", "only system:masters may revoke a cluster")
+    status::response(StatusCode::FORBIDDEN, "Forbidden", "only system:masters may revoke")
 }
 
 async fn revoke(State(api): State<AdminApi>, Path(name): Path<String>) -> Response {
-    match api.revoke(&name).await {
+    revoked(&name, api.revoke(&name).await)
+}
+
+async fn revoke_agent(State(api): State<AdminApi>, Path((name, agent)): Path<(String, String)>) -> Response {
+    revoked(&name, api.revoke_agent(&name, &agent).await)
+}
+
+fn revoked(name: &str, outcome: Result<Value, RevokeError>) -> Response {
+    match outcome {
         Ok(report) => Json(report).into_response(),
+        Err(RevokeError::Refused(why)) => status::response(StatusCode::BAD_REQUEST, "BadRequest", &why),
         Err(RevokeError::Proxy(error)) => error_response(&error),
         Err(RevokeError::Api(error)) => {
-            tracing::warn!(cluster = name, error = %service::error_chain(&error), "failed to revoke a cluster");
-            let message = format!("the cluster may not be revoked in full; try again: {error}");
+            tracing::warn!(cluster = name, error = %service::error_chain(&error), "a revocation failed");
+            let message = format!("the revocation may not be complete; try again: {error}");
             status::response(StatusCode::INTERNAL_SERVER_ERROR, "InternalError", &message)
         }
     }

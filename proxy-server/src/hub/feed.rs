@@ -18,6 +18,9 @@ use tunnel::policy::DestinationPolicy;
 use super::FEDERATION_NAMESPACE;
 use crate::directory::{ClusterInfo, Snapshot};
 
+/// The same for single agents: a JSON object of RFC 3339 times by the agents' names.
+pub(super) const REVOKED_AGENTS: &str = "cellway.io/revoked-agents";
+
 /// What may be dialled besides the member's own API.
 const ALLOWED_DESTINATIONS: &str = "cellway.io/allowed-destinations";
 
@@ -74,6 +77,17 @@ fn info_of(cluster: &KubeFedCluster) -> ClusterInfo {
             ClusterInfo::revoked_for_good()
         }
     });
+    let (revoked_agents, readable) = match revoked_agents(cluster) {
+        Ok(agents) => (agents, true),
+        Err(error) => {
+            tracing::warn!(
+                cluster = %cluster.name_any(), %error,
+                "{REVOKED_AGENTS} cannot be read: every certificate and token is refused until it can"
+            );
+            (BTreeMap::new(), false)
+        }
+    };
+    let revoked_at = if readable { revoked_at } else { Some(ClusterInfo::revoked_for_good()) };
     let allowed = annotation(ALLOWED_DESTINATIONS)
         .map(str::parse::<DestinationPolicy>)
         .unwrap_or_else(|| Ok(DestinationPolicy::default()));
@@ -85,7 +99,16 @@ fn info_of(cluster: &KubeFedCluster) -> ClusterInfo {
         DestinationPolicy::default()
     });
     let created_at = cluster.creation_timestamp().map(|time| SystemTime::from(time.0));
-    ClusterInfo { created_at, revoked_at, allowed, labels: cluster.labels().clone() }
+    ClusterInfo { created_at, revoked_at, revoked_agents, allowed, labels: cluster.labels().clone() }
+}
+
+/// The agents that were revoked, and when.
+pub(super) fn revoked_agents(
+    cluster: &KubeFedCluster,
+) -> Result<BTreeMap<String, SystemTime>, serde_json::Error> {
+    let Some(text) = cluster.annotations().get(REVOKED_AGENTS) else { return Ok(BTreeMap::new()) };
+    let times: BTreeMap<String, jiff::Timestamp> = serde_json::from_str(text)?;
+    Ok(times.into_iter().map(|(agent, time)| (agent, SystemTime::from(time))).collect())
 }
 
 #[cfg(test)]
@@ -119,6 +142,16 @@ mod tests {
         let broken = info_of(&cluster(&[(REVOKED_AT, "yesterday"), (ALLOWED_DESTINATIONS, "10.0.0.0/99")]));
         assert_eq!(broken.revoked_at, Some(ClusterInfo::revoked_for_good()), "until it is repaired");
         assert!(broken.allowed.is_empty());
+        let agents = info_of(&cluster(&[(REVOKED_AGENTS, r#"{"node-1.example": "2026-11-21T10:00:00Z"}"#)]));
+        assert_eq!(agents.revoked_at, None);
+        assert_eq!(
+            agents.revoked_agents["node-1.example"],
+            SystemTime::from("2026-11-21T10:00:00Z".parse::<jiff::Timestamp>().unwrap())
+        );
+        for broken in ["node-1", r#"{"node-1": "yesterday"}"#] {
+            let broken = info_of(&cluster(&[(REVOKED_AGENTS, broken)]));
+            assert_eq!(broken.revoked_at, Some(ClusterInfo::revoked_for_good()), "until it is repaired");
+        }
         let mut made = cluster(&[]);
         assert_eq!(info_of(&made).created_at, None);
         made.metadata.creation_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(

@@ -1,6 +1,9 @@
 //! What goes wrong between a hub and its members: cut links, killed programs, and those who may not.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use e2e_tests::{Fleet, LIMIT, Options, START_LIMIT, TARGET_PORT, counter, download, errors, needs};
@@ -207,6 +210,31 @@ async fn those_who_may_not_are_refused() -> Result<()> {
         ensure!(refusals().await? == counted + 1.0, "the hub did not count the thief over {carrier}");
     }
     ensure!(fleet.tunnels("east").await?.iter().map(id).collect::<Vec<_>>() == before, "a thief serves east");
+
+    // One agent of two is revoked: its tunnel ends and it is told why, the other one's stays.
+    let agents = async || -> Result<BTreeSet<String>> {
+        let tunnels = fleet.tunnels("west").await?;
+        Ok(tunnels.iter().filter_map(|tunnel| tunnel["agentId"].as_str()).map(str::to_owned).collect())
+    };
+    let first = agents().await?;
+    let added = fleet.cellway_json(&["cluster", "add", "west"]).await?;
+    let second = agent_with(&fleet, "west", "node-2", &added)?;
+    let both = wait_until(
+        || async {
+            let both = agents().await?;
+            ensure!(both.len() == first.len() + 1, "{both:?}");
+            anyhow::Ok(both)
+        },
+        START_LIMIT,
+        "a second agent",
+    )
+    .await
+    .with_context(|| second.tail(20))?;
+    let id = both.difference(&first).next().context("no second agent")?;
+    let revoked = fleet.cellway_json(&["cluster", "revoke", "west", "--agent", id]).await?;
+    ensure!(revoked["tunnels"] == 1, "{revoked}");
+    says(&second, "has been revoked").await?;
+    ensure!(agents().await? == first, "another agent than the revoked one lost its tunnel, or it came back");
 
     // Revoked: the tunnels end within seconds, and the certificate opens no new one.
     let output = fleet.cellway(&["cluster", "revoke", "west"]).await?;
