@@ -2,8 +2,8 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    fs,
-    path::PathBuf,
+    fs, io,
+    path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
 };
@@ -15,8 +15,10 @@ use crate::error::{Error, Result};
 
 /// A hub drains its connections before it ends; longer than this is not waited for.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
-/// A log that is longer is set aside when a program starts.
+/// A log that is longer is set aside. With [`KEPT_LOGS`] it is some days of a fleet's access lines.
 const MAX_LOG: u64 = 16 << 20;
+/// Former parts of a log that are kept, `hub.log.1` being the newest.
+const KEPT_LOGS: u32 = 3;
 /// Lines of a log that an error shows.
 const TAIL_LINES: usize = 15;
 
@@ -64,10 +66,7 @@ impl Children {
         let tried = format!("start {}", program.name);
         let failed = |error: std::io::Error| Error::failed(&tried, error);
         let log = self.logs.join(format!("{}.log", program.name));
-        // Another one of this name may be running and write here too: its log stays.
-        if fs::metadata(&log).is_ok_and(|found| found.len() > MAX_LOG) {
-            fs::rename(&log, log.with_extension("log.old")).map_err(failed)?;
-        }
+        bound(&log, MAX_LOG).map_err(failed)?;
         let output = fs::File::options().create(true).append(true).open(&log).map_err(failed)?;
         let from = output.metadata().map_err(failed)?.len();
         let errors = output.try_clone().map_err(failed)?;
@@ -88,9 +87,13 @@ impl Children {
         Ok(())
     }
 
-    /// An error if one of them has ended, with the end of its log.
+    /// An error if one of them has ended, with the end of its log. To be called every now and then: it keeps the logs
+    /// within bounds as well.
     pub(super) fn check(&mut self) -> Result<()> {
         for running in &mut self.running {
+            if bound(&running.log, MAX_LOG).is_ok_and(|set_aside| set_aside) {
+                running.from = 0;
+            }
             if let Ok(Some(status)) = running.child.try_wait() {
                 let name = running.name.clone();
                 return Err(Error::failed(
@@ -134,9 +137,59 @@ impl Children {
     }
 }
 
+/// Sets aside what a log holds when that is more than `limit`; tells whether it did.
+///
+/// The file itself stays, emptied, because programs have it open and append to it, perhaps also one that another `up`
+/// has started. What they write between the copy and the emptying, some microseconds, is lost. Handing everything through
+/// this process instead would lose nothing and stop them all while this process is stopped (Ctrl-Z).
+fn bound(log: &Path, limit: u64) -> io::Result<bool> {
+    if fs::metadata(log).map_or(true, |found| found.len() <= limit) {
+        return Ok(false);
+    }
+    let former = |number: u32| log.with_extension(format!("log.{number}"));
+    for number in (1..KEPT_LOGS).rev() {
+        match fs::rename(former(number), former(number + 1)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    let copied = fs::copy(log, former(1));
+    // Also without room for the copy: a log that grows for ever is worse than a part of it that is missing.
+    let emptied = fs::File::options().write(true).open(log).and_then(|file| file.set_len(0));
+    if copied.is_err() {
+        let _ = fs::remove_file(former(1));
+    }
+    emptied.map(|()| true)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
+
+    #[test]
+    fn logs_are_bounded_while_they_are_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("hub.log");
+        assert!(!bound(&log, 10).unwrap(), "there is none");
+        let mut writer = fs::File::options().create(true).append(true).open(&log).unwrap();
+        let read = |name: &str| fs::read_to_string(folder.path().join(name)).unwrap_or_default();
+        for n in 0..6 {
+            writeln!(writer, "part {n} of a log").unwrap();
+            assert!(bound(&log, 10).unwrap());
+            assert_eq!(read("hub.log"), "");
+            assert_eq!(read("hub.log.1"), format!("part {n} of a log\n"));
+        }
+        writeln!(writer, "short").unwrap();
+        assert!(!bound(&log, 10).unwrap());
+        assert_eq!(read("hub.log"), "short\n", "whoever has it open goes on at its beginning");
+        assert_eq!(
+            (read("hub.log.2").as_str(), read("hub.log.3").as_str()),
+            ("part 4 of a log\n", "part 3 of a log\n")
+        );
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 4, "no more than so many are kept");
+    }
 
     #[tokio::test]
     async fn the_log_of_whoever_runs_already_stays() {
