@@ -24,6 +24,7 @@ pub(crate) fn run(quick: bool) -> Result<()> {
     problems.extend(files_without_purpose()?);
     problems.extend(broken_links()?);
     problems.extend(generate::stale_messages()?);
+    problems.extend(stale_fuzz_lock());
     if !problems.is_empty() {
         bail!("{} problem(s):\n  {}", problems.len(), problems.join("\n  "));
     }
@@ -35,6 +36,14 @@ pub(crate) fn run(quick: bool) -> Result<()> {
         .run()?;
     eprintln!("check: all good");
     Ok(())
+}
+
+/// The fuzz targets' own lock file does not follow the workspace's by itself. Nothing is downloaded but what it names.
+fn stale_fuzz_lock() -> Option<String> {
+    let manifest = "fuzz/Cargo.toml";
+    let resolved = ["metadata", "--locked", "--format-version", "1", "--manifest-path", manifest];
+    let told = "its lock file does not fit the workspace: run `cargo metadata --manifest-path fuzz/Cargo.toml`, which changes it as little as may be";
+    Cmd::new("cargo").args(resolved).read().err().map(|_| format!("{manifest}: {told}"))
 }
 
 /// The files of the project with this ending: tracked ones, and new ones that are not ignored.
