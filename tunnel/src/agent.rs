@@ -30,9 +30,11 @@ use crate::{
 const QUIC_HEAD_START: Duration = Duration::from_millis(250);
 
 /// How long QUIC goes on alone once HTTP/2 has failed: from its beginning, its first packet lost and a path of 250 ms.
-/// A server that is away, and one whose UDP nobody lets through, never answer it, and the next attempt finds the server
-/// back sooner than this one's end.
+/// A server that is away, and one whose UDP nobody lets through, never answer it.
 const QUIC_GRACE: Duration = Duration::from_secs(1);
+
+/// How often it is looked meanwhile whether the server is back: a restart of it costs no more than this at an agent.
+const QUIC_LOOK: Duration = Duration::from_millis(100);
 
 /// Dials that wait for [`AgentTunnel::accept`]; more are refused.
 const DIAL_QUEUE: usize = 1024;
@@ -136,6 +138,16 @@ async fn connect_carrier(options: ConnectOptions) -> Result<AgentTunnel, Connect
 
 /// QUIC with a head start against HTTP/2; the first to be established stays.
 async fn connect_first(options: &ConnectOptions) -> Result<Carried, ConnectError> {
+    loop {
+        if let Some(carried) = race_carriers(options).await? {
+            return Ok(carried);
+        }
+        debug!(server.addr = %options.address, "the server is back: both carriers are tried anew");
+    }
+}
+
+/// One try of both. None: the server was away when it began and is back.
+async fn race_carriers(options: &ConnectOptions) -> Result<Option<Carried>, ConnectError> {
     let quic = connect_quic(options);
     tokio::pin!(quic);
     let h2 = async {
@@ -150,18 +162,24 @@ async fn connect_first(options: &ConnectOptions) -> Result<Carried, ConnectError
         },
         result = &mut h2 => match result {
             Ok(carried) => (carried, Some("slower to establish, or blocked".to_owned())),
-            Err(error) => match tokio::time::timeout(QUIC_GRACE, quic).await {
-                Ok(Ok(carried)) => {
-                    debug!(error = %chain(&error), "HTTP/2 failed first");
-                    (carried, None)
+            Err(error) => {
+                let alone = tokio::select! {
+                    alone = tokio::time::timeout(QUIC_GRACE, quic) => alone,
+                    () = listens_again(options, &error) => return Ok(None),
+                };
+                match alone {
+                    Ok(Ok(carried)) => {
+                        debug!(error = %chain(&error), "HTTP/2 failed first");
+                        (carried, None)
+                    }
+                    // An answer says more than silence.
+                    Err(_) => return Err(error),
+                    Ok(Err(quic)) => {
+                        debug!(error = %chain(&quic), "QUIC failed too");
+                        return Err(error);
+                    }
                 }
-                // An answer says more than silence.
-                Err(_) => return Err(error),
-                Ok(Err(quic)) => {
-                    debug!(error = %chain(&quic), "QUIC failed too");
-                    return Err(error);
-                }
-            },
+            }
         },
     };
     match lost {
@@ -170,7 +188,21 @@ async fn connect_first(options: &ConnectOptions) -> Result<Carried, ConnectError
             info!(server.addr = %options.address, carrier = "h2", why, "the auto carrier chose HTTP/2 over QUIC")
         }
     }
-    Ok(carried)
+    Ok(Some(carried))
+}
+
+/// Ends when the server takes TCP connections after `error`, which was that it took none. QUIC does not notice that: it
+/// sends its first packet again after a second.
+async fn listens_again(options: &ConnectOptions, error: &ConnectError) {
+    if !matches!(error, ConnectError::Egress(EgressError::Unreachable { .. })) {
+        return std::future::pending().await;
+    }
+    loop {
+        tokio::time::sleep(QUIC_LOOK).await;
+        if egress::dial(&options.address, options.egress_proxy.as_ref()).await.is_ok() {
+            return;
+        }
+    }
 }
 
 async fn connect_h2(options: &ConnectOptions) -> Result<Carried, ConnectError> {

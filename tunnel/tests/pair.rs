@@ -618,6 +618,33 @@ async fn auto_gives_a_server_that_is_away_up_soon() {
 }
 
 #[tokio::test]
+async fn auto_finds_a_server_that_comes_back_during_an_attempt() {
+    // The hub is away: its TCP port is closed, and what is sent to its UDP port is lost.
+    let lost = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = lost.local_addr().unwrap();
+    let options = support::options(&support::Identities::new(), address, CarrierChoice::Auto);
+    let back = async {
+        lost.recv(&mut [0; 2048]).await.unwrap();
+        // Past QUIC's head start: HTTP/2 was refused, and QUIC goes on alone. There is nothing to wait for that tells.
+        let past = Duration::from_millis(400);
+        tokio::time::timeout(past, std::future::pending::<()>()).await.unwrap_err();
+        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
+        // That it is back is found by a connection; the attempt that follows comes with the first bytes of TLS.
+        loop {
+            let (mut accepted, _) = listener.accept().await.unwrap();
+            if accepted.read(&mut [0; 1]).await.is_ok_and(|read| read > 0) {
+                break;
+            }
+        }
+    };
+    let attempt = async {
+        let error = tunnel::connect(options).await.err().unwrap();
+        panic!("it gave up although the hub was back: {error}");
+    };
+    tokio::select! { () = back => (), () = attempt => () }
+}
+
+#[tokio::test]
 async fn drains_on_either_side() {
     both(|carrier| async move {
         let mut pair = Pair::new(carrier).await;
