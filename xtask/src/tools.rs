@@ -47,12 +47,16 @@ pub(crate) fn prepare_for_tests() -> Result<BTreeMap<String, String>> {
     if let Some(packages) = note("the Python client", PYTHON_CLIENT_PACKAGE, python_client()) {
         environment.insert("CELLWAY_PYTHON_CLIENT".to_owned(), path_text(&packages)?);
     }
-    let target = match std::env::var_os("CARGO_TARGET_DIR") {
+    environment.insert("CELLWAY_BIN_DIR".to_owned(), path_text(&target_dir()?.join("debug"))?);
+    Ok(environment)
+}
+
+/// Where cargo puts what it builds.
+pub(crate) fn target_dir() -> Result<PathBuf> {
+    Ok(match std::env::var_os("CARGO_TARGET_DIR") {
         Some(folder) => root()?.join(folder),
         None => root()?.join("target"),
-    };
-    environment.insert("CELLWAY_BIN_DIR".to_owned(), path_text(&target.join("debug"))?);
-    Ok(environment)
+    })
 }
 
 /// HAProxy is the one peer of the comparisons that Debian ships; the others join when they are on the PATH.
