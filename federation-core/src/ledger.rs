@@ -134,6 +134,12 @@ impl<K: Ord> Ledger<K> {
         }
     }
 
+    /// Forgets what somebody claims, and takes everything else off the count anew, whatever state a claim was left in.
+    pub fn forget(&mut self, by: &K) {
+        self.claims.remove(by);
+        self.settle();
+    }
+
     /// Forgets the claims of everybody else.
     pub fn retain(&mut self, stays: impl Fn(&K) -> bool) {
         let before = self.claims.len();
@@ -241,5 +247,9 @@ mod tests {
         assert_eq!(free(&ledger), 9);
         ledger.claim("db", Vec::new(), |_| false);
         assert_eq!(free(&ledger), 10);
+        ledger.claim("web", vec![claim("web", 6)], |_| false);
+        ledger.claim("db", vec![claim("db", 3)], |_| false);
+        ledger.forget(&"web");
+        assert_eq!((free(&ledger), ledger.claimed(&"db")["db"]), (7, 3));
     }
 }

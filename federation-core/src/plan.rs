@@ -500,10 +500,7 @@ impl<'a> Planner<'a> {
 
     /// Names that a unit's object has under any naming.
     fn names_of(&self, unit: &Unit) -> BTreeSet<String> {
-        [Naming::Shared, Naming::PerUnit]
-            .into_iter()
-            .filter_map(|naming| object_name(self.input.of, self.name, unit, naming).ok())
-            .collect()
+        names_of(self.input, self.name, unit)
     }
 
     fn rendered(
@@ -826,14 +823,27 @@ fn goes_anywhere(input: &PlanInput<'_>) -> bool {
         && input.preference.is_some_and(|preference| !preference.intersect_with_cluster_selector)
 }
 
-/// What the status says of earlier passes. The first status of an object is stored after its first writes: one that is
+fn names_of(input: &PlanInput<'_>, name: &str, unit: &Unit) -> BTreeSet<String> {
+    let names = [Naming::Shared, Naming::PerUnit];
+    names.into_iter().filter_map(|naming| object_name(input.of, name, unit, naming).ok()).collect()
+}
+
+/// What the status says of earlier passes. The first status of an object is stored after its first writes. One that is
 /// deleted before that may have an object where it is placed, or, should its placement have changed since it was made,
-/// wherever it could have been placed.
+/// wherever it could have been placed. One whose units became somebody else's before that has what is seen of it there.
 fn recorded(input: &PlanInput<'_>) -> FederatedStatus {
     /// Of an object that was made and deleted and never changed: API servers count both.
     const UNCHANGED: i64 = 2;
     let mut before = input.object.status.clone().unwrap_or_default();
-    if before.observed_generation.is_none() && input.object.metadata.deletion_timestamp.is_some() {
+    if before.observed_generation.is_some() {
+        return before;
+    }
+    let record = |unit: &Unit| UnitStatus {
+        name: unit.name.clone(),
+        cluster: unit.cluster.clone(),
+        ..UnitStatus::default()
+    };
+    if input.object.metadata.deletion_timestamp.is_some() {
         let spec = &input.object.spec;
         let changed = input.object.metadata.generation.is_none_or(|generation| generation > UNCHANGED);
         let placed = input.topology.resolve(spec.topology_type, &spec.placement);
@@ -845,10 +855,22 @@ fn recorded(input: &PlanInput<'_>) -> FederatedStatus {
             }
             _ => input.topology.all(spec.topology_type).map(|(name, unit)| (name.clone(), unit)).collect(),
         };
-        before.units = units
-            .into_iter()
-            .map(|(name, unit)| UnitStatus { name, cluster: unit.cluster.clone(), ..UnitStatus::default() })
-            .collect();
+        before.units = units.into_values().map(record).collect();
+    } else {
+        let spec = &input.object.spec;
+        let name = input.object.metadata.name.as_deref().unwrap_or_default();
+        let source = names::source(&input.of.plural, name);
+        let is_there = |unit: &&Unit| {
+            let Some(view) = input.members.get(&unit.cluster) else { return false };
+            names_of(input, name, unit).iter().any(|object| {
+                let live = view.objects.get(object);
+                view.in_flight.contains(object)
+                    || live.is_some_and(|live| drift::belongs_to(&live.value, &source, input.hub))
+            })
+        };
+        let placement = (!goes_anywhere(input)).then_some(&spec.placement);
+        let closed = input.topology.closed(spec.topology_type, placement);
+        before.units.extend(closed.filter(is_there).map(record));
     }
     before
 }

@@ -183,6 +183,16 @@ impl Topology {
         }
     }
 
+    /// The units that [`Self::is_closed`] says to be.
+    pub fn closed<'a>(
+        &'a self,
+        topology: TopologyType,
+        placement: Option<&'a Placement>,
+    ) -> impl Iterator<Item = &'a Unit> {
+        let all = self.whole.iter().flat_map(move |whole| whole.units(topology).values());
+        all.filter(move |unit| self.is_closed(topology, &unit.name, placement))
+    }
+
     fn give_up(&mut self, of: TopologyType, name: &str, failover: Option<&Failover>) {
         let key = (of, name.to_owned());
         match failover {

@@ -326,6 +326,47 @@ fn a_tenant_that_goes_takes_nothing_along_and_opens_nothing() {
 }
 
 #[test]
+fn a_tenant_that_goes_before_the_first_status_takes_nothing_along() {
+    // By name and by selector, objects with a name of their own and shared ones.
+    for (of, template, by_name) in [
+        (0, deployment("web:1", 2), false),
+        (0, deployment("web:1", 2), true),
+        (1, json!({"data": {"k": "v"}}), false),
+    ] {
+        let mut world = World::new(of, template);
+        for (cell, tenant) in world.cells.iter_mut().zip(["red", "red", "blue"]) {
+            cell.metadata.labels.get_or_insert_default().insert("cellway.io/tenant".into(), tenant.into());
+        }
+        world.tenant = Some("red".into());
+        if by_name {
+            world.place(&["a", "b"]);
+        } else {
+            world.object.spec.placement.unit_selector = Some(Default::default());
+        }
+        let first = world.settle();
+        let names = |world: &World| Vec::from_iter(world.names("x").iter().map(ToString::to_string));
+        let there = names(&world);
+        assert!(!there.is_empty() && world.names("y").is_empty());
+        // The members have it, and nobody has stored that.
+        world.object.status = None;
+        world.tenant = Some(String::new());
+        let before = world.writes;
+        world.settle();
+        assert_eq!((world.writes, names(&world)), (before, there), "{by_name}");
+        assert_eq!(world.unit("a").reason.as_deref(), Some("UnitClosed"));
+        assert!(world.names("y").is_empty());
+        assert_eq!(world.status().units.len(), 2, "c never had anything");
+        // It comes back, and all goes on from where it is.
+        world.tenant = Some("red".into());
+        world.settle();
+        assert_eq!(
+            (world.writes, world.status().summary.as_deref()),
+            (before, first.status.summary.as_deref())
+        );
+    }
+}
+
+#[test]
 fn an_object_larger_than_a_mebibyte_is_one_plan_like_any_other() {
     let mut world = World::new(1, json!({"data": {"k": "x".repeat(2 << 20)}}));
     let plan = world.place(&["a", "c"]).plan();
