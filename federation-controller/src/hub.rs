@@ -1,5 +1,6 @@
 //! What the controller knows of the hub: its objects, as watches bring them.
 
+mod objects;
 mod stand_ins;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -17,16 +18,16 @@ use federation_core::topology::Topology;
 use federation_core::types::FederatedType;
 use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::DynamicObject;
 use kube::{Api, Resource, ResourceExt as _};
 
 use crate::credentials::{Sealed, Way, missing};
 use crate::failover::{GivenUp, Place};
-use crate::follow::{Change, lighten};
+use crate::follow::Change;
 use crate::loss::Watched;
 use crate::queue::Sharer;
 
-use self::stand_ins::{StandIn, StandIns};
+pub(crate) use self::objects::Kept;
+use self::stand_ins::StandIns;
 
 /// A federated object: which type (its slot), and where.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -39,7 +40,8 @@ pub(crate) struct ObjectKey {
 /// The hub's objects.
 #[derive(Debug, Default)]
 pub(crate) struct HubState {
-    objects: HashMap<ObjectKey, Kept>,
+    /// In the order of their types, namespaces and names: what lies beside an object is found without a look at the others.
+    objects: BTreeMap<ObjectKey, Kept>,
     /// What of the objects stands in for others.
     stand_ins: StandIns,
     cells: BTreeMap<String, Cell>,
@@ -66,18 +68,6 @@ pub(crate) struct HubState {
     all_followed: Option<bool>,
 }
 
-/// A federated object as it is kept: as text, which takes a fraction of what the parsed object does.
-#[derive(Debug)]
-pub(crate) struct Kept {
-    key: (Arc<str>, Arc<str>),
-    uid: Option<String>,
-    version: Option<String>,
-    /// Its status does not speak of its newest generation, or of a unit that waits: somebody waits for it.
-    behind: bool,
-    stand_ins: Box<[StandIn]>,
-    text: Box<str>,
-}
-
 /// What followed from a change of clusters.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct ClustersChanged {
@@ -92,43 +82,6 @@ pub(crate) struct ClustersChanged {
 impl ObjectKey {
     pub(crate) fn new(kind: usize, namespace: &str, name: &str) -> Self {
         Self { kind, namespace: namespace.into(), name: name.into() }
-    }
-}
-
-// === impl Kept ===
-
-impl Kept {
-    pub(crate) fn new(mut object: DynamicObject) -> Self {
-        lighten(&mut object);
-        let status = &object.data["status"];
-        let mut units = status["units"].as_array().into_iter().flatten();
-        let behind = object.metadata.generation != status["observedGeneration"].as_i64()
-            || units.any(|unit| unit["phase"] == "Pending");
-        Self {
-            key: (object.namespace().unwrap_or_default().into(), object.name_any().into()),
-            uid: object.metadata.uid.clone(),
-            version: object.metadata.resource_version.clone(),
-            behind,
-            stand_ins: stand_ins::of_status(status),
-            // Made of maps with texts as keys, an object always serialises.
-            text: serde_json::to_string(&object).unwrap_or_default().into(),
-        }
-    }
-
-    fn key(&self, kind: usize) -> ObjectKey {
-        ObjectKey { kind, namespace: Arc::clone(&self.key.0), name: Arc::clone(&self.key.1) }
-    }
-
-    /// Where the federated object of a native one lies.
-    pub(crate) fn home(&self, kind: usize, of: &FederatedType) -> ObjectKey {
-        let (namespace, name) = (Arc::clone(&self.key.0), Arc::clone(&self.key.1));
-        let namespace = if of.is_namespace() { Arc::clone(&name) } else { namespace };
-        ObjectKey { kind, namespace, name }
-    }
-
-    /// The object again.
-    pub(crate) fn parsed(&self) -> Option<DynamicObject> {
-        serde_json::from_str(&self.text).ok()
     }
 }
 
@@ -191,16 +144,6 @@ impl HubState {
         self.all_followed = None;
     }
 
-    pub(crate) fn object(&self, key: &ObjectKey) -> Option<DynamicObject> {
-        self.objects.get(key)?.parsed()
-    }
-
-    /// Every federated object of the types that are wanted.
-    pub(crate) fn objects(&self, wanted: impl Fn(usize) -> bool) -> Vec<(ObjectKey, DynamicObject)> {
-        let objects = self.objects.iter().filter(|(key, _)| wanted(key.kind));
-        objects.filter_map(|(key, object)| Some((key.clone(), object.parsed()?))).collect()
-    }
-
     /// Cells and clusters that are given up, or whose status still speaks of it.
     pub(crate) fn given_up(&self) -> BTreeMap<Place, GivenUp> {
         let cells = self.cells.iter().map(|(name, cell)| {
@@ -239,39 +182,6 @@ impl HubState {
             (Place::Cluster(name.clone()), of)
         });
         cells.chain(clusters).filter(|(_, of)| of.policy.is_some() || of.status.is_some()).collect()
-    }
-
-    /// Clusters where an object that stands in is needed still; `None` while not everything is known that may need it.
-    ///
-    /// That is where workloads run replicas for units that were given up: those of its namespace, or, when it lies in no
-    /// namespace in the members, all. A namespace is also needed while anything else stands in in it.
-    pub(crate) fn held_stand_ins(&self, of: &FederatedType, own: &ObjectKey) -> Option<BTreeSet<String>> {
-        if !self.knows_needs() {
-            return None;
-        }
-        let inside = of.target.namespaced || of.is_namespace();
-        let mine = self.objects.get(own).map(|object| &*object.stand_ins).unwrap_or_default();
-        Some(self.stand_ins.beside(inside.then_some(&*own.namespace), mine, of.is_namespace()))
-    }
-
-    /// Objects that stand in somewhere.
-    pub(crate) fn standing_in(&self) -> Vec<ObjectKey> {
-        let stands_in = |object: &Kept| object.stand_ins.iter().any(StandIn::stands_in);
-        self.objects.iter().filter(|(_, object)| stands_in(object)).map(|(key, _)| key.clone()).collect()
-    }
-
-    pub(crate) fn keys(&self) -> Vec<ObjectKey> {
-        self.objects.keys().cloned().collect()
-    }
-
-    /// Whether an object is at the hub.
-    pub(crate) fn knows(&self, key: &ObjectKey) -> bool {
-        self.objects.contains_key(key)
-    }
-
-    /// Whether somebody waits for an object: it has changed, or is gone, and its status does not say yet that all is done.
-    pub(crate) fn is_behind(&self, key: &ObjectKey) -> bool {
-        self.objects.get(key).is_none_or(|object| object.behind)
     }
 
     /// The topology that objects of a namespace see.
@@ -446,110 +356,6 @@ impl HubState {
         NamespacePlacement::of(object.as_ref().map(|object| &object.data), &self.topology(namespace))
     }
 
-    /// Whether a federated object may be made of a native one; only a look into it tells.
-    pub(crate) fn may_be_companion(&self, key: &ObjectKey) -> bool {
-        self.objects.get(key).is_some_and(|object| object.text.contains(names::POLICY_LABEL))
-    }
-
-    /// Objects of some types that may be made of native ones.
-    pub(crate) fn companions(&self, wanted: impl Fn(usize) -> bool) -> Vec<ObjectKey> {
-        let all = self.objects.keys().filter(|key| wanted(key.kind) && self.may_be_companion(key));
-        all.cloned().collect()
-    }
-
-    /// Objects in a namespace, and those of some kinds wherever they are.
-    pub(crate) fn keys_beside(&self, namespace: &str, kinds: &BTreeSet<usize>) -> Vec<ObjectKey> {
-        let beside = |key: &&ObjectKey| &*key.namespace == namespace || kinds.contains(&key.kind);
-        self.objects.keys().filter(beside).cloned().collect()
-    }
-
-    /// Objects in a namespace.
-    pub(crate) fn keys_in(&self, namespace: &str) -> Vec<ObjectKey> {
-        self.objects.keys().filter(|key| &*key.namespace == namespace).cloned().collect()
-    }
-
-    /// Takes federated objects in; returns those that are to be looked at.
-    pub(crate) fn change_objects(&mut self, kind: usize, change: Change<Kept>) -> Vec<ObjectKey> {
-        if self.retired_kinds.contains(&kind) {
-            // Its watch may outlive its end by a moment, and nobody would take these out again.
-            return Vec::new();
-        }
-        match change {
-            Change::Replace(all) => {
-                self.unlisted_kinds.remove(&kind);
-                let mut touched: BTreeSet<_> =
-                    self.objects.keys().filter(|key| key.kind == kind).cloned().collect();
-                self.remove_kind(kind);
-                for object in all {
-                    let key = object.key(kind);
-                    touched.insert(key.clone());
-                    self.insert(key, object);
-                }
-                touched.into_iter().collect()
-            }
-            Change::Apply(object) => {
-                let key = object.key(kind);
-                if !self.keep_newer(&key, object) {
-                    return Vec::new();
-                }
-                vec![key]
-            }
-            Change::Delete(object) => {
-                let key = object.key(kind);
-                // A later object of the same name may be known already, from a write's answer.
-                if self.objects.get(&key).is_some_and(|known| known.uid == object.uid) {
-                    self.remove(&key);
-                }
-                vec![key]
-            }
-        }
-    }
-
-    /// Takes in what the hub answered to a write of ours.
-    pub(crate) fn learn(&mut self, kind: usize, object: DynamicObject) {
-        let object = Kept::new(object);
-        let key = object.key(kind);
-        // It may be gone by now, or be another of the same name: then the watch knows better.
-        if self.objects.get(&key).is_some_and(|known| known.uid == object.uid) {
-            self.keep_newer(&key, object);
-        }
-    }
-
-    /// Stores an object unless a newer state of it is known.
-    fn keep_newer(&mut self, key: &ObjectKey, object: Kept) -> bool {
-        if let Some(known) = self.objects.get(key)
-            && known.uid == object.uid
-            && (is_older(&object.version, &known.version)
-                // The answer to a write of ours was faster than the watch.
-                || object.version.is_some() && object.version == known.version)
-        {
-            return false;
-        }
-        self.insert(key.clone(), object);
-        true
-    }
-
-    fn insert(&mut self, key: ObjectKey, object: Kept) {
-        self.stand_ins.add(&key.namespace, &object.stand_ins);
-        let namespace = Arc::clone(&key.namespace);
-        if let Some(before) = self.objects.insert(key, object) {
-            self.stand_ins.remove(&namespace, &before.stand_ins);
-        }
-    }
-
-    fn remove(&mut self, key: &ObjectKey) {
-        if let Some(before) = self.objects.remove(key) {
-            self.stand_ins.remove(&key.namespace, &before.stand_ins);
-        }
-    }
-
-    fn remove_kind(&mut self, kind: usize) {
-        let Self { objects, stand_ins, .. } = self;
-        for (key, object) in objects.extract_if(|key, _| key.kind == kind) {
-            stand_ins.remove(&key.namespace, &object.stand_ins);
-        }
-    }
-
     /// Takes cells in; returns whether anything but a status changed.
     pub(crate) fn change_cells(&mut self, change: Change<Cell>) -> bool {
         change_map(&mut self.cells, change, &mut self.unlisted, CELLS);
@@ -695,6 +501,7 @@ pub(crate) fn clusters(client: kube::Client) -> Api<KubeFedCluster> {
 mod tests {
     use federation_core::api::{CellSpec, KubeFedClusterSpec, KubeFedClusterStatus};
     use federation_core::types;
+    use kube::api::DynamicObject;
     use serde_json::Value;
 
     use super::*;
@@ -708,34 +515,6 @@ mod tests {
         object.metadata.uid = Some(uid.into());
         object.metadata.resource_version = Some(version.into());
         object
-    }
-
-    #[test]
-    fn an_older_state_does_not_replace_a_newer_one() {
-        let mut state = HubState::new();
-        state.change_objects(0, Change::Replace(vec![object("web", "u", "10")]));
-        state.learn(0, dynamic("web", "u", "12"));
-        assert!(state.change_objects(0, Change::Apply(object("web", "u", "11"))).is_empty());
-        assert!(state.change_objects(0, Change::Apply(object("web", "u", "12"))).is_empty(), "our own write");
-        let key = ObjectKey::new(0, "shop", "web");
-        assert_eq!(state.object(&key).expect("object").metadata.resource_version.as_deref(), Some("12"));
-        // A new object under the same name is not an older state.
-        assert_eq!(state.change_objects(0, Change::Apply(object("web", "v", "3"))).len(), 1);
-        state.change_objects(0, Change::Delete(object("web", "u", "14")));
-        assert!(state.object(&key).is_some());
-        state.change_objects(0, Change::Delete(object("web", "v", "15")));
-        assert!(state.object(&key).is_none());
-        state.learn(0, dynamic("web", "v", "16"));
-        assert!(state.object(&key).is_none(), "what is gone is not learned");
-    }
-
-    #[test]
-    fn a_relist_names_what_is_gone_too() {
-        let mut state = HubState::new();
-        state.change_objects(0, Change::Replace(vec![object("a", "1", "1"), object("b", "2", "2")]));
-        let touched = state.change_objects(0, Change::Replace(vec![object("b", "2", "2")]));
-        assert_eq!(touched.len(), 2);
-        assert_eq!(state.keys().len(), 1);
     }
 
     #[test]

@@ -17,7 +17,7 @@
 //! - Members do not wait for each other: each has its own connection pool, queue, workers, rate and time limits.
 //!
 //! - Of several controllers the holder of a Lease acts, and no other. A task that fails ends its term: nobody leads and does
-//!   nothing.
+//!   nothing. An object that makes this program fail is set aside alone, and everything else goes on.
 //! - Tenants take turns: one that changes ten thousand objects at once delays another's change by one turn.
 //!
 //! What it leaves to later: namespaces that it made in members because an object needed them are never removed.
@@ -35,12 +35,14 @@ mod member;
 mod metrics;
 mod pace;
 mod policies;
+mod quarantine;
 mod queue;
 mod reconcile;
 mod tenants;
 mod tombstones;
 mod traces;
 mod types;
+mod work;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
@@ -69,19 +71,23 @@ use self::follow::{Change, WatchTrouble, admit_all, follow};
 use self::hub::{HubState, ObjectKey};
 pub use self::lease::LeaseOptions;
 use self::member::{Member, chain};
-use self::metrics::{Metrics, Outcome, PassLabels, Present};
+use self::metrics::{Metrics, Present};
 use self::pace::retry_delay;
 use self::policies::Policies;
+use self::quarantine::Quarantine;
 use self::queue::{ObjectQueue, Owners};
-use self::reconcile::{Progress, ReconcileError, Unsettled, reconcile};
+use self::reconcile::Unsettled;
 use self::traces::Traces;
 use self::types::Types;
 
 /// A member's changes come in flocks (a rollout changes a Deployment's status many times a second); they are gathered
 /// for so long before the object is looked at.
 const SETTLE: Duration = Duration::from_millis(50);
-/// A pass that was overtaken by a change of the object is made again after so long, should its watch be slow.
+/// What was overtaken by a change of the object is done again after so long, should its watch be slow.
 const STALE_RETRY: Duration = Duration::from_millis(100);
+/// A change of the object that was made while a write of it was under way is looked at so soon after the write: long enough
+/// for the other members' answers to share the look, short enough for whoever waits for the change.
+const OVERTAKEN: Duration = Duration::from_millis(5);
 /// After a term of so long what ended the one before is forgotten.
 const LONG_TERM: Duration = Duration::from_secs(600);
 
@@ -134,6 +140,7 @@ pub struct Controller {
     connector: Connector,
     options: Options,
     metrics: Metrics,
+    quarantine: Arc<Quarantine>,
     /// What the tasks share while this controller acts.
     acting: Arc<RwLock<Option<Arc<Shared>>>>,
 }
@@ -186,6 +193,8 @@ pub(crate) struct Shared {
     room_turn: Mutex<()>,
     /// Objects with a status that waits for the members' answers.
     unsettled: Mutex<HashMap<ObjectKey, Unsettled>>,
+    /// Objects that are set aside; it outlives the term.
+    quarantine: Arc<Quarantine>,
     events: Events,
     metrics: Metrics,
 }
@@ -230,7 +239,14 @@ impl Controller {
     /// Events and to read namespaces, and, for what of it is used, Leases, Secrets of clusters, RBAC of tenants and to read
     /// what policies federate; `connector` reaches members by cluster name.
     pub fn new(hub: kube::Client, connector: Connector, options: Options) -> Self {
-        Self { hub, connector, options, metrics: Metrics::default(), acting: Arc::default() }
+        Self {
+            hub,
+            connector,
+            options,
+            metrics: Metrics::default(),
+            quarantine: Arc::default(),
+            acting: Arc::default(),
+        }
     }
 
     /// Registers the controller's metrics; give the registry a prefix such as `cellway_federation`.
@@ -302,31 +318,7 @@ impl Controller {
             id = hub_id(&self.hub) => id,
         };
         let (events, publisher) = events::channel(self.metrics.events_dropped.clone());
-        let owners = Owners::default();
-        let shared = Arc::new(Shared {
-            state: RwLock::new(HubState::new()),
-            members: RwLock::default(),
-            types: Types::new(),
-            policies: Policies::new(Arc::clone(&owners)),
-            types_changed: Notify::new(),
-            tombstones_due: Notify::new(),
-            tenants_due: Notify::new(),
-            secrets_due: Notify::new(),
-            failover_due: Notify::new(),
-            clusters_changed: Notify::new(),
-            queue: ObjectQueue::new(Arc::clone(&owners)),
-            owners,
-            traces: Traces::default(),
-            failures: Mutex::default(),
-            room_turn: Mutex::default(),
-            unsettled: Mutex::default(),
-            events,
-            metrics: self.metrics.clone(),
-            options: self.options.clone(),
-            hub: self.hub.clone(),
-            hub_id,
-            connector: self.connector.clone(),
-        });
+        let shared = Arc::new(Shared::new(self, hub_id, events));
         *self.acting.write() = Some(Arc::clone(&shared));
         // Aborted when dropped, should the lease be lost.
         let mut tasks = JoinSet::new();
@@ -341,7 +333,7 @@ impl Controller {
         tasks.spawn(policies::run(Arc::clone(&shared)).instrument(info_span!("policies")));
         tasks.spawn(resync(Arc::clone(&shared)).instrument(info_span!("resync")));
         for _ in 0..shared.options.workers.max(1) {
-            tasks.spawn(work(Arc::clone(&shared)).instrument(info_span!("reconcile")));
+            tasks.spawn(work::run(Arc::clone(&shared)).instrument(info_span!("reconcile")));
         }
         info!("the federation controller runs");
         let ended = loop {
@@ -509,24 +501,74 @@ impl Handle {
 // === impl Shared ===
 
 impl Shared {
+    /// The beginning of a term: nothing is known.
+    fn new(controller: &Controller, hub_id: String, events: Events) -> Self {
+        let owners = Owners::default();
+        Self {
+            state: RwLock::new(HubState::new()),
+            members: RwLock::default(),
+            types: Types::new(),
+            policies: Policies::new(Arc::clone(&owners)),
+            types_changed: Notify::new(),
+            tombstones_due: Notify::new(),
+            tenants_due: Notify::new(),
+            secrets_due: Notify::new(),
+            failover_due: Notify::new(),
+            clusters_changed: Notify::new(),
+            queue: ObjectQueue::new(Arc::clone(&owners)),
+            owners,
+            traces: Traces::default(),
+            failures: Mutex::default(),
+            room_turn: Mutex::default(),
+            unsettled: Mutex::default(),
+            quarantine: Arc::clone(&controller.quarantine),
+            events,
+            metrics: controller.metrics.clone(),
+            options: controller.options.clone(),
+            hub: controller.hub.clone(),
+            hub_id,
+            connector: controller.connector.clone(),
+        }
+    }
+
     /// Looks at everything again.
     pub(crate) fn enqueue_all(&self) {
-        self.look_again(|_| true);
+        self.look_again(HubState::keys);
     }
 
     /// Looks at every object of one type again.
     pub(crate) fn enqueue_kind(&self, kind: usize) {
-        self.look_again(|key| key.kind == kind);
+        self.look_again(|state| state.keys_of(kind).cloned().collect());
     }
 
-    fn look_again(&self, wanted: impl Fn(&ObjectKey) -> bool) {
+    fn look_again(&self, at: impl Fn(&HubState) -> Vec<ObjectKey>) {
         let state = self.state.read();
-        let keys: Vec<_> =
-            state.keys().into_iter().filter(wanted).map(|key| (state.is_behind(&key), key)).collect();
+        let keys: Vec<_> = at(&state).into_iter().map(|key| (state.is_behind(&key), key)).collect();
         drop(state);
         for (behind, key) in keys {
             if behind { self.queue.add(key) } else { self.queue.add_routine(key) }
         }
+    }
+
+    /// Changes what is known of a federated namespace (`kind`: the slot of its type). Where a namespace goes, what lies in it
+    /// may go: that is looked at if it is elsewhere than before, and left alone else.
+    pub(crate) fn with_namespace<T>(
+        &self,
+        kind: usize,
+        namespace: &str,
+        change: impl FnOnce(&mut HubState) -> T,
+    ) -> T {
+        let mut state = self.state.write();
+        let before = state.namespace_placement(kind, namespace);
+        let changed = change(&mut state);
+        let inside = if state.namespace_placement(kind, namespace) == before {
+            Vec::new()
+        } else {
+            state.keys_in(namespace)
+        };
+        drop(state);
+        inside.into_iter().for_each(|key| self.queue.add(key));
+        changed
     }
 
     /// The hub's id; empty when it has none.
@@ -638,42 +680,6 @@ pub(crate) fn hub_trouble(what: &'static str) -> impl FnMut(WatchTrouble) -> boo
             warn!(what, failures = trouble.failures, error = chain(&trouble.error), "cannot watch the hub");
         }
         true
-    }
-}
-
-/// A worker.
-async fn work(shared: Arc<Shared>) {
-    loop {
-        let lease = shared.queue.next().await;
-        let key = lease.key();
-        let span = info_span!("object", namespace = %key.namespace, name = %key.name);
-        let began = Instant::now();
-        let done = reconcile(&shared, key).instrument(span.clone()).await;
-        shared.metrics.pass_duration.observe(began.elapsed().as_secs_f64());
-        let outcome = match &done {
-            Ok(Progress::Whole) => Outcome::Done,
-            Ok(Progress::Waiting) => Outcome::Waiting,
-            Err(ReconcileError::Stale) => Outcome::Stale,
-            Err(_) => Outcome::Failed,
-        };
-        shared.metrics.passes.get_or_create(&PassLabels { outcome }).inc();
-        match done {
-            Ok(_) => {
-                shared.failures.lock().remove(key);
-            }
-            Err(ReconcileError::Stale) => shared.queue.add_after(key.clone(), STALE_RETRY),
-            Err(failure) => {
-                let times = {
-                    let mut failures = shared.failures.lock();
-                    let times = failures.entry(key.clone()).or_default();
-                    *times = times.saturating_add(1);
-                    *times
-                };
-                let wait = retry_delay(times, rand::random());
-                span.in_scope(|| warn!(error = chain(&failure), ?wait, "cannot reconcile"));
-                shared.queue.add_after(key.clone(), wait);
-            }
-        }
     }
 }
 

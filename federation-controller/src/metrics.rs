@@ -21,6 +21,7 @@ pub(crate) struct Metrics {
     pub(crate) writes: Family<WriteLabels, Counter>,
     pub(crate) online: Family<MemberLabels, Gauge>,
     pub(crate) events_dropped: Counter,
+    pub(crate) panics: Counter,
 }
 
 /// What is counted when it is asked for, of the controller while it acts.
@@ -44,13 +45,14 @@ pub(crate) struct MemberLabels {
 }
 
 /// How something ended. `Stale`: overtaken by a change of the object. `Waiting`: not everything that concerns the object
-/// has been listed yet, at the hub or in a member.
+/// has been listed yet, at the hub or in a member. `Panicked`: by a defect of this program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub(crate) enum Outcome {
     Done,
     Waiting,
     Stale,
     Failed,
+    Panicked,
 }
 
 /// What is done in a member.
@@ -75,6 +77,7 @@ impl Default for Metrics {
             writes: Family::default(),
             online: Family::default(),
             events_dropped: Counter::default(),
+            panics: Counter::default(),
         }
     }
 }
@@ -98,6 +101,11 @@ impl Metrics {
             "events_dropped",
             "Kubernetes Events that were not published because the hub took them too slowly",
             self.events_dropped.clone(),
+        );
+        registry.register(
+            "panics",
+            "How often work on one object failed by a defect of this program, to be reported",
+            self.panics.clone(),
         );
     }
 
@@ -126,6 +134,7 @@ impl Collector for Present {
         let backlog = acting.as_ref().map(|shared| shared.queue.backlog()).unwrap_or_default();
         let members = acting.as_ref().map(|shared| shared.members()).unwrap_or_default();
         let contended: usize = members.values().map(|member| member.contended()).sum();
+        let aside = acting.as_ref().map(|shared| shared.quarantine.len()).unwrap_or_default();
         let mut gauge = |name: &str, help: &str, unit: Option<&Unit>, value: f64| {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, unit, gauge.metric_type())?)
@@ -144,6 +153,12 @@ impl Collector for Present {
             "Objects in members that something else keeps changing back, and that are left alone for a while",
             None,
             contended as f64,
+        )?;
+        gauge(
+            "objects_set_aside",
+            "Federated objects that are left alone for a while because of a defect of this program",
+            None,
+            aside as f64,
         )
     }
 }
@@ -208,6 +223,8 @@ mod tests {
             "cellway_federation_queue_length 0",
             "cellway_federation_queue_oldest_seconds 0",
             "cellway_federation_contended_objects 0",
+            "cellway_federation_panics_total 0",
+            "cellway_federation_objects_set_aside 0",
         ] {
             assert!(text.contains(line), "{line} is not in {text}");
         }

@@ -18,17 +18,20 @@ const FIGHT_WINDOW: Duration = Duration::from_secs(60);
 /// The wait after the given number of failures in a row: it doubles, and half of it is chance, so that objects which
 /// failed together do not come back together. `chance` is in `0..1`.
 pub(crate) fn retry_delay(failures: u32, chance: f64) -> Duration {
-    let doubled =
-        FIRST_RETRY.saturating_mul(1u32.checked_shl(failures.saturating_sub(1)).unwrap_or(u32::MAX));
-    doubled.min(LONGEST_RETRY).mul_f64(0.5 + chance.clamp(0.0, 1.0) / 2.0)
+    doubling(FIRST_RETRY, LONGEST_RETRY, failures, chance)
 }
 
 /// The wait after the given number of failures in a row of a watch. It begins far below [`retry_delay`]: a server that is
 /// just starting refuses a watch a few times, and everything waits for the last listing.
 pub(crate) fn watch_delay(failures: u32, chance: f64) -> Duration {
     const FIRST: Duration = Duration::from_millis(50);
-    let doubled = FIRST.saturating_mul(1u32.checked_shl(failures.saturating_sub(1)).unwrap_or(u32::MAX));
-    doubled.min(LONGEST_RETRY).mul_f64(0.5 + chance.clamp(0.0, 1.0) / 2.0)
+    doubling(FIRST, LONGEST_RETRY, failures, chance)
+}
+
+/// As [`retry_delay`], between other bounds.
+pub(crate) fn doubling(first: Duration, longest: Duration, failures: u32, chance: f64) -> Duration {
+    let doubled = first.saturating_mul(1u32.checked_shl(failures.saturating_sub(1)).unwrap_or(u32::MAX));
+    doubled.min(longest).mul_f64(0.5 + chance.clamp(0.0, 1.0) / 2.0)
 }
 
 /// A token bucket.

@@ -21,6 +21,7 @@
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use federation_core::api::PropagationPolicy;
@@ -29,6 +30,7 @@ use federation_core::policy::{
     policy_of_before, speaks_of, was_companion,
 };
 use federation_core::types::FederatedType;
+use futures::FutureExt as _;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::watcher;
@@ -45,6 +47,7 @@ use crate::follow::{Change, WatchTrouble, admit_all, follow, follow_as};
 use crate::hub::{Kept, ObjectKey};
 use crate::member::chain;
 use crate::pace::retry_delay;
+use crate::quarantine::{DEFECT, Work};
 use crate::queue::{ObjectQueue, Owners};
 use crate::{STALE_RETRY, Shared};
 
@@ -239,6 +242,13 @@ impl Policies {
         }
     }
 
+    /// Which state of a native object is known.
+    pub(crate) fn version(&self, key: &ObjectKey) -> Option<String> {
+        let state = self.state.lock();
+        let objects = state.natives.get(&key.kind)?.objects.as_ref()?;
+        objects.get(key)?.version().map(str::to_owned)
+    }
+
     /// Says what the companion of an object is to be.
     fn wanted(&self, key: &ObjectKey, of: &FederatedType) -> Wanted {
         let state = self.state.lock();
@@ -419,9 +429,33 @@ async fn work(shared: Arc<Shared>) {
     loop {
         let lease = shared.policies.queue.next().await;
         let key = lease.key();
+        if let Some(wait) = shared.set_aside(Work::Companion, key) {
+            shared.policies.queue.add_after(key.clone(), wait);
+            continue;
+        }
         let limit = shared.options.request_timeout;
-        let failure = match timeout(limit, keep(&shared, key)).await {
+        // It changes what it shares with others in single calls, each of which is whole.
+        let done = match AssertUnwindSafe(timeout(limit, keep(&shared, key))).catch_unwind().await {
+            Ok(done) => done,
+            Err(failure) => {
+                let wait = shared.failed_at(Work::Companion, key, failure);
+                if let Some(of) = shared.types.get(key.kind) {
+                    let about = ObjectReference {
+                        api_version: Some(of.target.api_version()),
+                        kind: Some(of.target.kind.clone()),
+                        namespace: of.target.namespaced.then(|| key.namespace.to_string()),
+                        name: Some(key.name.to_string()),
+                        ..ObjectReference::default()
+                    };
+                    shared.events.warning(&about, "InternalError", DEFECT.into());
+                }
+                shared.policies.queue.add_after(key.clone(), wait);
+                continue;
+            }
+        };
+        let failure = match done {
             Ok(Ok(())) => {
+                shared.has_not_failed(Work::Companion, key);
                 shared.policies.state.lock().failures.remove(key);
                 continue;
             }

@@ -5,7 +5,7 @@
 //! 2. the new revision, so that what is about to be applied can be found again, and the status, with the state that was
 //!    planned from as a precondition: it says which unit is about to move where;
 //! 3. writes into members, handed to each member's own workers;
-//! 4. revisions that nobody needs.
+//! 4. the first revision, which lies in the status until it is stored, and revisions that nobody needs.
 //!
 //! A step that fails ends the pass; the next pass plans anew.
 //!
@@ -24,9 +24,8 @@ use federation_core::api::{
 };
 use federation_core::names::{FIELD_MANAGER, FINALIZER, source};
 use federation_core::plan::{MemberState, MemberView, Plan, PlanInput, RevisionWrite, plan};
-use federation_core::status::PROPAGATED;
+use federation_core::status::{PROPAGATED, READY};
 use federation_core::topology::{Topology, Unit};
-use futures::future::try_join_all;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
@@ -38,6 +37,7 @@ use tracing::{debug, info};
 
 use crate::follow::lighten;
 use crate::hub::ObjectKey;
+use crate::quarantine::DEFECT;
 use crate::{Shared, tombstones};
 
 /// How long a status may lag behind while writes are under way. Long enough for members at a distance to answer, short
@@ -117,18 +117,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
         let preference = state.preference(of, key);
         (object, state.topology(&key.namespace), state.rules(), preference, namespace.unwrap_or_default())
     };
-    let pass = Pass {
-        shared,
-        key,
-        of,
-        api: if of.namespaced() {
-            Api::namespaced_with(shared.hub.clone(), &key.namespace, &of.hub_resource())
-        } else {
-            Api::all_with(shared.hub.clone(), &of.hub_resource())
-        },
-        revisions: Api::namespaced(shared.hub.clone(), of.revision_namespace(&key.namespace)),
-        about: reference(of, &object),
-    };
+    let pass = Pass::new(shared, key, of, &object);
 
     let ours = object.finalizers().iter().any(|finalizer| finalizer == FINALIZER);
     let deleting = object.metadata.deletion_timestamp.is_some();
@@ -140,10 +129,13 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
     let mut federated: FederatedObject = match parse(&object) {
         Ok(federated) => federated,
         Err(error) => {
-            return pass.report_unreadable(&object, &error.to_string()).await.map(|()| Progress::Whole);
+            // It is not what it claims to be. Nothing is done, and it is told why.
+            let told = pass.tell(&object, PROPAGATED, "InvalidSpec", &error.to_string()).await;
+            return told.map(|()| Progress::Whole);
         }
     };
     let before = federated.status.clone().unwrap_or_default();
+    let generation = object.metadata.generation;
     pass.recall_first(&mut federated);
 
     let mark = source(&of.plural, &key.name);
@@ -206,8 +198,12 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
         return pass.finish(&object, &stored).await.map(|()| Progress::Whole);
     }
     let under_way = !made.writes.is_empty() || views.values().any(|view| !view.in_flight.is_empty());
-    let revisions = made.first.iter().chain(&made.revision);
-    let revisions = try_join_all(revisions.map(|revision| pass.store_revision(revision, &object)));
+    let revision = async {
+        match &made.revision {
+            Some(revision) => pass.store_revision(revision, &object).await,
+            None => Ok(()),
+        }
+    };
     let status = async {
         if made.status == before {
             shared.unsettled.lock().remove(key);
@@ -220,7 +216,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
         Ok(())
     };
     // Neither needs the other: a revision that a status names and that is not stored yet is in no member.
-    tokio::try_join!(revisions, status)?;
+    tokio::try_join!(revision, status)?;
     let in_trouble = |unit: &&UnitStatus| unit.ready == Some(false) || unit.phase == Phase::Failed;
     let mut troubled: BTreeMap<&str, Vec<&UnitStatus>> = BTreeMap::new();
     for unit in made.status.units.iter().filter(in_trouble) {
@@ -232,8 +228,12 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
     }
     for write in made.writes {
         if let Some(member) = members.get(&write.cluster) {
-            member.submit(shared, key, of, &pass.about, write);
+            member.submit(shared, key, generation, of, &pass.about, write);
         }
+    }
+    if let Some(first) = &made.first {
+        // It is in the status until it is seen stored, so that nobody waits for it.
+        pass.store_revision(first, &object).await?;
     }
     for name in &made.surplus {
         pass.drop_revision(name).await?;
@@ -251,6 +251,13 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
     }
     let syncing = views.values().any(|view| view.state == MemberState::Syncing);
     Ok(if syncing { Progress::Waiting } else { Progress::Whole })
+}
+
+/// Says of an object that work on it fails by a defect of this program, without working on it.
+pub(crate) async fn report_defect(shared: &Arc<Shared>, key: &ObjectKey) -> Result<(), ReconcileError> {
+    let Some(of) = shared.types.get(key.kind) else { return Ok(()) };
+    let Some(object) = shared.state.read().object(key) else { return Ok(()) };
+    Pass::new(shared, key, &of, &object).tell(&object, READY, "InternalError", DEFECT).await
 }
 
 /// The members that a plan for an object may have anything to do in: where it is placed or may stand in, and where its status
@@ -344,7 +351,22 @@ struct Pass<'a> {
 
 // === impl Pass ===
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
+    fn new(
+        shared: &'a Arc<Shared>,
+        key: &'a ObjectKey,
+        of: &'a FederatedType,
+        object: &DynamicObject,
+    ) -> Self {
+        let api = if of.namespaced() {
+            Api::namespaced_with(shared.hub.clone(), &key.namespace, &of.hub_resource())
+        } else {
+            Api::all_with(shared.hub.clone(), &of.hub_resource())
+        };
+        let revisions = Api::namespaced(shared.hub.clone(), of.revision_namespace(&key.namespace));
+        Self { shared, key, of, api, revisions, about: reference(of, object) }
+    }
+
     /// What follows elsewhere from a change of the status.
     fn wake_others(&self, before: &FederatedStatus, after: &FederatedStatus) {
         let shared = self.shared;
@@ -510,7 +532,12 @@ impl Pass<'_> {
             .patch_status(&self.key.name, &params(), &Patch::Merge(patch))
             .await
             .map_err(|error| hub("store the status", error))?;
-        self.shared.state.write().learn(self.key.kind, answer);
+        let ObjectKey { kind, namespace, .. } = self.key;
+        if self.of.is_namespace() {
+            self.shared.with_namespace(*kind, namespace, |state| state.learn(*kind, answer));
+        } else {
+            self.shared.state.write().learn(*kind, answer);
+        }
         Ok(())
     }
 
@@ -537,38 +564,44 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// The object cannot be read as what it claims to be. Nothing is done, and it is told why.
-    async fn report_unreadable(&self, object: &DynamicObject, message: &str) -> Result<(), ReconcileError> {
-        let status: Map<String, Value> =
-            object.data.get("status").and_then(Value::as_object).cloned().unwrap_or_default();
-        let known: Vec<Condition> = status
-            .get("conditions")
+    /// Says one thing of an object that is not planned, in a condition and, when it is news, in an Event; all else of its status
+    /// stays.
+    async fn tell(
+        &self,
+        object: &DynamicObject,
+        type_: &str,
+        reason: &'static str,
+        message: &str,
+    ) -> Result<(), ReconcileError> {
+        let known: Vec<Condition> = object
+            .data
+            .get("status")
+            .and_then(|status| status.get("conditions"))
             .and_then(|conditions| serde_json::from_value(conditions.clone()).ok())
             .unwrap_or_default();
-        let same = known
-            .iter()
-            .any(|old| old.type_ == PROPAGATED && old.reason == "InvalidSpec" && old.message == message);
-        if same {
+        let old = known.iter().find(|old| old.type_ == type_ && old.status == "False");
+        if old.is_some_and(|old| old.reason == reason && old.message == message) {
             return Ok(());
         }
-        let mut conditions: Vec<Condition> =
-            known.into_iter().filter(|old| old.type_ != PROPAGATED).collect();
-        conditions.push(Condition {
-            type_: PROPAGATED.into(),
+        let since = old.and_then(|old| old.last_transition_time.clone()).unwrap_or_else(crate::now);
+        let said = Condition {
+            type_: type_.into(),
             status: "False".into(),
             observed_generation: object.metadata.generation,
-            last_transition_time: Some(crate::now()),
-            reason: "InvalidSpec".into(),
+            last_transition_time: Some(since),
+            reason: reason.into(),
             message: message.into(),
-        });
-        self.shared.events.warning(&self.about, "InvalidSpec", message.into());
+        };
+        self.shared.events.warning(&self.about, reason, message.into());
+        let others = known.into_iter().filter(|old| old.type_ != type_);
+        let conditions: Vec<Condition> = others.chain([said]).collect();
         let patch = json!({
             "metadata": {"resourceVersion": object.metadata.resource_version},
             "status": {"conditions": conditions},
         });
         match self.api.patch_status(&self.key.name, &params(), &Patch::Merge(patch)).await {
             Ok(_) => Ok(()),
-            Err(error) => Err(hub("report an unreadable object", error)),
+            Err(error) => Err(hub("store a condition", error)),
         }
     }
 

@@ -28,6 +28,12 @@ impl Traces {
         }
     }
 
+    /// How many objects have any.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.by_object.lock().len()
+    }
+
     /// Where an object may have something.
     pub(crate) fn of(&self, object: &ObjectKey) -> Vec<Arc<str>> {
         self.by_object.lock().get(object).into_iter().flatten().cloned().collect()
@@ -71,7 +77,7 @@ mod tests {
         assert_eq!(traces.of(&other).len(), 2);
         traces.settle(&web, |_| false);
         assert!(traces.of(&web).is_empty());
-        assert_eq!(traces.by_object.lock().len(), 1, "nothing is kept of what is nowhere");
+        assert_eq!(traces.len(), 1, "nothing is kept of what is nowhere");
         traces.retain(|object, member| *object == other && member == "x");
         assert_eq!(traces.of(&other), ["x".into()]);
         traces.retain(|_, _| false);

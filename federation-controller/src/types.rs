@@ -31,11 +31,11 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument as _, info, info_span, warn};
 
-use crate::Shared;
 use crate::follow::{Change, WatchTrouble, admit_all, follow, follow_as};
 use crate::hub::Kept;
 use crate::member::chain;
 use crate::policies::refusal;
+use crate::{SETTLE, Shared};
 
 /// Types that may be enabled at once: each costs a watch at the hub and, once used, one in every member.
 const MAX_TYPES: usize = 512;
@@ -273,6 +273,7 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
             info!(kind = of.kind, "the type is federated");
             running.insert(name.clone(), begin(of.clone(), false));
         }
+        let unheld = leaving.iter().any(|run| run.of.is_namespace());
         for run in leaving {
             info!(kind = run.of.kind, "the type is followed no more");
             run.watch.abort();
@@ -287,6 +288,10 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
         }
         let all = running.len() == shared.state.read().type_configs().map_or(0, |configs| configs.len());
         shared.state.write().set_followed(all);
+        if unheld {
+            // What namespaces held back, or had wait, is looked at. A next slot has it looked at again once it is listed.
+            shared.enqueue_all();
+        }
         shared.enqueue_stand_ins();
         shared.failover_due.notify_one();
         shared.tenants_due.notify_one();
@@ -352,25 +357,31 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>,
     let on_change = move |change: Change<Kept>| {
         // The last listing of all completes the picture: then everything is looked at.
         let listed = matches!(change, Change::Replace(_));
-        let touched = at.state.write().change_objects(kind, change);
-        if of.is_namespace() && !listed {
-            // Where a namespace goes, what lies in it may go.
-            for key in &touched {
-                let inside = at.state.read().keys_in(&key.namespace);
-                inside.into_iter().for_each(|key| at.queue.add(key));
-            }
-        }
+        let one = match &change {
+            Change::Apply(object) | Change::Delete(object) => Some(object.key(kind)),
+            Change::Replace(_) => None,
+        };
+        let before = one.as_ref().and_then(|key| at.state.read().asks(key));
+        let touched = match one.filter(|_| of.is_namespace()) {
+            Some(key) => at.with_namespace(kind, &key.namespace, |state| state.change_objects(kind, change)),
+            None => at.state.write().change_objects(kind, change),
+        };
         if !touched.is_empty() {
             at.types.mark_used(kind);
         }
         for key in touched {
-            let (is_companion, behind) = {
+            let (is_companion, behind, ours) = {
                 let state = at.state.read();
-                (state.may_be_companion(&key), state.is_behind(&key))
+                let ours = before.is_some() && before == state.asks(&key);
+                (state.may_be_companion(&key), state.is_behind(&key), ours)
             };
             at.policies.touched(&key, is_companion);
-            // Of a listing, those that somebody waits for or that are gone; the others are looked at below.
-            if behind || !listed {
+            if ours {
+                // The watch tells of a write of ours before its answer does. Whoever waits for the change that it belongs to is
+                // not to wait for a look that finds nothing.
+                at.queue.add_after(key, SETTLE);
+            } else if behind || !listed {
+                // Of a listing, those that somebody waits for or that are gone; the others are looked at below.
                 at.queue.add(key);
             }
         }

@@ -78,6 +78,8 @@ struct Epoch {
 #[derive(Debug, Clone)]
 struct Job {
     source: ObjectKey,
+    /// What is asked for with it, as far as the write knows.
+    generation: Option<i64>,
     /// The namespace of the object in the member.
     home: Arc<str>,
     about: ObjectReference,
@@ -239,6 +241,12 @@ impl Member {
         self.rooms.claim(key, claims, keeps);
     }
 
+    /// Forgets what an object wants here, should a look at it have ended in the middle. A write that has begun ends by itself.
+    pub(crate) fn let_go(&self, key: &ObjectKey) {
+        self.rooms.forget(key);
+        self.cancel(key);
+    }
+
     /// Takes in which units of an object are in trouble here: the member's own Warnings about them are copied.
     pub(crate) fn note_troubles(
         &self,
@@ -273,16 +281,18 @@ impl Member {
     }
 
     /// Hands a write over, unless the same write failed a short while ago; then the object is looked at again in time.
+    /// `generation`: of the object that it was planned for.
     pub(crate) fn submit(
         &self,
         shared: &Shared,
         source: &ObjectKey,
+        generation: Option<i64>,
         of: &FederatedType,
         about: &ObjectReference,
         write: Write,
     ) {
         let home = of.target_namespace(&source.namespace).into();
-        let job = Job { source: source.clone(), home, about: about.clone(), write };
+        let job = Job { source: source.clone(), generation, home, about: about.clone(), write };
         match self.store.lock().submit(job, Instant::now()) {
             Ok(target) => self.jobs.add(target, shared.queue.sharer(source)),
             Err(wait) => shared.queue.add_after(source.clone(), wait),

@@ -57,8 +57,8 @@ struct State {
 #[derive(Debug)]
 struct Asker {
     asked: Instant,
-    /// What decided about it when it was last told to look; `None` when that is not known.
-    told: Option<Vec<Outlook>>,
+    /// What decided about it when it last looked, or was told to; `None` while it looks, and when that is not known.
+    seen: Option<Vec<Outlook>>,
 }
 
 // === impl Rooms ===
@@ -68,16 +68,28 @@ impl Rooms {
     pub(super) fn ask(&self, asker: &ObjectKey, now: Instant) -> (RoomView, BTreeMap<String, i64>) {
         let mut state = self.state.lock();
         let first = state.askers.is_empty();
-        state.askers.entry(asker.clone()).or_insert(Asker { asked: now, told: None }).asked = now;
+        state.askers.insert(asker.clone(), Asker { asked: now, seen: None });
         if first {
             self.asked.notify_one();
         }
         (state.ledger.left(), state.ledger.claimed(asker))
     }
 
-    /// Takes in what somebody claims; what is claimed for the objects that `keeps` names stays.
+    /// Takes in what somebody claims, at the end of a look; what is claimed for the objects that `keeps` names stays.
     pub(super) fn claim(&self, by: &ObjectKey, claims: Vec<Claim>, keeps: impl Fn(&str) -> bool) {
-        self.state.lock().ledger.claim(by.clone(), claims, keeps);
+        let State { askers, ledger } = &mut *self.state.lock();
+        ledger.claim(by.clone(), claims, keeps);
+        if let Some(asker) = askers.get_mut(by) {
+            // What it goes by now. Room that goes and comes back until the next count is news to it as any other is.
+            asker.seen = ledger.outlook(by);
+        }
+    }
+
+    /// Forgets somebody, whatever state a look of it left behind.
+    pub(super) fn forget(&self, by: &ObjectKey) {
+        let mut state = self.state.lock();
+        state.askers.remove(by);
+        state.ledger.forget(by);
     }
 
     /// Who asks. Without anybody, what is known is forgotten.
@@ -91,14 +103,15 @@ impl Rooms {
         askers.keys().cloned().collect()
     }
 
-    /// Whether something changed for an asker since it was last told. `counted`: the last count is another than the one before.
+    /// Whether something changed for an asker since it last looked or was told. `counted`: the last count is another than the
+    /// one before.
     fn concerns(&self, asker: &ObjectKey, counted: bool) -> bool {
         let mut state = self.state.lock();
         let outlook = state.ledger.outlook(asker);
         let Some(known) = state.askers.get_mut(asker) else { return false };
-        let same = known.told == outlook;
+        let same = known.seen == outlook;
         let decides = outlook.is_some();
-        known.told = outlook;
+        known.seen = outlook;
         if decides { !same } else { counted }
     }
 
@@ -232,12 +245,41 @@ mod tests {
         assert_eq!(told(room("10", &[])), ["small", "large", "vague"], "nobody knew before");
         rooms.claim(&small, vec![claim("small", "1")], |_| false);
         rooms.claim(&large, vec![claim("large", "6")], |_| false);
-        assert_eq!(told(room("10", &[])), ["small", "large"], "now it is known what decides about them");
+        // By the time of its claim the small one did not know of the large one's.
+        assert_eq!(told(room("10", &[])), ["small"]);
         assert!(told(room("10", &[])).is_empty(), "the same count");
         // Somebody else's pod takes room for one of the small ones, and the large one fits as before.
         assert_eq!(told(room("10", &["other"])), ["small", "vague"]);
         // Its own pod is seen: what it claimed is taken up.
         assert_eq!(told(room("10", &["other", "small"])), ["small", "vague"]);
         assert_eq!(told(RoomView::Unreadable("no".into())), ["small", "large", "vague"]);
+    }
+
+    #[test]
+    fn room_that_goes_and_comes_back_within_one_count_is_told() {
+        let rooms = Rooms::default();
+        let [first, second] = ["first", "second"].map(|name| ObjectKey::new(0, "shop", name));
+        let now = Instant::now();
+        let look = |by: &ObjectKey, app: &str, replicas: i64| {
+            let (left, _) = rooms.ask(by, now);
+            rooms.claim(by, vec![Claim { replicas, ..claim(app, "3") }], |_| false);
+            left.known().map(|room| room.fits(&claim(app, "3").pod))
+        };
+        rooms.learn(room("3", &[]));
+        assert_eq!((look(&first, "first", 0), look(&second, "second", 0)), (Some(1), Some(1)));
+        // The second takes it, and the first looks meanwhile; then the second gives it back.
+        look(&second, "second", 1);
+        assert_eq!(look(&first, "first", 0), Some(0));
+        rooms.claim(&second, Vec::new(), |_| false);
+        let counted = rooms.learn(room("3", &[]));
+        assert!(
+            !counted && rooms.concerns(&first, counted),
+            "it is there again, and the first does not know"
+        );
+        assert!(!rooms.concerns(&first, counted), "it is told once");
+        // Forgotten in the middle of a look, it has nothing.
+        rooms.ask(&second, now);
+        rooms.forget(&second);
+        assert!(!rooms.concerns(&second, true));
     }
 }

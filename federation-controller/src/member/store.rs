@@ -605,7 +605,13 @@ mod tests {
 
     fn job(hash: &str) -> Job {
         let write = Write { cluster: "x".into(), object: "web-a".into(), action: apply(hash, Cause::Create) };
-        Job { source: key(), home: "shop".into(), about: ObjectReference::default(), write }
+        Job {
+            source: key(),
+            generation: Some(1),
+            home: "shop".into(),
+            about: ObjectReference::default(),
+            write,
+        }
     }
 
     fn view(store: &mut Store) -> MemberView {

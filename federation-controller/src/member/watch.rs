@@ -193,3 +193,59 @@ fn on_trouble(member: &Member, shared: &Shared, kind: usize, trouble: &WatchTrou
     }
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use federation_core::names::{SOURCE_ANNOTATION, source};
+    use federation_core::types::builtin;
+    use prometheus_client::metrics::counter::Counter;
+
+    use super::*;
+    use crate::connector::{ConnectError, Destination, connector};
+    use crate::credentials::Way;
+    use crate::{Controller, Options, events};
+
+    /// What is shared in a term of a controller that reaches nobody.
+    fn alone() -> Shared {
+        type Answer = Result<http::Response<kube::client::Body>, std::convert::Infallible>;
+        let nobody = tower::service_fn(|_: http::Request<kube::client::Body>| pending::<Answer>());
+        let unreachable =
+            connector(|_: Destination| pending::<Result<tokio::io::DuplexStream, ConnectError>>());
+        let controller =
+            Controller::new(kube::Client::new(nobody, "default"), unreachable, Options::default());
+        Shared::new(&controller, "hub".into(), events::channel(Counter::default()).0)
+    }
+
+    #[tokio::test]
+    async fn what_a_member_shows_no_more_leaves_no_traces() {
+        const MARKS: usize = 100;
+        let shared = alone();
+        let of = builtin().remove(0);
+        let kind = shared.types.add(Arc::new(of.clone()), false);
+        shared.state.write().add_kind(kind);
+        let member = Arc::new(Member::new("x", Way::Gateway, &shared).expect("a client"));
+        shared.members.write().insert("x".into(), Arc::clone(&member));
+        let seen = |name: String| {
+            let mut object = DynamicObject::new(&name, &of.target.resource()).within("shop");
+            let mark = (SOURCE_ANNOTATION.to_owned(), source(&of.plural, &name));
+            object.metadata.annotations = Some([mark].into());
+            Seen::new(object)
+        };
+        let listed = |prefix: &str| {
+            let all = (0..MARKS).map(|number| seen(format!("{prefix}-{number}")));
+            take(&member, &shared, kind, &of, Change::Replace(all.collect()))
+        };
+        // The hub knows none of them: they are another hub's, or left from before a restore, or made up.
+        assert!(listed("a") && listed("b"));
+        assert_eq!(shared.traces.len(), MARKS, "of what is shown now");
+        take(&member, &shared, kind, &of, Change::Apply(seen("n".repeat(MAX_OBJECT_NAME + 1))));
+        assert_eq!(shared.traces.len(), MARKS, "no object can be called that");
+        shared.prune_traces();
+        assert_eq!(shared.traces.len(), MARKS, "they are there still");
+        shared.members.write().clear();
+        shared.prune_traces();
+        assert_eq!(shared.traces.len(), 0, "the member has left");
+    }
+}

@@ -39,7 +39,10 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
     loop {
         let lease = member.jobs.next().await;
         let wait = member.bucket.lock().take(Instant::now());
-        tokio::time::sleep(wait).await;
+        if !wait.is_zero() {
+            // A sleep of no time takes until the clock's next millisecond.
+            tokio::time::sleep(wait).await;
+        }
         if !member.epoch.borrow().online {
             // Whatever it was, it is planned anew when the member is back.
             member.store.lock().discard(lease.key());
@@ -92,8 +95,10 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
     if let Some(wait) = member.store.lock().rest(target, Instant::now()) {
         shared.queue.add_after(job.source.clone(), wait);
     }
-    // Other members are about to be done too: one look, and one status, for all of them.
-    shared.queue.add_after(job.source, crate::SETTLE);
+    // Other members are about to be done too: one look, and one status, for all of them. But what was asked for meanwhile has
+    // only waited for this write.
+    let overtaken = shared.state.read().generation(&job.source) != job.generation;
+    shared.queue.add_after(job.source, if overtaken { crate::OVERTAKEN } else { crate::SETTLE });
 }
 
 /// Does it; gives back the object, or `None` when it is gone.

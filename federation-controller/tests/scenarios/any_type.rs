@@ -253,6 +253,44 @@ async fn where_a_namespace_goes_holds_while_its_type_is_disabled_or_wrong() {
     world.stop().await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_waits_for_federated_namespaces_goes_on_when_their_definition_goes() {
+    const CRDS: &str = "apiextensions.k8s.io/customresourcedefinitions";
+    let mut world = World::start().await;
+    let defined = || world.hub.get(CRDS, "", "federatednamespaces.types.kubefed.io");
+    world.until("it is defined", defined).await;
+    world.stop().await;
+    // Disabled and on its way out: the definition is found, and its objects are not served any more.
+    world.hub.edit(CONFIGS, HOME, "namespaces", |config| config["spec"]["propagation"] = "Disabled".into());
+    world.hub.unserved.lock().push(NAMESPACES.into());
+    let web = federated("FederatedDeployment", &["a"], template("web:1", 1));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(web));
+    world.run(options());
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    assert!(world.deployment("x", "web-a").is_none(), "where shop goes is not known");
+    world.hub.put(CRDS, "", "federatednamespaces.types.kubefed.io", None);
+    world.until("nothing holds it back", || world.deployment("x", "web-a")).await;
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_of_a_namespace_moves_what_lies_in_it_only_where_it_goes_elsewhere() {
+    let mut world = World::start().await;
+    world.hub.put(NAMESPACES, "shop", "shop", Some(namespace(&["a", "c"])));
+    let web = federated("FederatedDeployment", &["a", "c"], template("web:1", 1));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(web));
+    world.settled(DEPLOYMENTS, "both have it", |status| is_true(status, "Ready")).await;
+    world.hub.edit(NAMESPACES, "shop", "shop", |object| object["spec"] = namespace(&["a"])["spec"].clone());
+    world.until("c has it no more", || world.deployment("y", "web-c").is_none().then_some(())).await;
+    world.hub.edit(NAMESPACES, "shop", "shop", |object| object["spec"] = namespace(&["c"])["spec"].clone());
+    world.until("c has it again", || world.deployment("y", "web-c")).await;
+    world.until("a has it no more", || world.deployment("x", "web-a").is_none().then_some(())).await;
+    world.hub.put(NAMESPACES, "shop", "shop", None);
+    world.until("nothing is held back", || world.deployment("x", "web-a")).await;
+    world.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_namespace_that_was_made_on_demand_is_its_hubs() {
     let mut world = World::stopped();

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -24,6 +25,8 @@ pub(crate) struct FakeApi {
     events: broadcast::Sender<Arc<Event>>,
     /// Requests get no answer while this is set.
     pub(crate) hangs: AtomicBool,
+    /// How long each request takes.
+    pub(crate) takes: Mutex<Duration>,
     /// Resources that are not served.
     pub(crate) unserved: Mutex<Vec<String>>,
     /// Answers to writes of objects by name: a status code and a message.
@@ -47,6 +50,8 @@ struct State {
     version: u64,
     uids: u64,
     writes: Vec<String>,
+    /// Everything that was asked, but for how the server is.
+    asked: Vec<String>,
     /// Bodies of deletions, by path as in `writes`.
     deletions: Vec<(String, Value)>,
     /// Resources that were watched.
@@ -90,6 +95,7 @@ impl FakeApi {
             state: Mutex::default(),
             events,
             hangs: AtomicBool::new(false),
+            takes: Mutex::default(),
             unserved: Mutex::default(),
             refuses: Mutex::default(),
             expired: AtomicUsize::new(0),
@@ -147,6 +153,11 @@ impl FakeApi {
         self.state.lock().writes.clone()
     }
 
+    /// How many requests have come in that ask for something, and which: their methods (`WATCH` among them) and paths.
+    pub(crate) fn asked(&self) -> Vec<String> {
+        self.state.lock().asked.clone()
+    }
+
     /// The options with which objects of a name were deleted.
     pub(crate) fn deletions(&self, name: &str) -> Vec<Value> {
         let state = self.state.lock();
@@ -167,6 +178,10 @@ impl FakeApi {
         if self.hangs.load(Ordering::Relaxed) {
             std::future::pending::<()>().await;
         }
+        let takes = *self.takes.lock();
+        if !takes.is_zero() {
+            tokio::time::sleep(takes).await;
+        }
         let headers = request.headers();
         let said = |name: &str| headers.get(name).and_then(|user| user.to_str().ok());
         let user = said("authorization").or(said("impersonate-user")).unwrap_or_default().to_owned();
@@ -184,6 +199,9 @@ impl FakeApi {
             "/readyz" => return Response::new(full("ok")),
             _ => {}
         }
+        let watches = request.uri().query().is_some_and(|query| query.contains("watch=true"));
+        let method = if watches { "WATCH" } else { request.method().as_str() };
+        self.state.lock().asked.push(format!("{method} {}", request.uri().path()));
         let Some(route) = route(request.uri()) else {
             return answer(Err((StatusCode::NOT_FOUND, "NotFound", "no such path".into())));
         };

@@ -13,6 +13,8 @@ const LEASES: &str = "coordination.k8s.io/leases";
 const HANDED_OVER: Duration = Duration::from_secs(5);
 /// The lease of one that died runs out after four seconds; everything is listed and looked at anew then.
 const REPLACED: Duration = Duration::from_secs(15);
+/// More objects than may fail at once without ending the term.
+const MANY: usize = 20;
 
 fn leading(identity: &str) -> Options {
     Options { lease: Some(LeaseOptions::new(identity)), ..options() }
@@ -135,13 +137,17 @@ async fn a_controller_that_fails_lets_another_lead_and_begins_anew() {
     world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
     let one = world.detach();
     world.run(leading("two"));
-    // One worker fails over this object, and with it the whole term ends.
-    world.tricks.lock().trips_over.push(("one".into(), "bad".into()));
-    let mut bad = federated("FederatedConfigMap", &["a"], json!({"data": {"k": "v"}}));
-    bad["metadata"]["name"] = "bad".into();
-    world.hub.put(CONFIG_MAPS, "shop", "bad", Some(bad));
-    let there = || world.member("x").get("/configmaps", "shop", "bad");
-    world.until("the other one has done it", there).await;
+    // Of one object that it fails over it would set aside one. So many are more than bad luck, and the term ends.
+    let names: Vec<String> = (0..MANY).map(|number| format!("bad-{number}")).collect();
+    let trips = names.iter().map(|name| ("one".to_owned(), format!("/federatedconfigmaps/{name}")));
+    world.tricks.lock().trips_over.extend(trips);
+    for name in &names {
+        let mut bad = federated("FederatedConfigMap", &["a"], json!({"data": {"k": "v"}}));
+        bad["metadata"]["name"] = name.as_str().into();
+        world.hub.put(CONFIG_MAPS, "shop", name, Some(bad));
+    }
+    let there = || names.iter().all(|name| world.member("x").get("/configmaps", "shop", name).is_some());
+    world.until("the other one has done them", || there().then_some(())).await;
     assert_eq!(holder(&world).as_deref(), Some("two"));
     assert_eq!(one_after_the_other(&world.acts.lock()), ["one", "two"]);
     // It is a candidate still.
@@ -150,6 +156,29 @@ async fn a_controller_that_fails_lets_another_lead_and_begins_anew() {
     world.edit(|object| object["spec"]["template"] = template("web:2", 2));
     world.until("the first acts again", || (image(&world, "web-a")? == "web:2").then_some(())).await;
     one.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failure_that_is_no_objects_ends_the_term() {
+    let mut world = World::stopped();
+    world.run(leading("one"));
+    let object = federated("FederatedDeployment", &["a"], template("web:1", 2));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    let one = world.detach();
+    world.run(leading("two"));
+    // It lists everything anew, and fails over the tombstones.
+    world.tricks.lock().trips_over.push(("one".into(), "/tombstones".into()));
+    world.hub.compact(|hub| {
+        hub.edit(DEPLOYMENTS, "shop", "web", |object| object["spec"]["template"] = template("web:2", 2));
+    });
+    world.until("the other one leads", || holder(&world).filter(|holder| holder == "two")).await;
+    world.edit(|object| object["spec"]["template"] = template("web:3", 2));
+    world.until("and acts", || (image(&world, "web-a")? == "web:3").then_some(())).await;
+    assert!(world.tricks.lock().tripped > 0);
+    assert_eq!(one_after_the_other(&world.acts.lock()), ["one", "two"]);
+    world.stop().await;
+    one.kill().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,7 +6,6 @@ use federation_controller::Options;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use crate::fake::FakeApi;
 use crate::world::{DEPLOYMENTS, World, federated, is_true, options, template};
 
 const CLUSTERS: &str = "core.kubefed.io/kubefedclusters";
@@ -22,12 +21,7 @@ fn node(name: &str, zone: &str) -> Value {
 /// `web` has two replicas each in `a` (in `x`) and `c` (in `y`); `x`, `v` and `w` vote on `y`.
 async fn start() -> World {
     let mut world = World::stopped();
-    for name in ["v", "w"] {
-        world.members.insert(name.to_owned(), FakeApi::new());
-        let cluster = json!({"apiVersion": "core.kubefed.io/v1beta1", "kind": "KubeFedCluster",
-            "metadata": {"name": name, "namespace": NAMESPACE}, "spec": {}});
-        world.hub.put(CLUSTERS, NAMESPACE, name, Some(cluster));
-    }
+    ["v", "w"].iter().for_each(|name| world.join(name));
     world.member("x").put("/nodes", "", "n1", Some(node("n1", "a")));
     world.member("y").put("/nodes", "", "n2", Some(node("n2", "c")));
     let probes: Vec<Value> =

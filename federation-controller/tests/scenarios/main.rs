@@ -2,6 +2,8 @@
 //! real HTTP/1.1. Each test changes something and waits until the world is as it should be.
 
 mod any_type;
+mod aside;
+mod cost;
 mod credentials;
 mod failover;
 mod fake;

@@ -1,9 +1,14 @@
 //! Native objects that are federated by policies.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
+use tokio::time::sleep;
 
-use crate::world::{CONFIG_MAPS, World, condition};
+use crate::world::{CONFIG_MAPS, World, condition, options};
 
+/// In a test with a time of its own: for what must not happen.
+const MINUTE: Duration = Duration::from_secs(60);
 const POLICIES: &str = "policy.cellway.io/propagationpolicies";
 
 /// As [`World::start`], with the namespace at the hub too.
@@ -87,7 +92,7 @@ async fn a_plain_object_goes_where_its_policy_says() {
         all.into_iter().chain(world.hub.writes()).filter(|write| write.starts_with("DELETE")).count()
     };
     let before = deletions(&world);
-    world.run(crate::world::options());
+    world.run(options());
     config_map(&world, "settings", json!({"labels": {"app": "web"}}), "after");
     holds(&world, "x", "settings", Some("after")).await;
     assert_eq!(deletions(&world), before);
@@ -305,5 +310,63 @@ async fn a_label_makes_nobodys_object_a_companion() {
         let found = companion(&world, name).expect("it stays");
         assert!(found["metadata"]["deletionTimestamp"].is_null(), "{found}");
     }
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restart_at_rest_writes_no_policys_status() {
+    let mut world = start().await;
+    for name in ["one", "two", "three"] {
+        config_map(&world, name, json!({}), "v");
+    }
+    policy(&world, "shop", "web", json!({}), &["a", "c"]);
+    policy_says(&world, "web", 3, "True").await;
+    sleep(MINUTE).await;
+    let told = |world: &World| {
+        world.hub.writes().iter().filter(|write| write.contains("propagationpolicies")).count()
+    };
+    let before = told(&world);
+    world.stop().await;
+    // Half of it is known for a while: the policies and the objects, and not yet what they have become.
+    world.hub.unserved.lock().push(CONFIG_MAPS.into());
+    world.run(options());
+    sleep(Duration::from_secs(4)).await;
+    world.hub.unserved.lock().clear();
+    sleep(MINUTE).await;
+    assert_eq!(told(&world), before);
+    // It is told when there is something to tell.
+    config_map(&world, "four", json!({}), "v");
+    policy_says(&world, "web", 4, "True").await;
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn companions_of_the_version_before_go_with_their_objects() {
+    let mut world = start().await;
+    for name in ["settings", "copied"] {
+        config_map(&world, name, json!({}), "v");
+    }
+    policy(&world, "shop", "web", json!({}), &["a"]);
+    for name in ["settings", "copied"] {
+        holds(&world, "x", name, Some("v")).await;
+    }
+    world.stop().await;
+    // As they were: they name their policy, not what they are made from. Of a copy that somebody made somebody else is said to
+    // have written it.
+    for (name, manager) in [("settings", "cellway-policy"), ("copied", "kubectl-create")] {
+        world.edit_config_map(name, |object| {
+            object["metadata"]["annotations"].as_object_mut().expect("a map").remove("cellway.io/made-from");
+            object["metadata"]["managedFields"] = json!([{"manager": manager, "operation": "Update",
+                "apiVersion": "types.kubefed.io/v1beta2", "fieldsType": "FieldsV1", "fieldsV1": {}}]);
+        });
+        world.hub.put("/configmaps", "shop", name, None);
+    }
+    world.run(options());
+    holds(&world, "x", "settings", None).await;
+    world.until("it is gone", || companion(&world, "settings").is_none().then_some(())).await;
+    sleep(MINUTE).await;
+    let copied = companion(&world, "copied").expect("it stays");
+    assert!(copied["metadata"]["deletionTimestamp"].is_null(), "{copied}");
+    holds(&world, "x", "copied", Some("v")).await;
     world.stop().await;
 }

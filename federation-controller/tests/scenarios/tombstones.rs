@@ -1,5 +1,8 @@
 //! Deletions that wait for a member, through restarts.
 
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
 use federation_core::api::Phase;
 use serde_json::{Value, json};
 
@@ -106,6 +109,60 @@ async fn a_restart_that_lists_tombstones_before_objects_erases_nothing_that_is_b
         .await;
     assert_eq!(uid(&world), before, "it was never away");
     assert!(world.member("y").deletions("web-c").is_empty());
+}
+
+/// A task that is always busy keeps the time of a story from passing, and the story from ending.
+#[test]
+fn a_tombstone_whose_type_is_not_federated_waits_and_keeps_nobody_busy() {
+    /// Of the machine's time: far more than the story takes.
+    const BUSY: Duration = Duration::from_secs(60);
+    const CONFIGS: &str = "core.kubefed.io/federatedtypeconfigs";
+    let story = async {
+        let mut world = buried(json!({})).await;
+        let propagation = |world: &World, mode: &str| {
+            let set = |config: &mut Value| config["spec"]["propagation"] = mode.into();
+            world.hub.edit(CONFIGS, HOME, "deployments.apps", set);
+        };
+        propagation(&world, "Disabled");
+        world
+            .until("it is federated no more", || {
+                let config = world.hub.get(CONFIGS, HOME, "deployments.apps")?;
+                (config["status"]["propagationController"] == "NotRunning").then_some(())
+            })
+            .await;
+        world.tunnel("y", true);
+        world
+            .until("y is ready again", || {
+                let cluster = world.hub.get(CLUSTERS, HOME, "y")?;
+                (condition(&cluster, "Ready") == Some("True")).then_some(())
+            })
+            .await;
+        // Until Events about the member have been told too.
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        let asked = world.hub.asked().len();
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        let mut asked = world.hub.asked().split_off(asked);
+        // A watch that nothing comes through is begun anew, and tenants' rights are gone through now and then.
+        asked.retain(|asked| !asked.starts_with("WATCH") && !asked.contains("rbac.authorization"));
+        assert!(asked.is_empty(), "there is nothing to ask: {asked:?}");
+        assert_eq!(world.hub.names(STONES).len(), 1);
+        assert!(world.deployment("y", "web-c").is_some());
+        propagation(&world, "Enabled");
+        carried_out(&world).await;
+        world.stop().await;
+    };
+    let (done, ended) = channel();
+    let teller = std::thread::spawn(move || {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        runtime.enable_all().start_paused(true).build().expect("a runtime").block_on(story);
+        let _ = done.send(());
+    });
+    match ended.recv_timeout(BUSY) {
+        Ok(()) => teller.join().expect("told"),
+        // It has failed by itself, and says how.
+        Err(RecvTimeoutError::Disconnected) => std::panic::resume_unwind(teller.join().expect_err("failed")),
+        Err(RecvTimeoutError::Timeout) => panic!("the story's time stands still: something is always busy"),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

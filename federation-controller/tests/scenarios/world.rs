@@ -11,6 +11,7 @@ use http::{Method, Request};
 use http_body_util::BodyExt as _;
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
+use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use tokio_util::task::AbortOnDropHandle;
@@ -41,7 +42,7 @@ pub(crate) struct Act {
 pub(crate) struct Tricks {
     /// Controllers whose requests to the hub get no answer.
     pub(crate) cut_off: Vec<String>,
-    /// Controllers that fail (panic) when they write an object of this name at the hub.
+    /// Controllers that fail (panic) when they send the hub a request whose method and path end so.
     pub(crate) trips_over: Vec<(String, String)>,
     /// Members that make whatever connects to them fail.
     pub(crate) trips: Vec<String>,
@@ -63,6 +64,8 @@ pub(crate) struct World {
     pub(crate) acts: Arc<Mutex<Vec<Act>>>,
     pub(crate) tricks: Arc<Mutex<Tricks>>,
     handle: Option<Handle>,
+    /// What the controller counts.
+    registry: Registry,
     running: Option<(oneshot::Sender<()>, tokio::task::JoinHandle<()>)>,
 }
 
@@ -86,11 +89,7 @@ impl World {
         let hub = FakeApi::new();
         let members: BTreeMap<String, Arc<FakeApi>> =
             ["x", "y"].map(|name| (name.to_owned(), FakeApi::new())).into();
-        for name in members.keys() {
-            let cluster = json!({"apiVersion": "core.kubefed.io/v1beta1", "kind": "KubeFedCluster",
-                "metadata": {"name": name, "namespace": "kube-federation-system"}, "spec": {}});
-            hub.put(CLUSTERS, "kube-federation-system", name, Some(cluster));
-        }
+        members.keys().for_each(|name| register(&hub, name));
         for (cell, cluster) in [("a", "x"), ("b", "x"), ("c", "y")] {
             let value = json!({"apiVersion": "topology.cellway.io/v1alpha1", "kind": "Cell",
                 "metadata": {"name": cell}, "spec": {"cluster": cluster, "nodeSelector": {"zone": cell}}});
@@ -105,8 +104,15 @@ impl World {
             acts: Arc::default(),
             tricks: Arc::default(),
             handle: None,
+            registry: Registry::default(),
             running: None,
         }
+    }
+
+    /// One more member, before the controller runs.
+    pub(crate) fn join(&mut self, name: &str) {
+        self.members.insert(name.to_owned(), FakeApi::new());
+        register(&self.hub, name);
     }
 
     pub(crate) fn run(&mut self, options: Options) {
@@ -120,9 +126,9 @@ impl World {
             async move {
                 let (cut_off, trips) = {
                     let mut tricks = tricks.lock();
-                    let name = request.uri().path().rsplit('/').next().unwrap_or_default();
-                    let trips = *request.method() != Method::GET
-                        && tricks.trips_over.iter().any(|(of, over)| *of == who && over == name);
+                    let asked = format!("{} {}", request.method(), request.uri().path());
+                    let trips =
+                        tricks.trips_over.iter().any(|(of, over)| *of == who && asked.ends_with(over));
                     tricks.tripped += usize::from(trips);
                     (tricks.cut_off.contains(&who), trips)
                 };
@@ -176,6 +182,8 @@ impl World {
         });
         let controller = Controller::new(client, connector, options);
         self.handle = Some(controller.handle());
+        self.registry = Registry::default();
+        controller.register(&mut self.registry);
         let (stop, stopped) = oneshot::channel();
         let running = tokio::spawn(controller.run(async move {
             let _ = stopped.await;
@@ -204,6 +212,17 @@ impl World {
             self.open.lock().retain(|(name, _)| name != member);
         }
         self.handle.as_ref().expect("running").probe(member);
+    }
+
+    /// What the controller counts under a name, its labels summed up.
+    pub(crate) fn counted(&self, name: &str) -> f64 {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry).expect("encodes");
+        let of = |line: &str| {
+            let (series, value) = line.rsplit_once(' ')?;
+            (series.split('{').next() == Some(name)).then(|| value.parse::<f64>().expect("a number"))
+        };
+        text.lines().filter_map(of).sum()
     }
 
     pub(crate) fn member(&self, name: &str) -> &FakeApi {
@@ -317,6 +336,12 @@ pub(crate) fn condition<'a>(object: &'a Value, type_: &str) -> Option<&'a str> {
 
 pub(crate) fn is_true(status: &FederatedStatus, type_: &str) -> bool {
     status.conditions.iter().any(|condition| condition.type_ == type_ && condition.status == "True")
+}
+
+fn register(hub: &FakeApi, name: &str) {
+    let cluster = json!({"apiVersion": "core.kubefed.io/v1beta1", "kind": "KubeFedCluster",
+        "metadata": {"name": name, "namespace": "kube-federation-system"}, "spec": {}});
+    hub.put(CLUSTERS, "kube-federation-system", name, Some(cluster));
 }
 
 fn note(acts: &Mutex<Vec<Act>>, who: &str, method: &Method, path: &str) {

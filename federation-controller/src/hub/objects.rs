@@ -1,0 +1,366 @@
+//! The federated objects of the hub, as they are kept and found.
+
+use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::sync::Arc;
+
+use federation_core::names;
+use federation_core::types::FederatedType;
+use kube::ResourceExt as _;
+use kube::api::DynamicObject;
+
+use super::stand_ins::{self, StandIn};
+use super::{HubState, ObjectKey, is_older};
+use crate::follow::{Change, lighten};
+
+/// A federated object as it is kept: as text, which takes a fraction of what the parsed object does.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    key: (Arc<str>, Arc<str>),
+    uid: Option<String>,
+    version: Option<String>,
+    generation: Option<i64>,
+    /// A hash of what others than this program say with it; `None` where no number tells of its `spec`.
+    asks: Option<u64>,
+    /// Its status does not speak of its newest generation, or of a unit that waits: somebody waits for it.
+    behind: bool,
+    /// It may be made of a native object; only a look into it tells.
+    may_be_companion: bool,
+    stand_ins: Box<[StandIn]>,
+    text: Box<str>,
+}
+
+// === impl Kept ===
+
+impl Kept {
+    pub(crate) fn new(mut object: DynamicObject) -> Self {
+        lighten(&mut object);
+        let status = &object.data["status"];
+        let mut units = status["units"].as_array().into_iter().flatten();
+        let behind = object.metadata.generation != status["observedGeneration"].as_i64()
+            || units.any(|unit| unit["phase"] == "Pending");
+        let meta = &object.metadata;
+        let asks = meta.generation.map(|generation| {
+            let mut hasher = DefaultHasher::new();
+            let going = meta.deletion_timestamp.is_some();
+            (generation, &meta.uid, going, &meta.labels, &meta.annotations).hash(&mut hasher);
+            hasher.finish()
+        });
+        Self {
+            key: (object.namespace().unwrap_or_default().into(), object.name_any().into()),
+            uid: object.metadata.uid.clone(),
+            version: object.metadata.resource_version.clone(),
+            generation: object.metadata.generation,
+            asks,
+            behind,
+            may_be_companion: object.labels().contains_key(names::POLICY_LABEL),
+            stand_ins: stand_ins::of_status(status),
+            // Made of maps with texts as keys, an object always serialises.
+            text: serde_json::to_string(&object).unwrap_or_default().into(),
+        }
+    }
+
+    pub(crate) fn key(&self, kind: usize) -> ObjectKey {
+        ObjectKey { kind, namespace: Arc::clone(&self.key.0), name: Arc::clone(&self.key.1) }
+    }
+
+    /// Where the federated object of a native one lies.
+    pub(crate) fn home(&self, kind: usize, of: &FederatedType) -> ObjectKey {
+        let (namespace, name) = (Arc::clone(&self.key.0), Arc::clone(&self.key.1));
+        let namespace = if of.is_namespace() { Arc::clone(&name) } else { namespace };
+        ObjectKey { kind, namespace, name }
+    }
+
+    /// Which state of the object it is.
+    pub(crate) fn version(&self) -> Option<&str> {
+        self.version.as_deref()
+    }
+
+    /// The object again.
+    pub(crate) fn parsed(&self) -> Option<DynamicObject> {
+        serde_json::from_str(&self.text).ok()
+    }
+}
+
+// === impl HubState ===
+
+impl HubState {
+    pub(crate) fn object(&self, key: &ObjectKey) -> Option<DynamicObject> {
+        self.objects.get(key)?.parsed()
+    }
+
+    /// Every federated object of the types that are wanted.
+    pub(crate) fn objects(&self, wanted: impl Fn(usize) -> bool) -> Vec<(ObjectKey, DynamicObject)> {
+        let objects = self.objects.iter().filter(|(key, _)| wanted(key.kind));
+        objects.filter_map(|(key, object)| Some((key.clone(), object.parsed()?))).collect()
+    }
+
+    /// Clusters where an object that stands in is needed still; `None` while not everything is known that may need it.
+    ///
+    /// That is where workloads run replicas for units that were given up: those of its namespace, or, when it lies in no
+    /// namespace in the members, all. A namespace is also needed while anything else stands in in it.
+    pub(crate) fn held_stand_ins(&self, of: &FederatedType, own: &ObjectKey) -> Option<BTreeSet<String>> {
+        if !self.knows_needs() {
+            return None;
+        }
+        let inside = of.target.namespaced || of.is_namespace();
+        let mine = self.objects.get(own).map(|object| &*object.stand_ins).unwrap_or_default();
+        Some(self.stand_ins.beside(inside.then_some(&*own.namespace), mine, of.is_namespace()))
+    }
+
+    /// Objects that stand in somewhere.
+    pub(crate) fn standing_in(&self) -> Vec<ObjectKey> {
+        let stands_in = |object: &Kept| object.stand_ins.iter().any(StandIn::stands_in);
+        self.objects.iter().filter(|(_, object)| stands_in(object)).map(|(key, _)| key.clone()).collect()
+    }
+
+    pub(crate) fn keys(&self) -> Vec<ObjectKey> {
+        self.objects.keys().cloned().collect()
+    }
+
+    /// What somebody asks for with an object, by its number; `None` when it is gone.
+    pub(crate) fn generation(&self, key: &ObjectKey) -> Option<i64> {
+        self.objects.get(key)?.generation
+    }
+
+    /// What stays the same of an object as long as nothing but its status and its finalizers change, which is what this program
+    /// writes; `None` where that cannot be told.
+    pub(crate) fn asks(&self, key: &ObjectKey) -> Option<u64> {
+        self.objects.get(key)?.asks
+    }
+
+    /// Which object of its name it is.
+    pub(crate) fn uid(&self, key: &ObjectKey) -> Option<&str> {
+        self.objects.get(key)?.uid.as_deref()
+    }
+
+    /// Whether an object is at the hub.
+    pub(crate) fn knows(&self, key: &ObjectKey) -> bool {
+        self.objects.contains_key(key)
+    }
+
+    /// Whether somebody waits for an object: it has changed, or is gone, and its status does not say yet that all is done.
+    pub(crate) fn is_behind(&self, key: &ObjectKey) -> bool {
+        self.objects.get(key).is_none_or(|object| object.behind)
+    }
+
+    /// Whether a federated object may be made of a native one; only a look into it tells.
+    pub(crate) fn may_be_companion(&self, key: &ObjectKey) -> bool {
+        self.objects.get(key).is_some_and(|object| object.may_be_companion)
+    }
+
+    /// Objects of some types that may be made of native ones.
+    pub(crate) fn companions(&self, wanted: impl Fn(usize) -> bool) -> Vec<ObjectKey> {
+        let of = |(key, object): &(&ObjectKey, &Kept)| object.may_be_companion && wanted(key.kind);
+        self.objects.iter().filter(of).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Objects in a namespace, and those of some kinds wherever they are.
+    pub(crate) fn keys_beside(&self, namespace: &str, kinds: &BTreeSet<usize>) -> Vec<ObjectKey> {
+        let of_kinds = kinds.iter().flat_map(|kind| self.keys_of(*kind).cloned());
+        let inside = self.keys_in(namespace).into_iter().filter(|key| !kinds.contains(&key.kind));
+        of_kinds.chain(inside).collect()
+    }
+
+    /// Objects in a namespace.
+    pub(crate) fn keys_in(&self, namespace: &str) -> Vec<ObjectKey> {
+        let mut found = Vec::new();
+        let mut next = self.objects.first_key_value().map(|(key, _)| key.kind);
+        // From type to type, and in each to the namespace.
+        while let Some(kind) = next {
+            let inside = self.objects.range(ObjectKey::new(kind, namespace, "")..).map(|(key, _)| key);
+            found.extend(inside.take_while(|key| key.kind == kind && &*key.namespace == namespace).cloned());
+            next = self.objects.range(ObjectKey::new(kind + 1, "", "")..).next().map(|(key, _)| key.kind);
+        }
+        found
+    }
+
+    /// Objects of a type.
+    pub(crate) fn keys_of(&self, kind: usize) -> impl Iterator<Item = &ObjectKey> {
+        self.objects.range(ObjectKey::new(kind, "", "")..ObjectKey::new(kind + 1, "", "")).map(|(key, _)| key)
+    }
+
+    /// Takes federated objects in; returns those that are to be looked at.
+    pub(crate) fn change_objects(&mut self, kind: usize, change: Change<Kept>) -> Vec<ObjectKey> {
+        if self.retired_kinds.contains(&kind) {
+            // Its watch may outlive its end by a moment, and nobody would take these out again.
+            return Vec::new();
+        }
+        match change {
+            Change::Replace(all) => {
+                self.unlisted_kinds.remove(&kind);
+                let mut touched: BTreeSet<_> = self.keys_of(kind).cloned().collect();
+                self.remove_kind(kind);
+                for object in all {
+                    let key = object.key(kind);
+                    touched.insert(key.clone());
+                    self.insert(key, object);
+                }
+                touched.into_iter().collect()
+            }
+            Change::Apply(object) => {
+                let key = object.key(kind);
+                if !self.keep_newer(&key, object) {
+                    return Vec::new();
+                }
+                vec![key]
+            }
+            Change::Delete(object) => {
+                let key = object.key(kind);
+                // A later object of the same name may be known already, from a write's answer.
+                if self.objects.get(&key).is_some_and(|known| known.uid == object.uid) {
+                    self.remove(&key);
+                }
+                vec![key]
+            }
+        }
+    }
+
+    /// Takes in what the hub answered to a write of ours.
+    pub(crate) fn learn(&mut self, kind: usize, object: DynamicObject) {
+        let object = Kept::new(object);
+        let key = object.key(kind);
+        // It may be gone by now, or be another of the same name: then the watch knows better.
+        if self.objects.get(&key).is_some_and(|known| known.uid == object.uid) {
+            self.keep_newer(&key, object);
+        }
+    }
+
+    /// Stores an object unless a newer state of it is known.
+    fn keep_newer(&mut self, key: &ObjectKey, object: Kept) -> bool {
+        if let Some(known) = self.objects.get(key)
+            && known.uid == object.uid
+            && (is_older(&object.version, &known.version)
+                // The answer to a write of ours was faster than the watch.
+                || object.version.is_some() && object.version == known.version)
+        {
+            return false;
+        }
+        self.insert(key.clone(), object);
+        true
+    }
+
+    fn insert(&mut self, key: ObjectKey, object: Kept) {
+        self.stand_ins.add(&key.namespace, &object.stand_ins);
+        let namespace = Arc::clone(&key.namespace);
+        if let Some(before) = self.objects.insert(key, object) {
+            self.stand_ins.remove(&namespace, &before.stand_ins);
+        }
+    }
+
+    fn remove(&mut self, key: &ObjectKey) {
+        if let Some(before) = self.objects.remove(key) {
+            self.stand_ins.remove(&key.namespace, &before.stand_ins);
+        }
+    }
+
+    pub(super) fn remove_kind(&mut self, kind: usize) {
+        let all: Vec<_> = self.keys_of(kind).cloned().collect();
+        all.iter().for_each(|key| self.remove(key));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use federation_core::types;
+
+    use super::*;
+
+    fn object(name: &str, uid: &str, version: &str) -> Kept {
+        Kept::new(dynamic(name, uid, version))
+    }
+
+    fn dynamic(name: &str, uid: &str, version: &str) -> DynamicObject {
+        let mut object = DynamicObject::new(name, &types::builtin()[0].hub_resource()).within("shop");
+        object.metadata.uid = Some(uid.into());
+        object.metadata.resource_version = Some(version.into());
+        object
+    }
+
+    #[test]
+    fn an_older_state_does_not_replace_a_newer_one() {
+        let mut state = HubState::new();
+        state.change_objects(0, Change::Replace(vec![object("web", "u", "10")]));
+        state.learn(0, dynamic("web", "u", "12"));
+        assert!(state.change_objects(0, Change::Apply(object("web", "u", "11"))).is_empty());
+        assert!(state.change_objects(0, Change::Apply(object("web", "u", "12"))).is_empty(), "our own write");
+        let key = ObjectKey::new(0, "shop", "web");
+        assert_eq!(state.object(&key).expect("object").metadata.resource_version.as_deref(), Some("12"));
+        // A new object under the same name is not an older state.
+        assert_eq!(state.change_objects(0, Change::Apply(object("web", "v", "3"))).len(), 1);
+        state.change_objects(0, Change::Delete(object("web", "u", "14")));
+        assert!(state.object(&key).is_some());
+        state.change_objects(0, Change::Delete(object("web", "v", "15")));
+        assert!(state.object(&key).is_none());
+        state.learn(0, dynamic("web", "v", "16"));
+        assert!(state.object(&key).is_none(), "what is gone is not learned");
+    }
+
+    #[test]
+    fn a_relist_names_what_is_gone_too() {
+        let mut state = HubState::new();
+        state.change_objects(0, Change::Replace(vec![object("a", "1", "1"), object("b", "2", "2")]));
+        let touched = state.change_objects(0, Change::Replace(vec![object("b", "2", "2")]));
+        assert_eq!(touched.len(), 2);
+        assert_eq!(state.keys().len(), 1);
+    }
+
+    #[test]
+    fn what_this_program_writes_asks_for_nothing() {
+        let key = ObjectKey::new(0, "shop", "web");
+        let asks = |change: fn(&mut DynamicObject)| {
+            let mut object = dynamic("web", "u", "1");
+            object.metadata.generation = Some(3);
+            change(&mut object);
+            let mut state = HubState::new();
+            state.change_objects(0, Change::Apply(Kept::new(object)));
+            state.asks(&key)
+        };
+        let same = asks(|_| ());
+        assert!(same.is_some());
+        let written: [fn(&mut DynamicObject); 2] = [
+            |object| object.data = serde_json::json!({"status": {"summary": "all synced"}}),
+            |object| object.metadata.finalizers = Some(vec!["cellway.io/members".into()]),
+        ];
+        written.into_iter().for_each(|change| assert_eq!(asks(change), same));
+        let others: [fn(&mut DynamicObject); 5] = [
+            |object| object.metadata.generation = Some(4),
+            |object| object.metadata.uid = Some("v".into()),
+            |object| object.metadata.labels = Some([("a".to_owned(), "b".to_owned())].into()),
+            |object| object.metadata.annotations = Some([("a".to_owned(), "b".to_owned())].into()),
+            |object| {
+                let at = serde_json::json!("2026-11-21T00:00:00Z");
+                object.metadata.deletion_timestamp = Some(serde_json::from_value(at).expect("a time"));
+            },
+        ];
+        others.into_iter().for_each(|change| assert_ne!(asks(change), same));
+        assert_eq!(asks(|object| object.metadata.generation = None), None);
+    }
+
+    #[test]
+    fn what_lies_beside_an_object_is_found() {
+        let mut state = HubState::new();
+        let at = |namespace: &str, name: &str| {
+            let mut object = dynamic(name, name, "1");
+            object.metadata.namespace = (!namespace.is_empty()).then(|| namespace.to_owned());
+            Kept::new(object)
+        };
+        for (kind, all) in [
+            (1, vec![at("bank", "a"), at("shop", "a"), at("shop", "b"), at("shops", "a")]),
+            (3, vec![at("", "role")]),
+            (4, vec![at("shop", "c"), at("zoo", "c")]),
+        ] {
+            state.change_objects(kind, Change::Replace(all));
+        }
+        let names = |keys: Vec<ObjectKey>| -> Vec<_> {
+            keys.iter().map(|key| format!("{} {}/{}", key.kind, key.namespace, key.name)).collect()
+        };
+        assert_eq!(names(state.keys_in("shop")), ["1 shop/a", "1 shop/b", "4 shop/c"]);
+        assert_eq!(names(state.keys_in("")), ["3 /role"]);
+        assert!(state.keys_in("sho").is_empty());
+        let beside = state.keys_beside("shop", &[3, 4, 9].into());
+        assert_eq!(names(beside), ["3 /role", "4 shop/c", "4 zoo/c", "1 shop/a", "1 shop/b"]);
+        state.drop_kind(1);
+        assert_eq!(names(state.keys()), ["3 /role", "4 shop/c", "4 zoo/c"]);
+    }
+}
