@@ -38,6 +38,7 @@ mod policies;
 mod quarantine;
 mod queue;
 mod reconcile;
+mod sweep;
 mod tenants;
 mod tombstones;
 mod traces;
@@ -185,6 +186,7 @@ pub(crate) struct Shared {
     /// The set of clusters has changed.
     clusters_changed: Notify,
     queue: ObjectQueue,
+    sweeps: sweep::Sweeps,
     owners: Owners,
     /// Where objects may have something.
     traces: Traces,
@@ -332,6 +334,7 @@ impl Controller {
         tasks.spawn(loss::run(Arc::clone(&shared)).instrument(info_span!("loss")));
         tasks.spawn(policies::run(Arc::clone(&shared)).instrument(info_span!("policies")));
         tasks.spawn(resync(Arc::clone(&shared)).instrument(info_span!("resync")));
+        tasks.spawn(sweep::run(Arc::clone(&shared)).instrument(info_span!("sweep")));
         for _ in 0..shared.options.workers.max(1) {
             tasks.spawn(work::run(Arc::clone(&shared)).instrument(info_span!("reconcile")));
         }
@@ -516,6 +519,7 @@ impl Shared {
             failover_due: Notify::new(),
             clusters_changed: Notify::new(),
             queue: ObjectQueue::new(Arc::clone(&owners)),
+            sweeps: sweep::Sweeps::default(),
             owners,
             traces: Traces::default(),
             failures: Mutex::default(),
@@ -533,19 +537,27 @@ impl Shared {
 
     /// Looks at everything again.
     pub(crate) fn enqueue_all(&self) {
-        self.look_again(HubState::keys);
+        self.look_again(HubState::keys, |_| true);
+        self.sweeps.look();
     }
 
-    /// Looks at every object of one type again.
+    /// Looks at every object of one type again: at once where somebody waits for it, and at the others when members have
+    /// been listed.
     pub(crate) fn enqueue_kind(&self, kind: usize) {
-        self.look_again(|state| state.keys_of(kind).cloned().collect());
+        self.look_again(|state| state.keys_of(kind).cloned().collect(), |behind| behind);
+        self.sweeps.add(kind);
     }
 
-    fn look_again(&self, at: impl Fn(&HubState) -> Vec<ObjectKey>) {
+    /// Looks at the objects of one type that nobody waits for.
+    pub(crate) fn queue_routine(&self, kind: usize) {
+        self.look_again(|state| state.keys_of(kind).cloned().collect(), |behind| !behind);
+    }
+
+    fn look_again(&self, at: impl Fn(&HubState) -> Vec<ObjectKey>, wanted: impl Fn(bool) -> bool) {
         let state = self.state.read();
         let keys: Vec<_> = at(&state).into_iter().map(|key| (state.is_behind(&key), key)).collect();
         drop(state);
-        for (behind, key) in keys {
+        for (behind, key) in keys.into_iter().filter(|(behind, _)| wanted(*behind)) {
             if behind { self.queue.add(key) } else { self.queue.add_routine(key) }
         }
     }

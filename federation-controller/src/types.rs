@@ -151,6 +151,11 @@ impl Types {
         Some((Arc::clone(&slot.of), slot.stage.subscribe()))
     }
 
+    /// Whether members are watched for it.
+    pub(crate) fn is_used(&self, kind: usize) -> bool {
+        self.slots.read().get(kind).is_some_and(|slot| *slot.stage.borrow() == Stage::Used)
+    }
+
     /// There is an object of it.
     pub(crate) fn mark_used(&self, kind: usize) {
         if let Some(slot) = self.slots.read().get(kind).filter(|slot| !slot.only_read) {

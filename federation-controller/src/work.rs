@@ -19,6 +19,9 @@ use crate::{STALE_RETRY, Shared};
 /// Takes objects from the queue and looks at them, for ever.
 pub(crate) async fn run(shared: Arc<Shared>) {
     loop {
+        // A pass that has nothing to write waits for nothing: a long queue of them would keep everybody else, the lease's
+        // renewal among them, from the processor until it is empty.
+        tokio::task::yield_now().await;
         let lease = shared.queue.next().await;
         let key = lease.key();
         if let Some(wait) = shared.set_aside(Work::Look, key) {

@@ -264,6 +264,11 @@ impl Member {
         }
     }
 
+    /// Whether its objects of a kind are on their way.
+    pub(crate) fn is_being_listed(&self, kind: usize) -> bool {
+        self.epoch.borrow().online && self.store.lock().is_syncing(kind)
+    }
+
     /// Whether anything of an object is here, or on its way.
     pub(crate) fn holds(&self, key: &ObjectKey, of: &FederatedType) -> bool {
         let home = of.target_namespace(&key.namespace);

@@ -292,6 +292,10 @@ impl Store {
         }
     }
 
+    pub(super) fn is_syncing(&self, kind: usize) -> bool {
+        self.kinds.get(kind).is_none_or(|of| of.state == Listing::Syncing)
+    }
+
     /// Kinds that nothing is listed of just now: no listing will have their objects looked at.
     pub(super) fn kinds_not_syncing(&self) -> Vec<usize> {
         let kinds = self.kinds.iter().enumerate();

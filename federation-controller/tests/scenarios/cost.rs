@@ -167,3 +167,54 @@ async fn a_change_that_overtakes_a_write_waits_for_that_write_alone() {
     assert!(took < 2 * WRITE + GATHERED, "{took:?}");
     world.stop().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_restart_looks_at_each_object_once_however_many_members_are_listed() {
+    const OBJECTS: usize = 200;
+    let mut world = world(OBJECTS, 8).await;
+    world.stop().await;
+    world.run(options());
+    world
+        .until("everything was looked at", || {
+            (world.counted("reconcile_total") > OBJECTS as f64).then_some(())
+        })
+        .await;
+    sleep(REST).await;
+    // The Deployment and the config maps; and once more what came up before everything was known.
+    let looks = world.counted("reconcile_total");
+    assert!(looks < 1.5 * OBJECTS as f64, "{looks} looks at {OBJECTS} objects");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn going_through_everything_lets_others_work() {
+    const OBJECTS: usize = 300;
+    /// Others get the processor when each worker has made so many passes: one and what it is just in.
+    const PASSES: usize = 2;
+    let mut world = World::stopped();
+    for number in 0..OBJECTS {
+        let mut map = federated("FederatedConfigMap", &["a"], json!({"data": {"k": "0"}}));
+        map["metadata"]["name"] = format!("map-{number}").into();
+        world.hub.put(CONFIG_MAPS, "shop", &format!("map-{number}"), Some(map));
+    }
+    world.run(options());
+    let ready = |number: usize| {
+        let object = world.hub.get(CONFIG_MAPS, "shop", &format!("map-{number}"));
+        object.is_some_and(|object| condition(&object, "Ready") == Some("True"))
+    };
+    world.until("they are ready", || (0..OBJECTS).all(ready).then_some(())).await;
+    world.stop().await;
+
+    // At rest a pass writes nothing and so waits for nothing.
+    world.run(options());
+    let (mut looks, mut most) = (0.0, 0.0);
+    while looks <= OBJECTS as f64 {
+        tokio::task::yield_now().await;
+        let now = world.counted("reconcile_total");
+        most = f64::max(most, now - looks);
+        looks = now;
+    }
+    let fair = (options().workers * PASSES) as f64;
+    assert!(most <= fair, "{most} passes went by before anybody else got the processor");
+    world.stop().await;
+}
