@@ -1,6 +1,10 @@
-//! The client of a hub: its Kubernetes API, and its admin API under `/cellway/v1/`.
+//! The client of a hub: its Kubernetes API, which may be somebody else's, and its admin API under `/cellway/v1/`.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use kube::{
     Api, Client, Config,
@@ -12,7 +16,7 @@ use serde_json::Value;
 
 use crate::{
     error::{Error, Result},
-    kubeconfig::{Credentials, HubArgs},
+    kubeconfig::{Credentials, HubArgs, hub_context},
 };
 
 /// Long enough for a slow link, short enough for a person in front of it.
@@ -29,6 +33,8 @@ pub(crate) const FEDERATION_NAMESPACE: &str = "kube-federation-system";
 #[derive(Clone)]
 pub(crate) struct Hub {
     client: Client,
+    /// For the hub itself.
+    admin: Client,
     kubeconfig: PathBuf,
 }
 
@@ -186,13 +192,21 @@ impl Hub {
     }
 
     pub(crate) async fn from_kubeconfig(kubeconfig: PathBuf) -> Result<Self> {
-        let client = client_for(&kubeconfig, None).await?;
-        Ok(Self { client, kubeconfig })
+        let text = read(&kubeconfig)?;
+        let parsed = parse(&kubeconfig, &text)?;
+        let admin = match hub_context(&parsed) {
+            Some(context) => Some(client_for(&kubeconfig, parsed.clone(), Some(context)).await?),
+            None => None,
+        };
+        let client = client_for(&kubeconfig, parsed, None).await?;
+        Ok(Self { admin: admin.unwrap_or_else(|| client.clone()), client, kubeconfig })
     }
 
     /// The Kubernetes API of a member, through the hub.
     pub(crate) async fn member(&self, cluster: &str) -> Result<Client> {
-        client_for(&self.kubeconfig, Some(cluster)).await
+        let text = crate::kubeconfig::through_hub(&read(&self.kubeconfig)?, cluster)
+            .map_err(|problem| Error::failed(tried_to_read(&self.kubeconfig), problem))?;
+        client_for(&self.kubeconfig, parse(&self.kubeconfig, &text)?, None).await
     }
 
     /// The hub's API.
@@ -213,7 +227,7 @@ impl Hub {
         let request = http::Request::get(format!("/cellway/v1/{path}"))
             .body(Vec::new())
             .map_err(|error| Error::usage(tried, error))?;
-        self.client.request(request).await.map_err(explain(tried))
+        self.admin.request(request).await.map_err(explain(tried))
     }
 
     /// Has the admin API do something.
@@ -221,7 +235,7 @@ impl Hub {
         let request = http::Request::post(format!("/cellway/v1/{path}"))
             .body(Vec::new())
             .map_err(|error| Error::usage(tried, error))?;
-        self.client.request(request).await.map_err(explain(tried))
+        self.admin.request(request).await.map_err(explain(tried))
     }
 
     pub(crate) async fn server(&self) -> Result<Server> {
@@ -254,18 +268,24 @@ impl Hub {
     }
 }
 
-async fn client_for(kubeconfig: &std::path::Path, member: Option<&str>) -> Result<Client> {
-    let tried = format!("read {}", kubeconfig.display());
-    let text = std::fs::read_to_string(kubeconfig).map_err(|error| Error::failed(&tried, error))?;
-    let text = match member {
-        Some(cluster) => crate::kubeconfig::through_hub(&text, cluster)
-            .map_err(|problem| Error::failed(&tried, problem))?,
-        None => text,
-    };
-    let parsed = Kubeconfig::from_yaml(&text).map_err(|error| Error::failed(&tried, error))?;
-    let mut config = Config::from_custom_kubeconfig(parsed, &KubeConfigOptions::default())
+fn tried_to_read(kubeconfig: &Path) -> String {
+    format!("read {}", kubeconfig.display())
+}
+
+fn read(kubeconfig: &Path) -> Result<String> {
+    std::fs::read_to_string(kubeconfig).map_err(|error| Error::failed(tried_to_read(kubeconfig), error))
+}
+
+fn parse(kubeconfig: &Path, text: &str) -> Result<Kubeconfig> {
+    Kubeconfig::from_yaml(text).map_err(|error| Error::failed(tried_to_read(kubeconfig), error))
+}
+
+/// A client for a context, or for the current one.
+async fn client_for(path: &Path, kubeconfig: Kubeconfig, context: Option<String>) -> Result<Client> {
+    let options = KubeConfigOptions { context, ..KubeConfigOptions::default() };
+    let mut config = Config::from_custom_kubeconfig(kubeconfig, &options)
         .await
-        .map_err(|error| Error::failed(&tried, crate::error::chain(&error)))?;
+        .map_err(|error| Error::failed(tried_to_read(path), crate::error::chain(&error)))?;
     config.connect_timeout = Some(CONNECT_TIMEOUT);
     config.read_timeout = Some(READ_TIMEOUT);
     config.reset_reader_on_write = true;

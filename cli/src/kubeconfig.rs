@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use federation_apiserver::SERVER_CONTEXT;
+use kube::config::Kubeconfig;
 use serde::Deserialize;
 use serde_yaml_ng::Value;
 
@@ -62,7 +64,7 @@ struct UserEntry {
     client_key: Option<PathBuf>,
 }
 
-/// Where a kubeconfig leads, and as whom.
+/// Where a kubeconfig leads to the hub itself, and as whom.
 pub(crate) struct Credentials {
     pub(crate) server: String,
     pub(crate) ca_pem: String,
@@ -98,6 +100,18 @@ impl HubArgs {
     }
 }
 
+/// The context that leads to the hub itself where the current one leads to a Kubernetes API of somebody else, which holds
+/// the hub's objects. A hub that serves them itself has one context for both.
+fn hub_context_of(current: &str) -> String {
+    format!("{SERVER_CONTEXT}{current}")
+}
+
+/// The name of that context, when the kubeconfig has one.
+pub(crate) fn hub_context(kubeconfig: &Kubeconfig) -> Option<String> {
+    let own = hub_context_of(kubeconfig.current_context.as_deref()?);
+    kubeconfig.contexts.iter().any(|context| context.name == own).then_some(own)
+}
+
 fn existing(candidates: Vec<PathBuf>) -> Result<PathBuf> {
     if let Some(found) = candidates.iter().find(|file| file.is_file()) {
         return Ok(found.clone());
@@ -108,7 +122,7 @@ fn existing(candidates: Vec<PathBuf>) -> Result<PathBuf> {
 }
 
 impl Credentials {
-    /// Reads server, CA, certificate and key of the current context.
+    /// Reads server, CA, certificate and key of the context that leads to the hub itself.
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let tried = format!("read {}", path.display());
         let text = std::fs::read_to_string(path).map_err(|error| Error::failed(&tried, error))?;
@@ -121,7 +135,9 @@ impl Credentials {
 
     fn parse(text: &str, folder: &Path) -> Result<Self, String> {
         let file: File = serde_yaml_ng::from_str(text).map_err(|error| error.to_string())?;
-        let context = pick(&file.contexts, &file.current_context, "context")?;
+        let own = hub_context_of(&file.current_context);
+        let names_own = file.contexts.iter().any(|context| context.name == own);
+        let context = pick(&file.contexts, if names_own { &own } else { &file.current_context }, "context")?;
         let cluster = pick(&file.clusters, &context.cluster, "cluster")?;
         let user = pick(&file.users, &context.user, "user")?;
         Ok(Self {
@@ -179,15 +195,16 @@ fn pem(what: &str, data: Option<&String>, file: Option<&PathBuf>, folder: &Path)
 /// A kubeconfig with the same user whose requests go to `cluster` through the hub.
 pub(crate) fn through_hub(text: &str, cluster: &str) -> Result<String, String> {
     let mut file: Value = serde_yaml_ng::from_str(text).map_err(|error| error.to_string())?;
-    let context_name = file["current-context"].as_str().ok_or("it has no current-context")?.to_owned();
+    let current = file["current-context"].as_str().ok_or("it has no current-context")?.to_owned();
     let named = |list: &Value, name: &str, key: &str| -> Option<Value> {
         list.as_sequence()?
             .iter()
             .find(|entry| entry["name"].as_str() == Some(name))
             .map(|entry| entry[key].clone())
     };
-    let context =
-        named(&file["contexts"], &context_name, "context").ok_or("its current context is not in it")?;
+    let context = named(&file["contexts"], &hub_context_of(&current), "context")
+        .or_else(|| named(&file["contexts"], &current, "context"))
+        .ok_or("its current context is not in it")?;
     let (hub, user) = (context["cluster"].as_str(), context["user"].as_str());
     let (Some(hub), Some(user)) = (hub, user) else {
         return Err("its context names no cluster or user".into());
@@ -241,6 +258,25 @@ users:
         assert_eq!(credentials.host().unwrap(), "127.0.0.1");
         let broken = SAMPLE.replace("current-context: hub", "current-context: gone");
         assert!(Credentials::parse(&broken, Path::new(".")).err().unwrap().contains("gone"));
+    }
+
+    #[test]
+    fn the_hub_itself_may_have_a_context_of_its_own() {
+        let elsewhere = SAMPLE
+            .replace("current-context: hub", "current-context: stock")
+            .replace("contexts: [{name: hub,", "contexts: [{name: 'cellway:stock',")
+            .replace("{name: other,", "{name: stock,");
+        let credentials = Credentials::parse(&elsewhere, Path::new(".")).unwrap();
+        assert_eq!(
+            (credentials.server.as_str(), credentials.key_pem.as_str()),
+            ("https://127.0.0.1:6443/", "KEY")
+        );
+        let text = through_hub(&elsewhere, "east").unwrap();
+        let value: Value = serde_yaml_ng::from_str(&text).unwrap();
+        assert_eq!(value["clusters"][0]["cluster"]["server"], "https://127.0.0.1:6443/clusters/east");
+        let parse = |text: &str| Kubeconfig::from_yaml(text).unwrap();
+        assert_eq!(hub_context(&parse(&elsewhere)).as_deref(), Some("cellway:stock"));
+        assert_eq!(hub_context(&parse(SAMPLE)), None);
     }
 
     #[test]

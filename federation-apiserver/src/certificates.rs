@@ -12,13 +12,13 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use base64::Engine as _;
-use serde_json::json;
+use serde_json::{Value, json};
 use tls::{CertificateAuthority, ClientAuth, ServedCertificate, ServerTls, TlsVersions};
 
 use crate::auth::{IMPERSONATORS, MASTERS};
 use crate::config::{Config, Role};
 use crate::registry::services;
-use crate::server::BindError;
+use crate::server::{self, BindError};
 
 /// The name that is always served with a certificate of the server's own authority. Nobody resolves it.
 const OWN_NAME: &str = "api.cellway.internal";
@@ -27,8 +27,9 @@ const CLIENT_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 /// How often files are looked at.
 const RELOAD: Duration = Duration::from_secs(10);
 
-/// See the module.
-pub(crate) struct Certificates {
+/// The certificates of a port that serves the API, or what goes with an API that somebody else serves: see the module's
+/// source.
+pub struct Certificates {
     authority: Arc<CertificateAuthority>,
     tls: ServerTls,
     /// The serving certificate of the server's own.
@@ -46,19 +47,36 @@ struct Kubeconfigs {
     url: String,
     /// Whether the server presents a certificate that is not of its own authority to those who do not ask for it by name.
     by_name: bool,
+    objects: Option<ObjectsAt>,
 }
+
+/// The API that holds the objects when the server itself holds none. Kubeconfigs lead there first, and to the server in a
+/// second context, named after the first ([`SERVER_CONTEXT`]).
+#[derive(Clone)]
+pub struct ObjectsAt {
+    /// The entry `cluster` of a kubeconfig.
+    pub cluster: Value,
+    /// The entry `user` of a kubeconfig: a secret.
+    pub user: Value,
+}
+
+/// In a kubeconfig whose current context leads to an API that somebody else serves, the context of this name and the
+/// current one's, as `cellway:hub`, leads to the hub itself.
+pub const SERVER_CONTEXT: &str = "cellway:";
+/// The context that leads to the objects in kubeconfigs that the server writes.
+const OBJECTS_CONTEXT: &str = "hub";
 
 // === impl Certificates ===
 
 impl Certificates {
-    /// Loads or makes the authority in `pki`, and issues everything anew.
-    pub(crate) fn new(
-        config: &Config,
-        pki: &Path,
-        address: SocketAddr,
-        url: String,
-    ) -> Result<Self, BindError> {
-        let failed = |source| BindError::Certificates { path: pki.to_owned(), source };
+    /// Loads or makes the authority, and issues everything anew, for a server that listens at `address`. Of the
+    /// configuration only what concerns names, certificates and folders counts.
+    ///
+    /// # Errors
+    /// When a certificate cannot be made, read or written.
+    pub fn new(config: &Config, address: SocketAddr, objects: Option<ObjectsAt>) -> Result<Self, BindError> {
+        let pki = &config.pki();
+        let failed = |source| BindError::Certificates { path: pki.clone(), source };
         let authority =
             Arc::new(CertificateAuthority::load_or_create(pki, "cellway-api-ca").map_err(failed)?);
         // Not beside the authority, which replicas share: they have other names.
@@ -81,20 +99,32 @@ impl Certificates {
             authority: authority.clone(),
             role: config.role,
             data_dir: config.data_dir.clone(),
-            url,
+            url: server::url(config, address),
             by_name: config.serving.is_some(),
+            objects,
         };
         kubeconfigs.write_all(SystemTime::now())?;
         Ok(Self { authority, tls, served, kubeconfigs })
     }
 
-    pub(crate) fn tls(&self) -> &ServerTls {
+    /// What the listener serves with.
+    pub fn tls(&self) -> &ServerTls {
         &self.tls
     }
 
     /// The authority's certificate in PEM.
-    pub(crate) fn ca_pem(&self) -> &str {
+    pub fn ca_pem(&self) -> &str {
         self.authority.certificate_pem()
+    }
+
+    /// Who signs what is the server's own.
+    pub fn authority(&self) -> &Arc<CertificateAuthority> {
+        &self.authority
+    }
+
+    /// The administrator's kubeconfig.
+    pub fn admin_kubeconfig(&self) -> PathBuf {
+        self.kubeconfigs.data_dir.join(ADMIN_KUBECONFIG)
     }
 
     /// Writes a kubeconfig that is valid for as long as the authority: for a client in this process, which keeps what it
@@ -104,7 +134,7 @@ impl Certificates {
     }
 
     /// Follows the files, and issues anew what is the server's own; for ever.
-    pub(crate) async fn keep(self) -> Infallible {
+    pub async fn keep(self) -> Infallible {
         let Self { tls, served, kubeconfigs, authority: _ } = self;
         let issue = |now| {
             let failed = |source| BindError::Certificates { path: kubeconfigs.data_dir.clone(), source };
@@ -160,17 +190,52 @@ impl Kubeconfigs {
         if self.by_name {
             cluster["tls-server-name"] = json!(OWN_NAME);
         }
-        let config = json!({
+        let mut config = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": name, "preferences": {},
             "clusters": [{"name": name, "cluster": cluster}],
             "users": [{"name": user, "user": {"client-certificate-data": encode(&issued.certificate_pem),
                 "client-key-data": encode(&issued.key_pem)}}],
             "contexts": [{"name": name, "context": {"cluster": name, "user": user, "namespace": "default"}}],
         });
+        if let Some(objects) = &self.objects {
+            objects.put_first(&mut config);
+        }
         // JSON is YAML; kubectl reads it, and it needs no quoting rules of its own.
         let text = serde_json::to_string_pretty(&config).unwrap_or_default();
         tls::write_private(path, text.as_bytes())
             .map_err(|source| BindError::Write { path: path.to_owned(), source })
+    }
+}
+
+// === impl ObjectsAt ===
+
+impl ObjectsAt {
+    fn put_first(&self, config: &mut Value) {
+        let first = OBJECTS_CONTEXT;
+        config["contexts"][0]["name"] = json!(format!("{SERVER_CONTEXT}{first}"));
+        config["current-context"] = json!(first);
+        let context = json!({"cluster": first, "user": first, "namespace": "default"});
+        for (list, key, entry) in [
+            ("clusters", "cluster", &self.cluster),
+            ("users", "user", &self.user),
+            ("contexts", "context", &context),
+        ] {
+            if let Some(list) = config[list].as_array_mut() {
+                list.insert(0, json!({"name": first, key: entry}));
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for ObjectsAt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ObjectsAt").field("cluster", &self.cluster["server"]).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Certificates {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Certificates").field("tls", &self.tls).finish_non_exhaustive()
     }
 }
 
@@ -209,8 +274,37 @@ mod tests {
 
     fn new(config: &Config) -> Certificates {
         let address = SocketAddr::from(([127, 0, 0, 1], 6443));
-        let pki = config.data_dir.join("pki");
-        Certificates::new(config, &pki, address, "https://127.0.0.1:6443".to_owned()).unwrap()
+        Certificates::new(config, address, None).unwrap()
+    }
+
+    #[test]
+    fn kubeconfigs_lead_to_the_objects_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let objects = ObjectsAt {
+            cluster: json!({"server": "https://stock:1"}),
+            user: json!({"token": "kept-secret"}),
+        };
+        assert!(!format!("{objects:?}").contains("kept-secret"));
+        let config = Config::new(dir.path(), Role::Hub);
+        let address = SocketAddr::from(([127, 0, 0, 1], 6443));
+        let certificates = Certificates::new(&config, address, Some(objects)).unwrap();
+        let text = std::fs::read(certificates.admin_kubeconfig()).unwrap();
+        let config: Value = serde_json::from_slice(&text).unwrap();
+        assert_eq!(config["current-context"], "hub");
+        let named = |list: &str, name: &str, key: &str| {
+            let list = config[list].as_array().unwrap();
+            list.iter().find(|entry| entry["name"] == name).map(|entry| entry[key].clone()).unwrap()
+        };
+        let lead = |context: &str| {
+            let context = named("contexts", context, "context");
+            let (cluster, user) = (context["cluster"].as_str().unwrap(), context["user"].as_str().unwrap());
+            (named("clusters", cluster, "cluster"), named("users", user, "user"))
+        };
+        let (cluster, user) = lead("hub");
+        assert_eq!((&cluster["server"], &user["token"]), (&json!("https://stock:1"), &json!("kept-secret")));
+        let (cluster, user) = lead("cellway:hub");
+        assert_eq!(cluster["server"], "https://127.0.0.1:6443");
+        assert!(user["client-key-data"].is_string() && user["token"].is_null());
     }
 
     fn client_end(kubeconfig: &Path) -> SystemTime {

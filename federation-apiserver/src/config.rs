@@ -163,6 +163,11 @@ impl std::fmt::Debug for Converter {
 // === impl Config ===
 
 impl Config {
+    /// Where the certificate authority lives.
+    pub(crate) fn pki(&self) -> PathBuf {
+        self.cert_dir.clone().unwrap_or_else(|| self.data_dir.join("pki"))
+    }
+
     /// A server in `data_dir` on a free loopback port.
     pub fn new(data_dir: impl Into<PathBuf>, role: Role) -> Self {
         Self {

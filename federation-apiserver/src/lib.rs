@@ -54,6 +54,7 @@ mod webhook;
 pub use audit::AuditLogConfig;
 pub use auth::UserInfo;
 pub use auth::oidc::OidcConfig;
+pub use certificates::{Certificates, ObjectsAt, SERVER_CONTEXT};
 pub use client::LocalClient;
 pub use config::{
     AuditConfig, CONVERTED_ANNOTATION, Config, Converter, DEFAULT_ISSUER, Limits, Role, ServiceAccountConfig,

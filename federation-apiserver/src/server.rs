@@ -23,7 +23,7 @@ use crate::auth::service_accounts::keys::{KeyError, Keys};
 use crate::auth::service_accounts::{self, ServiceAccounts};
 use crate::auth::tokens::{TokenFile, TokenFileError};
 use crate::auth::{Authenticator, PeerIdentity};
-use crate::certificates::{ADMIN_KUBECONFIG, AGENT_KUBECONFIG, Certificates};
+use crate::certificates::{AGENT_KUBECONFIG, Certificates};
 use crate::client::LocalClient;
 use crate::config::{Config, DEFAULT_ISSUER, Role};
 use crate::encryption::store::StoreHandle;
@@ -123,7 +123,7 @@ impl ApiServer {
         let listener = TcpListener::bind(config.bind).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
 
-        let pki = config.cert_dir.clone().unwrap_or_else(|| dir.join("pki"));
+        let pki = config.pki();
         let tokens = match &config.token_auth_file {
             Some(path) => TokenFile::read(path)?,
             None => TokenFile::default(),
@@ -146,7 +146,7 @@ impl ApiServer {
         bootstrap(&registry, &config, address).await?;
 
         // Not before the store is ours: a server that runs in this folder keeps its files.
-        let certificates = Certificates::new(&config, &pki, address, url(&config, address))?;
+        let certificates = Certificates::new(&config, address, None)?;
         let accounts = Arc::new(service_accounts(&config, &pki, &registry)?);
         let oidc = config.oidc.clone().map(Oidc::new).transpose()?;
         let authenticator =
@@ -200,7 +200,7 @@ impl Bound {
 
     /// The administrator's kubeconfig, user `cellway:admin` in `system:masters`.
     pub fn admin_kubeconfig(&self) -> PathBuf {
-        self.config.data_dir.join(ADMIN_KUBECONFIG)
+        self.certificates.admin_kubeconfig()
     }
 
     /// A member's kubeconfig for its agent: user `cellway:agent`, who may impersonate and read, nothing more.
@@ -403,7 +403,7 @@ fn service_accounts(
 }
 
 /// `https://…` as kubeconfigs name it.
-fn url(config: &Config, address: SocketAddr) -> String {
+pub(crate) fn url(config: &Config, address: SocketAddr) -> String {
     let host = match &config.advertise {
         Some(host) => host.clone(),
         None if address.ip().is_unspecified() => "127.0.0.1".into(),

@@ -84,6 +84,27 @@ mod tests {
     }
 
     #[test]
+    fn a_webhook_is_registered_by_address_or_as_a_service() {
+        let registered = |url: &str| {
+            let conversion = api::Conversion::Webhook { url: url.into(), ca_bundle: "CA".into() };
+            let crd = crds(&conversion).into_iter().find_map(|crd| crd.spec.conversion).expect("converted");
+            let mut value = serde_json::to_value(crd).expect("serialises")["webhook"]["clientConfig"].take();
+            assert_eq!(value.as_object_mut().expect("an object").remove("caBundle"), Some("Q0E=".into()));
+            value
+        };
+        let service = |port: u16| {
+            serde_json::json!({"service":
+                {"name": "hub", "namespace": "cellway", "path": "/cellway/v1/convert", "port": port}})
+        };
+        assert_eq!(registered("https://hub.cellway.svc:9443/cellway/v1/convert"), service(9443));
+        assert_eq!(registered("https://hub.cellway.svc/cellway/v1/convert"), service(443));
+        for url in ["https://hub.example:9443/x", "https://hub.cellway.svc.example/x", "https://[::1]:9443/x"]
+        {
+            assert_eq!(registered(url), serde_json::json!({"url": url}));
+        }
+    }
+
+    #[test]
     fn crds_are_structural_and_named_as_the_groups_say() {
         let crds = crds(&api::Conversion::InProcess);
         let names: Vec<_> = crds.iter().filter_map(|crd| crd.metadata.name.clone()).collect();

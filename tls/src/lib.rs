@@ -27,7 +27,7 @@ pub use config::{
 };
 pub use files::{FileError, read_bounded, write_private, write_public};
 pub use identity::{AgentId, AgentIdentity, ClusterName, InvalidIdentity, TrustDomain};
-pub use served::{REISSUE_INTERVAL, ServedCertificate, reissue};
+pub use served::{REISSUE_INTERVAL, ServedCertificate, reissue, reissue_every};
 
 pub use rustls::{ClientConfig, ServerConfig};
 pub use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};

@@ -13,7 +13,7 @@ use crate::{
     files,
 };
 
-/// How long such a certificate lives. It is issued anew at each start and every [`REISSUE_INTERVAL`].
+/// How long such a certificate lives unless told otherwise. It is issued anew at each start and every [`REISSUE_INTERVAL`].
 const LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
 
 /// A day: a process that runs for years never comes near the end of a certificate.
@@ -25,6 +25,7 @@ pub struct ServedCertificate {
     authority: Arc<CertificateAuthority>,
     names: Vec<String>,
     directory: PathBuf,
+    lifetime: Duration,
 }
 
 // === impl ServedCertificate ===
@@ -36,7 +37,19 @@ impl ServedCertificate {
         names: Vec<String>,
         directory: impl Into<PathBuf>,
     ) -> Self {
-        Self { authority, names, directory: directory.into() }
+        Self { authority, names, directory: directory.into(), lifetime: LIFETIME }
+    }
+
+    /// The same with certificates that live so long.
+    #[must_use]
+    pub fn living(mut self, lifetime: Duration) -> Self {
+        self.lifetime = lifetime;
+        self
+    }
+
+    /// How often to issue it anew: once a day, or sooner if it has lived a third of its life by then.
+    pub fn interval(&self) -> Duration {
+        REISSUE_INTERVAL.min(self.lifetime / 3)
     }
 
     /// Where certificate and key lie below a folder.
@@ -54,7 +67,7 @@ impl ServedCertificate {
             .mode(0o700)
             .create(&self.directory)
             .map_err(|source| AuthorityError::Directory { path: self.directory.clone(), source })?;
-        let issued = self.authority.issue_server_at(&self.names, LIFETIME, now)?;
+        let issued = self.authority.issue_server_at(&self.names, self.lifetime, now)?;
         let (certificate, key) = Self::files(&self.directory);
         files::write_private(&key, issued.key_pem.as_bytes())?;
         files::write_public(&certificate, issued.certificate_pem.as_bytes())?;
@@ -66,15 +79,24 @@ impl ServedCertificate {
 /// the log.
 pub async fn reissue<E: std::error::Error>(
     what: &'static str,
+    issue: impl FnMut(SystemTime) -> Result<(), E>,
+) -> std::convert::Infallible {
+    reissue_every(REISSUE_INTERVAL, what, issue).await
+}
+
+/// [`reissue`] at another pace.
+pub async fn reissue_every<E: std::error::Error>(
+    interval: Duration,
+    what: &'static str,
     mut issue: impl FnMut(SystemTime) -> Result<(), E>,
 ) -> std::convert::Infallible {
     loop {
-        tokio::time::sleep(REISSUE_INTERVAL).await;
+        tokio::time::sleep(interval).await;
         match issue(SystemTime::now()) {
             Ok(()) => tracing::info!("{what} have been issued anew"),
             Err(error) => tracing::warn!(
                 error = %crate::config::chain(&error),
-                "failed to issue {what} anew; trying again in {REISSUE_INTERVAL:?}"
+                "failed to issue {what} anew; trying again in {interval:?}"
             ),
         }
     }

@@ -518,7 +518,13 @@ mod tests {
         let mut text =
             "# The namespaces and rights that cellway needs on a stock kube-apiserver as hub API.\n"
                 .to_owned();
-        for mut object in namespaces.into_iter().chain(hub()) {
+        // There the hub asks who its callers are and what they may; our own API server knows.
+        let asks = cluster_binding(
+            "system:cellway:hub:auth-delegator",
+            "system:auth-delegator",
+            &[group(CONTROLLERS)],
+        );
+        for mut object in namespaces.into_iter().chain(hub()).chain([asks]) {
             if let Some(meta) = object["metadata"].as_object_mut() {
                 meta.remove("annotations");
                 if let Some(labels) = meta.get_mut("labels").and_then(Value::as_object_mut) {

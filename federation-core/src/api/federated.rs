@@ -6,7 +6,7 @@ use k8s_openapi::ByteString;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
     CustomResourceConversion, CustomResourceDefinition, CustomResourceDefinitionVersion,
     CustomResourceSubresourceScale, CustomResourceSubresourceStatus, CustomResourceSubresources,
-    CustomResourceValidation, WebhookClientConfig, WebhookConversion,
+    CustomResourceValidation, ServiceReference, WebhookClientConfig, WebhookConversion,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::{CustomResource, CustomResourceExt as _};
@@ -341,7 +341,8 @@ pub enum Conversion {
     InProcess,
     /// It asks a webhook.
     Webhook {
-        /// Where: `https://…`.
+        /// Where: `https://…`. One that names a Service as the members of its cluster do, `https://NAME.NAMESPACE.svc:PORT/…`,
+        /// becomes a reference to that Service, which an API server follows without looking up the name.
         url: String,
         /// The PEM certificates that it trusts for that.
         ca_bundle: String,
@@ -431,11 +432,7 @@ pub fn federated_crd(of: &FederatedType, conversion: &Conversion) -> CustomResou
             crd.spec.conversion = Some(CustomResourceConversion {
                 strategy: "Webhook".into(),
                 webhook: Some(WebhookConversion {
-                    client_config: Some(WebhookClientConfig {
-                        url: Some(url.clone()),
-                        ca_bundle: Some(ByteString(ca_bundle.clone().into_bytes())),
-                        service: None,
-                    }),
+                    client_config: Some(client_config(url, ca_bundle)),
                     conversion_review_versions: vec!["v1".into()],
                 }),
             });
@@ -454,6 +451,31 @@ pub fn federated_crd(of: &FederatedType, conversion: &Conversion) -> CustomResou
         }
     }
     crd
+}
+
+/// How an API server reaches a webhook.
+fn client_config(url: &str, ca_bundle: &str) -> WebhookClientConfig {
+    let ca_bundle = Some(ByteString(ca_bundle.as_bytes().to_vec()));
+    match service_of(url) {
+        Some(service) => WebhookClientConfig { service: Some(service), ca_bundle, url: None },
+        None => WebhookClientConfig { url: Some(url.to_owned()), ca_bundle, service: None },
+    }
+}
+
+fn service_of(url: &str) -> Option<ServiceReference> {
+    let rest = url.strip_prefix("https://")?;
+    let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let (host, port) = authority.split_once(':').unwrap_or((authority, "443"));
+    let mut labels = host.split('.');
+    let (name, namespace) = (labels.next()?, labels.next()?);
+    let is_service = labels.next() == Some("svc") && labels.next().is_none();
+    is_service.then_some(())?;
+    Some(ServiceReference {
+        name: name.to_owned(),
+        namespace: namespace.to_owned(),
+        path: Some(format!("/{path}")),
+        port: Some(port.parse().ok()?),
+    })
 }
 
 // === impl NamespaceRule ===

@@ -1,4 +1,5 @@
-//! The hub in one process: hub API, proxy server and federation controller.
+//! The hub in one process: hub API, proxy server and federation controller. The hub API is its own ([`api`]) or a
+//! kube-apiserver of somebody else ([`external`]).
 //!
 //! ```text
 //!   kubectl ─▶ hub API ─┬─ its own objects ◀── watch ── feed (who is a member), tokens (enrolment), controller
@@ -11,23 +12,22 @@
 //! still be looked at.
 
 pub mod admin_api;
-mod convert;
+mod api;
+mod definitions;
+mod delegated;
+pub mod external;
 mod feed;
 mod members;
 mod tokens;
+mod webhook;
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use axum::Router;
-use axum::extract::Request;
-use axum::middleware::Next;
-use federation_apiserver::{ApiServer, Converter, Role, UserInfo};
 use federation_controller::{Controller, Handle, LeaseOptions, Options};
-use federation_core::api::Conversion;
 use parking_lot::RwLock;
 use serde_json::json;
 use service::admin::Admin;
@@ -44,6 +44,8 @@ use tracing::Instrument;
 use tunnel::{Limits, ResetKey, ServerTunnel};
 
 use self::admin_api::{AdminApi, BoundInfo, HubInfo};
+use self::api::HubApi;
+use self::external::{ExternalArgs, ExternalError};
 use self::members::member_connector;
 use self::tokens::SecretTokens;
 use crate::agents::IdentityRules;
@@ -55,7 +57,6 @@ use crate::route::Strategy;
 use crate::server::{
     Addresses, AgentsConfig, BoundServer, Parts, ServerConfig, ServerError, TlsFrontend, UdsConfig,
 };
-use crate::user::User;
 
 /// Where enrolment tokens are kept.
 pub const SYSTEM_NAMESPACE: &str = "cellway-system";
@@ -136,6 +137,9 @@ pub struct HubArgs {
     /// Leave out the log line that each connection and API request gets at its end.
     #[arg(long)]
     pub no_access_log: bool,
+    /// Objects elsewhere.
+    #[command(flatten)]
+    pub external: ExternalArgs,
     /// What the hub API takes of kube-apiserver's flags.
     #[command(flatten)]
     pub api: federation_apiserver::ApiFlags,
@@ -173,6 +177,9 @@ pub enum HubError {
     /// The hub API.
     #[error("failed to start the hub API")]
     Api(#[from] federation_apiserver::BindError),
+    /// The Kubernetes API of somebody else.
+    #[error("failed to use the Kubernetes API that --kubeconfig names")]
+    External(#[from] ExternalError),
     /// A part ended while the hub should run.
     #[error("the {0} ended unexpectedly: see the log")]
     Ended(&'static str),
@@ -194,7 +201,7 @@ pub enum HubError {
 pub struct Hub {
     data_dir: PathBuf,
     drain_timeout: Duration,
-    api: federation_apiserver::Bound,
+    api: HubApi,
     server: BoundServer,
     pages: AdminApi,
     client: kube::Client,
@@ -232,7 +239,7 @@ impl Hub {
                  reach it with --advertise-address"
             );
         }
-        let api = bind_api(&args, &data_dir, &advertised_host).await?;
+        let mut api = HubApi::bind(&args, &data_dir, &advertised_host).await?;
         // Whoever waits for the file must not take an earlier hub's for this one's. Not before the store is ours: a hub
         // that runs in this folder keeps its file.
         remove_if_there(&data_dir.join(HUB_FILE)).map_err(unusable)?;
@@ -248,9 +255,9 @@ impl Hub {
         issue(&certificates, SystemTime::now())?;
 
         let (feed, directory) = ClusterDirectory::fed();
-        let config = server_config(&args, &data_dir, &advertised_host, directory.clone(), &api)?;
+        let config = server_config(&args, &data_dir, &advertised_host, directory.clone(), api.ca_pem())?;
         let parts = Parts::new(&config);
-        let client = own_client(&api, &data_dir).await?;
+        let client = api.client(&data_dir).await?;
         let enrolment = Enrolment::new(
             SecretTokens::new(client.clone()),
             tunnel_ca.clone(),
@@ -265,9 +272,9 @@ impl Hub {
         let connector = member_connector(parts.registry.clone(), args.backend_dial_timeout.0);
         let controller = {
             let options = Options {
-                conversion: Conversion::InProcess,
+                conversion: api.conversion(),
                 adopt: args.adopt,
-                visibility: true,
+                visibility: api.visibility(),
                 lease: Some(LeaseOptions::new(controller_identity(&data_dir)?)),
                 ..Options::default()
             };
@@ -276,9 +283,7 @@ impl Hub {
         metrics.with(|registry| controller.register(registry.sub_registry_with_prefix("cellway_federation")));
         let readiness = Readiness::default();
         let starting = readiness.register("hub API answers and clusters are known");
-        let database = api.database();
-        // Why, the log says: anybody may ask for health.
-        readiness.check("database", move || database.verdict().map_err(|_| "it does not answer".to_owned()));
+        api.check(&readiness);
         let pages = AdminApi {
             info: Arc::new(HubInfo {
                 server_id: config.server_id.clone(),
@@ -291,10 +296,7 @@ impl Hub {
             api_proxy: parts.api_proxy.clone(),
             client: client.clone(),
         };
-        let mut api = api;
-        api.mount("/clusters", with_user(parts.api_proxy.router()));
-        api.mount("/cellway/v1", with_user(pages.router()));
-        api.mount("/cellway/v1/convert", convert::router());
+        api.mount(parts.api_proxy.router(), pages.router(), parts.metrics.clone());
 
         let mut admin = Admin::new(readiness, metrics).config(shown(&args, &data_dir));
         if let Some(log) = log {
@@ -350,7 +352,8 @@ impl Hub {
         let Self { data_dir, api, server, pages, client, feed, certificates, controller, starting, .. } =
             self;
         let (registry, hub_file) = (pages.registry.clone(), data_dir.join(HUB_FILE));
-        let admin_kubeconfig = api.admin_kubeconfig();
+        let mut description = pages.server();
+        api.describe(&mut description);
 
         let api_stop = CancellationToken::new();
         let mut api_task = JoinSet::new();
@@ -375,8 +378,6 @@ impl Hub {
 
         let running = async {
             registry.directory().synced().await;
-            let mut description = pages.server();
-            description["adminKubeconfig"] = json!(admin_kubeconfig);
             let text = serde_json::to_string_pretty(&description).unwrap_or_default();
             tls::write_public(&hub_file, text.as_bytes())?;
             drop(starting);
@@ -416,33 +417,12 @@ impl std::fmt::Debug for Hub {
     }
 }
 
-async fn bind_api(
-    args: &HubArgs,
-    data_dir: &Path,
-    advertised_host: &str,
-) -> Result<federation_apiserver::Bound, HubError> {
-    let mut config = federation_apiserver::Config::new(data_dir, Role::Hub);
-    config.bind = SocketAddr::new(args.bind_address, args.api_port);
-    config.advertise = Some(advertised_host.to_owned());
-    config.token_auth_file.clone_from(&args.token_auth_file);
-    args.api.clone().configure(&mut config);
-    let crds = federation_core::crds(&Conversion::InProcess);
-    config.crds = crds.iter().filter_map(|crd| serde_json::to_value(crd).ok()).collect();
-    config.converter = Some(Converter::new(|object, api_version| {
-        federation_core::conversion::convert(object, api_version).map_err(|error| error.to_string())
-    }));
-    let namespace =
-        |name: &str| json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name } });
-    config.bootstrap = vec![namespace(SYSTEM_NAMESPACE), namespace(FEDERATION_NAMESPACE)];
-    Ok(ApiServer::bind(config).await?)
-}
-
 fn server_config(
     args: &HubArgs,
     data_dir: &Path,
     advertised_host: &str,
     directory: ClusterDirectory,
-    api: &federation_apiserver::Bound,
+    clients_ca_pem: &str,
 ) -> Result<ServerConfig, HubError> {
     let addr = |port| SocketAddr::new(args.bind_address, port);
     let (certificate, key) = ServedCertificate::files(&data_dir.join("tunnel-tls"));
@@ -451,7 +431,7 @@ fn server_config(
     let agents_tls = ServerTls::from_files(certificate, key, Some(agents_ca), ClientAuth::Optional)?;
     let (certificate, key) = ServedCertificate::files(&data_dir.join("connect-tls"));
     let clients_ca = data_dir.join("connect-tls").join("clients-ca.crt");
-    tls::write_public(&clients_ca, api.ca_pem().as_bytes())?;
+    tls::write_public(&clients_ca, clients_ca_pem.as_bytes())?;
     let connect_tls = ServerTls::from_files(certificate, key, Some(clients_ca), ClientAuth::Required)?
         .with_versions(TlsVersions::From12)?;
     let advertised = match args.agent_port {
@@ -525,29 +505,6 @@ fn reset_key(path: &Path) -> Result<ResetKey, HubError> {
     Ok(ResetKey::derived(&secret))
 }
 
-/// A client of the hub API in the same process: over loopback, whatever address others use.
-async fn own_client(api: &federation_apiserver::Bound, data_dir: &Path) -> Result<kube::Client, HubError> {
-    let path = data_dir.join("hub.kubeconfig");
-    api.write_kubeconfig(&path, "system:cellway:hub", &["system:cellway:controllers"])?;
-    let failed =
-        |source: Box<dyn std::error::Error + Send + Sync>| HubError::Client { path: path.clone(), source };
-    let kubeconfig = kube::config::Kubeconfig::read_from(&path).map_err(|error| failed(error.into()))?;
-    let options = kube::config::KubeConfigOptions::default();
-    let bound = api.local_addr();
-    let local = match bound.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => SocketAddr::from((Ipv4Addr::LOCALHOST, bound.port())),
-        IpAddr::V6(ip) if ip.is_unspecified() => SocketAddr::from((Ipv6Addr::LOCALHOST, bound.port())),
-        _ => bound,
-    };
-    let url =
-        format!("https://{local}").parse().map_err(|error: http::uri::InvalidUri| failed(error.into()))?;
-    let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &options)
-        .await
-        .map_err(|error| failed(error.into()))?;
-    config.cluster_url = url;
-    kube::Client::try_from(config).map_err(|error| failed(error.into()))
-}
-
 /// Tells the controller at once when a member's first tunnel comes or its last one goes.
 async fn probe_on_change(registry: Registry<ServerTunnel>, controller: Handle) {
     let mut changes = registry.changes();
@@ -562,16 +519,6 @@ async fn probe_on_change(registry: Registry<ServerTunnel>, controller: Handle) {
             return;
         }
     }
-}
-
-/// Translates the hub API's user for our routers.
-fn with_user(router: Router) -> Router {
-    router.layer(axum::middleware::from_fn(async |mut request: Request, next: Next| {
-        if let Some(UserInfo { name, uid, groups, extra }) = request.extensions().get::<UserInfo>().cloned() {
-            request.extensions_mut().insert(User { name, uid, groups, extra });
-        }
-        next.run(request).await
-    }))
 }
 
 /// The configuration in effect, for `/config`. None of the flags is a secret.
@@ -593,6 +540,10 @@ fn shown(args: &HubArgs, data_dir: &Path) -> serde_json::Value {
         "agent-certificate-ttl": args.agent_certificate_ttl,
         "backend-dial-timeout": args.backend_dial_timeout,
         "graceful-shutdown-timeout": args.graceful_shutdown_timeout,
+        "kubeconfig": args.external.kubeconfig,
+        "webhook-port": args.external.webhook_port,
+        "webhook-url": args.external.webhook_url,
+        "webhook-certificate-ttl": args.external.webhook_certificate_ttl,
         "token-auth-file": args.token_auth_file,
         "tls-cert-file": args.api.tls_cert_file,
         "tls-private-key-file": args.api.tls_private_key_file,

@@ -1,0 +1,431 @@
+//! A hub on a stock kube-apiserver: `cellway hub --kubeconfig`, with the rights that the documentation gives and nothing
+//! else done by hand. Joins when `KUBEBUILDER_ASSETS` names a folder with `kube-apiserver` and `etcd`.
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use http::{Method, Request};
+use kube::Client;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use serde_json::{Value, json};
+use test_support::process::Process;
+use test_support::stock::{Credentials, Etcd, KubeApiserver};
+use test_support::{TestDir, require, tools, wait_until};
+use tls::{CertificateAuthority, ClientTls, ServerName};
+use tokio::process::Command;
+
+/// Programs are built without optimisation and share the machine with other tests.
+const LIMIT: Duration = Duration::from_secs(120);
+const DAY: Duration = Duration::from_secs(86_400);
+/// Of the webhook's certificate, which is renewed at a third of it.
+const TTL: Duration = Duration::from_secs(15);
+const CLUSTERS: &str = "/apis/core.kubefed.io/v1beta1/namespaces/kube-federation-system/kubefedclusters";
+/// Converted: `v1beta2` is what is stored.
+const OLD: &str = "/apis/types.kubefed.io/v1beta1/namespaces/shop/federatedconfigmaps";
+const NEW: &str = "/apis/types.kubefed.io/v1beta2/namespaces/shop/federatedconfigmaps";
+const DEFINITION: &str =
+    "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/federatedconfigmaps.types.kubefed.io";
+
+/// Everything ends on drop, the servers last.
+struct World {
+    hub: Option<Process>,
+    member: Option<Process>,
+    /// `system:masters` at the stock server.
+    root: Client,
+    kubeconfig: PathBuf,
+    dir: TestDir,
+    _server: KubeApiserver,
+    _etcd: Etcd,
+}
+
+#[test]
+fn flags_of_our_own_api_server_are_refused() {
+    for (flag, value) in [
+        ("--store", "sqlite:///tmp/x"),
+        ("--token-auth-file", "x"),
+        ("--encryption-provider-config", "x"),
+        ("--oidc-issuer-url", "https://x"),
+        ("--event-ttl", "1m"),
+    ] {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_cellway"));
+        let output = command.args(["hub", "--kubeconfig", "x", flag, value]).output().expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(
+            said.contains("--kubeconfig") && said.contains(flag) && said.contains("cannot be used"),
+            "{said}"
+        );
+    }
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_cellway"));
+    let output = command.args(["hub", "--webhook-port", "1"]).output().expect("it runs");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--kubeconfig"), "{output:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hub_on_a_stock_server() -> Result<()> {
+    let assets = require!(tools::kubebuilder_assets());
+    let kubectl = require!(tools::kubectl());
+    let mut world = World::start(&assets).await?;
+    without_rights(&mut world).await?;
+    let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/stock-hub.yaml");
+    let root = world.dir.join("server").join("root.kubeconfig");
+    let applied =
+        Command::new(&kubectl).arg("--kubeconfig").arg(&root).args(["apply", "-f", docs]).output().await?;
+    ensure!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
+    let shop = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}});
+    ask(&world.root, Method::POST, "/api/v1/namespaces", "application/json", &shop).await?;
+
+    world.start_hub().await?;
+    world.join("east").await?;
+    the_commands(&world).await?;
+    placed(&world).await?;
+    callers(&world).await?;
+    renewed(&world).await?;
+    registered_again(&mut world).await?;
+    let said = world.cellway(&["cluster", "revoke", "east"]).await?;
+    ensure!(said.contains("east"), "{said}");
+    world
+        .until("the tunnel to end", async || {
+            let tunnels = world.items(&["tunnels"]).await?;
+            ensure!(tunnels.is_empty(), "{tunnels:?}");
+            Ok(())
+        })
+        .await
+}
+
+/// A hub that may nothing says what to do.
+async fn without_rights(world: &mut World) -> Result<()> {
+    let output = tokio::time::timeout(LIMIT, world.hub_command().output()).await??;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && said.contains("docs/stock-hub.yaml"), "{said}");
+    Ok(())
+}
+
+/// The command line finds objects in the one API and everything else in the other.
+async fn the_commands(world: &World) -> Result<()> {
+    let clusters = world.items(&["clusters"]).await?;
+    ensure!(clusters.iter().any(|one| one["name"] == "east"), "{clusters:?}");
+    let tunnels = world.items(&["tunnels"]).await?;
+    ensure!(tunnels.len() == 1 && tunnels[0]["cluster"] == "east", "{tunnels:?}");
+    let ping: Value = serde_json::from_str(&world.cellway(&["ping", "east", "-o", "json"]).await?)?;
+    ensure!(ping["api"]["ok"] == true, "{ping}");
+    // The certificate is taken; the destination is the hub's to refuse.
+    let output = world.run(&["dial", "east", "192.0.2.1:1"]).await?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && said.contains("allowed"), "{said}");
+    // Through the hub's port to the member's API.
+    let text = world.cellway(&["kubeconfig", "east"]).await?;
+    let member = client(Kubeconfig::from_yaml(&text)?).await?;
+    get(&member, "/api/v1/nodes").await.map(drop)
+}
+
+/// KubeFed's form is applied, converted and placed.
+async fn placed(world: &World) -> Result<()> {
+    let hub = world.admin().await?;
+    // As in KubeFed, nothing goes where its namespace does not.
+    let namespace = json!({"apiVersion": "types.kubefed.io/v1beta1", "kind": "FederatedNamespace",
+        "metadata": {"name": "shop", "namespace": "shop"}, "spec": {"placement": {"clusters": [{"name": "east"}]}}});
+    ask(&hub, Method::POST, &OLD.replace("configmaps", "namespaces"), "application/json", &namespace).await?;
+    let object = json!({"apiVersion": "types.kubefed.io/v1beta1", "kind": "FederatedConfigMap",
+        "metadata": {"name": "settings", "namespace": "shop"},
+        "spec": {"template": {"data": {"colour": "blue"}}, "placement": {"clusters": [{"name": "east"}]}}});
+    ask(&hub, Method::POST, OLD, "application/json", &object).await?;
+    let stored = get(&hub, &format!("{NEW}/settings")).await?;
+    ensure!(stored["spec"]["placement"]["units"] == json!([{"name": "east"}]), "{stored}");
+    let east = client(Kubeconfig::read_from(world.dir.join("east").join("admin.kubeconfig"))?).await?;
+    let arrived = world
+        .until("the config map to arrive", async || {
+            get(&east, "/api/v1/namespaces/shop/configmaps/settings").await
+        })
+        .await?;
+    ensure!(arrived["data"]["colour"] == "blue", "{arrived}");
+    world
+        .until("KubeFed's status", async || {
+            let object = get(&hub, &format!("{OLD}/settings")).await?;
+            let clusters = &object["status"]["clusters"];
+            ensure!(clusters[0]["name"] == "east", "{}", object["status"]);
+            Ok(())
+        })
+        .await
+}
+
+/// Whom the stock server knows, the hub's own paths know; what they may, it says.
+async fn callers(world: &World) -> Result<()> {
+    let account = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "viewer"}});
+    let accounts = "/api/v1/namespaces/default/serviceaccounts";
+    ask(&world.root, Method::POST, accounts, "application/json", &account).await?;
+    let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}});
+    let path = format!("{accounts}/viewer/token");
+    let answer = ask(&world.root, Method::POST, &path, "application/json", &request).await?;
+    let token = answer["status"]["token"].as_str().context("no token")?;
+    let viewer = world.at_port(json!({"token": token})).await?;
+    ensure!(code(get(&viewer, "/cellway/v1/tunnels").await) == 403);
+    ensure!(code(get(&viewer, "/clusters/east/api/v1/nodes").await) == 403);
+    ensure!(
+        code(get(&world.at_port(json!({"token": "made-up"})).await?, "/cellway/v1/tunnels").await) == 401
+    );
+    ensure!(code(get(&world.at_port(json!({})).await?, "/api/v1/namespaces").await) == 401);
+
+    let role = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
+        "metadata": {"name": "fleet-viewer"},
+        "rules": [{"nonResourceURLs": ["/cellway/v1/*", "/clusters/east/*"], "verbs": ["get"]}]});
+    let binding = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
+        "metadata": {"name": "fleet-viewer"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "fleet-viewer"},
+        "subjects": [{"kind": "ServiceAccount", "name": "viewer", "namespace": "default"}]});
+    for (kind, object) in [("clusterroles", role), ("clusterrolebindings", binding)] {
+        let path = format!("/apis/rbac.authorization.k8s.io/v1/{kind}");
+        ask(&world.root, Method::POST, &path, "application/json", &object).await?;
+    }
+    // The refusal is remembered for ten seconds.
+    world.until("the right to be seen", async || get(&viewer, "/cellway/v1/tunnels").await).await?;
+    // As far as the member, which does not know this account.
+    let refused = world
+        .until("the member to be asked", async || {
+            let Err(error) = get(&viewer, "/clusters/east/api/v1/nodes").await else {
+                anyhow::bail!("it is allowed")
+            };
+            let said = format!("{error:#}");
+            ensure!(said.contains("nodes is forbidden"), "{said}");
+            Ok(said)
+        })
+        .await?;
+    ensure!(refused.contains("system:serviceaccount:default:viewer"), "{refused}");
+    ensure!(code(get(&viewer, "/clusters/west/api/v1/nodes").await) == 403);
+    let revoke = "/cellway/v1/clusters/east/revoke";
+    ensure!(code(ask(&viewer, Method::POST, revoke, "application/json", &Value::Null).await) == 403);
+    let kept = Kubeconfig::read_from(world.data().join("admin.kubeconfig"))?;
+    let options = KubeConfigOptions { context: Some("cellway:hub".to_owned()), ..Default::default() };
+    let admin = Client::try_from(kube::Config::from_custom_kubeconfig(kept, &options).await?)?;
+    let said = match get(&admin, "/api/v1/namespaces").await {
+        Err(error) => format!("{error:#}"),
+        Ok(found) => anyhow::bail!("{found}"),
+    };
+    ensure!(said.contains("the hub's objects are in the Kubernetes API at https://"), "{said}");
+    Ok(())
+}
+
+/// The webhook's certificate changes under running requests, none of which fails.
+async fn renewed(world: &World) -> Result<()> {
+    let hub = world.admin().await?;
+    let began = Instant::now();
+    let mut seen = vec![world.webhook_certificate().await?];
+    let mut conversions = 0_u32;
+    while seen.len() < 4 || began.elapsed() < TTL + TTL / 3 {
+        ensure!(began.elapsed() < LIMIT, "{} certificates and {conversions} conversions", seen.len());
+        let object = get(&hub, &format!("{OLD}/settings")).await?;
+        ensure!(object["spec"]["placement"]["clusters"] == json!([{"name": "east"}]), "{object}");
+        conversions += 1;
+        let now = world.webhook_certificate().await?;
+        if seen.last() != Some(&now) {
+            seen.push(now);
+        }
+    }
+    ensure!(conversions > 20, "{conversions}");
+    Ok(())
+}
+
+/// What somebody takes out of the definitions comes back, and a hub that comes back at another address says so there.
+async fn registered_again(world: &mut World) -> Result<()> {
+    let registered = async |world: &World| -> Result<()> {
+        let definition = get(&world.root, DEFINITION).await?;
+        let port = world.webhook_address()?.1;
+        let url = definition["spec"]["conversion"]["webhook"]["clientConfig"]["url"].as_str().unwrap_or("");
+        ensure!(url == format!("https://127.0.0.1:{port}/cellway/v1/convert"), "{url}");
+        get(&world.root, &format!("{OLD}/settings")).await.map(drop)
+    };
+    registered(world).await?;
+    let none = json!({"spec": {"conversion": {"strategy": "None", "webhook": null}}});
+    ask(&world.root, Method::PATCH, DEFINITION, "application/merge-patch+json", &none).await?;
+    world.until("the webhook to be registered again", async || registered(world).await).await?;
+
+    let before = world.webhook_address()?.1;
+    let mut hub = world.hub.take().context("no hub")?;
+    hub.terminate()?;
+    hub.wait(LIMIT).await?;
+    // Taken, so that the next hub has another port.
+    let _taken = tokio::net::TcpListener::bind(("127.0.0.1", before)).await?;
+    ensure!(get(&world.root, &format!("{OLD}/settings")).await.is_err(), "nobody converts");
+    get(&world.root, &format!("{NEW}/settings")).await?;
+    world.start_hub().await?;
+    ensure!(world.webhook_address()?.1 != before);
+    world.until("conversions to go on", async || registered(world).await).await
+}
+
+// === impl World ===
+
+impl World {
+    async fn start(assets: &Path) -> Result<Self> {
+        let dir = TestDir::new("stock-hub")?;
+        let authority = CertificateAuthority::create("stock")?;
+        let issued = authority.issue_server(&["localhost".to_owned(), "127.0.0.1".to_owned()], DAY)?;
+        let etcd = Etcd::start(assets, &dir.join("etcd")).await?;
+        let credentials = Credentials {
+            authority: authority.certificate_pem(),
+            certificate: &issued.certificate_pem,
+            key: &issued.key_pem,
+        };
+        let server = KubeApiserver::start(assets, &dir.join("server"), "hub", &etcd, &credentials).await?;
+        let kubeconfig = |user: &str, group: &str| {
+            let issued = authority.issue_client(user, &[group.to_owned()], DAY)?;
+            server.kubeconfig(user, &issued.certificate_pem, &issued.key_pem)
+        };
+        let root = client(Kubeconfig::read_from(kubeconfig("root", "system:masters")?)?).await?;
+        let kubeconfig = kubeconfig("hub", "system:cellway:controllers")?;
+        // Made after the first readiness.
+        let ready = async || get(&root, "/api/v1/namespaces/default").await;
+        wait_until(ready, LIMIT, "kube-apiserver to be ready").await.with_context(|| server.tail())?;
+        Ok(Self { hub: None, member: None, root, kubeconfig, dir, _server: server, _etcd: etcd })
+    }
+
+    fn data(&self) -> PathBuf {
+        self.dir.join("hub")
+    }
+
+    fn hub_command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
+        command.args(["hub", "--bind-address=127.0.0.1", "--data-dir"]).arg(self.data());
+        command.arg("--kubeconfig").arg(&self.kubeconfig);
+        command.arg(format!("--webhook-certificate-ttl={}s", TTL.as_secs()));
+        for port in ["api", "agent", "connect", "health", "admin", "webhook"] {
+            command.arg(format!("--{port}-port=0"));
+        }
+        command.env_remove("CELLWAY_DATA_DIR").env_remove("CELLWAY_STORE").kill_on_drop(true);
+        command
+    }
+
+    async fn start_hub(&mut self) -> Result<()> {
+        let mut hub = Process::spawn("hub", self.hub_command(), &self.dir.join("hub.log"))?;
+        let ready = self.data().join("hub.json");
+        let started = wait_until(
+            || {
+                let (there, ended) = (ready.is_file(), hub.ended());
+                async move {
+                    ensure!(ended?.is_none(), "it has ended");
+                    ensure!(there, "no hub.json");
+                    Ok(())
+                }
+            },
+            LIMIT,
+            "the hub to be ready",
+        )
+        .await;
+        started.with_context(|| hub.tail(40))?;
+        self.hub = Some(hub);
+        Ok(())
+    }
+
+    /// By token, as a person would.
+    async fn join(&mut self, name: &str) -> Result<()> {
+        let added: Value =
+            serde_json::from_str(&self.cellway(&["cluster", "add", name, "-o", "json"]).await?)?;
+        let field = |field: &str| added[field].as_str().map(str::to_owned).context("not printed");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
+        command.args(["dev", "member", name, "--hub", &field("hub")?, "--ca-hash", &field("caHash")?]);
+        command.env("CELLWAY_ENROLMENT_TOKEN", field("token")?);
+        command.arg("--data-dir").arg(self.dir.join(name));
+        self.member = Some(Process::spawn(name, command, &self.dir.join(format!("{name}.log")))?);
+        let hub = self.admin().await?;
+        self.until("the member to be ready", async || {
+            let cluster = get(&hub, &format!("{CLUSTERS}/{name}")).await?;
+            let conditions = cluster["status"]["conditions"].as_array().context("no conditions")?;
+            ensure!(
+                conditions.iter().any(|one| one["type"] == "Ready" && one["status"] == "True"),
+                "{conditions:?}"
+            );
+            Ok(())
+        })
+        .await
+    }
+
+    /// The objects, as the hub's own kubeconfig leads to them.
+    async fn admin(&self) -> Result<Client> {
+        client(Kubeconfig::read_from(self.data().join("admin.kubeconfig"))?).await
+    }
+
+    /// The hub's own port, as somebody else.
+    async fn at_port(&self, user: Value) -> Result<Client> {
+        let text = std::fs::read_to_string(self.data().join("admin.kubeconfig"))?;
+        let mut config: Value = serde_json::from_str(&text)?;
+        config["current-context"] = json!("cellway:hub");
+        let users = config["users"].as_array_mut().context("no users")?;
+        for entry in users {
+            entry["user"] = user.clone();
+        }
+        client(Kubeconfig::from_yaml(&config.to_string())?).await
+    }
+
+    fn webhook_address(&self) -> Result<(String, u16)> {
+        let hub: Value = serde_json::from_slice(&std::fs::read(self.data().join("hub.json"))?)?;
+        let address = hub["addresses"]["webhook"].as_str().context("hub.json names no webhook")?;
+        let (host, port) = address.rsplit_once(':').context("no port")?;
+        Ok((host.to_owned(), port.parse()?))
+    }
+
+    /// What the webhook serves with, valid now and by the hub's own authority.
+    async fn webhook_certificate(&self) -> Result<Vec<u8>> {
+        let ca = std::fs::read_to_string(self.data().join("pki").join("ca.crt"))?;
+        let tcp = tokio::net::TcpStream::connect(self.webhook_address()?).await?;
+        let connector = ClientTls::from_pem(&ca, None)?.connector(&[b"http/1.1"]);
+        let stream = connector.connect(ServerName::try_from("127.0.0.1")?, tcp).await?;
+        let chain = stream.get_ref().1.peer_certificates().context("no certificate")?;
+        Ok(chain.first().context("an empty chain")?.to_vec())
+    }
+
+    async fn until<T>(&self, what: &str, look: impl AsyncFn() -> Result<T>) -> Result<T> {
+        let found = wait_until(|| look(), LIMIT, what).await;
+        found.with_context(|| self.hub.as_ref().map_or_else(String::new, |hub| hub.tail(40)))
+    }
+
+    async fn run(&self, args: &[&str]) -> Result<Output> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
+        command.args(args).arg("--data-dir").arg(self.data());
+        command.env_remove("CELLWAY_DATA_DIR").env_remove("CELLWAY_KUBECONFIG").env("HOME", self.dir.path());
+        command.kill_on_drop(true);
+        let done = tokio::time::timeout(LIMIT, command.output()).await;
+        Ok(done.with_context(|| format!("`cellway {}` does not end", args.join(" ")))??)
+    }
+
+    async fn cellway(&self, args: &[&str]) -> Result<String> {
+        let output = self.run(args).await?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "`cellway {}`: {errors}", args.join(" "));
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    async fn items(&self, args: &[&str]) -> Result<Vec<Value>> {
+        let args: Vec<&str> = args.iter().copied().chain(["-o", "json"]).collect();
+        let printed: Value = serde_json::from_str(&self.cellway(&args).await?)?;
+        printed["items"].as_array().cloned().with_context(|| format!("no items in {printed}"))
+    }
+}
+
+async fn client(kubeconfig: Kubeconfig) -> Result<Client> {
+    let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    // A refusal is an answer here.
+    config.default_retry = false;
+    Ok(Client::try_from(config)?)
+}
+
+async fn ask(client: &Client, method: Method, path: &str, content: &str, body: &Value) -> Result<Value> {
+    let body = if body.is_null() { Vec::new() } else { serde_json::to_vec(body)? };
+    let request = Request::builder().method(&method).uri(path).header("content-type", content).body(body)?;
+    client.request(request).await.with_context(|| format!("{method} {path}"))
+}
+
+async fn get(client: &Client, path: &str) -> Result<Value> {
+    ask(client, Method::GET, path, "application/json", &Value::Null).await
+}
+
+/// The code of an answer; 200 for any that is none of a failure, 0 for no answer.
+fn code(answer: Result<Value>) -> u16 {
+    match answer {
+        Ok(_) => 200,
+        Err(error) => match error.downcast_ref::<kube::Error>() {
+            Some(kube::Error::Api(status)) => status.code,
+            _ => 0,
+        },
+    }
+}

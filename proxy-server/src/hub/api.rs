@@ -1,0 +1,175 @@
+//! The Kubernetes API that holds the hub's objects: the hub's own API server, or one that a kubeconfig names.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use axum::Router;
+use axum::extract::Request;
+use axum::middleware::Next;
+use federation_apiserver::{ApiServer, Bound, Converter, Role, UserInfo};
+use federation_core::api::Conversion;
+use serde_json::json;
+use service::ready::Readiness;
+use tokio_util::sync::CancellationToken;
+
+use super::external::External;
+use super::{FEDERATION_NAMESPACE, HubArgs, HubError, SYSTEM_NAMESPACE};
+use crate::metrics::ServerMetrics;
+use crate::user::User;
+
+/// Bound, not serving yet.
+pub(super) enum HubApi {
+    Own(Box<Bound>),
+    External(Box<External>),
+}
+
+// === impl HubApi ===
+
+impl HubApi {
+    pub(super) async fn bind(
+        args: &HubArgs,
+        data_dir: &Path,
+        advertised_host: &str,
+    ) -> Result<Self, HubError> {
+        Ok(match &args.external.kubeconfig {
+            None => Self::Own(Box::new(bind_own(args, data_dir, advertised_host).await?)),
+            Some(path) => {
+                Self::External(Box::new(External::bind(args, path, data_dir, advertised_host).await?))
+            }
+        })
+    }
+
+    /// Where people reach the hub's own paths.
+    pub(super) fn local_addr(&self) -> SocketAddr {
+        match self {
+            Self::Own(api) => api.local_addr(),
+            Self::External(api) => api.local_addr(),
+        }
+    }
+
+    /// Of the authority that the hub's clients are known by.
+    pub(super) fn ca_pem(&self) -> &str {
+        match self {
+            Self::Own(api) => api.ca_pem(),
+            Self::External(api) => api.certificates().ca_pem(),
+        }
+    }
+
+    pub(super) fn admin_kubeconfig(&self) -> PathBuf {
+        match self {
+            Self::Own(api) => api.admin_kubeconfig(),
+            Self::External(api) => api.certificates().admin_kubeconfig(),
+        }
+    }
+
+    /// How it converts federated objects.
+    pub(super) fn conversion(&self) -> Conversion {
+        match self {
+            Self::Own(_) => Conversion::InProcess,
+            Self::External(api) => api.conversion().clone(),
+        }
+    }
+
+    /// Whether it honours `cellway.io/visible` on roles.
+    pub(super) fn visibility(&self) -> bool {
+        matches!(self, Self::Own(_))
+    }
+
+    /// What `hub.json` says of it beside its address.
+    pub(super) fn describe(&self, description: &mut serde_json::Value) {
+        description["adminKubeconfig"] = json!(self.admin_kubeconfig());
+        if let Self::External(api) = self {
+            description["kubernetesApi"] = json!(api.server());
+            description["addresses"]["webhook"] = json!(api.webhook_addr().to_string());
+        }
+    }
+
+    /// A client for the hub's own parts.
+    pub(super) async fn client(&self, data_dir: &Path) -> Result<kube::Client, HubError> {
+        match self {
+            Self::Own(api) => own_client(api, data_dir).await,
+            Self::External(api) => Ok(api.client().clone()),
+        }
+    }
+
+    pub(super) fn check(&self, readiness: &Readiness) {
+        match self {
+            Self::Own(api) => {
+                let database = api.database();
+                // Why, the log says: anybody may ask for health.
+                let verdict = move || database.verdict().map_err(|_| "it does not answer".to_owned());
+                readiness.check("database", verdict);
+            }
+            Self::External(api) => api.check(readiness),
+        }
+    }
+
+    /// The routers of `/clusters/…` and `/cellway/v1/…`.
+    pub(super) fn mount(&mut self, members: Router, pages: Router, metrics: ServerMetrics) {
+        match self {
+            Self::Own(api) => {
+                api.mount("/clusters", with_user(members));
+                api.mount("/cellway/v1", with_user(pages));
+            }
+            Self::External(api) => api.mount(members, pages, metrics),
+        }
+    }
+
+    /// Serves until it is to stop, and lets requests end.
+    pub(super) async fn run(self, stop: CancellationToken) {
+        match self {
+            Self::Own(api) => api.run(stop).await,
+            Self::External(api) => api.run(stop).await,
+        }
+    }
+}
+
+async fn bind_own(args: &HubArgs, data_dir: &Path, advertised_host: &str) -> Result<Bound, HubError> {
+    let mut config = federation_apiserver::Config::new(data_dir, Role::Hub);
+    config.bind = SocketAddr::new(args.bind_address, args.api_port);
+    config.advertise = Some(advertised_host.to_owned());
+    config.token_auth_file.clone_from(&args.token_auth_file);
+    args.api.clone().configure(&mut config);
+    let crds = federation_core::crds(&Conversion::InProcess);
+    config.crds = crds.iter().filter_map(|crd| serde_json::to_value(crd).ok()).collect();
+    config.converter = Some(Converter::new(|object, api_version| {
+        federation_core::conversion::convert(object, api_version).map_err(|error| error.to_string())
+    }));
+    let namespace =
+        |name: &str| json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name } });
+    config.bootstrap = vec![namespace(SYSTEM_NAMESPACE), namespace(FEDERATION_NAMESPACE)];
+    Ok(ApiServer::bind(config).await?)
+}
+
+/// A client of the hub API in the same process: over loopback, whatever address others use.
+async fn own_client(api: &Bound, data_dir: &Path) -> Result<kube::Client, HubError> {
+    let path = data_dir.join("hub.kubeconfig");
+    api.write_kubeconfig(&path, "system:cellway:hub", &["system:cellway:controllers"])?;
+    let failed =
+        |source: Box<dyn std::error::Error + Send + Sync>| HubError::Client { path: path.clone(), source };
+    let kubeconfig = kube::config::Kubeconfig::read_from(&path).map_err(|error| failed(error.into()))?;
+    let options = kube::config::KubeConfigOptions::default();
+    let bound = api.local_addr();
+    let local = match bound.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => SocketAddr::from((Ipv4Addr::LOCALHOST, bound.port())),
+        IpAddr::V6(ip) if ip.is_unspecified() => SocketAddr::from((Ipv6Addr::LOCALHOST, bound.port())),
+        _ => bound,
+    };
+    let url =
+        format!("https://{local}").parse().map_err(|error: http::uri::InvalidUri| failed(error.into()))?;
+    let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &options)
+        .await
+        .map_err(|error| failed(error.into()))?;
+    config.cluster_url = url;
+    kube::Client::try_from(config).map_err(|error| failed(error.into()))
+}
+
+/// Translates the hub API's user for our routers.
+fn with_user(router: Router) -> Router {
+    router.layer(axum::middleware::from_fn(async |mut request: Request, next: Next| {
+        if let Some(UserInfo { name, uid, groups, extra }) = request.extensions().get::<UserInfo>().cloned() {
+            request.extensions_mut().insert(User { name, uid, groups, extra });
+        }
+        next.run(request).await
+    }))
+}

@@ -1,0 +1,376 @@
+//! Who may use the hub's own paths when the Kubernetes API is somebody else's: that API is asked.
+//!
+//! ```text
+//!   certificate of the hub's authority or --client-ca-file ─┐
+//!   bearer token ── TokenReview ────────────────────────────┴▶ user ── SubjectAccessReview ──▶ the hub's routers
+//! ```
+//!
+//! As kube's own aggregated servers do, with the same times: an answer about a token is kept for [`TOKEN_TTL`], one about
+//! a right for [`ALLOWED_TTL`] or [`DENIED_TTL`], and `system:masters` may without being asked about. A member's API is
+//! one path, `/clusters/<cluster>/`, whatever is wanted of it: what is behind it is the member's to allow.
+//!
+//! On the hub's own API server every authenticated user gets as far as a member, which knows its people. Here a right is
+//! needed, because the service accounts of this API's cluster may have the names of a member's own.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{HeaderMap, Method, StatusCode, header};
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
+use k8s_openapi::api::authorization::v1::{
+    NonResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec,
+};
+use kube::api::PostParams;
+use kube::{Api, Client};
+use parking_lot::Mutex;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+use crate::user::User;
+
+/// How long what a TokenReview said is good for: kube's delegating authenticator's 10 s.
+pub(super) const TOKEN_TTL: Duration = Duration::from_secs(10);
+/// How long a right is taken to be there: kube's delegating authoriser's 10 s.
+pub(super) const ALLOWED_TTL: Duration = Duration::from_secs(10);
+/// How long a right is taken to be missing.
+pub(super) const DENIED_TTL: Duration = Duration::from_secs(10);
+
+/// Answers that are kept. Anybody can make up tokens: at the limit what has expired goes, and then everything.
+const MAX_ANSWERS: usize = 4096;
+/// Reviews under way: the API's own users come first.
+const MAX_ASKED: usize = 32;
+/// How long a caller waits for the API's answer, and for a place to ask.
+const REVIEW_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// In kube's authorisers these need no right.
+const MASTERS: &str = "system:masters";
+/// Whoever has been authenticated is in this group.
+const AUTHENTICATED: &str = "system:authenticated";
+
+/// What an API says of a token beside its user: which one it was, and of which pod. It means nothing to a member, whose agent
+/// would need a right to each to pass it on.
+const OF_CREDENTIAL: &str = "authentication.kubernetes.io/";
+
+/// The path that stands for all of a member's API, with the cluster's name in between.
+const MEMBERS: &str = "/clusters/";
+
+/// Why somebody gets no further.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error("Unauthorized")]
+    Unauthorised,
+    #[error("User {user:?} cannot {verb} path {path:?}{reason}")]
+    Forbidden { user: String, verb: String, path: String, reason: String },
+    #[error("the header {0} is not taken here: send the request as the user you are")]
+    Impersonation(String),
+    #[error("the Kubernetes API that knows the users does not answer; try again")]
+    Unavailable,
+}
+
+/// Asks, and remembers for a moment.
+#[derive(Clone)]
+pub(super) struct Delegated(Arc<Inner>);
+
+struct Inner {
+    client: Client,
+    users: Mutex<Answers<Option<User>>>,
+    rights: Mutex<Answers<Result<(), String>>>,
+    places: Semaphore,
+}
+
+/// Answers by the digest of what was asked.
+struct Answers<T>(HashMap<[u8; 32], (Instant, T)>);
+
+// === impl Refusal ===
+
+impl Refusal {
+    pub(super) fn status(&self) -> (StatusCode, &'static str) {
+        match self {
+            Self::Unauthorised => (StatusCode::UNAUTHORIZED, "Unauthorized"),
+            Self::Forbidden { .. } | Self::Impersonation(_) => (StatusCode::FORBIDDEN, "Forbidden"),
+            Self::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable"),
+        }
+    }
+}
+
+// === impl Delegated ===
+
+impl Delegated {
+    pub(super) fn new(client: Client) -> Self {
+        Self(Arc::new(Inner {
+            client,
+            users: Mutex::new(Answers(HashMap::new())),
+            rights: Mutex::new(Answers(HashMap::new())),
+            places: Semaphore::new(MAX_ASKED),
+        }))
+    }
+
+    /// Who this is, by the certificate that the connection has shown or else by the token. They may do what they ask for.
+    pub(super) async fn admit(
+        &self,
+        certified: Option<User>,
+        method: &Method,
+        path: &str,
+        headers: &HeaderMap,
+    ) -> Result<User, Refusal> {
+        if let Some(name) = headers.keys().find(|name| name.as_str().starts_with("impersonate-")) {
+            return Err(Refusal::Impersonation(name.to_string()));
+        }
+        let mut user = match (certified, bearer(headers)) {
+            (Some(user), _) => user,
+            (None, Some(token)) => self.user_of(token).await?.ok_or(Refusal::Unauthorised)?,
+            (None, None) => return Err(Refusal::Unauthorised),
+        };
+        if !user.groups.iter().any(|group| group == AUTHENTICATED) {
+            user.groups.push(AUTHENTICATED.to_owned());
+        }
+        self.authorise(&user, method, path).await?;
+        user.extra.retain(|key, _| !key.starts_with(OF_CREDENTIAL));
+        Ok(user)
+    }
+
+    async fn user_of(&self, token: &str) -> Result<Option<User>, Refusal> {
+        let key: [u8; 32] = Sha256::digest(token.as_bytes()).into();
+        if let Some(known) = self.0.users.lock().get(&key) {
+            return Ok(known);
+        }
+        let review = TokenReview {
+            spec: TokenReviewSpec { token: token.to_owned(), audiences: None },
+            ..TokenReview::default()
+        };
+        let status = self.ask("TokenReview", &review).await?.status.unwrap_or_default();
+        let user = status
+            .user
+            .filter(|_| status.authenticated == Some(true))
+            .map(|user| User {
+                name: user.username.unwrap_or_default(),
+                uid: user.uid.unwrap_or_default(),
+                groups: user.groups.unwrap_or_default(),
+                extra: user.extra.unwrap_or_default(),
+            })
+            .filter(|user| !user.name.is_empty());
+        self.0.users.lock().put(key, user.clone(), TOKEN_TTL);
+        Ok(user)
+    }
+
+    async fn authorise(&self, user: &User, method: &Method, path: &str) -> Result<(), Refusal> {
+        if user.groups.iter().any(|group| group == MASTERS) {
+            return Ok(());
+        }
+        let verb = method.as_str().to_ascii_lowercase();
+        let path = asked_path(path);
+        let review = SubjectAccessReview {
+            spec: SubjectAccessReviewSpec {
+                user: Some(user.name.clone()),
+                uid: (!user.uid.is_empty()).then(|| user.uid.clone()),
+                groups: Some(user.groups.clone()),
+                extra: (!user.extra.is_empty()).then(|| user.extra.clone()),
+                non_resource_attributes: Some(NonResourceAttributes {
+                    path: Some(path.clone()),
+                    verb: Some(verb.clone()),
+                }),
+                resource_attributes: None,
+            },
+            ..SubjectAccessReview::default()
+        };
+        let forbidden = |reason| Refusal::Forbidden {
+            user: user.name.clone(),
+            verb: verb.clone(),
+            path: path.clone(),
+            reason,
+        };
+        // What is asked is what is remembered; it always serialises.
+        let question = serde_json::to_vec(&review.spec).map_err(|_| Refusal::Unavailable)?;
+        let key: [u8; 32] = Sha256::digest(&question).into();
+        if let Some(known) = self.0.rights.lock().get(&key) {
+            return known.map_err(forbidden);
+        }
+        let status = self.ask("SubjectAccessReview", &review).await?.status.unwrap_or_default();
+        let verdict = if status.allowed && status.denied != Some(true) {
+            Ok(())
+        } else {
+            Err(status
+                .reason
+                .filter(|reason| !reason.is_empty())
+                .map_or_else(String::new, |why| format!(": {why}")))
+        };
+        let ttl = if verdict.is_ok() { ALLOWED_TTL } else { DENIED_TTL };
+        self.0.rights.lock().put(key, verdict.clone(), ttl);
+        verdict.map_err(forbidden)
+    }
+
+    /// Creates a review, and gives it back with its answer.
+    async fn ask<K>(&self, what: &'static str, review: &K) -> Result<K, Refusal>
+    where
+        K: kube::Resource<DynamicType = ()>
+            + Clone
+            + serde::Serialize
+            + serde::de::DeserializeOwned
+            + std::fmt::Debug,
+    {
+        let reviews: Api<K> = Api::all(self.0.client.clone());
+        let asking = async {
+            // Nobody closes it.
+            let _place = self.0.places.acquire().await.ok();
+            reviews.create(&PostParams::default(), review).await
+        };
+        match tokio::time::timeout(REVIEW_TIMEOUT, asking).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => {
+                tracing::warn!(
+                    error = %service::error_chain(&error), what,
+                    "failed to ask the Kubernetes API about a caller: does the hub have the rights of docs/stock-hub.yaml?"
+                );
+                Err(Refusal::Unavailable)
+            }
+            Err(_) => {
+                tracing::warn!(
+                    what,
+                    "the Kubernetes API did not answer about a caller within {REVIEW_TIMEOUT:?}"
+                );
+                Err(Refusal::Unavailable)
+            }
+        }
+    }
+}
+
+// === impl Answers ===
+
+impl<T: Clone> Answers<T> {
+    fn get(&self, key: &[u8; 32]) -> Option<T> {
+        self.0.get(key).filter(|(until, _)| *until > Instant::now()).map(|(_, answer)| answer.clone())
+    }
+
+    fn put(&mut self, key: [u8; 32], answer: T, ttl: Duration) {
+        let now = Instant::now();
+        if self.0.len() >= MAX_ANSWERS {
+            self.0.retain(|_, (until, _)| *until > now);
+        }
+        if self.0.len() >= MAX_ANSWERS {
+            self.0.clear();
+        }
+        self.0.insert(key, (now + ttl, answer));
+    }
+}
+
+/// The path that the right is asked for.
+fn asked_path(path: &str) -> String {
+    match path.strip_prefix(MEMBERS) {
+        Some(rest) => format!("{MEMBERS}{}/", rest.split('/').next().unwrap_or_default()),
+        None => path.to_owned(),
+    }
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, token) = value.split_once(' ')?;
+    let token = token.trim();
+    (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use http::{HeaderValue, Request, Response};
+    use http_body_util::BodyExt as _;
+    use kube::client::Body;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn extra() -> Value {
+        json!({"k": ["v"], "authentication.kubernetes.io/credential-id": ["JTI=1"]})
+    }
+
+    /// An API that knows one token, of somebody who may GET the member `east`; and how often it was asked.
+    fn api() -> (Delegated, Arc<AtomicUsize>) {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let counted = asked.clone();
+        let service = tower::service_fn(move |request: Request<Body>| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            async move {
+                let body = request.into_body().collect().await.unwrap().to_bytes();
+                let mut review: Value = serde_json::from_slice(&body).unwrap();
+                review["status"] = if review["kind"] == "TokenReview" {
+                    let user = json!({"username": "ann", "groups": ["ops"], "extra": extra()});
+                    match review["spec"]["token"] == "good" {
+                        true => json!({"authenticated": true, "user": user}),
+                        false => json!({"authenticated": false}),
+                    }
+                } else {
+                    assert_eq!(review["spec"]["groups"], json!(["ops", "system:authenticated"]));
+                    assert_eq!(review["spec"]["extra"], extra());
+                    let asked = json!({"path": "/clusters/east/", "verb": "get"});
+                    json!({"allowed": review["spec"]["nonResourceAttributes"] == asked, "reason": "a rule"})
+                };
+                Ok::<_, std::io::Error>(Response::new(Body::from(review.to_string().into_bytes())))
+            }
+        });
+        (Delegated::new(Client::new(service, "default")), asked)
+    }
+
+    fn with_token(token: &str) -> HeaderMap {
+        let value = HeaderValue::from_str(&format!("Bearer {token}")).unwrap();
+        [(header::AUTHORIZATION, value)].into_iter().collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_api_is_asked_and_its_answers_are_kept_for_a_moment() {
+        let (delegated, asked) = api();
+        let headers = with_token("good");
+        let get = async |path: &str| delegated.admit(None, &Method::GET, path, &headers).await;
+        let user = get("/clusters/east/api/v1/pods").await.unwrap();
+        assert_eq!((user.name.as_str(), user.groups.len()), ("ann", 2));
+        assert_eq!(user.extra, [("k".to_owned(), vec!["v".to_owned()])].into(), "what a member can use");
+        assert_eq!(asked.load(Ordering::Relaxed), 2);
+        get("/clusters/east").await.unwrap();
+        assert_eq!(asked.load(Ordering::Relaxed), 2, "one right for all of a member");
+        for path in ["/clusters/eastern/api", "/clusters/west/", "/cellway/v1/tunnels"] {
+            let refused = get(path).await.unwrap_err();
+            assert_eq!(refused.status().0, StatusCode::FORBIDDEN, "{refused}");
+        }
+        assert_eq!(asked.load(Ordering::Relaxed), 5);
+        let said = get("/cellway/v1/tunnels").await.unwrap_err().to_string();
+        assert_eq!(said, "User \"ann\" cannot get path \"/cellway/v1/tunnels\": a rule");
+        assert_eq!(asked.load(Ordering::Relaxed), 5, "refusals are kept as well");
+        assert!(delegated.admit(None, &Method::DELETE, "/clusters/east/x", &headers).await.is_err());
+        assert_eq!(asked.load(Ordering::Relaxed), 6);
+        tokio::time::advance(TOKEN_TTL.max(ALLOWED_TTL)).await;
+        get("/clusters/east/api").await.unwrap();
+        assert_eq!(asked.load(Ordering::Relaxed), 8);
+    }
+
+    #[tokio::test]
+    async fn who_is_not_known_gets_nowhere() {
+        let (delegated, asked) = api();
+        let admit = async |user: Option<User>, headers: &HeaderMap| {
+            delegated.admit(user, &Method::GET, "/cellway/v1/server", headers).await
+        };
+        assert_eq!(admit(None, &HeaderMap::new()).await, Err(Refusal::Unauthorised));
+        assert_eq!(asked.load(Ordering::Relaxed), 0);
+        assert_eq!(admit(None, &with_token("bad")).await, Err(Refusal::Unauthorised));
+        let master = || {
+            let groups = vec![MASTERS.to_owned()];
+            Some(User { name: "root".to_owned(), groups, ..User::default() })
+        };
+        assert!(admit(master(), &HeaderMap::new()).await.is_ok());
+        assert_eq!(asked.load(Ordering::Relaxed), 1, "as in kube's authorisers");
+        let mut headers = HeaderMap::new();
+        headers.insert("impersonate-user", HeaderValue::from_static("somebody"));
+        assert!(matches!(admit(master(), &headers).await, Err(Refusal::Impersonation(_))));
+    }
+
+    #[tokio::test]
+    async fn what_is_remembered_is_bounded() {
+        let mut answers = Answers(HashMap::new());
+        for index in 0..2 * MAX_ANSWERS {
+            answers.put(Sha256::digest(index.to_le_bytes()).into(), index, TOKEN_TTL);
+        }
+        assert!(answers.0.len() <= MAX_ANSWERS);
+        let last = 2 * MAX_ANSWERS - 1;
+        assert_eq!(answers.get(&Sha256::digest(last.to_le_bytes()).into()), Some(last));
+    }
+}
