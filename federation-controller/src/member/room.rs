@@ -267,6 +267,7 @@ mod tests {
         };
         rooms.learn(room("3", &[]));
         assert_eq!((look(&first, "first", 0), look(&second, "second", 0)), (Some(1), Some(1)));
+        assert!(!rooms.concerns(&first, true) && !rooms.concerns(&second, true), "they know by their looks");
         // The second takes it, and the first looks meanwhile; then the second gives it back.
         look(&second, "second", 1);
         assert_eq!(look(&first, "first", 0), Some(0));

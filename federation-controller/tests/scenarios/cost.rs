@@ -152,7 +152,7 @@ async fn a_change_that_overtakes_a_write_waits_for_that_write_alone() {
     /// Less than what follows from answers is gathered for otherwise.
     const GATHERED: Duration = Duration::from_millis(25);
     let mut world = world(0, 0).await;
-    *world.member("x").takes.lock() = WRITE;
+    ["x", "y"].iter().for_each(|name| *world.member(name).takes.lock() = WRITE);
     world.edit_config_map("web", set("1"));
     sleep(WRITE / 3).await;
     let began = tokio::time::Instant::now();
