@@ -1,6 +1,6 @@
 //! The hub API: a Kubernetes API server over federation-store.
 //!
-//! One program in two roles ([`Role`]): the *hub* serves configuration kinds and whatever CustomResourceDefinitions
+//! One program in two roles ([`Role`]): the *hub* serves what people write (nothing runs of it) and what CustomResourceDefinitions
 //! define; a *member* is a simulated cluster for tests and demos, with workloads, pods and nodes and stand-ins for
 //! controllers and kubelets ([`simulation`]).
 //!

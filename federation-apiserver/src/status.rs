@@ -218,7 +218,13 @@ impl ApiError {
 
     /// 422: the object is well formed but not valid.
     pub fn invalid(group: &str, kind: &str, name: &str, errors: &[FieldError]) -> Self {
-        let list: Vec<String> = errors.iter().map(FieldError::to_string).collect();
+        // Told once each, as Go's aggregate does; the causes are all there.
+        let mut list: Vec<String> = Vec::new();
+        for text in errors.iter().map(FieldError::to_string) {
+            if !list.contains(&text) {
+                list.push(text);
+            }
+        }
         let text = if list.len() == 1 { list.join("") } else { format!("[{}]", list.join(", ")) };
         let causes: Vec<Value> = errors
             .iter()

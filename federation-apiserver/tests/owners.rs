@@ -141,3 +141,39 @@ async fn a_definition_takes_its_objects_along_when_they_are_not_served() {
     assert_eq!(list.body["items"], json!([]), "{}", list.text);
     server.stop().await;
 }
+
+#[tokio::test]
+async fn a_job_lets_its_dependents_stay_unless_told_otherwise() {
+    const JOBS: &str = "/apis/batch/v1/namespaces/default/jobs";
+    let server = Server::hub().await;
+    let make = async |name: &str| {
+        let job = json!({"metadata": {"name": name}, "spec": {"template": {"spec": {"restartPolicy": "Never",
+            "containers": [{"name": "work", "image": "work:1"}]}}}});
+        let job = server.call("POST", JOBS, Some(&job)).await;
+        assert_eq!(job.code, 201, "{}", job.text);
+        let mut map = cm(name);
+        map["metadata"]["ownerReferences"] = json!([{"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": job.body["metadata"]["uid"]}]);
+        assert_eq!(server.call("POST", CM, Some(&map)).await.code, 201);
+    };
+    let gone = async |path: String| server.until(&path, "it is gone", |a| a.code == 404).await;
+    // As batch/v1 always did; kubectl asks for more by itself.
+    make("plain").await;
+    server.call("DELETE", &format!("{JOBS}/plain"), None).await;
+    gone(format!("{JOBS}/plain")).await;
+    let left = server.get(&format!("{CM}/plain")).await;
+    assert_eq!((left.code, left.body["metadata"].get("ownerReferences")), (200, None), "{}", left.text);
+    make("background").await;
+    let background = json!({"propagationPolicy": "Background"});
+    server.call("DELETE", &format!("{JOBS}/background"), Some(&background)).await;
+    gone(format!("{CM}/background")).await;
+    // What goes with its owner takes its own along.
+    make("owned").await;
+    let owner = server.call("POST", CM, Some(&cm("owner"))).await.body;
+    let owners = json!({"metadata": {"ownerReferences": [{"apiVersion": "v1", "kind": "ConfigMap", "name": "owner",
+        "uid": owner["metadata"]["uid"]}]}});
+    assert_eq!(server.call("PATCH", &format!("{JOBS}/owned"), Some(&owners)).await.code, 200);
+    server.call("DELETE", &format!("{CM}/owner"), None).await;
+    gone(format!("{JOBS}/owned")).await;
+    gone(format!("{CM}/owned")).await;
+    server.stop().await;
+}

@@ -36,6 +36,8 @@ const OBSERVED_DAEMONS: [&str; 5] = [
     "numberReady",
     "numberAvailable",
 ];
+/// The same of a Job.
+const OBSERVED_RUNS: [&str; 4] = ["active", "ready", "succeeded", "failed"];
 /// Largest status of a member object that is shown whole: a hub object holds those of hundreds of units.
 const MAX_COLLECTED_STATUS: usize = 2048;
 
@@ -61,6 +63,9 @@ pub fn observe(of: &FederatedType, live: &Value) -> (bool, Option<Map<String, Va
     };
     let (ready, observed) = match of.readiness {
         Readiness::Exists => (true, None),
+        Readiness::Completed => {
+            (condition("Complete").unwrap_or(false), Some(numbers(status, &OBSERVED_RUNS).collect()))
+        }
         Readiness::Condition(name) => (condition(name).unwrap_or(false), None),
         Readiness::IfCondition(name) => (condition(name).unwrap_or(true), None),
         Readiness::Phase(phase) => (status["phase"] == phase, None),
@@ -324,6 +329,18 @@ mod tests {
         let observed = observe(of, &live(3, 2, 2, 2)).1.expect("observed");
         assert_eq!(observed["availableReplicas"], 2);
         assert!(!observed.contains_key("conditions"));
+    }
+
+    #[test]
+    fn jobs_are_ready_when_complete() {
+        let of = types::known("jobs").expect("known");
+        let live = |condition: &str| json!({"status": {"conditions": [{"type": condition, "status": "True"}], "succeeded": 1, "failed": 2}});
+        let (ready, observed) = observe(&of, &live("Complete"));
+        let observed = observed.expect("observed");
+        assert_eq!((ready, &observed["succeeded"], &observed["failed"]), (true, &json!(1), &json!(2)));
+        for condition in ["Failed", "Suspended", "SuccessCriteriaMet"] {
+            assert!(!observe(&of, &live(condition)).0, "{condition}");
+        }
     }
 
     #[test]

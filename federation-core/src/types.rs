@@ -81,6 +81,8 @@ pub enum Readiness {
     Available,
     /// Every node that is to have its pod has an updated and available one.
     Daemon,
+    /// It has run to a good end: its condition `Complete` is true.
+    Completed,
     /// Its condition of this name is true.
     Condition(&'static str),
     /// Its condition of this name, if it has one, is true.
@@ -345,7 +347,7 @@ fn understood(group: &str, kind: &str) -> (Option<Workload>, Readiness) {
         ("apps", "Deployment" | "StatefulSet") => (Some(Workload::Selected), Readiness::Replicas),
         ("apps", "ReplicaSet") => (Some(Workload::Selected), Readiness::Available),
         ("apps", "DaemonSet") => (Some(Workload::Selected), Readiness::Daemon),
-        ("batch", "Job") => (Some(Workload::Generated), Readiness::Condition("Complete")),
+        ("batch", "Job") => (Some(Workload::Generated), Readiness::Completed),
         ("batch", "CronJob") => (Some(Workload::JobTemplate), Readiness::Exists),
         ("apiextensions.k8s.io", "CustomResourceDefinition") => (None, Readiness::Condition("Established")),
         ("", "Namespace") => (None, Readiness::Phase("Active")),

@@ -215,7 +215,11 @@ fn into_object(
                 }
             }
             _ => {
-                let value = item(child, wire, depth)?;
+                let mut value = item(child, wire, depth)?;
+                // What a pointer leads to was set, also to zero.
+                if value.is_null() && field.pointer && schema.int_or_string {
+                    value = json!(0);
+                }
                 let zero = match &value {
                     Value::Null => true,
                     Value::Bool(b) => !b && !field.pointer,
@@ -372,6 +376,16 @@ mod tests {
             value,
             json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "cm"}, "data": {"k": "v"}})
         );
+    }
+
+    #[test]
+    fn a_budget_of_nothing_keeps_its_zero() {
+        let zero = [8, 0, 16, 0, 26, 0];
+        let object = [field(1, &field(1, b"web")), field(2, &field(3, &zero))].concat();
+        let type_meta = [field(1, b"policy/v1"), field(2, b"PodDisruptionBudget")].concat();
+        let body = [MAGIC.to_vec(), field(1, &type_meta), field(2, &object)].concat();
+        let value = decode(&body).expect("valid");
+        assert_eq!(value["spec"], json!({"maxUnavailable": 0}));
     }
 
     proptest! {

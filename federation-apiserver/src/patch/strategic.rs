@@ -68,6 +68,7 @@ fn merge_map(
         let child = ty.field(key);
         let node = ty.property_node(key);
         let result = match (merged.get(key), value) {
+            (_, Value::Object(p)) if node.is_some_and(|n| n.patch_replace) => Value::Object(p.clone()),
             (current, Value::Object(p)) => {
                 let empty = Map::new();
                 let current = current.and_then(Value::as_object).unwrap_or(&empty);

@@ -327,7 +327,10 @@ fn hub() -> Vec<Value> {
                 rule(READ, &[""], &["namespaces", "configmaps"]),
                 // What propagation policies may federate. Secrets are not among it: whoever wants that says so.
                 rule(READ, &[""], &["serviceaccounts", "services"]),
-                rule(READ, &["apps"], &["daemonsets", "deployments", "statefulsets"]),
+                rule(READ, &["apps"], &["daemonsets", "deployments", "replicasets", "statefulsets"]),
+                rule(READ, &["batch"], &["cronjobs", "jobs"]),
+                rule(READ, &["networking.k8s.io"], &["ingresses", "networkpolicies"]),
+                rule(READ, &["policy"], &["poddisruptionbudgets"]),
                 // Enabling a type makes the definition of its federated kind.
                 rule(
                     &["create", "get", "list", "patch", "update", "watch"],

@@ -6,8 +6,9 @@ use federation_store::WriteOutcome;
 use futures::{StreamExt as _, TryStreamExt as _};
 use serde_json::{Value, json};
 
+use super::resource::Resource;
 use super::selectors::Filter;
-use super::{Registry, Stored, Target, meta, store_error};
+use super::{Registry, Stored, Target, kinds, meta, store_error};
 use crate::admission::{self, Notes, Operation};
 use crate::auth::UserInfo;
 use crate::gc::{CUSTOM_RESOURCES, FOREGROUND, ORPHAN};
@@ -264,7 +265,7 @@ impl Registry {
         let mut object = current.object.clone();
         let grace = grace_of(target, &object, options);
         let already = meta::is_deleting(&object);
-        set_finalizers(&mut object, options);
+        set_finalizers(resource, &mut object, options);
         if !already && resource.group == "apiextensions.k8s.io" {
             // A definition goes after its objects.
             let path = ["metadata", "finalizers"];
@@ -398,9 +399,12 @@ fn grace_of(target: &Target, object: &Value, options: &DeleteOptions) -> i64 {
     options.grace_seconds.unwrap_or(own).clamp(0, MAX_GRACE)
 }
 
-fn set_finalizers(object: &mut Value, options: &DeleteOptions) {
-    let Some(propagation) = options.propagation else { return };
+fn set_finalizers(resource: &Resource, object: &mut Value, options: &DeleteOptions) {
     let list = at(object, &["metadata", "finalizers"]).and_then(Value::as_array).cloned().unwrap_or_default();
+    // Who says nothing leaves it to the finalizers, else to the kind. The server itself, collecting, means what it says.
+    let said = options.user.is_none() || list.iter().any(|f| f == FOREGROUND || f == ORPHAN);
+    let habit = (!said && kinds::orphans_by_default(resource)).then_some(Propagation::Orphan);
+    let Some(propagation) = options.propagation.or(habit) else { return };
     let mut list: Vec<Value> = list.into_iter().filter(|f| f != FOREGROUND && f != ORPHAN).collect();
     match propagation {
         Propagation::Background => {}

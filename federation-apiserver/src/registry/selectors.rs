@@ -490,12 +490,15 @@ const SELECTABLE: &[(&str, &[&str])] = &[
     ("secrets", &["type"]),
     ("namespaces", &["status.phase"]),
     ("nodes", &["spec.unschedulable"]),
-    ("replicasets", &["status.replicas"]),
     ("services", &["spec.clusterIP", "spec.type"]),
+    ("jobs", &["status.successful"]),
 ];
 
 /// Why a path is not selectable: kinds without fields of their own say what there is.
 fn refusal(resource: &Resource, path: &str) -> String {
+    if resource.group == "batch" && resource.kind == "Job" && !resource.is_custom() {
+        return format!("field label {path:?} not supported for Job");
+    }
     let own = SELECTABLE.iter().any(|(p, _)| *p == resource.plural) || resource.is_custom();
     if own {
         format!("field label not supported: {path}")
@@ -525,7 +528,9 @@ fn field_value(object: &Value, path: &str) -> String {
         Some(Value::String(s)) => s.clone(),
         Some(Value::Null) | None => match path {
             "spec.unschedulable" | "spec.hostNetwork" => "false".into(),
-            "status.replicas" => "0".into(),
+            "status.successful" if value::str_at(object, &["apiVersion"]) == "batch/v1" => {
+                value::i64_at(object, &["status", "succeeded"]).unwrap_or(0).to_string()
+            }
             _ => String::new(),
         },
         Some(other) => other.to_string(),

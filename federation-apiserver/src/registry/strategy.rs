@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::meta;
 use super::resource::Resource;
+use super::{kinds, meta, pods};
 use crate::status::FieldError;
 use crate::value::{self, at, i64_at, set, str_at};
 
@@ -21,18 +21,8 @@ const IMMUTABLE: &[(&str, &[&str])] = &[
 ];
 
 /// Fields that must be there: plural, path.
-const REQUIRED: &[(&str, &[&str])] = &[
-    ("deployments", &["spec", "selector"]),
-    ("deployments", &["spec", "template"]),
-    ("replicasets", &["spec", "selector"]),
-    ("replicasets", &["spec", "template"]),
-    ("daemonsets", &["spec", "selector"]),
-    ("daemonsets", &["spec", "template"]),
-    ("statefulsets", &["spec", "selector"]),
-    ("statefulsets", &["spec", "template"]),
-    ("pods", &["spec", "containers"]),
-    ("endpointslices", &["addressType"]),
-];
+const REQUIRED: &[(&str, &[&str])] =
+    &[("pods", &["spec", "containers"]), ("endpointslices", &["addressType"])];
 
 /// Kinds of which a PUT makes the object when there is none: group, plural. kube-apiserver's `AllowCreateOnUpdate`, in the
 /// `strategy.go` of each kind.
@@ -55,6 +45,7 @@ const PUT_NEEDS_VERSION: &[(&str, &str)] = &[
     ("apiextensions.k8s.io", "customresourcedefinitions"),
     ("admissionregistration.k8s.io", "mutatingwebhookconfigurations"),
     ("admissionregistration.k8s.io", "validatingwebhookconfigurations"),
+    ("policy", "poddisruptionbudgets"),
 ];
 
 /// Keys of all data in one ConfigMap or Secret, as in Kubernetes.
@@ -84,7 +75,7 @@ pub fn default_object(resource: &Resource, object: &mut Value) {
         if let Some(spec) =
             object.get_mut("spec").and_then(|s| s.get_mut("template")).and_then(|t| t.get_mut("spec"))
         {
-            default_pod_spec(spec);
+            pods::default_spec(spec);
         }
         // Go's struct always has these.
         if let Some(template) = object.get_mut("spec").and_then(|s| s.get_mut("template"))
@@ -96,6 +87,7 @@ pub fn default_object(resource: &Resource, object: &mut Value) {
     if crate::rbac::validation::is_ours(resource) {
         crate::rbac::validation::default_object(object);
     }
+    kinds::default_object(resource, object);
     match resource.plural.as_str() {
         "deployments" => rolling(object, "strategy", &json!({"maxUnavailable": "25%", "maxSurge": "25%"})),
         "daemonsets" => rolling(object, "updateStrategy", &json!({"maxUnavailable": 1, "maxSurge": 0})),
@@ -109,7 +101,7 @@ pub fn default_object(resource: &Resource, object: &mut Value) {
         }
         "pods" => {
             if let Some(spec) = object.get_mut("spec") {
-                default_pod_spec(spec);
+                pods::default_spec(spec);
                 if let Some(map) = spec.as_object_mut() {
                     map.entry("enableServiceLinks").or_insert(json!(true));
                     map.entry("serviceAccountName").or_insert(json!("default"));
@@ -142,37 +134,6 @@ fn rolling(object: &mut Value, field: &str, defaults: &Value) {
         let rolling = value::object(strategy.entry("rollingUpdate").or_insert_with(|| json!({})));
         for (key, default) in defaults.as_object().into_iter().flatten() {
             rolling.entry(key.clone()).or_insert_with(|| default.clone());
-        }
-    }
-}
-
-fn default_pod_spec(spec: &mut Value) {
-    for list in ["containers", "initContainers"] {
-        for container in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
-            let image = str_at(container, &["image"]).to_owned();
-            let Some(map) = container.as_object_mut() else { continue };
-            map.entry("imagePullPolicy").or_insert_with(|| {
-                let last = image.rsplit('/').next().unwrap_or_default();
-                let latest = !image.contains('@') && (!last.contains(':') || last.ends_with(":latest"));
-                json!(if latest { "Always" } else { "IfNotPresent" })
-            });
-            // Requests default to limits.
-            if let Some(resources) = map.get_mut("resources").and_then(Value::as_object_mut)
-                && let Some(limits) = resources.get("limits").and_then(Value::as_object).cloned()
-            {
-                let requests = value::object(resources.entry("requests").or_insert_with(|| json!({})));
-                for (name, limit) in limits {
-                    requests.entry(name).or_insert(limit);
-                }
-            }
-        }
-    }
-    for volume in spec.get_mut("volumes").and_then(Value::as_array_mut).into_iter().flatten() {
-        if let Some(map) = volume.as_object_mut()
-            && map.len() == 1
-            && map.contains_key("name")
-        {
-            map.insert("emptyDir".into(), json!({}));
         }
     }
 }
@@ -216,13 +177,16 @@ pub fn prepare_create(resource: &Resource, object: &mut Value) {
     if resource.is_custom() {
         return;
     }
+    if let Some(status) = kinds::first_status(resource) {
+        set(object, &["status"], status);
+    }
     match resource.plural.as_str() {
         "namespaces" => {
             set(object, &["spec", "finalizers"], json!(["kubernetes"]));
             set(object, &["status"], json!({"phase": "Active"}));
         }
         "pods" => {
-            let class = qos_class(object);
+            let class = pods::qos_class(object);
             set(object, &["status"], json!({"phase": "Pending", "qosClass": class}));
         }
         "services" => set(object, &["status"], json!({"loadBalancer": {}})),
@@ -251,6 +215,9 @@ pub fn blank(resource: &Resource) -> Value {
     if resource.is_custom() {
         return json!({});
     }
+    if let Some(blank) = kinds::blank(resource) {
+        return blank;
+    }
     let pod = json!({"containers": null});
     let template = json!({"metadata": {}, "spec": pod});
     match resource.plural.as_str() {
@@ -261,7 +228,7 @@ pub fn blank(resource: &Resource) -> Value {
         "deployments" => {
             json!({"spec": {"selector": null, "template": template, "strategy": {}}, "status": {}})
         }
-        "replicasets" => json!({"spec": {"selector": null}, "status": {}}),
+        "replicasets" => json!({"spec": {"selector": null, "template": template}, "status": {}}),
         "statefulsets" | "daemonsets" => {
             json!({"spec": {"selector": null, "template": template, "updateStrategy": {}}, "status": {}})
         }
@@ -285,26 +252,6 @@ pub fn blank(resource: &Resource) -> Value {
     }
 }
 
-fn qos_class(pod: &Value) -> &'static str {
-    let containers = at(pod, &["spec", "containers"]).and_then(Value::as_array);
-    let (mut any, mut guaranteed) = (false, true);
-    for c in containers.into_iter().flatten() {
-        let part = |what: &str, name: &str| at(c, &["resources", what, name]).cloned();
-        for name in ["cpu", "memory"] {
-            let (limit, request) = (part("limits", name), part("requests", name));
-            any |= limit.is_some() || request.is_some();
-            guaranteed &= limit.is_some() && limit == request;
-        }
-    }
-    if guaranteed && any {
-        "Guaranteed"
-    } else if any {
-        "Burstable"
-    } else {
-        "BestEffort"
-    }
-}
-
 /// Validation of a built-in object; `old` on updates.
 pub fn validate(resource: &Resource, old: Option<&Value>, new: &Value) -> Vec<FieldError> {
     let mut errors = Vec::new();
@@ -317,6 +264,10 @@ pub fn validate(resource: &Resource, old: Option<&Value>, new: &Value) -> Vec<Fi
             errors.push(FieldError::required(path.join("."), ""));
         }
     }
+    if is_workload(resource) {
+        validate_workload(plural, new, &mut errors);
+    }
+    errors.extend(kinds::validate(resource, old, new));
     if let Some(old) = old {
         for (p, path) in IMMUTABLE {
             let before = at(old, path);
@@ -325,9 +276,6 @@ pub fn validate(resource: &Resource, old: Option<&Value>, new: &Value) -> Vec<Fi
                 errors.push(FieldError::invalid(path.join("."), &value, "field is immutable"));
             }
         }
-    }
-    if is_workload(resource) {
-        validate_workload(new, &mut errors);
     }
     if crate::rbac::validation::is_ours(resource) {
         errors.extend(crate::rbac::validation::validate(resource, old, new));
@@ -338,10 +286,10 @@ pub fn validate(resource: &Resource, old: Option<&Value>, new: &Value) -> Vec<Fi
     match plural {
         "pods" => {
             if let Some(spec) = new.get("spec") {
-                validate_pod_spec(spec, "spec", &mut errors);
+                pods::validate_spec(spec, "spec", &mut errors);
             }
             if let Some(old) = old {
-                validate_pod_update(old, new, &mut errors);
+                pods::validate_update(old, new, &mut errors);
             }
         }
         "services" => validate_service(old, new, &mut errors),
@@ -378,7 +326,7 @@ pub fn validate(resource: &Resource, old: Option<&Value>, new: &Value) -> Vec<Fi
     errors
 }
 
-fn is_unset(value: Option<&Value>) -> bool {
+pub(super) fn is_unset(value: Option<&Value>) -> bool {
     match value {
         None | Some(Value::Null) => true,
         Some(Value::String(s)) => s.is_empty(),
@@ -387,14 +335,25 @@ fn is_unset(value: Option<&Value>) -> bool {
     }
 }
 
-fn same(a: Option<&Value>, b: Option<&Value>) -> bool {
+/// Are both the same, or nothing?
+pub(super) fn same(a: Option<&Value>, b: Option<&Value>) -> bool {
     match (a, b) {
         (Some(a), Some(b)) => value::equal(a, b),
         (a, b) => is_unset(a) && is_unset(b),
     }
 }
 
-fn validate_workload(new: &Value, errors: &mut Vec<FieldError>) {
+/// Neither labels nor expressions: it selects everything.
+fn is_empty_selector(selector: &Value) -> bool {
+    let none = |key: &str| {
+        selector.get(key).is_none_or(|v| {
+            v.as_object().is_none_or(serde_json::Map::is_empty) && v.as_array().is_none_or(Vec::is_empty)
+        })
+    };
+    none("matchLabels") && none("matchExpressions")
+}
+
+fn validate_workload(plural: &str, new: &Value, errors: &mut Vec<FieldError>) {
     for field in ["replicas", "minReadySeconds", "revisionHistoryLimit", "progressDeadlineSeconds"] {
         if let Some(n) = i64_at(new, &["spec", field]).filter(|n| *n < 0) {
             errors.push(FieldError::invalid(
@@ -404,45 +363,50 @@ fn validate_workload(new: &Value, errors: &mut Vec<FieldError>) {
             ));
         }
     }
-    let selector = at(new, &["spec", "selector"]);
-    let empty = selector.is_some_and(|s| {
-        let none = |key: &str| {
-            s.get(key).is_none_or(|v| {
-                v.as_object().is_none_or(serde_json::Map::is_empty) && v.as_array().is_none_or(Vec::is_empty)
-            })
-        };
-        none("matchLabels") && none("matchExpressions")
-    });
-    if let (Some(selector), true) = (selector, empty) {
-        errors.push(FieldError::invalid(
-            "spec.selector",
-            selector,
-            "empty selector is invalid for deployment",
-        ));
-    } else if let Some(selector) = selector {
-        let labels = at(new, &["spec", "template", "metadata", "labels"]);
-        if !label_selector_matches(selector, labels) {
-            errors.push(FieldError::invalid(
-                "spec.template.metadata.labels",
-                labels.unwrap_or(&Value::Null),
-                "`selector` does not match template `labels`",
-            ));
+    let selector = at(new, &["spec", "selector"]).filter(|s| !s.is_null());
+    let labels = at(new, &["spec", "template", "metadata", "labels"]);
+    match selector {
+        // A daemon set's is told by what it does not match.
+        None if plural == "daemonsets" => {}
+        None => errors.push(FieldError::required("spec.selector", "")),
+        Some(selector) => {
+            let before = errors.len();
+            crate::admission::validation::label_selector(selector, "spec.selector", errors);
+            let bad = errors.len() > before;
+            if matches!(plural, "deployments" | "replicasets") && bad {
+                errors.push(FieldError::invalid("spec.selector", selector, "invalid label selector"));
+                return;
+            }
         }
     }
-    let labels = at(new, &["spec", "template", "metadata", "labels"]);
+    if let Some(selector) = selector.filter(|s| is_empty_selector(s)) {
+        // kube-apiserver calls a replica set a deployment here.
+        let kind = match plural {
+            "statefulsets" => "statefulset",
+            "daemonsets" => "daemonset",
+            _ => "deployment",
+        };
+        let why = format!("empty selector is invalid for {kind}");
+        errors.push(FieldError::invalid("spec.selector", selector, why));
+    }
+    if !selector.is_some_and(|selector| label_selector_matches(selector, labels)) {
+        errors.push(FieldError::invalid(
+            "spec.template.metadata.labels",
+            labels.unwrap_or(&Value::Null),
+            "`selector` does not match template `labels`",
+        ));
+    }
     errors.extend(meta::label_errors(labels, "spec.template.labels"));
-    if let Some(spec) = at(new, &["spec", "template", "spec"]) {
-        validate_pod_spec(spec, "spec.template.spec", errors);
-        let policy = str_at(spec, &["restartPolicy"]);
-        if !policy.is_empty() && policy != "Always" {
-            errors.push(FieldError::not_supported(
-                "spec.template.spec.restartPolicy",
-                &json!(policy),
-                &[json!("Always")],
-            ));
-        }
-    } else {
-        errors.push(FieldError::required("spec.template.spec.containers", ""));
+    let spec = at(new, &["spec", "template", "spec"]).unwrap_or(&Value::Null);
+    pods::validate_spec(spec, "spec.template.spec", errors);
+    let policy = str_at(spec, &["restartPolicy"]);
+    if !policy.is_empty() && policy != "Always" {
+        let path = "spec.template.spec.restartPolicy";
+        errors.push(FieldError::not_supported(path, &json!(policy), &[json!("Always")]));
+    }
+    if plural == "replicasets" && at(spec, &["activeDeadlineSeconds"]).is_some() {
+        let why = "activeDeadlineSeconds in ReplicaSet is not Supported";
+        errors.push(FieldError::forbidden("spec.template.spec.activeDeadlineSeconds", why));
     }
     if let Some(strategy) = at(new, &["spec", "strategy", "type"]) {
         let allowed = [json!("Recreate"), json!("RollingUpdate")];
@@ -482,82 +446,6 @@ pub fn label_selector_matches(selector: &Value, labels: Option<&Value>) -> bool 
                 }
             })
         })
-}
-
-fn validate_pod_spec(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
-    if is_unset(spec.get("containers")) {
-        let field = format!("{path}.containers");
-        if !errors.iter().any(|e| e.field == field) {
-            errors.push(FieldError::required(field, ""));
-        }
-    }
-    let mut names = std::collections::HashSet::new();
-    for list in ["containers", "initContainers"] {
-        for (i, c) in spec.get(list).and_then(Value::as_array).into_iter().flatten().enumerate() {
-            let at = format!("{path}.{list}[{i}]");
-            let name = str_at(c, &["name"]);
-            if name.is_empty() {
-                errors.push(FieldError::required(format!("{at}.name"), ""));
-            } else if !meta::is_dns_label(name) {
-                let detail = meta::name_errors("Namespace", false, name).join("; ");
-                errors.push(FieldError::invalid(format!("{at}.name"), &json!(name), detail));
-            } else if !names.insert(name.to_owned()) {
-                errors.push(FieldError::duplicate(format!("{at}.name"), &json!(name)));
-            }
-            if str_at(c, &["image"]).is_empty() {
-                errors.push(FieldError::required(format!("{at}.image"), ""));
-            }
-            for (p, port) in c.get("ports").and_then(Value::as_array).into_iter().flatten().enumerate() {
-                let number = port.get("containerPort").cloned().unwrap_or_default();
-                if !number.as_i64().is_some_and(|n| (1..=65535).contains(&n)) {
-                    errors.push(FieldError::invalid(
-                        format!("{at}.ports[{p}].containerPort"),
-                        &number,
-                        "must be between 1 and 65535, inclusive",
-                    ));
-                }
-            }
-            let allowed = [json!("Always"), json!("IfNotPresent"), json!("Never")];
-            if let Some(policy) = c.get("imagePullPolicy").filter(|p| !allowed.contains(p)) {
-                errors.push(FieldError::not_supported(format!("{at}.imagePullPolicy"), policy, &allowed));
-            }
-        }
-    }
-    let allowed = [json!("Always"), json!("OnFailure"), json!("Never")];
-    if let Some(policy) = spec.get("restartPolicy").filter(|p| !allowed.contains(p)) {
-        errors.push(FieldError::not_supported(format!("{path}.restartPolicy"), policy, &allowed));
-    }
-}
-
-fn validate_pod_update(old: &Value, new: &Value, errors: &mut Vec<FieldError>) {
-    // Both without what may change: images, deadline, tolerations; a node may be assigned once.
-    let frozen = |pod: &Value| {
-        let mut spec = pod.get("spec").cloned().unwrap_or_default();
-        for list in ["containers", "initContainers"] {
-            for c in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
-                value::remove(c, &["image"]);
-            }
-        }
-        for key in [
-            "activeDeadlineSeconds",
-            "tolerations",
-            "terminationGracePeriodSeconds",
-            "schedulingGates",
-            "ephemeralContainers",
-        ] {
-            value::remove(&mut spec, &[key]);
-        }
-        if str_at(old, &["spec", "nodeName"]).is_empty() {
-            value::remove(&mut spec, &["nodeName"]);
-        }
-        spec
-    };
-    if !value::equal(&frozen(old), &frozen(new)) {
-        errors.push(FieldError::forbidden(
-            "spec",
-            "pod updates may not change fields other than `spec.containers[*].image`,`spec.initContainers[*].image`,`spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing tolerations),`spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)",
-        ));
-    }
 }
 
 fn validate_service(old: Option<&Value>, new: &Value, errors: &mut Vec<FieldError>) {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use self::checks::{check_finalizers, check_name, nameless, restrict};
 use self::update::other_uid;
 use super::resource::{Resource, split_api_version};
-use super::{Registry, Stored, Target, decode, meta, services, store_error, strategy};
+use super::{Registry, Stored, Target, decode, kinds, meta, services, store_error, strategy};
 use crate::admission::{self, Notes, Operation};
 use crate::apply::{self, Writer};
 use crate::auth::UserInfo;
@@ -166,6 +166,7 @@ impl Registry {
         {
             return Err(ApiError::method_not_allowed(&resource.group, &resource.plural, "create"));
         }
+        let unlabelled = kinds::is_unlabelled(&object);
         let mut warnings = self.decode(&target, &mut object, options)?;
         let now = value::timestamp();
         if matches!(ownership, Ownership::Update) {
@@ -193,9 +194,10 @@ impl Registry {
             str_at(&object, &["metadata", "name"]).clone_into(&mut target.name);
         }
         let target = &target;
+        set(&mut object, &["metadata", "uid"], json!(uuid::Uuid::new_v4().to_string()));
+        kinds::complete(resource, &mut object, unlabelled);
         warnings.extend(self.judge_object(target, None, &object, options).await?);
         self.check_escalation(target, None, &object, options)?;
-        set(&mut object, &["metadata", "uid"], json!(uuid::Uuid::new_v4().to_string()));
         set(&mut object, &["metadata", "creationTimestamp"], json!(now));
         if resource.generation || resource.is_custom() {
             set(&mut object, &["metadata", "generation"], json!(1));

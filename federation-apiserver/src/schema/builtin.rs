@@ -42,8 +42,8 @@ fn add<T: JsonSchema>(generator: &mut SchemaGenerator) {
 
 fn load() -> BTreeMap<String, Value> {
     use k8s_openapi::api::{
-        admissionregistration, apps, authentication, authorization, autoscaling, coordination, core,
-        discovery, events, rbac,
+        admissionregistration, apps, authentication, authorization, autoscaling, batch, coordination, core,
+        discovery, events, networking, policy, rbac,
     };
     use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
     use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
@@ -65,6 +65,12 @@ fn load() -> BTreeMap<String, Value> {
     add::<apps::v1::StatefulSet>(g);
     add::<apps::v1::DaemonSet>(g);
     add::<autoscaling::v1::Scale>(g);
+    add::<batch::v1::Job>(g);
+    add::<batch::v1::CronJob>(g);
+    add::<networking::v1::Ingress>(g);
+    add::<networking::v1::IngressClass>(g);
+    add::<networking::v1::NetworkPolicy>(g);
+    add::<policy::v1::PodDisruptionBudget>(g);
     add::<events::v1::Event>(g);
     add::<coordination::v1::Lease>(g);
     add::<discovery::v1::EndpointSlice>(g);
@@ -125,6 +131,12 @@ fn load() -> BTreeMap<String, Value> {
             }
         }
     }
+    for (definition, field, key) in MERGED {
+        if let Some(list) = property(&mut all, definition, field) {
+            list["x-kubernetes-patch-strategy"] = json!("merge");
+            list["x-kubernetes-patch-merge-key"] = json!(key);
+        }
+    }
     for (definition, field, strategy) in STRATEGIES {
         if let Some(node) = property(&mut all, definition, field) {
             node["x-kubernetes-patch-strategy"] = json!(strategy);
@@ -181,6 +193,9 @@ const LISTS: &[ListRow] = &[
     ("io.k8s.api.apps.v1.DeploymentStatus", "conditions", &["type"], "type"),
     ("io.k8s.api.apps.v1.ReplicaSetStatus", "conditions", &["type"], "type"),
     ("io.k8s.api.apps.v1.StatefulSetStatus", "conditions", &["type"], "type"),
+    ("io.k8s.api.batch.v1.PodFailurePolicyOnExitCodesRequirement", "values", &[], ""),
+    ("io.k8s.api.batch.v1.UncountedTerminatedPods", "failed", &[], ""),
+    ("io.k8s.api.batch.v1.UncountedTerminatedPods", "succeeded", &[], ""),
     ("io.k8s.api.core.v1.Container", "env", &["name"], "name"),
     ("io.k8s.api.core.v1.Container", "ports", &["containerPort", "protocol"], "containerPort"),
     ("io.k8s.api.core.v1.Container", "volumeDevices", &["devicePath"], "devicePath"),
@@ -215,6 +230,7 @@ const LISTS: &[ListRow] = &[
     ("io.k8s.api.core.v1.ServiceSpec", "ports", &["port", "protocol"], "port"),
     ("io.k8s.api.core.v1.ServiceStatus", "conditions", &["type"], "type"),
     ("io.k8s.api.discovery.v1.Endpoint", "addresses", &[], ""),
+    ("io.k8s.api.policy.v1.PodDisruptionBudgetStatus", "conditions", &["type"], "type"),
     (
         "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.CustomResourceDefinitionStatus",
         "conditions",
@@ -225,10 +241,14 @@ const LISTS: &[ListRow] = &[
     (OBJECT_META, "ownerReferences", &["uid"], "uid"),
 ];
 
+/// Lists that strategic merge patch merges by a key and everybody else takes as one value: definition, field, key.
+const MERGED: &[(&str, &str, &str)] = &[("io.k8s.api.batch.v1.JobStatus", "conditions", "type")];
+
 /// Further strategic merge strategies of fields.
 const STRATEGIES: &[(&str, &str, &str)] = &[
     ("io.k8s.api.apps.v1.DeploymentSpec", "strategy", "retainKeys"),
     ("io.k8s.api.core.v1.PodSpec", "volumes", "merge,retainKeys"),
+    ("io.k8s.api.policy.v1.PodDisruptionBudgetSpec", "selector", "replace"),
 ];
 
 /// Maps of plain fields that are one value.
@@ -240,6 +260,7 @@ const ATOMIC: &[&str] = &[
     "io.k8s.api.core.v1.ConfigMapKeySelector",
     "io.k8s.api.core.v1.EndpointAddress",
     "io.k8s.api.core.v1.EndpointPort",
+    "io.k8s.api.core.v1.FileKeySelector",
     "io.k8s.api.core.v1.LocalObjectReference",
     "io.k8s.api.core.v1.NodeSelector",
     "io.k8s.api.core.v1.NodeSelectorTerm",
@@ -249,6 +270,7 @@ const ATOMIC: &[&str] = &[
     "io.k8s.api.core.v1.SecretKeySelector",
     "io.k8s.api.core.v1.TypedLocalObjectReference",
     "io.k8s.api.discovery.v1.EndpointPort",
+    "io.k8s.api.networking.v1.ServiceBackendPort",
     "io.k8s.apimachinery.pkg.apis.meta.v1.LabelSelector",
     "io.k8s.apimachinery.pkg.apis.meta.v1.OwnerReference",
 ];
@@ -305,6 +327,9 @@ const DEFAULTS: &[(&str, &str, &str)] = &[
     ("io.k8s.api.apps.v1.StatefulSetSpec", "revisionHistoryLimit", "10"),
     ("io.k8s.api.apps.v1.StatefulSetSpec", "podManagementPolicy", r#""OrderedReady""#),
     ("io.k8s.api.apps.v1.DaemonSetSpec", "revisionHistoryLimit", "10"),
+    ("io.k8s.api.batch.v1.PodFailurePolicyOnPodConditionsPattern", "status", r#""True""#),
+    ("io.k8s.api.networking.v1.IngressClassParametersReference", "scope", r#""Cluster""#),
+    ("io.k8s.api.networking.v1.NetworkPolicyPort", "protocol", r#""TCP""#),
 ];
 
 /// Definition name of a core kind.
@@ -328,8 +353,8 @@ mod tests {
             let list = property(&mut all, definition, field);
             assert_eq!(list.map(|l| l["type"].clone()), Some(json!("array")), "{definition}.{field}");
         }
-        let fields =
-            STRATEGIES.iter().map(|(d, f, _)| (d, f)).chain(ATOMIC_FIELDS.iter().map(|(d, f)| (d, f)));
+        let strategies = STRATEGIES.iter().chain(MERGED).map(|(d, f, _)| (d, f));
+        let fields = strategies.chain(ATOMIC_FIELDS.iter().map(|(d, f)| (d, f)));
         for (definition, field) in fields.chain(DEFAULTS.iter().map(|(d, f, _)| (d, f))) {
             assert!(property(&mut all, definition, field).is_some(), "{definition}.{field}");
         }

@@ -69,9 +69,9 @@ pub struct Schema {
     pub atomic_map: bool,
     /// `x-kubernetes-patch-merge-key`, for strategic merge patches.
     pub patch_merge_key: Option<String>,
-    /// `x-kubernetes-patch-strategy` holds `merge` / `retainKeys`.
+    /// `x-kubernetes-patch-strategy` holds `merge` / `replace`.
     pub patch_merge: bool,
-    pub retain_keys: bool,
+    pub patch_replace: bool,
     /// Value validations that only `validate` reads, in source form, compiled there.
     pub rules: Option<Arc<validate::Rules>>,
 }
@@ -170,7 +170,7 @@ impl Schema {
             atomic_map: text("x-kubernetes-map-type") == Some("atomic"),
             patch_merge_key: text("x-kubernetes-patch-merge-key").map(str::to_owned),
             patch_merge: strategy.split(',').any(|s| s == "merge"),
-            retain_keys: strategy.split(',').any(|s| s == "retainKeys"),
+            patch_replace: strategy.split(',').any(|s| s == "replace"),
             rules: validate::Rules::compile(value).map(Arc::new),
         }
     }

@@ -167,6 +167,9 @@ impl Resource {
     pub const STATEFUL_SETS: Self = Self::apps("statefulsets", "StatefulSet");
     /// Daemon sets.
     pub const DAEMON_SETS: Self = Self::apps("daemonsets", "DaemonSet");
+    /// Jobs.
+    pub const JOBS: Self =
+        Self { group: "batch", version: "v1", plural: "jobs", kind: "Job", namespaced: true };
     /// Endpoint slices.
     pub const ENDPOINT_SLICES: Self = Self {
         group: "discovery.k8s.io",

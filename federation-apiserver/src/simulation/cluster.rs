@@ -25,13 +25,14 @@ const RETRY: Duration = Duration::from_secs(1);
 const MAX_GONE: usize = 4096;
 
 /// What is cached. Events and leases are only written.
-const CACHED: [Resource; 9] = [
+const CACHED: [Resource; 10] = [
     Resource::NODES,
     Resource::PODS,
     Resource::REPLICA_SETS,
     Resource::DEPLOYMENTS,
     Resource::STATEFUL_SETS,
     Resource::DAEMON_SETS,
+    Resource::JOBS,
     Resource::SERVICES,
     Resource::ENDPOINTS,
     Resource::ENDPOINT_SLICES,

@@ -1,5 +1,6 @@
 //! What kubelets would do to pods, without running anything: they start, become ready, restart when their image
-//! changes in place, and end.
+//! changes in place, and end. A pod that is not to be restarted for ever (`restartPolicy` other than `Always`) runs to its
+//! own end: a moment after it was ready it has succeeded.
 //!
 //! One worker runs for each node, as one kubelet would, so pods of several nodes come up at the same time.
 //!
@@ -21,8 +22,8 @@ use super::object::{self, Key};
 use super::queue::Outcome;
 use super::recorder::{Component, Recorder};
 
-/// A pod with this annotation misbehaves: `ImagePullBackOff` and `CrashLoopBackOff` as those do, `Unready` runs but
-/// never becomes ready.
+/// A pod with this annotation misbehaves: `ImagePullBackOff` and `CrashLoopBackOff` as those do (a pod that is never
+/// restarted fails instead), `Unready` runs but never becomes ready, nor comes to its end.
 pub const FAULT: &str = "cellway.io/simulated-fault";
 
 /// How long things take.
@@ -32,6 +33,8 @@ pub struct Delays {
     pub start: Duration,
     /// From running to ready.
     pub ready: Duration,
+    /// From ready to the end, of pods that end by themselves.
+    pub run: Duration,
     /// From deletion to gone, if the pod's grace period is not shorter.
     pub terminate: Duration,
 }
@@ -74,6 +77,7 @@ impl Default for Delays {
         Self {
             start: Duration::from_millis(300),
             ready: Duration::from_millis(700),
+            run: Duration::from_millis(1000),
             terminate: Duration::from_millis(500),
         }
     }
@@ -136,7 +140,19 @@ impl Kubelet {
             Some(_) => true,
             None => false,
         };
-        let status = self.status(pod, &life, node, fault, ready);
+        // What is never restarted does not crash in a loop.
+        let fails = fault == Some(Fault::CrashLoop) && pod["spec"]["restartPolicy"] == "Never";
+        let shown = fault.filter(|_| !fails);
+        let mut status = self.status(pod, &life, node, shown, ready);
+        if let (Some(started), true) = (life.started, ends(pod)) {
+            let due = started + self.delays.ready + if fails { Duration::ZERO } else { self.delays.run };
+            match fault {
+                _ if now < due => again = again.into_iter().chain([due - now]).min(),
+                None => status = self.stopped(&with_status(pod, status), "Succeeded"),
+                Some(_) if fails => status = self.stopped(&with_status(pod, status), "Failed"),
+                Some(_) => {}
+            }
+        }
         self.lives.lock().insert(object::uid(pod).to_owned(), life);
         for container in begun {
             self.tell_begun(pod, &container);
@@ -205,7 +221,8 @@ impl Kubelet {
         }
         if object::items(&pod["metadata"]["finalizers"]).next().is_some() {
             // It stays for others to finish with, stopped.
-            self.write_status(pod, self.stopped(pod)).await?;
+            let phase = pod["status"]["phase"].as_str().unwrap_or_default();
+            self.write_status(pod, self.stopped(pod, phase)).await?;
             if grace == 0 {
                 return Ok(None);
             }
@@ -311,10 +328,14 @@ impl Kubelet {
         status
     }
 
-    /// The status of a pod whose containers have ended.
-    fn stopped(&self, pod: &Value) -> Value {
+    /// The status of a pod whose containers have ended, in this phase.
+    fn stopped(&self, pod: &Value, phase: &str) -> Value {
         let now = self.cluster.clock.time();
         let mut status = if pod["status"].is_object() { pod["status"].clone() } else { json!({}) };
+        if !phase.is_empty() {
+            status["phase"] = json!(phase);
+        }
+        let (code, reason) = if phase == "Failed" { (1, "Error") } else { (0, "Completed") };
         if let Some(statuses) = status["containerStatuses"].as_array_mut() {
             for container in statuses {
                 if container["state"]["terminated"].is_object() {
@@ -322,15 +343,16 @@ impl Kubelet {
                 }
                 let started = container["state"]["running"]["startedAt"].clone();
                 container["state"] = json!({"terminated": {
-                    "exitCode": 0, "reason": "Completed", "startedAt": started, "finishedAt": now,
+                    "exitCode": code, "reason": reason, "startedAt": started, "finishedAt": now,
                 }});
                 container["ready"] = json!(false);
                 container["started"] = json!(false);
             }
         }
+        let reason = if phase == "Failed" { "PodFailed" } else { "PodCompleted" };
         for kind in ["ContainersReady", "Ready"] {
             let condition = json!({
-                "type": kind, "status": "False", "reason": "PodCompleted", "lastProbeTime": null,
+                "type": kind, "status": "False", "reason": reason, "lastProbeTime": null,
             });
             object::set_condition(&mut status, condition, &now);
         }
@@ -346,6 +368,17 @@ impl Kubelet {
             .map(|host| pod_address(node, host).to_string())
             .find(|address| !taken.contains(address.as_str()))
     }
+}
+
+/// Whether a pod comes to its own end.
+fn ends(pod: &Value) -> bool {
+    matches!(pod["spec"]["restartPolicy"].as_str(), Some("Never" | "OnFailure"))
+}
+
+fn with_status(pod: &Value, status: Value) -> Value {
+    let mut pod = pod.clone();
+    pod["status"] = status;
+    pod
 }
 
 fn fault_of(pod: &Value) -> Option<Fault> {

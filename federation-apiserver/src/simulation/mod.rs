@@ -1,7 +1,8 @@
 //! A simulated member cluster: nodes, controllers, a scheduler and kubelets that only change objects.
 //!
 //! It is what KWOK is to tests of Kubernetes: everything a client can read is there (deployments roll, pods become
-//! ready, services get endpoints, logs have lines), and nothing runs. What it makes says so: nodes are labelled
+//! ready, jobs complete, services get endpoints, logs have lines), and nothing runs. Ingresses and load balancers get no
+//! address, and CronJobs make no Jobs. What it makes says so: nodes are labelled
 //! `cellway.io/simulated: "true"`, their kubelets' version ends in `-cellway-simulation`, log lines begin with
 //! `[simulated]`.
 //!
@@ -17,6 +18,7 @@ mod clock;
 mod cluster;
 mod deployment;
 mod endpoints;
+mod jobs;
 mod kubelet;
 mod logs;
 #[cfg(test)]
@@ -49,6 +51,7 @@ pub use self::clock::Clock;
 use self::cluster::{Cluster, Handler};
 use self::deployment::Deployments;
 use self::endpoints::Endpoints;
+use self::jobs::Jobs;
 use self::kubelet::Kubelet;
 pub use self::kubelet::{Delays, FAULT};
 pub use self::logs::{LineOptions, SimulatedLogs};
@@ -107,6 +110,7 @@ struct Queues {
     replica_sets: Arc<WorkQueue>,
     stateful_sets: Arc<WorkQueue>,
     daemon_sets: Arc<WorkQueue>,
+    jobs: Arc<WorkQueue>,
     pods_to_place: Arc<WorkQueue>,
     /// One for each kubelet; nodes beyond the last share them.
     pods_to_run: Vec<Arc<WorkQueue>>,
@@ -158,6 +162,12 @@ pub fn start(client: Arc<dyn ObjectClient>, config: SimulationConfig) -> Simulat
     simulation.control("daemonset", &cluster, &queues.daemon_sets, move |key| {
         let daemon_sets = Arc::clone(&daemon_sets);
         async move { daemon_sets.reconcile(key).await }
+    });
+    let (c, r) = (Arc::clone(parts.0), Arc::clone(parts.1));
+    let jobs = Arc::new(Jobs { cluster: c, recorder: r });
+    simulation.control("job", &cluster, &queues.jobs, move |key| {
+        let jobs = Arc::clone(&jobs);
+        async move { jobs.reconcile(key).await }
     });
     let (c, r) = (Arc::clone(parts.0), Arc::clone(parts.1));
     let scheduler = Arc::new(Scheduler { cluster: c, recorder: r });
@@ -287,6 +297,7 @@ fn subscribe(cluster: &Arc<Cluster>, queues: &Arc<Queues>, nodes: &[NodeConfig])
     cluster.subscribe(Resource::DEPLOYMENTS, vec![itself(&queues.deployments)]);
     cluster.subscribe(Resource::STATEFUL_SETS, vec![itself(&queues.stateful_sets)]);
     cluster.subscribe(Resource::DAEMON_SETS, vec![itself(&queues.daemon_sets)]);
+    cluster.subscribe(Resource::JOBS, vec![itself(&queues.jobs)]);
     cluster.subscribe(Resource::SERVICES, vec![itself(&queues.services)]);
 
     let owner_of_set: Handler = {
@@ -322,6 +333,8 @@ fn subscribe(cluster: &Arc<Cluster>, queues: &Arc<Queues>, nodes: &[NodeConfig])
                     queues.stateful_sets.add(owner);
                 } else if let Some(owner) = object::controller_key(pod, Resource::DAEMON_SETS) {
                     queues.daemon_sets.add(owner);
+                } else if let Some(owner) = object::controller_key(pod, Resource::JOBS) {
+                    queues.jobs.add_after(owner, GATHER);
                 } else if object::controller(pod).is_none() {
                     add_selecting(&cluster, Resource::REPLICA_SETS, pod, &queues.replica_sets);
                 }

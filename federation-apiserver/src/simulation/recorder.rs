@@ -27,6 +27,7 @@ pub(super) enum Component {
     ReplicaSets,
     StatefulSets,
     DaemonSets,
+    Jobs,
     Scheduler,
     Kubelet,
 }
@@ -213,6 +214,7 @@ impl Component {
             Self::ReplicaSets => "replicaset-controller",
             Self::StatefulSets => "statefulset-controller",
             Self::DaemonSets => "daemonset-controller",
+            Self::Jobs => "job-controller",
             Self::Scheduler => "default-scheduler",
             Self::Kubelet => "kubelet",
         }

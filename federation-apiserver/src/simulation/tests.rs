@@ -507,3 +507,117 @@ async fn a_settled_cluster_is_quiet() {
     assert!(client.writes() < 40 * 25, "{} writes", client.writes());
     simulation.shutdown().await;
 }
+
+fn job(name: &str, spec: Value) -> Value {
+    let mut job = json!({
+        "metadata": {"name": name},
+        "spec": {
+            "parallelism": 1, "completions": 1, "backoffLimit": 6,
+            "template": {
+                "metadata": {"labels": {"job-name": name}},
+                "spec": {"restartPolicy": "Never", "containers": [{"name": "work", "image": "work:1"}]},
+            },
+        },
+    });
+    for (key, value) in spec.as_object().unwrap() {
+        job["spec"][key] = value.clone();
+    }
+    job
+}
+
+fn job_is(client: &MemoryClient, name: &str, condition: &str) -> bool {
+    let job = client.one(Resource::JOBS, "default", name).unwrap();
+    object::condition(&job["status"], condition).is_some_and(|found| found["status"] == "True")
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_makes_pods_until_enough_have_succeeded() {
+    let (client, simulation) = cluster().await;
+    create(&client, Resource::JOBS, job("work", json!({"parallelism": 2, "completions": 3}))).await;
+    client
+        .until("two at once", |c| pods(c).iter().filter(|pod| object::is_pod_active(pod)).count() == 2)
+        .await;
+    client.until("complete", |c| job_is(c, "work", "Complete")).await;
+    let done = client.one(Resource::JOBS, "default", "work").unwrap();
+    assert_eq!(
+        (&done["status"]["succeeded"], &done["status"]["active"], &done["status"]["ready"]),
+        (&json!(3), &Value::Null, &json!(0))
+    );
+    assert!(job_is(&client, "work", "SuccessCriteriaMet"));
+    assert!(done["status"]["completionTime"].is_string() && done["status"]["startTime"].is_string());
+    assert_eq!(pods(&client).len(), 3);
+    for pod in pods(&client) {
+        assert!(object::is_controlled_by(&pod, &done));
+        assert_eq!(pod["status"]["phase"], "Succeeded");
+        assert_eq!(pod["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"], 0);
+        assert!(!is_ready(&pod));
+    }
+    // A Job that is done is done, whatever becomes of its pods.
+    let one = object::name(&pods(&client)[0]).to_owned();
+    client.delete(Resource::PODS, "default", &one, DeleteOptions::default()).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(pods(&client).len(), 2);
+    for reason in ["SuccessfulCreate", "Completed"] {
+        client.until(reason, |c| reasons(c).iter().any(|told| told == reason)).await;
+    }
+    client.delete(Resource::JOBS, "default", "work", DeleteOptions::default()).await.unwrap();
+    client.until("its pods are gone", |c| pods(c).is_empty()).await;
+    simulation.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspended_job_has_no_pods() {
+    let (client, simulation) = cluster().await;
+    create(&client, Resource::JOBS, job("work", json!({"suspend": true}))).await;
+    client.until("suspended", |c| job_is(c, "work", "Suspended")).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(pods(&client).is_empty());
+    client.edit(Resource::JOBS, "work", |job| job["spec"]["suspend"] = json!(false)).await;
+    client.until("a pod", |c| pods(c).iter().any(is_ready)).await;
+    client.edit(Resource::JOBS, "work", |job| job["spec"]["suspend"] = json!(true)).await;
+    client.until("it is gone", |c| pods(c).is_empty() && job_is(c, "work", "Suspended")).await;
+    assert!(client.one(Resource::JOBS, "default", "work").unwrap()["status"]["startTime"].is_null());
+    client.edit(Resource::JOBS, "work", |job| job["spec"]["suspend"] = json!(false)).await;
+    client.until("complete", |c| job_is(c, "work", "Complete")).await;
+    simulation.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_fails_when_its_pods_do_or_time_is_up() {
+    let (client, simulation) = cluster().await;
+    let faulty = |name: &str, fault: &str, spec: Value| {
+        let mut job = job(name, spec);
+        job["spec"]["template"]["metadata"]["annotations"] = json!({FAULT: fault});
+        job
+    };
+    let crashing = faulty("crashing", "CrashLoopBackOff", json!({"backoffLimit": 2}));
+    create(&client, Resource::JOBS, crashing).await;
+    client.until("failed", |c| job_is(c, "crashing", "Failed")).await;
+    let failed = client.one(Resource::JOBS, "default", "crashing").unwrap();
+    assert_eq!((&failed["status"]["failed"], &failed["status"]["succeeded"]), (&json!(3), &Value::Null));
+    let why = |job: &Value| object::condition(&job["status"], "Failed").unwrap()["reason"].clone();
+    assert_eq!(why(&failed), "BackoffLimitExceeded");
+    assert!(pods(&client).iter().all(|pod| pod["status"]["phase"] == "Failed"));
+    let slow = faulty("slow", "Unready", json!({"activeDeadlineSeconds": 30}));
+    create(&client, Resource::JOBS, slow).await;
+    client.until("failed", |c| job_is(c, "slow", "Failed")).await;
+    assert_eq!(why(&client.one(Resource::JOBS, "default", "slow").unwrap()), "DeadlineExceeded");
+    simulation.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_indexed_job_has_a_pod_for_each_index() {
+    let (client, simulation) = cluster().await;
+    let spec = json!({"completionMode": "Indexed", "parallelism": 2, "completions": 3});
+    create(&client, Resource::JOBS, job("work", spec)).await;
+    client.until("complete", |c| job_is(c, "work", "Complete")).await;
+    let done = client.one(Resource::JOBS, "default", "work").unwrap();
+    assert_eq!(
+        (&done["status"]["succeeded"], &done["status"]["completedIndexes"]),
+        (&json!(3), &json!("0-2"))
+    );
+    let index = |pod: &Value| object::labels(pod)["batch.kubernetes.io/job-completion-index"].to_string();
+    let indexes: std::collections::BTreeSet<String> = pods(&client).iter().map(index).collect();
+    assert_eq!((indexes.len(), pods(&client).len()), (3, 3));
+    simulation.shutdown().await;
+}

@@ -7,21 +7,22 @@ use crate::value::{at, i64_at, str_at};
 /// One column of a built-in kind.
 pub(super) struct Builtin {
     pub(super) name: &'static str,
-    pub(super) integer: bool,
+    /// Its JSON type.
+    pub(super) kind: &'static str,
     pub(super) wide: bool,
     pub(super) cell: fn(&Value, jiff::Timestamp) -> Value,
 }
 
 const fn text(name: &'static str, cell: fn(&Value, jiff::Timestamp) -> Value) -> Builtin {
-    Builtin { name, integer: false, wide: false, cell }
+    Builtin { name, kind: "string", wide: false, cell }
 }
 
 const fn number(name: &'static str, cell: fn(&Value, jiff::Timestamp) -> Value) -> Builtin {
-    Builtin { name, integer: true, wide: false, cell }
+    Builtin { name, kind: "integer", wide: false, cell }
 }
 
 const fn wide(name: &'static str, cell: fn(&Value, jiff::Timestamp) -> Value) -> Builtin {
-    Builtin { name, integer: false, wide: true, cell }
+    Builtin { name, kind: "string", wide: true, cell }
 }
 
 const AGE: Builtin = text("Age", age);
@@ -189,6 +190,59 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
         wide("ServiceAccounts", |o, _| json!(subjects(o, "ServiceAccount"))),
     ];
     const WEBHOOKS: &[Builtin] = &[number("Webhooks", |o, _| json!(list(o, &["webhooks"]).len())), AGE];
+    const JOBS: &[Builtin] = &[
+        text("Status", |o, _| json!(job_status(o))),
+        text("Completions", |o, _| json!(completions(o))),
+        text("Duration", |o, now| json!(job_duration(o, now))),
+        AGE,
+        CONTAINERS,
+        IMAGES,
+        SELECTOR,
+    ];
+    const CRON_JOBS: &[Builtin] = &[
+        text("Schedule", |o, _| json!(str_at(o, &["spec", "schedule"]))),
+        text("Timezone", |o, _| or_none(str_at(o, &["spec", "timeZone"]))),
+        Builtin {
+            name: "Suspend",
+            kind: "boolean",
+            wide: false,
+            // A text all the same.
+            cell: |o, _| match at(o, &["spec", "suspend"]).and_then(Value::as_bool) {
+                Some(true) => json!("True"),
+                Some(false) => json!("False"),
+                None => json!("<unset>"),
+            },
+        },
+        number("Active", |o, _| json!(list(o, &["status", "active"]).len())),
+        text("Last Schedule", |o, now| match str_at(o, &["status", "lastScheduleTime"]) {
+            "" => json!("<none>"),
+            when => json!(since(when, now)),
+        }),
+        AGE,
+        wide("Containers", |o, _| json!(containers_at(o, CRON_TEMPLATE, "name"))),
+        wide("Images", |o, _| json!(containers_at(o, CRON_TEMPLATE, "image"))),
+        wide("Selector", |o, _| json!(selector_text(at(o, &["spec", "jobTemplate", "spec", "selector"])))),
+    ];
+    const INGRESSES: &[Builtin] = &[
+        text("Class", |o, _| or_none(str_at(o, &["spec", "ingressClassName"]))),
+        text("Hosts", |o, _| json!(hosts(o))),
+        text("Address", |o, _| json!(ingress_address(o))),
+        text("Ports", |o, _| json!(if list(o, &["spec", "tls"]).is_empty() { "80" } else { "80, 443" })),
+        AGE,
+    ];
+    const CLASSES: &[Builtin] = &[
+        text("Controller", |o, _| json!(str_at(o, &["spec", "controller"]))),
+        text("Parameters", |o, _| json!(class_parameters(o))),
+        AGE,
+    ];
+    const POLICIES: &[Builtin] =
+        &[text("Pod-Selector", |o, _| json!(selector_text(at(o, &["spec", "podSelector"])))), AGE];
+    const BUDGETS: &[Builtin] = &[
+        text("Min Available", |o, _| json!(amount(at(o, &["spec", "minAvailable"])))),
+        text("Max Unavailable", |o, _| json!(amount(at(o, &["spec", "maxUnavailable"])))),
+        number("Allowed Disruptions", |o, _| json!(n(o, "disruptionsAllowed"))),
+        AGE,
+    ];
     const OTHERS: &[Builtin] = &[AGE];
     match plural {
         "pods" => (true, PODS),
@@ -196,6 +250,12 @@ pub(super) fn builtin(plural: &str) -> (bool, &'static [Builtin]) {
         "replicasets" => (true, REPLICASETS),
         "statefulsets" => (true, STATEFULSETS),
         "daemonsets" => (true, DAEMONSETS),
+        "jobs" => (true, JOBS),
+        "cronjobs" => (true, CRON_JOBS),
+        "ingresses" => (true, INGRESSES),
+        "ingressclasses" => (true, CLASSES),
+        "networkpolicies" => (true, POLICIES),
+        "poddisruptionbudgets" => (true, BUDGETS),
         "services" => (true, SERVICES),
         "nodes" => (true, NODES),
         "events" => (false, EVENTS),
@@ -293,12 +353,130 @@ fn labels(map: Option<&Value>) -> String {
 }
 
 fn label_selector(object: &Value) -> String {
-    labels(at(object, &["spec", "selector", "matchLabels"]))
+    selector_text(at(object, &["spec", "selector"]))
 }
 
+/// A `LabelSelector` as requirements, sorted by key.
+fn selector_text(selector: Option<&Value>) -> String {
+    let Some(selector) = selector else { return "<none>".into() };
+    let mut parts: Vec<(&str, String)> = Vec::new();
+    for (key, value) in selector.get("matchLabels").and_then(Value::as_object).into_iter().flatten() {
+        parts.push((key, format!("{key}={}", value.as_str().unwrap_or_default())));
+    }
+    for expression in list(selector, &["matchExpressions"]) {
+        let key = str_at(expression, &["key"]);
+        let mut values: Vec<&str> = list(expression, &["values"]).iter().filter_map(Value::as_str).collect();
+        values.sort_unstable();
+        let values = values.join(",");
+        let text = match str_at(expression, &["operator"]) {
+            "In" => format!("{key} in ({values})"),
+            "NotIn" => format!("{key} notin ({values})"),
+            "Exists" => key.to_owned(),
+            "DoesNotExist" => format!("!{key}"),
+            _ => return "<error>".into(),
+        };
+        parts.push((key, text));
+    }
+    parts.sort_by_key(|(key, _)| *key);
+    if parts.is_empty() {
+        return "<none>".into();
+    }
+    parts.into_iter().map(|(_, text)| text).collect::<Vec<_>>().join(",")
+}
+
+const TEMPLATE: &[&str] = &["spec", "template", "spec", "containers"];
+const CRON_TEMPLATE: &[&str] = &["spec", "jobTemplate", "spec", "template", "spec", "containers"];
+
 fn containers(object: &Value, field: &str) -> String {
-    let all = list(object, &["spec", "template", "spec", "containers"]);
-    all.iter().map(|c| str_at(c, &[field])).collect::<Vec<_>>().join(",")
+    containers_at(object, TEMPLATE, field)
+}
+
+fn containers_at(object: &Value, path: &[&str], field: &str) -> String {
+    list(object, path).iter().map(|c| str_at(c, &[field])).collect::<Vec<_>>().join(",")
+}
+
+fn job_status(job: &Value) -> &'static str {
+    let is = |kind| super::condition_status(job, kind) == "True";
+    let deleting = at(job, &["metadata", "deletionTimestamp"]).is_some();
+    match () {
+        () if is("Complete") => "Complete",
+        () if is("Failed") => "Failed",
+        () if deleting => "Terminating",
+        () if is("Suspended") => "Suspended",
+        () if is("FailureTarget") => "FailureTarget",
+        () if is("SuccessCriteriaMet") => "SuccessCriteriaMet",
+        () => "Running",
+    }
+}
+
+fn completions(job: &Value) -> String {
+    let done = n(job, "succeeded");
+    match i64_at(job, &["spec", "completions"]) {
+        Some(wanted) => format!("{done}/{wanted}"),
+        None => match i64_at(job, &["spec", "parallelism"]).unwrap_or(0) {
+            workers @ 2.. => format!("{done}/1 of {workers}"),
+            _ => format!("{done}/1"),
+        },
+    }
+}
+
+/// From the start to the end, or to now.
+fn job_duration(job: &Value, now: jiff::Timestamp) -> String {
+    let time = |key: &str| str_at(job, &["status", key]).parse::<jiff::Timestamp>().ok();
+    let Some(start) = time("startTime") else { return String::new() };
+    human_duration(time("completionTime").unwrap_or(now).as_second() - start.as_second())
+}
+
+fn hosts(ingress: &Value) -> String {
+    const SHOWN: usize = 3;
+    let rules = list(ingress, &["spec", "rules"]);
+    let named: Vec<&str> =
+        rules.iter().map(|rule| str_at(rule, &["host"])).filter(|host| !host.is_empty()).collect();
+    if named.is_empty() {
+        return "*".into();
+    }
+    // More there are when a rule follows the last that is shown, named or not.
+    let last = rules.iter().enumerate().filter(|(_, r)| !str_at(r, &["host"]).is_empty()).nth(SHOWN - 1);
+    match last.is_some_and(|(i, _)| i + 1 < rules.len()) {
+        true => format!("{} + {} more...", named[..SHOWN].join(","), rules.len() - SHOWN),
+        false => named.join(","),
+    }
+}
+
+fn ingress_address(ingress: &Value) -> String {
+    let all = list(ingress, &["status", "loadBalancer", "ingress"]);
+    let addresses: std::collections::BTreeSet<&str> = all
+        .iter()
+        .filter_map(|one| {
+            [str_at(one, &["ip"]), str_at(one, &["hostname"])].into_iter().find(|t| !t.is_empty())
+        })
+        .collect();
+    addresses.into_iter().collect::<Vec<_>>().join(",")
+}
+
+/// The name of an ingress class, and whether it is the default.
+pub(super) fn class_name(class: &Value) -> String {
+    let name = str_at(class, &["metadata", "name"]);
+    let mark = str_at(class, &["metadata", "annotations", "ingressclass.kubernetes.io/is-default-class"]);
+    if mark == "true" { format!("{name} (default)") } else { name.to_owned() }
+}
+
+fn class_parameters(class: &Value) -> String {
+    let Some(parameters) = at(class, &["spec", "parameters"]) else { return "<none>".into() };
+    let text = |key: &str| str_at(parameters, &[key]);
+    match parameters.get("apiGroup").and_then(Value::as_str) {
+        Some(group) => format!("{}.{group}/{}", text("kind"), text("name")),
+        None => format!("{}/{}", text("kind"), text("name")),
+    }
+}
+
+/// A number or a percentage.
+fn amount(value: Option<&Value>) -> String {
+    match value {
+        None | Some(Value::Null) => "N/A".into(),
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+    }
 }
 
 fn pod_status(pod: &Value) -> String {

@@ -102,9 +102,12 @@ fn columns_of(resource: &Resource) -> Vec<Column> {
             if !named {
                 list.clear();
             }
+            if resource.plural == "ingressclasses" {
+                list[0].source = Source::Function(|o, _| json!(columns::class_name(o)));
+            }
             list.extend(own.iter().map(|c| Column {
                 name: c.name.into(),
-                kind: if c.integer { "integer" } else { "string" }.into(),
+                kind: c.kind.into(),
                 format: String::new(),
                 description: String::new(),
                 priority: i64::from(c.wide),

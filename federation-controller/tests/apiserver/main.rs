@@ -57,6 +57,7 @@ stories! {
     large::an_object_of_more_than_a_mebibyte,
     placement::an_application_by_cell_from_birth_to_death,
     placement::config_maps_by_selector_and_nothing_written_in_vain,
+    policies::jobs_ingresses_and_replica_sets_go_too,
     policies::plain_objects_go_where_a_policy_says,
     tenants::a_tenant_sees_and_reaches_its_own_and_nothing_else,
 }

@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 use std::process::Stdio;
 
-use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ConfigMap, Secret, Service};
+use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret, Service};
+use k8s_openapi::api::networking::v1::Ingress;
 use kube::{Api, ResourceExt as _};
 use serde_json::Value;
 use test_support::{require, tools};
@@ -62,6 +64,48 @@ spec:
   - kinds: [Deployment]
     units: [b]
     patches: [{op: replace, path: /spec/replicas, value: 3}]
+";
+
+const TEAM: &str = "
+apiVersion: batch/v1
+kind: Job
+metadata: {name: migrate, namespace: shop, labels: {app: web}}
+spec:
+  suspend: true
+  backoffLimit: 2
+  template:
+    metadata: {labels: {app: migrate}}
+    spec: {restartPolicy: Never, containers: [{name: migrate, image: 'migrate:1'}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata: {name: web, namespace: shop, labels: {app: web}}
+spec:
+  rules:
+  - host: web.example.com
+    http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: web, port: {number: 80}}}}]}
+---
+apiVersion: apps/v1
+kind: ReplicaSet
+metadata: {name: workers, namespace: shop, labels: {app: web}}
+spec:
+  replicas: 2
+  selector: {matchLabels: {app: workers}}
+  template:
+    metadata: {labels: {app: workers}}
+    spec: {containers: [{name: work, image: 'work:1'}]}
+";
+
+const TEAM_POLICY: &str = "
+apiVersion: policy.cellway.io/v1alpha1
+kind: PropagationPolicy
+metadata: {name: team, namespace: shop}
+spec:
+  resources:
+  - {apiVersion: batch/v1, kind: Job, labelSelector: {matchLabels: {app: web}}}
+  - {apiVersion: networking.k8s.io/v1, kind: Ingress, name: web}
+  - {apiVersion: apps/v1, kind: ReplicaSet}
+  placement: {units: [{name: a}, {name: c}]}
 ";
 
 struct Kubectl {
@@ -168,5 +212,93 @@ pub(crate) async fn plain_objects_go_where_a_policy_says(world: World) {
     })
     .await;
     k.run("get configmap/settings service/web secret/key", "").await;
+    world.end().await;
+}
+
+pub(crate) async fn jobs_ingresses_and_replica_sets_go_too(world: World) {
+    let program = require!(tools::kubectl());
+    let k = Kubectl { program, kubeconfig: world.kubeconfig.clone() };
+    let [x, y] = [&world.x, &world.y].map(|client| Api::<Job>::namespaced(client.clone(), "shop"));
+    let sets: Api<ReplicaSet> = Api::namespaced(world.x.clone(), "shop");
+    let ingresses: Api<Ingress> = Api::namespaced(world.y.clone(), "shop");
+    let is = |job: &Job, condition: &str| {
+        let all = job.status.iter().flat_map(|status| status.conditions.iter().flatten());
+        all.into_iter().any(|found| found.type_ == condition && found.status == "True")
+    };
+
+    k.run("apply -f -", TEAM).await;
+    k.run("apply -f -", TEAM_POLICY).await;
+    k.run(&format!("wait --for=condition=Ready propagationpolicy/team {TIMEOUT}"), "").await;
+    for companion in ["federatedingress/web", "federatedreplicaset/workers"] {
+        k.run(&format!("wait --for=condition=Ready {companion} {TIMEOUT}"), "").await;
+    }
+    let rules = ingresses.get("web").await.expect("there").spec.expect("a spec").rules.expect("rules");
+    assert_eq!(rules[0].host.as_deref(), Some("web.example.com"));
+    let set = sets.get("workers-a").await.expect("there");
+    assert_eq!(set.status.expect("a status").ready_replicas, Some(2));
+
+    // Each member's API server makes the selector and the labels of its own Job; the hub's stay at the hub.
+    let job =
+        until("it is suspended", async || x.get("migrate-a").await.ok().filter(|job| is(job, "Suspended")))
+            .await;
+    let uid = job.uid().expect("a uid");
+    let spec = job.spec.expect("a spec");
+    let selector = spec.selector.expect("a selector").match_labels.expect("labels");
+    assert_eq!(selector["batch.kubernetes.io/controller-uid"], uid);
+    let labels = spec.template.metadata.expect("metadata").labels.expect("labels");
+    for (label, value) in [
+        ("batch.kubernetes.io/controller-uid", uid.as_str()),
+        ("job-name", "migrate-a"),
+        ("app", "migrate"),
+        ("cellway.io/cell", "a"),
+    ] {
+        assert_eq!(labels.get(label).map(String::as_str), Some(value), "{labels:?}");
+    }
+
+    // It runs to its end in every unit, and what the members put into it is nothing to put right.
+    k.run(r#"patch job migrate --type=merge -p {"spec":{"suspend":false}}"#, "").await;
+    k.run(&format!("wait --for=condition=Ready federatedjob/migrate {TIMEOUT}"), "").await;
+    for (api, name) in [(&x, "migrate-a"), (&y, "migrate-c")] {
+        let job = api.get(name).await.expect("there");
+        assert!(is(&job, "Complete"), "{job:?}");
+        assert_eq!(job.status.as_ref().and_then(|status| status.succeeded), Some(1));
+        assert_eq!(job.metadata.generation, Some(2), "made, and resumed");
+    }
+    let federated: Value =
+        serde_json::from_str(&k.run("get federatedjob migrate -o json", "").await).expect("JSON");
+    assert_eq!(federated["status"]["units"][0]["observed"]["succeeded"], 1, "{federated}");
+    let line = k.run("get job migrate --no-headers", "").await;
+    assert_eq!(line.split_whitespace().nth(2), Some("0/1"), "nothing runs at the hub: {line}");
+
+    k.run("scale replicaset/workers --replicas=1", "").await;
+    until("a member follows", async || {
+        let set = sets.get("workers-a").await.ok()?;
+        (set.spec.replicas? == 1 && set.status?.ready_replicas? == 1).then_some(())
+    })
+    .await;
+    assert_eq!(
+        x.get("migrate-a").await.expect("there").metadata.generation,
+        Some(2),
+        "nothing was put right"
+    );
+
+    // What goes takes its pods with it.
+    k.run("delete pp team", "").await;
+    until("they are gone", async || {
+        let gone = x.get_opt("migrate-a").await.ok()?.is_none()
+            && sets.get_opt("workers-a").await.ok()?.is_none()
+            && ingresses.get_opt("web").await.ok()?.is_none();
+        gone.then_some(())
+    })
+    .await;
+    if world.ours {
+        // A kube-apiserver alone collects no garbage.
+        let pods: Api<Pod> = Api::namespaced(world.x.clone(), "shop");
+        until("their pods are gone", async || {
+            pods.list(&Default::default()).await.ok()?.items.is_empty().then_some(())
+        })
+        .await;
+    }
+    k.run("get job/migrate ingress/web replicaset/workers", "").await;
     world.end().await;
 }

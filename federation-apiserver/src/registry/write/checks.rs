@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::super::resource::{Origin, Resource, split_api_version};
-use super::super::{Registry, Target, decode, meta, strategy};
+use super::super::{Registry, Target, decode, kinds, meta, strategy};
 use super::{FieldValidation, WriteOptions};
 use crate::admission;
 use crate::rbac;
@@ -115,7 +115,7 @@ impl Registry {
             // What only the schema knows: times, quantities.
             let wrong = validate::validate(ty, object, validate::Mode::Types);
             // Names that appear twice are a matter of validation where that has words of its own for them.
-            let own = admission::validation::is_ours(resource);
+            let own = admission::validation::is_ours(resource) || kinds::is_ours(resource);
             let mut wrong = wrong.iter().filter(|e| !own || e.reason != "FieldValueDuplicate");
             if let Some(first) = wrong.next() {
                 let text = format!("{}: {}", first.field, first.message);
@@ -196,6 +196,10 @@ impl Registry {
             errors.extend(tokio::task::spawn_blocking(check).await.map_err(ApiError::internal)?);
         } else if options.subresource.is_empty() {
             errors.extend(strategy::validate(resource, old, object));
+            warnings.extend(kinds::warnings(resource, old, object));
+        } else if options.subresource == "status" {
+            errors.extend(kinds::validate_status(resource, old, object));
+            warnings.extend(kinds::status_warnings(resource, object));
         }
         if let Origin::Custom(info) = &resource.origin
             && !info.warning.is_empty()
