@@ -240,7 +240,7 @@ mod tests {
         let federated = |conversion: &Conversion| {
             federation_core::crds(conversion)
                 .into_iter()
-                .find(|crd| crd.spec.group == FEDERATED_GROUP)
+                .find(|crd| crd.name_any() == "federatedconfigmaps.types.kubefed.io")
                 .unwrap()
         };
         assert!(ours.is_registered(&federated(&webhook("https://hub:1/convert", "CA"))));
