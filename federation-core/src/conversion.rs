@@ -15,6 +15,8 @@
 //! A KubeFed status that cellway would not derive (one of a backup) travels in the annotation of the v1beta2 form, and
 //! counts as long as the rest of the status stays what it was.
 
+use std::collections::HashMap;
+
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
@@ -70,26 +72,35 @@ pub fn convert(mut object: Value, to: &str) -> Result<Value, ConversionError> {
     Ok(object)
 }
 
-/// Answers a `ConversionReview` (apiextensions.k8s.io/v1), as an API server sends to a conversion webhook.
-pub fn review(review: &Value) -> Value {
-    let request = &review["request"];
-    let objects = request["objects"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let to = request["desiredAPIVersion"].as_str().unwrap_or_default();
+/// Answers a `ConversionReview` (apiextensions.k8s.io/v1), as an API server sends to a conversion webhook. What it holds is
+/// moved and not copied: it may be large.
+pub fn review(mut review: Value) -> Value {
+    let take = |from: &mut Value, field| from.get_mut(field).map(Value::take).unwrap_or_default();
+    let mut request = take(&mut review, "request");
+    let (uid, to) = (take(&mut request, "uid"), take(&mut request, "desiredAPIVersion"));
+    let objects = match take(&mut request, "objects") {
+        Value::Array(objects) => objects,
+        _ => Vec::new(),
+    };
     let converted = if objects.len() > MAX_REVIEWED {
         Err(format!("more than {MAX_REVIEWED} objects in one review"))
     } else {
-        let converted: Result<Vec<_>, _> = objects.iter().map(|object| convert(object.clone(), to)).collect();
+        let to = to.as_str().unwrap_or_default();
+        let converted: Result<Vec<_>, _> = objects.into_iter().map(|object| convert(object, to)).collect();
         converted.map_err(|error| error.to_string())
     };
-    let response = match converted {
+    let mut response = Map::from_iter([("uid".to_owned(), uid)]);
+    let result = match converted {
         Ok(objects) => {
-            json!({"uid": request["uid"], "convertedObjects": objects, "result": {"status": "Success"}})
+            response.insert("convertedObjects".into(), Value::Array(objects));
+            json!({"status": "Success"})
         }
-        Err(message) => {
-            json!({"uid": request["uid"], "result": {"status": "Failure", "message": message}})
-        }
+        Err(message) => json!({"status": "Failure", "message": message}),
     };
-    json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "ConversionReview", "response": response})
+    response.insert("result".into(), result);
+    let mut answer = json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "ConversionReview"});
+    answer["response"] = Value::Object(response);
+    answer
 }
 
 // === v1beta1 to v1beta2 ===
@@ -113,11 +124,18 @@ fn to_multi_topology(object: &mut Value) {
                 rename(entry, "clusterOverrides", "patches");
             }
             if let Some(Value::Array(more)) = kept.remove("overrides") {
-                for slot in more {
-                    let index = slot["index"].as_u64().unwrap_or(u64::MAX);
-                    let index = usize::try_from(index).unwrap_or(usize::MAX).min(overrides.len());
-                    overrides.insert(index, slot["entry"].clone());
+                // Indices ascend as they were written. Not inserted one by one: each would move all that follow.
+                let mut plain = std::mem::take(overrides).into_iter();
+                for mut slot in more {
+                    let index = slot["index"].as_u64().and_then(|index| usize::try_from(index).ok());
+                    while overrides.len() < index.unwrap_or(usize::MAX)
+                        && let Some(entry) = plain.next()
+                    {
+                        overrides.push(entry);
+                    }
+                    overrides.push(slot.get_mut("entry").map(Value::take).unwrap_or_default());
                 }
+                overrides.extend(plain);
             }
         }
         for (field, implied) in IMPLIED {
@@ -246,16 +264,14 @@ fn derived(status: &Map<String, Value>) -> (Option<Value>, Option<Value>) {
         return (None, conditions.cloned());
     };
     let mut clusters: Vec<Map<String, Value>> = Vec::new();
+    let mut known: HashMap<String, usize> = HashMap::new();
     for unit in status.get("units").and_then(Value::as_array).into_iter().flatten() {
         let name = &unit["cluster"];
         let word = cluster_status(unit);
-        let index = match clusters.iter().position(|cluster| cluster["name"] == *name) {
-            Some(index) => index,
-            None => {
-                clusters.push(Map::from_iter([("name".to_owned(), name.clone())]));
-                clusters.len() - 1
-            }
-        };
+        let index = *known.entry(name.to_string()).or_insert_with(|| {
+            clusters.push(Map::from_iter([("name".to_owned(), name.clone())]));
+            clusters.len() - 1
+        });
         let cluster = &mut clusters[index];
         if !word.is_empty() && !cluster.contains_key("status") {
             cluster.insert("status".into(), word.into());
@@ -509,10 +525,10 @@ mod tests {
     #[test]
     fn reviews_are_answered_as_a_whole() {
         let ask = |version: &str| json!({"request": {"uid": "u", "desiredAPIVersion": version, "objects": [object(OLD, json!({}))]}});
-        let done = review(&ask(NEW));
+        let done = review(ask(NEW));
         assert_eq!(done["response"]["uid"], "u");
         assert_eq!(done["response"]["convertedObjects"][0]["apiVersion"], NEW);
-        let failed = review(&ask("types.kubefed.io/v9"));
+        let failed = review(ask("types.kubefed.io/v9"));
         assert_eq!(failed["response"]["result"]["status"], "Failure");
         assert!(convert(json!({"apiVersion": OLD}), NEW).is_err());
         assert!(convert(object("a/v1beta1", json!({})), "b/v1beta2").is_err());
@@ -667,5 +683,25 @@ mod tests {
             let there = convert(object.clone(), OLD).expect("converts");
             prop_assert_eq!(convert(there, NEW).expect("converts"), object);
         }
+    }
+
+    #[test]
+    fn large_objects_are_converted_in_a_moment() {
+        const MANY: usize = 200_000;
+        let slots: Vec<Value> = (0..MANY).map(|_| json!({"index": 0, "entry": {}})).collect();
+        let kept = json!({"overrides": slots}).to_string();
+        let object = json!({"apiVersion": OLD, "kind": "FederatedConfigMap",
+            "metadata": {"annotations": {CONVERSION_ANNOTATION: kept}}, "spec": {"overrides": [{"clusterName": "a"}]}});
+        let converted = convert(object, NEW).unwrap();
+        let overrides = converted["spec"]["overrides"].as_array().unwrap();
+        assert_eq!(overrides.len(), MANY + 1);
+        let plain = overrides.iter().position(|entry| entry["units"] == json!(["a"]));
+        assert_eq!(plain, Some(MANY), "behind all that claim the first place");
+
+        let units: Vec<Value> = (0..MANY).map(|number| json!({"cluster": format!("c{number}")})).collect();
+        let object = json!({"apiVersion": NEW, "kind": "FederatedConfigMap", "metadata": {},
+            "spec": {}, "status": {"units": units, "conditions": [{"type": "Propagated", "status": "True"}]}});
+        let converted = convert(object, OLD).unwrap();
+        assert_eq!(converted["status"]["clusters"].as_array().unwrap().len(), MANY);
     }
 }

@@ -195,5 +195,5 @@ async fn serve_conversion(authority: &CertificateAuthority) -> (Conversion, Abor
 async fn convert(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     let body = request.into_body().collect().await.expect("a whole review").to_bytes();
     let review: Value = serde_json::from_slice(&body).expect("a review");
-    Ok(Response::new(Full::new(conversion::review(&review).to_string().into())))
+    Ok(Response::new(Full::new(conversion::review(review).to_string().into())))
 }

@@ -369,8 +369,9 @@ async fn open(path: &Path) -> Result<(Client, String, ObjectsAt), ExternalError>
         path: path.to_owned(),
         source,
     };
-    // Files that it names relative to itself are absolute from here on.
-    let kubeconfig = Kubeconfig::read_from(path).map_err(|error| failed(error.into()))?;
+    // Files that it names relative to itself are absolute from here on; they are joined to the path as it is given.
+    let path = std::path::absolute(path).map_err(|error| failed(error.into()))?;
+    let kubeconfig = Kubeconfig::read_from(&path).map_err(|error| failed(error.into()))?;
     let objects = objects_at(&kubeconfig).map_err(|error| failed(error.into()))?;
     let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
         .await
@@ -407,8 +408,12 @@ async fn look(client: Client, answers: Arc<AtomicBool>) {
     loop {
         tick.tick().await;
         let asked = tokio::time::timeout(LOOK_INTERVAL, client.apiserver_version()).await;
-        // A refusal is an answer.
-        let now = matches!(asked, Ok(Ok(_) | Err(kube::Error::Api(_))));
+        // A refusal is an answer; a load balancer's word that nobody is behind it is none.
+        let now = match asked {
+            Ok(Ok(_)) => true,
+            Ok(Err(kube::Error::Api(status))) => status.code < 500,
+            Ok(Err(_)) | Err(_) => false,
+        };
         if answers.swap(now, Ordering::Relaxed) != now {
             match now {
                 true => tracing::info!("the Kubernetes API answers again"),

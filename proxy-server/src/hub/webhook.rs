@@ -39,6 +39,13 @@ const MAX_REVIEW: usize = 16 << 20;
 /// Bytes of all reviews under way: anybody who reaches the port may send them, and each becomes several times its size.
 const MAX_TOGETHER: usize = 64 << 20;
 
+/// What a review may become in memory, as a multiple of its bytes: real ones stay below half of it, and one of empty objects
+/// would become a hundred times its size.
+const MAX_GROWTH: usize = 24;
+
+/// Below it nobody asks.
+const SMALL: usize = 4096;
+
 /// How long a review may wait for room, and then take to arrive. kube-apiserver gives up on one after 30 s.
 const REVIEW_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -188,6 +195,17 @@ fn router() -> Router {
     Router::new().route(PATH, post(convert)).with_state(room)
 }
 
+/// What JSON takes in memory once it is read, roughly: an object is a leaf of a tree, an array room for four values.
+fn unfolded(text: &[u8]) -> usize {
+    let cost = |byte: &u8| match byte {
+        b'{' => 640,
+        b'[' => 160,
+        b',' => 64,
+        _ => 0,
+    };
+    text.iter().map(cost).sum()
+}
+
 async fn convert(State(room): State<Arc<Semaphore>>, request: Request<Body>) -> Response<Body> {
     let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
     let Some(length) = length.and_then(|text| text.parse::<usize>().ok()) else {
@@ -210,8 +228,11 @@ async fn convert(State(room): State<Arc<Semaphore>>, request: Request<Body>) -> 
     // A large one takes a while, which no tunnel should wait for.
     let converted = tokio::task::spawn_blocking(move || {
         let _permit = permit;
+        if unfolded(&body) > MAX_GROWTH * body.len().max(SMALL) {
+            return None;
+        }
         let review: Value = serde_json::from_slice(&body).ok()?;
-        serde_json::to_vec(&conversion::review(&review)).ok()
+        serde_json::to_vec(&conversion::review(review)).ok()
     });
     match converted.await {
         Ok(Some(answer)) => {
@@ -220,7 +241,9 @@ async fn convert(State(room): State<Arc<Semaphore>>, request: Request<Body>) -> 
             response.headers_mut().insert(header::CONTENT_TYPE, json);
             response
         }
-        Ok(None) => refuse(StatusCode::BAD_REQUEST, "BadRequest", "a review is JSON"),
+        Ok(None) => {
+            refuse(StatusCode::BAD_REQUEST, "BadRequest", "a review is JSON, of objects that hold something")
+        }
         Err(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, "InternalError", "the conversion failed"),
     }
 }
