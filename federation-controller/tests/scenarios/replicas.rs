@@ -28,7 +28,6 @@ async fn replicas_follow_the_room_of_the_nodes() {
     let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "db", "namespace": "other"},
         "spec": {"nodeName": "n2", "containers": [{"name": "db", "resources": {"requests": {"cpu": "2"}}}]}});
     world.member("y").put("/pods", "other", "db", Some(pod));
-    world.run(Options { room_interval: Duration::from_millis(100), ..options() });
     let preference = json!({"apiVersion": "scheduling.kubefed.io/v1alpha1", "kind": "ReplicaSchedulingPreference",
         "metadata": {"name": "web", "namespace": "shop"},
         "spec": {"targetKind": "FederatedDeployment", "totalReplicas": 6, "divideBy": "Capacity",
@@ -38,6 +37,8 @@ async fn replicas_follow_the_room_of_the_nodes() {
     template["spec"]["template"]["spec"]["containers"][0]["resources"] = json!({"requests": {"cpu": "1"}});
     let object = federated("FederatedDeployment", &["a", "c"], template);
     world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    // Both are there at the beginning: without the preference it would begin with the template's replicas.
+    world.run(Options { room_interval: Duration::from_millis(100), ..options() });
     world.until("they are divided by room", || replicas(&world).filter(|found| *found == [2, 4])).await;
 
     // More is asked for than there is room for; a node makes the room.
