@@ -51,8 +51,9 @@ impl<'a> Planner<'a> {
     /// Divides the replicas, when somebody asked for it; says of each unit how many it gets. Without
     /// `intersectWithClusterSelector` the division also decides which units there are.
     ///
-    /// `None`: it cannot be told yet, and everything is to stay as it is. That is so only until the first division: afterwards
-    /// a member that is still being counted keeps what it has and holds nobody else up.
+    /// `None`: it cannot be told yet, and everything is to stay as it is. That is so only until the first division, which
+    /// nothing corrects later unless somebody asked to rebalance: afterwards a member that is still being listed or counted
+    /// keeps what it has and holds nobody else up. A member that cannot be reached is never waited for.
     pub(super) fn split(&mut self, placed: &mut Placed<'a>) -> Option<BTreeMap<String, i64>> {
         let input = self.input;
         let spec = &input.object.spec;
@@ -78,10 +79,14 @@ impl<'a> Planner<'a> {
         let (mut unreadable, mut uncounted) = (BTreeSet::new(), BTreeSet::new());
         for (name, unit) in &all {
             let current = newest.and_then(|revision| revision.spec.snapshot.replicas.get(name).copied());
-            let view = input.members.get(&unit.cluster).filter(|view| {
-                view.state == MemberState::Synced && input.topology.failover_of(unit).is_none()
-            });
-            let Some(view) = view else {
+            let kept = input.topology.failover_of(unit).is_none();
+            let view = input.members.get(&unit.cluster).filter(|_| kept);
+            if !divided && view.is_some_and(|view| view.state == MemberState::Syncing) {
+                let message = format!("what there is in {} is being listed", unit.cluster);
+                self.find(REPLICAS_UNPLACED, "MemberSyncing", message);
+                return None;
+            }
+            let Some(view) = view.filter(|view| view.state == MemberState::Synced) else {
                 // Nothing is moved for a lost tunnel, and nothing new goes where nobody answers. What becomes of a unit that
                 // was given up is decided after the division.
                 self.keep_setback(unit, &template);

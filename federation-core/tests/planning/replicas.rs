@@ -134,6 +134,33 @@ fn a_member_that_is_being_counted_holds_nobody_else_up() {
 }
 
 #[test]
+fn the_first_division_waits_for_a_member_that_is_being_listed_and_not_for_one_out_of_reach() {
+    for (divide_by, shares) in [(Division::Capacity, [2, 2, 2]), (Division::Weight, [2, 2, 2])] {
+        let mut world = world(divide_by, 6, false);
+        set_room(&mut world, "x", &[("a", 4), ("b", 4)]);
+        set_room(&mut world, "y", &[("c", 4)]);
+        world.members.get_mut("y").expect("y").state = MemberState::Syncing;
+        world.settle();
+        assert!(world.names("x").is_empty(), "{divide_by:?}: the others took what was its share");
+        assert_eq!(world.condition("ReplicasUnplaced"), Some(("True", "MemberSyncing")));
+        world.members.get_mut("y").expect("y").state = MemberState::Synced;
+        world.settle();
+        assert_eq!(counts(&world), shares, "{divide_by:?}");
+        assert_eq!(world.condition("ReplicasUnplaced"), None);
+        // Once divided, a member that is listed anew (as after a restart) holds nobody up.
+        world.members.get_mut("y").expect("y").state = MemberState::Syncing;
+        world.object.spec.template["spec"]["template"]["spec"]["containers"][0]["image"] = "web:2".into();
+        world.settle();
+        assert_eq!(world.live("x", "web-a")["spec"]["template"]["spec"]["containers"][0]["image"], "web:2");
+    }
+    let mut world = world(Division::Capacity, 6, false);
+    set_room(&mut world, "x", &[("a", 4), ("b", 4)]);
+    world.members.get_mut("y").expect("y").state = unreachable();
+    world.settle();
+    assert_eq!(["web-a", "web-b"].map(|name| world.live("x", name)["spec"]["replicas"].clone()), [3, 3]);
+}
+
+#[test]
 fn a_cell_that_stays_unschedulable_is_not_tried_again_at_once() {
     let mut world = world(Division::Weight, 9, true);
     world.settle();
