@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 use super::entry::Entry;
 use crate::registry::resource::Resource;
+use crate::registry::selectors::selectable_part;
 use crate::status::ApiError;
 
 /// Changes kept of each kind, by number and by weight. A watcher that is further behind reads the store's log.
@@ -67,7 +68,8 @@ pub(crate) struct Change {
     /// `None`: deleted.
     pub(crate) new: Option<Arc<Entry>>,
     line: OnceLock<(String, Bytes)>,
-    trees: [OnceLock<(String, Value)>; 2],
+    /// What selectors ask of both objects.
+    parts: [OnceLock<(String, Value)>; 2],
 }
 
 /// Which of a change's two objects is meant.
@@ -303,7 +305,7 @@ impl Inner {
 
 impl Change {
     pub(crate) fn new(revision: Revision, old: Option<Arc<Entry>>, new: Option<Arc<Entry>>) -> Self {
-        Self { revision, old, new, line: OnceLock::new(), trees: Default::default() }
+        Self { revision, old, new, line: OnceLock::new(), parts: Default::default() }
     }
 
     /// An event of the store's log.
@@ -332,7 +334,7 @@ impl Change {
         once(&self.line, resource, make, Bytes::clone)
     }
 
-    /// Looks at one of the objects as a tree, made once for a version.
+    /// Looks at what selectors can ask of one of the objects, made once for a version.
     pub(crate) fn look<R>(
         &self,
         side: Side,
@@ -340,8 +342,8 @@ impl Change {
         look: impl FnOnce(&Value) -> R,
     ) -> Option<Result<R, ApiError>> {
         let entry = self.entry(side)?;
-        let make = || entry.object(resource, entry.kv.mod_revision);
-        Some(once(&self.trees[side as usize], resource, make, look))
+        let make = || Ok(selectable_part(resource, &entry.object(resource, entry.kv.mod_revision)?));
+        Some(once(&self.parts[side as usize], resource, make, look))
     }
 
     fn weight(&self) -> usize {
