@@ -40,6 +40,7 @@ mod queue;
 mod reconcile;
 mod sweep;
 mod tenants;
+mod texts;
 mod tombstones;
 mod traces;
 mod types;
@@ -78,6 +79,7 @@ use self::policies::Policies;
 use self::quarantine::Quarantine;
 use self::queue::{ObjectQueue, Owners};
 use self::reconcile::Unsettled;
+use self::texts::Texts;
 use self::traces::Traces;
 use self::types::Types;
 
@@ -190,6 +192,7 @@ pub(crate) struct Shared {
     owners: Owners,
     /// Where objects may have something.
     traces: Traces,
+    texts: Arc<Texts>,
     failures: Mutex<HashMap<ObjectKey, u32>>,
     /// Held by whoever looks at rooms until it has claimed what it was given of them.
     room_turn: Mutex<()>,
@@ -229,7 +232,7 @@ impl Default for Options {
             failure_threshold: 3,
             room_interval: Duration::from_secs(15),
             warning_interval: Duration::from_secs(15),
-            resync: Duration::from_secs(600),
+            resync: Duration::from_secs(3600),
         }
     }
 }
@@ -522,6 +525,7 @@ impl Shared {
             sweeps: sweep::Sweeps::default(),
             owners,
             traces: Traces::default(),
+            texts: Arc::new(Texts::new()),
             failures: Mutex::default(),
             room_turn: Mutex::default(),
             unsettled: Mutex::default(),
@@ -705,6 +709,7 @@ async fn resync(shared: Arc<Shared>) {
         shared.failures.lock().retain(|key, _| known.contains(key));
         shared.unsettled.lock().retain(|key, _| known.contains(key));
         shared.prune_traces();
+        shared.texts.sweep();
         shared.enqueue_all();
     }
 }

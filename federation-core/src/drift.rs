@@ -15,6 +15,7 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 
 use crate::names::{HUB_ANNOTATION, MANAGED_LABEL, RENDERED_ANNOTATION, SOURCE_ANNOTATION};
+use crate::revision::{Digest, digest};
 
 /// Fields that name an element of a list of objects, in the order in which they are tried. They are the list-map keys
 /// of the built-in kinds; a list without one is compared as a whole.
@@ -24,11 +25,11 @@ const ELEMENT_KEYS: [&str; 8] =
 /// What a member answered to the last apply, limited to the fields that were asked for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Baseline {
-    /// The hash of what was asked for.
-    hash: Box<str>,
-    /// The hash of the same fields as the server gave them back: an answer for each of a hundred thousand objects would
+    /// The digest of the hash of what was asked for.
+    hash: Digest,
+    /// The digest of the same fields as the server gave them back: an answer for each of a hundred thousand objects would
     /// weigh as much as the objects.
-    answer: Box<str>,
+    answer: Digest,
     /// Of these, `spec.replicas`.
     replicas: Value,
 }
@@ -121,12 +122,12 @@ pub fn up_to_date(
         return false;
     }
     match baseline {
-        Some(baseline) if *baseline.hash == *hash => {
+        Some(baseline) if baseline.hash == digest(&Value::from(hash)) => {
             let mut found = asked_for(live, desired);
             if retain_replicas && found["spec"].is_object() && !baseline.replicas.is_null() {
                 found["spec"]["replicas"] = baseline.replicas.clone();
             }
-            crate::revision::hash(&found) == *baseline.answer
+            digest(&found) == baseline.answer
         }
         _ => content(desired).all(|(key, wanted)| covers(&live[key], wanted)),
     }
@@ -136,9 +137,9 @@ pub fn up_to_date(
 pub fn baseline(answer: &Value, desired: &Value, hash: &str) -> Baseline {
     let answer = asked_for(answer, desired);
     Baseline {
-        hash: hash.into(),
+        hash: digest(&Value::from(hash)),
         replicas: answer["spec"]["replicas"].clone(),
-        answer: crate::revision::hash(&answer).into(),
+        answer: digest(&answer),
     }
 }
 

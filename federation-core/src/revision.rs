@@ -139,11 +139,19 @@ pub fn surplus(existing: &[&FederatedRevision], in_use: &BTreeSet<String>, limit
     unused.into_iter().take(surplus).map(|(_, name)| name.to_owned()).collect()
 }
 
+/// A SHA-256 digest.
+pub type Digest = [u8; 32];
+
 /// Hash of any JSON value that does not depend on the order of keys: lower-case hexadecimal SHA-256.
 pub fn hash(value: &Value) -> String {
+    hex::encode(digest(value))
+}
+
+/// As [`hash`], as it is kept where there are many.
+pub fn digest(value: &Value) -> Digest {
     let mut hasher = Sha256::new();
     feed(&mut hasher, value);
-    hex::encode(hasher.finalize())
+    hasher.finalize().into()
 }
 
 fn content_hash(of: &FederatedType, snapshot: &Snapshot) -> String {

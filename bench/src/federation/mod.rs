@@ -51,9 +51,9 @@ pub(crate) struct FederationArgs {
     /// Members of `steady`.
     #[arg(long, default_value_t = 10)]
     steady_members: usize,
-    /// Seconds for which `steady` looks on. The controller looks at everything again every ten minutes or so: with fewer
-    /// than 700 it may not, and the table says whether it has.
-    #[arg(long, default_value_t = 700)]
+    /// Seconds for which `steady` looks on. The controller looks at everything again every hour or so: fewer than 4,000
+    /// leave that out, and the table says so, and what it takes.
+    #[arg(long, default_value_t = 600)]
     seconds: u64,
     /// Changes that `isolation` times, with and without the members that are in trouble.
     #[arg(long, default_value_t = 1000)]
@@ -158,6 +158,7 @@ const ROWS: &[Row] = &[
         1,
         Some(30.0),
     ),
+    row("cold_cpu", "steady: after a cold restart: CPU of the hub process until then", "s", 1, None),
     row("cold_change", "steady: after a cold restart a change is in every member after", "s", 1, None),
     row("cold_writes", "steady: hub writes by the cold restart, that change left out", "", 0, None),
     row("cold_memory", "steady: the hub's memory after the cold restart", "MiB", 0, None),

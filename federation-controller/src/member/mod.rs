@@ -100,7 +100,7 @@ impl Member {
             path,
             candidate: Mutex::default(),
             health: Mutex::new(health),
-            store: Mutex::new(Store::default()),
+            store: Mutex::new(Store::new(Arc::clone(&shared.texts))),
             jobs: WorkQueue::new(),
             bucket: Mutex::new(Bucket::new(options.member_rate, options.member_burst, Instant::now())),
             rooms: Rooms::default(),

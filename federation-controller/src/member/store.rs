@@ -15,6 +15,7 @@ use super::Job;
 use crate::follow::{Change, lighten};
 use crate::hub::{ObjectKey, is_older};
 use crate::pace::{FightGuard, fight_message, retry_delay};
+use crate::texts::Texts;
 
 /// Most objects of one kind that a member may have the hub keep: a hub with ten thousand federated objects over ten
 /// cells in one cluster needs as many.
@@ -36,8 +37,10 @@ pub(crate) struct TargetKey {
 }
 
 /// Everything about one member's objects.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Store {
+    /// Texts that the members' objects have in common.
+    texts: Arc<Texts>,
     kinds: Vec<Kind>,
     jobs: HashMap<TargetKey, Job>,
     /// What waits for each federated object.
@@ -73,10 +76,11 @@ pub(super) enum Listing {
     Failing(String),
 }
 
-/// An object of a member as it is kept: as text, which takes a tenth of what the parsed object does.
+/// An object of a member as it is kept: as text, which takes a tenth of what the parsed object does, and without what
+/// differs from member to member, so that most members share one text.
 #[derive(Debug)]
 struct Known {
-    text: Box<str>,
+    text: Arc<str>,
     uid: Option<Box<str>>,
     version: Option<String>,
     /// Its source mark.
@@ -112,6 +116,19 @@ struct Failure {
 // === impl Store ===
 
 impl Store {
+    pub(super) fn new(texts: Arc<Texts>) -> Self {
+        Self {
+            texts,
+            kinds: Vec::new(),
+            jobs: HashMap::new(),
+            jobs_of: HashMap::new(),
+            in_flight: HashMap::new(),
+            failures: HashMap::new(),
+            fights: HashMap::new(),
+            forgot: None,
+        }
+    }
+
     /// The slot's objects; slots come into being as types are enabled.
     fn kind(&mut self, kind: usize) -> &mut Kind {
         if kind >= self.kinds.len() {
@@ -162,7 +179,7 @@ impl Store {
             .iter()
             .filter_map(|name| {
                 let known = kind.get(&home, name)?;
-                let value = Arc::new(serde_json::from_str(&known.text).ok()?);
+                let value = Arc::new(known.object()?);
                 Some((name.to_string(), LiveObject { value, baseline: known.baseline.clone() }))
             })
             .collect();
@@ -367,7 +384,7 @@ impl Store {
         &mut self,
         target: &TargetKey,
         action: &Action,
-        answer: Option<Value>,
+        answer: Option<DynamicObject>,
         now: Instant,
     ) {
         let (began, gone) =
@@ -377,8 +394,10 @@ impl Store {
         let before = of.get(&target.namespace, &target.name);
         match (action, answer) {
             (Action::Apply { desired, hash, cause, .. }, Some(answer)) => {
+                // Made of maps with texts as keys, an object always becomes a value.
+                let given = serde_json::to_value(&answer).unwrap_or_default();
                 // Against what it began from: the watch may have brought our own write already.
-                let Seen { known: mut answered, .. } = Seen::from_value(&answer);
+                let Seen { known: mut answered, .. } = Seen::new(answer, &self.texts);
                 let version = answered.version.clone();
                 if *cause == Cause::Heal && began != version {
                     self.fights.entry(target.clone()).or_default().healed(now);
@@ -387,7 +406,7 @@ impl Store {
                 if gone.is_some_and(|gone| !is_older(&gone, &version)) {
                     return;
                 }
-                let baseline = Some(Arc::new(federation_core::drift::baseline(&answer, desired, hash)));
+                let baseline = Some(Arc::new(federation_core::drift::baseline(&given, desired, hash)));
                 // Should the watch have been faster with something newer, that stays, and is compared with the answer.
                 if before.is_some_and(|before| answered.is_older_than(before)) {
                     of.set_baseline(&target.namespace, &target.name, baseline);
@@ -397,7 +416,7 @@ impl Store {
                 }
             }
             (_, Some(answer)) => {
-                let Seen { known, .. } = Seen::from_value(&answer);
+                let Seen { known, .. } = Seen::new(answer, &self.texts);
                 if before.is_some_and(|before| !known.is_older_than(before)) {
                     of.insert(Arc::clone(&target.namespace), Arc::clone(&target.name), known);
                 }
@@ -442,34 +461,23 @@ impl Store {
 // === impl Seen ===
 
 impl Seen {
-    /// From an object as a client reads it, the bookkeeping of field managers left out.
-    pub(super) fn new(mut object: DynamicObject) -> Self {
+    /// From an object as a client reads it.
+    pub(super) fn new(mut object: DynamicObject, texts: &Texts) -> Self {
         lighten(&mut object);
-        let meta = &object.metadata;
+        // The items of a list have none.
+        object.types = None;
+        let meta = &mut object.metadata;
+        // Nothing is decided by the time at which a member made it.
+        meta.creation_timestamp = None;
+        let (uid, version) = (meta.uid.take(), meta.resource_version.take());
         let mark = meta.annotations.as_ref().and_then(|all| all.get(SOURCE_ANNOTATION));
-        let known = Known {
-            uid: meta.uid.as_deref().map(Into::into),
-            version: meta.resource_version.clone(),
-            mark: mark.map(|mark| mark.as_str().into()),
-            // Made of maps with texts as keys, an object always serialises.
-            text: serde_json::to_string(&object).unwrap_or_default().into(),
-            baseline: None,
-        };
-        let text = |text: &Option<String>| text.as_deref().unwrap_or_default().into();
-        Self { namespace: text(&meta.namespace), name: text(&meta.name), known }
-    }
-
-    fn from_value(value: &Value) -> Self {
-        let meta = &value["metadata"];
-        let known = Known {
-            uid: meta["uid"].as_str().map(Into::into),
-            version: meta["resourceVersion"].as_str().map(str::to_owned),
-            mark: meta["annotations"][SOURCE_ANNOTATION].as_str().map(Into::into),
-            text: value.to_string().into(),
-            baseline: None,
-        };
-        let text = |field: &str| meta[field].as_str().unwrap_or_default().into();
-        Self { namespace: text("namespace"), name: text("name"), known }
+        let mark = mark.map(|mark| texts.share(mark));
+        let text = |text: &Option<String>| texts.share(text.as_deref().unwrap_or_default());
+        let (namespace, name) = (text(&meta.namespace), text(&meta.name));
+        // Made of maps with texts as keys, an object always serialises.
+        let text = texts.share(&serde_json::to_string(&object).unwrap_or_default());
+        let known = Known { uid: uid.map(Into::into), version, mark, text, baseline: None };
+        Self { namespace, name, known }
     }
 
     /// Bytes that it takes.
@@ -481,6 +489,19 @@ impl Seen {
 // === impl Known ===
 
 impl Known {
+    /// The object again.
+    fn object(&self) -> Option<Value> {
+        let mut object: Value = serde_json::from_str(&self.text).ok()?;
+        let meta = object.get_mut("metadata")?.as_object_mut()?;
+        if let Some(uid) = &self.uid {
+            meta.insert("uid".to_owned(), Value::String(uid.to_string()));
+        }
+        if let Some(version) = &self.version {
+            meta.insert("resourceVersion".to_owned(), Value::String(version.clone()));
+        }
+        Some(object)
+    }
+
     /// Whether both are one state of one object.
     fn is_same_as(&self, other: &Self) -> bool {
         self.uid == other.uid && self.version.is_some() && self.version == other.version
@@ -501,7 +522,9 @@ impl Kind {
     fn insert(&mut self, namespace: Arc<str>, name: Arc<str>, known: Known) {
         self.bytes += known.text.len();
         if let Some(mark) = known.mark.clone() {
-            let names = self.sources.entry((Arc::clone(&namespace), mark)).or_default();
+            // Mostly one: room for more would weigh as much as all the rest of the entry.
+            let names =
+                self.sources.entry((Arc::clone(&namespace), mark)).or_insert_with(|| Vec::with_capacity(1));
             if !names.contains(&name) {
                 names.push(Arc::clone(&name));
             }
@@ -578,13 +601,22 @@ mod tests {
 
     use super::*;
 
-    fn seen(name: &str, uid: &str, version: u64) -> Seen {
-        Seen::from_value(&live(name, uid, version))
+    fn store() -> Store {
+        Store::new(Arc::new(Texts::new()))
     }
 
-    fn live(name: &str, uid: &str, version: u64) -> Value {
-        json!({"metadata": {"name": name, "namespace": "shop", "uid": uid, "resourceVersion": version.to_string(),
-            "annotations": {"cellway.io/source": "federateddeployments/web"}}})
+    fn seen(name: &str, uid: &str, version: u64) -> Seen {
+        Seen::new(live(name, uid, version), &Texts::new())
+    }
+
+    fn live(name: &str, uid: &str, version: u64) -> DynamicObject {
+        object(json!({"metadata": {"name": name, "namespace": "shop", "uid": uid,
+            "resourceVersion": version.to_string(), "creationTimestamp": "2026-11-22T00:00:00Z",
+            "annotations": {"cellway.io/source": "federateddeployments/web"}}}))
+    }
+
+    fn object(value: Value) -> DynamicObject {
+        serde_json::from_value(value).expect("an object")
     }
 
     fn key() -> ObjectKey {
@@ -624,14 +656,12 @@ mod tests {
 
     #[test]
     fn a_view_shows_what_concerns_the_object() {
-        let mut store = Store::default();
+        let mut store = store();
         assert_eq!(view(&mut store).state, MemberState::Syncing);
         let mut other = live("other", "2", 2);
-        other["metadata"]["annotations"] = json!({});
-        store.change(
-            0,
-            Change::Replace(vec![seen("web-a", "1", 1), Seen::from_value(&other), seen("renamed", "3", 3)]),
-        );
+        other.metadata.annotations = None;
+        let other = Seen::new(other, &Texts::new());
+        store.change(0, Change::Replace(vec![seen("web-a", "1", 1), other, seen("renamed", "3", 3)]));
         let seen = view(&mut store);
         assert_eq!(seen.state, MemberState::Synced);
         assert_eq!(Vec::from_iter(seen.objects.keys()), ["renamed", "web-a"]);
@@ -649,8 +679,36 @@ mod tests {
     }
 
     #[test]
+    fn members_share_the_text_of_what_is_the_same_in_them() {
+        let texts = Arc::new(Texts::new());
+        let both = [("1", 7), ("2", 9)].map(|(uid, version)| {
+            let mut store = Store::new(Arc::clone(&texts));
+            let mut listed = live("web-a", uid, version);
+            listed.data = json!({"spec": {"replicas": 3}});
+            let mut answered = listed.clone();
+            // An answer names its type, an item of a list does not.
+            answered.types =
+                serde_json::from_value(json!({"apiVersion": "apps/v1", "kind": "Deployment"})).ok();
+            if uid == "1" {
+                store.change(0, Change::Replace(vec![Seen::new(listed, &texts)]));
+            } else {
+                store.kind(0);
+                let target = TargetKey { kind: 0, namespace: "shop".into(), name: "web-a".into() };
+                store.succeeded(&target, &apply("one", Cause::Create), Some(answered), Instant::now());
+            }
+            let value = Arc::clone(&view(&mut store).objects["web-a"].value);
+            assert_eq!(value["metadata"]["uid"], uid);
+            assert_eq!(value["metadata"]["resourceVersion"], version.to_string());
+            assert_eq!(value["spec"]["replicas"], 3);
+            store
+        });
+        let [one, other] = both.each_ref().map(|store| store.kinds[0].get("shop", "web-a").expect("known"));
+        assert!(Arc::ptr_eq(&one.text, &other.text), "{} {}", one.text, other.text);
+    }
+
+    #[test]
     fn changes_name_whom_they_concern() {
-        let mut store = Store::default();
+        let mut store = store();
         store.change(0, Change::Replace(vec![seen("web-a", "1", 5)]));
         assert_eq!(store.change(0, Change::Apply(seen("web-a", "1", 6))).len(), 1);
         assert!(store.change(0, Change::Apply(seen("web-a", "1", 4))).is_empty(), "older");
@@ -661,7 +719,7 @@ mod tests {
 
     #[test]
     fn the_latest_write_replaces_one_that_has_not_begun() {
-        let mut store = Store::default();
+        let mut store = store();
         let now = Instant::now();
         let target = store.submit(job("one"), now).expect("taken");
         store.submit(job("two"), now).expect("taken");
@@ -677,7 +735,7 @@ mod tests {
 
     #[test]
     fn a_failed_write_waits_and_another_does_not() {
-        let mut store = Store::default();
+        let mut store = store();
         let now = Instant::now();
         let target = store.submit(job("one"), now).expect("taken");
         store.begin(&target).expect("begun");
@@ -703,7 +761,7 @@ mod tests {
 
     #[test]
     fn a_faster_watch_wins_over_an_answer() {
-        let mut store = Store::default();
+        let mut store = store();
         let now = Instant::now();
         store.change(0, Change::Replace(vec![seen("web-a", "1", 5)]));
         let target = store.submit(job("one"), now).expect("taken");
@@ -716,7 +774,7 @@ mod tests {
     #[test]
     fn what_is_gone_before_the_answer_is_not_remembered() {
         for (gone_at, remembered) in [(6, true), (7, false), (9, false)] {
-            let mut store = Store::default();
+            let mut store = store();
             let now = Instant::now();
             store.change(0, Change::Replace(vec![seen("web-a", "1", 5)]));
             let target = store.submit(job("one"), now).expect("taken");
@@ -729,7 +787,7 @@ mod tests {
 
     #[test]
     fn objects_are_counted_and_weighed() {
-        let mut store = Store::default();
+        let mut store = store();
         store.change(0, Change::Replace(vec![seen("a", "1", 1), seen("b", "2", 2)]));
         store.change(0, Change::Apply(seen("a", "1", 3)));
         let weight = |names: &[&str]| names.iter().map(|name| seen(name, "1", 1).weight()).sum::<usize>();
@@ -738,14 +796,14 @@ mod tests {
         assert_eq!((store.kinds[0].count, store.kinds[0].bytes), (1, weight(&["a"])));
         assert!(!store.is_full(0));
         let mut large = live("a", "1", 5);
-        large["data"] = "x".repeat(MAX_BYTES).into();
-        store.change(0, Change::Apply(Seen::from_value(&large)));
+        large.data = json!({"data": "x".repeat(MAX_BYTES)});
+        store.change(0, Change::Apply(Seen::new(large, &Texts::new())));
         assert!(store.is_full(0));
     }
 
     #[test]
     fn fights_are_noticed() {
-        let mut store = Store::default();
+        let mut store = store();
         let now = Instant::now();
         for round in 0..6u64 {
             store.change(0, Change::Apply(seen("web-a", "1", 10 + 2 * round)));
@@ -761,7 +819,7 @@ mod tests {
 
     #[test]
     fn what_is_remembered_is_gone_through_now_and_then() {
-        let mut store = Store::default();
+        let mut store = store();
         let now = Instant::now();
         let target = store.submit(job("one"), now).expect("taken");
         store.begin(&target).expect("begun");
@@ -779,7 +837,7 @@ mod tests {
 
     #[test]
     fn whoever_has_something_here_is_known() {
-        let mut store = Store::default();
+        let mut store = store();
         view(&mut store);
         let now = Instant::now();
         let holds = |store: &Store| store.holds(&key(), "shop", "federateddeployments/web");
@@ -797,7 +855,7 @@ mod tests {
 
     #[test]
     fn a_deletion_takes_only_the_object_that_was_meant() {
-        let mut store = Store::default();
+        let mut store = store();
         let target = TargetKey { kind: 0, namespace: "shop".into(), name: "web-a".into() };
         store.change(0, Change::Replace(vec![seen("web-a", "2", 5)]));
         store.succeeded(&target, &delete("1"), None, Instant::now());

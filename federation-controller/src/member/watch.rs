@@ -69,7 +69,7 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
             let watching = follow_as(
                 api,
                 config,
-                Seen::new,
+                |object| Seen::new(object, &shared.texts),
                 admit,
                 |change| take(member, shared, kind, of, change),
                 |trouble| {
@@ -231,7 +231,7 @@ mod tests {
             let mut object = DynamicObject::new(&name, &of.target.resource()).within("shop");
             let mark = (SOURCE_ANNOTATION.to_owned(), source(&of.plural, &name));
             object.metadata.annotations = Some([mark].into());
-            Seen::new(object)
+            Seen::new(object, &shared.texts)
         };
         let listed = |prefix: &str| {
             let all = (0..MARKS).map(|number| seen(format!("{prefix}-{number}")));

@@ -107,7 +107,7 @@ async fn perform(
     shared: &Shared,
     target: &TargetKey,
     job: &Job,
-) -> Result<Option<Value>, WriteError> {
+) -> Result<Option<DynamicObject>, WriteError> {
     let Some(of) = shared.types.get(target.kind) else {
         return Err(WriteError::Lost("the type is federated no more".into()));
     };
@@ -153,14 +153,14 @@ async fn perform(
                     PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
                 answer = answered(api.patch(name, &params, &Patch::Merge(patch)).await)?;
             }
-            Ok(Some(plain(answer)?))
+            Ok(Some(answer))
         }
         Action::Delete { uid, options } => {
             match api.delete(name, &delete_params(uid.clone(), options)).await {
                 Ok(answer) => match answer.left() {
                     // With finalizers it stays for a while; a server also gives back what it has just removed.
                     Some(_) => match optional(api.get_opt(name).await)? {
-                        Some(found) if found.metadata.uid == *uid => Ok(Some(plain(found)?)),
+                        Some(found) if found.metadata.uid == *uid => Ok(Some(found)),
                         _ => Ok(None),
                     },
                     None => Ok(None),
