@@ -12,6 +12,7 @@ use crate::{
     federate::{DescribeArgs, DiffArgs, FederateCommand, LogsArgs, PreviewArgs, RevisionsArgs, RollbackArgs},
     kubeconfig::HubArgs,
     output::OutputArgs,
+    tombstones::TombstonesCommand,
 };
 
 /// Joins Kubernetes clusters that nobody can dial into to one hub, and places applications in them by cell.
@@ -59,6 +60,9 @@ pub(crate) enum Command {
     /// Give up a cell or a cluster, so that its replicas go elsewhere, and take it back.
     #[command(subcommand)]
     Failover(FailoverCommand),
+    /// Deletions that wait for a member after their federated object is gone.
+    #[command(subcommand)]
+    Tombstones(TombstonesCommand),
     /// List the live tunnels.
     Tunnels(FilteredListArgs),
     /// List the live proxied connections.

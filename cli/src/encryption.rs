@@ -83,5 +83,5 @@ async fn rewrite(args: ListArgs) -> Result<()> {
         ));
     }
     let text = format!("{} objects rewritten under the current key; {}", done.rewritten, upkeep::room(&done));
-    upkeep::print(&args, TRIED, &done, &text)
+    upkeep::print(&args, &done, &text)
 }

@@ -2,6 +2,8 @@
 
 use std::{fmt, process::ExitCode};
 
+use crate::output::{visible, visible_lines};
+
 /// How a command ended, as scripts see it. 0 is success; clap itself ends with 2 on a wrong command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -98,9 +100,10 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Further lines of what happened are the other side's advice.
-        write!(f, "cannot {}: {}", self.tried, self.happened.trim_end().replace('\n', "\n  "))?;
+        let happened = visible_lines(self.happened.trim_end()).replace('\n', "\n  ");
+        write!(f, "cannot {}: {happened}", visible(&self.tried))?;
         match &self.remedy {
-            Some(remedy) => write!(f, "\n  {remedy}"),
+            Some(remedy) => write!(f, "\n  {}", visible_lines(remedy)),
             None => Ok(()),
         }
     }
@@ -153,5 +156,11 @@ mod tests {
     fn says_what_was_tried_what_happened_and_what_to_do() {
         let error = Error::unreachable("list the tunnels", "connection refused").remedy("start the hub");
         assert_eq!(error.to_string(), "cannot list the tunnels: connection refused\n  start the hub");
+        let error =
+            Error::failed("read one\x1b[2J", "it says \x1b]0;x\x07\nand \u{9b}1A").remedy("look\rat it");
+        assert_eq!(
+            error.to_string(),
+            "cannot read one^[[2J: it says ^[]0;x^G\n  and \\u{9b}1A\n  look\\rat it"
+        );
     }
 }

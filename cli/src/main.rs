@@ -17,6 +17,7 @@ mod run_hub;
 mod run_member;
 mod store;
 mod texts;
+mod tombstones;
 mod up;
 mod upkeep;
 
@@ -79,6 +80,7 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Rollback(args) => federate::rollback(args).await,
         Command::Preview(args) => federate::preview(args).await,
         Command::Failover(command) => failover::run(command).await,
+        Command::Tombstones(command) => tombstones::run(command).await,
         Command::Tunnels(args) => lists::tunnels(args).await,
         Command::Connections(args) => lists::connections(args).await,
         Command::Ping(args) => lists::ping(args).await,

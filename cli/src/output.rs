@@ -1,5 +1,11 @@
 //! Printing: tables for people, JSON and YAML for programs, colours only where somebody sees them.
+//!
+//! What objects, events, members and agents say of themselves is printed so that it can be read and does nothing to the
+//! terminal (kubectl's CVE-2021-25743): [`Cell::new`] and [`Paint::on`] see to it, as do errors and [`json`] and [`yaml`]; a
+//! text that is put together otherwise goes through [`visible`] or [`visible_lines`]. Only lines of containers' logs are passed
+//! on as they are, as kubectl does: whoever reads them wants their colours, too.
 
+use std::borrow::Cow;
 use std::io::{self, IsTerminal as _, Write};
 
 use clap::ValueEnum;
@@ -44,18 +50,55 @@ pub(crate) fn colours(is_terminal: bool) -> bool {
     is_terminal && !refused && !dumb
 }
 
+/// Whether a terminal does something at this character instead of showing it: C0 and C1 controls, DEL, separators of lines,
+/// and what turns the direction of the text around it (UAX #9, explicit formatting characters and marks).
+fn acts(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// `text` on one line, with everything shown that would act on the terminal: `^[` for an escape, as kubectl shows it, `\n` for
+/// the end of a line, `\u{202e}` for what has no shorter name. What is visible stays as it is.
+pub(crate) fn visible(text: &str) -> Cow<'_, str> {
+    shown(text, false)
+}
+
+/// The same for a text of several lines.
+pub(crate) fn visible_lines(text: &str) -> Cow<'_, str> {
+    shown(text, true)
+}
+
+fn shown(text: &str, lines: bool) -> Cow<'_, str> {
+    let acts = |c: char| acts(c) && !(lines && c == '\n');
+    if !text.contains(acts) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        match c {
+            c if !acts(c) => shown.push(c),
+            '\n' | '\r' | '\t' => shown.extend(c.escape_default()),
+            // Caret notation: the letter that makes it together with the control key.
+            '\0'..='\x1f' | '\x7f' => shown.extend(['^', char::from(c as u8 ^ 0x40)]),
+            c => shown.extend(c.escape_unicode()),
+        }
+    }
+    Cow::Owned(shown)
+}
+
 impl Paint {
-    /// `text` in this colour if `colours` are wanted.
+    /// `text` in this colour if `colours` are wanted; on one line, as [`visible`] shows it.
     pub(crate) fn on(self, text: &str, colours: bool) -> String {
+        let text = visible(text);
         let code = match self {
-            Self::Plain => return text.to_owned(),
+            Self::Plain => return text.into_owned(),
             Self::Good => "32",
             Self::Warn => "33",
             Self::Bad => "31",
             Self::Faint => "2",
             Self::Bold => "1",
         };
-        if colours { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+        if colours { format!("\x1b[{code}m{text}\x1b[0m") } else { text.into_owned() }
     }
 }
 
@@ -68,7 +111,7 @@ pub(crate) struct Cell {
 
 impl Cell {
     pub(crate) fn new(text: impl ToString) -> Self {
-        Self { text: text.to_string(), paint: Paint::Plain }
+        Self { text: visible(&text.to_string()).into_owned(), paint: Paint::Plain }
     }
 
     pub(crate) fn paint(mut self, paint: Paint) -> Self {
@@ -157,15 +200,9 @@ impl Table {
 
 /// Prints `value` in the format that was asked for; `table` makes its table.
 pub(crate) fn print<T: Serialize>(format: Format, value: &T, table: impl FnOnce(&T) -> Table) -> Result<()> {
-    let tried = "print the result";
     let text = match format {
-        Format::Json => {
-            let mut text =
-                serde_json::to_string_pretty(value).map_err(|error| Error::failed(tried, error))?;
-            text.push('\n');
-            text
-        }
-        Format::Yaml => serde_yaml_ng::to_string(value).map_err(|error| Error::failed(tried, error))?,
+        Format::Json => json(value)?,
+        Format::Yaml => yaml(value)?,
         Format::Table | Format::Wide => {
             table(value).render(format == Format::Wide, colours(io::stdout().is_terminal()))
         }
@@ -173,13 +210,34 @@ pub(crate) fn print<T: Serialize>(format: Format, value: &T, table: impl FnOnce(
     text_out(&text)
 }
 
-/// Writes to the standard output. A reader that has gone away (`| head`) is not an error.
+/// `value` as JSON, with what the encoder leaves as it is (DEL, C1, bidi) escaped as well: it is inside strings only, where an
+/// escape means the same.
+pub(crate) fn json<T: Serialize>(value: &T) -> Result<String> {
+    let encoded = serde_json::to_string_pretty(value).map_err(|error| Error::failed(TRIED, error))?;
+    let mut text = String::with_capacity(encoded.len() + 1);
+    for c in encoded.chars() {
+        // Between strings the encoder puts ends of lines; all others are below U+10000, so that one escape says them.
+        if acts(c) && c != '\n' { text.push_str(&format!("\\u{:04x}", u32::from(c))) } else { text.push(c) }
+    }
+    text.push('\n');
+    Ok(text)
+}
+
+/// `value` as YAML. Where the encoder would leave something as it is that acts on a terminal (it does with bidi controls), it is
+/// in its JSON form, which is YAML as well.
+pub(crate) fn yaml<T: Serialize>(value: &T) -> Result<String> {
+    let text = serde_yaml_ng::to_string(value).map_err(|error| Error::failed(TRIED, error))?;
+    if text.contains(|c| acts(c) && c != '\n') { json(value) } else { Ok(text) }
+}
+
+/// What printing is called in errors.
+const TRIED: &str = "print the result";
+
+/// Writes to the standard output, as it is. A reader that has gone away (`| head`) is not an error.
 pub(crate) fn text_out(text: &str) -> Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Error::failed("print the result", error))
-        }
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Error::failed(TRIED, error)),
         _ => Ok(()),
     }
 }
@@ -275,6 +333,40 @@ mod tests {
         assert_eq!(table.render(true, false).lines().next(), Some("NAME        RTT      ID"));
         assert!(table.render(false, true).contains("\x1b[2m-\x1b[0m"));
         assert_eq!(Table::new("nothing").columns(&["A"]).render(false, true), "nothing\n");
+    }
+
+    /// What a member may put into an event: a title for the window, an erased line, a C1 sequence, a text turned round.
+    const HOSTILE: &str = "\x1b]0;owned\x07 a\rb\n\u{9b}2K\x7f\u{202e}txt\u{2066}é\t.";
+
+    #[test]
+    fn nothing_that_others_say_acts_on_the_terminal() {
+        let shown = r"^[]0;owned^G a\rb\n\u{9b}2K^?\u{202e}txt\u{2066}é\t.";
+        assert_eq!(visible(HOSTILE), shown);
+        assert_eq!(visible(shown), shown, "shown once is shown");
+        assert_eq!(visible_lines("one\ntwo\x1b"), "one\ntwo^[");
+        assert!(matches!(visible("as it is: Größe 3 → 4 \\n"), Cow::Borrowed(_)));
+
+        let mut table = Table::new("nothing").columns(&["A", "B"]);
+        table.row(vec![Cell::new(HOSTILE), Cell::option(Some(HOSTILE)).paint(Paint::Bad)]);
+        let plain = table.render(true, false);
+        assert_eq!(plain, format!("A{}B\n{shown}   {shown}\n", " ".repeat(shown.chars().count() + 2)));
+        let coloured = table.render(true, true);
+        assert_eq!(coloured.replace("\x1b[31m", "").replace("\x1b[1m", "").replace("\x1b[0m", ""), plain);
+        assert_eq!(Paint::Good.on(HOSTILE, true), format!("\x1b[32m{shown}\x1b[0m"));
+    }
+
+    #[test]
+    fn what_is_printed_for_programs_says_the_same_and_acts_on_nothing() {
+        let value = serde_json::json!({"message": HOSTILE, "plain": "a\nb", "last": "\u{202d}only this"});
+        let quiet = |text: &str| !text.contains(|c| acts(c) && c != '\n');
+        let text = json(&value).unwrap();
+        assert!(quiet(&text), "{text:?}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), value);
+        for part in ["message", "plain", "last"] {
+            let text = yaml(&value[part]).unwrap();
+            assert!(quiet(&text), "{text:?}");
+            assert_eq!(serde_yaml_ng::from_str::<serde_json::Value>(&text).unwrap(), value[part]);
+        }
     }
 
     #[test]

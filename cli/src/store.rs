@@ -15,7 +15,7 @@ use crate::{
     args::{CheckArgs, StoreArgs, StoreCommand},
     error::{Error, Result, chain},
     kubeconfig::default_data_dir,
-    output::{Format, text_out},
+    output::{self, Format, text_out},
 };
 
 pub(crate) async fn run(command: StoreCommand) -> Result<()> {
@@ -59,12 +59,8 @@ async fn check(args: &CheckArgs) -> Result<()> {
                 "store": store, "revision": revision.0, "compactedRevision": compacted.0, "keys": keys,
                 "rows": rows, "faults": faults,
             });
-            let text = if args.output.output == Format::Json {
-                serde_json::to_string_pretty(&value).map_err(|error| Error::failed(&tried, error))? + "\n"
-            } else {
-                serde_yaml_ng::to_string(&value).map_err(|error| Error::failed(&tried, error))?
-            };
-            text_out(&text)?;
+            let json = args.output.output == Format::Json;
+            text_out(&if json { output::json(&value)? } else { output::yaml(&value)? })?;
         }
         _ => text_out(&format!(
             "{keys} keys in {rows} rows at revision {revision}, history from revision {compacted}\n"

@@ -8,7 +8,7 @@ use crate::{
     args::ListArgs,
     error::{Error, Result},
     hub::{Hub, explain},
-    output::{Format, text_out},
+    output::{self, Format, text_out},
 };
 
 /// How often the hub is asked how far it is.
@@ -37,7 +37,7 @@ pub(crate) async fn compact(args: ListArgs) -> Result<()> {
     const TRIED: &str = "give up the history of the store";
     let hub = Hub::open(&args.hub).await?;
     let done = follow(&hub, "/upkeep/compact", TRIED).await?;
-    print(&args, TRIED, &done, &room(&done))
+    print(&args, &done, &room(&done))
 }
 
 /// Has the hub begin, tells on stderr how far it is, and returns when it has ended. It goes on when this does not.
@@ -49,7 +49,7 @@ pub(crate) async fn follow(hub: &Hub, path: &str, tried: &str) -> Result<Progres
     while progress.step != "finished" {
         let text = describe(&progress);
         if text != told {
-            eprintln!("{text}");
+            eprintln!("{}", output::visible(&text));
             told = text;
         }
         tokio::time::sleep(POLL).await;
@@ -73,16 +73,10 @@ pub(crate) async fn follow(hub: &Hub, path: &str, tried: &str) -> Result<Progres
 }
 
 /// The result for programs, or a text for people.
-pub(crate) fn print(args: &ListArgs, tried: &str, done: &Progress, text: &str) -> Result<()> {
+pub(crate) fn print(args: &ListArgs, done: &Progress, text: &str) -> Result<()> {
     match args.output.output {
-        Format::Json => {
-            let json = serde_json::to_string_pretty(done).map_err(|error| Error::failed(tried, error))?;
-            text_out(&(json + "\n"))
-        }
-        Format::Yaml => {
-            let yaml = serde_yaml_ng::to_string(done).map_err(|error| Error::failed(tried, error))?;
-            text_out(&yaml)
-        }
+        Format::Json => text_out(&output::json(done)?),
+        Format::Yaml => text_out(&output::yaml(done)?),
         Format::Table | Format::Wide => text_out(&format!("{text}\n")),
     }
 }

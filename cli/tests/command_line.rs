@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-use std::process::{Command, Output};
+use std::{
+    collections::BTreeMap,
+    process::{Command, Output},
+};
 
 fn cellway(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_cellway"))
@@ -150,6 +153,68 @@ async fn a_hubs_data_is_backed_up_checked_and_restored() {
     std::fs::write(copy, "no database at all").unwrap();
     let damaged = cellway(&["hub", "check", "--store", copy]);
     assert_eq!(code(&damaged), 1, "{}", stderr(&damaged));
+}
+
+/// The command lines in a document: what follows `cellway` after a prompt or a backtick.
+fn commands(text: &str) -> Vec<Vec<&str>> {
+    let lines = text.lines().flat_map(|line| {
+        let starts = line.match_indices("cellway ").filter(|(at, _)| {
+            let before = &line[..*at];
+            before.ends_with('`') || before.trim_start() == "$ "
+        });
+        starts.map(|(at, name)| {
+            let rest = &line[at + name.len()..];
+            &rest[..rest.find(['`', '#', '|', '>', ';', '\\']).unwrap_or(rest.len())]
+        })
+    });
+    lines
+        .map(|rest| rest.split_whitespace().map(|word| word.trim_end_matches([',', '.', ':'])).collect())
+        .collect()
+}
+
+/// Every command that the documents name is there, with the flags that they give it.
+#[test]
+fn the_documents_name_what_there_is() {
+    let mut helps: BTreeMap<Vec<&str>, String> = BTreeMap::new();
+    let texts: Vec<_> =
+        ["README", "docs/guide", "docs/operations", "docs/security", "docs/protocol", "docs/performance"]
+            .map(|page| {
+                let path = format!("{}/../{page}.md", env!("CARGO_MANIFEST_DIR"));
+                (page, std::fs::read_to_string(path).unwrap())
+            })
+            .into();
+    let mut flags = 0;
+    for (page, text) in &texts {
+        for command in commands(text) {
+            let mut path = Vec::new();
+            for word in &command {
+                let text = helps.entry(path.clone()).or_insert_with(|| help_of(&path));
+                let listed = text
+                    .lines()
+                    .any(|line| line.split_whitespace().next() == Some(*word) && line.starts_with("  "));
+                if word.starts_with('-') || !listed {
+                    break;
+                }
+                path.push(*word);
+            }
+            assert!(!path.is_empty() || command.is_empty(), "{page}: `cellway {}`", command.join(" "));
+            let text = helps.entry(path.clone()).or_insert_with(|| help_of(&path));
+            for word in command.iter().filter(|word| word.starts_with("--") && word.len() > 2) {
+                let flag = word.split('=').next().unwrap();
+                let there =
+                    text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-')).any(|word| word == flag);
+                assert!(there, "{page}: `cellway {}` has no {flag}", command.join(" "));
+                flags += 1;
+            }
+        }
+    }
+    assert!(flags > 20, "only {flags} flags were found: are the documents where they were?");
+}
+
+fn help_of(path: &[&str]) -> String {
+    let output = cellway(&path.iter().copied().chain(["--help"]).collect::<Vec<_>>());
+    assert_eq!(code(&output), 0, "{path:?}: {}", stderr(&output));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// A hub of this program, for as long as the value lives.

@@ -227,8 +227,11 @@ async fn the_commands_about_federated_objects_do_what_they_say() -> Result<()> {
 
     revisions_and_masks(&fleet).await?;
     looking_into_members(&fleet).await?;
+    relabelling_a_held_cell(&fleet).await?;
     giving_a_cell_up(&fleet).await?;
     another_type(&fleet).await?;
+    what_members_say_is_only_shown(&fleet).await?;
+    deletions_that_wait(&fleet).await?;
     a_large_object(&fleet).await
 }
 
@@ -325,6 +328,101 @@ async fn looking_into_members(fleet: &Fleet) -> Result<()> {
     Ok(())
 }
 
+/// `preview` of a cell that was relabelled while the mask held it, and what lifting the mask then does.
+async fn relabelling_a_held_cell(fleet: &Fleet) -> Result<()> {
+    let cell = "/apis/topology.cellway.io/v1alpha1/cells/west-b";
+    let overrides = json!([{"unitSelector": {"matchLabels": {"tier": "gold"}},
+        "patches": [{"op": "replace", "path": "/spec/replicas", "value": 3}]}]);
+    create(&fleet.hub, DEPLOYMENTS, &{
+        let mut object = deployment("tiers", &["west-a", "west-b"], template("1"));
+        object["spec"]["overrides"] = overrides;
+        object
+    })
+    .await?;
+    fleet.until_at_rest("tiers").await?;
+    let path = format!("{DEPLOYMENTS}/tiers");
+    merge(&fleet.hub, &path, &json!({"spec": {"placementMask": {"units": []}}})).await?;
+    fleet.until_at_rest("tiers").await?;
+    merge(&fleet.hub, cell, &json!({"metadata": {"labels": {"tier": "gold"}}})).await?;
+
+    let with = |more: &[&'static str]| -> Vec<&'static str> {
+        ["preview", "deployment/tiers", "-n", "shop"].into_iter().chain(more.iter().copied()).collect()
+    };
+    let moves = fleet.items(&with(&[])).await?;
+    ensure!(actions(&moves) == [("west-a", "stay"), ("west-b", "stay")], "{moves:?}");
+    let moves = fleet.items(&with(&["--no-mask"])).await?;
+    ensure!(actions(&moves) == [("west-a", "stay"), ("west-b", "move")], "{moves:?}");
+    ensure!(moves[1]["from"] == moves[1]["to"], "the revision is the same: {moves:?}");
+    let shown = fleet.cellway(&with(&["--no-mask", "--diff"])).await?;
+    ensure!(shown.contains("-   replicas: 2") && shown.contains("+   replicas: 3"), "{shown}");
+    let replicas = async || -> Result<Value> {
+        let live = get(&fleet.west, "/apis/apps/v1/namespaces/shop/deployments/tiers-west-b").await?;
+        Ok(live["spec"]["replicas"].clone())
+    };
+    ensure!(replicas().await? == 2, "it is held");
+    merge(&fleet.hub, &path, &json!({"spec": {"placementMask": null}})).await?;
+    fleet
+        .until("what was said to happen", async || {
+            let found = replicas().await?;
+            ensure!(found == 3, "{found}");
+            Ok(())
+        })
+        .await?;
+    merge(&fleet.hub, cell, &json!({"metadata": {"labels": {"tier": null}}})).await?;
+    ask(&fleet.hub, Method::DELETE, &path, "application/json", &Value::Null).await?;
+    fleet
+        .until("it to be gone", async || {
+            ensure!(get(&fleet.hub, &path).await.is_err(), "it is there");
+            Ok(())
+        })
+        .await
+}
+
+/// An Event of a member with sequences for the terminal, in `describe`.
+async fn what_members_say_is_only_shown(fleet: &Fleet) -> Result<()> {
+    let live = get(&fleet.east, "/apis/apps/v1/namespaces/shop/deployments/web-east-a").await?;
+    let event = json!({"apiVersion": "v1", "kind": "Event", "metadata": {"name": "hostile", "namespace": "shop"},
+        "involvedObject": {"apiVersion": "apps/v1", "kind": "Deployment", "namespace": "shop",
+            "name": "web-east-a", "uid": live["metadata"]["uid"]},
+        "type": "Warning", "reason": "Odd", "message": "\u{1b}]0;owned\u{7} \u{1b}[2K\r\u{202e}all is well",
+        "lastTimestamp": "2026-01-01T00:00:00Z", "source": {"component": "nobody"}});
+    create(&fleet.east, "/api/v1/namespaces/shop/events", &event).await?;
+    let shown = fleet.cellway(&["describe", "deployment/web", "-n", "shop"]).await?;
+    ensure!(shown.contains(r"Warning Odd: ^[]0;owned^G ^[[2K\r\u{202e}all is well"), "{shown:?}");
+    ensure!(!shown.contains(['\u{1b}', '\r', '\u{7}', '\u{202e}']), "{shown:?}");
+    Ok(())
+}
+
+/// `tombstones`.
+async fn deletions_that_wait(fleet: &Fleet) -> Result<()> {
+    // A member that never came.
+    fleet.cellway(&["cluster", "add", "south"]).await?;
+    let stone = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "Tombstone",
+        "metadata": {"name": "5707e", "namespace": HOME},
+        "spec": {"cluster": "south", "namespace": "shop", "name": "settings", "source": "federatedconfigmaps/settings",
+            "target": {"version": "v1", "kind": "ConfigMap", "pluralName": "configmaps"}}});
+    let stones = format!("/apis/policy.cellway.io/v1alpha1/namespaces/{HOME}/tombstones");
+    create(&fleet.hub, &stones, &stone).await?;
+    let listed = fleet.items(&["tombstones", "list", "south"]).await?;
+    ensure!(listed.len() == 1 && listed[0]["object"] == "settings", "{listed:?}");
+    ensure!(listed[0]["waitsFor"].as_str().is_some_and(|says| says.starts_with("the member")), "{listed:?}");
+    ensure!(fleet.items(&["tombstones", "list", "west"]).await?.is_empty(), "it is south's");
+    let shown = fleet.cellway(&["tombstones", "list"]).await?;
+    ensure!(shown.contains("ConfigMap shop/settings") && shown.contains("the member"), "{shown}");
+    let (code, said) = fleet.fails(&["tombstones", "forget", "5707e"]).await?;
+    ensure!(
+        code == 2 && said.contains("--yes") && said.contains("ConfigMap shop/settings in south"),
+        "{said}"
+    );
+    let (code, _) = fleet.fails(&["tombstones", "forget", "none", "--yes"]).await?;
+    ensure!(code == 3, "{code}");
+    ensure!(fleet.items(&["tombstones", "list"]).await?.len() == 1, "it was not to be forgotten yet");
+    let said = fleet.cellway(&["tombstones", "forget", "5707", "--yes"]).await?;
+    ensure!(said.contains("stays"), "{said}");
+    ensure!(fleet.items(&["tombstones", "list"]).await?.is_empty(), "it is there");
+    Ok(())
+}
+
 /// `failover`.
 async fn giving_a_cell_up(fleet: &Fleet) -> Result<()> {
     let phase = async || -> Result<Option<String>> {
@@ -417,6 +515,23 @@ async fn another_type(fleet: &Fleet) -> Result<()> {
         .await?;
     merge(&fleet.east, &one, &json!({"spec": {"size": 9}})).await?;
     ensure!(get(&fleet.east, &one).await?["spec"]["size"] == 9, "it is put right");
+
+    // Federated again, and then with its definition and all federated objects gone: the member keeps its own.
+    fleet.cellway(&["federate", "enable", "widgets.example.com", "--from", "east"]).await?;
+    fleet
+        .until("it to be put right again", async || {
+            let found = get(&fleet.east, &one).await?;
+            ensure!(found["spec"]["size"] == 3, "{found}");
+            Ok(())
+        })
+        .await?;
+    let said = fleet.cellway(&["federate", "disable", "widgets.example.com", "--delete-crd"]).await?;
+    ensure!(said.ends_with("stays\n"), "{said}");
+    let definition =
+        "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/federatedwidgets.types.kubefed.io";
+    ensure!(get(&fleet.hub, definition).await.is_err(), "the definition is there");
+    let found = get(&fleet.east, &one).await?;
+    ensure!(found["metadata"]["deletionTimestamp"].is_null() && found["spec"]["size"] == 3, "{found}");
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use super::object::{Found, ObjectArgs};
 use crate::error::{Error, Result};
 use crate::hub::explain;
-use crate::output::{Paint, age, colours, text_out};
+use crate::output::{Paint, age, colours, text_out, visible};
 
 /// Events shown of one object.
 const MAX_EVENTS: usize = 5;
@@ -67,6 +67,11 @@ impl Tree {
         self.text.push_str(&paint.on(text, self.colours));
         self.text.push('\n');
     }
+
+    /// What happened and what to do about it, a line each.
+    fn error(&mut self, depth: usize, error: &Error) {
+        error.to_string().lines().for_each(|line| self.line(depth, line.trim_start(), Paint::Bad));
+    }
 }
 
 pub(crate) async fn describe(args: DescribeArgs) -> Result<()> {
@@ -118,8 +123,7 @@ pub(crate) async fn describe(args: DescribeArgs) -> Result<()> {
                         describe_pods(&mut tree, &client, &namespace, &live).await;
                     }
                     Err(error) => {
-                        let error = Error::of_kube(format!("read {object}"), &error);
-                        tree.line(2, &error.to_string(), Paint::Bad);
+                        tree.error(2, &Error::of_kube(format!("read {object}"), &error));
                     }
                 }
             }
@@ -160,7 +164,7 @@ async fn describe_pods(tree: &mut Tree, client: &Client, namespace: &str, live: 
     let pods = match pods.list(&ListParams::default().labels(&selector).limit(MAX_PODS)).await {
         Ok(pods) => pods,
         Err(error) => {
-            return tree.line(3, &Error::of_kube("list its pods", &error).to_string(), Paint::Bad);
+            return tree.error(3, &Error::of_kube("list its pods", &error));
         }
     };
     for pod in pods {
@@ -260,7 +264,8 @@ pub(crate) async fn logs(args: LogsArgs) -> Result<()> {
                 tail_lines: args.tail,
                 ..LogParams::default()
             };
-            let (sender, prefix) = (sender.clone(), format!("[{} {pod}]", unit.name));
+            // What the container wrote goes on as it is, as kubectl passes it on; who it is, a member says.
+            let (sender, prefix) = (sender.clone(), format!("[{} {}]", visible(&unit.name), visible(&pod)));
             reading.spawn(async move {
                 let stream =
                     api.log_stream(&pod, &params).await.map_err(|error| format!("{prefix} {error}"))?;
@@ -309,6 +314,13 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_tree_shows_what_members_say_and_does_nothing_of_it() {
+        let mut tree = Tree { text: String::new(), colours: false };
+        tree.line(2, "3s ago Warning Bad: \x1b[2K\r\n└─ Ready=True", Paint::Faint);
+        assert_eq!(tree.text, "      └─ 3s ago Warning Bad: ^[[2K\\r\\n└─ Ready=True\n");
+    }
 
     #[test]
     fn selectors_of_workloads() {

@@ -2,15 +2,15 @@
 
 mod inspect;
 mod object;
+mod preview;
 mod revisions;
 mod types;
 
 use clap::Subcommand;
 
 pub(crate) use self::inspect::{DescribeArgs, LogsArgs, describe, logs};
-pub(crate) use self::revisions::{
-    DiffArgs, PreviewArgs, RevisionsArgs, RollbackArgs, diff, preview, revisions, rollback,
-};
+pub(crate) use self::preview::{PreviewArgs, preview};
+pub(crate) use self::revisions::{DiffArgs, RevisionsArgs, RollbackArgs, diff, revisions, rollback};
 pub(crate) use self::types::{disable, enable, list};
 use crate::args::ListArgs;
 use crate::kubeconfig::HubArgs;

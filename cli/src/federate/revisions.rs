@@ -1,13 +1,9 @@
-//! `revisions`, `diff`, `rollback` and `preview`: what an object was, what changed, going back, and what a mask would do.
+//! `revisions`, `diff` and `rollback`: what an object was, what changed, and going back.
 
-use std::collections::{BTreeMap, BTreeSet};
-
-use federation_core::api::{FederatedObject, FederatedRevision, PlacementMask, PropagationConfig, Snapshot};
+use federation_core::api::{FederatedObject, FederatedRevision, PropagationConfig, Snapshot};
 use federation_core::metadata::PropagationRules;
 use federation_core::names::POLICY_ANNOTATION;
 use federation_core::policy::{is_companion, native_name};
-use federation_core::render::render;
-use federation_core::topology::Unit;
 use federation_core::types::FederatedType;
 use kube::api::{ListParams, PostParams};
 use kube::{Api, ResourceExt as _};
@@ -15,9 +11,10 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::object::{Found, ObjectArgs, pick};
+use super::preview::{moves, print_moves};
 use crate::error::{Error, Result};
 use crate::hub::{Items, explain};
-use crate::output::{self, Cell, Format, OutputArgs, Paint, Table, age, text_out};
+use crate::output::{self, Cell, OutputArgs, Paint, Table, age, text_out, visible_lines};
 
 /// Lines of each side that are compared; of longer texts the rest is shown as replaced.
 const MAX_COMPARED: usize = 4000;
@@ -56,23 +53,6 @@ pub(crate) struct RollbackArgs {
     pub(crate) dry_run: bool,
 }
 
-#[derive(Debug, clap::Args)]
-pub(crate) struct PreviewArgs {
-    #[command(flatten)]
-    pub(crate) object: ObjectArgs,
-    /// The mask to try: names of units, separated by commas; empty: no unit may move [default: the object's own].
-    #[arg(long, value_delimiter = ',', value_name = "UNITS", conflicts_with = "no_mask", num_args = 0..)]
-    pub(crate) mask: Option<Vec<String>>,
-    /// Try without a mask.
-    #[arg(long)]
-    pub(crate) no_mask: bool,
-    /// Also print what would change in each unit's object.
-    #[arg(long)]
-    pub(crate) diff: bool,
-    #[command(flatten)]
-    pub(crate) output: OutputArgs,
-}
-
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Row {
@@ -81,20 +61,6 @@ struct Row {
     current: bool,
     units: Vec<String>,
     created_at: Option<String>,
-}
-
-/// What would become of one unit.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Move {
-    unit: String,
-    cluster: String,
-    /// `move`, `start`, `stay`, `remove` or `unknown`.
-    action: &'static str,
-    from: Option<String>,
-    to: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    diff: Option<String>,
 }
 
 pub(crate) async fn revisions(args: RevisionsArgs) -> Result<()> {
@@ -149,7 +115,7 @@ pub(crate) async fn diff(args: DiffArgs) -> Result<()> {
         to.name_any(),
         to.spec.number
     );
-    text_out(&format!("{head}{}", unified(&old, &new)))
+    text_out(&visible_lines(&format!("{head}{}", unified(&old, &new))))
 }
 
 pub(crate) async fn rollback(args: RollbackArgs) -> Result<()> {
@@ -178,12 +144,12 @@ pub(crate) async fn rollback(args: RollbackArgs) -> Result<()> {
         Some(_) => " where the mask lets it",
         None => "",
     };
-    text_out(&format!(
+    text_out(&visible_lines(&format!(
         "{} goes back to revision {} ({}){mask}\n",
         args.object.object,
         to.spec.number,
         to.name_any()
-    ))
+    )))
 }
 
 /// A companion is what its object and its policy say: whatever is written into it goes again.
@@ -200,153 +166,11 @@ fn refuse_companion(of: &FederatedType, object: &FederatedObject, called: &str, 
     Err(Error::failed(tried, happened).remedy(remedy))
 }
 
-pub(crate) async fn preview(args: PreviewArgs) -> Result<()> {
-    let found = Found::open(&args.object).await?;
-    let revisions = found.revisions().await?;
-    let now = current(&found, &revisions)?.name_any();
-    let mask = match (&args.mask, args.no_mask) {
-        (_, true) => None,
-        (Some(units), _) => {
-            Some(PlacementMask { units: units.iter().filter(|unit| !unit.is_empty()).cloned().collect() })
-        }
-        (None, false) => found.object.spec.placement_mask.clone(),
-    };
-    let moves = moves(&found, &revisions, &now, mask.as_ref(), args.diff).await?;
-    match args.output.output {
-        Format::Table | Format::Wide => print_moves(&moves),
-        format => output::print(format, &Items { items: moves }, |_| Table::default()),
-    }
-}
-
-/// What each unit would do if `target` were the newest revision under `mask`.
-async fn moves(
+/// The revision that the mask lets through.
+pub(super) fn current<'a>(
     found: &Found,
-    revisions: &[FederatedRevision],
-    target: &str,
-    mask: Option<&PlacementMask>,
-    with_diff: bool,
-) -> Result<Vec<Move>> {
-    let tried = "preview the move";
-    let topology = found.topology().await?;
-    let spec = &found.object.spec;
-    let mut placed =
-        topology.resolve(spec.topology_type, &spec.placement).map_err(|error| Error::failed(tried, error))?;
-    let namespace = found.namespace_placement(&topology).await?;
-    placed.units.retain(|_, unit| namespace.admits(&unit.cluster, spec.namespace_rule));
-    let preference = found.preference().await?;
-    let anywhere = preference.is_some_and(|of| !of.spec.intersect_with_cluster_selector);
-    if anywhere {
-        // The placement does not count, and only the members' rooms tell where it goes: as it was divided last.
-        let divided = revisions.last().map(|newest| &newest.spec.snapshot.replicas);
-        let units = divided.into_iter().flat_map(BTreeMap::keys);
-        placed.units =
-            units.filter_map(|name| Some((name.clone(), topology.unit(spec.topology_type, name)?))).collect();
-        placed.unknown.clear();
-    }
-    let placement = (!anywhere).then_some(&spec.placement);
-    let status = found.object.status.clone().unwrap_or_default();
-    let snapshots: BTreeMap<String, &Snapshot> =
-        revisions.iter().map(|revision| (revision.name_any(), &revision.spec.snapshot)).collect();
-    let mut moves = Vec::new();
-    let has = |name: &String| status.units.iter().any(|record| &record.name == name);
-    let named = mask.iter().flat_map(|mask| &mask.units).chain(&placed.unknown);
-    let named = named.filter(|name| placed.units.contains_key(*name) || !has(name));
-    let names: BTreeSet<&String> = placed.units.keys().chain(named).collect();
-    for name in names {
-        let Some(unit) = placed.units.get(name) else {
-            moves.push(Move {
-                unit: name.clone(),
-                cluster: String::new(),
-                action: "unknown",
-                from: None,
-                to: None,
-                diff: None,
-            });
-            continue;
-        };
-        let record = status.units.iter().find(|old| &old.name == name && old.cluster == unit.cluster);
-        let from = record.and_then(|record| record.pending_revision.clone().or(record.revision.clone()));
-        let allowed = mask.is_none_or(|mask| mask.units.contains(name));
-        let (action, to) = match (&from, allowed) {
-            (None, true) => ("start", Some(target.to_owned())),
-            (Some(from), true) if from != target => ("move", Some(target.to_owned())),
-            _ => ("stay", from.clone()),
-        };
-        let diff = (with_diff && matches!(action, "move" | "start"))
-            .then(|| object_diff(found, unit, &snapshots, from.as_deref(), target))
-            .transpose()?;
-        moves.push(Move { unit: name.clone(), cluster: unit.cluster.clone(), action, from, to, diff });
-    }
-    for record in &status.units {
-        if !placed.units.contains_key(&record.name) {
-            // What is not there or not to be changed any more, and what stands in, has its own end.
-            let stays = record.stand_in
-                || placed.unknown.contains(&record.name)
-                || topology.is_closed(spec.topology_type, &record.name, placement);
-            moves.push(Move {
-                unit: record.name.clone(),
-                cluster: record.cluster.clone(),
-                action: if stays { "stay" } else { "remove" },
-                from: record.revision.clone(),
-                to: record.revision.clone().filter(|_| stays),
-                diff: None,
-            });
-        }
-    }
-    Ok(moves)
-}
-
-fn object_diff(
-    found: &Found,
-    unit: &Unit,
-    snapshots: &BTreeMap<String, &Snapshot>,
-    from: Option<&str>,
-    to: &str,
-) -> Result<String> {
-    let object = |revision: Option<&str>| -> Result<String> {
-        let Some(snapshot) = revision.and_then(|revision| snapshots.get(revision)) else {
-            return Ok(String::new());
-        };
-        let rendered = render(&found.of, &found.namespace, &found.name, snapshot, unit)
-            .map_err(|error| Error::failed(format!("render {} for {}", found.name, unit.name), error))?;
-        let mut value = rendered.at("");
-        // What changes with every revision says nothing.
-        if let Value::Object(annotations) = &mut value["metadata"]["annotations"] {
-            annotations.retain(|key, _| !key.starts_with("cellway.io/"));
-        }
-        yaml(&value)
-    };
-    Ok(unified(&object(from)?, &object(Some(to))?))
-}
-
-fn print_moves(moves: &[Move]) -> Result<()> {
-    let mut table =
-        Table::new("the placement comes to no unit").columns(&["UNIT", "CLUSTER", "WOULD", "FROM", "TO"]);
-    for one in moves {
-        let paint = match one.action {
-            "stay" => Paint::Faint,
-            "remove" | "unknown" => Paint::Bad,
-            _ => Paint::Good,
-        };
-        table.row(vec![
-            Cell::new(&one.unit),
-            Cell::option((!one.cluster.is_empty()).then_some(&one.cluster)),
-            Cell::new(if one.action == "unknown" { "not be found" } else { one.action }).paint(paint),
-            Cell::option(one.from.as_ref()),
-            Cell::option(one.to.as_ref()),
-        ]);
-    }
-    let colours = output::colours(std::io::IsTerminal::is_terminal(&std::io::stdout()));
-    let mut text = table.render(false, colours);
-    for one in moves {
-        if let Some(diff) = &one.diff {
-            text.push_str(&format!("\n{} in {}:\n{diff}", one.unit, one.cluster));
-        }
-    }
-    text_out(&text)
-}
-
-fn current<'a>(found: &Found, revisions: &'a [FederatedRevision]) -> Result<&'a FederatedRevision> {
+    revisions: &'a [FederatedRevision],
+) -> Result<&'a FederatedRevision> {
     let name = found.object.status.as_ref().and_then(|status| status.current_revision.clone());
     let named = revisions.iter().find(|revision| Some(revision.name_any()) == name);
     named.or_else(|| revisions.last()).ok_or_else(|| {
@@ -409,12 +233,12 @@ fn snapshot_value(snapshot: &Snapshot) -> Result<Value> {
     serde_json::to_value(snapshot).map_err(|error| Error::failed("print the revision", error))
 }
 
-fn yaml(value: &Value) -> Result<String> {
+pub(super) fn yaml(value: &Value) -> Result<String> {
     serde_yaml_ng::to_string(value).map_err(|error| Error::failed("print as YAML", error))
 }
 
 /// The differing lines of two texts with a little around them, as `diff -u` shows them without its line numbers.
-fn unified(old: &str, new: &str) -> String {
+pub(super) fn unified(old: &str, new: &str) -> String {
     let (old, new): (Vec<&str>, Vec<&str>) = (old.lines().collect(), new.lines().collect());
     let lines = compare(&old, &new);
     let near = |index: usize| {

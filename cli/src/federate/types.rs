@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use federation_core::api::{FederatedTypeConfig, Mode};
-use federation_core::names::FEDERATION_NAMESPACE;
+use federation_core::api::{ControllerState, FederatedTypeConfig, Mode};
+use federation_core::names::{FEDERATION_NAMESPACE, FINALIZER};
 use federation_core::types::{FederatedType, WORKLOAD_ANNOTATION, known};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::discovery::{Discovery, Scope};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
@@ -15,12 +15,15 @@ use super::{DisableArgs, EnableArgs};
 use crate::args::ListArgs;
 use crate::error::{Error, Result};
 use crate::hub::{Hub, Items, Kind, explain};
-use crate::output::{self, Cell, Format, Paint, Table, text_out};
+use crate::output::{self, Cell, Format, Paint, Table, text_out, visible_lines};
 
-/// Longest wait for the controller to take a type up.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Longest wait for the controller to take a type up or to let go of it: it may be busy with other types' definitions, or be taken
+/// over by another hub.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// How often it is looked at meanwhile.
 const LOOK: Duration = Duration::from_millis(200);
+/// Times that the objects are gone through while some of them change meanwhile.
+const ROUNDS: usize = 10;
 
 pub(crate) async fn list(args: ListArgs) -> Result<()> {
     let hub = Hub::open(&args.hub).await?;
@@ -104,7 +107,8 @@ pub(crate) async fn enable(args: EnableArgs) -> Result<()> {
                 .remedy("see `cellway federate types -o wide` and the hub's log"));
         }
     }
-    text_out(&format!("{} is federated: {} {} can be made now\n", name, of.crd_name(), of.kind))
+    let text = format!("{} is federated: {} {} can be made now\n", name, of.crd_name(), of.kind);
+    text_out(&visible_lines(&text))
 }
 
 pub(crate) async fn disable(args: DisableArgs) -> Result<()> {
@@ -114,8 +118,7 @@ pub(crate) async fn disable(args: DisableArgs) -> Result<()> {
     let wanted = args.name.to_lowercase();
     let all = api.list(&ListParams::default()).await.map_err(explain(&tried))?;
     let config = all
-        .items
-        .into_iter()
+        .iter()
         .find(|config| {
             let target = &config.spec.target_type;
             [config.name_any(), target.plural_name.clone(), target.kind.to_lowercase()].contains(&wanted)
@@ -125,40 +128,135 @@ pub(crate) async fn disable(args: DisableArgs) -> Result<()> {
                 .remedy("`cellway federate types` lists them")
         })?;
     let name = config.name_any();
+    let of = if args.delete_crd {
+        let of = FederatedType::from_config(config).map_err(|error| Error::failed(&tried, error))?;
+        refuse_shared(&all.items, config, &of, &tried)?;
+        Some(of)
+    } else {
+        None
+    };
     let patch = json!({"spec": {"propagation": Mode::Disabled}});
-    api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.map_err(explain(&tried))?;
-    if args.delete_crd {
-        let of = FederatedType::from_config(&config).map_err(|error| Error::failed(&tried, error))?;
-        release_all(&hub, &of, &tried).await?;
-        let crds: Api<CustomResourceDefinition> = Api::all(hub.client().clone());
-        match crds.delete(&of.crd_name(), &DeleteParams::default()).await {
+    let disabled =
+        api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.map_err(explain(&tried))?;
+    let mut end = "";
+    if let Some(of) = of {
+        until_let_go(&api, &disabled, &tried).await?;
+        if !delete_crd(hub.client(), &of, &tried).await? {
+            end = "; the definition of the federated kind goes when what else holds its objects (finalizers) lets go of them";
+        }
+    }
+    text_out(&visible_lines(&format!("{name} is not federated any more; what lies in members stays{end}\n")))
+}
+
+/// A definition that another configuration federates by is not this one's to delete.
+fn refuse_shared(
+    all: &[FederatedTypeConfig],
+    config: &FederatedTypeConfig,
+    of: &FederatedType,
+    tried: &str,
+) -> Result<()> {
+    let sharing = all.iter().filter(|other| other.name_any() != config.name_any()).find(|other| {
+        other.spec.propagation == Mode::Enabled
+            && FederatedType::from_config(other).is_ok_and(|other| other.crd_name() == of.crd_name())
+    });
+    let Some(other) = sharing else { return Ok(()) };
+    let happened = format!("{} federates by {} as well", other.name_any(), of.crd_name());
+    Err(Error::failed(tried, happened).remedy("disable that one first, or leave --delete-crd out"))
+}
+
+/// Waits until the controller says that it follows the type no more, as the configuration says it now. Until then it would put
+/// back what is taken off an object, and carry the object's deletion out in all members.
+async fn until_let_go(
+    api: &Api<FederatedTypeConfig>,
+    disabled: &FederatedTypeConfig,
+    tried: &str,
+) -> Result<()> {
+    let name = disabled.name_any();
+    let waiting = async {
+        loop {
+            let found = api.get(&name).await.map_err(explain(tried))?;
+            if found.spec.propagation != Mode::Disabled {
+                return Err(Error::failed(tried, "somebody enabled it again meanwhile")
+                    .remedy("nothing was deleted; agree who decides, then run this again"));
+            }
+            let let_go = found.status.as_ref().is_some_and(|status| {
+                status.observed_generation >= disabled.metadata.generation.unwrap_or_default()
+                    && status.propagation_controller == ControllerState::NotRunning
+            });
+            if let_go {
+                return Ok(());
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, waiting).await.unwrap_or_else(|_| {
+        Err(Error::failed(tried, "the federation controller has not let go of the type in time").remedy(
+            "it is disabled, and nothing was deleted; see that a hub leads (its log, cellway_federation_leading), \
+             and run this again when `cellway federate types` says `disabled`",
+        ))
+    })
+}
+
+/// Deletes the federated kind's definition with all its objects, and whatever they made stays. Nobody follows them any more.
+/// Returns whether it is gone.
+async fn delete_crd(client: &Client, of: &FederatedType, tried: &str) -> Result<bool> {
+    let mut rounds = 0;
+    while release_all(client, of, tried).await? {
+        rounds += 1;
+        if rounds == ROUNDS {
+            return Err(Error::failed(tried, "its objects keep changing").remedy(
+                "the type is disabled, and nothing was deleted; run this again when nobody writes to them",
+            ));
+        }
+    }
+    let crds: Api<CustomResourceDefinition> = Api::all(client.clone());
+    let name = of.crd_name();
+    match crds.delete(&name, &DeleteParams::default()).await {
+        Ok(_) => {}
+        Err(kube::Error::Api(status)) if status.code == 404 => return Ok(true),
+        Err(error) => return Err(Error::of_kube(tried, &error)),
+    }
+    let going = async {
+        // A look that had begun before may have put its finalizer on an object that was new then.
+        while crds.get_opt(&name).await.map_err(explain(tried))?.is_some() {
+            release_all(client, of, tried).await?;
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(true)
+    };
+    tokio::time::timeout(PATIENCE, going).await.unwrap_or(Ok(false))
+}
+
+/// Takes the controller's finalizer off: nobody carries a deletion out any more. Returns whether one may have it still.
+async fn release_all(client: &Client, of: &FederatedType, tried: &str) -> Result<bool> {
+    let all: Api<DynamicObject> = Api::all_with(client.clone(), &of.hub_resource());
+    let objects = match all.list(&ListParams::default()).await {
+        Ok(objects) => objects,
+        // It is served no more.
+        Err(kube::Error::Api(status)) if status.code == 404 => return Ok(false),
+        Err(error) => return Err(Error::of_kube(tried, &error)),
+    };
+    let mut again = false;
+    for object in objects {
+        let (held, others): (Vec<_>, Vec<_>) =
+            object.finalizers().iter().partition(|finalizer| *finalizer == FINALIZER);
+        if held.is_empty() {
+            continue;
+        }
+        let api: Api<DynamicObject> = match object.namespace() {
+            Some(namespace) => Api::namespaced_with(client.clone(), &namespace, &of.hub_resource()),
+            None => all.clone(),
+        };
+        let patch =
+            json!({"metadata": {"finalizers": others, "resourceVersion": object.metadata.resource_version}});
+        match api.patch(&object.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await {
             Ok(_) => {}
-            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            // It changed or went meanwhile.
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => again = true,
             Err(error) => return Err(Error::of_kube(tried, &error)),
         }
     }
-    text_out(&format!("{name} is not federated any more; what lies in members stays\n"))
-}
-
-/// Takes the controller's finalizer off: nobody carries a deletion out any more.
-async fn release_all(hub: &Hub, of: &FederatedType, tried: &str) -> Result<()> {
-    let all: Api<kube::api::DynamicObject> = Api::all_with(hub.client().clone(), &of.hub_resource());
-    for object in all.list(&ListParams::default()).await.map_err(explain(tried))? {
-        let api: Api<kube::api::DynamicObject> = match object.namespace() {
-            Some(namespace) => Api::namespaced_with(hub.client().clone(), &namespace, &of.hub_resource()),
-            None => all.clone(),
-        };
-        let finalizers: Vec<_> = object
-            .finalizers()
-            .iter()
-            .filter(|finalizer| *finalizer != federation_core::names::FINALIZER)
-            .collect();
-        let patch = json!({"metadata": {"finalizers": finalizers, "resourceVersion": object.metadata.resource_version}});
-        api.patch(&object.name_any(), &PatchParams::default(), &Patch::Merge(patch))
-            .await
-            .map_err(explain(tried))?;
-    }
-    Ok(())
+    Ok(again)
 }
 
 /// Asks members what the resource is.
@@ -222,4 +320,145 @@ fn ready(config: &FederatedTypeConfig) -> Option<(&str, &str, &str)> {
 
 fn configs(hub: &Hub) -> Api<FederatedTypeConfig> {
     Api::namespaced(hub.client().clone(), FEDERATION_NAMESPACE)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use http::{Method, Request, Response, StatusCode};
+    use kube::client::Body;
+    use serde_json::Value;
+
+    use super::*;
+
+    const CONFIG: &str = "/apis/core.kubefed.io/v1beta1/namespaces/kube-federation-system/federatedtypeconfigs/widgets.example.com";
+
+    /// What a hub holds, and what it was asked for.
+    struct World {
+        config: Value,
+        /// How often the configuration is asked for before its controller says that it has let go.
+        lets_go_after: Option<usize>,
+        object: Option<Value>,
+        defined: bool,
+        asked: Vec<String>,
+    }
+
+    impl World {
+        fn answer(&mut self, method: &Method, path: &str) -> (StatusCode, Value) {
+            self.asked.push(format!("{method} {path}"));
+            let of = FederatedType::of("example.com", "v1", "Widget", "widgets", true);
+            let crd = format!("/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{}", of.crd_name());
+            let missing = (
+                StatusCode::NOT_FOUND,
+                json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": 404,
+                    "reason": "NotFound", "message": "not found"}),
+            );
+            if path == CONFIG {
+                match &mut self.lets_go_after {
+                    Some(0) => {
+                        self.config["status"] =
+                            json!({"observedGeneration": 2, "propagationController": "NotRunning"});
+                    }
+                    Some(left) => *left -= 1,
+                    None => {}
+                }
+                return (StatusCode::OK, self.config.clone());
+            }
+            if path == crd {
+                if *method == Method::DELETE {
+                    self.defined = false;
+                    self.object = None;
+                    return (
+                        StatusCode::OK,
+                        json!({"kind": "Status", "apiVersion": "v1", "status": "Success"}),
+                    );
+                }
+                return if self.defined { (StatusCode::OK, json!({})) } else { missing };
+            }
+            let items: Vec<_> = self.object.iter().cloned().collect();
+            if *method == Method::PATCH {
+                let Some(object) = &mut self.object else { return missing };
+                object["metadata"]["finalizers"] = json!([]);
+                return (StatusCode::OK, object.clone());
+            }
+            let api = of.hub_resource().api_version;
+            (
+                StatusCode::OK,
+                json!({"apiVersion": api, "kind": "FederatedWidgetList", "metadata": {}, "items": items}),
+            )
+        }
+    }
+
+    fn world(lets_go_after: Option<usize>) -> (Arc<Mutex<World>>, Client) {
+        let of = FederatedType::of("example.com", "v1", "Widget", "widgets", true);
+        let mut config = serde_json::to_value(of.to_config()).unwrap();
+        config["metadata"]["generation"] = 2.into();
+        config["spec"]["propagation"] = "Disabled".into();
+        // What was said of the generation before.
+        config["status"] = json!({"observedGeneration": 1, "propagationController": "Running"});
+        let object = json!({"apiVersion": of.hub_resource().api_version, "kind": of.kind,
+            "metadata": {"name": "one", "namespace": "shop", "resourceVersion": "7", "finalizers": [FINALIZER]}});
+        let world = World { config, lets_go_after, object: Some(object), defined: true, asked: Vec::new() };
+        let world = Arc::new(Mutex::new(world));
+        let hub = Arc::clone(&world);
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let (status, body) = hub.lock().unwrap().answer(request.method(), request.uri().path());
+            std::future::ready(
+                Response::builder()
+                    .status(status)
+                    .body(Body::from(body.to_string().into_bytes()))
+                    .map_err(std::io::Error::other),
+            )
+        });
+        (world, Client::new(service, "default"))
+    }
+
+    async fn disable_in(client: &Client) -> Result<bool> {
+        let api: Api<FederatedTypeConfig> = Api::namespaced(client.clone(), FEDERATION_NAMESPACE);
+        let of = FederatedType::of("example.com", "v1", "Widget", "widgets", true);
+        let mut disabled = of.to_config();
+        disabled.metadata.generation = Some(2);
+        until_let_go(&api, &disabled, "stop federating widgets").await?;
+        delete_crd(client, &of, "stop federating widgets").await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_taken_off_or_deleted_before_the_controller_has_let_go() {
+        let (world, client) = world(Some(3));
+        assert!(disable_in(&client).await.unwrap());
+        let world = world.lock().unwrap();
+        let asked: Vec<_> = world.asked.iter().map(|asked| asked.split(' ').next().unwrap_or("")).collect();
+        assert!(world.asked[..4].iter().all(|asked| asked.ends_with(CONFIG)), "{:?}", world.asked);
+        assert_eq!(asked[4..], ["GET", "PATCH", "DELETE", "GET"], "{:?}", world.asked);
+        assert!(!world.defined);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_controller_that_does_not_let_go_keeps_everything() {
+        let (world, client) = world(None);
+        let said = disable_in(&client).await.unwrap_err().to_string();
+        assert!(said.contains("has not let go") && said.contains("nothing was deleted"), "{said}");
+        let (seen, defined) = {
+            let world = world.lock().unwrap();
+            (world.asked.clone(), world.defined)
+        };
+        assert!(defined && seen.iter().all(|asked| asked == &format!("GET {CONFIG}")), "{seen:?}");
+        // Nor when somebody wants it back.
+        world.lock().unwrap().config["spec"]["propagation"] = "Enabled".into();
+        let said = disable_in(&client).await.unwrap_err().to_string();
+        assert!(said.contains("enabled it again"), "{said}");
+    }
+
+    #[test]
+    fn a_definition_that_another_type_is_federated_by_stays() {
+        let of = FederatedType::of("example.com", "v1", "Widget", "widgets", true);
+        let one = of.to_config();
+        let mut two = one.clone();
+        two.metadata.name = Some("another".into());
+        let all = [one.clone(), two.clone()];
+        assert!(refuse_shared(&all, &one, &of, "try").unwrap_err().to_string().contains("another federates"));
+        two.spec.propagation = Mode::Disabled;
+        assert!(refuse_shared(&[one.clone(), two], &one, &of, "try").is_ok());
+    }
 }

@@ -5,7 +5,7 @@ use std::{
     time::Instant,
 };
 
-use crate::output::{Paint, colours, fit, terminal_width};
+use crate::output::{Paint, colours, fit, terminal_width, visible};
 
 /// Shows steps on the standard output.
 pub(super) struct Progress {
@@ -83,7 +83,8 @@ impl Drop for Step<'_> {
     fn drop(&mut self) {
         if !self.text.is_empty() {
             let text = std::mem::take(&mut self.text);
-            let note = if self.shown.is_empty() { String::new() } else { format!(" ({})", self.shown) };
+            let note =
+                if self.shown.is_empty() { String::new() } else { format!(" ({})", visible(&self.shown)) };
             self.end("✗", Paint::Bad, &format!("{text}{note}"));
         }
     }
