@@ -116,10 +116,11 @@ impl Compiled {
     }
 }
 
-/// Puts into a CRD's conditions how the deletion of its objects goes; `failed`: why it does not.
+/// Puts into a CRD's conditions how the deletion of its objects goes, if it `is_meant`; `failed`: why it does not.
 pub(crate) async fn tell_deletion(
     registry: &Registry,
     crd: &Target,
+    is_meant: impl Fn(&Value) -> bool + Send + Sync,
     failed: Option<&str>,
 ) -> Result<(), ApiError> {
     let (reason, message) = match failed {
@@ -128,6 +129,9 @@ pub(crate) async fn tell_deletion(
     };
     let now = value::timestamp();
     let tell = |object: &mut Value| {
+        if !is_meant(object) {
+            return false;
+        }
         let before = object.get("status").cloned();
         set_condition(object, "Terminating", "True", reason, message, &now);
         before.as_ref() != object.get("status")

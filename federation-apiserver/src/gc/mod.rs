@@ -2,6 +2,10 @@
 //!
 //! One task follows the whole store and keeps a graph of owners. It is level-triggered: the graph says what to look at,
 //! and what is done about it is decided from the store as it is then; it starts over from a list after an error.
+//!
+//! The graph may be behind, by as much as the database is slow and by what other replicas have done. So nothing is done to
+//! a name: an object that goes takes along what was there while it was ([`Going`]), never what has come into the next
+//! one of its name.
 
 mod agenda;
 mod graph;
@@ -152,6 +156,9 @@ async fn follow(registry: &Registry) -> Result<(), ApiError> {
         if let Some(event) = event {
             due.extend(absorb(&mut graph, &event)?);
         }
+        // All that is known by now, before anything is done: a namespace of which a thousand objects went is looked at
+        // once, and not at all when it has gone too.
+        due.extend(absorb_until(&mut watcher, &mut graph, objects.applied()).await?);
         if reread <= now {
             due.extend(read_hidden(registry, &mut graph).await?);
             reread = now + REREAD;
@@ -302,24 +309,100 @@ async fn settle(registry: &Registry, graph: &Graph, key: &[u8]) -> Result<Next, 
     if !node.deleting {
         return owners::collect(registry, graph, &target, node).await;
     }
+    let namespace = is_builtin(&target.resource, "", "namespaces");
+    // Custom resources may have any finalizer, and a definition's name.
+    let definition = node.has(CUSTOM_RESOURCES)
+        && is_builtin(&target.resource, "apiextensions.k8s.io", "customresourcedefinitions");
+    if !(namespace || definition || node.has(ORPHAN) || node.has(FOREGROUND)) {
+        return Ok(Next::Done);
+    }
+    let going = Going { target: &target, uid: &node.uid };
+    if !going.is_there(registry).await? {
+        // It has gone, and another one of its name is not meant. An event tells of both.
+        return Ok(Next::Done);
+    }
     if node.has(ORPHAN) {
-        return owners::orphan(registry, graph, node, &target).await;
+        return owners::orphan(registry, graph, node, &going).await;
     }
     if node.has(FOREGROUND) {
-        return owners::foreground(registry, graph, node, &target).await;
+        return owners::foreground(registry, graph, node, &going).await;
     }
-    if target.resource.plural == "namespaces" && target.resource.group.is_empty() {
-        return namespace::empty(registry, &target).await;
+    if namespace {
+        return namespace::empty(registry, &going).await;
     }
-    if node.has(CUSTOM_RESOURCES) {
-        return remove_custom_resources(registry, &target).await;
-    }
-    Ok(Next::Done)
+    remove_custom_resources(registry, &going).await
 }
 
-async fn remove_finalizer(registry: &Registry, target: &Target, finalizer: &str) -> Result<(), ApiError> {
+fn is_builtin(resource: &Resource, group: &str, plural: &str) -> bool {
+    resource.group == group && resource.plural == plural && !resource.is_custom()
+}
+
+/// An object that is being deleted: this one, not the next of its name.
+#[derive(Clone, Copy, Debug)]
+struct Going<'a> {
+    target: &'a Target,
+    uid: &'a str,
+}
+
+// === impl Going ===
+
+impl Going<'_> {
+    fn is(&self, object: &Value) -> bool {
+        str_at(object, &["metadata", "uid"]) == self.uid && meta::is_deleting(object)
+    }
+
+    /// Is it still there, on its way out? Asked of the store as it is now.
+    async fn is_there(&self, registry: &Registry) -> Result<bool, ApiError> {
+        let key = self.target.key();
+        let Some(entry) = registry.stored(&key).await? else { return Ok(false) };
+        if !entry.is_readable() {
+            return Err(ApiError::internal(format_args!("{key} cannot be decrypted")));
+        }
+        let found = Node::read(&entry.kv.value).map_err(ApiError::internal)?;
+        Ok(found.uid == self.uid && found.deleting)
+    }
+
+    /// Deletes what is not being deleted yet of a collection that goes with it; what is left after that. `None`: it has
+    /// gone itself.
+    async fn take_along(
+        &self,
+        registry: &Registry,
+        collection: &Target,
+    ) -> Result<Option<Vec<Value>>, ApiError> {
+        let found = registry.list_all(collection, &Filter::default()).await?;
+        if found.is_empty() {
+            return Ok(Some(found));
+        }
+        if !self.delete(registry, collection, found).await? {
+            return Ok(None);
+        }
+        registry.list_all(collection, &Filter::default()).await.map(Some)
+    }
+
+    /// Deletes what was found, if this was there all the while: then it was found in this one and not in the next of its
+    /// name. By uid, so that nothing is deleted but what was found.
+    async fn delete(
+        &self,
+        registry: &Registry,
+        collection: &Target,
+        mut found: Vec<Value>,
+    ) -> Result<bool, ApiError> {
+        if !self.is_there(registry).await? {
+            return Ok(false);
+        }
+        found.retain(|object| !meta::is_deleting(object));
+        registry.delete_all(collection, found, &DeleteOptions::default()).await?;
+        Ok(true)
+    }
+}
+
+/// Takes a finalizer from an object that is being deleted.
+async fn remove_finalizer(registry: &Registry, going: &Going<'_>, finalizer: &str) -> Result<(), ApiError> {
     registry
-        .modify(target, |object| {
+        .modify(going.target, |object| {
+            if !going.is(object) {
+                return false;
+            }
             let Some(Value::Array(list)) = object.get_mut("metadata").and_then(|m| m.get_mut("finalizers"))
             else {
                 return false;
@@ -336,29 +419,19 @@ async fn remove_finalizer(registry: &Registry, target: &Target, finalizer: &str)
         .map(drop)
 }
 
-/// Deletes what is not being deleted yet; what is left after that.
-async fn delete_content(registry: &Registry, collection: &Target) -> Result<Vec<Value>, ApiError> {
-    let mut objects = registry.list_all(collection, &Filter::default()).await?;
-    if objects.is_empty() {
-        return Ok(objects);
-    }
-    objects.retain(|object| !meta::is_deleting(object));
-    registry.delete_all(collection, objects, &DeleteOptions::default()).await?;
-    registry.list_all(collection, &Filter::default()).await
-}
-
 /// Deletes all custom resources of a CRD; when none is left, lets the CRD go.
-async fn remove_custom_resources(registry: &Registry, crd: &Target) -> Result<Next, ApiError> {
+async fn remove_custom_resources(registry: &Registry, crd: &Going<'_>) -> Result<Next, ApiError> {
     // Also of a CRD none of whose versions is served, or which this server does not serve yet.
-    if let Some(resource) = crd::stored(registry, crd).await? {
+    if let Some(resource) = crd::stored(registry, crd.target).await? {
         let collection = Target { resource, namespace: String::new(), name: String::new() };
-        let left = delete_content(registry, &collection).await;
+        let left = crd.take_along(registry, &collection).await;
         let told = match &left {
-            Ok(_) => None,
+            Ok(None) => return Ok(Next::Done),
+            Ok(Some(_)) => None,
             Err(error) => Some(format!("could not delete instances: {error}")),
         };
-        crd::tell_deletion(registry, crd, told.as_deref()).await?;
-        if !left?.is_empty() {
+        crd::tell_deletion(registry, crd.target, |object| crd.is(object), told.as_deref()).await?;
+        if left?.is_some_and(|left| !left.is_empty()) {
             return Ok(Next::Soon);
         }
     }
@@ -367,54 +440,4 @@ async fn remove_custom_resources(registry: &Registry, crd: &Target) -> Result<Ne
 }
 
 #[cfg(test)]
-mod tests {
-    use federation_store::{Store, StoreConfig};
-    use serde_json::json;
-    use tokio_util::sync::CancellationToken;
-
-    use super::*;
-    use crate::config::Role;
-    use crate::registry::write::WriteOptions;
-
-    #[tokio::test]
-    async fn nothing_is_judged_before_what_came_meanwhile_is_known() {
-        let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
-        let store = crate::encryption::store::StoreHandle::new(store, Arc::default());
-        let registry = Registry::new(store, Role::Hub, CancellationToken::new());
-        let mut graph = Graph::default();
-        let revision = load(&registry, &mut graph).await.expect("loaded");
-        let range = KeyRange::prefix("/registry/");
-        let mut watcher = registry.store.watch(range, revision).expect("a watch");
-        let namespace = registry.core("namespaces", "", "").expect("served");
-        let object = json!({"metadata": {"name": "late"}});
-        registry.create(&namespace, object, &WriteOptions::by("test")).await.expect("a namespace");
-        let newest = registry.store.sync().await.expect("a revision");
-        absorb_until(&mut watcher, &mut graph, newest).await.expect("absorbed");
-        assert!(graph.get(b"/registry/core/namespaces/late").is_some());
-        assert!(watcher.progress() >= newest);
-    }
-
-    #[tokio::test]
-    async fn old_events_are_swept() {
-        let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
-        let store = crate::encryption::store::StoreHandle::new(store, Arc::default());
-        let registry = Registry::new(store, Role::Hub, CancellationToken::new());
-        let options = WriteOptions::by("test");
-        let namespace = registry.core("namespaces", "", "").expect("served");
-        let object = json!({"metadata": {"name": "default"}});
-        registry.create(&namespace, object, &options).await.expect("a namespace");
-        let events = registry.core("events", "default", "").expect("served");
-        for (name, seen) in [("old", "2026-01-01T00:00:00Z"), ("new", "2026-01-01T02:00:00Z")] {
-            let event = json!({"metadata": {"name": name, "creationTimestamp": seen}, "lastTimestamp": seen,
-                "involvedObject": {"namespace": "default"}});
-            registry.create(&events, event, &options).await.expect("an event");
-        }
-        let count =
-            sweep_events(&registry, "2026-01-01T02:30:00Z".parse().expect("a time")).await.expect("swept");
-        // The creation is now, which is later than both: nothing is old yet.
-        assert_eq!(count, 0);
-        let later = jiff::Timestamp::now().checked_add(registry.event_ttl).expect("in range");
-        let later = later.checked_add(Duration::from_secs(2)).expect("in range");
-        assert_eq!(sweep_events(&registry, later).await.expect("swept"), 2);
-    }
-}
+mod tests;

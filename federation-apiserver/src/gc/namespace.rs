@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
+use super::Going;
 use super::agenda::Next;
-use super::delete_content;
 use crate::crd;
 use crate::registry::{Registry, Target};
 use crate::status::ApiError;
@@ -21,19 +21,20 @@ struct Remaining {
 }
 
 /// Deletes all that is in a namespace; when nothing is left, lets the namespace go.
-pub(super) async fn empty(registry: &Registry, namespace: &Target) -> Result<Next, ApiError> {
+pub(super) async fn empty(registry: &Registry, namespace: &Going<'_>) -> Result<Next, ApiError> {
     let mut remaining = Remaining::default();
     let resources = registry.catalog().stored().into_iter().chain(crd::unserved(registry).await?);
     for resource in resources.filter(|r| r.namespaced) {
         let name = format!("{}.{}", resource.plural, resource.group);
-        let collection = Target { resource, namespace: namespace.name.clone(), name: String::new() };
-        remaining.add(name, &delete_content(registry, &collection).await?);
+        let collection = Target { resource, namespace: namespace.target.name.clone(), name: String::new() };
+        let Some(left) = namespace.take_along(registry, &collection).await? else { return Ok(Next::Done) };
+        remaining.add(name, &left);
     }
     let empty = remaining.content.is_empty();
     let now = value::timestamp();
     registry
-        .modify(namespace, |object| {
-            if str_at(object, &["metadata", "deletionTimestamp"]).is_empty() {
+        .modify(namespace.target, |object| {
+            if !namespace.is(object) {
                 return false;
             }
             if empty {

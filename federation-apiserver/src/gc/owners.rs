@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::agenda::Next;
 use super::graph::{Graph, Node, Owner};
-use super::{FOREGROUND, ORPHAN, remove_finalizer, target_of};
+use super::{FOREGROUND, Going, ORPHAN, remove_finalizer, target_of};
 use crate::registry::delete::{DeleteOptions, Propagation};
 use crate::registry::resource::split_api_version;
 use crate::registry::{Registry, Target};
@@ -224,9 +224,9 @@ pub(super) async fn orphan(
     registry: &Registry,
     graph: &Graph,
     node: &Node,
-    target: &Target,
+    owner: &Going<'_>,
 ) -> Result<Next, ApiError> {
-    if may_hide_dependents(graph, target) {
+    if may_hide_dependents(graph, owner.target) {
         return Ok(Next::Later);
     }
     for key in graph.dependents(&node.uid) {
@@ -236,7 +236,7 @@ pub(super) async fn orphan(
         };
         drop_owners(registry, &dependent, &child.uid, std::slice::from_ref(&node.uid)).await?;
     }
-    remove_finalizer(registry, target, ORPHAN).await?;
+    remove_finalizer(registry, owner, ORPHAN).await?;
     Ok(Next::Done)
 }
 
@@ -245,7 +245,7 @@ pub(super) async fn foreground(
     registry: &Registry,
     graph: &Graph,
     node: &Node,
-    target: &Target,
+    owner: &Going<'_>,
 ) -> Result<Next, ApiError> {
     let (mut blocking, mut next, mut failed) = (false, Next::Done, None);
     for key in graph.dependents(&node.uid) {
@@ -269,11 +269,11 @@ pub(super) async fn foreground(
     if let Some(error) = failed {
         return Err(error);
     }
-    if may_hide_dependents(graph, target) {
+    if may_hide_dependents(graph, owner.target) {
         return Ok(next.or(Next::Later));
     }
     if !blocking {
-        remove_finalizer(registry, target, FOREGROUND).await?;
+        remove_finalizer(registry, owner, FOREGROUND).await?;
     }
     // The event of a dependent that goes, or that has lost its reference, brings us back here.
     Ok(next)
@@ -283,23 +283,10 @@ pub(super) async fn foreground(
 mod tests {
     use std::sync::Arc;
 
-    use federation_store::{Store, StoreConfig};
-    use tokio_util::sync::CancellationToken;
-
+    use super::super::tests::registry;
     use super::*;
     use crate::config::Role;
-    use crate::encryption::store::StoreHandle;
     use crate::registry::write::WriteOptions;
-
-    async fn registry() -> Registry {
-        let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
-        let registry =
-            Registry::new(StoreHandle::new(store, Arc::default()), Role::Hub, CancellationToken::new());
-        let namespace = registry.core("namespaces", "", "").expect("served");
-        let object = json!({"metadata": {"name": "default"}});
-        registry.create(&namespace, object, &WriteOptions::by("test")).await.expect("a namespace");
-        registry
-    }
 
     fn owner(kind: &str, object: &Value) -> Value {
         json!({"apiVersion": "v1", "kind": kind, "name": object["metadata"]["name"], "uid": object["metadata"]["uid"]})

@@ -189,8 +189,21 @@ impl Registry {
         if options.ignore_read_error {
             return self.delete_unreadable(target).await;
         }
+        self.delete_one(target, None, options).await
+    }
+
+    /// Deletes one object; with a `uid` that one only: the next of its name counts as not found.
+    async fn delete_one(
+        &self,
+        target: &Target,
+        uid: Option<&str>,
+        options: &DeleteOptions,
+    ) -> Result<Deleted, ApiError> {
         for _ in 0..ATTEMPTS {
             let current = self.get(target).await?;
+            if uid.is_some_and(|uid| uid != str_at(&current.object, &["metadata", "uid"])) {
+                return Err(target.not_found());
+            }
             self.check_preconditions(target, &current, options)?;
             if let Some(deleted) = self.try_delete(target, current, options).await? {
                 return Ok(deleted);
@@ -344,21 +357,21 @@ impl Registry {
     }
 
     /// Deletes these objects of a collection, several at a time so that they share commits. Those that are gone already
-    /// do not count; the first error ends it.
+    /// do not count, and others that have their names by now stay; the first error ends it.
     pub(crate) async fn delete_all(
         &self,
         target: &Target,
         objects: Vec<Value>,
         options: &DeleteOptions,
     ) -> Result<Vec<Deleted>, ApiError> {
-        let targets = objects.into_iter().map(|object| Target {
-            name: str_at(&object, &["metadata", "name"]).to_owned(),
-            namespace: str_at(&object, &["metadata", "namespace"]).to_owned(),
-            resource: target.resource.clone(),
+        let targets = objects.into_iter().map(|object| {
+            let text = |key: &str| str_at(&object, &["metadata", key]).to_owned();
+            let resource = target.resource.clone();
+            (Target { resource, namespace: text("namespace"), name: text("name") }, text("uid"))
         });
         futures::stream::iter(targets)
-            .map(|one| async move {
-                match self.delete(&one, options).await {
+            .map(|(one, uid)| async move {
+                match self.delete_one(&one, Some(&uid), options).await {
                     Ok(result) => Ok(Some(result)),
                     Err(error) if error.is_not_found() => Ok(None),
                     Err(error) => Err(error),

@@ -1,0 +1,292 @@
+//! The collector when it is behind: what it does about objects that have gone, and names that somebody else has by now.
+
+use federation_store::{Store, StoreConfig};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::config::Role;
+use crate::encryption::store::StoreHandle;
+use crate::registry::delete::Propagation;
+use crate::registry::write::WriteOptions;
+
+/// Rounds in which a collector that sees everything has to come to an end.
+const ROUNDS: usize = 64;
+
+pub(super) async fn registry() -> Registry {
+    let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
+    let registry =
+        Registry::new(StoreHandle::new(store, Arc::default()), Role::Hub, CancellationToken::new());
+    create(&registry, &namespaces(&registry), json!({"metadata": {"name": "default"}})).await;
+    registry
+}
+
+pub(super) async fn create(registry: &Registry, collection: &Target, object: Value) -> Value {
+    registry.create(collection, object, &WriteOptions::by("test")).await.expect("created").object
+}
+
+pub(super) fn namespaces(registry: &Registry) -> Target {
+    registry.core("namespaces", "", "").expect("served")
+}
+
+pub(super) fn maps(registry: &Registry, namespace: &str) -> Target {
+    registry.core("configmaps", namespace, "").expect("served")
+}
+
+pub(super) fn one(collection: &Target, name: &str) -> Target {
+    Target { name: name.to_owned(), ..collection.clone() }
+}
+
+/// The object as it is now.
+pub(super) async fn get(registry: &Registry, target: &Target) -> Option<Value> {
+    match registry.get(target).await {
+        Ok(stored) => Some(stored.object),
+        Err(error) if error.is_not_found() => None,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+async fn is_there(registry: &Registry, target: &Target) -> bool {
+    get(registry, target).await.is_some_and(|object| !meta::is_deleting(&object))
+}
+
+pub(super) fn uid(object: &Value) -> &str {
+    str_at(object, &["metadata", "uid"])
+}
+
+/// A collector that sees what has happened when it is told to, as one of another replica that is behind.
+pub(super) struct Collector<'a> {
+    registry: &'a Registry,
+    graph: Graph,
+    watcher: StoreWatcher,
+    due: BTreeSet<Vec<u8>>,
+}
+
+impl<'a> Collector<'a> {
+    pub(super) async fn new(registry: &'a Registry) -> Self {
+        let mut graph = Graph::default();
+        let revision = load(registry, &mut graph).await.expect("loaded");
+        let watcher = registry.store.watch(KeyRange::prefix("/registry/"), revision).expect("a watch");
+        let due = graph.keys().cloned().collect();
+        Self { registry, graph, watcher, due }
+    }
+
+    /// How many revisions it is behind.
+    pub(super) fn behind(&self) -> u64 {
+        self.registry.store.revision().0.saturating_sub(self.watcher.progress().0)
+    }
+
+    /// Sees so many revisions more.
+    pub(super) async fn see(&mut self, revisions: u64) {
+        let upto = Revision(self.watcher.progress().0 + revisions.min(self.behind()));
+        self.due.extend(absorb_until(&mut self.watcher, &mut self.graph, upto).await.expect("absorbed"));
+    }
+
+    /// Does what it has to by what it has seen; what is not done yet stays on the list.
+    pub(super) async fn work(&mut self) {
+        for key in std::mem::take(&mut self.due) {
+            match settle(self.registry, &self.graph, &key).await {
+                Ok(Next::Done) => {}
+                Ok(Next::Soon | Next::Later) => {
+                    self.due.insert(key);
+                }
+                Err(error) if error.is_not_found() => {}
+                // A user was faster.
+                Err(error) if error.is_conflict() => {
+                    self.due.insert(key);
+                }
+                Err(error) => panic!("{}: {error}", String::from_utf8_lossy(&key)),
+            }
+        }
+    }
+
+    /// Sees and does everything.
+    pub(super) async fn settle(&mut self) {
+        for _ in 0..ROUNDS {
+            self.see(u64::MAX).await;
+            if self.due.is_empty() {
+                return;
+            }
+            self.work().await;
+        }
+    }
+
+    /// The same as slowly as can be: event by event.
+    async fn trail(&mut self) {
+        self.work().await;
+        while self.behind() > 0 {
+            self.see(1).await;
+            self.work().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_judged_before_what_came_meanwhile_is_known() {
+    let registry = registry().await;
+    let mut collector = Collector::new(&registry).await;
+    create(&registry, &namespaces(&registry), json!({"metadata": {"name": "late"}})).await;
+    let newest = registry.store.sync().await.expect("a revision");
+    collector.see(u64::MAX).await;
+    assert!(collector.graph.get(b"/registry/core/namespaces/late").is_some());
+    assert!(collector.watcher.progress() >= newest);
+}
+
+#[tokio::test]
+async fn old_events_are_swept() {
+    let registry = registry().await;
+    let events = registry.core("events", "default", "").expect("served");
+    for (name, seen) in [("old", "2026-01-01T00:00:00Z"), ("new", "2026-01-01T02:00:00Z")] {
+        let event = json!({"metadata": {"name": name, "creationTimestamp": seen}, "lastTimestamp": seen,
+            "involvedObject": {"namespace": "default"}});
+        create(&registry, &events, event).await;
+    }
+    let count =
+        sweep_events(&registry, "2026-01-01T02:30:00Z".parse().expect("a time")).await.expect("swept");
+    // The creation is now, which is later than both: nothing is old yet.
+    assert_eq!(count, 0);
+    let later = jiff::Timestamp::now().checked_add(registry.event_ttl).expect("in range");
+    let later = later.checked_add(Duration::from_secs(2)).expect("in range");
+    assert_eq!(sweep_events(&registry, later).await.expect("swept"), 2);
+}
+
+#[tokio::test]
+async fn a_namespace_made_anew_keeps_what_is_put_into_it() {
+    let registry = registry().await;
+    let (namespaces, maps) = (namespaces(&registry), maps(&registry, "shop"));
+    let shop = one(&namespaces, "shop");
+    create(&registry, &namespaces, json!({"metadata": {"name": "shop"}})).await;
+    for i in 0..20 {
+        create(&registry, &maps, json!({"metadata": {"name": format!("m{i}")}})).await;
+    }
+    let mut behind = Collector::new(&registry).await;
+    registry.delete(&shop, &DeleteOptions::default()).await.expect("deleted");
+    // It has seen the deletion, and nothing since: not that another one has carried it out.
+    behind.see(u64::MAX).await;
+    Collector::new(&registry).await.settle().await;
+    assert!(get(&registry, &shop).await.is_none());
+    create(&registry, &namespaces, json!({"metadata": {"name": "shop"}})).await;
+    create(&registry, &maps, json!({"metadata": {"name": "m0"}})).await;
+    behind.trail().await;
+    assert!(is_there(&registry, &shop).await);
+    assert!(is_there(&registry, &one(&maps, "m0")).await, "what was put into the new namespace is gone");
+    // The new one goes as the old one did.
+    registry.delete(&shop, &DeleteOptions::default()).await.expect("deleted");
+    behind.settle().await;
+    assert!(get(&registry, &shop).await.is_none() && get(&registry, &one(&maps, "m0")).await.is_none());
+}
+
+#[tokio::test]
+async fn what_was_found_is_deleted_and_nothing_else() {
+    let registry = registry().await;
+    let (namespaces, maps) = (namespaces(&registry), maps(&registry, "shop"));
+    let shop = one(&namespaces, "shop");
+    let make = async || {
+        let made = create(&registry, &namespaces, json!({"metadata": {"name": "shop"}})).await;
+        create(&registry, &maps, json!({"metadata": {"name": "a"}})).await;
+        uid(&made).to_owned()
+    };
+    let old = make().await;
+    registry.delete(&shop, &DeleteOptions::default()).await.expect("deleted");
+    let found = registry.list_all(&maps, &Filter::default()).await.expect("a list");
+    assert_eq!(found.len(), 1);
+    Collector::new(&registry).await.settle().await;
+    let new = make().await;
+    // The one whose content was found has gone.
+    let going = Going { target: &shop, uid: &old };
+    assert!(!going.delete(&registry, &maps, found.clone()).await.expect("looked"));
+    assert!(is_there(&registry, &one(&maps, "a")).await);
+    // Nor does another of the same name go for what was found.
+    registry.delete(&shop, &DeleteOptions::default()).await.expect("deleted");
+    let going = Going { target: &shop, uid: &new };
+    assert!(going.delete(&registry, &maps, found).await.expect("deleted"));
+    assert!(is_there(&registry, &one(&maps, "a")).await);
+    assert_eq!(going.take_along(&registry, &maps).await.expect("deleted"), Some(Vec::new()));
+    assert!(get(&registry, &one(&maps, "a")).await.is_none());
+}
+
+fn definition() -> Value {
+    json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {"name": "widgets.example.com"},
+        "spec": {"group": "example.com", "scope": "Namespaced",
+            "names": {"plural": "widgets", "kind": "Widget"},
+            "versions": [{"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema":
+                {"type": "object", "x-kubernetes-preserve-unknown-fields": true}}}]}})
+}
+
+fn definitions(registry: &Registry) -> Target {
+    registry.target(("apiextensions.k8s.io", "v1", "customresourcedefinitions"), "", "").expect("served")
+}
+
+async fn define(registry: &Registry) -> Target {
+    create(registry, &definitions(registry), definition()).await;
+    crd::refresh(registry).await.expect("served");
+    registry.target(("example.com", "v1", "widgets"), "default", "").expect("served")
+}
+
+fn widget(name: &str) -> Value {
+    json!({"apiVersion": "example.com/v1", "kind": "Widget", "metadata": {"name": name}})
+}
+
+#[tokio::test]
+async fn a_definition_made_anew_keeps_its_objects() {
+    let registry = registry().await;
+    let target = one(&definitions(&registry), "widgets.example.com");
+    let widgets = define(&registry).await;
+    create(&registry, &widgets, widget("a")).await;
+    let mut behind = Collector::new(&registry).await;
+    registry.delete(&target, &DeleteOptions::default()).await.expect("deleted");
+    behind.see(u64::MAX).await;
+    Collector::new(&registry).await.settle().await;
+    assert!(get(&registry, &target).await.is_none());
+    let widgets = define(&registry).await;
+    create(&registry, &widgets, widget("a")).await;
+    behind.trail().await;
+    let definition = get(&registry, &target).await.expect("there");
+    assert!(!definition.to_string().contains("Terminating"), "{definition}");
+    assert!(is_there(&registry, &one(&widgets, "a")).await, "an object of the new definition is gone");
+    registry.delete(&target, &DeleteOptions::default()).await.expect("deleted");
+    behind.settle().await;
+    assert!(get(&registry, &target).await.is_none() && get(&registry, &one(&widgets, "a")).await.is_none());
+}
+
+#[tokio::test]
+async fn only_a_definition_takes_its_objects_along() {
+    let registry = registry().await;
+    let widgets = define(&registry).await;
+    create(&registry, &widgets, widget("a")).await;
+    // Anybody who may make a widget may give it the definition's name and finalizer.
+    let mut double = widget("widgets.example.com");
+    double["metadata"]["finalizers"] = json!([CUSTOM_RESOURCES]);
+    create(&registry, &widgets, double).await;
+    registry.delete(&one(&widgets, "widgets.example.com"), &DeleteOptions::default()).await.expect("deleted");
+    let mut collector = Collector::new(&registry).await;
+    collector.settle().await;
+    assert!(is_there(&registry, &one(&widgets, "a")).await, "an object took the others along");
+    assert!(is_there(&registry, &one(&definitions(&registry), "widgets.example.com")).await);
+}
+
+#[tokio::test]
+async fn a_finalizer_is_taken_from_the_one_that_had_it() {
+    let registry = registry().await;
+    let maps = maps(&registry, "default");
+    let owner = one(&maps, "owner");
+    let orphan = DeleteOptions { propagation: Some(Propagation::Orphan), ..DeleteOptions::default() };
+    create(&registry, &maps, json!({"metadata": {"name": "owner"}})).await;
+    let mut behind = Collector::new(&registry).await;
+    registry.delete(&owner, &orphan).await.expect("deleted");
+    behind.see(u64::MAX).await;
+    Collector::new(&registry).await.settle().await;
+    assert!(get(&registry, &owner).await.is_none());
+    let again = create(&registry, &maps, json!({"metadata": {"name": "owner"}})).await;
+    let references = json!([{"apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": uid(&again)}]);
+    create(&registry, &maps, json!({"metadata": {"name": "child", "ownerReferences": references}})).await;
+    registry.delete(&owner, &orphan).await.expect("deleted");
+    // It knows the first owner only, and nothing of a child.
+    behind.work().await;
+    let left = get(&registry, &owner).await.expect("it waits for its child to be let go");
+    assert_eq!(left["metadata"]["finalizers"], json!([ORPHAN]));
+    behind.settle().await;
+    assert!(get(&registry, &owner).await.is_none());
+    assert!(is_there(&registry, &one(&maps, "child")).await, "the child was not let go");
+}
