@@ -1,7 +1,8 @@
 //! Leader election over a `Lease`: of several controllers one acts.
 //!
 //! A lease counts from the moment at which a candidate *saw* it renewed, by the candidate's own clock, so clocks need not
-//! agree. The holder stops by itself before anybody else may take over: it gives up when it could not renew for
+//! agree. Each process has a name of its own there: one that died is waited for as any other is, and of two that run on copies of
+//! one data folder one leads. The holder stops by itself before anybody else may take over: it gives up when it could not renew for
 //! [`LeaseOptions::give_up`], which is less than [`LeaseOptions::duration`].
 //!
 //! ```text
@@ -29,8 +30,10 @@ use crate::member::chain;
 pub struct LeaseOptions {
     /// Name of the Lease in `kube-federation-system`.
     pub name: String,
-    /// Who this controller is; no other may have the name.
+    /// Who this controller is, before and after a restart.
     pub identity: String,
+    /// Tells this process from any other of the identity: from the one before it, and from one on a copy of its data.
+    process: String,
     /// A lease that nobody saw renewed for so long is anybody's. Shorter replaces a dead controller sooner, and loses a
     /// leader to a shorter pause of the hub's API.
     pub duration: Duration,
@@ -61,9 +64,15 @@ impl LeaseOptions {
         Self {
             name: "cellway-federation-controller".into(),
             identity: identity.into(),
+            process: format!("{:016x}", rand::random::<u64>()),
             duration: Duration::from_secs(4),
             renew: Duration::from_secs(1),
         }
+    }
+
+    /// What the lease says when this process holds it.
+    fn holder(&self) -> String {
+        format!("{}_{}", self.identity, self.process)
     }
 
     /// So long after its last renewal the holder stops acting.
@@ -75,7 +84,8 @@ impl LeaseOptions {
 // === impl Seen ===
 
 impl Seen {
-    /// Whether the lease may be taken now.
+    /// Whether the lease may be taken now: at once where it is nobody's, or `me`'s from a term before or by a write whose answer was
+    /// lost.
     fn is_free(&mut self, lease: &Lease, me: &str, duration: Duration, now: Instant) -> bool {
         let spec = lease.spec.clone().unwrap_or_default();
         let holder = spec.holder_identity.unwrap_or_default();
@@ -99,7 +109,7 @@ pub(crate) async fn acquire(client: kube::Client, options: &LeaseOptions) -> Hel
     loop {
         match timeout(options.duration, try_acquire(&api, options, &mut seen)).await {
             Ok(Ok(Some(held))) => {
-                info!(identity = options.identity, "this controller leads");
+                info!(identity = options.holder(), "this controller leads");
                 return held;
             }
             Ok(Ok(None)) if !told => {
@@ -132,7 +142,7 @@ async fn try_acquire(
             Err(error) => Err(error),
         };
     };
-    if !seen.is_free(&lease, &options.identity, options.duration, Instant::now()) {
+    if !seen.is_free(&lease, &options.holder(), options.duration, Instant::now()) {
         return Ok(None);
     }
     let transitions =
@@ -165,7 +175,7 @@ impl Held {
                 Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {
                     // Our own write whose answer was lost, or another's.
                     match timeout(left, self.api.get_opt(&self.options.name)).await {
-                        Ok(Ok(Some(lease))) if is_held_by(&lease, &self.options.identity) => {
+                        Ok(Ok(Some(lease))) if is_held_by(&lease, &self.options.holder()) => {
                             self.version = lease.metadata.resource_version;
                         }
                         Ok(Ok(_)) => {
@@ -215,7 +225,7 @@ fn is_held_by(lease: &Lease, identity: &str) -> bool {
 fn spec(options: &LeaseOptions, transitions: i32, acquired: bool) -> serde_json::Value {
     let now = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string();
     let mut spec = json!({
-        "holderIdentity": options.identity,
+        "holderIdentity": options.holder(),
         "leaseDurationSeconds": options.duration.as_secs().max(1),
         "leaseTransitions": transitions,
         "renewTime": now,
@@ -245,6 +255,17 @@ mod tests {
         serde_json::from_value(json!({"metadata": {"name": "l", "resourceVersion": version},
             "spec": {"holderIdentity": holder}}))
         .expect("lease")
+    }
+
+    #[test]
+    fn a_process_takes_over_from_another_of_its_name_as_from_anybody() {
+        let (one, other) = (LeaseOptions::new("hub"), LeaseOptions::new("hub"));
+        let (mut seen, start) = (Seen::default(), Instant::now());
+        let lease = lease(&one.holder(), "1");
+        assert!(seen.is_free(&lease, &one.holder(), one.duration, start), "its own");
+        assert!(!seen.is_free(&lease, &other.holder(), one.duration, start));
+        assert!(seen.is_free(&lease, &other.holder(), one.duration, start + one.duration));
+        assert!(is_held_by(&lease, &one.holder()) && !is_held_by(&lease, &other.holder()));
     }
 
     #[test]

@@ -20,9 +20,14 @@ fn leading(identity: &str) -> Options {
     Options { lease: Some(LeaseOptions::new(identity)), ..options() }
 }
 
-fn holder(world: &World) -> Option<String> {
+/// The process that holds the lease.
+fn process(world: &World) -> Option<String> {
     let lease = world.hub.get(LEASES, "kube-federation-system", "cellway-federation-controller")?;
     lease["spec"]["holderIdentity"].as_str().map(str::to_owned)
+}
+
+fn holder(world: &World) -> Option<String> {
+    process(world)?.split_once('_').map(|(identity, _)| identity.to_owned())
 }
 
 /// Nobody writes anything, to the hub or to a member, once another has begun to; returns who acted, in that order.
@@ -79,6 +84,29 @@ async fn the_next_controller_takes_over_from_one_that_stops_and_from_one_that_di
     assert_eq!(holder(&world).as_deref(), Some("three"));
     world.stop().await;
     assert_eq!(one_after_the_other(&world.acts.lock()), ["one", "two", "three"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_processes_with_one_identity_one_leads() {
+    /// The lease runs out after four seconds, from when the other one last saw it renewed.
+    const RUNS_OUT: Duration = Duration::from_secs(4);
+    let mut world = World::stopped();
+    world.run(leading("one"));
+    let first = world.until("one of them leads", || process(&world).filter(|held| !held.is_empty())).await;
+    let one = world.detach();
+    // As with a copy of its data folder.
+    world.run(leading("one"));
+    for _ in 0..600 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(process(&world).as_deref(), Some(&*first));
+    }
+    one.kill().await;
+    let died = tokio::time::Instant::now();
+    let second = world.until("the other one leads", || process(&world).filter(|held| *held != first)).await;
+    assert!(second.starts_with("one_"), "{second}");
+    // Its last renewal was a second ago at most.
+    assert!(died.elapsed() > RUNS_OUT - Duration::from_secs(1), "{:?}", died.elapsed());
+    world.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

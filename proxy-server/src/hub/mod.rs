@@ -478,8 +478,8 @@ fn server_config(
     })
 }
 
-/// Who this hub's controller is when it comes to the lease: whoever has the data folder, which the store keeps for one
-/// process. So a hub that was killed goes on with its own lease at once, and waits only for another's.
+/// Who this hub's controller is in the lease, before and after a restart. Copies of the data folder have it too: the lease tells
+/// processes apart by a name of each one's own, which is added to it.
 fn controller_identity(data_dir: &Path) -> Result<String, HubError> {
     let path = data_dir.join("controller-id");
     let known = tls::read_bounded(&path).ok().and_then(|text| String::from_utf8(text).ok());
