@@ -21,19 +21,21 @@ use federation_core::names::{
 };
 use federation_core::tenancy::is_the_platforms;
 use federation_core::types::{FEDERATED_GROUP, FederatedType};
+use k8s_openapi::api::core::v1::Namespace;
 use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
 use kube::core::GroupVersionKind;
-use kube::{Api, Client, ResourceExt as _};
+use kube::{Api, Client, Resource as _, ResourceExt as _};
 use serde_json::{Value, json};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info};
 
 use crate::Shared;
+use crate::events::Events;
 use crate::member::chain;
 
 /// Changes of several tenants are looked at together.
 const GATHER: Duration = Duration::from_millis(200);
-/// Wait before what failed is tried again; a namespace that does not exist yet, for one.
+/// Wait before what failed is tried again, and before a namespace that does not exist is asked for again.
 const RETRY: Duration = Duration::from_secs(10);
 const GROUP: &str = "rbac.authorization.k8s.io";
 const READ: [&str; 3] = ["get", "list", "watch"];
@@ -56,11 +58,17 @@ struct Wanted {
 pub(crate) async fn run(shared: Arc<Shared>) {
     // `None`: not known, as at the start, when there may be something of a tenant that is gone.
     let mut applied: Option<Vec<Wanted>> = None;
+    let resync = shared.options.resync;
+    let (mut wait, mut checked) = (resync, Instant::now());
+    // Tenants and their namespaces that do not exist, as far as that has been told.
+    let mut told = BTreeSet::new();
     loop {
-        // A look now and then puts right what others changed.
-        let told = timeout(shared.options.resync, shared.tenants_due.notified()).await.is_ok();
-        if !told {
+        // Told or not: what is awaited may be there by now.
+        timeout(wait, shared.tenants_due.notified()).await.ok();
+        if checked.elapsed() >= resync {
+            // A look now and then puts right what others changed.
             applied = None;
+            checked = Instant::now();
         }
         sleep(GATHER).await;
         let (tenants, cells) = {
@@ -71,7 +79,11 @@ pub(crate) async fn run(shared: Arc<Shared>) {
                 _ => continue,
             }
         };
-        let wanted = wanted(&tenants, &viewed(shared.types.live()), shared.options.visibility);
+        let mut wanted = wanted(&tenants, &viewed(shared.types.live()), shared.options.visibility);
+        let missing = missing(&shared.hub, &wanted, applied.as_deref().unwrap_or_default()).await;
+        wanted.retain(|one| one.namespace.as_ref().is_none_or(|namespace| !missing.contains(namespace)));
+        tell(&shared.events, &tenants, &missing, &mut told);
+        wait = if missing.is_empty() { resync } else { RETRY };
         let mut failed = inherit(&shared.hub, &cells).await;
         if applied.as_ref() != Some(&wanted) {
             let done = bring_about(&shared.hub, &wanted, applied.as_deref().unwrap_or_default()).await;
@@ -86,6 +98,45 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         if failed {
             sleep(RETRY).await;
             shared.tenants_due.notify_one();
+        }
+    }
+}
+
+/// Namespaces in which there is something to write and that do not exist, or are going: a write there would fail.
+async fn missing(hub: &Client, wanted: &[Wanted], applied: &[Wanted]) -> BTreeSet<String> {
+    let api: Api<Namespace> = Api::all(hub.clone());
+    let new = wanted.iter().filter(|one| !applied.contains(one));
+    let mut missing = BTreeSet::new();
+    for name in new.filter_map(|one| one.namespace.clone()).collect::<BTreeSet<String>>() {
+        match api.get_opt(&name).await {
+            Ok(Some(found)) if found.metadata.deletion_timestamp.is_none() => {}
+            Ok(_) => {
+                missing.insert(name);
+            }
+            // The write tells.
+            Err(error) => debug!(name, error = chain(&error), "cannot read a tenant's namespace"),
+        }
+    }
+    missing
+}
+
+/// Tells tenants, once each, that a namespace of theirs does not exist.
+fn tell(
+    events: &Events,
+    tenants: &[Tenant],
+    missing: &BTreeSet<String>,
+    told: &mut BTreeSet<(Option<String>, String)>,
+) {
+    told.retain(|(_, namespace)| missing.contains(namespace));
+    for tenant in tenants {
+        for namespace in tenant.spec.namespaces.iter().filter(|name| missing.contains(*name)) {
+            if told.insert((tenant.uid(), namespace.clone())) {
+                let message = format!(
+                    "the namespace {namespace} does not exist: create it, or take it out of spec.namespaces; until then \
+                     nobody has rights there by this tenant"
+                );
+                events.warning(&tenant.object_ref(&()), "NamespaceMissing", message);
+            }
         }
     }
 }
@@ -191,7 +242,7 @@ async fn bring_about(hub: &Client, wanted: &[Wanted], applied: &[Wanted]) -> Res
         if known.is_some_and(|(_, object)| one.is_there(object)) {
             continue;
         }
-        // One namespace that is not there holds up no other.
+        // One that fails holds up no other.
         if let Err(error) = one.api(hub).patch(&one.name, &params, &Patch::Apply(&one.value)).await {
             first_error.get_or_insert(error);
         }

@@ -1,7 +1,10 @@
 //! What tenants get at the hub, as their Tenant objects come and go.
 
+use std::time::Duration;
+
 use federation_controller::Options;
 use serde_json::{Value, json};
+use tokio::time::sleep;
 
 use crate::world::{DEPLOYMENTS, World, federated, is_true, options, template};
 
@@ -114,5 +117,40 @@ async fn what_a_tenant_has_stays_when_it_goes_and_nothing_opens() {
     world.hub.put(TENANTS, "", "red", Some(tenant(true)));
     world.until("it goes everywhere", || (all(&world) == ["web-a", "web-b", "web-c"]).then_some(())).await;
     world.until("a follows", || (image(&world) == "web:2").then_some(())).await;
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_namespace_that_does_not_exist_is_told_and_not_written_to() {
+    let mut world = World::stopped();
+    let namespace = |name: &str| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+    world.hub.put("/namespaces", "", "shop", Some(namespace("shop")));
+    let tenant = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "Tenant", "metadata": {"name": "red"},
+        "spec": {"namespaces": ["shop", "bank"], "admins": [{"kind": "User", "name": "jo"}]}});
+    world.hub.put(TENANTS, "", "red", Some(tenant));
+    world.run(Options { probe_interval: Duration::from_secs(5), ..options() });
+    world.until("jo has the one", || world.hub.get(BINDINGS, "shop", "cellway:tenant-admin")).await;
+    let told = || -> Vec<Value> {
+        let names = world.hub.names("events.k8s.io/events");
+        let events = names.iter().filter_map(|name| world.hub.get("events.k8s.io/events", "default", name));
+        events.filter(|event| event["reason"] == "NamespaceMissing").collect()
+    };
+    let event = world.until("the tenant is told", || told().pop()).await;
+    assert_eq!((&event["regarding"]["kind"], &event["regarding"]["name"]), (&json!("Tenant"), &json!("red")));
+    assert!(
+        event["note"].as_str().is_some_and(|note| note.contains("namespace bank does not exist")),
+        "{event}"
+    );
+    let count = || {
+        let writes = world.hub.writes();
+        writes.iter().filter(|write| write.contains("rbac.") || write.contains("/events")).count()
+    };
+    // Whatever else is told at the start has been told.
+    sleep(Duration::from_secs(20)).await;
+    let before = count();
+    sleep(Duration::from_secs(120)).await;
+    assert_eq!((count(), told().len()), (before, 1), "{:?}", world.hub.writes());
+    world.hub.put("/namespaces", "", "bank", Some(namespace("bank")));
+    world.until("jo has the other", || world.hub.get(BINDINGS, "bank", "cellway:tenant-admin")).await;
     world.stop().await;
 }
