@@ -178,7 +178,10 @@ impl Shared {
         Edition(match work {
             Work::Look => {
                 let state = self.state.read();
-                state.generation(key).map(|generation| format!("{generation} of {:?}", state.uid(key)))
+                // Labels and annotations decide as the rest does, and what is said of its replicas.
+                let preference = self.types.get(key.kind).and_then(|of| state.preference(&of, key));
+                let preference = preference.map(|of| (of.metadata.uid.clone(), of.metadata.generation));
+                state.asks(key).map(|asks| format!("{asks} with {preference:?}"))
             }
             Work::Companion => self.policies.version(key),
         })

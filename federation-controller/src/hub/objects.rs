@@ -129,11 +129,6 @@ impl HubState {
         self.objects.get(key)?.asks
     }
 
-    /// Which object of its name it is.
-    pub(crate) fn uid(&self, key: &ObjectKey) -> Option<&str> {
-        self.objects.get(key)?.uid.as_deref()
-    }
-
     /// Whether an object is at the hub.
     pub(crate) fn knows(&self, key: &ObjectKey) -> bool {
         self.objects.contains_key(key)

@@ -78,6 +78,10 @@ async fn an_object_that_the_controller_fails_over_is_set_aside_alone() {
     world.edit_config_map("bad", |object| object["spec"]["template"]["data"]["k"] = "w".into());
     sleep(SOON).await;
     assert_eq!(tripped(), before + 1);
+    // So do labels and annotations, which move no generation.
+    world.edit_config_map("bad", |object| object["metadata"]["annotations"] = json!({"repaired": "perhaps"}));
+    sleep(SOON).await;
+    assert_eq!(tripped(), before + 2);
     world.tricks.lock().trips_over.clear();
     sleep(SOON).await;
     world.edit_config_map("bad", |object| object["spec"]["template"]["data"]["k"] = "x".into());
