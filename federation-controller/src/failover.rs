@@ -106,7 +106,7 @@ fn tally(shared: &Shared, places: &BTreeMap<Place, GivenUp>) -> BTreeMap<Place, 
                 if of.spec.is_some() && extra > 0 {
                     // It runs these for others until they have another place.
                     *under_way = true;
-                    sum.left += extra;
+                    sum.left = sum.left.saturating_add(extra);
                 }
                 if unit["standIn"] == true {
                     continue;
@@ -131,8 +131,8 @@ fn tally(shared: &Shared, places: &BTreeMap<Place, GivenUp>) -> BTreeMap<Place, 
                 }
                 let number = |field: &str| evacuation[field].as_i64().unwrap_or(0);
                 sum.workloads += 1;
-                sum.moved += number("moved");
-                sum.left += number("left");
+                sum.moved = sum.moved.saturating_add(number("moved"));
+                sum.left = sum.left.saturating_add(number("left"));
                 *under_way |= of.spec.is_none() || number("left") > 0;
                 if let Some(why) = evacuation["waiting"].as_str() {
                     *under_way = true;

@@ -549,12 +549,39 @@ impl Shared {
     /// been listed.
     pub(crate) fn enqueue_kind(&self, kind: usize) {
         self.look_again(|state| state.keys_of(kind).cloned().collect(), |behind| behind);
-        self.sweeps.add(kind);
+        self.sweeps.add_all(kind);
     }
 
-    /// Looks at the objects of one type that nobody waits for.
-    pub(crate) fn queue_routine(&self, kind: usize) {
-        self.look_again(|state| state.keys_of(kind).cloned().collect(), |behind| !behind);
+    /// As [`Self::enqueue_kind`], of what a member has to do with. What is only to go there has been looked at, or waits to be:
+    /// each look leaves a trace before it asks the member.
+    pub(crate) fn enqueue_kind_in(&self, kind: usize, member: &Arc<str>) {
+        self.look_again(|state| self.traced(state, kind, |name| *name == **member), |behind| behind);
+        self.sweeps.add(kind, member);
+    }
+
+    /// Looks again at everything that a member has to do with.
+    pub(crate) fn enqueue_in(&self, member: &Arc<str>) {
+        let count = *self.types.count().borrow();
+        for kind in 0..count {
+            self.look_again(|state| self.traced(state, kind, |name| *name == **member), |_| true);
+        }
+        self.sweeps.look();
+    }
+
+    /// Looks at the objects of one type that nobody waits for; `of`: only those that these members have to do with.
+    pub(crate) fn queue_routine(&self, kind: usize, of: &sweep::Whose) {
+        let keys = |state: &HubState| match of {
+            sweep::Whose::Everybody => state.keys_of(kind).cloned().collect(),
+            sweep::Whose::Members(members) => self.traced(state, kind, |name| members.contains(name)),
+        };
+        self.look_again(keys, |behind| !behind);
+    }
+
+    /// Objects of the hub of which one of these members has something, or may get something.
+    fn traced(&self, state: &HubState, kind: usize, is_one: impl Fn(&str) -> bool) -> Vec<ObjectKey> {
+        let mut keys = self.traces.in_members(kind, is_one);
+        keys.retain(|key| state.knows(key));
+        keys
     }
 
     fn look_again(&self, at: impl Fn(&HubState) -> Vec<ObjectKey>, wanted: impl Fn(bool) -> bool) {

@@ -43,7 +43,7 @@ use tokio::time::timeout;
 use tracing::{Instrument as _, debug, info, info_span, warn};
 
 use self::report::report;
-use crate::follow::{Change, WatchTrouble, admit_all, follow, follow_as};
+use crate::follow::{Change, FollowError, WatchTrouble, admit_all, follow, follow_as};
 use crate::hub::{Kept, ObjectKey};
 use crate::member::chain;
 use crate::pace::retry_delay;
@@ -412,15 +412,19 @@ async fn watch(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>) {
         // The policies' conditions tell of it.
         true
     };
-    follow_as(api, watcher::Config::default(), Kept::new, admit_all, change, trouble).instrument(span).await;
+    follow_as(api, watcher::Config::default(), None, Kept::new, admit_all, change, trouble)
+        .instrument(span)
+        .await;
 }
 
 /// The HTTP status with which the API refused, if it did.
-pub(crate) fn refusal(error: &watcher::Error) -> Option<u16> {
+pub(crate) fn refusal(error: &FollowError) -> Option<u16> {
     match error {
-        watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => Some(status.code),
-        watcher::Error::WatchError(status) => Some(status.code),
+        FollowError::Watch(
+            watcher::Error::InitialListFailed(kube::Error::Api(status))
+            | watcher::Error::WatchStartFailed(kube::Error::Api(status)),
+        ) => Some(status.code),
+        FollowError::Watch(watcher::Error::WatchError(status)) => Some(status.code),
         _ => None,
     }
 }

@@ -4,17 +4,18 @@
 //! A member is noted when a look asks it about the object, and when it shows an object that carries the mark. It is
 //! forgotten when the object has nothing to do there any more and nothing of it is left.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
 use crate::hub::ObjectKey;
 
-/// Members by federated object.
+/// Members by federated object, in the order of types: a listing of one goes through its own objects only.
 #[derive(Debug, Default)]
 pub(crate) struct Traces {
-    by_object: Mutex<HashMap<ObjectKey, BTreeSet<Arc<str>>>>,
+    by_object: Mutex<BTreeMap<ObjectKey, BTreeSet<Arc<str>>>>,
 }
 
 // === impl Traces ===
@@ -39,6 +40,29 @@ impl Traces {
         self.by_object.lock().get(object).into_iter().flatten().cloned().collect()
     }
 
+    /// Objects of a type that may have something in one of these members.
+    pub(crate) fn in_members(&self, kind: usize, is_one: impl Fn(&str) -> bool) -> Vec<ObjectKey> {
+        let by_object = self.by_object.lock();
+        let traced =
+            by_object.range(of_kind(kind)).filter(|(_, names)| names.iter().any(|name| is_one(name)));
+        traced.map(|(object, _)| object.clone()).collect()
+    }
+
+    /// Forgets what `stays` does not say to keep of one type in one member. It is asked as by [`Self::settle`].
+    pub(crate) fn retain_in(&self, kind: usize, member: &str, stays: impl Fn(&ObjectKey) -> bool) {
+        let mut by_object = self.by_object.lock();
+        let mut nowhere = Vec::new();
+        for (object, members) in by_object.range_mut(of_kind(kind)) {
+            if members.contains(member) && !stays(object) {
+                members.remove(member);
+                if members.is_empty() {
+                    nowhere.push(object.clone());
+                }
+            }
+        }
+        nowhere.iter().for_each(|object| drop(by_object.remove(object)));
+    }
+
     /// Forgets what `stays` does not say to keep: the traces of what no look comes by any more. It is asked as by
     /// [`Self::settle`].
     pub(crate) fn retain(&self, stays: impl Fn(&ObjectKey, &str) -> bool) {
@@ -61,6 +85,11 @@ impl Traces {
     }
 }
 
+/// Everything of a type.
+fn of_kind(kind: usize) -> Range<ObjectKey> {
+    ObjectKey::new(kind, "", "")..ObjectKey::new(kind + 1, "", "")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,6 +107,15 @@ mod tests {
         traces.settle(&web, |_| false);
         assert!(traces.of(&web).is_empty());
         assert_eq!(traces.len(), 1, "nothing is kept of what is nowhere");
+        let third = ObjectKey::new(1, "shop", "web");
+        traces.add([third.clone()], &"y".into());
+        assert_eq!(traces.in_members(0, |member| member == "y"), std::slice::from_ref(&other));
+        traces.retain_in(0, "x", |_| true);
+        traces.retain_in(0, "y", |_| false);
+        assert_eq!((traces.of(&other), traces.of(&third)), (vec!["x".into()], vec!["y".into()]));
+        traces.retain_in(1, "y", |_| false);
+        assert!(traces.of(&third).is_empty());
+        traces.add([other.clone()], &"y".into());
         traces.retain(|object, member| *object == other && member == "x");
         assert_eq!(traces.of(&other), ["x".into()]);
         traces.retain(|_, _| false);

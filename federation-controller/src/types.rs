@@ -403,7 +403,7 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>,
         }
         true
     };
-    follow_as(objects, watcher::Config::default(), Kept::new, admit_all, on_change, trouble)
+    follow_as(objects, watcher::Config::default(), None, Kept::new, admit_all, on_change, trouble)
         .instrument(span)
         .await;
 }

@@ -130,7 +130,8 @@ impl Room {
         }
         let Some(node) = self.nodes.get_mut(node) else { return };
         for (resource, amount) in requests(&pod["spec"]) {
-            *node.free.entry(resource).or_default() -= amount;
+            let free = node.free.entry(resource).or_default();
+            *free = free.saturating_sub(amount);
         }
     }
 
@@ -173,7 +174,8 @@ impl Room {
             }
             let here = i64::try_from(node.fits(&requests)).unwrap_or(MAX_PODS).min(left);
             for (resource, amount) in &requests {
-                *node.free.entry(resource.clone()).or_default() -= amount * i128::from(here);
+                let free = node.free.entry(resource.clone()).or_default();
+                *free = free.saturating_sub(amount.saturating_mul(i128::from(here)));
             }
             left -= here;
         }
@@ -371,7 +373,7 @@ fn quantity(text: &str) -> Option<i128> {
     };
     let down = down.checked_mul(10i128.checked_pow(part)?)?;
     let exact = value.checked_mul(up)?.checked_mul(MILLI)?;
-    Some((exact + down - 1) / down)
+    Some(exact.checked_add(down - 1)? / down)
 }
 
 #[cfg(test)]
@@ -420,6 +422,23 @@ mod tests {
         for bad in ["", "m", "-1", "1x", "1e99", "1.2.3", "9999999999999999999999", "1ee"] {
             assert_eq!(quantity(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn numbers_beyond_all_reason_are_only_large() {
+        /// What is left below the largest number that is counted with.
+        const HUGE: &str = "170141183460469231E";
+        assert!(quantity(HUGE).is_some_and(|huge| huge.checked_add(huge).is_none()));
+        let mut room = Room::default();
+        room.add_node(&node("n1", "a", HUGE));
+        assert_eq!(room.fits(&wants("a", HUGE)), 1);
+        assert_eq!(room.take(&wants("a", HUGE), i64::MAX), 1);
+        for _ in 0..3 {
+            room.add_pod(&pod("n1", HUGE), now());
+        }
+        assert_eq!(room.fits(&wants("a", "1n")), 0);
+        let two = json!({"resources": {"requests": {"cpu": HUGE}}});
+        assert_eq!(requests(&json!({"containers": [two, two], "overhead": {"cpu": HUGE}}))["cpu"], i128::MAX);
     }
 
     #[test]

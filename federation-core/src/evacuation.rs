@@ -78,7 +78,9 @@ fn one(topology: &Topology, of: &FederatedType, object: &FederatedObject, name: 
     let template = object.spec.template["spec"]["replicas"].as_i64();
     let namespace = object.metadata.namespace.clone().unwrap_or_default();
     let object_name = object.metadata.name.clone().unwrap_or_default();
-    let replicas = observed.or(template).unwrap_or(1) + moved;
+    // A number that anybody wrote; none is greater than the API's.
+    let bound = |number: i64| number.clamp(0, i64::from(i32::MAX));
+    let replicas = bound(observed.or(template).unwrap_or(1)) + bound(moved);
     let mut made = Move {
         kind: of.target.kind.clone(),
         namespace: namespace.clone(),

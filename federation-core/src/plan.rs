@@ -47,7 +47,7 @@ use crate::overrides;
 use crate::render::{RenderError, Rendered, object_name, render_as};
 use crate::revision::{self, Current, DEFAULT_HISTORY_LIMIT};
 use crate::status::{
-    self, Finding, MASK_INVALID, NAMESPACE_NOT_FEDERATED, OVERRIDES_INVALID, PLACEMENT_INVALID,
+    self, Finding, MASK_INVALID, NAMESPACE_NOT_FEDERATED, OVERRIDES_INVALID, PLACEMENT_INVALID, STRAY_OBJECTS,
 };
 use crate::topology::{Placed, Unit};
 
@@ -192,6 +192,7 @@ impl<'a> Planner<'a> {
         if readable {
             self.remove(&mut units);
         }
+        self.report_strays();
 
         units.sort_by(|a, b| (&a.name, &a.cluster).cmp(&(&b.name, &b.cluster)));
         let finished = self.deleting && units.is_empty() && self.writes.is_empty();
@@ -748,6 +749,20 @@ impl<'a> Planner<'a> {
                     Some("the placement names a unit that does not exist; what is there stays until it is taken out".into());
                 units.push(record);
             }
+        }
+    }
+
+    /// Tells of members where more objects say that they are this one's than can be: they go a few at a time.
+    fn report_strays(&mut self) {
+        let members = self.input.members.iter().filter(|(_, view)| view.strays > 0);
+        let told: Vec<String> =
+            members.map(|(cluster, view)| format!("{} in {cluster}", view.strays)).collect();
+        if !told.is_empty() {
+            let message = format!(
+                "more objects carry this object's mark than are looked at at a time ({}): see who makes them there",
+                told.join(", ")
+            );
+            self.find(STRAY_OBJECTS, "TooManyMarked", message);
         }
     }
 

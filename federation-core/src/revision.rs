@@ -12,6 +12,7 @@ use sha2::{Digest as _, Sha256};
 use crate::api::{FederatedObject, FederatedRevision, FederatedRevisionSpec, FederatedStatus, Snapshot};
 use crate::metadata::{KeyRules, PropagationRules};
 use crate::names;
+use crate::render::strip_nulls;
 use crate::types::FederatedType;
 
 /// Revisions that no unit uses are kept up to this many when the object does not say.
@@ -55,8 +56,11 @@ pub fn snapshot(
     for key in ["apiVersion", "kind", "status"] {
         template.remove(key);
     }
+    let mut template = Value::Object(template);
+    // They ask for nothing, and a merge patch takes them out: what is stored would not be what was named.
+    strip_nulls(&mut template);
     Snapshot {
-        template: Value::Object(template),
+        template,
         labels: propagated(&rules.labels, object.metadata.labels.as_ref(), &metadata["labels"]),
         annotations: propagated(
             &rules.annotations,
@@ -87,7 +91,7 @@ pub fn choose(
                 let renumber = found.spec.number < newest;
                 let mut spec = found.spec.clone();
                 if renumber {
-                    spec.number = newest + 1;
+                    spec.number = newest.saturating_add(1);
                 }
                 return Current { name, spec, exists: true, renumber };
             }
@@ -95,7 +99,7 @@ pub fn choose(
             None => {
                 let spec = FederatedRevisionSpec {
                     object: names::source(&of.plural, object),
-                    number: newest + 1,
+                    number: newest.saturating_add(1),
                     snapshot,
                 };
                 return Current { name, spec, exists: false, renumber: false };

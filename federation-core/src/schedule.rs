@@ -95,8 +95,8 @@ pub fn split(
     if rebalance && by_capacity {
         let mut ideal: Vec<Share<'_>> = shares.iter().map(|share| Share { ..*share }).collect();
         by_weight(&mut ideal, left);
-        let tolerated = (total / TOLERANCE).max(1);
-        rebalance = ideal.iter().any(|ideal| (ideal.given - current(ideal.name)).abs() > tolerated);
+        let tolerated = (total / TOLERANCE).max(1).unsigned_abs();
+        rebalance = ideal.iter().any(|ideal| ideal.given.abs_diff(current(ideal.name)) > tolerated);
     }
     if rebalance {
         by_weight(&mut shares, left);

@@ -24,6 +24,9 @@ pub const REPLICAS_UNPLACED: &str = "ReplicasUnplaced";
 /// Condition, present only while a unit of the object is given up or comes back: how far that is.
 pub const EVACUATING: &str = "Evacuating";
 
+/// Condition, present only when true: more of a member's objects say that they are the object's than can be.
+pub const STRAY_OBJECTS: &str = "StrayObjects";
+
 /// The status fields of a workload that are shown for each unit.
 const OBSERVED_REPLICAS: [&str; 5] =
     ["replicas", "updatedReplicas", "readyReplicas", "availableReplicas", "unavailableReplicas"];
@@ -121,7 +124,8 @@ pub fn totals(of: &FederatedType, units: &[UnitStatus]) -> (Option<i64>, Option<
         return (None, None);
     }
     let sum = |field: &str| {
-        units.iter().filter_map(|unit| unit.observed.as_ref()?.get(field)?.as_i64()).sum::<i64>()
+        let numbers = units.iter().filter_map(|unit| unit.observed.as_ref()?.get(field)?.as_i64());
+        numbers.fold(0, i64::saturating_add)
     };
     (Some(sum("replicas")), Some(sum("readyReplicas")))
 }

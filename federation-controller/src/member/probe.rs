@@ -165,9 +165,9 @@ fn note(member: &Member, shared: &Shared, found: Probe) {
     shared.tombstones_due.notify_one();
     if after {
         // Most objects are looked at once those of the member have been listed, and not twice.
-        settled.into_iter().for_each(|kind| shared.enqueue_kind(kind));
+        settled.into_iter().for_each(|kind| shared.enqueue_kind_in(kind, &member.name));
     } else {
-        shared.enqueue_all();
+        shared.enqueue_in(&member.name);
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is known of a member's objects, and of the writes on their way to it.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +26,12 @@ pub(crate) const MAX_OBJECTS: usize = 100_000;
 pub(crate) const MAX_BYTES: usize = 256 << 20;
 /// How long a failure is remembered beyond its retry, so that the number of failures in a row is not forgotten.
 const FAILURE_MEMORY: Duration = Duration::from_secs(600);
+/// Most objects of one federated object that a look is shown for their mark alone, beside those with names of its units: what a
+/// change of the naming, or a cell that is gone, leaves behind. Whoever marks more than that in a member has them removed a few
+/// at a time.
+const STRAYS_AT_ONCE: usize = 64;
+/// Most bytes of them, beyond the first one.
+const STRAY_BYTES: usize = 4 << 20;
 /// How often what is remembered of failures and fights is gone through: it may be as many as there are objects.
 const FORGET_EVERY: Duration = Duration::from_secs(60);
 
@@ -59,10 +66,18 @@ type Marked = (Arc<str>, Arc<str>);
 struct Kind {
     state: Listing,
     namespaces: HashMap<Arc<str>, HashMap<Arc<str>, Known>>,
-    /// Names of objects by namespace and source mark: mostly one, a few where cells share a cluster.
-    sources: HashMap<Marked, Vec<Arc<str>>>,
+    /// Names of objects by namespace and source mark.
+    sources: HashMap<Marked, Names>,
     count: usize,
     bytes: usize,
+}
+
+/// Names of objects with one mark. Mostly it is one, and a set for it would weigh as much as all the rest of the entry.
+#[derive(Debug)]
+enum Names {
+    One(Arc<str>),
+    /// A few where cells share a cluster; as many as there may be objects where somebody means ill.
+    Many(BTreeSet<Arc<str>>),
 }
 
 /// How far the objects of one kind are known.
@@ -174,7 +189,7 @@ impl Store {
         let mut names: BTreeSet<Arc<str>> =
             cells.map(|cell| Arc::from(format!("{}-{cell}", key.name))).collect();
         names.insert(Arc::clone(&key.name));
-        names.extend(kind.sources.get(&(Arc::clone(&home), source.into())).into_iter().flatten().cloned());
+        let strays = kind.strays(&home, source, &mut names);
         let objects = names
             .iter()
             .filter_map(|name| {
@@ -193,6 +208,7 @@ impl Store {
         MemberView {
             state,
             objects,
+            strays,
             in_flight: self
                 .in_flight
                 .iter()
@@ -512,6 +528,31 @@ impl Known {
     }
 }
 
+// === impl Names ===
+
+impl Names {
+    fn insert(&mut self, name: Arc<str>) {
+        match self {
+            Self::One(known) if *known == name => {}
+            Self::One(known) => *self = Self::Many([Arc::clone(known), name].into()),
+            Self::Many(names) => {
+                names.insert(name);
+            }
+        }
+    }
+
+    /// Takes a name out; returns whether none is left.
+    fn remove(&mut self, name: &Arc<str>) -> bool {
+        match self {
+            Self::One(known) => known == name,
+            Self::Many(names) => {
+                names.remove(name);
+                names.is_empty()
+            }
+        }
+    }
+}
+
 // === impl Kind ===
 
 impl Kind {
@@ -522,11 +563,11 @@ impl Kind {
     fn insert(&mut self, namespace: Arc<str>, name: Arc<str>, known: Known) {
         self.bytes += known.text.len();
         if let Some(mark) = known.mark.clone() {
-            // Mostly one: room for more would weigh as much as all the rest of the entry.
-            let names =
-                self.sources.entry((Arc::clone(&namespace), mark)).or_insert_with(|| Vec::with_capacity(1));
-            if !names.contains(&name) {
-                names.push(Arc::clone(&name));
+            match self.sources.entry((Arc::clone(&namespace), mark)) {
+                Entry::Vacant(vacant) => {
+                    vacant.insert(Names::One(Arc::clone(&name)));
+                }
+                Entry::Occupied(mut known) => known.get_mut().insert(Arc::clone(&name)),
             }
         }
         let now = known.mark.clone();
@@ -550,12 +591,33 @@ impl Kind {
 
     fn unmark(&mut self, namespace: Arc<str>, mark: Arc<str>, name: &Arc<str>) {
         let key = (namespace, mark);
-        if let Some(names) = self.sources.get_mut(&key) {
-            names.retain(|known| known != name);
-            if names.is_empty() {
-                self.sources.remove(&key);
-            }
+        if self.sources.get_mut(&key).is_some_and(|names| names.remove(name)) {
+            self.sources.remove(&key);
         }
+    }
+
+    /// Adds to `names` those of objects that carry a mark, as many as a look may be shown; returns how many are left out.
+    fn strays(&self, home: &Arc<str>, mark: &str, names: &mut BTreeSet<Arc<str>>) -> usize {
+        let marked = match self.sources.get(&(Arc::clone(home), mark.into())) {
+            None => return 0,
+            Some(Names::One(name)) => {
+                names.insert(Arc::clone(name));
+                return 0;
+            }
+            Some(Names::Many(marked)) => marked,
+        };
+        let own = names.iter().filter(|name| marked.contains(*name)).count();
+        let (mut shown, mut bytes) = (Vec::new(), 0);
+        for name in marked.iter().filter(|name| !names.contains(*name)).take(STRAYS_AT_ONCE) {
+            bytes += self.get(home, name).map_or(0, |known| known.text.len());
+            if !shown.is_empty() && bytes > STRAY_BYTES {
+                break;
+            }
+            shown.push(Arc::clone(name));
+        }
+        let left_out = marked.len() - own - shown.len();
+        names.extend(shown);
+        left_out
     }
 
     fn remove(&mut self, namespace: &Arc<str>, name: &Arc<str>) {
@@ -676,6 +738,40 @@ mod tests {
         assert!(matches!(offline.state, MemberState::Unreachable { .. }));
         store.distrust();
         assert_eq!(view(&mut store).state, MemberState::Syncing);
+    }
+
+    #[test]
+    fn of_many_objects_with_one_mark_a_few_are_shown() {
+        const MANY: usize = 20_000;
+        let mut store = store();
+        let name = |number: usize| if number == 0 { "web-a".to_owned() } else { format!("evil-{number:05}") };
+        let all = (0..MANY).map(|number| seen(&name(number), &number.to_string(), 1));
+        store.change(0, Change::Replace(all.collect()));
+        let shown = view(&mut store);
+        assert!(shown.objects.contains_key("web-a"), "its own is shown, whatever else there is");
+        assert_eq!(shown.objects.len(), 1 + STRAYS_AT_ONCE);
+        // What stands behind its own names and was not looked at counts as left out.
+        assert_eq!(shown.strays, MANY - 1 - STRAYS_AT_ONCE);
+        // Those that were shown go, and others are shown.
+        for number in 1..=STRAYS_AT_ONCE {
+            store.change(0, Change::Delete(seen(&name(number), &number.to_string(), 2)));
+        }
+        let shown = view(&mut store);
+        assert_eq!(shown.strays, MANY - 1 - 2 * STRAYS_AT_ONCE);
+        assert!(!shown.objects.contains_key(&name(1)) && shown.objects.contains_key(&name(65)));
+        for number in 0..MANY {
+            store.change(0, Change::Delete(seen(&name(number), &number.to_string(), 3)));
+        }
+        assert!(!store.holds(&key(), "shop", "federateddeployments/web"));
+        // Few large ones are as much as many small ones.
+        let large = |number: usize| {
+            let mut object = live(&name(number), &number.to_string(), 1);
+            object.data = json!({"data": "x".repeat(STRAY_BYTES / 2)});
+            Seen::new(object, &Texts::new())
+        };
+        store.change(0, Change::Replace((1..5).map(large).collect()));
+        let shown = view(&mut store);
+        assert_eq!((shown.objects.len(), shown.strays), (1, 3));
     }
 
     #[test]

@@ -146,7 +146,7 @@ impl Troubles {
             let message = shortened(event.message.clone().unwrap_or_default());
             for unit in units {
                 let Some(one) = watched.get_mut(unit) else { continue };
-                if when(&event).is_some_and(|when| when + EARLIER < one.since) {
+                if when(&event).is_some_and(|when| one.since.duration_since(when) > EARLIER) {
                     continue;
                 }
                 // The same thing of another pod is the same thing.
@@ -336,6 +336,15 @@ mod tests {
         };
         let found = troubles.news("shop", vec![at(1, "now"), at(-2, "a little before"), at(-60, "long ago")]);
         assert_eq!(found.len(), 2, "{found:?}");
+        // A member may write any date.
+        let dated = |when: Timestamp, message: &str| {
+            let mut event = at(0, message);
+            event.last_timestamp = Some(Time(when));
+            event
+        };
+        let edges = vec![dated(Timestamp::MIN, "first of all"), dated(Timestamp::MAX, "last of all")];
+        let found = troubles.news("shop", edges);
+        assert_eq!(found.len(), 1, "{found:?}");
     }
 
     #[test]

@@ -18,16 +18,20 @@ use tracing::{debug, warn};
 use super::store::{Listing, MAX_BYTES, MAX_OBJECTS, Seen};
 use super::{Member, chain};
 use crate::Shared;
-use crate::follow::{Change, WatchTrouble, follow_as};
+use crate::follow::{Change, FollowError, Limits, WatchTrouble, follow_as};
 use crate::hub::ObjectKey;
 use crate::types::Stage;
 
-/// Objects in one page of a list; bounds what one response of a member holds.
-const PAGE: u32 = 100;
+/// How a member lists. With a path of half a second 10,000 objects take ten seconds. A page as slow as the limit says that the
+/// kind cannot be seen; a list of as many objects as may be kept has a second and a half for each page.
+const LISTS: Limits =
+    Limits { size: 500, least_size: 20, page: Duration::from_secs(30), list: Duration::from_secs(300) };
 /// A watch is begun again after this many seconds, so that a connection that died silently is noticed.
 const WATCH_SECONDS: u32 = 240;
 /// A type that a member does not serve is asked for again so often.
 const RECHECK: Duration = Duration::from_secs(10);
+/// A member that holds more than may be kept is listed again so often: somebody may have cleaned up, and it costs a whole list.
+const RECHECK_FULL: Duration = Duration::from_secs(300);
 /// Longest time for finding out which versions a member serves instead.
 const ASKING: Duration = Duration::from_secs(10);
 /// Versions of a group that are looked at.
@@ -56,10 +60,8 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
         let now = *epoch.borrow_and_update();
         if now.online {
             let api: Api<DynamicObject> = Api::all_with(member.client.clone(), &resource);
-            let config = watcher::Config::default()
-                .labels(&format!("{MANAGED_LABEL}=true"))
-                .page_size(PAGE)
-                .timeout(WATCH_SECONDS);
+            let config =
+                watcher::Config::default().labels(&format!("{MANAGED_LABEL}=true")).timeout(WATCH_SECONDS);
             let mut bytes = 0;
             let admit = |object: &Seen, before: usize| {
                 bytes = if before == 0 { 0 } else { bytes } + object.weight();
@@ -69,6 +71,7 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
             let watching = follow_as(
                 api,
                 config,
+                Some(LISTS),
                 |object| Seen::new(object, &shared.texts),
                 admit,
                 |change| take(member, shared, kind, of, change),
@@ -82,12 +85,12 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
                     let served = timeout(ASKING, served_versions(&member.client, of)).await.unwrap_or_default();
                     if member.store.lock().set_listing(kind, Listing::NoSuchType(served)) {
                         debug!(kind = of.target.kind, "the member does not serve the type");
-                        shared.enqueue_kind(kind);
+                        shared.enqueue_kind_in(kind, &member.name);
                     }
                     // It may be installed at any time.
                     if timeout(RECHECK, epoch.changed()).await.is_ok_and(|changed| changed.is_err()) { return }
                 } else {
-                    // It holds more than may be kept: looked at again when the member comes back or is distrusted.
+                    // It holds more than may be kept.
                     warn!(kind = of.target.kind, "the member has too many managed objects, or too large ones");
                     let message = format!(
                         "the member has more than {MAX_OBJECTS} managed {}, or more than {} MiB of them",
@@ -95,8 +98,8 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
                         MAX_BYTES >> 20
                     );
                     member.store.lock().set_listing(kind, Listing::Failing(message));
-                    shared.enqueue_all();
-                    if epoch.changed().await.is_err() { return }
+                    shared.enqueue_kind_in(kind, &member.name);
+                    if timeout(RECHECK_FULL, epoch.changed()).await.is_ok_and(|changed| changed.is_err()) { return }
                 },
                 changed = epoch.changed() => if changed.is_err() { return },
             }
@@ -126,15 +129,13 @@ fn take(member: &Member, shared: &Shared, kind: usize, of: &FederatedType, chang
     if listed {
         // What was shown before and is not any more: nothing looks at what the hub does not know.
         let state = shared.state.read();
-        shared.traces.retain(|key, name| {
-            key.kind != kind || *name != *member.name || state.knows(key) || member.holds(key, of)
-        });
+        shared.traces.retain_in(kind, &member.name, |key| state.knows(key) || member.holds(key, of));
     }
     if full {
         return false;
     }
     if listed {
-        shared.enqueue_kind(kind);
+        shared.enqueue_kind_in(kind, &member.name);
     } else {
         keys.into_iter().for_each(|key| shared.queue.add_after(key, crate::SETTLE));
     }
@@ -144,8 +145,10 @@ fn take(member: &Member, shared: &Shared, kind: usize, of: &FederatedType, chang
 /// Whether the member says that it does not serve the type.
 fn is_missing(trouble: &WatchTrouble) -> bool {
     match &trouble.error {
-        watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status.code == 404,
+        FollowError::Watch(
+            watcher::Error::InitialListFailed(kube::Error::Api(status))
+            | watcher::Error::WatchStartFailed(kube::Error::Api(status)),
+        ) => status.code == 404,
         _ => false,
     }
 }
@@ -176,7 +179,9 @@ async fn served_versions(client: &kube::Client, of: &FederatedType) -> Vec<Strin
 }
 
 fn on_trouble(member: &Member, shared: &Shared, kind: usize, trouble: &WatchTrouble) -> bool {
-    let listing = if trouble.failures >= TOLERATED_FAILURES {
+    // What has been waited for as long as may be need not be waited for again.
+    let slow = !matches!(trouble.error, FollowError::Watch(_));
+    let listing = if slow || trouble.failures >= TOLERATED_FAILURES {
         Listing::Failing(chain(&trouble.error))
     } else {
         // Whatever is wrong, a probe tells soonest.
@@ -189,7 +194,7 @@ fn on_trouble(member: &Member, shared: &Shared, kind: usize, trouble: &WatchTrou
     };
     if changed {
         debug!(kind, error = chain(&trouble.error), "the member's objects cannot be seen");
-        shared.enqueue_kind(kind);
+        shared.enqueue_kind_in(kind, &member.name);
     }
     true
 }

@@ -29,6 +29,8 @@ pub(crate) struct FakeApi {
     pub(crate) takes: Mutex<Duration>,
     /// Resources that are not served.
     pub(crate) unserved: Mutex<Vec<String>>,
+    /// Resources whose lists never end.
+    pub(crate) endless: Mutex<BTreeMap<String, Endless>>,
     /// Answers to writes of objects by name: a status code and a message.
     pub(crate) refuses: Mutex<BTreeMap<String, (u16, String)>>,
     /// Bearer tokens that are taken; without any, everybody is.
@@ -39,6 +41,15 @@ pub(crate) struct FakeApi {
     cut: watch::Sender<u64>,
     /// Requests whose token was not taken.
     pub(crate) refused: AtomicUsize,
+}
+
+/// How a list never ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Endless {
+    /// It has no answer.
+    Silence,
+    /// There is always one more page.
+    Pages,
 }
 
 #[derive(Default)]
@@ -97,6 +108,7 @@ impl FakeApi {
             hangs: AtomicBool::new(false),
             takes: Mutex::default(),
             unserved: Mutex::default(),
+            endless: Mutex::default(),
             refuses: Mutex::default(),
             expired: AtomicUsize::new(0),
             cut: watch::Sender::new(0),
@@ -214,6 +226,21 @@ impl FakeApi {
         }
         if request.method() == Method::GET && route.query.get("watch").is_some_and(|watch| watch == "true") {
             return self.watch(&route);
+        }
+        let lists = request.method() == Method::GET && route.name.is_none();
+        let endless = self.endless.lock().get(&route.resource).copied().filter(|_| lists);
+        match endless {
+            None => {}
+            Some(Endless::Silence) => std::future::pending().await,
+            Some(Endless::Pages) => {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                let meta = json!({"resourceVersion": "1", "continue": "more"});
+                let one = json!({"name": "one", "namespace": "more", "uid": "u", "resourceVersion": "1"});
+                let items = json!([{ "metadata": one }]);
+                return answer(Ok(
+                    json!({"kind": "List", "apiVersion": "v1", "metadata": meta, "items": items}),
+                ));
+            }
         }
         let kind =
             headers.get(http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();

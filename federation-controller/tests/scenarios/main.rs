@@ -7,6 +7,7 @@ mod cost;
 mod credentials;
 mod failover;
 mod fake;
+mod hostile;
 mod leaders;
 mod loss;
 mod policies;
@@ -123,6 +124,27 @@ async fn a_mask_moves_one_cell_and_heals_the_others_where_they_are() {
         let found = world.deployment(member, name).expect("there");
         assert_eq!((image(&found), &found["spec"]["replicas"]), ("web:2", &json!(7)), "{name}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nulls_in_a_template_write_nothing_twice() {
+    let world = World::start().await;
+    let mut template = template("web:1", 2);
+    template["metadata"]["creationTimestamp"] = Value::Null;
+    template["spec"]["template"]["metadata"]["creationTimestamp"] = Value::Null;
+    let object = federated("FederatedDeployment", &["a", "c"], template);
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    let first = world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    let writes = || ["x", "y"].map(|member| world.member(member).writes());
+    let before = writes();
+    let looks = world.counted("reconcile_total");
+    world.edit(|object| object["metadata"]["labels"] = json!({"unrelated": "1"}));
+    world.until("it is looked at", || (world.counted("reconcile_total") > looks).then_some(())).await;
+    // In the status, and nowhere else.
+    let status = world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    assert_eq!(status.current_revision, first.current_revision);
+    assert!(world.hub.names("types.kubefed.io/federatedrevisions").is_empty());
+    assert_eq!(writes(), before);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

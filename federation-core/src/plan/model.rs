@@ -100,6 +100,8 @@ pub struct MemberView {
     /// Its managed objects of the target kind in the object's namespace, by name: at least those that carry the
     /// object's source mark or one of its units' names.
     pub objects: BTreeMap<String, LiveObject>,
+    /// Further objects that carry the object's source mark, beyond those in `objects`: more than a member can honestly have.
+    pub strays: usize,
     /// Objects that a write has been started for and not finished.
     pub in_flight: BTreeSet<String>,
     /// What became of the last write to an object, when it failed.

@@ -23,6 +23,13 @@ use crate::schedule::{self, Candidate};
 use crate::status::REPLICAS_UNPLACED;
 use crate::topology::{Placed, Unit};
 
+/// Longest time for which the first division is put off until members are listed and counted: as long as a count may take. One
+/// that never ends its list must not keep the others from starting.
+const FIRST_DIVISION: SignedDuration = SignedDuration::from_mins(2);
+/// Why a division waits: a member's objects are being listed.
+const MEMBER_SYNCING: &str = "MemberSyncing";
+/// Why a division waits: a member's room is being counted.
+const ROOM_UNKNOWN: &str = "RoomUnknown";
 /// How long a unit that could not run its replicas gets no more of them, the first time.
 const FIRST_SETBACK: SignedDuration = SignedDuration::from_mins(10);
 /// The longest that it ever waits.
@@ -52,8 +59,9 @@ impl<'a> Planner<'a> {
     /// `intersectWithClusterSelector` the division also decides which units there are.
     ///
     /// `None`: it cannot be told yet, and everything is to stay as it is. That is so only until the first division, which
-    /// nothing corrects later unless somebody asked to rebalance: afterwards a member that is still being listed or counted
-    /// keeps what it has and holds nobody else up. A member that cannot be reached is never waited for.
+    /// nothing corrects later unless somebody asked to rebalance, and [`FIRST_DIVISION`] at most: afterwards a member that is
+    /// still being listed or counted keeps what it has and holds nobody else up. A member that cannot be reached is never
+    /// waited for.
     pub(super) fn split(&mut self, placed: &mut Placed<'a>) -> Option<BTreeMap<String, i64>> {
         let input = self.input;
         let spec = &input.object.spec;
@@ -77,14 +85,15 @@ impl<'a> Planner<'a> {
         let divided = newest.is_some_and(|revision| !revision.spec.snapshot.replicas.is_empty());
         let mut candidates = BTreeMap::new();
         let (mut unreadable, mut uncounted) = (BTreeSet::new(), BTreeSet::new());
+        let mut awaited = None;
         for (name, unit) in &all {
             let current = newest.and_then(|revision| revision.spec.snapshot.replicas.get(name).copied());
             let kept = input.topology.failover_of(unit).is_none();
             let view = input.members.get(&unit.cluster).filter(|_| kept);
             if !divided && view.is_some_and(|view| view.state == MemberState::Syncing) {
                 let message = format!("what there is in {} is being listed", unit.cluster);
-                self.find(REPLICAS_UNPLACED, "MemberSyncing", message);
-                return None;
+                awaited.get_or_insert((MEMBER_SYNCING, message));
+                uncounted.insert(unit.cluster.clone());
             }
             let Some(view) = view.filter(|view| view.state == MemberState::Synced) else {
                 // Nothing is moved for a lost tunnel, and nothing new goes where nobody answers. What becomes of a unit that
@@ -96,8 +105,7 @@ impl<'a> Planner<'a> {
             if by_capacity && view.room == RoomView::Unknown {
                 if !divided {
                     let message = format!("the room in {} is being counted", unit.cluster);
-                    self.find(REPLICAS_UNPLACED, "RoomUnknown", message);
-                    return None;
+                    awaited.get_or_insert((ROOM_UNKNOWN, message));
                 }
                 uncounted.insert(unit.cluster.clone());
             }
@@ -115,9 +123,18 @@ impl<'a> Planner<'a> {
             };
             candidates.insert(name.clone(), Candidate { current, capacity, pinned });
         }
+        if let Some((reason, message)) = awaited {
+            let left = self.left_to_wait();
+            // Where nobody can be given anything there is nothing to divide, however long that takes.
+            if left.is_some() || candidates.values().all(|candidate| candidate.pinned) {
+                self.find(REPLICAS_UNPLACED, reason, message);
+                left.into_iter().for_each(|left| self.look_again_in(left));
+                return None;
+            }
+        }
         let key = format!("{}/{}", self.namespace, self.name);
         let mut replicas = schedule::split(preference, &candidates, &key);
-        let missing = preference.total_replicas - replicas.values().sum::<i64>();
+        let missing = preference.total_replicas.saturating_sub(replicas.values().sum());
         if !unreadable.is_empty() {
             let what = unreadable.into_iter().collect::<Vec<_>>().join("; ");
             let message =
@@ -126,10 +143,10 @@ impl<'a> Planner<'a> {
         } else if missing > 0 && !uncounted.is_empty() {
             let what = uncounted.into_iter().collect::<Vec<_>>().join(", ");
             let message = format!(
-                "{missing} of {} replicas wait: the room in {what} is being counted",
+                "{missing} of {} replicas wait: what there is in {what} is being listed or counted",
                 preference.total_replicas
             );
-            self.find(REPLICAS_UNPLACED, "RoomUnknown", message);
+            self.find(REPLICAS_UNPLACED, ROOM_UNKNOWN, message);
         } else if missing > 0 {
             let message = format!(
                 "{missing} of {} replicas fit nowhere: add nodes, raise maxReplicas, or place the object in more units",
@@ -142,6 +159,21 @@ impl<'a> Planner<'a> {
             placed.units = all.into_iter().filter(|(name, _)| replicas.contains_key(name)).collect();
         }
         Some(replicas)
+    }
+
+    /// How much longer the first division may be put off; `None` when it has been for as long as it may.
+    fn left_to_wait(&self) -> Option<Duration> {
+        let waits = |reason: &str| matches!(reason, MEMBER_SYNCING | ROOM_UNKNOWN);
+        let known =
+            self.before.conditions.iter().find(|known| {
+                known.type_ == REPLICAS_UNPLACED && known.status == "True" && waits(&known.reason)
+            });
+        let Some(known) = known else { return FIRST_DIVISION.try_into().ok() };
+        let since = known.last_transition_time.as_ref()?.parse::<Timestamp>().ok()?;
+        let waited = self.input.now.parse::<Timestamp>().ok()?.duration_since(since);
+        // A moment to come is none to wait from.
+        let left = FIRST_DIVISION.checked_sub(waited).filter(|_| !waited.is_negative())?;
+        Duration::try_from(left).ok().filter(|left| !left.is_zero())
     }
 
     /// What is seen of a unit's replicas and of the room that it has for more; `current`: the replicas that it is to have.
@@ -165,11 +197,12 @@ impl<'a> Planner<'a> {
         };
         let labels = pod_labels(live);
         // Counted at the same moment as what is free: what has come since is in neither, but in what is claimed.
-        let bound = room.map_or(0, |room| room.bound(self.target_namespace(), &labels)) + claimed;
+        let bound =
+            room.map_or(0, |room| room.bound(self.target_namespace(), &labels)).saturating_add(claimed);
         let record =
             self.before.units.iter().find(|old| old.name == unit.name && old.cluster == unit.cluster);
         let extra = record.and_then(|record| record.extra).unwrap_or(0);
-        let bound = bound - extra.min(bound - current).max(0);
+        let bound = bound.saturating_sub(extra.min(bound.saturating_sub(current)).max(0));
         let status = &live["status"];
         let wanted = live["spec"]["replicas"].as_i64().unwrap_or(1);
         let there = status["replicas"].as_i64().unwrap_or(0).clamp(0, wanted.max(0));
@@ -253,7 +286,7 @@ impl<'a> Planner<'a> {
             Some(left) => {
                 self.look_again_in(left);
                 let more = match (found.fits, record.room) {
-                    (Some(fits), Some(then)) => (fits - then).max(0),
+                    (Some(fits), Some(then)) => fits.saturating_sub(then).max(0),
                     // Room became known since: it has to be more than none.
                     (Some(fits), None) => fits,
                     (None, _) => 0,
@@ -295,7 +328,7 @@ pub(super) fn remaining(record: &Setback, now: &str) -> Option<Duration> {
     let (since, now) = (record.since.parse::<Timestamp>().ok()?, now.parse::<Timestamp>().ok()?);
     let doublings = record.times.saturating_sub(1).min(MOST_DOUBLINGS);
     let wait = (FIRST_SETBACK * 2i32.pow(doublings)).min(LONGEST_SETBACK);
-    let left = wait - now.duration_since(since);
+    let left = wait.checked_sub(now.duration_since(since))?;
     Duration::try_from(left).ok().filter(|left| !left.is_zero())
 }
 

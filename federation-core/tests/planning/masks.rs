@@ -1,9 +1,12 @@
 //! Masks and revisions, as stories: which revision each unit is at, and how that is known after a loss.
 
+use std::sync::Arc;
+
 use crate::world::{World, deployment, replicas};
 use federation_core::api::{Naming, Phase};
-use federation_core::plan::{Action, Cause};
-use serde_json::json;
+use federation_core::plan::{Action, Cause, LiveObject};
+use federation_core::render::strip_nulls;
+use serde_json::{Value, json};
 
 #[test]
 fn the_first_revision_gets_an_object_when_there_is_a_second() {
@@ -36,6 +39,44 @@ fn the_first_revision_gets_an_object_when_there_is_a_second() {
     let plan = world.settle();
     assert_eq!((&plan.first, &plan.revision, plan.status.first_revision), (&None, &None, None));
     assert_eq!(world.unit("a").revision.as_ref(), Some(&first.name));
+}
+
+#[test]
+fn nulls_in_a_template_make_no_second_revision() {
+    let mut world = World::deployment();
+    // As `kubectl create --dry-run -o yaml` and KubeFed write it.
+    world.object.spec.template["metadata"]["creationTimestamp"] = Value::Null;
+    world.object.spec.template["spec"]["template"]["metadata"]["creationTimestamp"] = Value::Null;
+    world.place(&["a", "c"]).settle();
+    let first = world.status().current_revision.clone();
+    // The status is stored by a merge patch (RFC 7396), which takes them out.
+    let mut stored = serde_json::to_value(world.status()).expect("a value");
+    strip_nulls(&mut stored);
+    world.object.status = Some(serde_json::from_value(stored).expect("a status"));
+    let plan = world.plan();
+    assert_eq!((&plan.revision, &plan.first, plan.writes.len()), (&None, &None, 0));
+    assert_eq!(plan.status.current_revision, first);
+    // Without them it asks for the same.
+    world.object.spec.template = deployment("web:1", 2);
+    assert_eq!(world.plan().status.current_revision, first);
+}
+
+#[test]
+fn strays_are_told_of_and_go() {
+    let mut world = World::deployment();
+    world.place(&["a"]).settle();
+    let mut stray = world.live("x", "web-a").clone();
+    stray["metadata"]["name"] = "evil".into();
+    let view = world.members.get_mut("x").expect("x");
+    view.objects.insert("evil".into(), LiveObject { value: Arc::new(stray), baseline: None });
+    view.strays = 19_000;
+    let plan = world.plan();
+    let told = plan.status.conditions.iter().find(|told| told.type_ == "StrayObjects").expect("told");
+    assert!(told.status == "True" && told.message.contains("19000 in x"), "{}", told.message);
+    assert!(plan.writes.iter().any(|write| write.object == "evil"), "those that are shown go");
+    world.members.get_mut("x").expect("x").strays = 0;
+    world.settle();
+    assert_eq!(world.condition("StrayObjects"), None);
 }
 
 #[test]

@@ -1,10 +1,12 @@
 //! Replicas by room, away from a cell that cannot run them, and back.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use federation_core::api::{Division, Failover, ReplicaSchedulingPreferenceSpec};
+use federation_core::api::{Division, Evacuation, Failover, ReplicaSchedulingPreferenceSpec, Setback};
 use federation_core::capacity::{Room, RoomView};
 use federation_core::plan::MemberState;
+use federation_core::revision;
 use serde_json::json;
 
 use crate::world::{World, unreachable};
@@ -158,6 +160,88 @@ fn the_first_division_waits_for_a_member_that_is_being_listed_and_not_for_one_ou
     world.members.get_mut("y").expect("y").state = unreachable();
     world.settle();
     assert_eq!(["web-a", "web-b"].map(|name| world.live("x", name)["spec"]["replicas"].clone()), [3, 3]);
+}
+
+#[test]
+fn the_first_division_is_put_off_for_two_minutes_at_most() {
+    for listed in [false, true] {
+        let mut world = world(Division::Capacity, 6, false);
+        set_room(&mut world, "x", &[("a", 4), ("b", 4)]);
+        set_room(&mut world, "y", &[("c", 4)]);
+        let late = world.members.get_mut("y").expect("y");
+        if listed {
+            late.room = RoomView::Unknown;
+        } else {
+            late.state = MemberState::Syncing;
+        }
+        let plan = world.settle();
+        assert_eq!(plan.look_again, Some(Duration::from_secs(120)));
+        world.now = "2026-11-21T00:01:59Z";
+        let plan = world.settle();
+        assert_eq!(plan.look_again, Some(Duration::from_secs(1)), "the wait goes on and does not begin anew");
+        assert!(world.names("x").is_empty());
+        world.now = "2026-11-21T00:02:00Z";
+        world.settle();
+        assert_eq!(["web-a", "web-b"].map(|name| world.live("x", name)["spec"]["replicas"].clone()), [3, 3]);
+        let there = world.members["y"].objects.values();
+        assert!(there.into_iter().all(|live| live.value["spec"]["replicas"] == 0));
+    }
+    // A date that lies ahead is none to wait from.
+    let mut late = world(Division::Weight, 6, false);
+    late.members.get_mut("y").expect("y").state = MemberState::Syncing;
+    late.settle();
+    late.now = "2026-11-20T00:00:00Z";
+    late.settle();
+    assert!(!late.names("x").is_empty());
+    // Where nobody is seen there is nothing to divide.
+    let mut nobody = world(Division::Weight, 6, false);
+    nobody.members.values_mut().for_each(|view| view.state = MemberState::Syncing);
+    nobody.settle();
+    nobody.now = "2026-11-21T01:00:00Z";
+    nobody.settle();
+    assert_eq!(nobody.condition("ReplicasUnplaced"), Some(("True", "MemberSyncing")));
+    nobody.members.values_mut().for_each(|view| view.state = MemberState::Synced);
+    nobody.settle();
+    assert_eq!(counts(&nobody), [2, 2, 2]);
+}
+
+#[test]
+fn numbers_that_anybody_may_have_written_stop_nothing() {
+    let mut world = world(Division::Capacity, 6, true);
+    set_room(&mut world, "x", &[("a", 4), ("b", 4)]);
+    set_room(&mut world, "y", &[("c", 4)]);
+    world.settle();
+    let template = revision::hash(&world.object.spec.template["spec"]["template"]);
+    for (number, date) in [(i64::MIN, "-009999-01-02T01:59:59Z"), (i64::MAX, "9999-12-30T22:00:00Z")] {
+        let status = world.object.status.as_mut().expect("status");
+        status.setbacks = vec![Setback {
+            unit: "a".into(),
+            cluster: "x".into(),
+            replicas: number,
+            room: Some(number),
+            times: 1,
+            since: date.into(),
+            template: template[..10].to_owned(),
+        }];
+        for unit in &mut status.units {
+            unit.extra = Some(number);
+            unit.evacuation = Some(Evacuation { moved: number, left: number, ..Evacuation::default() });
+            unit.observed = Some([("replicas".to_owned(), number.into())].into_iter().collect());
+        }
+        for revision in &mut world.revisions {
+            revision.spec.number = number;
+            revision.spec.snapshot.replicas.values_mut().for_each(|replicas| *replicas = number);
+        }
+        let live = world.live_mut("x", "web-a");
+        live["spec"]["replicas"] = number.into();
+        for field in ["replicas", "availableReplicas", "observedGeneration"] {
+            live["status"][field] = number.into();
+        }
+        world.plan();
+    }
+    world.members.get_mut("x").expect("x").state = unreachable();
+    world.members.get_mut("y").expect("y").state = unreachable();
+    world.plan();
 }
 
 #[test]
