@@ -187,6 +187,7 @@ impl<T: Tunnel> ApiProxy<T> {
         let permit =
             self.0.permits.clone().try_acquire_owned().map_err(|_| ProxyError::TooManyConnections)?;
         let of_user = self.0.users.enter(&user.name).ok_or(ProxyError::RateLimited)?;
+        let unhurried = lasts(path.query());
         let upgrade = upgrade_protocol(request.headers());
         let client_side = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
         // Nothing that the client's connection or its authenticator left there goes further.
@@ -218,6 +219,9 @@ impl<T: Tunnel> ApiProxy<T> {
             response.headers_mut().insert(header::UPGRADE, protocol);
         }
         rewrite_location(response.headers_mut(), cluster);
+        if unhurried {
+            response.extensions_mut().insert(service::http::Unhurried);
+        }
         let (parts, body) = response.into_parts();
         match (client_side, member_side) {
             (Some(client_side), Some(member_side)) => {
@@ -399,6 +403,13 @@ async fn handle<T: Tunnel>(State(proxy): State<ApiProxy<T>>, request: Request<Bo
         );
     }
     response
+}
+
+/// Whether the answer is a log or a watch that goes on: people look at those at their own pace, and what of it is not read
+/// stays in the member, beyond a tunnel's window.
+fn lasts(query: Option<&str>) -> bool {
+    let lasting = |pair: &str| matches!(pair.split_once('='), Some(("follow" | "watch", value)) if value != "false" && value != "0");
+    query.is_some_and(|query| query.split('&').any(lasting))
 }
 
 /// `/clusters/<name>/rest?query` → (name, `/rest?query`).

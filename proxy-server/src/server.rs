@@ -357,7 +357,12 @@ impl BoundServer {
         }
         for (listener, pages) in [(health, health_pages), (admin, admin_pages)] {
             if let Some(listener) = listener {
-                let http = service::http::Limits { max_connections: 256, ..service::http::Limits::default() };
+                // Anybody may ask: few, and little at one time.
+                let http = service::http::Limits {
+                    max_connections: 256,
+                    max_streams: 16,
+                    ..service::http::Limits::default()
+                };
                 background.spawn(
                     service::http::serve(listener, pages, http, pages_drain.clone()).in_current_span(),
                 );

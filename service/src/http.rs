@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A client that is asking for nothing holds nothing that another could need: silent and idle connections stand in a
-//! queue of their own, in which the one that has been there longest is closed when another finds it full.
+//! queue of their own, in which the one that has been there longest is closed when another finds it full. A client that
+//! asks and does not read the answer is cut (`unread`).
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -25,7 +26,7 @@ use axum::extract::ConnectInfo;
 use axum::response::IntoResponse;
 use http::{Request, Response, StatusCode, header};
 use hyper::body::Incoming;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -38,6 +39,7 @@ use tracing::Instrument;
 use crate::coalesce::{Flusher, coalesce};
 use crate::drain::DrainWatch;
 use crate::socket;
+use crate::unread::{Answers, StreamTasks, Verdict};
 
 /// What one peer may cost.
 #[derive(Debug, Clone)]
@@ -54,6 +56,10 @@ pub struct Limits {
     pub max_streams: u32,
     /// HTTP/2 keep-alive: how often to ask a silent peer, and for how long to wait for its answer.
     pub keepalive: Duration,
+    /// HTTP/2: bytes of bodies that a client may send before somebody reads them, on a stream and on a connection.
+    pub receive_window: u32,
+    /// How long an answer may stand still because its client takes nothing of it, unless it is [`Unhurried`].
+    pub unread_timeout: Duration,
     /// HTTP/1.1: whether a client that has closed its sending half still gets its answer. Otherwise that counts as
     /// having gone, and ends its request.
     pub half_close: bool,
@@ -72,10 +78,18 @@ impl Default for Limits {
             // What kube-apiserver allows.
             max_streams: 250,
             keepalive: Duration::from_secs(30),
+            // Uploads over long distances need it.
+            receive_window: 1 << 20,
+            // The slowest network moves 64 KiB in a minute.
+            unread_timeout: Duration::from_secs(60),
             half_close: true,
         }
     }
 }
+
+/// An extension of answers that their clients may leave standing, such as a log that somebody looks at page by page.
+#[derive(Debug, Clone, Copy)]
+pub struct Unhurried;
 
 /// Lets connections in, and keeps those that ask for nothing from standing in the way of those that do.
 #[derive(Debug)]
@@ -180,16 +194,20 @@ pub async fn serve_handler<I, H, F>(
     let activity = Arc::new(watch::channel(Activity::default()).0);
     let watched = activity.subscribe();
     let places = gate.clone();
+    let answers = Arc::new(Answers::new());
+    let looked_at = answers.clone();
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         let under_way = UnderWay::begin(&activity, &places);
         let answer = under_way.map(|under_way| (handler(request.map(Body::new)), under_way));
+        let answers = answers.clone();
         async move {
             let Some((answer, under_way)) = answer else { return Ok::<_, Infallible>(full()) };
             let response = answer.await;
-            Ok(response.map(|body| Body::new(Held { body, _under_way: under_way })))
+            let unhurried = response.extensions().get::<Unhurried>().is_some();
+            Ok(response.map(|body| answers.track(body, under_way, unhurried)))
         }
     });
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+    let mut builder = auto::Builder::new(StreamTasks);
     builder
         .http1()
         .timer(TokioTimer::new())
@@ -201,39 +219,48 @@ pub async fn serve_handler<I, H, F>(
         .timer(TokioTimer::new())
         .max_header_list_size(u32::try_from(limits.max_header_bytes).unwrap_or(u32::MAX))
         .max_concurrent_streams(limits.max_streams)
+        .initial_stream_window_size(limits.receive_window)
+        .initial_connection_window_size(limits.receive_window)
         .keep_alive_interval(limits.keepalive)
         .keep_alive_timeout(limits.keepalive);
     let (io, mut flusher) = coalesce(io);
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
     let mut connection = pin!(connection);
     let busy = watched.clone();
-    let ended = tokio::select! {
-        ended = drive(&mut flusher, connection.as_mut(), &busy) => ended,
-        quiet = quiet(watched.clone(), &gate, evicted, limits) => match quiet {
-            // Nothing is owed to who has asked for nothing.
-            Quiet::Silent => {
-                tracing::debug!("closed: no request came in time");
-                return;
-            }
-            Quiet::Idle => {
+    let unread = unread(watched.clone(), &looked_at, limits.unread_timeout);
+    let serving = async {
+        let ended = tokio::select! {
+            ended = drive(&mut flusher, connection.as_mut(), &busy) => ended,
+            quiet = quiet(watched.clone(), &gate, evicted, limits) => match quiet {
+                // Nothing is owed to who has asked for nothing.
+                Quiet::Silent => {
+                    tracing::debug!("closed: no request came in time");
+                    return;
+                }
+                Quiet::Idle => {
+                    connection.as_mut().graceful_shutdown();
+                    tokio::select! {
+                        ended = drive(&mut flusher, connection.as_mut(), &busy) => ended,
+                        // A request that crossed the farewell is still answered; a peer that ignores it is cut.
+                        () = idle(watched, limits.header_timeout) => return,
+                    }
+                }
+            },
+            () = drain => {
                 connection.as_mut().graceful_shutdown();
                 tokio::select! {
                     ended = drive(&mut flusher, connection.as_mut(), &busy) => ended,
-                    // A request that crossed the farewell is still answered; a peer that ignores it is cut.
                     () = idle(watched, limits.header_timeout) => return,
                 }
             }
-        },
-        () = drain => {
-            connection.as_mut().graceful_shutdown();
-            tokio::select! {
-                ended = drive(&mut flusher, connection.as_mut(), &busy) => ended,
-                () = idle(watched, limits.header_timeout) => return,
-            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(error = %error, "connection ended");
         }
     };
-    if let Err(error) = ended {
-        tracing::debug!(error = %error, "connection ended");
+    tokio::select! {
+        () = serving => {}
+        () = unread => tracing::debug!("closed: its client does not read the answers that it has asked for"),
     }
 }
 
@@ -317,19 +344,32 @@ async fn idle(mut activity: watch::Receiver<Activity>, limit: Duration) {
     }
 }
 
+/// Returns when only the connection's end can end an answer that its client does not take.
+async fn unread(mut activity: watch::Receiver<Activity>, answers: &Answers<UnderWay>, limit: Duration) {
+    loop {
+        // An error means that the connection has ended, which its owner sees for itself.
+        if activity.wait_for(|activity| activity.under_way > 0).await.is_err() {
+            return std::future::pending().await;
+        }
+        tokio::time::sleep(limit / 4).await;
+        match answers.look(limit) {
+            Verdict::Fine => {}
+            Verdict::StreamsEnded(streams) => {
+                tracing::debug!(streams, "ended: their client does not read the answers");
+            }
+            Verdict::Stuck => return,
+        }
+    }
+}
+
 fn full() -> Response<Body> {
     let message = "too many connections: try again later\n";
     (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], message).into_response()
 }
 
 /// A request, until its answer's last byte.
+#[derive(Debug)]
 struct UnderWay(Arc<watch::Sender<Activity>>);
-
-/// A body that says when it has ended.
-struct Held {
-    body: Body,
-    _under_way: UnderWay,
-}
 
 // === impl Gate ===
 
@@ -406,28 +446,6 @@ impl Drop for UnderWay {
                 activity.place = None;
             }
         });
-    }
-}
-
-// === impl Held ===
-
-impl hyper::body::Body for Held {
-    type Data = <Body as hyper::body::Body>::Data;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<hyper::body::Frame<Self::Data>, Self::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> hyper::body::SizeHint {
-        self.body.size_hint()
     }
 }
 

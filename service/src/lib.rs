@@ -17,6 +17,7 @@ pub mod ready;
 pub mod runtime;
 pub mod signals;
 pub mod socket;
+mod unread;
 
 /// The whole chain of an error on one line, outermost first, for logs and for the last line of a program.
 ///
