@@ -20,14 +20,12 @@ use std::collections::HashMap;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
+use crate::bounded::{Budget, ReadError, read};
 use crate::revision::hash;
 use crate::types::{FEDERATED_VERSION, KUBEFED_VERSION};
 
 /// Annotation that holds what the form at hand cannot say, as JSON.
 pub const CONVERSION_ANNOTATION: &str = "cellway.io/conversion";
-
-/// Objects of one `ConversionReview`: an API server sends a page of a list at a time.
-const MAX_REVIEWED: usize = 10_000;
 
 /// Fields of a v1beta2 spec that have a place in v1beta1.
 const SHARED: [&str; 4] = ["template", "placement", "overrides", "retainReplicas"];
@@ -48,10 +46,20 @@ pub enum ConversionError {
         /// The one asked for.
         to: String,
     },
+    /// It, or what its annotation holds, takes more memory than one object may.
+    #[error(
+        "cannot convert an object that takes so much memory: it is too large, or too deep in many places"
+    )]
+    TooLarge,
 }
 
 /// Converts an object to another `apiVersion` of its group.
-pub fn convert(mut object: Value, to: &str) -> Result<Value, ConversionError> {
+pub fn convert(object: Value, to: &str) -> Result<Value, ConversionError> {
+    convert_within(object, to, &Budget::unlimited())
+}
+
+/// The same, with what its annotation may take in memory.
+pub(crate) fn convert_within(mut object: Value, to: &str, budget: &Budget) -> Result<Value, ConversionError> {
     let from = object["apiVersion"].as_str().ok_or(ConversionError::NotAnObject)?.to_owned();
     if !object["metadata"].is_object() {
         return Err(ConversionError::NotAnObject);
@@ -64,49 +72,18 @@ pub fn convert(mut object: Value, to: &str) -> Result<Value, ConversionError> {
     }
     match (from_version, to_version) {
         (same, other) if same == other => return Ok(object),
-        (KUBEFED_VERSION, FEDERATED_VERSION) => to_multi_topology(&mut object),
-        (FEDERATED_VERSION, KUBEFED_VERSION) => to_kubefed(&mut object),
+        (KUBEFED_VERSION, FEDERATED_VERSION) => to_multi_topology(&mut object, budget)?,
+        (FEDERATED_VERSION, KUBEFED_VERSION) => to_kubefed(&mut object, budget)?,
         _ => return Err(unknown()),
     }
     object["apiVersion"] = to.into();
     Ok(object)
 }
 
-/// Answers a `ConversionReview` (apiextensions.k8s.io/v1), as an API server sends to a conversion webhook. What it holds is
-/// moved and not copied: it may be large.
-pub fn review(mut review: Value) -> Value {
-    let take = |from: &mut Value, field| from.get_mut(field).map(Value::take).unwrap_or_default();
-    let mut request = take(&mut review, "request");
-    let (uid, to) = (take(&mut request, "uid"), take(&mut request, "desiredAPIVersion"));
-    let objects = match take(&mut request, "objects") {
-        Value::Array(objects) => objects,
-        _ => Vec::new(),
-    };
-    let converted = if objects.len() > MAX_REVIEWED {
-        Err(format!("more than {MAX_REVIEWED} objects in one review"))
-    } else {
-        let to = to.as_str().unwrap_or_default();
-        let converted: Result<Vec<_>, _> = objects.into_iter().map(|object| convert(object, to)).collect();
-        converted.map_err(|error| error.to_string())
-    };
-    let mut response = Map::from_iter([("uid".to_owned(), uid)]);
-    let result = match converted {
-        Ok(objects) => {
-            response.insert("convertedObjects".into(), Value::Array(objects));
-            json!({"status": "Success"})
-        }
-        Err(message) => json!({"status": "Failure", "message": message}),
-    };
-    response.insert("result".into(), result);
-    let mut answer = json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "ConversionReview"});
-    answer["response"] = Value::Object(response);
-    answer
-}
-
 // === v1beta1 to v1beta2 ===
 
-fn to_multi_topology(object: &mut Value) {
-    let mut kept = take_annotation(object);
+fn to_multi_topology(object: &mut Value, budget: &Budget) -> Result<(), ConversionError> {
+    let mut kept = take_annotation(object, budget)?;
     if let Some(Value::Object(spec)) = object.get_mut("spec") {
         if let Some(Value::Object(placement)) = spec.get_mut("placement") {
             rename(placement, "clusters", "units");
@@ -168,12 +145,13 @@ fn to_multi_topology(object: &mut Value) {
         }
     }
     put_annotation(object, left, kept.remove("annotation"));
+    Ok(())
 }
 
 // === v1beta2 to v1beta1 ===
 
-fn to_kubefed(object: &mut Value) {
-    let mut kept = take_annotation(object);
+fn to_kubefed(object: &mut Value, budget: &Budget) -> Result<(), ConversionError> {
+    let mut kept = take_annotation(object, budget)?;
     let mut left = Map::new();
     if let Some(Value::Object(spec)) = object.get_mut("spec") {
         for (field, implied) in IMPLIED {
@@ -231,11 +209,13 @@ fn to_kubefed(object: &mut Value) {
         }
     }
     put_annotation(object, left, kept.remove("annotation"));
+    Ok(())
 }
 
 /// An entry in KubeFed's form, or itself when that form cannot say it.
 fn kubefed_override(entry: Value) -> Result<Value, Value> {
-    let Value::Object(map) = &entry else { return Err(entry) };
+    // What is no object at all has no form.
+    let Value::Object(map) = &entry else { return Ok(entry) };
     let plain = map.keys().all(|key| matches!(key.as_str(), "units" | "patches"));
     let cluster = match map.get("units") {
         None => Some(None),
@@ -367,19 +347,20 @@ fn extend(map: &mut Map<String, Value>, more: Option<Value>) {
 }
 
 /// Takes the annotation off and reads it. What is not ours to read comes back under `annotation`.
-fn take_annotation(object: &mut Value) -> Map<String, Value> {
+fn take_annotation(object: &mut Value, budget: &Budget) -> Result<Map<String, Value>, ConversionError> {
     let Some(Value::Object(annotations)) = object["metadata"].get_mut("annotations") else {
-        return Map::new();
+        return Ok(Map::new());
     };
-    let Some(text) = annotations.remove(CONVERSION_ANNOTATION) else { return Map::new() };
+    let Some(text) = annotations.remove(CONVERSION_ANNOTATION) else { return Ok(Map::new()) };
     if annotations.is_empty()
         && let Value::Object(metadata) = &mut object["metadata"]
     {
         metadata.remove("annotations");
     }
-    match text.as_str().map(serde_json::from_str) {
-        Some(Ok(Value::Object(kept))) if !kept.is_empty() => kept,
-        _ => Map::from_iter([("annotation".to_owned(), text)]),
+    match text.as_str().map(|text| read(text, budget)) {
+        Some(Ok(Value::Object(kept))) if !kept.is_empty() => Ok(kept),
+        Some(Err(ReadError::TooLarge)) => Err(ConversionError::TooLarge),
+        _ => Ok(Map::from_iter([("annotation".to_owned(), text)])),
     }
 }
 
@@ -523,15 +504,17 @@ mod tests {
     }
 
     #[test]
-    fn reviews_are_answered_as_a_whole() {
-        let ask = |version: &str| json!({"request": {"uid": "u", "desiredAPIVersion": version, "objects": [object(OLD, json!({}))]}});
-        let done = review(ask(NEW));
-        assert_eq!(done["response"]["uid"], "u");
-        assert_eq!(done["response"]["convertedObjects"][0]["apiVersion"], NEW);
-        let failed = review(ask("types.kubefed.io/v9"));
-        assert_eq!(failed["response"]["result"]["status"], "Failure");
+    fn what_cannot_be_converted_is_said() {
         assert!(convert(json!({"apiVersion": OLD}), NEW).is_err());
         assert!(convert(object("a/v1beta1", json!({})), "b/v1beta2").is_err());
+        let odd = object(NEW, json!({"overrides": [1, {"units": ["a"]}, "x", []]}));
+        let there = convert(odd.clone(), OLD).expect("converts");
+        assert_eq!(
+            there["spec"]["overrides"],
+            json!([1, {"clusterName": "a"}, "x", []]),
+            "no form, no word of it"
+        );
+        assert_eq!(convert(there, NEW).expect("converts"), odd);
     }
 
     fn names() -> impl Strategy<Value = Value> {

@@ -11,6 +11,7 @@
 //! objects of the hub).
 
 pub mod api;
+mod bounded;
 pub mod capacity;
 pub mod conversion;
 pub mod credentials;
@@ -24,6 +25,7 @@ pub mod overrides;
 pub mod plan;
 pub mod policy;
 pub mod render;
+pub mod review;
 pub mod revision;
 pub mod schedule;
 pub mod status;
@@ -64,6 +66,7 @@ pub fn crds_yaml(conversion: &api::Conversion) -> Result<String, serde_yaml_ng::
 #[doc(hidden)]
 pub mod fuzzing {
     pub use crate::overrides::fuzz::patches;
+    pub use crate::review::fuzz::conversion_review;
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use federation_apiserver::simulation::{self, SimulationConfig};
 use federation_core::api::Conversion;
-use federation_core::conversion;
+use federation_core::review::{self, ReviewLimits};
 use http::{Request, Response};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Bytes, Incoming};
@@ -194,6 +194,6 @@ async fn serve_conversion(authority: &CertificateAuthority) -> (Conversion, Abor
 
 async fn convert(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     let body = request.into_body().collect().await.expect("a whole review").to_bytes();
-    let review: Value = serde_json::from_slice(&body).expect("a review");
-    Ok(Response::new(Full::new(conversion::review(review).to_string().into())))
+    let limits = ReviewLimits { object: 64 << 20, answer: 64 << 20 };
+    Ok(Response::new(Full::new(review::answer(&body, limits).expect("a review").into())))
 }

@@ -9,6 +9,7 @@ use axum::middleware::Next;
 use federation_apiserver::{ApiServer, Bound, Converter, Role, UserInfo};
 use federation_core::api::Conversion;
 use serde_json::json;
+use service::metrics::SharedRegistry;
 use service::ready::Readiness;
 use tokio_util::sync::CancellationToken;
 
@@ -112,6 +113,13 @@ impl HubApi {
                 api.mount("/cellway/v1", with_user(pages));
             }
             Self::External(api) => api.mount(members, pages, metrics),
+        }
+    }
+
+    /// Shows when its certificates end. Our own API server has metrics of its own.
+    pub(super) fn show_certificates(&self, registry: &SharedRegistry, metrics: &ServerMetrics) {
+        if let Self::External(api) = self {
+            api.show_certificates(registry, metrics.clone());
         }
     }
 

@@ -7,7 +7,6 @@
 //!                                                                         └─ /cellway/v1/ ─▶ admin_api
 //! ```
 
-use std::fs::{File, TryLockError};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,6 +24,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Api, Client};
 use service::duration::GoDuration;
 use service::http::Limits;
+use service::metrics::SharedRegistry;
 use service::ready::Readiness;
 use tls::CertificateDer;
 use tokio::net::TcpListener;
@@ -49,9 +49,6 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// The field's default for webhooks.
 const WEBHOOK_PORT: u16 = 9443;
-
-/// Keeps a second hub out of the folder.
-const LOCK_FILE: &str = "hub.lock";
 
 /// The Kubernetes API of somebody else.
 #[derive(Debug, Clone, clap::Args)]
@@ -85,18 +82,6 @@ pub struct ExternalArgs {
 /// Why a hub could not be put on somebody else's API.
 #[derive(Debug, thiserror::Error)]
 pub enum ExternalError {
-    /// Another process.
-    #[error("another hub runs in {0}: end it first, or name another --data-dir")]
-    InUse(PathBuf),
-    /// The lock.
-    #[error("failed to lock {path}")]
-    Lock {
-        /// Which file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
     /// The file.
     #[error("failed to use the kubeconfig {path}")]
     Kubeconfig {
@@ -163,7 +148,6 @@ pub(super) struct External {
     served: Served,
     metrics: ServerMetrics,
     answers: Arc<AtomicBool>,
-    _lock: File,
 }
 
 /// What the port serves.
@@ -194,7 +178,6 @@ impl External {
         data_dir: &Path,
         advertised_host: &str,
     ) -> Result<Self, ExternalError> {
-        let lock = lock(&data_dir.join(LOCK_FILE), data_dir)?;
         let (client, server, objects) = open(kubeconfig).await?;
         match client.apiserver_version().await {
             Ok(version) => {
@@ -260,7 +243,6 @@ impl External {
             served,
             metrics: ServerMetrics::default(),
             answers: Arc::new(AtomicBool::new(true)),
-            _lock: lock,
         })
     }
 
@@ -304,20 +286,26 @@ impl External {
         self.metrics = metrics;
     }
 
+    /// Shows at each scrape when the certificates of its two ports end.
+    pub(super) fn show_certificates(&self, registry: &SharedRegistry, metrics: ServerMetrics) {
+        let (port, webhook) = (self.certificates.tls().clone(), self.webhook.tls().clone());
+        registry.before_scrape(move || {
+            let ends = port.ends();
+            // As our own API server calls them; the hub's authority comes first.
+            let authorities = ["ca", "client-ca"].into_iter().zip(ends.client_cas.into_iter().map(Some));
+            for (certificate, end) in
+                [("serving", ends.served), ("own", ends.named)].into_iter().chain(authorities)
+            {
+                metrics.show_certificate(certificate, end);
+            }
+            metrics.show_certificate("webhook", webhook.ends().served);
+        });
+    }
+
     /// Serves until it is to stop, and lets requests end.
     pub(super) async fn run(self, stop: CancellationToken) {
-        let Self {
-            client,
-            listener,
-            certificates,
-            webhook,
-            definitions,
-            served,
-            metrics,
-            answers,
-            _lock,
-            ..
-        } = self;
+        let Self { client, listener, certificates, webhook, definitions, served, metrics, answers, .. } =
+            self;
         let (signal, drain) = service::drain::channel();
         let router = Router::new().fallback(answer).with_state(served);
         let router_for = move |certificate: Option<&CertificateDer<'static>>| {
@@ -349,17 +337,6 @@ impl External {
         }
         serving.shutdown().await;
         background.shutdown().await;
-    }
-}
-
-/// One hub in a folder.
-fn lock(path: &Path, data_dir: &Path) -> Result<File, ExternalError> {
-    let failed = |source| ExternalError::Lock { path: path.to_owned(), source };
-    let file = File::options().create(true).truncate(false).write(true).open(path).map_err(failed)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(ExternalError::InUse(data_dir.to_owned())),
-        Err(TryLockError::Error(source)) => Err(failed(source)),
     }
 }
 

@@ -18,10 +18,12 @@ mod delegated;
 pub mod external;
 mod feed;
 mod members;
+mod room;
 mod tokens;
 mod webhook;
 
 use std::collections::BTreeSet;
+use std::fs::{File, TryLockError};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -72,6 +74,9 @@ const MIN_AGENT_CERTIFICATE_TTL: Duration = Duration::from_secs(5);
 
 /// Bytes of the secret that stateless resets are made with.
 const RESET_SECRET: usize = 32;
+
+/// Keeps a second hub out of the data folder, whatever its store is.
+const LOCK_FILE: &str = "hub.lock";
 
 /// The description of a running hub, in its data folder.
 const HUB_FILE: &str = "hub.json";
@@ -165,6 +170,18 @@ pub enum HubError {
         #[source]
         source: std::io::Error,
     },
+    /// Another process.
+    #[error("another hub runs in {0}: end it first, or name another --data-dir")]
+    InUse(PathBuf),
+    /// The lock.
+    #[error("failed to lock {path}")]
+    Lock {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// The tunnel CA or one of its certificates.
     #[error("failed to set up the certificate authority of the tunnels")]
     Authority(#[from] tls::AuthorityError),
@@ -210,6 +227,7 @@ pub struct Hub {
     certificates: [ServedCertificate; 2],
     controller: Controller,
     starting: ReadyGuard,
+    lock: File,
 }
 
 // === impl Hub ===
@@ -229,6 +247,7 @@ impl Hub {
         let unusable = |source| HubError::DataDir { path: data_dir.clone(), source };
         private_dir(&data_dir).map_err(unusable)?;
         let data_dir = data_dir.canonicalize().map_err(unusable)?;
+        let lock = lock(&data_dir)?;
         let advertised_host = args.advertise_address.clone().unwrap_or_else(|| match args.bind_address {
             ip if ip.is_unspecified() => Ipv4Addr::LOCALHOST.to_string(),
             ip => ip.to_string(),
@@ -240,8 +259,8 @@ impl Hub {
             );
         }
         let mut api = HubApi::bind(&args, &data_dir, &advertised_host).await?;
-        // Whoever waits for the file must not take an earlier hub's for this one's. Not before the store is ours: a hub
-        // that runs in this folder keeps its file.
+        // Whoever waits for the file must not take an earlier hub's for this one's. Not before the folder is ours: a hub
+        // that runs in it keeps its file.
         remove_if_there(&data_dir.join(HUB_FILE)).map_err(unusable)?;
         let tunnel_ca =
             Arc::new(CertificateAuthority::load_or_create(&data_dir.join("tunnel-ca"), "cellway-tunnel-ca")?);
@@ -269,6 +288,7 @@ impl Hub {
 
         let metrics = SharedRegistry::new("cellway-hub");
         parts.register(&metrics);
+        api.show_certificates(&metrics, &parts.metrics);
         let connector = member_connector(parts.registry.clone(), args.backend_dial_timeout.0);
         let controller = {
             let options = Options {
@@ -321,6 +341,7 @@ impl Hub {
             certificates,
             controller,
             starting,
+            lock,
         })
     }
 
@@ -349,8 +370,19 @@ impl Hub {
     /// # Errors
     /// When a part ends by itself, or `hub.json` cannot be written.
     pub async fn run(self, drain: DrainWatch) -> Result<(), HubError> {
-        let Self { data_dir, api, server, pages, client, feed, certificates, controller, starting, .. } =
-            self;
+        let Self {
+            data_dir,
+            api,
+            server,
+            pages,
+            client,
+            feed,
+            certificates,
+            controller,
+            starting,
+            lock: _lock,
+            ..
+        } = self;
         let (registry, hub_file) = (pages.registry.clone(), data_dir.join(HUB_FILE));
         let mut description = pages.server();
         api.describe(&mut description);
@@ -476,6 +508,18 @@ fn server_config(
         },
         access_log: !args.no_access_log,
     })
+}
+
+/// One hub in a folder: its keys and its name towards the lease are there, even where its objects are in a database.
+fn lock(data_dir: &Path) -> Result<File, HubError> {
+    let path = data_dir.join(LOCK_FILE);
+    let failed = |source| HubError::Lock { path: path.clone(), source };
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(HubError::InUse(data_dir.to_owned())),
+        Err(TryLockError::Error(source)) => Err(failed(source)),
+    }
 }
 
 /// Who this hub's controller is in the lease, before and after a restart. Copies of the data folder have it too: the lease tells
@@ -614,6 +658,15 @@ mod tests {
         assert_ne!(controller_identity(two.path()).unwrap(), first);
         std::fs::write(one.path().join("controller-id"), "damaged").unwrap();
         assert_ne!(controller_identity(one.path()).unwrap(), first);
+    }
+
+    #[test]
+    fn a_folder_has_one_hub() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = lock(dir.path()).unwrap();
+        assert!(matches!(lock(dir.path()), Err(HubError::InUse(path)) if path == dir.path()));
+        drop(first);
+        lock(dir.path()).unwrap();
     }
 
     #[test]

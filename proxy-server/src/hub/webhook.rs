@@ -1,22 +1,25 @@
 //! The conversion webhook, for a stock kube-apiserver as hub: KubeFed's form of federated objects and the stored one.
 //!
 //! It has a listener of its own, because whoever dials it is a kube-apiserver without a credential: it asks nobody who
-//! they are, is a function of what it is sent, and knows nothing. What it takes at one time is bounded. Its certificate is
-//! of the hub's own authority and is issued anew long before its end, without a restart and without an ended request.
+//! they are, is a function of what it is sent, and knows nothing. What it takes at one time is bounded, and a source that is
+//! silent or slow leaves room for others ([`Room`]). Its certificate is of the hub's own authority and is issued anew long
+//! before its end, without a restart and without an ended request.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use axum::Router;
-use axum::body::{Body, to_bytes};
-use axum::extract::State;
+use axum::body::Body;
+use axum::extract::{ConnectInfo, State};
 use axum::routing::post;
+use bytes::Bytes;
 use federation_core::api::Conversion;
-use federation_core::conversion;
+use federation_core::review::{self, ReviewLimits};
+use futures::StreamExt as _;
 use http::{HeaderValue, Request, Response, StatusCode, Uri, header};
-use serde_json::Value;
+use http_body::Body as _;
 use service::drain::DrainWatch;
 use service::duration::GoDuration;
 use service::http::Limits;
@@ -26,6 +29,7 @@ use tls::{
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use super::room::{Room, Share};
 use crate::https;
 use crate::metrics::ServerMetrics;
 use crate::status::response as refuse;
@@ -36,21 +40,41 @@ pub(super) const PATH: &str = "/cellway/v1/convert";
 /// Largest review: a page of five hundred objects of 32 KiB.
 const MAX_REVIEW: usize = 16 << 20;
 
-/// Bytes of all reviews under way: anybody who reaches the port may send them, and each becomes several times its size.
+/// Bytes of all reviews that are there, and of the answers that have not been read.
 const MAX_TOGETHER: usize = 64 << 20;
 
-/// What a review may become in memory, as a multiple of its bytes: real ones stay below half of it, and one of empty objects
-/// would become a hundred times its size.
-const MAX_GROWTH: usize = 24;
+/// What an object may take in memory, of which there is one for each of [`CONVERSIONS`], and while it is converted some
+/// parts twice. A real one of the 1.5 MiB that etcd takes stays below, if it is nothing but short variables of containers.
+const MAX_OBJECT: usize = 64 << 20;
 
-/// Below it nobody asks.
-const SMALL: usize = 4096;
+/// Conversions under way: each has a thread to itself, and takes a millisecond or less for an ordinary object.
+const CONVERSIONS: usize = 2;
 
-/// How long a review may wait for room, and then take to arrive. kube-apiserver gives up on one after 30 s.
+/// An answer may be so many times as long as its review, and [`SMALL`] more. KubeFed's form says some things twice, and
+/// puts others as JSON into a string.
+const MAX_GROWTH: usize = 4;
+
+/// Room that a review takes at least, once a byte of it has come.
+const SMALL: usize = 16 << 10;
+
+/// How long a review may take to arrive, and wait for room and its turn. kube-apiserver gives up on one after 30 s.
 const REVIEW_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// How long it may be without a byte in between: it comes from a program that has all of it.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long a client may leave an answer unread.
+const UNREAD_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// kube-apiservers keep one connection each, or a few.
-const MAX_CONNECTIONS: usize = 256;
+const MAX_CONNECTIONS: usize = 1024;
+
+/// Reviews of one source at one time: fewer than connections, so that it cannot have all of them.
+const MAX_OF_ONE_SOURCE: usize = MAX_CONNECTIONS / 2;
+
+/// What a client may send on a connection before it is read, and the size of a request's head.
+const RECEIVE_WINDOW: u32 = 128 << 10;
+const MAX_HEAD: usize = 16 << 10;
 
 /// Shortest life of its certificate: shorter ones would be renewed every second or two.
 const MIN_CERTIFICATE_TTL: Duration = Duration::from_secs(5);
@@ -141,6 +165,11 @@ impl Webhook {
         self.addr
     }
 
+    /// What it serves with.
+    pub(super) fn tls(&self) -> &ServerTls {
+        &self.tls
+    }
+
     /// What definitions have to say.
     pub(super) fn conversion(&self) -> &Conversion {
         &self.conversion
@@ -149,7 +178,13 @@ impl Webhook {
     /// Answers until the drain, and lets what is under way finish.
     pub(super) async fn run(self, metrics: ServerMetrics, drain: DrainWatch) {
         let Self { listener, tls, certificate, .. } = self;
-        let limits = Limits { max_connections: MAX_CONNECTIONS, ..Limits::default() };
+        let limits = Limits {
+            max_connections: MAX_CONNECTIONS,
+            max_header_bytes: MAX_HEAD,
+            receive_window: RECEIVE_WINDOW,
+            unread_timeout: UNREAD_TIMEOUT,
+            ..Limits::default()
+        };
         let router = router();
         let serving =
             https::serve(listener, tls.clone(), "webhook", move |_| router.clone(), limits, metrics, drain);
@@ -189,101 +224,312 @@ fn host_of(url: &str) -> Option<String> {
     (!refused && !named_user && !host.is_empty()).then(|| host.to_owned())
 }
 
+/// What bounds reviews.
+#[derive(Clone)]
+struct Bounds {
+    room: Arc<Room>,
+    conversions: Arc<Semaphore>,
+}
+
+/// An answer that holds its room for as long as somebody holds its bytes.
+struct Answer {
+    bytes: Vec<u8>,
+    _share: Share,
+}
+
+/// Why a review did not arrive.
+enum Lost {
+    TooLarge,
+    Silent,
+    BrokeOff,
+}
+
 /// The router, with whole paths.
 fn router() -> Router {
-    let room = Arc::new(Semaphore::new(MAX_TOGETHER));
-    Router::new().route(PATH, post(convert)).with_state(room)
+    let room = Room::new(MAX_TOGETHER, MAX_OF_ONE_SOURCE);
+    let conversions = Arc::new(Semaphore::new(CONVERSIONS));
+    Router::new().route(PATH, post(convert)).with_state(Bounds { room, conversions })
 }
 
-/// What JSON takes in memory once it is read, roughly: an object is a leaf of a tree, an array room for four values.
-fn unfolded(text: &[u8]) -> usize {
-    let cost = |byte: &u8| match byte {
-        b'{' => 640,
-        b'[' => 160,
-        b',' => 64,
-        _ => 0,
-    };
-    text.iter().map(cost).sum()
-}
-
-async fn convert(State(room): State<Arc<Semaphore>>, request: Request<Body>) -> Response<Body> {
-    let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
-    let Some(length) = length.and_then(|text| text.parse::<usize>().ok()) else {
-        return refuse(StatusCode::LENGTH_REQUIRED, "BadRequest", "a review says how long it is");
-    };
-    let Some(units) = u32::try_from(length).ok().filter(|_| length <= MAX_REVIEW) else {
-        let message = format!("a review may have {MAX_REVIEW} bytes");
-        return refuse(StatusCode::PAYLOAD_TOO_LARGE, "RequestEntityTooLarge", &message);
+async fn convert(State(bounds): State<Bounds>, request: Request<Body>) -> Response<Body> {
+    // Every connection has one.
+    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
+    let Some(mut share) = bounds.room.enter(peer.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))) else {
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable", "too many reviews from there");
     };
     let arriving = async {
+        let review = arrive(request.into_body(), &mut share).await?;
         // Nobody closes it.
-        let permit = room.acquire_many_owned(units).await.ok();
-        to_bytes(request.into_body(), length).await.map(|body| (permit, body))
+        Ok((review, bounds.conversions.acquire_owned().await.ok()))
     };
-    let (permit, body) = match tokio::time::timeout(REVIEW_TIMEOUT, arriving).await {
+    let (review, turn) = match tokio::time::timeout(REVIEW_TIMEOUT, arriving).await {
         Ok(Ok(arrived)) => arrived,
-        Ok(Err(_)) => return refuse(StatusCode::BAD_REQUEST, "BadRequest", "the review broke off"),
+        Ok(Err(Lost::TooLarge)) => {
+            let message = format!("a review may have {MAX_REVIEW} bytes");
+            return refuse(StatusCode::PAYLOAD_TOO_LARGE, "RequestEntityTooLarge", &message);
+        }
+        Ok(Err(Lost::Silent)) => {
+            return refuse(StatusCode::REQUEST_TIMEOUT, "Timeout", "the review did not go on");
+        }
+        Ok(Err(Lost::BrokeOff)) => {
+            return refuse(StatusCode::BAD_REQUEST, "BadRequest", "the review broke off");
+        }
         Err(_) => return refuse(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable", "too many reviews"),
     };
     // A large one takes a while, which no tunnel should wait for.
     let converted = tokio::task::spawn_blocking(move || {
-        let _permit = permit;
-        if unfolded(&body) > MAX_GROWTH * body.len().max(SMALL) {
-            return None;
-        }
-        let review: Value = serde_json::from_slice(&body).ok()?;
-        serde_json::to_vec(&conversion::review(review)).ok()
+        let _turn = turn;
+        let limits = ReviewLimits { object: MAX_OBJECT, answer: MAX_GROWTH * review.len() + SMALL };
+        let answer = review::answer(&review, limits);
+        drop(review);
+        answer.map(|mut bytes| {
+            bytes.shrink_to_fit();
+            share.set(bytes.capacity());
+            Bytes::from_owner(Answer { bytes, _share: share })
+        })
     });
     match converted.await {
-        Ok(Some(answer)) => {
+        Ok(Ok(answer)) => {
             let mut response = Response::new(Body::from(answer));
             let json = HeaderValue::from_static("application/json");
             response.headers_mut().insert(header::CONTENT_TYPE, json);
             response
         }
-        Ok(None) => {
-            refuse(StatusCode::BAD_REQUEST, "BadRequest", "a review is JSON, of objects that hold something")
-        }
+        Ok(Err(error)) => refuse(StatusCode::BAD_REQUEST, "BadRequest", &service::error_chain(&error)),
         Err(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, "InternalError", "the conversion failed"),
+    }
+}
+
+/// Takes a review in, with room for what has come of it.
+async fn arrive(body: Body, share: &mut Share) -> Result<Vec<u8>, Lost> {
+    let said =
+        body.size_hint().upper().map_or(MAX_REVIEW, |said| usize::try_from(said).unwrap_or(usize::MAX));
+    if said > MAX_REVIEW {
+        return Err(Lost::TooLarge);
+    }
+    let mut body = body.into_data_stream();
+    let mut review = Vec::new();
+    loop {
+        let bytes: Bytes = match tokio::time::timeout(SILENCE_TIMEOUT, body.next()).await {
+            Ok(Some(Ok(bytes))) => bytes,
+            Ok(Some(Err(_))) => return Err(Lost::BrokeOff),
+            Ok(None) => return Ok(review),
+            Err(_) => return Err(Lost::Silent),
+        };
+        let length = review.len() + bytes.len();
+        if length > said {
+            return Err(Lost::TooLarge);
+        }
+        if length > review.capacity() {
+            let capacity = (2 * review.capacity()).clamp(SMALL.min(said), said).max(length);
+            share.grow(capacity).await;
+            review.reserve_exact(capacity - review.len());
+        }
+        review.extend_from_slice(&bytes);
+    }
+}
+
+// === impl Answer ===
+
+impl AsRef<[u8]> for Answer {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use axum::body::to_bytes;
+    use serde_json::{Value, json};
     use tower::ServiceExt as _;
 
     use super::*;
 
-    async fn ask(body: String, length: Option<usize>) -> (StatusCode, Value) {
-        let mut request = Request::post(PATH);
-        if let Some(length) = length {
-            request = request.header(header::CONTENT_LENGTH, length);
-        }
-        let request = request.body(Body::from(body)).expect("request");
-        let response = router().oneshot(request).await.expect("response");
+    const OLD: &str = "types.kubefed.io/v1beta1";
+    const NEW: &str = "types.kubefed.io/v1beta2";
+
+    async fn ask_at(router: &Router, body: Body) -> (StatusCode, Value) {
+        let request = Request::post(PATH).body(body).expect("request");
+        let response = router.clone().oneshot(request).await.expect("response");
         let status = response.status();
-        let body = to_bytes(response.into_body(), MAX_REVIEW).await.expect("body");
+        let body = to_bytes(response.into_body(), 4 * MAX_REVIEW).await.expect("body");
         (status, serde_json::from_slice(&body).unwrap_or_default())
+    }
+
+    async fn ask(body: String) -> (StatusCode, Value) {
+        ask_at(&router(), Body::from(body)).await
+    }
+
+    fn review(to: &str, objects: &[Value]) -> String {
+        json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "ConversionReview",
+            "request": {"uid": "u", "desiredAPIVersion": to, "objects": objects}})
+        .to_string()
+    }
+
+    /// What a kube-apiserver has of an object that somebody applied and a controller has written to.
+    fn object(kind: &str, name: &str, template: &Value) -> Value {
+        let fields = |value: &Value| {
+            fn fields(value: &Value) -> Value {
+                match value {
+                    Value::Object(map) => {
+                        map.iter().map(|(key, value)| (format!("f:{key}"), fields(value))).collect()
+                    }
+                    _ => json!({}),
+                }
+            }
+            fields(value)
+        };
+        let spec =
+            json!({"template": template, "placement": {"clusters": [{"name": "east"}, {"name": "west"}]}});
+        let manager = |name: &str| {
+            json!({"manager": name, "operation": "Update", "apiVersion": OLD, "time": "2026-11-22T15:00:00Z",
+                "fieldsType": "FieldsV1", "fieldsV1": {"f:metadata": {"f:annotations": {".": {},
+                    "f:kubectl.kubernetes.io/last-applied-configuration": {}}}, "f:spec": fields(&spec)}})
+        };
+        let mut object = json!({"apiVersion": OLD, "kind": kind, "metadata": {"name": name, "namespace": "shop",
+            "uid": "705ab4f5-6393-11e8-b7cc-42010a800002", "generation": 1, "resourceVersion": "4711",
+            "creationTimestamp": "2026-11-22T15:00:00Z",
+            "managedFields": [manager("kubectl-client-side-apply"), manager("helm")]},
+            "spec": spec});
+        let applied = object.to_string();
+        object["metadata"]["annotations"] =
+            json!({"kubectl.kubernetes.io/last-applied-configuration": applied});
+        object["status"] = json!({"clusters": [{"name": "east"}, {"name": "west"}],
+            "conditions": [{"type": "Propagation", "status": "True"}]});
+        object
     }
 
     #[tokio::test]
     async fn reviews_are_answered() {
-        let object = json!({"apiVersion": "types.kubefed.io/v1beta1", "kind": "FederatedConfigMap",
+        let object = json!({"apiVersion": OLD, "kind": "FederatedConfigMap",
             "metadata": {"name": "a"}, "spec": {"placement": {"clusters": [{"name": "x"}]}}});
-        let review = json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "ConversionReview", "request": {
-            "uid": "u", "desiredAPIVersion": "types.kubefed.io/v1beta2", "objects": [object]}})
-        .to_string();
-        let length = review.len();
-        let (status, answer) = ask(review.clone(), Some(length)).await;
+        let review = review(NEW, &[object]);
+        let (status, answer) = ask(review.clone()).await;
         assert_eq!(status, StatusCode::OK);
         assert_eq!(answer["response"]["result"]["status"], "Success");
         let units = &answer["response"]["convertedObjects"][0]["spec"]["placement"]["units"];
         assert_eq!(*units, json!([{"name": "x"}]));
-        assert_eq!(ask("no json".into(), Some(7)).await.0, StatusCode::BAD_REQUEST);
-        assert_eq!(ask(review.clone(), None).await.0, StatusCode::LENGTH_REQUIRED);
-        assert_eq!(ask(review.clone(), Some(MAX_REVIEW + 1)).await.0, StatusCode::PAYLOAD_TOO_LARGE);
-        assert_eq!(ask(review, Some(length - 1)).await.0, StatusCode::BAD_REQUEST, "more than it says");
+        assert_eq!(ask("no json".into()).await.0, StatusCode::BAD_REQUEST);
+        let long = " ".repeat(MAX_REVIEW + 1 - review.len());
+        assert_eq!(ask(review.clone() + &long).await.0, StatusCode::PAYLOAD_TOO_LARGE);
+        assert_eq!(ask(review.clone() + &long[1..]).await.0, StatusCode::OK);
+        let unsized_body = Body::from_stream(futures::stream::iter(
+            [review.clone(), long].map(Ok::<_, std::convert::Infallible>),
+        ));
+        assert_eq!(ask_at(&router(), unsized_body).await.0, StatusCode::PAYLOAD_TOO_LARGE);
+    }
+
+    /// Objects as people have them: what they are made of stands in strings, in managedFields and in many small maps.
+    #[tokio::test]
+    async fn ordinary_objects_are_converted() {
+        let map = |data: Value| json!({"data": data});
+        let flags: Value = (0..200)
+            .map(|i| (format!("flag-{i}"), json!({"on": true, "for": ["a", "b"], "share": {"x": [1, 2, 3]}})))
+            .collect();
+        let digits: String = (0..5000).map(|i| format!("{},", i % 10)).collect();
+        let keys: Value = (0..100).map(|i| (format!("KEY_{i}"), json!("on"))).collect();
+        let env: Vec<Value> = (0..50).map(|i| json!({"name": format!("E{i}"), "value": "x"})).collect();
+        let deployment = json!({"spec": {"replicas": 2, "template": {"spec": {"containers": [{"name": "c", "env": env}]}}}});
+        let mut clusters = object("FederatedDeployment", "web", &deployment);
+        clusters["spec"]["placement"]["clusters"] =
+            (0..60).map(|i| json!({"name": format!("c{i}")})).collect();
+        clusters["spec"]["overrides"] = (0..60)
+            .map(|i| {
+                json!({"clusterName": format!("c{i}"), "clusterOverrides": [{"path": "/spec/replicas", "value": i}]})
+            })
+            .collect();
+        let all = [
+            (
+                "a feature flags' JSON",
+                object("FederatedConfigMap", "a", &map(json!({"flags.json": flags.to_string()}))),
+            ),
+            ("a table of digits", object("FederatedConfigMap", "a", &map(json!({"table.csv": digits})))),
+            ("brackets", object("FederatedConfigMap", "a", &map(json!({"x": "[{,".repeat(100_000)})))),
+            ("100 keys with two managers", object("FederatedConfigMap", "a", &map(keys))),
+            ("60 clusters with an override each", clusters),
+        ];
+        let router = router();
+        for (what, object) in &all {
+            let (status, answer) =
+                ask_at(&router, Body::from(review(NEW, std::slice::from_ref(object)))).await;
+            assert_eq!(
+                (status, &answer["response"]["result"]),
+                (StatusCode::OK, &json!({"status": "Success"})),
+                "{what}"
+            );
+            let there = answer["response"]["convertedObjects"].as_array().expect("objects").clone();
+            let (_, back) = ask_at(&router, Body::from(review(OLD, &there))).await;
+            assert_eq!(back["response"]["convertedObjects"][0], *object, "{what}");
+        }
+        for (what, object) in &all[3..] {
+            let page = review(NEW, &vec![object.clone(); 500]);
+            assert!(page.len() < MAX_REVIEW, "{what}: {}", page.len());
+            let (status, answer) = ask_at(&router, Body::from(page)).await;
+            assert_eq!(status, StatusCode::OK, "{what}");
+            let converted = answer["response"]["convertedObjects"].as_array().map(Vec::len);
+            assert_eq!(converted, Some(500), "{what}: {}", answer["response"]["result"]);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_unfolds_without_end_is_refused() {
+        let within = |text: &str| {
+            let object = json!({"apiVersion": OLD, "metadata": {}, "spec": {"template": "HERE"}});
+            review(NEW, &[object]).replace("\"HERE\"", text)
+        };
+        let times = |text: &str| text.repeat((MAX_REVIEW - 4096) / text.len());
+        for (what, list) in [("maps", r#"{"":0},"#), ("empty lists", "[],"), ("numbers", "0,")] {
+            let text = times(list);
+            let (status, answer) = ask(within(&format!("[{}]", text.trim_end_matches(',')))).await;
+            assert_eq!(status, StatusCode::OK, "{what}");
+            assert_eq!(answer["response"]["result"]["status"], "Failure", "{what}");
+            assert!(answer["response"].get("convertedObjects").is_none(), "{what}");
+        }
+        for deep in [times("["), times(r#"{"a":"#), within(&times("["))] {
+            assert_eq!(ask(deep).await.0, StatusCode::BAD_REQUEST);
+        }
+    }
+
+    /// Posts that declare much and send little hold nothing that another one needs, and are ended.
+    #[tokio::test(start_paused = true)]
+    async fn silent_posts_take_no_room() {
+        let router = router();
+        let mut silent = tokio::task::JoinSet::new();
+        for number in 0..MAX_OF_ONE_SOURCE - 1 {
+            let begun = if number % 2 == 0 { Bytes::new() } else { Bytes::from_static(b"{") };
+            let body = futures::stream::iter([Ok::<_, std::convert::Infallible>(begun)])
+                .chain(futures::stream::pending());
+            let router = router.clone();
+            silent.spawn(async move { ask_at(&router, Body::from_stream(body)).await.0 });
+        }
+        tokio::task::yield_now().await;
+        let large =
+            review(NEW, &[object("FederatedConfigMap", "a", &json!({"data": {"x": "y".repeat(1 << 20)}}))]);
+        let before = tokio::time::Instant::now();
+        let (status, _) = ask_at(&router, Body::from(large.clone())).await;
+        assert_eq!(status, StatusCode::OK);
+        assert!(before.elapsed() < SILENCE_TIMEOUT, "{:?}", before.elapsed());
+        let ended = silent.join_all().await;
+        assert!(ended.iter().all(|status| *status == StatusCode::REQUEST_TIMEOUT));
+        assert_eq!(before.elapsed().as_secs(), SILENCE_TIMEOUT.as_secs());
+    }
+
+    /// The room of an answer is given back with its last byte.
+    #[tokio::test]
+    async fn unread_answers_hold_their_room() {
+        let bounds =
+            Bounds { room: Room::new(1 << 20, 2), conversions: Arc::new(Semaphore::new(CONVERSIONS)) };
+        let text = review(NEW, &[]);
+        let ask = async || {
+            let request = Request::post(PATH).body(Body::from(text.clone())).expect("request");
+            convert(State(bounds.clone()), request).await
+        };
+        let unread = [ask().await, ask().await];
+        assert!(unread.iter().all(|answer| answer.status() == StatusCode::OK));
+        assert_eq!(ask().await.status(), StatusCode::SERVICE_UNAVAILABLE, "two of this source are unread");
+        let [first, _second] = unread;
+        to_bytes(first.into_body(), 1 << 20).await.expect("read");
+        assert_eq!(ask().await.status(), StatusCode::OK);
     }
 
     #[test]
