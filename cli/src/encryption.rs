@@ -43,7 +43,7 @@ async fn status(args: ListArgs) -> Result<()> {
     const TRIED: &str = "ask what is under which key";
     let hub = Hub::open(&args.hub).await?;
     let request = http::Request::get("/encryption").body(Vec::new()).map_err(|e| Error::usage(TRIED, e))?;
-    let status: Status = hub.client().request(request).await.map_err(explain(TRIED))?;
+    let status: Status = hub.with_store(TRIED)?.request(request).await.map_err(explain(TRIED))?;
     output::print(args.output.output, &status, table)?;
     for problem in &status.problems {
         tracing::warn!(problem, "a KMS plug-in is not well");

@@ -33,8 +33,8 @@ pub(crate) const FEDERATION_NAMESPACE: &str = "kube-federation-system";
 #[derive(Clone)]
 pub(crate) struct Hub {
     client: Client,
-    /// For the hub itself.
-    admin: Client,
+    /// For the hub itself, where its objects are in somebody else's API.
+    admin: Option<Client>,
     kubeconfig: PathBuf,
 }
 
@@ -199,7 +199,7 @@ impl Hub {
             None => None,
         };
         let client = client_for(&kubeconfig, parsed, None).await?;
-        Ok(Self { admin: admin.unwrap_or_else(|| client.clone()), client, kubeconfig })
+        Ok(Self { admin, client, kubeconfig })
     }
 
     /// The Kubernetes API of a member, through the hub.
@@ -222,12 +222,28 @@ impl Hub {
         Credentials::read(&self.kubeconfig)
     }
 
+    fn admin_client(&self) -> &Client {
+        self.admin.as_ref().unwrap_or(&self.client)
+    }
+
+    /// The client for what only an API server of ours has: a store of its own.
+    pub(crate) fn with_store(&self, tried: &str) -> Result<&Client> {
+        match self.admin {
+            None => Ok(&self.client),
+            Some(_) => Err(Error::failed(
+                tried,
+                "this hub keeps its objects in a Kubernetes API of somebody else, and has no store",
+            )
+            .remedy("do it with that server's own means: its history, encryption and backup are those of its etcd")),
+        }
+    }
+
     /// Asks the admin API.
     pub(crate) async fn admin<T: DeserializeOwned>(&self, path: &str, tried: &str) -> Result<T> {
         let request = http::Request::get(format!("/cellway/v1/{path}"))
             .body(Vec::new())
             .map_err(|error| Error::usage(tried, error))?;
-        self.admin.request(request).await.map_err(explain(tried))
+        self.admin_client().request(request).await.map_err(explain(tried))
     }
 
     /// Has the admin API do something.
@@ -235,7 +251,7 @@ impl Hub {
         let request = http::Request::post(format!("/cellway/v1/{path}"))
             .body(Vec::new())
             .map_err(|error| Error::usage(tried, error))?;
-        self.admin.request(request).await.map_err(explain(tried))
+        self.admin_client().request(request).await.map_err(explain(tried))
     }
 
     pub(crate) async fn server(&self) -> Result<Server> {

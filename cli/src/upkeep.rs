@@ -43,7 +43,8 @@ pub(crate) async fn compact(args: ListArgs) -> Result<()> {
 /// Has the hub begin, tells on stderr how far it is, and returns when it has ended. It goes on when this does not.
 pub(crate) async fn follow(hub: &Hub, path: &str, tried: &str) -> Result<Progress> {
     let request = http::Request::post(path).body(Vec::new()).map_err(|e| Error::usage(tried, e))?;
-    let mut progress: Progress = hub.client().request(request).await.map_err(explain(tried))?;
+    let client = hub.with_store(tried)?;
+    let mut progress: Progress = client.request(request).await.map_err(explain(tried))?;
     let id = progress.id;
     let mut told = String::new();
     while progress.step != "finished" {
@@ -54,7 +55,7 @@ pub(crate) async fn follow(hub: &Hub, path: &str, tried: &str) -> Result<Progres
         }
         tokio::time::sleep(POLL).await;
         let request = http::Request::get("/upkeep").body(Vec::new()).map_err(|e| Error::usage(tried, e))?;
-        progress = hub.client().request(request).await.map_err(explain(tried))?;
+        progress = client.request(request).await.map_err(explain(tried))?;
         if progress.id != id {
             return Err(Error::failed(
                 tried,

@@ -14,6 +14,7 @@ use test_support::process::Process;
 use test_support::stock::{Credentials, Etcd, KubeApiserver};
 use test_support::{TestDir, require, tools, wait_until};
 use tls::{CertificateAuthority, ClientTls, ServerName};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 
 /// Programs are built without optimisation and share the machine with other tests.
@@ -115,6 +116,22 @@ async fn the_commands(world: &World) -> Result<()> {
     let output = world.run(&["dial", "east", "192.0.2.1:1"]).await?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(!output.status.success() && said.contains("allowed"), "{said}");
+    for without_a_store in
+        [&["hub", "compact"][..], &["hub", "encryption", "status"], &["hub", "encryption", "rewrite"]]
+    {
+        let output = world.run(without_a_store).await?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success() && said.contains("somebody else"), "{said}");
+    }
+    let output = tokio::time::timeout(LIMIT, world.hub_command().output()).await??;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && said.contains("another hub runs in"), "{said}");
+    let metrics = world.metrics().await?;
+    for certificate in ["agents", "serving", "ca", "webhook"] {
+        let series =
+            format!("cellway_server_certificate_expiry_timestamp_seconds{{certificate=\"{certificate}\"}} ");
+        ensure!(metrics.contains(&series), "{series} is not in\n{metrics}");
+    }
     // Through the hub's port to the member's API.
     let text = world.cellway(&["kubeconfig", "east"]).await?;
     let member = client(Kubeconfig::from_yaml(&text)?).await?;
@@ -130,7 +147,8 @@ async fn placed(world: &World) -> Result<()> {
     ask(&hub, Method::POST, &OLD.replace("configmaps", "namespaces"), "application/json", &namespace).await?;
     let object = json!({"apiVersion": "types.kubefed.io/v1beta1", "kind": "FederatedConfigMap",
         "metadata": {"name": "settings", "namespace": "shop"},
-        "spec": {"template": {"data": {"colour": "blue"}}, "placement": {"clusters": [{"name": "east"}]}}});
+        "spec": {"template": {"data": {"colour": "blue", "flags.json": "[{\"a\":[1,2,3]},{},{},".repeat(1000)}},
+            "placement": {"clusters": [{"name": "east"}]}}});
     ask(&hub, Method::POST, OLD, "application/json", &object).await?;
     let stored = get(&hub, &format!("{NEW}/settings")).await?;
     ensure!(stored["spec"]["placement"]["units"] == json!([{"name": "east"}]), "{stored}");
@@ -355,6 +373,17 @@ impl World {
             entry["user"] = user.clone();
         }
         client(Kubeconfig::from_yaml(&config.to_string())?).await
+    }
+
+    /// What the hub's port of probes and metrics says.
+    async fn metrics(&self) -> Result<String> {
+        let hub: Value = serde_json::from_slice(&std::fs::read(self.data().join("hub.json"))?)?;
+        let address = hub["addresses"]["health"].as_str().context("hub.json names no health port")?;
+        let mut stream = tokio::net::TcpStream::connect(address).await?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: hub\r\nconnection: close\r\n\r\n").await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        Ok(answer)
     }
 
     fn webhook_address(&self) -> Result<(String, u16)> {

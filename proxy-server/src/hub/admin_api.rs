@@ -381,7 +381,17 @@ async fn authorise_revoker(request: Request<Body>, next: Next) -> Response {
     let user = request.extensions().get::<User>();
     let authorised = request.extensions().get::<Authorised>().is_some();
     if authorised || user.is_some_and(|user| user.groups.iter().any(|group| group == REVOKERS)) {
-        return next.run(request).await;
+        let by = user.map(|user| user.name.clone()).unwrap_or_default();
+        let path = request.uri().path().to_owned();
+        let response = next.run(request).await;
+        // A Kubernetes API of somebody else has no word of it in its audit log.
+        tracing::info!(
+            user = by,
+            path,
+            status = response.status().as_u16(),
+            "somebody asked for a revocation"
+        );
+        return response;
     }
     status::response(StatusCode::FORBIDDEN, "Forbidden", "only system:masters may revoke")
 }

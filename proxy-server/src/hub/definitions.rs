@@ -29,6 +29,9 @@ const ESTABLISHED_WITHIN: Duration = Duration::from_secs(60);
 /// told so in their logs, and the server is spared.
 const REPAIR_PACE: Duration = Duration::from_secs(60);
 
+/// How long one repair may take: others wait for it.
+const REPAIR_TIMEOUT: Duration = Duration::from_secs(15);
+
 /// Why the definitions are not there.
 #[derive(Debug, thiserror::Error)]
 pub enum DefinitionsError {
@@ -139,48 +142,67 @@ impl Definitions {
         self.api.patch(name, &params, &Patch::Apply(wanted)).await.map(drop)
     }
 
-    /// Registers the webhook again wherever somebody takes it out; for ever.
+    /// Registers the webhook again wherever somebody takes it out; for ever. A definition for which that fails waits for its
+    /// next turn, and no other one waits for it.
     pub(super) async fn keep(self) {
         let watch = watcher(self.api.clone(), watcher::Config::default());
         let mut changes = pin!(watch.default_backoff().applied_objects());
         let mut repaired: BTreeMap<String, Instant> = BTreeMap::new();
-        while let Some(change) = changes.next().await {
-            let found = match change {
-                Ok(found) => found,
-                Err(error) => {
-                    tracing::warn!(error = %service::error_chain(&error), "failed to watch the definitions");
-                    continue;
-                }
-            };
-            let name = found.name_any();
-            if !self.is_converted(&found) || self.is_registered(&found) {
-                continue;
-            }
-            if let Some(last) = repaired.get(&name) {
-                tokio::time::sleep_until(*last + REPAIR_PACE).await;
-            }
-            loop {
-                match self.register(&name).await {
-                    Ok(false) => break,
-                    Ok(true) => {
-                        tracing::warn!(
-                            definition = name,
-                            url = self.url,
-                            "the conversion webhook was registered otherwise, and is again what this hub serves: if \
-                             another hub uses this API, end one of them"
-                        );
-                        break;
+        // When each is to be looked at.
+        let mut due: BTreeMap<String, Instant> = BTreeMap::new();
+        loop {
+            let next = due.iter().min_by_key(|(_, at)| **at).map(|(name, at)| (name.clone(), *at));
+            let (name, at) = next.unwrap_or_else(|| (String::new(), Instant::now()));
+            tokio::select! {
+                change = changes.next() => match change {
+                    Some(Ok(found)) if self.is_converted(&found) && !self.is_registered(&found) => {
+                        let name = found.name_any();
+                        let at = repaired.get(&name).map_or_else(Instant::now, |last| *last + REPAIR_PACE);
+                        due.entry(name).or_insert(at);
                     }
-                    Err(error) => tracing::warn!(
-                        definition = name, error = %service::error_chain(&error),
-                        "failed to register the conversion webhook; trying again in {REPAIR_PACE:?}"
-                    ),
+                    Some(Ok(_)) => {}
+                    Some(Err(error)) => {
+                        tracing::warn!(error = %service::error_chain(&error), "failed to watch the definitions");
+                    }
+                    None => return,
+                },
+                () = tokio::time::sleep_until(at), if !due.is_empty() => {
+                    if self.repair(&name).await {
+                        due.remove(&name);
+                        repaired.retain(|_, at| at.elapsed() < REPAIR_PACE);
+                        repaired.insert(name, Instant::now());
+                    } else {
+                        due.insert(name, Instant::now() + REPAIR_PACE);
+                    }
                 }
-                tokio::time::sleep(REPAIR_PACE).await;
             }
-            repaired.retain(|_, at| at.elapsed() < REPAIR_PACE);
-            repaired.insert(name, Instant::now());
         }
+    }
+
+    /// Whether it is as it should be now.
+    async fn repair(&self, name: &str) -> bool {
+        match tokio::time::timeout(REPAIR_TIMEOUT, self.register(name)).await {
+            Ok(Ok(false)) => return true,
+            Ok(Ok(true)) => {
+                tracing::warn!(
+                    definition = name,
+                    url = self.url,
+                    "the conversion webhook was registered otherwise, and is again what this hub serves: if another hub \
+                     uses this API, end one of them"
+                );
+                return true;
+            }
+            Ok(Err(error)) => tracing::warn!(
+                definition = name, error = %service::error_chain(&error),
+                "failed to register the conversion webhook; trying again in {REPAIR_PACE:?}"
+            ),
+            Err(_) => tracing::warn!(
+                definition = name,
+                "the Kubernetes API did not register the conversion webhook within {REPAIR_TIMEOUT:?}; trying again in \
+                 {REPAIR_PACE:?}"
+            ),
+        }
+        false
     }
 
     /// Whether there was something to do.
@@ -227,6 +249,58 @@ fn client_of(conversion: &CustomResourceConversion) -> Option<&WebhookClientConf
 mod tests {
     use super::*;
 
+    fn webhook(url: &str, ca: &str) -> Conversion {
+        Conversion::Webhook { url: url.into(), ca_bundle: ca.into() }
+    }
+
+    /// One definition may not be changed; the one that comes after it is put right all the same, and at once.
+    #[tokio::test(start_paused = true)]
+    async fn what_is_refused_holds_up_nothing_else() {
+        const REFUSED: &str = "federatedconfigmaps.types.kubefed.io";
+        let others: Vec<Value> = federation_core::crds(&webhook("https://other/convert", "CA"))
+            .into_iter()
+            .filter(|crd| [REFUSED, "federatedsecrets.types.kubefed.io"].contains(&crd.name_any().as_str()))
+            .map(|crd| serde_json::to_value(crd).unwrap())
+            .collect();
+        assert_eq!(others.len(), 2);
+        let (patched, mut seen) = tokio::sync::mpsc::channel(100);
+        let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
+            let (others, patched) = (others.clone(), patched.clone());
+            async move {
+                let name = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+                let found = others.iter().find(|crd| crd["metadata"]["name"] == name.as_str());
+                let (status, answer) = match (request.method(), found) {
+                    (&http::Method::PATCH, Some(found)) => {
+                        patched.send((name.clone(), Instant::now())).await.unwrap();
+                        let refused = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+                            "message": "no", "reason": "Forbidden", "code": 403});
+                        if name == REFUSED { (403, refused) } else { (200, found.clone()) }
+                    }
+                    (_, Some(found)) => (200, found.clone()),
+                    _ if request.uri().query().is_some_and(|query| query.contains("watch=true")) => {
+                        std::future::pending().await
+                    }
+                    _ => (
+                        200,
+                        json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinitionList",
+                        "metadata": {"resourceVersion": "1"}, "items": others}),
+                    ),
+                };
+                let body = kube::client::Body::from(answer.to_string().into_bytes());
+                Ok::<_, std::io::Error>(http::Response::builder().status(status).body(body).unwrap())
+            }
+        });
+        let ours = Definitions::new(Client::new(service, "default"), &webhook("https://hub/convert", "CA"));
+        let begun = Instant::now();
+        let _keeping = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(ours.unwrap().keep()));
+        let mut next = async || seen.recv().await.map(|(name, at)| (name, (at - begun).as_secs())).unwrap();
+        assert_eq!(next().await, (REFUSED.to_owned(), 0));
+        assert_eq!(next().await, ("federatedsecrets.types.kubefed.io".to_owned(), 0));
+        let (name, at) = next().await;
+        assert_eq!(name, REFUSED, "tried again");
+        assert_eq!(at, REPAIR_PACE.as_secs());
+    }
+
     #[tokio::test]
     async fn what_is_registered_otherwise_is_noticed() {
         let client = Client::new(
@@ -235,7 +309,6 @@ mod tests {
             }),
             "default",
         );
-        let webhook = |url: &str, ca: &str| Conversion::Webhook { url: url.into(), ca_bundle: ca.into() };
         let ours = Definitions::new(client.clone(), &webhook("https://hub:1/convert", "CA")).unwrap();
         let federated = |conversion: &Conversion| {
             federation_core::crds(conversion)

@@ -36,10 +36,15 @@ pub(super) const ALLOWED_TTL: Duration = Duration::from_secs(10);
 /// How long a right is taken to be missing.
 pub(super) const DENIED_TTL: Duration = Duration::from_secs(10);
 
-/// Answers that are kept. Anybody can make up tokens: at the limit what has expired goes, and then everything.
+/// Answers that are kept, of each kind: at the limit what has expired goes, and then everything. What is said of tokens that
+/// are not good is kept apart, as anybody can make them up.
 const MAX_ANSWERS: usize = 4096;
-/// Reviews under way: the API's own users come first.
+/// Reviews under way about people who are known: the API's own users come first.
 const MAX_ASKED: usize = 32;
+/// Reviews of tokens that were never seen good, beside those.
+const MAX_STRANGERS: usize = 16;
+/// Tokens that wait for one of these places.
+const MAX_WAITING: usize = 64;
 /// How long a caller waits for the API's answer, and for a place to ask.
 const REVIEW_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -66,6 +71,8 @@ pub(super) enum Refusal {
     Impersonation(String),
     #[error("the Kubernetes API that knows the users does not answer; try again")]
     Unavailable,
+    #[error("too many tokens that are not known wait for an answer; try again")]
+    Busy,
 }
 
 /// Asks, and remembers for a moment.
@@ -74,9 +81,15 @@ pub(super) struct Delegated(Arc<Inner>);
 
 struct Inner {
     client: Client,
-    users: Mutex<Answers<Option<User>>>,
+    /// Whose tokens are good. One that has expired is asked about again, at a place of those who are known.
+    users: Mutex<Answers<User>>,
+    /// Tokens that are not.
+    unknown: Mutex<Answers<()>>,
     rights: Mutex<Answers<Result<(), String>>>,
     places: Semaphore,
+    strangers: Semaphore,
+    /// Those who have one of the strangers' places, or wait for it.
+    queue: Semaphore,
 }
 
 /// Answers by the digest of what was asked.
@@ -89,7 +102,7 @@ impl Refusal {
         match self {
             Self::Unauthorised => (StatusCode::UNAUTHORIZED, "Unauthorized"),
             Self::Forbidden { .. } | Self::Impersonation(_) => (StatusCode::FORBIDDEN, "Forbidden"),
-            Self::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable"),
+            Self::Unavailable | Self::Busy => (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable"),
         }
     }
 }
@@ -101,8 +114,11 @@ impl Delegated {
         Self(Arc::new(Inner {
             client,
             users: Mutex::new(Answers(HashMap::new())),
+            unknown: Mutex::new(Answers(HashMap::new())),
             rights: Mutex::new(Answers(HashMap::new())),
             places: Semaphore::new(MAX_ASKED),
+            strangers: Semaphore::new(MAX_STRANGERS),
+            queue: Semaphore::new(MAX_STRANGERS + MAX_WAITING),
         }))
     }
 
@@ -132,14 +148,24 @@ impl Delegated {
 
     async fn user_of(&self, token: &str) -> Result<Option<User>, Refusal> {
         let key: [u8; 32] = Sha256::digest(token.as_bytes()).into();
-        if let Some(known) = self.0.users.lock().get(&key) {
-            return Ok(known);
+        if let Some(user) = self.0.users.lock().get(&key) {
+            return Ok(Some(user));
+        }
+        if self.0.unknown.lock().get(&key).is_some() {
+            return Ok(None);
         }
         let review = TokenReview {
             spec: TokenReviewSpec { token: token.to_owned(), audiences: None },
             ..TokenReview::default()
         };
-        let status = self.ask("TokenReview", &review).await?.status.unwrap_or_default();
+        let known = self.0.users.lock().0.contains_key(&key);
+        let answer = if known {
+            self.ask("TokenReview", &review, &self.0.places).await
+        } else {
+            let _turn = self.0.queue.try_acquire().map_err(|_| Refusal::Busy)?;
+            self.ask("TokenReview", &review, &self.0.strangers).await
+        };
+        let status = answer?.status.unwrap_or_default();
         let user = status
             .user
             .filter(|_| status.authenticated == Some(true))
@@ -150,7 +176,13 @@ impl Delegated {
                 extra: user.extra.unwrap_or_default(),
             })
             .filter(|user| !user.name.is_empty());
-        self.0.users.lock().put(key, user.clone(), TOKEN_TTL);
+        match &user {
+            Some(user) => self.0.users.lock().put(key, user.clone(), TOKEN_TTL),
+            None => {
+                self.0.users.lock().0.remove(&key);
+                self.0.unknown.lock().put(key, (), TOKEN_TTL);
+            }
+        }
         Ok(user)
     }
 
@@ -186,7 +218,8 @@ impl Delegated {
         if let Some(known) = self.0.rights.lock().get(&key) {
             return known.map_err(forbidden);
         }
-        let status = self.ask("SubjectAccessReview", &review).await?.status.unwrap_or_default();
+        let status =
+            self.ask("SubjectAccessReview", &review, &self.0.places).await?.status.unwrap_or_default();
         let verdict = if status.allowed && status.denied != Some(true) {
             Ok(())
         } else {
@@ -200,8 +233,8 @@ impl Delegated {
         verdict.map_err(forbidden)
     }
 
-    /// Creates a review, and gives it back with its answer.
-    async fn ask<K>(&self, what: &'static str, review: &K) -> Result<K, Refusal>
+    /// Creates a review at one of `places`, and gives it back with its answer.
+    async fn ask<K>(&self, what: &'static str, review: &K, places: &Semaphore) -> Result<K, Refusal>
     where
         K: kube::Resource<DynamicType = ()>
             + Clone
@@ -211,7 +244,7 @@ impl Delegated {
     {
         let asking = async {
             // Nobody closes it.
-            let _place = self.0.places.acquire().await.ok();
+            let _place = places.acquire().await.ok();
             let body = serde_json::to_vec(review).map_err(kube::Error::SerdeError)?;
             let request = http::Request::post(K::url_path(&(), None))
                 .header(header::CONTENT_TYPE, "application/json")
@@ -369,6 +402,54 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert("impersonate-user", HeaderValue::from_static("somebody"));
         assert!(matches!(admit(master(), &headers).await, Err(Refusal::Impersonation(_))));
+    }
+
+    /// Made-up tokens have places of their own: whoever is known is asked about all the same, and nobody waits without end.
+    #[tokio::test(start_paused = true)]
+    async fn made_up_tokens_stand_in_nobody_s_way() {
+        let service = tower::service_fn(async |request: Request<Body>| {
+            let body = request.into_body().collect().await.unwrap().to_bytes();
+            let mut review: Value = serde_json::from_slice(&body).unwrap();
+            let token = review["spec"]["token"].as_str().unwrap_or_default().to_owned();
+            if token.starts_with("slow") {
+                std::future::pending::<()>().await;
+            }
+            let user = json!({"username": "ann", "groups": [MASTERS]});
+            review["status"] = json!({"authenticated": token == "good", "user": user});
+            Ok::<_, std::io::Error>(Response::new(Body::from(review.to_string().into_bytes())))
+        });
+        let delegated = Delegated::new(Client::new(service, "default"));
+        let admit = async |token: &str| {
+            delegated.admit(None, &Method::GET, "/cellway/v1/server", &with_token(token)).await
+        };
+        assert!(admit("good").await.is_ok());
+        for index in 0..2 * MAX_ANSWERS {
+            assert_eq!(admit(&format!("bad-{index}")).await, Err(Refusal::Unauthorised));
+        }
+        let mut waiting = tokio::task::JoinSet::new();
+        for index in 0..MAX_STRANGERS + MAX_WAITING {
+            let delegated = delegated.clone();
+            waiting.spawn(async move {
+                let headers = with_token(&format!("slow-{index}"));
+                delegated.admit(None, &Method::GET, "/cellway/v1/server", &headers).await
+            });
+        }
+        while delegated.0.queue.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        tokio::time::advance(TOKEN_TTL / 2).await;
+        assert!(admit("good").await.is_ok(), "it is remembered");
+        assert_eq!(admit("one-more").await, Err(Refusal::Busy));
+        assert_eq!(waiting.len(), MAX_STRANGERS + MAX_WAITING);
+        tokio::time::advance(TOKEN_TTL / 2 - Duration::from_millis(1)).await;
+        // Its time is over before that of those who wait.
+        delegated.0.users.lock().0.values_mut().for_each(|(until, _)| *until = Instant::now());
+        let before = Instant::now();
+        assert!(admit("good").await.is_ok(), "it is known, and asked about at a place of its own");
+        assert_eq!(before.elapsed(), Duration::ZERO);
+        while let Some(ended) = waiting.join_next().await {
+            assert_eq!(ended.unwrap(), Err(Refusal::Unavailable));
+        }
     }
 
     #[tokio::test]
