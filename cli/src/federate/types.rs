@@ -139,11 +139,10 @@ pub(crate) async fn disable(args: DisableArgs) -> Result<()> {
     let disabled =
         api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.map_err(explain(&tried))?;
     let mut end = "";
-    if let Some(of) = of {
-        until_let_go(&api, &disabled, &tried).await?;
-        if !delete_crd(hub.client(), &of, &tried).await? {
-            end = "; the definition of the federated kind goes when what else holds its objects (finalizers) lets go of them";
-        }
+    if let Some(of) = of
+        && !delete_crd(hub.client(), &disabled, &of, &tried).await?
+    {
+        end = "; the definition of the federated kind goes when what else holds its objects (finalizers) lets go of them";
     }
     text_out(&visible_lines(&format!("{name} is not federated any more; what lies in members stays{end}\n")))
 }
@@ -166,11 +165,8 @@ fn refuse_shared(
 
 /// Waits until the controller says that it follows the type no more, as the configuration says it now. Until then it would put
 /// back what is taken off an object, and carry the object's deletion out in all members.
-async fn until_let_go(
-    api: &Api<FederatedTypeConfig>,
-    disabled: &FederatedTypeConfig,
-    tried: &str,
-) -> Result<()> {
+async fn until_let_go(client: &Client, disabled: &FederatedTypeConfig, tried: &str) -> Result<()> {
+    let api: Api<FederatedTypeConfig> = Api::namespaced(client.clone(), FEDERATION_NAMESPACE);
     let name = disabled.name_any();
     let waiting = async {
         loop {
@@ -197,9 +193,15 @@ async fn until_let_go(
     })
 }
 
-/// Deletes the federated kind's definition with all its objects, and whatever they made stays. Nobody follows them any more.
-/// Returns whether it is gone.
-async fn delete_crd(client: &Client, of: &FederatedType, tried: &str) -> Result<bool> {
+/// Deletes a federated kind's definition with all its objects once nobody follows them any more, so that whatever they made
+/// stays. `disabled`: the configuration, as it was disabled. Returns whether the definition is gone.
+async fn delete_crd(
+    client: &Client,
+    disabled: &FederatedTypeConfig,
+    of: &FederatedType,
+    tried: &str,
+) -> Result<bool> {
+    until_let_go(client, disabled, tried).await?;
     let mut rounds = 0;
     while release_all(client, of, tried).await? {
         rounds += 1;
@@ -415,12 +417,10 @@ mod tests {
     }
 
     async fn disable_in(client: &Client) -> Result<bool> {
-        let api: Api<FederatedTypeConfig> = Api::namespaced(client.clone(), FEDERATION_NAMESPACE);
         let of = FederatedType::of("example.com", "v1", "Widget", "widgets", true);
         let mut disabled = of.to_config();
         disabled.metadata.generation = Some(2);
-        until_let_go(&api, &disabled, "stop federating widgets").await?;
-        delete_crd(client, &of, "stop federating widgets").await
+        delete_crd(client, &disabled, &of, "stop federating widgets").await
     }
 
     #[tokio::test(start_paused = true)]
