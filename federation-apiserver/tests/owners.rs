@@ -104,6 +104,59 @@ async fn who_has_another_owner_stays() {
     server.stop().await;
 }
 
+/// Waits until the collector has done what was to be done before.
+async fn settled(server: &Server) {
+    // The second is not of the same round as what was before the first.
+    for mark in ["first-mark", "second-mark"] {
+        let mut map = cm(mark);
+        map["metadata"]["ownerReferences"] =
+            json!([{"apiVersion": "v1", "kind": "ConfigMap", "name": "nobody", "uid": "7f9b"}]);
+        assert_eq!(server.call("POST", CM, Some(&map)).await.code, 201);
+        server.until(&format!("{CM}/{mark}"), "what has no owner is collected", |a| a.code == 404).await;
+    }
+}
+
+#[tokio::test]
+async fn who_comes_at_once_into_a_namespace_or_a_definition_made_anew_stays() {
+    // So many that their events take the collector longer than a client needs.
+    const MANY: usize = 200;
+    let server = Server::hub().await;
+    let maps = CM.replace("/default/", "/shop/");
+    let shop = json!({"metadata": {"name": "shop"}});
+    let namespace = "/api/v1/namespaces/shop";
+    assert_eq!(server.call("POST", "/api/v1/namespaces", Some(&shop)).await.code, 201);
+    for i in 0..MANY {
+        assert_eq!(server.call("POST", &maps, Some(&cm(&format!("m{i}")))).await.code, 201);
+    }
+    server.call("DELETE", namespace, None).await;
+    server.until(namespace, "the namespace is gone", |a| a.code == 404).await;
+    assert_eq!(server.call("POST", "/api/v1/namespaces", Some(&shop)).await.code, 201);
+    assert_eq!(server.call("POST", &maps, Some(&cm("kept"))).await.code, 201);
+    settled(&server).await;
+    assert_eq!(server.get(&format!("{maps}/kept")).await.code, 200);
+
+    let name = format!("{CRDS}/widgets.example.com");
+    let widget =
+        |name: &str| json!({"apiVersion": "example.com/v1", "kind": "Widget", "metadata": {"name": name}});
+    assert_eq!(server.call("POST", CRDS, Some(&crd())).await.code, 201);
+    server.until(WIDGETS, "served", |a| a.code == 200).await;
+    for i in 0..MANY {
+        assert_eq!(server.call("POST", WIDGETS, Some(&widget(&format!("w{i}")))).await.code, 201);
+    }
+    server.call("DELETE", &name, None).await;
+    server.until(&name, "the definition is gone", |a| a.code == 404).await;
+    assert_eq!(server.call("POST", CRDS, Some(&crd())).await.code, 201);
+    let mut made = server.call("POST", WIDGETS, Some(&widget("kept"))).await;
+    while made.code != 201 {
+        // Not served, or still with the former one's mark.
+        assert!([404, 405].contains(&made.code), "{}", made.text);
+        made = server.call("POST", WIDGETS, Some(&widget("kept"))).await;
+    }
+    settled(&server).await;
+    assert_eq!(server.get(&format!("{WIDGETS}/kept")).await.code, 200);
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn a_definition_takes_its_objects_along_when_they_are_not_served() {
     let server = Server::hub().await;

@@ -440,4 +440,6 @@ async fn remove_custom_resources(registry: &Registry, crd: &Going<'_>) -> Result
 }
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;

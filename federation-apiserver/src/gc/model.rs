@@ -1,0 +1,265 @@
+//! Random users against collectors that are behind: what was put into the store stays unless there is a reason.
+//!
+//! Two collectors, as those of two replicas, see the store's events when they are told to and work while users write. What
+//! users were told is remembered; from it follows which objects may have gone.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::tests::{Collector, create, get, maps, namespaces, one, registry, uid};
+use super::*;
+use crate::registry::delete::Propagation;
+use crate::registry::write::WriteOptions;
+
+const NAMESPACES: [&str; 2] = ["a", "b"];
+const NAMES: usize = 4;
+const COLLECTORS: usize = 2;
+
+/// What a user does.
+#[derive(Clone, Debug)]
+enum Deed {
+    MakeNamespace(usize),
+    DeleteNamespace(usize),
+    /// With the objects of these names, if they are there, or with somebody who never was as its owners.
+    Make {
+        namespace: usize,
+        name: usize,
+        owners: BTreeSet<usize>,
+        blocks: bool,
+        stray: bool,
+    },
+    Delete {
+        namespace: usize,
+        name: usize,
+        propagation: Option<Propagation>,
+    },
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Users(Vec<Deed>),
+    /// A collector sees so many revisions more.
+    See(usize, u64),
+    /// A collector works by what it has seen, while users go on.
+    Work(usize, Vec<Deed>),
+    /// A replica is started again.
+    Restart(usize),
+}
+
+fn deed() -> impl Strategy<Value = Deed> {
+    let namespace = || 0..NAMESPACES.len();
+    let propagation = prop_oneof![
+        Just(None),
+        Just(Some(Propagation::Background)),
+        Just(Some(Propagation::Foreground)),
+        Just(Some(Propagation::Orphan)),
+    ];
+    let owners = proptest::collection::btree_set(0..NAMES, 0..3);
+    prop_oneof![
+        2 => namespace().prop_map(Deed::MakeNamespace),
+        1 => namespace().prop_map(Deed::DeleteNamespace),
+        6 => (namespace(), 0..NAMES, owners, any::<bool>(), proptest::bool::weighted(0.1)).prop_map(
+            |(namespace, name, owners, blocks, stray)| Deed::Make { namespace, name, owners, blocks, stray }),
+        3 => (namespace(), 0..NAMES, propagation).prop_map(
+            |(namespace, name, propagation)| Deed::Delete { namespace, name, propagation }),
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let deeds = || proptest::collection::vec(deed(), 0..5);
+    prop_oneof![
+        4 => proptest::collection::vec(deed(), 1..6).prop_map(Step::Users),
+        3 => (0..COLLECTORS, 1..12_u64).prop_map(|(who, revisions)| Step::See(who, revisions)),
+        1 => (0..COLLECTORS).prop_map(|who| Step::See(who, u64::MAX)),
+        4 => (0..COLLECTORS, deeds()).prop_map(|(who, deeds)| Step::Work(who, deeds)),
+        1 => (0..COLLECTORS).prop_map(Step::Restart),
+    ]
+}
+
+/// What users were told of an object that was made.
+#[derive(Debug)]
+struct Made {
+    target: Target,
+    /// Uids of its namespace and its owners.
+    namespace: String,
+    owners: Vec<String>,
+    /// Which deed it was.
+    at: usize,
+}
+
+/// What users were told of deletions of an object.
+#[derive(Debug, Default)]
+struct Deletions {
+    /// One without `Orphan` was answered, so dependents may go.
+    plain: bool,
+    /// The first with `Orphan`: who was there before may not.
+    orphan: Option<usize>,
+}
+
+struct Users<'a> {
+    registry: &'a Registry,
+    deeds: usize,
+    made: BTreeMap<String, Made>,
+    deleted: BTreeMap<String, Deletions>,
+}
+
+impl Users<'_> {
+    async fn act(&mut self, deeds: &[Deed]) {
+        for deed in deeds {
+            self.deeds += 1;
+            self.carry_out(deed).await;
+        }
+    }
+
+    async fn carry_out(&mut self, deed: &Deed) {
+        let registry = self.registry;
+        let namespaces = namespaces(registry);
+        match deed {
+            Deed::MakeNamespace(which) => {
+                let object = json!({"metadata": {"name": NAMESPACES[*which]}});
+                // There already, or still.
+                let _ = registry.create(&namespaces, object, &WriteOptions::by("test")).await;
+            }
+            Deed::DeleteNamespace(which) => {
+                let target = one(&namespaces, NAMESPACES[*which]);
+                if let Ok(deleted) = registry.delete(&target, &DeleteOptions::default()).await {
+                    self.deleted.entry(uid(deleted.object()).to_owned()).or_default().plain = true;
+                }
+            }
+            Deed::Make { namespace, name, owners, blocks, stray } => {
+                let place = NAMESPACES[*namespace];
+                let Some(home) = get(registry, &one(&namespaces, place)).await else { return };
+                let all = maps(registry, place);
+                let mut references = Vec::new();
+                for owner in owners {
+                    let Some(owner) = get(registry, &one(&all, &format!("m{owner}"))).await else { continue };
+                    references
+                        .push(json!({"apiVersion": "v1", "kind": "ConfigMap", "blockOwnerDeletion": blocks,
+                        "name": owner["metadata"]["name"], "uid": uid(&owner)}));
+                }
+                if *stray {
+                    references
+                        .push(json!({"apiVersion": "v1", "kind": "ConfigMap", "name": "nobody", "uid": "0"}));
+                }
+                let owners = references.iter().map(|r| str_at(r, &["uid"]).to_owned()).collect();
+                let name = format!("m{name}");
+                let object = json!({"metadata": {"name": name, "ownerReferences": references}});
+                // There already, or its namespace goes.
+                if let Ok(made) = registry.create(&all, object, &WriteOptions::by("test")).await {
+                    let told = Made {
+                        target: one(&all, &name),
+                        namespace: uid(&home).to_owned(),
+                        owners,
+                        at: self.deeds,
+                    };
+                    self.made.insert(uid(&made.object).to_owned(), told);
+                }
+            }
+            Deed::Delete { namespace, name, propagation } => {
+                let target = one(&maps(registry, NAMESPACES[*namespace]), &format!("m{name}"));
+                let options = DeleteOptions { propagation: *propagation, ..DeleteOptions::default() };
+                if let Ok(deleted) = registry.delete(&target, &options).await {
+                    let deletions = self.deleted.entry(uid(deleted.object()).to_owned()).or_default();
+                    match propagation {
+                        Some(Propagation::Orphan) => {
+                            deletions.orphan.get_or_insert(self.deeds);
+                        }
+                        _ => deletions.plain = true,
+                    }
+                }
+            }
+        }
+    }
+
+    /// May the object have gone, by what users did?
+    fn may_go(&self, object: &str) -> bool {
+        let Some(made) = self.made.get(object) else { return true };
+        self.deleted.contains_key(object) || self.goes_by_itself(made)
+    }
+
+    /// With its namespace, or with all of its owners.
+    fn goes_by_itself(&self, made: &Made) -> bool {
+        let lets_go = |owner: &String| {
+            let Some(other) = self.made.get(owner) else { return true };
+            let asked = self.deleted.get(owner);
+            asked.is_some_and(|d| d.plain || d.orphan.is_some_and(|at| at < made.at))
+                || self.goes_by_itself(other)
+        };
+        self.deleted.contains_key(&made.namespace)
+            || (!made.owners.is_empty() && made.owners.iter().all(lets_go))
+    }
+
+    /// What has gone, or is going, without a reason.
+    async fn missing(&self) -> Option<String> {
+        for (known, made) in self.made.iter().filter(|(known, _)| !self.may_go(known)) {
+            let found = get(self.registry, &made.target).await;
+            if !found.as_ref().is_some_and(|found| uid(found) == known && !meta::is_deleting(found)) {
+                return Some(format!(
+                    "{} {known} of {made:?} is not there, but {found:?}",
+                    made.target.key()
+                ));
+            }
+        }
+        None
+    }
+}
+
+async fn play(steps: Vec<Step>) -> Result<(), TestCaseError> {
+    let registry = registry().await;
+    let mut users = Users { registry: &registry, deeds: 0, made: BTreeMap::new(), deleted: BTreeMap::new() };
+    for name in NAMESPACES {
+        create(&registry, &namespaces(&registry), json!({"metadata": {"name": name}})).await;
+    }
+    let mut collectors = [Collector::new(&registry).await, Collector::new(&registry).await];
+    for step in &steps {
+        match step {
+            Step::Users(deeds) => users.act(deeds).await,
+            Step::See(who, revisions) => collectors[*who].see(*revisions).await,
+            Step::Work(who, deeds) => {
+                tokio::join!(collectors[*who].work(), users.act(deeds));
+            }
+            Step::Restart(who) => collectors[*who] = Collector::new(&registry).await,
+        }
+        if let Some(missing) = users.missing().await {
+            return Err(TestCaseError::fail(format!("after {step:?}: {missing}")));
+        }
+    }
+    // When all has been seen, all has been done.
+    for collector in &mut collectors {
+        collector.settle().await;
+    }
+    prop_assert_eq!(users.missing().await, None);
+    for name in NAMESPACES {
+        let left = get(&registry, &one(&namespaces(&registry), name)).await;
+        prop_assert!(!left.as_ref().is_some_and(meta::is_deleting), "{:?} does not go", left);
+    }
+    for made in users.made.values().filter(|made| !made.owners.is_empty()) {
+        let Some(left) = get(&registry, &made.target).await else { continue };
+        let Some(references) = at(&left, &["metadata", "ownerReferences"]).and_then(Value::as_array) else {
+            continue;
+        };
+        if references.is_empty() {
+            continue;
+        }
+        let mut kept = false;
+        for reference in references {
+            let owner = one(&made.target, str_at(reference, &["name"]));
+            kept |=
+                get(&registry, &owner).await.is_some_and(|owner| uid(&owner) == str_at(reference, &["uid"]));
+        }
+        prop_assert!(kept, "{} has no owner and is there: {}", made.target.key(), left);
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn nothing_goes_without_a_reason(steps in proptest::collection::vec(step(), 1..40)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(play(steps))?;
+    }
+}
