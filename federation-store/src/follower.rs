@@ -47,20 +47,32 @@ pub(crate) struct Follower {
 struct Seen {
     /// How many connections there had been then.
     connections: u64,
-    /// The newest event in memory then.
+    /// The newest event then.
     last: Option<Arc<Event>>,
+    /// The revision whose event was last read for that, be it there or not: it may be compacted.
+    looked_for: Revision,
 }
 
 // === impl Follower ===
 
 impl Follower {
-    pub(crate) fn new(hub: Arc<Hub>, backend: Arc<dyn Backend>) -> Self {
-        Self {
+    /// A follower of what comes after the hub's revision, which was read over one of so many `connections`.
+    pub(crate) async fn begin(
+        hub: Arc<Hub>,
+        backend: Arc<dyn Backend>,
+        connections: u64,
+    ) -> Result<Self, Error> {
+        let follower = Self {
             hub,
             backend,
-            order: tokio::sync::Mutex::default(),
+            order: tokio::sync::Mutex::new(Seen { connections, ..Seen::default() }),
             looked: parking_lot::Mutex::new(tokio::time::Instant::now()),
-        }
+        };
+        // Readers may begin here: a copy that has something else in its place is noticed from the beginning.
+        let mut seen = follower.order.lock().await;
+        follower.note(&mut seen).await?;
+        drop(seen);
+        Ok(follower)
     }
 
     /// Makes events of a commit of this process known, and what others committed before.
@@ -82,7 +94,9 @@ impl Follower {
             tracing::debug!(error = &error as &dyn std::error::Error, "failed to read foreign writes");
         }
         self.hub.publish(events);
-        self.note(&mut seen);
+        if let Err(error) = self.note(&mut seen).await {
+            tracing::debug!(error = &error as &dyn std::error::Error, "failed to read what was seen");
+        }
     }
 
     /// How long ago the counter was read; zero where nobody else can write.
@@ -104,7 +118,7 @@ impl Follower {
         }
         self.hub.set_compacted(state.compacted, state.swept);
         *self.looked.lock() = tokio::time::Instant::now();
-        self.note(&mut seen);
+        self.note(&mut seen).await?;
         Ok(state.revision)
     }
 
@@ -125,20 +139,39 @@ impl Follower {
                 self.go_back(seen, last.revision, logged.state.revision);
             }
         }
-        *seen = Seen { connections, last: self.hub.last() };
+        seen.connections = connections;
         Ok(())
     }
 
-    /// What is in memory is in the database, unless there was another connection meanwhile.
-    fn note(&self, seen: &mut Seen) {
+    /// What is in memory is in the database, unless there was another connection meanwhile. Where nothing is in memory, at
+    /// the beginning and after what was too much for it, the newest event is read.
+    async fn note(&self, seen: &mut Seen) -> Result<(), Error> {
+        let revision = self.hub.revision();
+        let last = match self.hub.last() {
+            Some(last) => Some(last),
+            // Where there is one copy only, nothing is ever looked for.
+            None if seen.looked_for == revision || self.backend.connections() == 0 => return Ok(()),
+            None => {
+                let logged = self.backend.events(&KeyRange::prefix(""), revision.previous()).await?;
+                let last = logged.events.into_iter().find(|event| event.revision == revision).map(Arc::new);
+                if seen.last.is_none() {
+                    // Better than nothing, whichever connection it came over.
+                    seen.last.clone_from(&last);
+                }
+                last
+            }
+        };
+        // Otherwise what was seen before still has to be looked for.
         if seen.connections == self.backend.connections() {
-            seen.last = self.hub.last();
+            seen.looked_for = revision;
+            seen.last = last.or(seen.last.take());
         }
+        Ok(())
     }
 
     fn go_back(&self, seen: &mut Seen, lost: Revision, revision: Revision) {
         // Once is enough.
-        seen.last = None;
+        (seen.last, seen.looked_for) = (None, Revision::ZERO);
         tracing::error!(
             seen = lost.0,
             revision = revision.0,

@@ -188,9 +188,11 @@ impl Store {
         compaction: Compaction,
         location: String,
     ) -> Result<Self, OpenError> {
+        let connections = backend.connections();
         let state = backend.state().await.map_err(OpenError::State)?;
         let hub = Arc::new(Hub::new(state.revision, state.compacted, state.swept));
-        let follower = Arc::new(Follower::new(Arc::clone(&hub), Arc::clone(&backend)));
+        let follower = Follower::begin(Arc::clone(&hub), Arc::clone(&backend), connections).await;
+        let follower = Arc::new(follower.map_err(OpenError::State)?);
         let (requests, queue) = mpsc::channel(MAX_QUEUE);
         let writer = Writer {
             hub: Arc::clone(&hub),
@@ -204,6 +206,12 @@ impl Store {
         };
         let span = tracing::info_span!("store", %location);
         let spawn = |task: futures::future::BoxFuture<'static, ()>| {
+            // One that panics takes the store along: without it nothing would be written, or seen, for ever.
+            let closed = hub.closed.clone().drop_guard();
+            let task = async move {
+                let _closed = closed;
+                task.await;
+            };
             AbortOnDropHandle::new(tokio::spawn(task.instrument(span.clone())))
         };
         let tasks = Tasks {

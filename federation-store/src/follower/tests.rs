@@ -130,7 +130,8 @@ impl Failover {
         let hub = Arc::new(Hub::new(Revision(1), Revision::ZERO, Revision::ZERO));
         let backend =
             Arc::new(Copies { copies, current: AtomicUsize::new(0), connections: AtomicU64::new(1) });
-        let follower = Follower::new(Arc::clone(&hub), Arc::clone(&backend) as Arc<dyn Backend>);
+        let follower = Follower::begin(Arc::clone(&hub), Arc::clone(&backend) as Arc<dyn Backend>, 1);
+        let follower = follower.await.unwrap();
         write(&backend.copies[1], "/a").await;
         follower.publish(write(&backend.copies[0], "/a").await).await;
         // Of another process.
@@ -138,6 +139,15 @@ impl Failover {
         assert_eq!(follower.catch_up().await.unwrap(), Revision(3));
         assert_eq!(hub.back().0, 0);
         Self { backend, follower, hub }
+    }
+
+    /// A process that starts now.
+    async fn restarted(self) -> Self {
+        let hub = Arc::new(Hub::new(self.hub.revision(), Revision::ZERO, Revision::ZERO));
+        let connections = self.backend.connections();
+        let follower =
+            Follower::begin(Arc::clone(&hub), Arc::clone(&self.backend) as Arc<dyn Backend>, connections);
+        Self { backend: self.backend, follower: follower.await.unwrap(), hub }
     }
 
     /// The next connections lead to the second copy.
@@ -231,4 +241,46 @@ async fn the_same_data_elsewhere_is_nothing_to_tell() {
     failover.foreign("/foreign").await;
     failover.follower.catch_up().await.unwrap();
     assert_eq!((failover.hub.back().0, failover.hub.revision()), (0, Revision(6)));
+}
+
+#[tokio::test]
+async fn it_is_noticed_before_anything_was_seen() {
+    for foreign in [&["/x"][..], &["/x", "/y", "/z"]] {
+        let failover = Failover::new().await.restarted().await;
+        assert!(failover.hub.last().is_none());
+        failover.over();
+        for key in foreign {
+            failover.foreign(key).await;
+        }
+        failover.follower.catch_up().await.unwrap();
+        failover.went_back(2 + foreign.len() as u64);
+    }
+    // The same data is nothing to tell, and what is compacted was not lost.
+    let failover = Failover::new().await;
+    failover.foreign("/lost").await;
+    let failover = failover.restarted().await;
+    failover.over();
+    failover.foreign("/next").await;
+    assert_eq!(failover.follower.catch_up().await.unwrap(), Revision(4));
+    assert_eq!((failover.hub.back().0, failover.hub.revision()), (0, Revision(4)));
+}
+
+#[tokio::test]
+async fn it_is_noticed_after_more_than_there_is_room_for() {
+    let many = |key: &'static str| -> Vec<Transaction> {
+        let key = Bytes::from_static(key.as_bytes());
+        let write = Write { value: Some(key.clone()), key, lease: 0, expect: Expect::Any };
+        vec![Transaction::single(write); RING_EVENTS + 10]
+    };
+    let failover = Failover::new().await;
+    failover.backend.copies[0].write(&many("/one"), 1).await.unwrap();
+    failover.follower.catch_up().await.unwrap();
+    assert!(failover.hub.last().is_none());
+    // The other copy has the first writes of it, and has gone its own way since.
+    failover.over();
+    failover.foreign("/lost").await;
+    failover.backend.copies[1].write(&many("/other"), 1).await.unwrap();
+    failover.foreign("/last").await;
+    failover.follower.catch_up().await.unwrap();
+    failover.went_back(3 + RING_EVENTS as u64 + 11);
 }
