@@ -51,7 +51,7 @@ pub(crate) enum EncryptionError {
 #[derive(Default)]
 pub(crate) struct Encryption {
     path: Option<PathBuf>,
-    /// Something could not be decrypted since it was last asked.
+    /// Something could not be decrypted, and it was said.
     unreadable: AtomicBool,
     current: RwLock<Arc<Providers>>,
     /// Whether all plug-ins were well when they were last asked; false before the first time.
@@ -256,9 +256,9 @@ impl Encryption {
         }
     }
 
-    /// Whether something could not be decrypted since the last call.
-    pub(crate) fn take_unreadable(&self) -> bool {
-        self.unreadable.swap(false, Ordering::Relaxed)
+    /// Nothing is known any more that cannot be decrypted: the next time it is said anew.
+    pub(crate) fn forget_unreadable(&self) {
+        self.unreadable.store(false, Ordering::Relaxed);
     }
 
     /// Is there a file at all?

@@ -16,9 +16,6 @@ use crate::upkeep::Upkeep;
 pub(crate) enum StoreFault {
     #[error(transparent)]
     Store(#[from] federation_store::Error),
-    /// Some values could not be decrypted; they are to be read again.
-    #[error("values that could not be decrypted are read again")]
-    Unreadable,
     #[error("failed to encrypt or decrypt {key}")]
     Encryption {
         key: String,

@@ -322,7 +322,7 @@ pub(crate) fn store_error(error: impl Into<StoreFault>) -> ApiError {
     use federation_store::Error;
     let error = match error.into() {
         StoreFault::Store(error) => error,
-        fault @ (StoreFault::Encryption { .. } | StoreFault::Unreadable) => {
+        fault @ StoreFault::Encryption { .. } => {
             return ApiError::internal(service::error_chain(&fault));
         }
     };

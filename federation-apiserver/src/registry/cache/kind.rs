@@ -146,17 +146,14 @@ impl Kind {
         let mut inner = self.inner.write();
         inner.objects = objects;
         inner.changed = before;
-        // Positions before this one are gone, and so is the one after the last change.
-        inner.first += inner.changes.len() as u64 + 1;
-        inner.changes.clear();
-        inner.before = before;
-        inner.weight = 0;
+        inner.forget_changes();
         drop(inner);
         self.stretches.lock().clear();
         self.tell();
     }
 
-    pub(super) fn apply(&self, event: &Event) {
+    /// Takes an event; the object as it is now.
+    pub(super) fn apply(&self, event: &Event) -> Option<Arc<Entry>> {
         let mut inner = self.inner.write();
         let key = event.kv.key.clone();
         let (old, new) = match event.kind {
@@ -167,7 +164,26 @@ impl Kind {
             EventKind::Delete => (inner.objects.remove(&key), None),
         };
         inner.changed = event.revision;
-        inner.push(Arc::new(Change::new(event.revision, old, new)));
+        inner.push(Arc::new(Change::new(event.revision, old, new.clone())));
+        new
+    }
+
+    /// Puts what could be decrypted in the place of what could not, if that is still there. Changes in memory may hold what
+    /// could not be: whoever stands before them reads the store's log.
+    pub(super) fn reopen(&self, hidden: &Arc<Entry>, readable: Entry) -> bool {
+        let mut inner = self.inner.write();
+        let Some(entry) = inner.objects.get_mut(&hidden.kv.key) else { return false };
+        if !Arc::ptr_eq(entry, hidden) {
+            return false;
+        }
+        *entry = Arc::new(readable);
+        if inner.changes.iter().any(|change| change.holds(hidden)) {
+            inner.forget_changes();
+        }
+        drop(inner);
+        self.stretches.lock().clear();
+        self.tell();
+        true
     }
 
     /// Wakes the watchers.
@@ -289,6 +305,15 @@ impl Inner {
         self.first + self.changes.len() as u64
     }
 
+    /// Leaves nothing for those who have not read all there is; nor for those who have, as they may have missed some.
+    fn forget_changes(&mut self) {
+        // Positions before this one are gone, and so is the one after the last change.
+        self.first += self.changes.len() as u64 + 1;
+        self.changes.clear();
+        self.before = self.changed;
+        self.weight = 0;
+    }
+
     fn push(&mut self, change: Arc<Change>) {
         self.weight += change.weight();
         self.changes.push_back(change);
@@ -316,6 +341,10 @@ impl Change {
         };
         let old = event.prev_kv.clone().map(|kv| Arc::new(Entry::new(kv)));
         Self::new(event.revision, old, new)
+    }
+
+    fn holds(&self, entry: &Arc<Entry>) -> bool {
+        [&self.old, &self.new].into_iter().flatten().any(|held| Arc::ptr_eq(held, entry))
     }
 
     pub(crate) fn entry(&self, side: Side) -> Option<&Arc<Entry>> {

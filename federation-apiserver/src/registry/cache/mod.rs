@@ -10,6 +10,8 @@
 //! follower has got there; one that may be older does not wait. A list of an earlier revision is answered from memory
 //! when its kind has not changed since, from the store otherwise.
 //!
+//! **What cannot be decrypted** is kept as it is stored, and tried again by itself: nobody else waits for it.
+//!
 //! **Memory.** Objects are kept as stored: one copy of the bytes that the store's events share. Changes are bounded for
 //! each kind, watchers hold none: one that does not read costs its position.
 
@@ -18,14 +20,15 @@ mod kind;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use federation_store::{Error, KeyRange, ListRequest, Revision};
-use parking_lot::RwLock;
+use federation_store::{Error, Event, KeyRange, KeyValue, ListRequest, Revision};
+use futures::StreamExt as _;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, OnceCell};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -42,8 +45,10 @@ use crate::status::ApiError;
 const PAGE: usize = 20_000;
 /// Pause after a failure of the store before following on.
 const RETRY: Duration = Duration::from_millis(500);
-/// How often values that could not be decrypted are read again: a plug-in may be back, a key in its place.
+/// How often values that could not be decrypted are tried again: a plug-in may be back, a key in its place.
 const REOPEN: Duration = Duration::from_secs(15);
+/// Of those so many at a time: a plug-in may take its time to answer.
+const REOPENED_AT_ONCE: usize = 16;
 /// How long a read waits for a revision to come, as kube-apiserver's watch cache.
 const MAX_WAIT: Duration = Duration::from_secs(3);
 /// No key of objects is shorter than this part of it.
@@ -55,6 +60,8 @@ pub(crate) struct Cache {
     store: StoreHandle,
     shutdown: CancellationToken,
     running: OnceCell<Running>,
+    /// Nothing is followed any more.
+    ended: CancellationToken,
 }
 
 #[derive(Debug)]
@@ -69,6 +76,8 @@ pub(crate) struct Objects {
     store: StoreHandle,
     /// By the part of a key up to the resource, with its slash.
     kinds: RwLock<HashMap<Box<[u8]>, Arc<Kind>>>,
+    /// Keys of objects that could not be decrypted. Held while an object changes, so that the two agree.
+    hidden: Mutex<BTreeSet<Bytes>>,
     /// Kinds that nobody has heard of have not changed since.
     loaded: AtomicU64,
     /// Everything up to this revision is in.
@@ -95,15 +104,23 @@ type Loaded = HashMap<Box<[u8]>, BTreeMap<Bytes, Arc<Entry>>>;
 
 impl Cache {
     pub(super) fn new(store: StoreHandle, shutdown: CancellationToken) -> Self {
-        Self { store, shutdown, running: OnceCell::new() }
+        Self { store, shutdown, running: OnceCell::new(), ended: CancellationToken::new() }
+    }
+
+    /// Waits until nothing is followed any more: the store is closed, or the follower has failed. Reads that have to be as
+    /// new as the store fail then.
+    pub(crate) async fn ended(&self) {
+        self.ended.cancelled().await;
     }
 
     /// What is in memory, after filling it if need be.
     pub(crate) async fn objects(&self) -> Result<&Arc<Objects>, ApiError> {
         let running = self.running.get_or_try_init(|| async {
             let (loaded, revision) = load(&self.store).await.map_err(store_error)?;
+            let hidden = hidden_in(&loaded);
             let objects = Arc::new(Objects {
                 store: self.store.clone(),
+                hidden: Mutex::new(hidden),
                 kinds: RwLock::new(
                     loaded
                         .into_iter()
@@ -118,14 +135,23 @@ impl Cache {
                 question: tokio::sync::Mutex::default(),
             });
             let (following, shutdown) = (objects.clone(), self.shutdown.clone());
+            let ended = self.ended.clone().drop_guard();
             let follower = async move {
+                // Also when it panics.
+                let _ended = ended;
                 // Requests that are under way when the server stops are still answered: the log is followed until the
                 // store is closed. Only the watches end.
                 let end_watches = async {
                     shutdown.cancelled().await;
                     following.tell_all();
                 };
-                tokio::join!(follow(&following, revision), end_watches);
+                let follow = async {
+                    tokio::select! {
+                        () = follow(&following, revision) => {}
+                        never = following.keep_reopening() => match never {},
+                    }
+                };
+                tokio::join!(follow, end_watches);
             };
             let follower = tokio::spawn(follower.instrument(tracing::info_span!("cache")));
             Ok::<_, ApiError>(Running { objects, _follower: AbortOnDropHandle::new(follower) })
@@ -223,6 +249,63 @@ impl Objects {
         kinds.entry(prefix.into()).or_insert_with(|| Arc::new(Kind::new(loaded, BTreeMap::new()))).clone()
     }
 
+    /// Takes an event of the store; the kind that has changed.
+    fn apply(&self, event: &Event) -> Option<Arc<Kind>> {
+        let kind = self.kind_of(kind_prefix(&event.kv.key)?);
+        let mut hidden = self.hidden.lock();
+        match kind.apply(event) {
+            Some(entry) if !entry.is_readable() => {
+                hidden.insert(event.kv.key.clone());
+            }
+            _ => {
+                hidden.remove(&event.kv.key);
+            }
+        }
+        drop(hidden);
+        Some(kind)
+    }
+
+    /// Tries at intervals what could not be decrypted.
+    async fn keep_reopening(&self) -> std::convert::Infallible {
+        loop {
+            tokio::time::sleep(REOPEN).await;
+            self.reopen().await;
+        }
+    }
+
+    /// Tries once more what could not be decrypted. Nothing else waits for it or is disturbed.
+    async fn reopen(&self) {
+        let hidden: Vec<Bytes> = self.hidden.lock().iter().cloned().collect();
+        let find = |key: Bytes| {
+            let kind = self.kinds.read().get(kind_prefix(&key)?).cloned()?;
+            let entry = kind.get(&key)?;
+            Some((kind, entry))
+        };
+        let entries: Vec<_> = hidden.into_iter().filter_map(find).collect();
+        let tried = futures::stream::iter(entries).map(|(kind, entry)| async move {
+            let kv = &entry.kv;
+            match self.store.encryption().open(&kv.key, kv.value.clone()).await {
+                Ok(value) => Some((kind, Entry::new(KeyValue { value, ..kv.clone() }), entry)),
+                Err(_) => None,
+            }
+        });
+        let mut tried = std::pin::pin!(tried.buffer_unordered(REOPENED_AT_ONCE));
+        while let Some(tried) = tried.next().await {
+            if let Some((kind, readable, entry)) = tried {
+                let mut hidden = self.hidden.lock();
+                // It may be another one by now.
+                if kind.reopen(&entry, readable) {
+                    hidden.remove(&entry.kv.key);
+                }
+            }
+            // The log is followed by the same task.
+            tokio::task::yield_now().await;
+        }
+        if self.hidden.lock().is_empty() {
+            self.store.encryption().forget_unreadable();
+        }
+    }
+
     fn advance(&self, revision: Revision) {
         self.applied.fetch_max(revision.0, Ordering::AcqRel);
         self.moved.notify_waiters();
@@ -230,6 +313,10 @@ impl Objects {
 
     /// Takes over a new reading of the whole store.
     fn restart(&self, mut loaded: Loaded, revision: Revision) {
+        let mut hidden = self.hidden.lock();
+        *hidden = hidden_in(&loaded);
+        // Whoever has to see everything waits for the end: until then one kind may be older than another.
+        self.applied.fetch_min(revision.0.saturating_sub(1), Ordering::AcqRel);
         let kinds = {
             let mut kinds = self.kinds.write();
             self.loaded.store(revision.0, Ordering::Release);
@@ -243,6 +330,7 @@ impl Objects {
         for (prefix, kind) in kinds {
             kind.restart(revision, loaded.remove(&prefix).unwrap_or_default());
         }
+        drop(hidden);
         self.applied.store(revision.0, Ordering::Release);
         self.moved.notify_waiters();
     }
@@ -293,6 +381,12 @@ async fn load(store: &StoreHandle) -> Result<(Loaded, Revision), StoreFault> {
     }
 }
 
+/// Keys of objects that could not be decrypted.
+fn hidden_in(loaded: &Loaded) -> BTreeSet<Bytes> {
+    let objects = loaded.values().flatten();
+    objects.filter(|(_, entry)| !entry.is_readable()).map(|(key, _)| key.clone()).collect()
+}
+
 /// Applies the store's log until the store is closed.
 async fn follow(objects: &Objects, mut from: Revision) {
     while let Err(error) = apply_log(objects, from).await {
@@ -323,30 +417,20 @@ async fn apply_log(objects: &Objects, from: Revision) -> Result<(), StoreFault> 
     let mut watcher = objects.store.watch(KeyRange::prefix(""), from)?;
     // Kinds whose watchers have not been told yet, with the moment from which they may be.
     let mut untold: Vec<(Arc<Kind>, Instant)> = Vec::new();
-    let mut reopen = Instant::now() + REOPEN;
     loop {
         let due = untold.iter().map(|(_, due)| *due).min();
         let event = tokio::select! {
             biased;
             event = watcher.next() => Some(event),
             () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => None,
-            () = tokio::time::sleep_until(reopen) => {
-                reopen = Instant::now() + REOPEN;
-                if objects.store.encryption().take_unreadable() {
-                    return Err(StoreFault::Unreadable);
-                }
-                None
-            }
         };
         match event {
             Some(Ok(event)) => {
-                if let Some(prefix) = kind_prefix(&event.kv.key) {
-                    let kind = objects.kind_of(prefix);
-                    kind.apply(&event);
-                    if !untold.iter().any(|(other, _)| Arc::ptr_eq(other, &kind)) {
-                        let due = kind.due();
-                        untold.push((kind, due));
-                    }
+                if let Some(kind) = objects.apply(&event)
+                    && !untold.iter().any(|(other, _)| Arc::ptr_eq(other, &kind))
+                {
+                    let due = kind.due();
+                    untold.push((kind, due));
                 }
                 objects.advance(watcher.progress());
             }

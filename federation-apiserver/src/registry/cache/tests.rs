@@ -13,6 +13,8 @@ use tokio_util::sync::CancellationToken;
 use super::kind::{Kind, Read};
 use super::kind_prefix;
 use crate::config::Role;
+use crate::encryption::Encryption;
+use crate::encryption::store::StoreHandle;
 use crate::registry::delete::DeleteOptions;
 use crate::registry::read::ListOptions;
 use crate::registry::selectors::{FieldSelector, Filter, LabelSelector};
@@ -31,7 +33,7 @@ async fn store() -> Store {
 
 async fn registry(store: &Store) -> Arc<Registry> {
     let registry = Arc::new(Registry::new(
-        crate::encryption::store::StoreHandle::new(store.clone(), Arc::default()),
+        StoreHandle::new(store.clone(), Arc::default()),
         Role::Hub,
         CancellationToken::new(),
     ));
@@ -329,6 +331,76 @@ async fn nothing_is_lost_or_told_twice() {
             listed.iter().map(|o| (str_at(o, &["metadata", "name"]).to_owned(), version(o))).collect();
         assert_eq!(listed, wanted);
     }
+}
+
+/// A configuration whose only key for Secrets is made of this letter.
+fn encryption(path: &std::path::Path, key: char) {
+    let key = key.to_string().repeat(43);
+    let text = format!(
+        "apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfiguration\nresources:\n- resources: [secrets]\n  providers: [{{aesgcm: {{keys: [{{name: k{key}, secret: {key}=}}]}}}}]\n"
+    );
+    std::fs::write(path, text).expect("written");
+}
+
+#[tokio::test]
+async fn what_cannot_be_decrypted_is_tried_again_and_nobody_else_is_disturbed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = store().await;
+    let over = |name: &str, key: char| {
+        let path = dir.path().join(name);
+        encryption(&path, key);
+        let encryption = Arc::new(Encryption::load(Some(path)).expect("valid"));
+        let handle = StoreHandle::new(store.clone(), encryption);
+        Registry::new(handle, Role::Hub, CancellationToken::new())
+    };
+    let secret = |registry: &Registry, name: &str| registry.core("secrets", "default", name).expect("served");
+    let make = async |registry: &Registry, name: &str| {
+        let object = json!({"metadata": {"name": name}, "stringData": {"password": "hush"}});
+        registry.create(&secret(registry, ""), object, &WriteOptions::by("test")).await.expect("created");
+    };
+    let (writer, reader) = (over("writer", 'A'), over("reader", 'E'));
+    let namespaces = writer.core("namespaces", "", "").expect("served");
+    let object = json!({"metadata": {"name": "default"}});
+    writer.create(&namespaces, object, &WriteOptions::by("test")).await.expect("created");
+    // One that is there when the cache is filled, and one that comes by an event.
+    make(&writer, "loaded").await;
+    let names = ["loaded", "came"];
+    assert_eq!(reader.get(&secret(&reader, "loaded")).await.expect_err("no key").code(), 500);
+    let start = store.revision();
+    make(&writer, "came").await;
+    create(&writer, "map", json!({})).await;
+    let objects = reader.cache.objects().await.expect("filled");
+    objects.reopen().await;
+    for name in names {
+        assert_eq!(reader.get(&secret(&reader, name)).await.expect_err("no key").code(), 500, "{name}");
+    }
+    // The key is there.
+    encryption(&dir.path().join("reader"), 'A');
+    assert!(reader.store.encryption().reload().expect("valid"));
+    objects.reopen().await;
+    for name in names {
+        let object = reader.get(&secret(&reader, name)).await.expect("readable").object;
+        assert_eq!(object["data"]["password"], "aHVzaA==", "{name}");
+    }
+    assert!(objects.hidden.lock().is_empty());
+    // Who watches from before gets what can be read now.
+    let mut watch = reader.watch(&secret(&reader, ""), at(start.0)).await.expect("a watch");
+    let event = tokio::time::timeout(LIMIT, watch.next()).await.expect("in time");
+    assert!(
+        matches!(&event, Some(WatchEvent::Added(o)) if str_at(o, &["metadata", "name"]) == "came"),
+        "{event:?}"
+    );
+    // Other kinds were not read anew.
+    assert!(objects.kind("/registry/core/configmaps/").position(start).is_some());
+    // One that goes while nobody can read it is not looked for any more.
+    encryption(&dir.path().join("reader"), 'E');
+    reader.store.encryption().reload().expect("valid");
+    make(&writer, "brief").await;
+    assert_eq!(reader.get(&secret(&reader, "brief")).await.expect_err("no key").code(), 500);
+    assert_eq!(objects.hidden.lock().len(), 1);
+    writer.delete(&secret(&writer, "brief"), &DeleteOptions::default()).await.expect("deleted");
+    assert!(reader.get(&secret(&reader, "brief")).await.expect_err("gone").is_not_found());
+    assert!(objects.hidden.lock().is_empty());
 }
 
 #[test]
