@@ -24,6 +24,7 @@ mod admission;
 pub mod apply;
 pub mod audit;
 pub mod auth;
+mod background;
 mod cel;
 mod certificates;
 mod client;

@@ -23,6 +23,7 @@ use crate::auth::service_accounts::keys::{KeyError, Keys};
 use crate::auth::service_accounts::{self, ServiceAccounts};
 use crate::auth::tokens::{TokenFile, TokenFileError};
 use crate::auth::{Authenticator, PeerIdentity};
+use crate::background::Background;
 use crate::certificates::{AGENT_KUBECONFIG, Certificates};
 use crate::client::LocalClient;
 use crate::config::{Config, DEFAULT_ISSUER, Role};
@@ -229,33 +230,54 @@ impl Bound {
 
     /// Serves until `shutdown`, goes on for the configured delay while it says that it is not ready, then ends watches
     /// and lets running requests end within the configured grace.
+    ///
+    /// Returns before `shutdown`, with an error in the log, when a part of the server that it cannot do without has failed:
+    /// start it again then.
     pub async fn run(self, shutdown: CancellationToken) {
-        let mut tasks = JoinSet::new();
-        tasks.spawn(crd::run(self.registry.clone()).instrument(tracing::info_span!("crd")));
-        tasks.spawn(gc::run(self.registry.clone()).instrument(tracing::info_span!("gc")));
-        let looking = health::run(self.registry.clone(), self.database.clone());
-        tasks.spawn(looking.instrument(tracing::info_span!("database")));
-        let encryption =
-            encryption::run(self.registry.store.encryption().clone(), self.registry.shutdown.clone());
-        tasks.spawn(encryption.instrument(tracing::info_span!("encryption")));
-        let upkeep = upkeep::run(self.registry.clone(), self.registry.shutdown.clone());
-        tasks.spawn(upkeep.instrument(tracing::info_span!("upkeep")));
-        tasks.spawn(rbac::index::run(self.registry.clone()).instrument(tracing::info_span!("rbac")));
-        let aggregation = rbac::aggregation::run(self.registry.clone());
-        tasks.spawn(aggregation.instrument(tracing::info_span!("aggregation")));
-        let events = gc::run_events(self.registry.clone());
-        tasks.spawn(events.instrument(tracing::info_span!("events")));
+        self.run_beside(Background::default(), shutdown).await;
+    }
+
+    /// The same beside some other work that the server cannot do without.
+    async fn run_beside(self, mut background: Background, shutdown: CancellationToken) {
+        let registry = &self.registry;
+        let work = crd::run(registry.clone()).instrument(tracing::info_span!("crd"));
+        background.spawn("custom resource definitions", work);
+        let work = gc::run(registry.clone()).instrument(tracing::info_span!("gc"));
+        background.spawn("garbage collection", work);
+        let work = health::run(registry.clone(), self.database.clone());
+        background.spawn("database health", work.instrument(tracing::info_span!("database")));
+        let work = encryption::run(registry.store.encryption().clone(), registry.shutdown.clone());
+        background.spawn("encryption", work.instrument(tracing::info_span!("encryption")));
+        let work = upkeep::run(registry.clone(), registry.shutdown.clone());
+        background.spawn("upkeep", work.instrument(tracing::info_span!("upkeep")));
+        let work = rbac::index::run(registry.clone()).instrument(tracing::info_span!("rbac"));
+        background.spawn("roles and bindings", work);
+        let work = rbac::aggregation::run(registry.clone());
+        background.spawn("aggregation of roles", work.instrument(tracing::info_span!("aggregation")));
+        let work = gc::run_events(registry.clone()).instrument(tracing::info_span!("events"));
+        background.spawn("removal of events", work);
         if let Some(accounts) = self.authenticator.service_accounts().cloned() {
-            let care = service_accounts::controller::run(accounts, self.certificates.ca_pem().to_owned());
-            tasks.spawn(care.instrument(tracing::info_span!("service accounts")));
+            let work = service_accounts::controller::run(accounts, self.certificates.ca_pem().to_owned());
+            let span = tracing::info_span!("service accounts");
+            background.spawn("service accounts", work.instrument(span));
         }
+        // It follows the store for as long as that is open, with a task of its own.
+        let followed = registry.clone();
+        background.spawn("cache of objects", async move {
+            let stopped = followed.shutdown.cancelled();
+            tokio::select! {
+                () = stopped => {}
+                () = followed.cache.ended() => {}
+            }
+        });
         let jwks_uri = match &self.config.service_accounts.jwks_uri {
             Some(uri) => uri.clone(),
             None => format!("{}/openid/v1/jwks", self.url()),
         };
         let tls = self.certificates.tls().clone();
         let certificates = self.registry.shutdown.clone().run_until_cancelled_owned(self.certificates.keep());
-        tasks.spawn(certificates.map(drop).instrument(tracing::info_span!("certificates")));
+        let certificates = certificates.map(drop).instrument(tracing::info_span!("certificates"));
+        background.spawn("certificates", certificates);
         let simulated = match self.config.role {
             Role::Hub => None,
             Role::Member => {
@@ -294,11 +316,25 @@ impl Bound {
         tracing::info!(address = %self.address, role = ?self.config.role, "API server is listening");
         let draining = CancellationToken::new();
         let gate = Gate::new(self.config.limits.connections);
-        let told = async {
+        let not_ready = || app.ready.store(false, std::sync::atomic::Ordering::Relaxed);
+        let asked = async {
             shutdown.cancelled().await;
-            app.ready.store(false, std::sync::atomic::Ordering::Relaxed);
+            not_ready();
             tracing::info!(delay = ?app.limits.shutdown_delay, "stopping: not ready any more");
             tokio::time::sleep(app.limits.shutdown_delay).await;
+        };
+        let told = async {
+            tokio::select! {
+                () = asked => {}
+                ended = background.failed() => {
+                    not_ready();
+                    tracing::error!("{ended}");
+                }
+                Some(_) = audit_task.join_next() => {
+                    not_ready();
+                    tracing::error!("the audit log's task ended by itself, and the server does not go on without it");
+                }
+            }
         };
         let serve = |(stream, remote): (TcpStream, SocketAddr)| {
             serve(stream, remote, tls.clone(), app.clone(), gate.enter(), draining.clone())
@@ -317,7 +353,7 @@ impl Bound {
         if let Some(simulated) = simulated {
             simulated.shutdown().await;
         }
-        while tasks.join_next().await.is_some() {}
+        background.end().await;
         // The last sink goes with the last connection; then the writer ends by itself.
         drop(app);
         while audit_task.join_next().await.is_some() {}
@@ -470,5 +506,29 @@ async fn create(registry: &Registry, object: &Value) -> Result<(), BindError> {
         Ok(_) => Ok(()),
         Err(error) if error.is_already_exists() => Ok(()),
         Err(error) => Err(failed(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Longest wait for anything.
+    const LIMIT: std::time::Duration = std::time::Duration::from_secs(60);
+
+    #[tokio::test]
+    async fn a_server_ends_with_a_part_of_its_own() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut config = Config::new(dir.path(), Role::Hub);
+        config.in_memory = true;
+        let bound = ApiServer::bind(config).await.expect("bound");
+        let address = bound.local_addr();
+        let mut background = Background::default();
+        background.spawn("injected", async { panic!("by the test") });
+        let shutdown = CancellationToken::new();
+        let running = bound.run_beside(background, shutdown.clone());
+        tokio::time::timeout(LIMIT, running).await.expect("it ends");
+        assert!(!shutdown.is_cancelled());
+        TcpStream::connect(address).await.expect_err("nobody listens any more");
     }
 }

@@ -64,7 +64,11 @@ async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let shutdown = CancellationToken::new();
     let stop = shutdown.clone();
     tokio::select! {
-        () = bound.run(shutdown) => {}
+        () = bound.run(shutdown.clone()) => {
+            if !shutdown.is_cancelled() {
+                return Err("the server ended by itself: the log says why".into());
+            }
+        }
         () = async move {
             signals.recv().await;
             stop.cancel();
