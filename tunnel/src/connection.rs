@@ -55,6 +55,23 @@ impl Connection {
     }
 }
 
+impl Connection {
+    /// Returns when this connection has been cut for the memory budget, for a task that may be waiting for its client alone:
+    /// it would read no error before its client reads. The future is for the task that reads and writes the connection.
+    pub fn cut(&self) -> impl Future<Output = ()> + Send + 'static {
+        let quic = match &self.0 {
+            Inner::H2(_) => None,
+            Inner::Quic(connection) => Some(connection.cut()),
+        };
+        async move {
+            match quic {
+                Some(cut) => cut.await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+}
+
 impl From<H2Connection> for Connection {
     fn from(connection: H2Connection) -> Self {
         Self(Inner::H2(connection))

@@ -61,13 +61,13 @@ pub struct Budget {
     cuts: AtomicU64,
 }
 
-/// A connection that holds received bytes since its local peer reads slowly.
+/// A connection that holds received bytes since its local peer reads slowly or not at all.
 pub(crate) trait Slow: Send + Sync {
-    /// Bytes a second that its peer reads; `None` while it holds nothing, or not long enough to tell.
-    fn pace(&self, now: Instant) -> Option<u64>;
+    /// For how long its peer has taken nothing, or as good as nothing; `None` while it holds nothing or its peer reads.
+    fn stopped(&self, now: Instant) -> Option<Duration>;
 
-    /// Resets it, which gives back what it holds.
-    fn cut(&self);
+    /// Resets it, which gives back what it holds, if its peer still takes nothing.
+    fn cut(&self, now: Instant);
 }
 
 /// How far a budget may be used up.
@@ -124,7 +124,7 @@ impl Budget {
         }
     }
 
-    /// Connections that were cut since their readers were the slowest, in the whole process.
+    /// Connections that were cut since their readers had stopped, in the whole process.
     pub fn cuts(&self) -> u64 {
         self.root().cuts.load(Ordering::Relaxed)
     }
@@ -176,7 +176,7 @@ impl Budget {
         }
     }
 
-    /// From now on `slow` is among those of which the slowest is cut, whenever it has a pace. To be called once for each.
+    /// From now on `slow` is among those that make room, whenever it has stopped. To be called once for each.
     pub(crate) fn enlist(&self, slow: &Arc<dyn Slow>) {
         let entry = Arc::downgrade(slow);
         let mut list = self.slow.lock();
@@ -190,10 +190,10 @@ impl Budget {
         }
     }
 
-    /// The slowest that holds something, and its pace.
-    pub(crate) fn slowest(&self, now: Instant) -> Option<(u64, Arc<dyn Slow>)> {
+    /// Who holds something and has stopped for the longest time, and for how long.
+    pub(crate) fn longest_stopped(&self, now: Instant) -> Option<(Duration, Arc<dyn Slow>)> {
         let list: Vec<_> = self.slow.lock().iter().filter_map(Weak::upgrade).collect();
-        list.into_iter().filter_map(|slow| Some((slow.pace(now)?, slow))).min_by_key(|(pace, _)| *pace)
+        list.into_iter().filter_map(|slow| Some((slow.stopped(now)?, slow))).max_by_key(|(time, _)| *time)
     }
 
     fn give_back(&self, bytes: usize) {
@@ -280,46 +280,49 @@ mod tests {
         assert_eq!((process.used(), one.used()), (0, 0));
     }
     /// Holds bytes, and gives them back when it is cut.
-    struct Holder(Mutex<Option<Reservation>>, u64);
+    struct Holder(Mutex<Option<Reservation>>, Option<Duration>);
 
     impl Slow for Holder {
-        fn pace(&self, _: Instant) -> Option<u64> {
-            self.0.lock().as_ref().map(|_| self.1)
+        fn stopped(&self, _: Instant) -> Option<Duration> {
+            self.0.lock().as_ref().and(self.1)
         }
 
-        fn cut(&self) {
+        fn cut(&self, _: Instant) {
             *self.0.lock() = None;
         }
     }
 
     #[test]
-    fn the_slowest_makes_room_and_new_connections_have_some_left() {
+    fn who_has_stopped_makes_room_and_new_connections_have_some_left() {
         let process = Budget::new(1000);
         let (one, two) = (process.child(600), process.child(600));
-        let hold = |tunnel: &Arc<Budget>, bytes, pace| {
+        let hold = |tunnel: &Arc<Budget>, bytes, stopped: Option<u64>| {
             let mut reservation = tunnel.nothing();
             reservation.extend(bytes, Part::ThreeQuarters).map(|()| {
-                let holder: Arc<dyn Slow> = Arc::new(Holder(Mutex::new(Some(reservation)), pace));
+                let stopped = stopped.map(Duration::from_secs);
+                let holder: Arc<dyn Slow> = Arc::new(Holder(Mutex::new(Some(reservation)), stopped));
                 tunnel.enlist(&holder);
                 holder
             })
         };
-        let quick = hold(&one, 400, 50).unwrap();
-        let _stopped = hold(&two, 300, 0).unwrap();
+        let reads = hold(&one, 400, None).unwrap();
+        let _stopped = hold(&two, 200, Some(9)).unwrap();
+        let _later = hold(&two, 100, Some(4)).unwrap();
         let now = Instant::now();
-        // The tunnel's own limit: only its own connections make room in it.
-        let level = hold(&one, 100, 9).err().unwrap();
-        assert_eq!(one.level(level).slowest(now).unwrap().0, 50);
-        // The process's: whoever is slowest, wherever.
-        let level = hold(&two, 100, 9).err().unwrap();
-        let (pace, slowest) = two.level(level).slowest(now).unwrap();
-        assert_eq!(pace, 0);
-        slowest.cut();
-        let _third = hold(&two, 100, 9).unwrap();
-        assert_eq!(two.slowest(now).unwrap().0, 9, "one that holds nothing any more is no candidate");
+        // The tunnel's own limit: only its own connections make room in it, and none that reads does.
+        let level = hold(&one, 100, None).err().unwrap();
+        assert!(one.level(level).longest_stopped(now).is_none());
+        // The process's: whoever has stopped for the longest time, wherever.
+        let level = hold(&two, 100, None).err().unwrap();
+        let (time, stopped) = two.level(level).longest_stopped(now).unwrap();
+        assert_eq!(time, Duration::from_secs(9));
+        stopped.cut(now);
+        let _third = hold(&two, 100, None).unwrap();
+        let next = two.longest_stopped(now).unwrap().0;
+        assert_eq!(next, Duration::from_secs(4), "one that holds nothing any more is no candidate");
         assert!(one.reserve(200).is_some(), "new connections may take the last quarter");
-        drop(quick);
-        assert_eq!(process.used(), 100);
+        drop(reads);
+        assert_eq!(process.used(), 200);
         two.count_cut();
         assert_eq!((one.cuts(), process.cuts()), (1, 1));
     }

@@ -14,10 +14,11 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    task::Waker,
     time::{Duration, Instant},
 };
 
-use futures::{StreamExt, stream::FuturesUnordered};
+use futures::{StreamExt, future::Either, stream::FuturesUnordered};
 use parking_lot::Mutex;
 use proto::tunnel::v1;
 use quinn::{
@@ -90,12 +91,15 @@ const MAX_PACKET: u16 = 6500;
 /// Bytes that are read before the window is looked at again: the least window holds twice as many.
 const SETTLE: usize = 32 * 1024;
 
-/// Readers of one tunnel that are cut or have others cut for them in one round of its sweep: each looks at all that hold
-/// received bytes.
+/// Readers of one tunnel for which others are cut, or who are cut themselves, in one round of its sweep: each looks at all
+/// that hold received bytes.
 const CUTS: usize = 64;
 
-/// Others that are cut for one connection before it is cut itself: what they held comes back as it is read, perhaps late.
+/// Others that are cut for one connection in one round: what they held comes back as it is read, perhaps late.
 const VICTIMS: usize = 3;
+
+/// How often a tunnel asks again for the room that its readers wait for.
+const ROUNDS: Duration = Duration::from_millis(200);
 
 /// Packets that a peer may leave unacknowledged, instead of two (draft-ietf-quic-ack-frequency): what one segmented
 /// send carries. A packet out of order is still acknowledged at once.
@@ -138,8 +142,10 @@ enum Room {
     Found,
     /// Somebody was cut.
     Cut,
-    /// It is too early to tell whom to cut.
-    Later,
+    /// It waits for room, as nobody has stopped for long enough to be cut for it.
+    Waits,
+    /// The same, and in the budget of this number there is nobody at all who has stopped.
+    Nobody(usize),
 }
 
 /// A stream that the server opened and that is not answered yet.
@@ -310,7 +316,7 @@ impl QuicLink {
             tokio::select! {
                 never = &mut sweep => match never {},
                 accepted = self.connection.accept_bi(), if opening.len() < MAX_OPENING => match accepted {
-                    Ok((send, recv)) => opening.push(self.clone().open_incoming(send, recv)),
+                    Ok((send, recv)) => opening.push(Either::Left(self.clone().open_incoming(send, recv))),
                     Err(error) => break close_reason(&error),
                 },
                 Some(opened) = opening.next() => {
@@ -318,7 +324,11 @@ impl QuicLink {
                         && let Err(mpsc::error::TrySendError::Full(opened) | mpsc::error::TrySendError::Closed(opened)) = incoming.try_send(opened)
                         && let Incoming::Dial { connection, .. } = opened
                     {
-                        connection.refuse(DialError::TooManyConnections).await;
+                        // A server that reads nothing must not hold up the sweep.
+                        opening.push(Either::Right(async move {
+                            connection.refuse(DialError::TooManyConnections).await;
+                            None
+                        }));
                     }
                 }
                 error = self.connection.closed() => break close_reason(&error),
@@ -509,51 +519,79 @@ impl QuicLink {
     }
 
     /// Looks after the readers that fell behind, for as long as it is polled: each gets a whole window of the budget, so
-    /// that the rest of the tunnel does not go short, or the slowest of all that hold one is cut.
+    /// that the rest of the tunnel does not go short. Where there is no room those make some that have stopped reading;
+    /// whoever reads waits for it meanwhile.
     async fn sweep(&self) -> Infallible {
         let waker = reader::sweep_waker(&self.behind);
+        let mut pause = None;
         loop {
-            self.behind.notified().await;
-            loop {
-                tokio::time::sleep(reader::PATIENCE).await;
-                let readers: Vec<_> = self.readers.lock().values().cloned().collect();
-                let (now, mut again, mut cuts) = (Instant::now(), false, CUTS);
-                for reader in readers {
-                    match reader.look(now, self, &waker) {
-                        Look::Fine => {}
-                        Look::Soon => again = true,
-                        Look::Stalls if cuts == 0 => again = true,
-                        Look::Stalls => match self.make_room(&reader, now) {
-                            Room::Found => {}
-                            Room::Cut => {
-                                cuts -= 1;
-                                // Each looks at all that hold received bytes: others have their turn in between.
-                                tokio::task::yield_now().await;
-                            }
-                            Room::Later => again = true,
-                        },
-                    }
-                }
-                if !again {
-                    break;
-                }
+            match pause {
+                None => self.behind.notified().await,
+                // The same either way: it is time to look.
+                Some(pause) => drop(tokio::time::timeout(pause, self.behind.notified()).await),
             }
+            tokio::time::sleep(reader::PATIENCE).await;
+            pause = self.look_round(&waker).await;
         }
     }
 
-    /// Finds room for a reader that fell behind: the slowest that hold received bytes go first, and itself when it is.
-    fn make_room(&self, reader: &Arc<Reader>, now: Instant) -> Room {
+    /// One round of the sweep; how soon the next one is due, unless somebody falls behind before.
+    async fn look_round(&self, waker: &Waker) -> Option<Duration> {
+        let readers: Vec<_> = self.readers.lock().values().cloned().collect();
+        let (now, mut cuts, mut soon, mut waits) = (Instant::now(), CUTS, false, false);
+        // Up to which budget nobody has stopped: asked once a round, as each time all are looked at.
+        let mut nobody = None;
+        for reader in readers {
+            match reader.look(now, self, waker) {
+                Look::Fine => {}
+                Look::Soon => soon = true,
+                Look::Stalls if cuts == 0 => soon = true,
+                Look::Stalls => match self.make_room(&reader, now, nobody) {
+                    Room::Found => {}
+                    Room::Cut => {
+                        cuts -= 1;
+                        // Others have their turn in between.
+                        tokio::task::yield_now().await;
+                    }
+                    Room::Waits => waits = true,
+                    Room::Nobody(level) => {
+                        waits = true;
+                        nobody = nobody.max(Some(level));
+                    }
+                },
+            }
+        }
+        if soon { Some(Duration::ZERO) } else { waits.then_some(ROUNDS) }
+    }
+
+    /// Finds room for a reader that fell behind. Those that have stopped for the longest time go first, and itself when it
+    /// is the one; where nobody has stopped it waits. `nobody` is the largest budget of which that is known.
+    fn make_room(&self, reader: &Arc<Reader>, now: Instant, nobody: Option<usize>) -> Room {
+        let own = reader.stopped(now);
         for cut in 0..=VICTIMS {
             let Err(level) = reader.stall(self) else {
                 return if cut > 0 { Room::Cut } else { Room::Found };
             };
-            let Some(speed) = reader.speed(now) else { return Room::Later };
-            match self.budget.level(level).slowest(now) {
-                Some((pace, slowest)) if pace < speed && cut < VICTIMS => slowest.cut(),
+            // One of which nobody knows whether it reads is cut for nobody's sake, and nobody for its.
+            if own.is_none() && reader.is_unproven(now) {
+                return Room::Waits;
+            }
+            if cut == VICTIMS {
+                break;
+            }
+            // A tunnel's are among the process's.
+            let longest =
+                if nobody >= Some(level) { None } else { self.budget.level(level).longest_stopped(now) };
+            match (longest, own) {
+                (Some((time, stopped)), own) if own.is_none_or(|own| time > own) => stopped.cut(now),
+                (None, None) => return Room::Nobody(level),
                 _ => break,
             }
         }
-        reader.cut();
+        if own.is_none() {
+            return Room::Waits;
+        }
+        reader.cut(now);
         Room::Cut
     }
 

@@ -92,6 +92,12 @@ impl QuicConnection {
         }
     }
 
+    /// Returns when it has been cut, to the task that reads it.
+    pub(crate) fn cut(&self) -> impl Future<Output = ()> + Send + 'static {
+        let reader = self.reader.clone();
+        std::future::poll_fn(move |cx| if reader.poll_cut(cx) { Poll::Ready(()) } else { Poll::Pending })
+    }
+
     /// Answers a dial with an error and ends the stream.
     pub(crate) async fn refuse(mut self, error: DialError) {
         // A server that is gone needs no answer.
@@ -178,7 +184,11 @@ impl QuicConnection {
         };
         while !held.is_empty() {
             match writer.poll_write_ready(cx) {
-                Poll::Ready(Ok(())) => held.advance(written(writer.try_write(held))?),
+                Poll::Ready(Ok(())) => {
+                    let bytes = written(writer.try_write(held))?;
+                    held.advance(bytes);
+                    self.reader.passed_on(bytes);
+                }
                 Poll::Ready(Err(_)) => return Poll::Ready(Err(RelayOutcome::LocalReset)),
                 Poll::Pending if self.reader.poll_cut(cx) => {
                     return Poll::Ready(Err(RelayOutcome::OverBudget));

@@ -3,7 +3,8 @@
 //! ```text
 //!   read ── bytes ──▶ behind ── nothing left ──▶ keeps up        the connection's own task
 //!                       └── 20 ms later, bytes lie there ──▶ stalls: a whole window of the budget     the tunnel's sweep
-//!                             └── no room, and the slowest of all ──▶ cut
+//!                             └── no room ──▶ waits for it, with what a connection has that keeps up
+//!                                   └── has stopped, for longer than others ──▶ cut
 //! ```
 
 use std::{
@@ -34,8 +35,13 @@ pub(super) const CHUNKS: usize = 16;
 /// How long a reader may be behind before the sweep looks at it: a task's turn on a busy machine, a full socket buffer.
 pub(super) const PATIENCE: Duration = Duration::from_millis(20);
 
-/// Readers that fell behind less long ago are neither cut nor compared with others: their pace is not known.
-const UNPROVEN: Duration = Duration::from_millis(200);
+/// A reader that has taken less than [`CRAWL`] for so long has stopped: it may be cut, and before it is known of none whether
+/// it has. The buffer of a local socket takes bytes by the hundred KiB, so a peer that reads 200 KiB/s may seem to pause for
+/// a second and more. A tunnel without room may have to wait for so long.
+const STOPPED: Duration = Duration::from_secs(2);
+
+/// Fewer bytes than these in [`STOPPED`] are as good as none: whoever takes one a second holds a whole window all the same.
+const CRAWL: u64 = 16 * 1024;
 
 /// What the sweep takes to see whether there is anything.
 const PEEK: usize = 1024;
@@ -58,12 +64,20 @@ struct Inner {
     broken: bool,
     /// Since when the reader has not come to the end of what there is.
     behind: Option<Instant>,
-    /// Bytes read since then.
-    taken: u64,
+    progress: Progress,
     /// Holds a whole window of the budget.
     stalls: bool,
     /// The budget knows of it: it held one once.
     enlisted: bool,
+}
+
+/// How a local peer that is behind takes what there is.
+#[derive(Clone, Copy, Debug)]
+struct Progress {
+    /// When it fell behind, or had last taken [`CRAWL`] bytes.
+    mark: Instant,
+    /// Bytes taken since then.
+    taken: u64,
 }
 
 /// What the sweep finds.
@@ -92,7 +106,7 @@ impl Reader {
             peeked: Bytes::new(),
             broken: false,
             behind: None,
-            taken: 0,
+            progress: Progress { mark: Instant::now(), taken: 0 },
             stalls: false,
             enlisted: false,
         };
@@ -113,6 +127,11 @@ impl Reader {
     pub(super) fn poll_cut(&self, cx: &mut Context<'_>) -> bool {
         self.task.register(cx.waker());
         self.is_cut()
+    }
+
+    /// The local peer took bytes that had been read for it.
+    pub(super) fn passed_on(&self, bytes: usize) {
+        self.inner.lock().progress.took(bytes, Instant::now());
     }
 
     pub(super) fn is_cut(&self) -> bool {
@@ -172,6 +191,7 @@ impl Reader {
         if !inner.peeked.is_empty() {
             let length = buffer.remaining().min(inner.peeked.len());
             buffer.put_slice(&inner.peeked.split_to(length));
+            inner.progress.took(length, Instant::now());
             self.task.register(cx.waker());
             return Poll::Ready(Ok(()));
         }
@@ -240,9 +260,15 @@ impl Reader {
         Ok(())
     }
 
-    /// Bytes a second since it fell behind; `None` when it did not, or not long ago.
-    pub(super) fn speed(&self, now: Instant) -> Option<u64> {
-        self.inner.lock().speed(now)
+    /// For how long it has stopped while bytes lay there; `None` when it has not, or it is too early to tell.
+    pub(super) fn stopped(&self, now: Instant) -> Option<Duration> {
+        self.inner.lock().stopped(now)
+    }
+
+    /// Whether it fell behind too short a time ago to say of it that it reads.
+    pub(super) fn is_unproven(&self, now: Instant) -> bool {
+        let behind = self.inner.lock().behind;
+        behind.is_some_and(|since| now.saturating_duration_since(since) < STOPPED)
     }
 
     /// The connection is given up: stops the stream, and what it still held counts as read.
@@ -254,18 +280,18 @@ impl Reader {
 }
 
 impl Slow for Reader {
-    fn pace(&self, now: Instant) -> Option<u64> {
+    fn stopped(&self, now: Instant) -> Option<Duration> {
         let inner = self.inner.lock();
-        if inner.stalls && !self.is_cut() { inner.speed(now) } else { None }
+        if inner.stalls && !self.is_cut() { inner.stopped(now) } else { None }
     }
 
-    fn cut(&self) {
+    fn cut(&self, now: Instant) {
         let Some(link) = self.link.upgrade() else { return };
         {
             let mut inner = self.inner.lock();
-            // One that has caught up since it was chosen holds nothing, and its task may wait in quinn alone, which
-            // forgets that with the stop.
-            if self.is_cut() || inner.behind.is_none() {
+            // One that reads again since it was chosen has proved that it does. And one that has caught up may wait in
+            // quinn alone, which forgets that with the stop.
+            if self.is_cut() || inner.stopped(now).is_none() {
                 return;
             }
             // Before the stop, after which quinn would tell of an orderly end.
@@ -280,22 +306,21 @@ impl Slow for Reader {
 // === impl Inner ===
 
 impl Inner {
-    /// Bytes a second; `None` for one that keeps up or of which it is not known.
-    fn speed(&self, now: Instant) -> Option<u64> {
-        let took = now.saturating_duration_since(self.behind?);
-        (took >= UNPROVEN).then(|| self.taken.saturating_mul(1000) / (took.as_millis() as u64).max(1))
+    fn stopped(&self, now: Instant) -> Option<Duration> {
+        self.behind.and_then(|_| self.progress.stopped(now))
     }
 
     fn took(&mut self, bytes: usize, link: &QuicLink) {
         self.falls_behind(link);
-        self.taken += bytes as u64;
+        self.progress.took(bytes, Instant::now());
         link.read(bytes);
     }
 
     fn falls_behind(&mut self, link: &QuicLink) {
         if self.behind.is_none() {
-            self.behind = Some(Instant::now());
-            self.taken = 0;
+            let now = Instant::now();
+            self.behind = Some(now);
+            self.progress = Progress { mark: now, taken: 0 };
             link.behind.notify_one();
         }
     }
@@ -336,6 +361,23 @@ impl Inner {
     }
 }
 
+// === impl Progress ===
+
+impl Progress {
+    fn took(&mut self, bytes: usize, now: Instant) {
+        self.taken += bytes as u64;
+        if self.taken >= CRAWL {
+            *self = Self { mark: now, taken: 0 };
+        }
+    }
+
+    /// For how long less than [`CRAWL`] was taken, when that is long enough to say that its peer has stopped.
+    fn stopped(&self, now: Instant) -> Option<Duration> {
+        let since = now.saturating_duration_since(self.mark);
+        (since >= STOPPED).then_some(since)
+    }
+}
+
 // === impl SweepWaker ===
 
 /// A waker that makes the sweep of `behind` look again.
@@ -369,6 +411,33 @@ fn reset_error() -> io::Error {
 pub(super) fn cut_error() -> io::Error {
     io::Error::new(
         io::ErrorKind::ConnectionAborted,
-        "cut: it was the slowest reader of those that hold received bytes, and the memory budget was used up",
+        "cut: it had stopped reading what was received for it, and the memory budget was used up",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_reads_has_not_stopped_and_whoever_did_read_much_may_have() {
+        let began = Instant::now();
+        let at = |millis| began + Duration::from_millis(millis);
+        let mut progress = Progress { mark: began, taken: 0 };
+        assert_eq!(progress.stopped(at(1_999)), None, "too early to tell");
+        assert_eq!(progress.stopped(at(2_000)), Some(STOPPED));
+        // 600 MB in a second are soon as long ago as anything else.
+        progress.took(600_000_000, at(3_000));
+        assert_eq!(progress.stopped(at(4_900)), None);
+        assert_eq!(progress.stopped(at(9_000)), Some(Duration::from_secs(6)));
+        // 64 KiB a second, in small pieces.
+        for step in 0..1_000 {
+            progress.took(1024, at(10_000 + step * 16));
+            assert_eq!(progress.stopped(at(10_000 + step * 16)).filter(|_| step > 16), None);
+        }
+        // A kilobyte a second is as good as nothing.
+        let mut crawls = Progress { mark: began, taken: 0 };
+        (0..10).for_each(|second| crawls.took(1024, at(second * 1000)));
+        assert_eq!(crawls.stopped(at(10_000)), Some(Duration::from_secs(10)));
+    }
 }
