@@ -146,6 +146,8 @@ pub(crate) struct LiveCluster {
     #[serde(default)]
     pub(crate) known: bool,
     pub(crate) revoked_at: Option<String>,
+    /// Not told by hubs of before.
+    pub(crate) revoked_agents: Option<BTreeMap<String, String>>,
     pub(crate) tunnels: u64,
     #[serde(default)]
     pub(crate) carriers: Vec<String>,

@@ -74,10 +74,14 @@ fn join(object: &DynamicObject, live: &Items<LiveCluster>) -> Cluster {
         ready: condition(&conditions, "Ready"),
         conditions,
         kubernetes_version: object.data["status"]["kubernetesVersion"].as_str().map(str::to_owned),
-        revoked_at: annotation("cellway.io/revoked-at"),
+        // What the hub says counts: it knows of more than the annotations.
+        revoked_at: live
+            .and_then(|live| live.revoked_at.clone())
+            .or_else(|| annotation("cellway.io/revoked-at")),
         // One that cannot be read refuses all of them, which the hub says.
-        revoked_agents: annotation("cellway.io/revoked-agents")
-            .and_then(|text| serde_json::from_str(&text).ok())
+        revoked_agents: live
+            .and_then(|live| live.revoked_agents.clone())
+            .or_else(|| serde_json::from_str(&annotation("cellway.io/revoked-agents")?).ok())
             .unwrap_or_default(),
         tunnels: live.map_or(0, |live| live.tunnels),
         carriers: live.map(|live| live.carriers.clone()).unwrap_or_default(),

@@ -7,8 +7,9 @@ use std::{
 
 use federation_store::{
     Location,
-    files::{self, Checked, FileError, Restored},
+    files::{self, Checked, Exceptions, FileError, Restored},
 };
+use proxy_server::hub::revocations;
 use serde_json::json;
 
 use crate::{
@@ -34,14 +35,26 @@ pub(crate) async fn run(command: StoreCommand) -> Result<()> {
         }
         StoreCommand::Restore(args) => {
             let store = args.of.file()?;
-            let Restored { revision, replaced } = files::restore(&args.file, &store, SystemTime::now())
-                .await
-                .map_err(|error| failed(format!("restore {}", store.display()), &error))?;
+            let exceptions =
+                Exceptions { carried_over: revocations::CARRIED_OVER, left_out: revocations::LEFT_OUT };
+            let restored = files::restore(&args.file, &store, SystemTime::now(), exceptions).await;
+            let Restored { revision, replaced, carried_over } =
+                restored.map_err(|error| failed(format!("restore {}", store.display()), &error))?;
             let replaced = match replaced {
                 Some(path) => format!("what was there is in {}", path.display()),
                 None => "nothing was there before".to_owned(),
             };
-            text_out(&format!("{} goes on at revision {revision}; {replaced}\n", store.display()))
+            let revoked = match carried_over {
+                Ok(count) => format!("newer records of revocations taken over from there: {count}"),
+                Err(why) => format!(
+                    "revocations of after the backup are not known here ({why}): once the hub runs, revoke again what was \
+                     revoked since (`cellway cluster revoke`), before anything else"
+                ),
+            };
+            text_out(&format!(
+                "{} goes on at revision {revision}; {replaced}\n{revoked}\nenrolment tokens of the backup are left out: make new ones\n",
+                store.display()
+            ))
         }
         StoreCommand::Check(args) => check(&args).await,
     }

@@ -227,6 +227,82 @@ impl Drop for Hub {
     }
 }
 
+impl Hub {
+    async fn start(data: &std::path::Path) -> Self {
+        let log =
+            std::fs::File::options().create(true).append(true).open(data.with_extension("log")).unwrap();
+        let hub = Self(
+            Command::new(env!("CARGO_BIN_EXE_cellway"))
+                .args([
+                    "hub",
+                    "--bind-address=127.0.0.1",
+                    "--api-port=0",
+                    "--agent-port=0",
+                    "--connect-port=0",
+                ])
+                .args(["--health-port=0", "--admin-port=0", "--data-dir"])
+                .arg(data)
+                .stdin(std::process::Stdio::null())
+                .stdout(log.try_clone().unwrap())
+                .stderr(log)
+                .spawn()
+                .unwrap(),
+        );
+        let ready = || data.join("hub.json").exists();
+        test_support::wait_for(ready, std::time::Duration::from_secs(120), "the hub").await.unwrap();
+        hub
+    }
+}
+
+/// A stolen node's certificate must not come back with the hub's data of yesterday.
+#[tokio::test]
+async fn a_backup_of_before_brings_nothing_revoked_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let at = data.to_str().unwrap();
+    let run = |arguments: &[&str]| {
+        let output = cellway(&[arguments, &["--data-dir", at]].concat());
+        assert_eq!(code(&output), 0, "{arguments:?}: {}", stderr(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let revoked = || {
+        let clusters: serde_json::Value = serde_json::from_str(&run(&["clusters", "-o", "json"])).unwrap();
+        let rows = clusters["items"].as_array().unwrap().iter();
+        let of =
+            |name: &str, field: &str| rows.clone().find(|row| row["name"] == name).unwrap()[field].clone();
+        (of("east", "revokedAt"), of("west", "revokedAgents"))
+    };
+    let hub = Hub::start(&data).await;
+    for cluster in ["east", "west"] {
+        run(&["cluster", "add", cluster]);
+    }
+    let copy = folder.path().join("copy");
+    let copy = copy.to_str().unwrap();
+    run(&["hub", "backup", copy]);
+    run(&["cluster", "revoke", "east"]);
+    run(&["cluster", "revoke", "west", "--agent", "node-1.example"]);
+    let before = revoked();
+    assert!(before.0.is_string() && before.1["node-1.example"].is_string(), "{before:?}");
+    drop(hub);
+    std::fs::remove_file(data.join("hub.json")).unwrap();
+
+    let text = run(&["hub", "restore", copy]);
+    assert!(text.contains("revocations taken over from there: 2"), "{text}");
+    assert!(text.contains("enrolment tokens of the backup are left out"), "{text}");
+    let hub = Hub::start(&data).await;
+    assert_eq!(revoked(), before);
+    drop(hub);
+    std::fs::remove_file(data.join("hub.json")).unwrap();
+
+    // The same backup where nothing was before: nobody knows, and that is said.
+    let empty = folder.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    let output = cellway(&["hub", "restore", copy, "--data-dir", empty.to_str().unwrap()]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("revocations of after the backup are not known"), "{text}");
+}
+
 #[tokio::test]
 async fn a_hub_moves_to_a_key_and_keeps_nothing_of_before() {
     let folder = tempfile::tempdir().unwrap();

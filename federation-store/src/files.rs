@@ -132,6 +132,15 @@ pub async fn backup(source: &Path, target: &Path) -> Result<Checked, FileError> 
     outcome
 }
 
+/// What a restore does not take from the backup: keys by their beginnings, ASCII.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Exceptions<'a> {
+    /// Taken from the data that is replaced, where that has newer ones: what must not be undone.
+    pub carried_over: &'a [&'a str],
+    /// Taken from neither.
+    pub left_out: &'a [&'a str],
+}
+
 /// What a restore has done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Restored {
@@ -139,13 +148,27 @@ pub struct Restored {
     pub revision: Revision,
     /// Where the former data is, if there was any.
     pub replaced: Option<PathBuf>,
+    /// How many keys came from it; the error, for people, says why none could.
+    pub carried_over: Result<u64, String>,
+}
+
+/// A key that is carried over.
+struct Carried {
+    name: Vec<u8>,
+    value: Vec<u8>,
+    place: i64,
 }
 
 /// Puts a backup in the place of `target`, which nobody may be using; what was there is kept beside it, with `.replaced-`
 /// and the time (`now`) after its name. The new file belongs to whoever owned the former one, or owns the folder.
 ///
 /// Until all of it is done a store does not open the file: a restore that was cut off is to be done again.
-pub async fn restore(backup: &Path, target: &Path, now: SystemTime) -> Result<Restored, FileError> {
+pub async fn restore(
+    backup: &Path,
+    target: &Path,
+    now: SystemTime,
+    exceptions: Exceptions<'_>,
+) -> Result<Restored, FileError> {
     let checked = check(backup).await?;
     if !checked.faults.is_empty() {
         return Err(FileError::Damaged { path: backup.to_owned(), faults: checked.faults });
@@ -163,6 +186,12 @@ pub async fn restore(backup: &Path, target: &Path, now: SystemTime) -> Result<Re
     let give =
         |file: &File, path: &Path| give_to(file, &owner).map_err(io("give to the owner of the data", path));
     give(&alone, &sqlite::lock_path(target))?;
+    // What is replaced may be damaged: that is what backups are for.
+    let carried = if target.exists() {
+        living(target, exceptions.carried_over).await.map_err(|error| error_text(&error))
+    } else {
+        Err("nothing was there before".to_owned())
+    };
     let part = with_suffix(target, ".part");
     // The permissions come first, the content after.
     let _ = fs::remove_file(&part);
@@ -171,7 +200,9 @@ pub async fn restore(backup: &Path, target: &Path, now: SystemTime) -> Result<Re
     let mut to = to.open(&part).map_err(io("make", &part))?;
     let mut from = File::open(backup).map_err(io("read", backup))?;
     io::copy(&mut from, &mut to).map_err(io("copy", backup))?;
-    let revision = jump_ahead(&part).await?;
+    let (revision, count) =
+        jump_ahead(&part, carried.as_deref().unwrap_or_default(), exceptions.left_out).await?;
+    let carried_over = carried.map(|_| count);
     give(&to, &part)?;
     drop(to);
     // Between two of the steps that follow there would be an empty hub, or one with another's write-ahead log.
@@ -194,7 +225,7 @@ pub async fn restore(backup: &Path, target: &Path, now: SystemTime) -> Result<Re
     }
     settle(&part, target)?;
     fs::remove_file(&mark).map_err(io("remove", &mark))?;
-    Ok(Restored { revision, replaced })
+    Ok(Restored { revision, replaced, carried_over })
 }
 
 /// Looks whether a file, which may be in use, is sound: SQLite's own check, and the store's rules.
@@ -229,8 +260,60 @@ pub async fn check_at(location: &Location) -> Result<Checked, FileError> {
     }
 }
 
-/// Moves the counter of a restored file beyond every revision that was given out, and gives its history up.
-async fn jump_ahead(path: &Path) -> Result<Revision, FileError> {
+/// What a file holds under keys that begin so.
+async fn living(path: &Path, beginnings: &[&str]) -> Result<Vec<Carried>, FileError> {
+    let mut connection = connect(path, true).await?;
+    schema(&mut connection, path).await?;
+    let failed = |source| FileError::Database { action: "read", path: path.to_owned(), source };
+    let mut found = Vec::new();
+    for beginning in beginnings {
+        let rows = sqlx::query(
+            "SELECT h.name, l.value, h.place FROM store_head h JOIN store_log l ON l.place = h.place
+              WHERE h.deleted = 0 AND h.name >= ?1 AND h.name < ?2",
+        )
+        .bind(beginning.as_bytes())
+        .bind(after(beginning))
+        .fetch_all(&mut connection)
+        .await
+        .map_err(failed)?;
+        for row in rows {
+            let read =
+                || Ok(Carried { name: row.try_get(0)?, value: row.try_get(1)?, place: row.try_get(2)? });
+            found.push(read().map_err(failed)?);
+        }
+    }
+    connection.close().await.map_err(failed)?;
+    Ok(found)
+}
+
+/// The first key after all that begin so.
+fn after(beginning: &str) -> Vec<u8> {
+    let mut key = beginning.as_bytes().to_vec();
+    if let Some(last) = key.last_mut() {
+        // ASCII ends at 127.
+        *last += 1;
+    }
+    key
+}
+
+/// An error with its causes.
+fn error_text(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// Puts `carried` into a restored file where it has nothing newer, and takes out what is `left_out`; moves its counter beyond
+/// every revision that was given out, and gives its history up. How many keys were put in is told too.
+async fn jump_ahead(
+    path: &Path,
+    carried: &[Carried],
+    left_out: &[&str],
+) -> Result<(Revision, u64), FileError> {
     let mut connection = connect(path, false).await?;
     let failed = |source| FileError::Database { action: "restore", path: path.to_owned(), source };
     let mut transaction = connection.begin().await.map_err(failed)?;
@@ -241,6 +324,38 @@ async fn jump_ahead(path: &Path) -> Result<Revision, FileError> {
         "DELETE FROM store_replica",
     ] {
         sqlx::query(statement).execute(&mut *transaction).await.map_err(failed)?;
+    }
+    for beginning in left_out {
+        for statement in [
+            "DELETE FROM store_log WHERE name >= ?1 AND name < ?2",
+            "DELETE FROM store_head WHERE name >= ?1 AND name < ?2",
+        ] {
+            let query = sqlx::query(statement).bind(beginning.as_bytes()).bind(after(beginning));
+            query.execute(&mut *transaction).await.map_err(failed)?;
+        }
+    }
+    let mut count = 0_i64;
+    for key in carried {
+        // As a new key of the revision after the backup's, which nobody has seen: the counter jumps over it.
+        let put = sqlx::query(
+            "INSERT INTO store_log (place, name, prev, create_revision, version, lease, deleted, value)
+             SELECT (s.revision + 1) * 1048576 + ?1, ?2, 0, s.revision + 1, 1, 0, 0, ?3 FROM store_state s
+              WHERE NOT EXISTS (SELECT 1 FROM store_head h WHERE h.name = ?2 AND h.place >= ?4)",
+        );
+        // Of the backup's, if it has one, nothing may stay; a row is left alone unless a newer one is there.
+        let clear = "DELETE FROM store_log WHERE name = ?1 AND place < ?2";
+        let clear = sqlx::query(clear).bind(key.name.as_slice()).bind(key.place);
+        clear.execute(&mut *transaction).await.map_err(failed)?;
+        let put = put.bind(count).bind(key.name.as_slice()).bind(key.value.as_slice()).bind(key.place);
+        if put.execute(&mut *transaction).await.map_err(failed)?.rows_affected() == 0 {
+            continue;
+        }
+        let head = sqlx::query(
+            "INSERT OR REPLACE INTO store_head (name, place, deleted)
+             SELECT ?1, (s.revision + 1) * 1048576 + ?2, 0 FROM store_state s",
+        );
+        head.bind(key.name.as_slice()).bind(count).execute(&mut *transaction).await.map_err(failed)?;
+        count += 1;
     }
     let row = sqlx::query(
         "UPDATE store_state SET revision = revision + ?1, compacted = revision + ?1, swept = revision + ?1
@@ -253,7 +368,7 @@ async fn jump_ahead(path: &Path) -> Result<Revision, FileError> {
     let revision: i64 = row.try_get(0).map_err(failed)?;
     transaction.commit().await.map_err(failed)?;
     connection.close().await.map_err(failed)?;
-    Ok(Revision(u64::try_from(revision).unwrap_or_default()))
+    Ok((Revision(u64::try_from(revision).unwrap_or_default()), u64::try_from(count).unwrap_or_default()))
 }
 
 async fn connect(path: &Path, read_only: bool) -> Result<SqliteConnection, FileError> {

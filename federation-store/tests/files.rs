@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use federation_store::files::{self, FileError, Restored};
+use federation_store::files::{self, Exceptions, FileError, Restored};
 use federation_store::{Compaction, Error, KeyRange, ListRequest, OpenError, Revision, Store, StoreConfig};
 
 async fn open(path: &Path) -> Store {
@@ -59,14 +59,15 @@ async fn a_backup_of_a_busy_store_is_one_moment_and_can_be_restored() {
     // Every revision after the three first ones is one key.
     assert_eq!((checked.keys, checked.faults), (checked.revision.0 - 3, Vec::new()));
     assert!(matches!(files::backup(&path, &target).await, Err(FileError::Exists { .. })));
-    let in_use = files::restore(&target, &path, SystemTime::now()).await;
+    let in_use = files::restore(&target, &path, SystemTime::now(), Exceptions::default()).await;
     assert!(matches!(in_use, Err(FileError::InUse { .. })));
     store.subscribe().wait_for(|revision| revision.0 > checked.revision.0 + 20).await.unwrap();
     store.close().await;
     busy.await.unwrap();
     let lost = store.revision();
 
-    let Restored { revision, replaced } = files::restore(&target, &path, SystemTime::now()).await.unwrap();
+    let Restored { revision, replaced, .. } =
+        files::restore(&target, &path, SystemTime::now(), Exceptions::default()).await.unwrap();
     assert!(revision > lost);
     assert_eq!(files::check(&path).await.unwrap().faults, Vec::<String>::new());
     let replaced = files::check(&replaced.unwrap()).await.unwrap();
@@ -96,6 +97,59 @@ async fn has(path: &Path, key: &str) -> bool {
     found
 }
 
+/// Revocations are not undone by a backup of before, and what was redeemed since is not good again.
+#[tokio::test]
+async fn a_restore_carries_over_what_it_must_not_undo() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, old, new) =
+        (folder.path().join("store.db"), folder.path().join("old"), folder.path().join("new"));
+    let exceptions = Exceptions { carried_over: &["/kept/"], left_out: &["/token/"] };
+    let store = open(&path).await;
+    for key in ["/a", "/kept/changed", "/kept/same", "/token/one"] {
+        store.create(key, "old").await.unwrap();
+    }
+    files::backup(&path, &old).await.unwrap();
+    let changed = store.get("/kept/changed", None).await.unwrap().0.unwrap();
+    store.update("/kept/changed", "new", changed.mod_revision).await.unwrap();
+    store.create("/kept/made", "new").await.unwrap();
+    store.create("/kept/made-and-gone", "new").await.unwrap();
+    store.delete("/kept/made-and-gone", None).await.unwrap();
+    store.create("/kepu", "of nobody's concern").await.unwrap();
+    files::backup(&path, &new).await.unwrap();
+    store.close().await;
+
+    let content = async || {
+        assert_eq!(files::check(&path).await.unwrap().faults, Vec::<String>::new());
+        let store = open(&path).await;
+        let list = store.list(&ListRequest::prefix("/")).await.unwrap();
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        let items: Vec<_> = list.items.iter().map(|kv| (text(&kv.key), text(&kv.value))).collect();
+        // They are as other keys are.
+        let made = store.get("/kept/made", None).await.unwrap().0.unwrap();
+        store.update("/kept/made", "new", made.mod_revision).await.unwrap();
+        store.close().await;
+        items.into_iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
+    };
+    let now = SystemTime::now();
+    let restored = files::restore(&old, &path, now, exceptions).await.unwrap();
+    assert_eq!(restored.carried_over, Ok(2));
+    assert_eq!(content().await, "/a=old /kept/changed=new /kept/made=new /kept/same=old");
+    // Again, over what was restored and written to since; and then one that is newer than what it replaces.
+    assert_eq!(files::restore(&old, &path, now, exceptions).await.unwrap().carried_over, Ok(2));
+    assert_eq!(content().await, "/a=old /kept/changed=new /kept/made=new /kept/same=old");
+    std::fs::copy(&old, &path).unwrap();
+    assert_eq!(files::restore(&new, &path, now, exceptions).await.unwrap().carried_over, Ok(0));
+    assert_eq!(
+        content().await,
+        "/a=old /kept/changed=new /kept/made=new /kept/same=old /kepu=of nobody's concern"
+    );
+    // What cannot be read is said, and the backup is put in its place all the same.
+    std::fs::write(&path, "no database at all").unwrap();
+    let restored = files::restore(&new, &path, now, exceptions).await.unwrap();
+    assert!(restored.carried_over.unwrap_err().contains("not a database"));
+    assert!(content().await.contains("/kept/made=new"));
+}
+
 /// The wrong backup first, then the right one, in the same second: each time what was there is kept, with its own
 /// write-ahead log.
 #[tokio::test]
@@ -121,9 +175,9 @@ async fn no_restore_destroys_what_another_set_aside() {
     std::fs::write(&path, data).unwrap();
     std::fs::write(folder.path().join("store.db-wal"), log).unwrap();
 
-    let first = files::restore(&one, &path, now).await.unwrap().replaced.unwrap();
+    let first = files::restore(&one, &path, now, Exceptions::default()).await.unwrap().replaced.unwrap();
     assert!(!has(&path, "/two").await);
-    let second = files::restore(&two, &path, now).await.unwrap().replaced.unwrap();
+    let second = files::restore(&two, &path, now, Exceptions::default()).await.unwrap().replaced.unwrap();
     assert!(has(&path, "/two").await && !has(&path, "/newest").await);
     assert_eq!(first, folder.path().join("store.db.replaced-20260921T141320Z"));
     assert_eq!(second, folder.path().join("store.db.replaced-20260921T141320Z-2"));
@@ -146,7 +200,7 @@ async fn a_restore_that_was_cut_off_is_no_empty_hub() {
     let refused = Store::open(StoreConfig::new(&path)).await;
     assert!(matches!(refused, Err(OpenError::RestoreCutOff { .. })), "{refused:?}");
     assert!(!path.exists());
-    let restored = files::restore(&backup, &path, SystemTime::now()).await.unwrap();
+    let restored = files::restore(&backup, &path, SystemTime::now(), Exceptions::default()).await.unwrap();
     assert_eq!(restored.replaced, None);
     assert!(has(&path, "/kept").await);
 }
@@ -164,11 +218,11 @@ async fn a_restore_follows_no_links() {
     let path = data.join("store.db");
     let (lock, mark) = (data.join("store.db.lock"), data.join("store.db.restoring"));
     std::os::unix::fs::symlink(&elsewhere, &lock).unwrap();
-    let refused = files::restore(&source, &path, SystemTime::now()).await;
+    let refused = files::restore(&source, &path, SystemTime::now(), Exceptions::default()).await;
     assert!(matches!(refused, Err(FileError::Io { action: "lock", .. })), "{refused:?}");
     std::fs::remove_file(&lock).unwrap();
     std::os::unix::fs::symlink(&elsewhere, &mark).unwrap();
-    files::restore(&source, &path, SystemTime::now()).await.unwrap();
+    files::restore(&source, &path, SystemTime::now(), Exceptions::default()).await.unwrap();
     assert_eq!(std::fs::read_to_string(&elsewhere).unwrap(), "kept");
     assert!(!mark.is_symlink());
     open(&path).await.close().await;
@@ -189,7 +243,7 @@ async fn what_root_restores_belongs_to_whoever_owned_it() {
     open(&source).await.close().await;
     std::os::unix::fs::chown(&data, Some(SOMEBODY), Some(SOMEBODY)).unwrap();
     let path = data.join("store.db");
-    files::restore(&source, &path, SystemTime::now()).await.unwrap();
+    files::restore(&source, &path, SystemTime::now(), Exceptions::default()).await.unwrap();
     for file in [path.clone(), data.join("store.db.lock")] {
         let owner = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(&file).unwrap());
         assert_eq!(owner, SOMEBODY, "{}", file.display());
@@ -256,7 +310,9 @@ async fn a_check_finds_what_is_wrong() {
         execute(&path, damage).await;
         let faults = files::check(&path).await.unwrap().faults;
         assert!(faults.iter().any(|fault| fault.contains(finding)), "{damage}: {faults:?}");
-        let refused = files::restore(&path, &folder.path().join("other.db"), SystemTime::now()).await;
+        let refused =
+            files::restore(&path, &folder.path().join("other.db"), SystemTime::now(), Exceptions::default())
+                .await;
         assert!(matches!(refused, Err(FileError::Damaged { .. })), "{refused:?}");
     }
     let folder = tempfile::tempdir().unwrap();

@@ -401,6 +401,19 @@ async fn one_agent_is_revoked_and_the_others_stay() {
     assert_eq!(clusters["items"][0]["revokedAgents"]["node-1.example"], revoked["revokedAt"], "{clusters}");
     assert_eq!(clusters["items"][0]["revokedAt"], Value::Null);
 
+    // What a tool does that puts an object of its own in the place of what there is: the annotations go, the revocation stays.
+    let path = "/apis/core.kubefed.io/v1beta1/namespaces/kube-federation-system/kubefedclusters/east";
+    let bare = json!({ "metadata": { "annotations": null, "labels": { "replaced": "yes" } } });
+    let replace = Request::patch(path).header("content-type", "application/merge-patch+json");
+    let replaced: Value =
+        setup.client.request(replace.body(bare.to_string().into_bytes()).unwrap()).await.unwrap();
+    assert_eq!(replaced["metadata"]["annotations"], Value::Null, "{replaced}");
+    // The directory has seen the object once it lets go of what the label is not in.
+    setup.add_cluster("south").await;
+    let refused = setup.connect(&stolen, "east", "node-1.example").await.err().unwrap().to_string();
+    assert!(refused.contains("has been revoked"), "{refused}");
+    assert_eq!(setup.renew(&stolen, "node-1.example").await.err().unwrap().0, 403);
+
     // A second one, at another time: both stand. And the first comes back with a new token.
     assert_eq!(revoke("east", "node-2.example").await.unwrap()["tunnels"], 1);
     tokio::time::timeout(LIMIT, kept.closed()).await.unwrap();

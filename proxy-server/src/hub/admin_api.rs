@@ -32,6 +32,7 @@ use crate::user::User;
 use crate::{error, status};
 
 use super::external::Authorised;
+use super::revocations::{self, NoteError};
 use super::{FEDERATION_NAMESPACE, feed, tokens};
 
 /// Who may revoke.
@@ -188,13 +189,17 @@ impl AdminApi {
         json!({ "items": rows })
     }
 
-    /// Revokes what the cluster's agents hold: certificates by the annotation, which the directory reads, and tokens that
-    /// nobody has redeemed yet. The time is this hub's, as that of certificates and of tokens is; an administrator's
+    /// Revokes what the cluster's agents hold: certificates by a record and by the annotation, which the directory reads,
+    /// and tokens that nobody has redeemed yet. The time is this hub's, as that of certificates and of tokens is; an administrator's
     /// clock may say anything.
     async fn revoke(&self, name: &str) -> Result<Value, RevokeError> {
         parse_cluster(name).map_err(RevokeError::Proxy)?;
         let clusters: Api<KubeFedCluster> = Api::namespaced(self.client.clone(), FEDERATION_NAMESPACE);
+        if clusters.get_opt(name).await.map_err(RevokeError::Api)?.is_none() {
+            return Err(RevokeError::Proxy(ProxyError::UnknownCluster { cluster: name.to_owned() }));
+        }
         let revoked_at = this_second();
+        self.note(name, None, revoked_at).await?;
         let patch = json!({ "metadata": { "annotations": { feed::REVOKED_AT: revoked_at.to_string() } } });
         match clusters.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await {
             Ok(_) => {}
@@ -226,10 +231,19 @@ impl AdminApi {
                    "tunnels": tunnels, "tokensRemoved": removed }))
     }
 
-    /// Writes the revocation into the cluster's object, beside those of other agents.
+    /// Writes the revocation into the record, which stays whatever becomes of the object.
+    async fn note(&self, name: &str, agent: Option<&str>, at: jiff::Timestamp) -> Result<(), RevokeError> {
+        let noted = revocations::note(self.client.clone(), name, agent, at.into(), MAX_REVOKED_AGENTS).await;
+        noted.map_err(|error| match error {
+            NoteError::Api(error) => RevokeError::Api(error),
+            NoteError::Record { .. } => RevokeError::Refused(error.to_string()),
+        })
+    }
+
+    /// Writes the revocation into the record and the cluster's object, beside those of other agents.
     async fn note_revoked_agent(&self, name: &str, agent: &str) -> Result<jiff::Timestamp, RevokeError> {
         let clusters: Api<KubeFedCluster> = Api::namespaced(self.client.clone(), FEDERATION_NAMESPACE);
-        let mut attempts = 1;
+        let (mut attempts, mut noted) = (1, None);
         loop {
             let found = clusters.get_opt(name).await.map_err(RevokeError::Api)?;
             let Some(found) = found else {
@@ -241,18 +255,20 @@ impl AdminApi {
                     feed::REVOKED_AGENTS
                 ))
             })?;
-            let revoked_at = this_second();
+            let revoked_at = noted.unwrap_or_else(this_second);
             agents.insert(agent.to_owned(), revoked_at.into());
             if agents.len() > MAX_REVOKED_AGENTS {
                 return Err(RevokeError::Refused(format!(
                     "{MAX_REVOKED_AGENTS} agents of cluster '{name}' are revoked already: revoke the cluster, or take \
-                     those out of its annotation {} whose certificates have expired",
+                     those out of its annotation {} and of its Secret of revocations whose certificates have expired",
                     feed::REVOKED_AGENTS
                 )));
             }
-            let times: BTreeMap<&String, String> =
-                agents.iter().map(|(agent, at)| (agent, rfc3339(*at))).collect();
-            let text = serde_json::to_string(&times).unwrap_or_default();
+            if noted.is_none() {
+                self.note(name, Some(agent), revoked_at).await?;
+                noted = Some(revoked_at);
+            }
+            let text = feed::agents_text(&agents);
             // With the version that was read: what somebody else wrote meanwhile is not lost.
             let patch = json!({ "metadata": { "resourceVersion": found.metadata.resource_version,
                                               "annotations": { feed::REVOKED_AGENTS: text } } });

@@ -1,4 +1,4 @@
-//! Feeds the directory from a watch of the hub's `KubeFedCluster` objects.
+//! Feeds the directory from watches of the hub's `KubeFedCluster` objects and of the records of revocations.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -8,15 +8,18 @@ use std::time::SystemTime;
 use federation_core::api::KubeFedCluster;
 /// RFC 3339: what was issued at or before this moment is refused.
 pub(super) use federation_core::names::REVOKED_ANNOTATION as REVOKED_AT;
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
+use k8s_openapi::api::core::v1::Secret;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event};
 use kube::{Api, Client, ResourceExt};
 use tokio::sync::watch;
 use tunnel::policy::DestinationPolicy;
 
-use super::FEDERATION_NAMESPACE;
+use super::revocations::{self, Revocations};
+use super::{FEDERATION_NAMESPACE, SYSTEM_NAMESPACE};
 use crate::directory::{ClusterInfo, Snapshot};
+use crate::tables::rfc3339;
 
 /// The same for single agents: a JSON object of RFC 3339 times by the agents' names.
 pub(super) const REVOKED_AGENTS: &str = "cellway.io/revoked-agents";
@@ -24,43 +27,95 @@ pub(super) const REVOKED_AGENTS: &str = "cellway.io/revoked-agents";
 /// What may be dialled besides the member's own API.
 const ALLOWED_DESTINATIONS: &str = "cellway.io/allowed-destinations";
 
+/// Objects of one kind as a watch tells of them, by name.
+struct Watched<T> {
+    known: BTreeMap<String, T>,
+    listing: BTreeMap<String, T>,
+    synced: bool,
+}
+
+/// What one of the two watches tells.
+#[allow(clippy::large_enum_variant)] // one at a time, and never kept
+enum Change {
+    Cluster(Event<KubeFedCluster>),
+    Record(Event<Secret>),
+}
+
 /// Watches for ever; ends when nobody reads the directory any more.
 pub(super) async fn run(client: Client, feed: watch::Sender<Arc<Snapshot>>) {
-    let clusters: Api<KubeFedCluster> = Api::namespaced(client, FEDERATION_NAMESPACE);
-    let mut events = pin!(watcher::watcher(clusters, watcher::Config::default()).default_backoff());
-    let mut known: BTreeMap<String, ClusterInfo> = BTreeMap::new();
-    let mut listing: BTreeMap<String, ClusterInfo> = BTreeMap::new();
-    let mut synced = false;
-    while let Some(event) = events.next().await {
-        match event {
-            Ok(Event::Init) => {
-                listing.clear();
-                continue;
-            }
-            Ok(Event::InitApply(cluster)) => {
-                listing.insert(cluster.name_any(), info_of(&cluster));
-                continue;
-            }
-            Ok(Event::InitDone) => {
-                known = std::mem::take(&mut listing);
-                synced = true;
-            }
-            Ok(Event::Apply(cluster)) => {
-                known.insert(cluster.name_any(), info_of(&cluster));
-            }
-            Ok(Event::Delete(cluster)) => {
-                known.remove(&cluster.name_any());
+    let clusters: Api<KubeFedCluster> = Api::namespaced(client.clone(), FEDERATION_NAMESPACE);
+    let records: Api<Secret> = Api::namespaced(client, SYSTEM_NAMESPACE);
+    let of_type = watcher::Config::default().fields(&format!("type={}", revocations::SECRET_TYPE));
+    let clusters = watcher::watcher(clusters, watcher::Config::default()).default_backoff();
+    let records = watcher::watcher(records, of_type).default_backoff();
+    let mut changes =
+        pin!(futures::stream::select(clusters.map_ok(Change::Cluster), records.map_ok(Change::Record)));
+    let (mut clusters, mut records) = (Watched::<ClusterInfo>::new(), Watched::<Revocations>::new());
+    while let Some(change) = changes.next().await {
+        let complete = match change {
+            Ok(Change::Cluster(event)) => clusters.take(event, |it| (it.name_any(), info_of(it))),
+            Ok(Change::Record(event)) => {
+                records.take(event, |it| (revocations::cluster_of(it), Revocations::in_the_safe_sense(it)))
             }
             Err(error) => {
                 // What is known stays in force; the watch goes on after a pause.
-                tracing::warn!(error = %service::error_chain(&error), "failed to watch the hub's clusters");
-                continue;
+                tracing::warn!(
+                    error = %service::error_chain(&error),
+                    "failed to watch the hub's clusters or the records of revocations"
+                );
+                false
             }
-        }
+        };
         if feed.is_closed() {
             return;
         }
-        feed.send_replace(Arc::new(Snapshot { synced, clusters: known.clone() }));
+        if complete {
+            // Without the records nobody knows what is revoked.
+            let synced = clusters.synced && records.synced;
+            let known = if synced { merged(&clusters.known, &records.known) } else { BTreeMap::new() };
+            feed.send_replace(Arc::new(Snapshot { synced, clusters: known }));
+        }
+    }
+}
+
+/// The clusters with what their records add.
+fn merged(
+    clusters: &BTreeMap<String, ClusterInfo>,
+    records: &BTreeMap<String, Revocations>,
+) -> BTreeMap<String, ClusterInfo> {
+    let mut merged = clusters.clone();
+    for (cluster, record) in records {
+        if let Some(info) = merged.get_mut(cluster) {
+            record.apply(info);
+        }
+    }
+    merged
+}
+
+impl<T> Watched<T> {
+    fn new() -> Self {
+        Self { known: BTreeMap::new(), listing: BTreeMap::new(), synced: false }
+    }
+
+    /// Takes an event in; false while it is part of a list that is not complete.
+    fn take<K>(&mut self, event: Event<K>, read: impl Fn(&K) -> (String, T)) -> bool {
+        match event {
+            Event::Init => {
+                self.listing.clear();
+                return false;
+            }
+            Event::InitApply(object) => {
+                self.listing.extend([read(&object)]);
+                return false;
+            }
+            Event::InitDone => {
+                self.known = std::mem::take(&mut self.listing);
+                self.synced = true;
+            }
+            Event::Apply(object) => self.known.extend([read(&object)]),
+            Event::Delete(object) => drop(self.known.remove(&read(&object).0)),
+        }
+        true
     }
 }
 
@@ -107,8 +162,19 @@ pub(super) fn revoked_agents(
     cluster: &KubeFedCluster,
 ) -> Result<BTreeMap<String, SystemTime>, serde_json::Error> {
     let Some(text) = cluster.annotations().get(REVOKED_AGENTS) else { return Ok(BTreeMap::new()) };
+    agents_of(text)
+}
+
+/// A JSON object of RFC 3339 times by the agents' names.
+pub(super) fn agents_of(text: &str) -> Result<BTreeMap<String, SystemTime>, serde_json::Error> {
     let times: BTreeMap<String, jiff::Timestamp> = serde_json::from_str(text)?;
     Ok(times.into_iter().map(|(agent, time)| (agent, SystemTime::from(time))).collect())
+}
+
+/// The same, written.
+pub(super) fn agents_text(agents: &BTreeMap<String, SystemTime>) -> String {
+    let times: BTreeMap<&String, String> = agents.iter().map(|(agent, at)| (agent, rfc3339(*at))).collect();
+    serde_json::to_string(&times).unwrap_or_default()
 }
 
 #[cfg(test)]

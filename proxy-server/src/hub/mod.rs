@@ -18,6 +18,7 @@ mod delegated;
 pub mod external;
 mod feed;
 mod members;
+pub mod revocations;
 mod room;
 mod tokens;
 mod webhook;
