@@ -456,9 +456,13 @@ impl IdentityKeeper {
     }
 
     fn show_expiry(&self, tls: &ClientTls) {
-        if let Some((_, end)) = validity(tls) {
-            let seconds = end.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-            self.metrics.certificate_expiry.set(i64::try_from(seconds).unwrap_or(i64::MAX));
+        if let Some((begin, end)) = validity(tls) {
+            let since = |from| {
+                let duration = end.duration_since(from).unwrap_or_default();
+                i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
+            };
+            self.metrics.certificate_expiry.set(since(SystemTime::UNIX_EPOCH));
+            self.metrics.certificate_lifetime.set(since(begin));
         }
     }
 }

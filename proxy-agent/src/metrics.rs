@@ -31,13 +31,15 @@ pub struct Metrics {
     pub(crate) gateway_requests: Family<GatewayLabels, Counter>,
     /// When the agent's certificate expires.
     pub(crate) certificate_expiry: Gauge,
+    /// How long it lives, from its beginning to its end.
+    pub(crate) certificate_lifetime: Gauge,
     /// Enrolments and renewals.
     pub(crate) certificate_requests: Family<RequestLabels, Counter>,
     /// Bytes promised to servers as receive windows, in all tunnels.
     tunnel_memory: Gauge,
     /// The most that may be.
     tunnel_memory_limit: Gauge,
-    /// Connections cut at that limit, since nobody read slower.
+    /// Connections cut at that limit, since nobody read what they held.
     tunnel_cuts: Counter,
 }
 
@@ -95,6 +97,7 @@ impl Default for Metrics {
             dial_duration: Histogram::new(exponential_buckets(0.0005, 2.0, 16)),
             gateway_requests: Family::default(),
             certificate_expiry: Gauge::default(),
+            certificate_lifetime: Gauge::default(),
             certificate_requests: Family::default(),
             tunnel_memory: Gauge::default(),
             tunnel_memory_limit: Gauge::default(),
@@ -127,6 +130,12 @@ impl Metrics {
             Unit::Seconds,
             self.certificate_expiry.clone(),
         );
+        registry.register_with_unit(
+            "certificate_lifetime",
+            "How long the agent's certificate lives in all; it is renewed after two thirds of it",
+            Unit::Seconds,
+            self.certificate_lifetime.clone(),
+        );
         registry.register(
             "certificate_requests",
             "Enrolments and renewals",
@@ -146,7 +155,7 @@ impl Metrics {
         );
         registry.register(
             "tunnel_cuts",
-            "Connections over QUIC that were cut as the slowest readers when the memory was used up",
+            "Connections over QUIC that were cut when the memory was used up, as nobody read what they held",
             self.tunnel_cuts.clone(),
         );
         registry.register_collector(Box::new(tables.collector()));

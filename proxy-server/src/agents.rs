@@ -233,6 +233,8 @@ impl Agents {
             ("timed-out", counted.timed_out, now.timed_out),
             ("overload", counted.overload, now.overload),
             ("closed", counted.closed, now.closed),
+            // Not agents at all, and no alert is about them.
+            ("probe", counted.probes, now.probes),
         ] {
             metrics
                 .rejected_handshakes

@@ -12,6 +12,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::registry::Member;
+
 /// Labels of most families.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ClusterLabels {
@@ -100,12 +102,23 @@ pub struct ServerMetrics {
     pub tunnel_memory: Gauge,
     /// The most that may be.
     pub tunnel_memory_limit: Gauge,
-    /// Connections cut at that limit, since nobody read slower.
+    /// Connections cut at that limit, since nobody read what they held.
     pub tunnel_cuts: Counter,
     /// When the first certificate of a member's connected agents expires, in Unix time.
     pub agent_certificate_expiry: Family<ClusterLabels, Gauge>,
+    /// How long that certificate lives, from its beginning to its end.
+    pub agent_certificate_lifetime: Family<ClusterLabels, Gauge>,
     /// When one of the listeners' certificates expires, in Unix time.
     pub certificate_expiry: Family<CertificateLabels, Gauge>,
+}
+
+// === impl TunnelLabels ===
+
+impl TunnelLabels {
+    /// Those of a tunnel of `member`.
+    pub fn of(member: &Member) -> Self {
+        Self { cluster: member.cluster.clone(), carrier: member.carrier.as_str() }
+    }
 }
 
 // === impl ServerMetrics ===
@@ -129,6 +142,7 @@ impl Default for ServerMetrics {
             tunnel_memory_limit: Gauge::default(),
             tunnel_cuts: Counter::default(),
             agent_certificate_expiry: Family::default(),
+            agent_certificate_lifetime: Family::default(),
             certificate_expiry: Family::default(),
         }
     }
@@ -197,7 +211,7 @@ impl ServerMetrics {
         );
         r.register(
             "tunnel_cuts",
-            "Connections over QUIC that were cut as the slowest readers when the memory was used up",
+            "Connections over QUIC that were cut when the memory was used up, as nobody read what they held",
             self.tunnel_cuts.clone(),
         );
         r.register_with_unit(
@@ -205,6 +219,12 @@ impl ServerMetrics {
             "When the first certificate of a member's connected agents expires, in Unix time",
             Unit::Seconds,
             self.agent_certificate_expiry.clone(),
+        );
+        r.register_with_unit(
+            "agent_certificate_lifetime",
+            "How long that certificate lives in all; agents renew after two thirds of it",
+            Unit::Seconds,
+            self.agent_certificate_lifetime.clone(),
         );
         r.register_with_unit(
             "certificate_expiry_timestamp",
@@ -227,7 +247,7 @@ impl ServerMetrics {
         let bytes = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         self.tunnel_memory.set(bytes(budget.used()));
         self.tunnel_memory_limit.set(bytes(budget.limit()));
-        // Only scrapes come here, and they take turns with nobody: the counter is behind by what was cut since.
+        // Only scrapes come here, one after the other: the counter is behind by what was cut since.
         let seen = self.tunnel_cuts.get();
         self.tunnel_cuts.inc_by(budget.cuts().saturating_sub(seen));
     }

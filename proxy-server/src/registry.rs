@@ -34,7 +34,7 @@ use tunnel::{
     TunnelStats, UnixSocket,
 };
 
-use crate::directory::{ClusterDirectory, Lookup};
+use crate::directory::{Admission, ClusterDirectory, Lookup};
 use crate::error::ProxyError;
 use crate::metrics::{ByteLabels, ClusterLabels, DialLabels, ServerMetrics, TunnelLabels};
 use crate::route::{Identifiers, Route, Strategy};
@@ -78,6 +78,9 @@ pub trait Proxied: AsyncRead + AsyncWrite + Unpin + Send + 'static {
 
     /// Copies both ways to and from a Unix socket until both directions have ended.
     fn relay_unix(self, local: UnixSocket) -> impl Future<Output = Relayed> + Send;
+
+    /// Returns when the connection has been cut, which whoever does not read it would not learn otherwise.
+    fn cut(&self) -> impl Future<Output = ()> + Send + 'static;
 }
 
 /// What a relay did.
@@ -175,6 +178,8 @@ struct Inner<T> {
     metrics: ServerMetrics,
     draining: AtomicBool,
     changed: watch::Sender<u64>,
+    /// Members whose last tunnel has ended, and what the directory says of its agent decides whether they are missed.
+    left: Mutex<BTreeMap<String, Arc<Member>>>,
 }
 
 /// What to connect to, and for whom.
@@ -271,6 +276,7 @@ impl<T: Tunnel> Registry<T> {
             metrics,
             draining: AtomicBool::new(false),
             changed: watch::channel(0).0,
+            left: Mutex::default(),
         }))
     }
 
@@ -298,13 +304,6 @@ impl<T: Tunnel> Registry<T> {
             sent: metrics.bytes.get_or_create_owned(&bytes("sent")),
             received: metrics.bytes.get_or_create_owned(&bytes("received")),
         };
-        metrics
-            .tunnels
-            .get_or_create(&TunnelLabels {
-                cluster: member.cluster.clone(),
-                carrier: member.carrier.as_str(),
-            })
-            .inc();
         let entry = Arc::new(Entry {
             id: self.0.next_id.fetch_add(1, Ordering::Relaxed),
             tunnel,
@@ -314,7 +313,12 @@ impl<T: Tunnel> Registry<T> {
             counters,
             counted: Mutex::new((0, 0)),
         });
-        self.0.tunnels.write().entry(entry.member.cluster.clone()).or_default().push(entry.clone());
+        {
+            let mut tunnels = self.0.tunnels.write();
+            tunnels.entry(entry.member.cluster.clone()).or_default().push(entry.clone());
+            // Under the lock: the series goes only while nobody is in it.
+            metrics.tunnels.get_or_create(&TunnelLabels::of(&entry.member)).inc();
+        }
         self.notify();
         Registration { registry: self.clone(), entry }
     }
@@ -370,22 +374,50 @@ impl<T: Tunnel> Registry<T> {
 
     /// Brings the metrics' byte counters and expiries up to date with the open tunnels. Called at each scrape.
     pub fn sample(&self) {
-        let mut expiries: BTreeMap<String, i64> = BTreeMap::new();
+        // When the first ends, and how long it lives.
+        let mut expiries: BTreeMap<String, (i64, i64)> = BTreeMap::new();
+        let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
         for entry in self.tunnels() {
             entry.count_bytes();
             if let Some(end) = entry.member.not_after {
-                let seconds = end.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-                let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
-                let first = expiries.entry(entry.member.cluster.clone()).or_insert(seconds);
-                *first = seconds.min(*first);
+                let since = end.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                let life = end.duration_since(entry.member.not_before).unwrap_or_default();
+                let this = (seconds(since), seconds(life));
+                let first = expiries.entry(entry.member.cluster.clone()).or_insert(this);
+                *first = this.min(*first);
             }
         }
         // A member without a tunnel has another alert.
-        let shown = &self.0.metrics.agent_certificate_expiry;
-        shown.clear();
-        for (cluster, seconds) in expiries {
-            shown.get_or_create(&ClusterLabels { cluster }).set(seconds);
+        let metrics = &self.0.metrics;
+        metrics.agent_certificate_expiry.clear();
+        metrics.agent_certificate_lifetime.clear();
+        for (cluster, (end, life)) in expiries {
+            let labels = ClusterLabels { cluster };
+            metrics.agent_certificate_expiry.get_or_create(&labels).set(end);
+            metrics.agent_certificate_lifetime.get_or_create(&labels).set(life);
         }
+        self.forget_members();
+    }
+
+    /// Takes the tunnels of members out of the metrics that have none since they were removed or revoked: nobody misses them.
+    fn forget_members(&self) {
+        let tunnels = self.0.tunnels.read();
+        self.0.left.lock().retain(|cluster, last| {
+            if tunnels.contains_key(cluster) {
+                return false;
+            }
+            // In plain konnectivity mode, and without a hub API, there is nobody to say so.
+            let admitted = self.0.directory.admits(cluster, Some(&last.agent_id), last.not_before);
+            let missed =
+                cluster.is_empty() || matches!(admitted, Lookup::Known(Admission::Good) | Lookup::NotSynced);
+            if !missed {
+                for carrier in [Carrier::H2, Carrier::Quic] {
+                    let labels = TunnelLabels { cluster: cluster.clone(), carrier: carrier.as_str() };
+                    self.0.metrics.tunnels.remove(&labels);
+                }
+            }
+            missed
+        });
     }
 
     fn notify(&self) {
@@ -639,18 +671,13 @@ impl<T: Tunnel> Drop for Registration<T> {
                 entries.retain(|entry| entry.id != self.entry.id);
                 if entries.is_empty() {
                     tunnels.remove(&member.cluster);
+                    inner.left.lock().insert(member.cluster.clone(), member.clone());
                 }
             }
+            // Under the lock: what counts down is still there.
+            inner.metrics.tunnels.get_or_create(&TunnelLabels::of(member)).dec();
         }
         self.entry.count_bytes();
-        inner
-            .metrics
-            .tunnels
-            .get_or_create(&TunnelLabels {
-                cluster: member.cluster.clone(),
-                carrier: member.carrier.as_str(),
-            })
-            .dec();
         self.registry.notify();
     }
 }
@@ -761,6 +788,10 @@ impl Proxied for Connection {
             bytes_received: report.bytes_received,
             outcome: report.outcome.as_str().into(),
         }
+    }
+
+    fn cut(&self) -> impl Future<Output = ()> + Send + 'static {
+        Connection::cut(self)
     }
 }
 

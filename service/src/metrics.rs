@@ -24,6 +24,7 @@ const KIB: i64 = 1024;
 pub struct SharedRegistry {
     registry: Arc<Mutex<Registry>>,
     refreshes: Arc<Mutex<Vec<Refresh>>>,
+    scraping: Arc<Mutex<()>>,
 }
 
 type Refresh = Arc<dyn Fn() + Send + Sync>;
@@ -37,7 +38,7 @@ impl SharedRegistry {
         let build = Info::new(vec![("program", program), ("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("cellway_build", "The program and its version", build);
         registry.register_collector(Box::new(ProcessCollector));
-        Self { registry: Arc::new(Mutex::new(registry)), refreshes: Arc::default() }
+        Self { registry: Arc::new(Mutex::new(registry)), refreshes: Arc::default(), scraping: Arc::default() }
     }
 
     /// Lends the registry for registrations.
@@ -52,7 +53,9 @@ impl SharedRegistry {
 
     /// Everything registered, in the OpenMetrics text format.
     pub fn encode(&self) -> String {
-        // The refreshes are the program's code and run without our locks.
+        // One after the other: a refresh may empty a family before it fills it, which no other scrape should see.
+        let _turn = self.scraping.lock();
+        // The refreshes are the program's code and run without the registry's lock.
         let refreshes = self.refreshes.lock().clone();
         for refresh in refreshes {
             refresh();

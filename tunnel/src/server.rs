@@ -91,6 +91,8 @@ pub struct Rejections {
     pub overload: u64,
     /// Closed by the peer in mid-handshake.
     pub closed: u64,
+    /// Closed by the peer before it said anything: how load balancers and monitors look whether a port is open.
+    pub probes: u64,
 }
 
 /// What there is on the QUIC port besides tunnels.
@@ -167,6 +169,7 @@ struct Counters {
     timed_out: AtomicU64,
     overload: AtomicU64,
     closed: AtomicU64,
+    probes: AtomicU64,
     retries: AtomicU64,
     established: AtomicUsize,
 }
@@ -239,6 +242,7 @@ impl TunnelListener {
             timed_out: load(&self.counters.timed_out),
             overload: load(&self.counters.overload),
             closed: load(&self.counters.closed),
+            probes: load(&self.counters.probes),
         }
     }
 
@@ -358,6 +362,7 @@ impl Acceptor {
             // A closed queue means that the listener is being dropped.
             Ok(Ok(accepted)) => return drop(self.accepted.send(accepted).await),
             Err(_) => &self.counters.timed_out,
+            Ok(Err(TunnelError::Closed(PROBE))) => &self.counters.probes,
             Ok(Err(TunnelError::Io(_) | TunnelError::Closed(_))) => &self.counters.closed,
             Ok(Err(error)) => {
                 debug!(%error, "a handshake failed");
@@ -422,6 +427,9 @@ impl Handshakes {
     }
 }
 
+/// When a connection was closed that has said nothing.
+const PROBE: &str = "the wait for its first byte";
+
 /// Reads until the ClientHello is whole. Gives back what was read and whether the client speaks our protocol.
 async fn read_client_hello(tcp: &mut TcpStream) -> Result<(Vec<u8>, bool), TunnelError> {
     let mut first = Vec::with_capacity(2048);
@@ -431,9 +439,12 @@ async fn read_client_hello(tcp: &mut TcpStream) -> Result<(Vec<u8>, bool), Tunne
         if before >= MAX_CLIENT_HELLO {
             return Err(TunnelError::Tls("the ClientHello is too large".to_owned()));
         }
-        if tcp.read_buf(&mut first).await? == 0 {
-            return Err(TunnelError::Closed("the TLS handshake"));
-        }
+        match tcp.read_buf(&mut first).await {
+            // A reset is how some of them end.
+            Ok(0) | Err(_) if first.is_empty() => return Err(TunnelError::Closed(PROBE)),
+            Ok(0) => return Err(TunnelError::Closed("the TLS handshake")),
+            read => read?,
+        };
         let mut fresh = &first[before..];
         while !fresh.is_empty() {
             acceptor.read_tls(&mut fresh)?;

@@ -37,6 +37,25 @@ async fn garbage_is_turned_away_and_counted() {
     agent.unwrap();
 }
 
+/// How a load balancer looks whether the port is open: no agent was turned away.
+#[tokio::test]
+async fn who_says_nothing_and_closes_is_no_agent() {
+    let identities = Identities::new();
+    let listener = support::listener(&identities, Limits::default(), false).await;
+    for reset in [false, true] {
+        let probe = TcpStream::connect(listener.local_addr()).await.unwrap();
+        if reset {
+            probe.set_zero_linger().unwrap();
+        }
+    }
+    eventually(|| listener.rejected().probes == 2).await;
+    let mut stranger = TcpStream::connect(listener.local_addr()).await.unwrap();
+    stranger.write_all(b"\x16\x03\x01").await.unwrap();
+    drop(stranger);
+    eventually(|| listener.rejected().closed == 1).await;
+    assert_eq!(listener.rejected(), tunnel::Rejections { probes: 2, closed: 1, ..Default::default() });
+}
+
 #[tokio::test]
 async fn half_open_connections_keep_no_agent_out() {
     let identities = Identities::new();

@@ -51,7 +51,7 @@ const COPY_BUFFER: usize = 32 * 1024;
 const LINGER: Duration = Duration::from_secs(1);
 
 /// What a connection over HTTP/2 takes of the tunnels' memory to begin with, in bytes. One over QUIC takes a quarter of it
-/// while its client reads; of those that stall, which take more, the slowest make room for others.
+/// while its client reads; of those that stall, which take more, who has stopped makes room for others.
 const CONNECTION_MEMORY: usize = 256 * 1024;
 
 /// One client may hold this fraction of the connections for which there is memory: the rest is for the others.
@@ -291,8 +291,18 @@ impl<T: Tunnel> ConnectFrontend<T> {
         let forwarded = early.len() as u64;
         let copied = match dialed.write_all(&early).await {
             Ok(()) => {
-                tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut dialed, COPY_BUFFER, COPY_BUFFER)
-                    .await
+                let cut = dialed.connection.cut();
+                let copied = tokio::io::copy_bidirectional_with_sizes(
+                    &mut stream,
+                    &mut dialed,
+                    COPY_BUFFER,
+                    COPY_BUFFER,
+                );
+                tokio::select! {
+                    copied = copied => copied,
+                    // A client that does not read would hold its place until it does.
+                    () = cut => Err(std::io::Error::other("cut: nobody read what it held, and the memory was used up")),
+                }
             }
             Err(error) => Err(error),
         };

@@ -117,6 +117,10 @@ impl Proxied for FakeConnection {
             Err(error) => Relayed { outcome: error.to_string().into(), ..Relayed::default() },
         }
     }
+
+    fn cut(&self) -> impl Future<Output = ()> + Send + 'static {
+        std::future::pending()
+    }
 }
 
 impl AsyncRead for FakeConnection {
@@ -363,4 +367,61 @@ fn bytes_reach_the_metrics_once() {
     let label = ByteLabels { cluster: "east".to_owned(), direction: "sent" };
     assert_eq!(registry.metrics().bytes.get_or_create(&label).get(), 7);
     assert_eq!(registry.tunnel_count(), 0);
+}
+
+/// A member that nobody has removed is missed; one that was removed, or revoked and not enrolled again, is not.
+#[test]
+fn who_was_removed_or_revoked_is_not_missed() {
+    let (feed, directory) = ClusterDirectory::fed();
+    let clusters = |names: &[(&str, Option<SystemTime>)]| {
+        let info = |revoked_at| ClusterInfo { revoked_at, ..ClusterInfo::default() };
+        let clusters = names.iter().map(|(name, revoked)| ((*name).to_owned(), info(*revoked))).collect();
+        feed.send_replace(Arc::new(Snapshot { synced: true, clusters }));
+    };
+    let registry: Registry<FakeTunnel> = Registry::new(directory, Vec::new(), ServerMetrics::default());
+    let mut shown = prometheus_client::registry::Registry::default();
+    registry.metrics().register(&mut shown);
+    let series = || {
+        registry.sample();
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &shown).unwrap();
+        let lines = text.lines().filter_map(|line| line.strip_prefix("cellway_server_tunnels{cluster=\""));
+        let mut lines: Vec<_> = lines.map(|line| line.replace("\",carrier=\"h2\"}", "")).collect();
+        lines.sort();
+        lines.join(", ")
+    };
+    clusters(&[("east", None), ("west", None), ("north", None)]);
+    let held =
+        ["east", "west", "north"].map(|name| registry.register(mk_member(name, "a"), FakeTunnel::default()));
+    assert_eq!(series(), "east 1, north 1, west 1");
+    drop(held);
+    assert_eq!(series(), "east 0, north 0, west 0", "all are missed");
+    let later = SystemTime::UNIX_EPOCH + Duration::from_secs(9);
+    clusters(&[("east", None), ("north", Some(later))]);
+    assert_eq!(series(), "east 0");
+    // Enrolled again, and gone again.
+    let mut anew = mk_member("north", "a");
+    anew.not_before = later + Duration::from_secs(1);
+    let held = registry.register(anew, FakeTunnel::default());
+    assert_eq!(series(), "east 0, north 1");
+    drop(held);
+    assert_eq!(series(), "east 0, north 0");
+}
+
+#[test]
+fn the_first_certificate_that_ends_is_shown_with_its_lifetime() {
+    let registry = mk_registry();
+    let hour = Duration::from_secs(3600);
+    let with = |begin: u32, end: u32| {
+        let mut member = mk_member("east", "a");
+        member.not_before = SystemTime::UNIX_EPOCH + begin * hour;
+        member.not_after = Some(SystemTime::UNIX_EPOCH + end * hour);
+        registry.register(member, FakeTunnel::default())
+    };
+    let _held = (with(1, 25), with(20, 21), with(20, 44));
+    registry.sample();
+    let east = ClusterLabels { cluster: "east".to_owned() };
+    let metrics = registry.metrics();
+    assert_eq!(metrics.agent_certificate_expiry.get_or_create(&east).get(), 21 * 3600);
+    assert_eq!(metrics.agent_certificate_lifetime.get_or_create(&east).get(), 3600);
 }

@@ -68,12 +68,28 @@ connect: {port: 18090}
 healthPort: 18092
 agentCertificateTTL: 12h
 persistence: {size: 20Gi, storageClass: fast}
+store: {existingSecret: cellway-database}
+files: {tlsSecret: hub-tls, clientCASecret: users-ca, encryptionSecret: keys, tokensSecret: tokens, auditPolicySecret: audit}
+env: [{name: TOKIO_WORKER_THREADS, value: "4"}]
+extraVolumes: [{name: kms, hostPath: {path: /run/kms}}]
+extraVolumeMounts: [{name: kms, mountPath: /run/kms}]
 extraArgs: ["--v=4"]
 affinity: {nodeAffinity: {}}
 tolerations: [{operator: Exists}]
 monitoring: {serviceMonitor: {enabled: true, labels: {release: prometheus}, apiSecret: cellway-hub-scrape}, prometheusRule: {enabled: true}}
 podAnnotations: {example.com/scrape: "true"}
 podLabels: {team: network}
+"#;
+
+/// With an API of somebody else, and as after `helm upgrade --reuse-values` from a release that had none of these values.
+const HUB_STOCK: &str = r#"
+stockApi: {kubeconfigSecret: cellway-stock, webhook: {service: {annotations: {example.com/pool: inside}}, allowFrom: ["10.0.0.0/28", "2001:db8::/64"]}}
+files: {clientCASecret: stock-ca}
+monitoring: null
+store: null
+env: null
+extraVolumes: null
+extraVolumeMounts: null
 "#;
 
 /// The hub's flags as `cellway hub` has them.
@@ -175,11 +191,11 @@ fn hub_accepts(args: Vec<String>) -> Result<()> {
 
 async fn renders_what_it_should(
     chart: &Chart,
-    values: [(&str, Option<&str>, &str); 2],
+    values: &[(&str, Option<&str>, &str)],
     accepts: fn(Vec<String>) -> Result<()>,
 ) -> Result<()> {
     let program = require!(tools::helm());
-    for (golden, without, values) in values {
+    for &(golden, without, values) in values {
         let (fine, said) = helm(&program, chart, &["lint", "--strict"], without, values).await?;
         ensure!(fine, "{golden}: {said}");
         let release = format!("cellway-{}", chart.name);
@@ -188,6 +204,25 @@ async fn renders_what_it_should(
         ensure!(done, "{golden}: {text}");
         compare(golden, &text)?;
         accepts(arguments(&text)?).with_context(|| golden.to_owned())?;
+    }
+    Ok(())
+}
+
+/// `helm upgrade --reuse-values` gives a chart the values of the release's former one: those that came since are not there.
+#[tokio::test]
+async fn values_of_a_former_release_are_enough() -> Result<()> {
+    let program = require!(tools::helm());
+    let former = [
+        (
+            &HUB,
+            "{monitoring: null, store: null, files: null, stockApi: null, env: null, extraVolumes: null, extraVolumeMounts: null}",
+        ),
+        (&HUB, "{stockApi: {kubeconfigSecret: x, webhook: null}, files: null, store: null}"),
+        (&AGENT, "{monitoring: null}"),
+    ];
+    for (chart, values) in former {
+        let (done, said) = helm(&program, chart, &["template", "cellway"], None, values).await?;
+        ensure!(done, "{}: {values}: {said}", chart.name);
     }
     Ok(())
 }
@@ -217,13 +252,17 @@ async fn the_agents_chart_renders_what_it_should() -> Result<()> {
         ("agent-chart.yaml", None, "{}"),
         ("agent-chart-everything.yaml", Some("enrolment.token"), AGENT_EVERYTHING),
     ];
-    renders_what_it_should(&AGENT, values, agent_accepts).await
+    renders_what_it_should(&AGENT, &values, agent_accepts).await
 }
 
 #[tokio::test]
 async fn the_hubs_chart_renders_what_it_should() -> Result<()> {
-    let values = [("hub-chart.yaml", None, "{}"), ("hub-chart-everything.yaml", None, HUB_EVERYTHING)];
-    renders_what_it_should(&HUB, values, hub_accepts).await
+    let values = [
+        ("hub-chart.yaml", None, "{}"),
+        ("hub-chart-everything.yaml", None, HUB_EVERYTHING),
+        ("hub-chart-stock.yaml", None, HUB_STOCK),
+    ];
+    renders_what_it_should(&HUB, &values, hub_accepts).await
 }
 
 #[tokio::test]
@@ -243,6 +282,10 @@ async fn the_charts_refuse_what_cannot_work() -> Result<()> {
         ("agentCertificateTTL: long", "agentCertificateTTL"),
         ("api: {service: {type: Ingress}}", "type"),
         ("monitoring: {podMonitor: {enabled: true}}", "podMonitor"),
+        ("extraVolumes: [{name: cellway-tls, emptyDir: {}}]", "extraVolumes"),
+        ("stockApi: {webhook: {allowFrom: [everybody]}}", "allowFrom"),
+        ("{stockApi: {kubeconfigSecret: x}, store: {existingSecret: db}}", "store.existingSecret"),
+        ("{stockApi: {kubeconfigSecret: x}, files: {tokensSecret: tok}}", "the Secret tok"),
     ];
     refuses_what_cannot_work(&HUB, &bad).await
 }
