@@ -14,9 +14,10 @@ use tokio_util::sync::CancellationToken;
 use crate::error::Error;
 use crate::types::{Event, KeyRange, Revision};
 
-/// Recent events kept, by number and by weight. A watcher that is a few seconds behind at full speed still fits.
+/// Recent events kept, by number and by weight. A watcher that is a second or two behind at full speed still fits, and one
+/// that is further behind costs reads of the database; a hub at rest pays for the room for as long as it runs.
 pub(crate) const RING_EVENTS: usize = 8192;
-const RING_BYTES: usize = 32 * 1024 * 1024;
+const RING_BYTES: usize = 8 * 1024 * 1024;
 
 /// Events that a watcher takes out at once: it holds the ring's lock for as long as that takes.
 const EVENTS_PER_READ: usize = 256;

@@ -272,7 +272,9 @@ pub(crate) fn to_stored(resource: &Resource, object: &Value) -> Result<Vec<u8>, 
     } else {
         serde_json::to_vec(&StoredForm { object, version })
     };
-    let bytes = bytes.map_err(ApiError::internal)?;
+    let mut bytes = bytes.map_err(ApiError::internal)?;
+    // They are kept in memory as they are, and grew by doubling.
+    bytes.shrink_to_fit();
     if bytes.len() > federation_store::MAX_VALUE_BYTES {
         return Err(ApiError::too_large(federation_store::MAX_VALUE_BYTES));
     }
