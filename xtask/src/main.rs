@@ -8,6 +8,7 @@ mod arrows;
 mod check;
 mod generate;
 mod shell;
+mod test;
 mod tools;
 
 use std::process::ExitCode;
@@ -65,7 +66,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<()> {
     match args.command {
         Task::Check { quick } => check::run(quick),
-        Task::Test { args } => test(&args),
+        Task::Test { args } => test::run(&args),
         Task::Generate { messages } => {
             generate::messages(&generate::messages_dir()?)?;
             if !messages {
@@ -75,21 +76,6 @@ fn run(args: Args) -> Result<()> {
         }
         Task::Bench { args } => bench(&args),
     }
-}
-
-/// Sets up, builds everything once, and runs it. The exit status is that of `cargo test`, whose closing lines stay the
-/// last ones printed.
-fn test(args: &[String]) -> Result<()> {
-    let environment = tools::prepare_for_tests()?;
-    // All that fails is told at once: a first failure does not hide the crates behind it.
-    let all = ["--workspace".to_owned(), "--no-fail-fast".to_owned()];
-    let args = if args.is_empty() { &all[..] } else { args };
-    // One build for all: the end-to-end tests drive the programs that this makes, so that nothing is built twice with
-    // different features.
-    if args == all {
-        Cmd::new("cargo").args(["test", "--workspace", "--no-run"]).envs(&environment).run()?;
-    }
-    Cmd::new("cargo").arg("test").args(args).envs(&environment).run()
 }
 
 fn bench(args: &[String]) -> Result<()> {
