@@ -21,16 +21,20 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use kube::client::Body;
 use parking_lot::RwLock;
 use thiserror::Error;
-use tower::{Service, ServiceExt as _};
+use tokio::time::timeout;
+use tower::{BoxError, Service, ServiceExt as _};
 
 use crate::connector::{BoxedIo, ConnectError, Connector, Destination, To};
 use crate::credentials::Way;
 
-/// Greatest response of a member, a whole watch included (a watch is begun again every few minutes). A page of a
-/// hundred objects of the greatest size that etcd takes is 150 MiB; objects of that size are not federated.
+/// Greatest response of a member, a whole watch included (a watch is begun again every few minutes). What is too large for one
+/// page of a list is asked for in smaller ones; twenty objects of the greatest size that etcd takes are 30 MiB.
 const MAX_RESPONSE_BYTES: usize = 64 << 20;
 /// Longest time for a stream to a member to come about.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest time until a member begins to answer. That of a watch begins at once, and everything else has shorter limits of its
+/// own.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// Idle connections per member: as many as write at once.
 const MAX_IDLE: usize = 4;
 /// An idle connection is given up before the proxies on the way give it up.
@@ -40,6 +44,11 @@ const GATEWAY_HOST: HeaderValue = HeaderValue::from_static("kube-apiserver.gatew
 /// The end of the name under which connections are pooled: `<number>.<this>`. Each way has its own number, and a request
 /// and the connection that is made for it go by the same one: what belongs to one way never goes along another.
 const POOLED: &str = "way.cellway";
+
+/// A request that a member took and did not begin to answer.
+#[derive(Debug, Error)]
+#[error("the member did not begin to answer within {ANSWER_TIMEOUT:?}")]
+struct NoAnswer;
 
 /// The way to a member, which may change while it is used. Clones share it.
 #[derive(Debug, Clone)]
@@ -119,10 +128,17 @@ pub(crate) fn client_along(
         .pool_max_idle_per_host(MAX_IDLE)
         .pool_idle_timeout(IDLE_TIMEOUT)
         .build::<_, Body>(Dial { cluster: cluster.to_owned(), path: path.clone(), connector });
-    let service =
-        pool.map_request(move |request: Request<Body>| addressed(request, &headers, &path)).map_response(
-            |response: Response<Incoming>| response.map(|body| Limited::new(body, MAX_RESPONSE_BYTES)),
-        );
+    let service = pool
+        .map_request(move |request: Request<Body>| addressed(request, &headers, &path))
+        .map_response(|response: Response<Incoming>| {
+            response.map(|body| Limited::new(body, MAX_RESPONSE_BYTES))
+        })
+        .map_future(|answer| async move {
+            match timeout(ANSWER_TIMEOUT, answer).await {
+                Ok(answer) => answer.map_err(BoxError::from),
+                Err(_) => Err(BoxError::from(NoAnswer)),
+            }
+        });
     Ok(kube::Client::new(service, "default"))
 }
 

@@ -14,10 +14,14 @@ use thiserror::Error;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 
-use crate::pace::watch_delay;
+use crate::pace::{doubling, watch_delay};
 
 /// A page that was too large or too slow is asked for again in so many pieces.
 const SMALLER: u32 = 5;
+/// First wait before what could not be watched is listed again.
+const FIRST_AGAIN: Duration = Duration::from_secs(10);
+/// Longest such wait; a watch that went well for as long is not held to what was before.
+const LONGEST_AGAIN: Duration = Duration::from_secs(600);
 
 /// What a watch brings: everything at first and after a gap, then single changes.
 #[derive(Debug)]
@@ -58,6 +62,8 @@ pub(crate) struct Limits {
     pub(crate) page: Duration,
     /// Longest time for a whole list.
     pub(crate) list: Duration,
+    /// So many failures in a row of a watch are followed by a list: the watch would go on where it was, and nobody would hear of it.
+    pub(crate) tolerated: u32,
 }
 
 /// Follows one sort of object for ever: lists, watches, lists again after a gap. It ends when `admit` refuses an object
@@ -96,6 +102,9 @@ pub(crate) async fn follow_as<K, T>(
     let mut begun: Option<Instant> = None;
     let mut listing = Vec::new();
     let mut failures = 0u32;
+    // When it was listed last, and how often because it could not be watched.
+    let mut listed = Instant::now();
+    let mut again = 0u32;
     loop {
         let next = match limits.zip(begun) {
             Some((limits, begun)) => {
@@ -124,6 +133,7 @@ pub(crate) async fn follow_as<K, T>(
             Ok(watcher::Event::InitDone) => {
                 failures = 0;
                 begun = None;
+                listed = Instant::now();
                 debug!(resource = %what, count = listing.len(), "listed");
                 on_change(Change::Replace(std::mem::take(&mut listing)))
             }
@@ -137,8 +147,9 @@ pub(crate) async fn follow_as<K, T>(
             }
             Err(error) => {
                 failures = failures.saturating_add(1);
-                begun = None;
+                let watching = begun.take().is_none();
                 listing = Vec::new();
+                let mut wait = watch_delay(failures, rand::random());
                 debug!(resource = %what, %error, failures, "watch failed");
                 let slow = !matches!(error, FollowError::Watch(_));
                 if let Some(limits) = limits.filter(|_| slow || is_too_large(&error)) {
@@ -146,10 +157,14 @@ pub(crate) async fn follow_as<K, T>(
                     config = config.page_size(smaller.max(limits.least_size));
                     // The request under way is given up with the stream.
                     stream = Box::pin(watcher(api.clone(), config.clone()));
+                } else if watching && limits.is_some_and(|limits| failures >= limits.tolerated) {
+                    again = if listed.elapsed() > LONGEST_AGAIN { 1 } else { again.saturating_add(1) };
+                    wait = doubling(FIRST_AGAIN, LONGEST_AGAIN, again, rand::random());
+                    stream = Box::pin(watcher(api.clone(), config.clone()));
                 }
                 let go_on = on_trouble(WatchTrouble { error, failures });
                 if go_on {
-                    tokio::time::sleep(watch_delay(failures, rand::random())).await;
+                    tokio::time::sleep(wait).await;
                 }
                 go_on
             }
@@ -198,8 +213,13 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits =
-        Limits { size: 500, least_size: 20, page: Duration::from_secs(30), list: Duration::from_secs(300) };
+    const LIMITS: Limits = Limits {
+        size: 500,
+        least_size: 20,
+        page: Duration::from_secs(30),
+        list: Duration::from_secs(300),
+        tolerated: 3,
+    };
 
     /// Follows a server that answers lists by `list`, until it has failed `times` times or ends a list; returns what it asked for
     /// and what was wrong.

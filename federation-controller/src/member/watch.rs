@@ -24,8 +24,13 @@ use crate::types::Stage;
 
 /// How a member lists. With a path of half a second 10,000 objects take ten seconds. A page as slow as the limit says that the
 /// kind cannot be seen; a list of as many objects as may be kept has a second and a half for each page.
-const LISTS: Limits =
-    Limits { size: 500, least_size: 20, page: Duration::from_secs(30), list: Duration::from_secs(300) };
+const LISTS: Limits = Limits {
+    size: 500,
+    least_size: 20,
+    page: Duration::from_secs(30),
+    list: Duration::from_secs(300),
+    tolerated: TOLERATED_FAILURES,
+};
 /// A watch is begun again after this many seconds, so that a connection that died silently is noticed.
 const WATCH_SECONDS: u32 = 240;
 /// A type that a member does not serve is asked for again so often.

@@ -29,6 +29,10 @@ pub(crate) struct FakeApi {
     pub(crate) takes: Mutex<Duration>,
     /// Resources that are not served.
     pub(crate) unserved: Mutex<Vec<String>>,
+    /// Resources that cannot be watched.
+    pub(crate) blind: Mutex<Vec<String>>,
+    /// Resources whose watches have no answer.
+    pub(crate) mute: Mutex<Vec<String>>,
     /// Resources whose lists never end.
     pub(crate) endless: Mutex<BTreeMap<String, Endless>>,
     /// Answers to writes of objects by name: a status code and a message.
@@ -108,6 +112,8 @@ impl FakeApi {
             hangs: AtomicBool::new(false),
             takes: Mutex::default(),
             unserved: Mutex::default(),
+            blind: Mutex::default(),
+            mute: Mutex::default(),
             endless: Mutex::default(),
             refuses: Mutex::default(),
             expired: AtomicUsize::new(0),
@@ -153,11 +159,16 @@ impl FakeApi {
     pub(crate) fn compact(&self, meanwhile: impl FnOnce(&Self)) {
         // Until it is over, whoever watches anew is refused: what happens is in no watch.
         self.state.lock().compacted = u64::MAX;
-        self.cut.send_modify(|cut| *cut += 1);
+        self.cut();
         meanwhile(self);
         let mut state = self.state.lock();
         state.log.clear();
         state.compacted = state.version;
+    }
+
+    /// Ends every watch.
+    pub(crate) fn cut(&self) {
+        self.cut.send_modify(|cut| *cut += 1);
     }
 
     /// How many writes have come in, and which.
@@ -225,6 +236,14 @@ impl FakeApi {
             )));
         }
         if request.method() == Method::GET && route.query.get("watch").is_some_and(|watch| watch == "true") {
+            let mute = self.mute.lock().contains(&route.resource);
+            if mute {
+                std::future::pending::<()>().await;
+            }
+            if self.blind.lock().contains(&route.resource) {
+                let why = "nothing can be watched".to_owned();
+                return answer(Err((StatusCode::INTERNAL_SERVER_ERROR, "InternalError", why)));
+            }
             return self.watch(&route);
         }
         let lists = request.method() == Method::GET && route.name.is_none();

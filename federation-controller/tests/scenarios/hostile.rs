@@ -74,6 +74,50 @@ async fn a_member_that_never_ends_a_list_holds_nobody_up_for_long() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_kind_that_could_not_be_watched_for_a_while_is_seen_again() {
+    let mut world = World::stopped();
+    let web = federated("FederatedDeployment", &["a", "c"], template("web:1", 1));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(web));
+    world.run(patient());
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    let failing = || {
+        let units = world.status(DEPLOYMENTS).map(|status| status.units).unwrap_or_default();
+        units.iter().any(|unit| unit.reason.as_deref() == Some("WatchFailing"))
+    };
+    let blind = |is: bool| {
+        let mut of = world.member("y").blind.lock();
+        of.clear();
+        if is {
+            of.push("apps/deployments".into());
+            drop(of);
+            world.member("y").cut();
+        }
+    };
+    blind(true);
+    within(Duration::from_secs(30), "it is told", failing).await;
+    blind(false);
+    within(Duration::from_secs(60), "it is seen again", || !failing()).await;
+    // Nor is anything missed where a watch has no answer at all.
+    world.member("y").mute.lock().push("apps/deployments".into());
+    world.member("y").cut();
+    world.member("y").edit("apps/deployments", "shop", "web-c", |live| live["spec"]["replicas"] = 9.into());
+    let healed = || world.deployment("y", "web-c").is_some_and(|live| live["spec"]["replicas"] == 1);
+    within(Duration::from_secs(600), "what nobody heard of is put right", healed).await;
+    world.member("y").mute.lock().clear();
+    // One that never lets anybody watch is listed now and then, and ever more seldom.
+    let lists = || {
+        let asked = world.member("y").asked();
+        asked.iter().filter(|asked| *asked == "GET /apis/apps/v1/deployments").count()
+    };
+    blind(true);
+    let before = lists();
+    sleep(Duration::from_secs(3600)).await;
+    let lists = lists() - before;
+    assert!((3..30).contains(&lists), "{lists} lists in an hour");
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn many_objects_with_one_mark_cost_the_others_nothing() {
     const EVIL: usize = 20_000;
     /// Writes a second into a member.
