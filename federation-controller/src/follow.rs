@@ -153,8 +153,12 @@ pub(crate) async fn follow_as<K, T>(
                 debug!(resource = %what, %error, failures, "watch failed");
                 let slow = !matches!(error, FollowError::Watch(_));
                 if let Some(limits) = limits.filter(|_| slow || is_too_large(&error)) {
-                    let smaller = config.page_size.unwrap_or(limits.size) / SMALLER;
-                    config = config.page_size(smaller.max(limits.least_size));
+                    // A list that is too long as a whole needs fewer round trips, not more.
+                    let size = match error {
+                        FollowError::SlowList(_) => limits.size,
+                        _ => config.page_size.unwrap_or(limits.size) / SMALLER,
+                    };
+                    config = config.page_size(size.max(limits.least_size));
                     // The request under way is given up with the stream.
                     stream = Box::pin(watcher(api.clone(), config.clone()));
                 } else if watching && limits.is_some_and(|limits| failures >= limits.tolerated) {

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-/// With fewer texts than these it is not worth looking for those that nobody has any more.
+/// With fewer texts, or bytes, than these it is not worth looking for those that nobody has any more.
 const SWEEP_FROM: usize = 1024;
+const SWEEP_BYTES_FROM: usize = 16 << 20;
 
 /// Texts in use.
 #[derive(Debug)]
@@ -17,15 +18,26 @@ pub(crate) struct Texts {
 #[derive(Debug)]
 struct Inner {
     known: HashSet<Arc<str>>,
-    /// At so many, those that nobody has any more are let go of: never more than about twice as many as were in use.
+    /// Bytes of them.
+    bytes: usize,
+    /// At so many texts, or bytes, those that nobody has any more are let go of: there is never more than about twice what
+    /// was in use, whatever members rewrite.
     sweep_at: usize,
+    sweep_at_bytes: usize,
 }
 
 // === impl Texts ===
 
 impl Texts {
     pub(crate) fn new() -> Self {
-        Self { inner: Mutex::new(Inner { known: HashSet::new(), sweep_at: SWEEP_FROM }) }
+        Self {
+            inner: Mutex::new(Inner {
+                known: HashSet::new(),
+                bytes: 0,
+                sweep_at: SWEEP_FROM,
+                sweep_at_bytes: SWEEP_BYTES_FROM,
+            }),
+        }
     }
 
     /// The one copy of a text.
@@ -34,9 +46,10 @@ impl Texts {
         if let Some(known) = inner.known.get(text) {
             return Arc::clone(known);
         }
-        if inner.known.len() >= inner.sweep_at {
+        if inner.known.len() >= inner.sweep_at || inner.bytes + text.len() > inner.sweep_at_bytes {
             inner.sweep();
         }
+        inner.bytes += text.len();
         let text: Arc<str> = text.into();
         inner.known.insert(Arc::clone(&text));
         text
@@ -53,6 +66,8 @@ impl Inner {
         self.known.retain(|text| Arc::strong_count(text) > 1);
         self.known.shrink_to(2 * self.known.len());
         self.sweep_at = (2 * self.known.len()).max(SWEEP_FROM);
+        self.bytes = self.known.iter().map(|text| text.len()).sum();
+        self.sweep_at_bytes = (2 * self.bytes).max(SWEEP_BYTES_FROM);
     }
 }
 
@@ -70,8 +85,14 @@ mod tests {
             texts.share(&number.to_string());
             assert!(len(&texts) <= SWEEP_FROM);
         }
+        // Few that are large: a member that rewrites an object again and again.
+        for number in 0..100u8 {
+            texts.share(&char::from(number).to_string().repeat(1 << 20));
+            assert!(texts.inner.lock().bytes <= SWEEP_BYTES_FROM);
+        }
         texts.sweep();
         assert_eq!(len(&texts), 1, "what is in use stays");
+        assert_eq!(texts.inner.lock().bytes, "kept".len());
         assert!(Arc::ptr_eq(&kept, &texts.share("kept")));
     }
 }

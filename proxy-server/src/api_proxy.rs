@@ -187,7 +187,7 @@ impl<T: Tunnel> ApiProxy<T> {
         let permit =
             self.0.permits.clone().try_acquire_owned().map_err(|_| ProxyError::TooManyConnections)?;
         let of_user = self.0.users.enter(&user.name).ok_or(ProxyError::RateLimited)?;
-        let unhurried = lasts(path.query());
+        let unhurried = lasts(&path);
         let upgrade = upgrade_protocol(request.headers());
         let client_side = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
         // Nothing that the client's connection or its authenticator left there goes further.
@@ -405,9 +405,13 @@ async fn handle<T: Tunnel>(State(proxy): State<ApiProxy<T>>, request: Request<Bo
     response
 }
 
-/// Whether the answer is a log or a watch that goes on: people look at those at their own pace, and what of it is not read
-/// stays in the member, beyond a tunnel's window.
-fn lasts(query: Option<&str>) -> bool {
+/// Whether the answer is a log, a watch that goes on, or what a pod or a service says itself: people look at those at their own
+/// pace, and what of it is not read stays in the member, beyond a tunnel's window.
+fn lasts(path: &PathAndQuery) -> bool {
+    if path.path().ends_with("/log") || path.path().split('/').any(|part| part == "proxy") {
+        return true;
+    }
+    let query = path.query();
     let lasting = |pair: &str| matches!(pair.split_once('='), Some(("follow" | "watch", value)) if value != "false" && value != "0");
     query.is_some_and(|query| query.split('&').any(lasting))
 }

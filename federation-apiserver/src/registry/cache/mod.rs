@@ -137,8 +137,6 @@ impl Cache {
             let (following, shutdown) = (objects.clone(), self.shutdown.clone());
             let ended = self.ended.clone().drop_guard();
             let follower = async move {
-                // Also when it panics.
-                let _ended = ended;
                 // Requests that are under way when the server stops are still answered: the log is followed until the
                 // store is closed. Only the watches end.
                 let end_watches = async {
@@ -146,6 +144,8 @@ impl Cache {
                     following.tell_all();
                 };
                 let follow = async {
+                    // With the store, and also when this panics.
+                    let _ended = ended;
                     tokio::select! {
                         () = follow(&following, revision) => {}
                         never = following.keep_reopening() => match never {},
