@@ -117,8 +117,8 @@ pub(super) async fn run(
     settle(hub, &members, children, &mut step, &|_| SECOND_IMAGE).await?;
     step.finish("every cell moved");
 
-    let note = format!("\nThe whole story took {:.1} s.", began.elapsed().as_secs_f64());
-    progress.say(&note, Paint::Bold);
+    progress.say("", Paint::Plain);
+    progress.say(&format!("The whole story took {:.1} s.", began.elapsed().as_secs_f64()), Paint::Bold);
     Ok(())
 }
 

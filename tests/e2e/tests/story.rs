@@ -307,6 +307,9 @@ async fn the_demo_runs_to_its_end() -> Result<()> {
     let mut demo = Process::spawn("demo", command, &dir.join("demo.log"))?;
     let status = demo.wait(Duration::from_secs(300)).await?;
     ensure!(status.success(), "{status}\n{}", demo.tail(60));
+    // What `cellway` says itself comes as it is; only what others say is escaped.
+    let said = demo.tail(60);
+    ensure!(said.contains("The whole story took") && !said.contains("\\n"), "{said}");
     // Nothing is left running: every child named the data folder on its command line.
     let mut list = Command::new("ps");
     list.args(["-eo", "args"]);
