@@ -1,0 +1,236 @@
+//! The objects of one kind in a member, as they are kept and found.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use federation_core::drift::Baseline;
+use federation_core::names::SOURCE_ANNOTATION;
+use kube::api::DynamicObject;
+use serde_json::Value;
+
+use super::Listing;
+use crate::follow::lighten;
+use crate::hub::is_older;
+use crate::texts::Texts;
+
+/// Most objects of one federated object that a look is shown for their mark alone, beside those with names of its units: what a
+/// change of the naming, or a cell that is gone, leaves behind. Whoever marks more than that in a member has them removed a few
+/// at a time.
+pub(super) const STRAYS_AT_ONCE: usize = 64;
+/// Most bytes of them, beyond the first one.
+pub(super) const STRAY_BYTES: usize = 4 << 20;
+
+/// A namespace and a source mark.
+pub(super) type Marked = (Arc<str>, Arc<str>);
+
+#[derive(Debug, Default)]
+pub(super) struct Kind {
+    pub(super) state: Listing,
+    pub(super) namespaces: HashMap<Arc<str>, HashMap<Arc<str>, Known>>,
+    /// Names of objects by namespace and source mark.
+    pub(super) sources: HashMap<Marked, Names>,
+    pub(super) count: usize,
+    pub(super) bytes: usize,
+}
+
+/// Names of objects with one mark. Mostly it is one, and a set for it would weigh as much as all the rest of the entry.
+#[derive(Debug)]
+pub(super) enum Names {
+    One(Arc<str>),
+    /// A few where cells share a cluster; as many as there may be objects where somebody means ill.
+    Many(BTreeSet<Arc<str>>),
+}
+
+/// An object of a member as it is kept: as text, which takes a tenth of what the parsed object does, and without what
+/// differs from member to member, so that most members share one text.
+#[derive(Debug)]
+pub(super) struct Known {
+    pub(super) text: Arc<str>,
+    pub(super) uid: Option<Box<str>>,
+    pub(super) version: Option<String>,
+    /// Its source mark.
+    pub(super) mark: Option<Arc<str>>,
+    pub(super) baseline: Option<Arc<Baseline>>,
+}
+
+/// An object of a member as a watch brings it.
+#[derive(Debug)]
+pub(in crate::member) struct Seen {
+    pub(super) namespace: Arc<str>,
+    pub(super) name: Arc<str>,
+    pub(super) known: Known,
+}
+
+// === impl Seen ===
+
+impl Seen {
+    /// From an object as a client reads it.
+    pub(in crate::member) fn new(mut object: DynamicObject, texts: &Texts) -> Self {
+        lighten(&mut object);
+        // The items of a list have none.
+        object.types = None;
+        let meta = &mut object.metadata;
+        // Nothing is decided by the time at which a member made it.
+        meta.creation_timestamp = None;
+        let (uid, version) = (meta.uid.take(), meta.resource_version.take());
+        let mark = meta.annotations.as_ref().and_then(|all| all.get(SOURCE_ANNOTATION));
+        let mark = mark.map(|mark| texts.share(mark));
+        let text = |text: &Option<String>| texts.share(text.as_deref().unwrap_or_default());
+        let (namespace, name) = (text(&meta.namespace), text(&meta.name));
+        // Made of maps with texts as keys, an object always serialises.
+        let text = texts.share(&serde_json::to_string(&object).unwrap_or_default());
+        let known = Known { uid: uid.map(Into::into), version, mark, text, baseline: None };
+        Self { namespace, name, known }
+    }
+
+    /// Bytes that it takes.
+    pub(in crate::member) fn weight(&self) -> usize {
+        self.known.text.len()
+    }
+}
+
+// === impl Known ===
+
+impl Known {
+    /// The object again.
+    pub(super) fn object(&self) -> Option<Value> {
+        let mut object: Value = serde_json::from_str(&self.text).ok()?;
+        let meta = object.get_mut("metadata")?.as_object_mut()?;
+        if let Some(uid) = &self.uid {
+            meta.insert("uid".to_owned(), Value::String(uid.to_string()));
+        }
+        if let Some(version) = &self.version {
+            meta.insert("resourceVersion".to_owned(), Value::String(version.clone()));
+        }
+        Some(object)
+    }
+
+    /// Whether both are one state of one object.
+    pub(super) fn is_same_as(&self, other: &Self) -> bool {
+        self.uid == other.uid && self.version.is_some() && self.version == other.version
+    }
+
+    pub(super) fn is_older_than(&self, other: &Self) -> bool {
+        self.uid == other.uid && is_older(&self.version, &other.version)
+    }
+}
+
+// === impl Names ===
+
+impl Names {
+    pub(super) fn insert(&mut self, name: Arc<str>) {
+        match self {
+            Self::One(known) if *known == name => {}
+            Self::One(known) => *self = Self::Many([Arc::clone(known), name].into()),
+            Self::Many(names) => {
+                names.insert(name);
+            }
+        }
+    }
+
+    /// Takes a name out; returns whether none is left.
+    pub(super) fn remove(&mut self, name: &Arc<str>) -> bool {
+        match self {
+            Self::One(known) => known == name,
+            Self::Many(names) => {
+                names.remove(name);
+                names.is_empty()
+            }
+        }
+    }
+}
+
+// === impl Kind ===
+
+impl Kind {
+    pub(super) fn get(&self, namespace: &str, name: &str) -> Option<&Known> {
+        self.namespaces.get(namespace)?.get(name)
+    }
+
+    pub(super) fn insert(&mut self, namespace: Arc<str>, name: Arc<str>, known: Known) {
+        self.bytes += known.text.len();
+        if let Some(mark) = known.mark.clone() {
+            match self.sources.entry((Arc::clone(&namespace), mark)) {
+                Entry::Vacant(vacant) => {
+                    vacant.insert(Names::One(Arc::clone(&name)));
+                }
+                Entry::Occupied(mut known) => known.get_mut().insert(Arc::clone(&name)),
+            }
+        }
+        let now = known.mark.clone();
+        let objects = self.namespaces.entry(Arc::clone(&namespace)).or_default();
+        match objects.insert(Arc::clone(&name), known) {
+            Some(before) => {
+                self.bytes = self.bytes.saturating_sub(before.text.len());
+                if let Some(mark) = before.mark.filter(|mark| Some(mark) != now.as_ref()) {
+                    self.unmark(namespace, mark, &name);
+                }
+            }
+            None => self.count += 1,
+        }
+    }
+
+    pub(super) fn set_baseline(&mut self, namespace: &str, name: &str, baseline: Option<Arc<Baseline>>) {
+        if let Some(known) = self.namespaces.get_mut(namespace).and_then(|objects| objects.get_mut(name)) {
+            known.baseline = baseline;
+        }
+    }
+
+    pub(super) fn unmark(&mut self, namespace: Arc<str>, mark: Arc<str>, name: &Arc<str>) {
+        let key = (namespace, mark);
+        if self.sources.get_mut(&key).is_some_and(|names| names.remove(name)) {
+            self.sources.remove(&key);
+        }
+    }
+
+    /// Adds to `names` those of objects that carry a mark, as many as a look may be shown; returns how many are left out.
+    pub(super) fn strays(&self, home: &Arc<str>, mark: &str, names: &mut BTreeSet<Arc<str>>) -> usize {
+        let marked = match self.sources.get(&(Arc::clone(home), mark.into())) {
+            None => return 0,
+            Some(Names::One(name)) => {
+                names.insert(Arc::clone(name));
+                return 0;
+            }
+            Some(Names::Many(marked)) => marked,
+        };
+        let own = names.iter().filter(|name| marked.contains(*name)).count();
+        let (mut shown, mut bytes) = (Vec::new(), 0);
+        for name in marked.iter().filter(|name| !names.contains(*name)).take(STRAYS_AT_ONCE) {
+            bytes += self.get(home, name).map_or(0, |known| known.text.len());
+            if !shown.is_empty() && bytes > STRAY_BYTES {
+                break;
+            }
+            shown.push(Arc::clone(name));
+        }
+        let left_out = marked.len() - own - shown.len();
+        names.extend(shown);
+        left_out
+    }
+
+    pub(super) fn remove(&mut self, namespace: &Arc<str>, name: &Arc<str>) {
+        if let Some(objects) = self.namespaces.get_mut(namespace) {
+            let before = objects.remove(name);
+            if objects.is_empty() {
+                self.namespaces.remove(namespace);
+            }
+            if let Some(before) = before {
+                self.count -= 1;
+                self.bytes = self.bytes.saturating_sub(before.text.len());
+                if let Some(mark) = before.mark {
+                    self.unmark(Arc::clone(namespace), mark, name);
+                }
+            }
+        }
+    }
+}
+
+pub(super) fn marks<'a>(
+    namespace: &Arc<str>,
+    objects: impl IntoIterator<Item = Option<&'a Known>>,
+) -> Vec<(Arc<str>, Arc<str>)> {
+    let marks = objects.into_iter().flatten().filter_map(|known| known.mark.clone());
+    let mut marks: Vec<_> = marks.map(|mark| (mark, Arc::clone(namespace))).collect();
+    marks.dedup();
+    marks
+}
