@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
+use proxy_server::hub::tokens::MAX_USES;
 use service::duration::GoDuration;
 use tls::AgentId;
 
 use crate::{
     failover::FailoverCommand,
     federate::{DescribeArgs, DiffArgs, FederateCommand, LogsArgs, PreviewArgs, RevisionsArgs, RollbackArgs},
-    kubeconfig::HubArgs,
+    kubeconfig::HubRef,
     output::OutputArgs,
     tombstones::TombstonesCommand,
 };
@@ -21,7 +22,7 @@ use crate::{
     name = "cellway",
     version,
     propagate_version = true,
-    after_help = "Exit codes: 0 done, 1 failed, 2 wrong command line, 3 not found, 4 not reachable."
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong command line, 3 not found, 4 not reachable, 5 told twice to stop."
 )]
 pub(crate) struct Args {
     #[command(subcommand)]
@@ -34,11 +35,11 @@ pub(crate) enum Command {
     Up(UpArgs),
     /// Run a hub: API, proxy server and federation controller in one process.
     Hub(Box<HubCommand>),
-    /// For development and demonstrations.
+    /// Run what development and demonstrations need.
     #[command(subcommand)]
     Dev(DevCommand),
     /// List the members with their health and tunnels.
-    Clusters(ListArgs),
+    Clusters(HubQueryArgs),
     /// Add and revoke members.
     #[command(subcommand)]
     Cluster(ClusterCommand),
@@ -60,7 +61,7 @@ pub(crate) enum Command {
     /// Give up a cell or a cluster, so that its replicas go elsewhere, and take it back.
     #[command(subcommand)]
     Failover(FailoverCommand),
-    /// Deletions that wait for a member after their federated object is gone.
+    /// List deletions that wait for a member after their federated object is gone, and give one up.
     #[command(subcommand)]
     Tombstones(TombstonesCommand),
     /// List the live tunnels.
@@ -135,8 +136,8 @@ pub(crate) enum HubAction {
     Store(StoreCommand),
     /// Give up the history of a running hub's store and the room that it takes. Who watches may have to list again. A
     /// SQLite store needs twice its size free in its folder meanwhile.
-    Compact(ListArgs),
-    /// What of a running hub's objects is encrypted under which key.
+    Compact(HubQueryArgs),
+    /// Show what of a running hub's objects is encrypted under which key, and move it to the current one.
     #[command(subcommand)]
     Encryption(EncryptionCommand),
 }
@@ -144,10 +145,10 @@ pub(crate) enum HubAction {
 #[derive(Debug, Subcommand)]
 pub(crate) enum EncryptionCommand {
     /// Show how many objects are under which key.
-    Status(ListArgs),
+    Status(HubQueryArgs),
     /// Write everything that is under an old key anew under the current one, and keep nothing of the old form: the history
     /// goes too.
-    Rewrite(ListArgs),
+    Rewrite(HubQueryArgs),
 }
 
 /// What looks after a hub's data in its SQLite file.
@@ -157,7 +158,7 @@ pub(crate) enum StoreCommand {
     Backup(BackupArgs),
     /// Put a backup in the place of a stopped hub's data, which is kept beside it; clients list everything anew.
     Restore(RestoreArgs),
-    /// Look whether the data of a hub, running or not, is sound.
+    /// Check whether the data of a hub, running or not, is sound.
     Check(CheckArgs),
 }
 
@@ -188,11 +189,11 @@ pub(crate) struct CheckArgs {
 /// Which hub's data.
 #[derive(Debug, clap::Args)]
 pub(crate) struct StoreArgs {
-    /// The hub's data folder [default: ~/.cellway].
+    /// The hub's data folder [env: CELLWAY_DATA_DIR] [default: ~/.cellway].
     #[arg(long, value_name = "DIR", conflicts_with = "store")]
     pub(crate) data_dir: Option<PathBuf>,
-    /// The SQLite file itself, when it is not in a data folder; for `check` also postgres://… or mysql://…, which
-    /// may be in the variable CELLWAY_STORE instead.
+    /// The SQLite file itself, when it is not in a data folder; for `check` also postgres://… or mysql://… [env:
+    /// CELLWAY_STORE, unless --data-dir is given].
     #[arg(long, value_name = "FILE")]
     pub(crate) store: Option<String>,
 }
@@ -212,9 +213,9 @@ pub(crate) struct MemberArgs {
     /// Where data and admin.kubeconfig go [default: ~/.cellway/members/NAME].
     #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
-    /// The hub's address for agents.
-    #[arg(long, value_name = "HOST:PORT")]
-    pub(crate) hub: Option<String>,
+    /// The hub's address for agents; of a hub of several processes the address of each, repeated or with commas.
+    #[arg(long, value_delimiter = ',', value_name = "HOST:PORT")]
+    pub(crate) hub: Vec<String>,
     /// The token that `cellway cluster add` printed; needed at the first start only.
     #[arg(long, env = "CELLWAY_ENROLMENT_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(crate) enrolment_token: Option<String>,
@@ -263,9 +264,9 @@ pub(crate) struct CrdsArgs {
 }
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct ListArgs {
+pub(crate) struct HubQueryArgs {
     #[command(flatten)]
-    pub(crate) hub: HubArgs,
+    pub(crate) hub: HubRef,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -275,7 +276,7 @@ pub(crate) struct FilteredListArgs {
     /// Only those of this member.
     pub(crate) cluster: Option<String>,
     #[command(flatten)]
-    pub(crate) hub: HubArgs,
+    pub(crate) hub: HubRef,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -288,13 +289,14 @@ pub(crate) struct AddArgs {
     #[arg(long, default_value = "1h", value_name = "DURATION")]
     pub(crate) ttl: GoDuration,
     /// How many agents the token admits; the Helm chart runs one on each node.
-    #[arg(long, default_value_t = 1, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(long, default_value_t = 1, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_USES)))]
     pub(crate) uses: u32,
-    /// Where the member's agent will reach the hub [default: what the hub says of itself].
-    #[arg(long, value_name = "HOST:PORT")]
+    /// Where the member's agent will reach the hub; of a hub of several processes the address of each, with commas
+    /// [default: what the process that is asked says of itself].
+    #[arg(long, value_name = "HOST:PORT[,…]")]
     pub(crate) agents_address: Option<String>,
     #[command(flatten)]
-    pub(crate) hub: HubArgs,
+    pub(crate) hub: HubRef,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -307,7 +309,7 @@ pub(crate) struct RevokeArgs {
     #[arg(long, value_name = "ID")]
     pub(crate) agent: Option<AgentId>,
     #[command(flatten)]
-    pub(crate) hub: HubArgs,
+    pub(crate) hub: HubRef,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -320,7 +322,7 @@ pub(crate) struct PingArgs {
     #[arg(short, long, default_value_t = 1, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) count: u32,
     #[command(flatten)]
-    pub(crate) hub: HubArgs,
+    pub(crate) hub: HubRef,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -336,7 +338,7 @@ pub(crate) struct DialArgs {
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) connect_address: Option<String>,
     #[command(flatten)]
-    pub(crate) hub: HubArgs,
+    pub(crate) hub: HubRef,
 }
 
 #[derive(Debug, clap::Args)]
@@ -344,7 +346,7 @@ pub(crate) struct KubeconfigArgs {
     /// The member; without it the hub itself.
     pub(crate) cluster: Option<String>,
     #[command(flatten)]
-    pub(crate) hub: HubArgs,
+    pub(crate) hub: HubRef,
     /// How to print it; a table is YAML here.
     #[command(flatten)]
     pub(crate) output: OutputArgs,

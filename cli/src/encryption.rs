@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    args::{EncryptionCommand, ListArgs},
+    args::{EncryptionCommand, HubQueryArgs},
     error::{Error, Result},
     hub::{Hub, explain},
     output::{self, Cell, Paint, Table},
@@ -15,8 +15,8 @@ use crate::{
 #[serde(rename_all = "camelCase")]
 struct Status {
     configured: bool,
-    /// Objects that are not under the current key.
-    stale: u64,
+    /// Objects that are not under the current key; `None` where a KMS plug-in has not said which one that is.
+    stale: Option<u64>,
     objects: Vec<Group>,
     /// What is wrong with KMS plug-ins.
     #[serde(default)]
@@ -29,7 +29,7 @@ struct Group {
     /// Provider and key: `aesgcm/key1`, `kms/NAME/KEY-ID`, `identity`.
     key: String,
     objects: u64,
-    stale: u64,
+    stale: Option<u64>,
 }
 
 pub(crate) async fn run(command: EncryptionCommand) -> Result<()> {
@@ -39,7 +39,7 @@ pub(crate) async fn run(command: EncryptionCommand) -> Result<()> {
     }
 }
 
-async fn status(args: ListArgs) -> Result<()> {
+async fn status(args: HubQueryArgs) -> Result<()> {
     const TRIED: &str = "ask what is under which key";
     let hub = Hub::open(&args.hub).await?;
     let request = http::Request::get("/encryption").body(Vec::new()).map_err(|e| Error::usage(TRIED, e))?;
@@ -54,18 +54,22 @@ async fn status(args: ListArgs) -> Result<()> {
 fn table(status: &Status) -> Table {
     let mut table = Table::new("no objects").columns(&["RESOURCE", "KEY", "OBJECTS", "UNDER AN OLD KEY"]);
     for group in &status.objects {
-        let paint = if group.stale > 0 { Paint::Bad } else { Paint::Plain };
+        let (stale, paint) = match group.stale {
+            Some(0) => ("0".to_owned(), Paint::Plain),
+            Some(stale) => (stale.to_string(), Paint::Bad),
+            None => ("unknown".to_owned(), Paint::Bad),
+        };
         table.row(vec![
             Cell::new(&group.resource),
             Cell::new(&group.key),
             Cell::new(group.objects),
-            Cell::new(group.stale).paint(paint),
+            Cell::new(stale).paint(paint),
         ]);
     }
     table
 }
 
-async fn rewrite(args: ListArgs) -> Result<()> {
+async fn rewrite(args: HubQueryArgs) -> Result<()> {
     const TRIED: &str = "rewrite what is under an old key";
     let hub = Hub::open(&args.hub).await?;
     let done = upkeep::follow(&hub, "/upkeep/rewrite", TRIED).await?;

@@ -4,6 +4,8 @@ use std::{fmt, process::ExitCode};
 
 use crate::output::{visible, visible_lines};
 
+pub(crate) use service::error_chain as chain;
+
 /// How a command ended, as scripts see it. 0 is success; clap itself ends with 2 on a wrong command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -84,8 +86,8 @@ impl Error {
 
     pub(crate) fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self.kind {
-            Kind::Failed => 1,
-            Kind::Usage => 2,
+            Kind::Failed => service::exit::FAILED,
+            Kind::Usage => service::exit::USAGE,
             Kind::NotFound => 3,
             Kind::Unreachable => 4,
         })
@@ -110,21 +112,6 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
-
-/// An error and its causes on one line, each said once.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let cause = error.to_string();
-        if !text.contains(&cause) {
-            text.push_str(": ");
-            text.push_str(&cause);
-        }
-        source = error.source();
-    }
-    text
-}
 
 #[cfg(test)]
 mod tests {

@@ -15,11 +15,11 @@ use kube::{Api, Client, ResourceExt as _};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::args::ListArgs;
+use crate::args::HubQueryArgs;
 use crate::error::{Error, Result};
 use crate::fleet::Fleet;
 use crate::hub::{Hub, Items, explain};
-use crate::kubeconfig::HubArgs;
+use crate::kubeconfig::HubRef;
 use crate::output::{self, Cell, Format, OutputArgs, Paint, Table, text_out};
 
 /// Objects in one page of a member's list.
@@ -32,7 +32,7 @@ pub(crate) enum FailoverCommand {
     /// Give up a cluster with all its cells.
     Cluster(FailoverArgs),
     /// List what is given up, or on its way back, and how far that is; and what may be lost by the word of others.
-    List(ListArgs),
+    List(HubQueryArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -61,7 +61,7 @@ pub(crate) struct FailoverArgs {
     #[arg(long)]
     pub(crate) dry_run: bool,
     #[command(flatten)]
-    pub(crate) hub: HubArgs,
+    pub(crate) hub: HubRef,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -107,15 +107,7 @@ async fn declare(what: What, args: FailoverArgs) -> Result<()> {
     let noun = if what == What::Cell { "cell" } else { "cluster" };
     let hub = Hub::open(&args.hub).await?;
     if args.back {
-        if args.dry_run {
-            return text_out(&format!("{noun} {} would be taken back\n", args.name));
-        }
-        let tried = format!("take {noun} {} back", args.name);
-        set(&hub, what, &args.name, &Value::Null, &tried).await?;
-        return text_out(&format!(
-            "{noun} {} is taken back: replicas return step by step; `cellway failover list` shows how far\n",
-            args.name
-        ));
+        return take_back(&hub, what, noun, &args).await;
     }
     let tried = format!("give up {noun} {}", args.name);
     let to = (!args.to.is_empty()).then(|| Placement {
@@ -150,6 +142,31 @@ async fn declare(what: What, args: FailoverArgs) -> Result<()> {
         ))?;
     }
     Ok(())
+}
+
+/// What `--return` says to programs.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct TakenBack<'a> {
+    kind: &'static str,
+    name: &'a str,
+    dry_run: bool,
+}
+
+async fn take_back(hub: &Hub, what: What, noun: &'static str, args: &FailoverArgs) -> Result<()> {
+    let FailoverArgs { name, dry_run, .. } = args;
+    if !dry_run {
+        set(hub, what, name, &Value::Null, &format!("take {noun} {name} back")).await?;
+    }
+    match (args.output.output, dry_run) {
+        (Format::Table | Format::Wide, true) => text_out(&format!("{noun} {name} would be taken back\n")),
+        (Format::Table | Format::Wide, false) => text_out(&format!(
+            "{noun} {name} is taken back: replicas return step by step; `cellway failover list` shows how far\n"
+        )),
+        (format, &dry_run) => {
+            output::print(format, &TakenBack { kind: noun, name, dry_run }, |_| Table::new(""))
+        }
+    }
 }
 
 /// All fields: a merge patch keeps what it does not name, and what was said before does not hold beside what is said now.
@@ -285,7 +302,7 @@ fn print(format: Format, moves: Vec<Move>) -> Result<()> {
     })
 }
 
-async fn list(args: ListArgs) -> Result<()> {
+async fn list(args: HubQueryArgs) -> Result<()> {
     let hub = Hub::open(&args.hub).await?;
     let all_cells = cells(&hub).list(&ListParams::default()).await.map_err(explain("list the cells"))?;
     let all_clusters =

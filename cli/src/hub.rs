@@ -1,7 +1,6 @@
 //! The client of a hub: its Kubernetes API, which may be somebody else's, and its admin API under `/cellway/v1/`.
 
 use std::{
-    collections::BTreeMap,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -11,23 +10,20 @@ use kube::{
     api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+pub(crate) use proxy_server::rows::Items;
+use proxy_server::rows::{ClusterRow, ConnectionRow, Ping, Server, TunnelRow};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::{
     error::{Error, Result},
-    kubeconfig::{Credentials, HubArgs, hub_context},
+    kubeconfig::{Credentials, HubRef, hub_context},
 };
 
 /// Long enough for a slow link, short enough for a person in front of it.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A ping through the hub to a member that does not answer takes this long at most.
 const READ_TIMEOUT: Duration = Duration::from_secs(40);
-
-/// Where tokens for enrolment are kept.
-pub(crate) const SYSTEM_NAMESPACE: &str = "cellway-system";
-/// Where the members' hub objects are.
-pub(crate) const FEDERATION_NAMESPACE: &str = "kube-federation-system";
 
 /// A hub that can be asked.
 #[derive(Clone)]
@@ -38,150 +34,6 @@ pub(crate) struct Hub {
     kubeconfig: PathBuf,
 }
 
-/// `GET /cellway/v1/server`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct Server {
-    pub(crate) version: String,
-    pub(crate) server_id: String,
-    pub(crate) started_at: String,
-    pub(crate) trust_domain: String,
-    pub(crate) ca_hash: String,
-    pub(crate) addresses: Addresses,
-    pub(crate) advertised_agents: String,
-    #[serde(default)]
-    pub(crate) tunnels: u64,
-    #[serde(default)]
-    pub(crate) clusters: u64,
-    #[serde(default)]
-    pub(crate) connections: u64,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct Addresses {
-    pub(crate) api: String,
-    pub(crate) agents: String,
-    pub(crate) agents_quic: Option<String>,
-    pub(crate) connect: Option<String>,
-    pub(crate) connect_uds: Option<String>,
-    pub(crate) health: Option<String>,
-    pub(crate) admin: Option<String>,
-}
-
-/// A list of the admin API.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Items<T> {
-    pub(crate) items: Vec<T>,
-}
-
-/// `GET /cellway/v1/tunnels`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct Tunnel {
-    pub(crate) id: u64,
-    pub(crate) cluster: String,
-    pub(crate) agent_id: String,
-    #[serde(default)]
-    pub(crate) instance: String,
-    #[serde(default)]
-    pub(crate) version: String,
-    pub(crate) carrier: String,
-    pub(crate) remote_addr: String,
-    pub(crate) connected_at: String,
-    pub(crate) rtt_millis: Option<f64>,
-    pub(crate) connections: u64,
-    pub(crate) bytes_received: u64,
-    pub(crate) bytes_sent: u64,
-    #[serde(default)]
-    pub(crate) dials: u64,
-    #[serde(default)]
-    pub(crate) dial_failures: u64,
-    #[serde(default)]
-    pub(crate) buffered: u64,
-    #[serde(default)]
-    pub(crate) draining: bool,
-    pub(crate) certificate_not_after: Option<String>,
-    #[serde(default)]
-    pub(crate) labels: BTreeMap<String, String>,
-    /// What the agent says of itself.
-    pub(crate) agent: Option<AgentStatistics>,
-}
-
-/// The agent's own counts of a tunnel, and the memory of its process.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub(crate) struct AgentStatistics {
-    pub(crate) connections: u64,
-    pub(crate) dials: u64,
-    pub(crate) dial_failures: u64,
-    pub(crate) memory_used: u64,
-    pub(crate) memory_limit: u64,
-}
-
-/// `GET /cellway/v1/connections`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct Connection {
-    pub(crate) id: u64,
-    pub(crate) tunnel_id: u64,
-    pub(crate) cluster: String,
-    #[serde(default)]
-    pub(crate) agent_id: String,
-    pub(crate) target: String,
-    #[serde(default)]
-    pub(crate) frontend: String,
-    #[serde(default)]
-    pub(crate) client: String,
-    pub(crate) started_at: String,
-    pub(crate) bytes_received: u64,
-    pub(crate) bytes_sent: u64,
-}
-
-/// `GET /cellway/v1/clusters`: what the server holds of each member.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct LiveCluster {
-    pub(crate) name: String,
-    #[serde(default)]
-    pub(crate) known: bool,
-    pub(crate) revoked_at: Option<String>,
-    /// Not told by hubs of before.
-    pub(crate) revoked_agents: Option<BTreeMap<String, String>>,
-    pub(crate) tunnels: u64,
-    #[serde(default)]
-    pub(crate) carriers: Vec<String>,
-    #[serde(default)]
-    pub(crate) connections: u64,
-    pub(crate) rtt_millis: Option<f64>,
-}
-
-/// `GET /cellway/v1/clusters/NAME/ping`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Ping {
-    pub(crate) cluster: String,
-    pub(crate) tunnels: Vec<TunnelPing>,
-    pub(crate) api: ApiPing,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct TunnelPing {
-    pub(crate) id: u64,
-    pub(crate) agent_id: String,
-    pub(crate) carrier: String,
-    pub(crate) rtt_millis: Option<f64>,
-    pub(crate) error: Option<String>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct ApiPing {
-    pub(crate) ok: bool,
-    pub(crate) millis: Option<f64>,
-    pub(crate) version: Option<String>,
-    pub(crate) error: Option<String>,
-}
-
 /// Turns a client's error into ours, with what was tried.
 pub(crate) fn explain(tried: impl Into<String>) -> impl FnOnce(kube::Error) -> Error {
     |error| Error::of_kube(tried, &error)
@@ -189,7 +41,7 @@ pub(crate) fn explain(tried: impl Into<String>) -> impl FnOnce(kube::Error) -> E
 
 impl Hub {
     /// Finds the hub's kubeconfig. Nothing is sent yet.
-    pub(crate) async fn open(args: &HubArgs) -> Result<Self> {
+    pub(crate) async fn open(args: &HubRef) -> Result<Self> {
         Self::from_kubeconfig(args.find()?).await
     }
 
@@ -260,15 +112,15 @@ impl Hub {
         self.admin("server", "ask the hub about itself").await
     }
 
-    pub(crate) async fn tunnels(&self, cluster: Option<&str>) -> Result<Items<Tunnel>> {
+    pub(crate) async fn tunnels(&self, cluster: Option<&str>) -> Result<Items<TunnelRow>> {
         self.admin(&with_cluster("tunnels", cluster), "list the tunnels").await
     }
 
-    pub(crate) async fn connections(&self, cluster: Option<&str>) -> Result<Items<Connection>> {
+    pub(crate) async fn connections(&self, cluster: Option<&str>) -> Result<Items<ConnectionRow>> {
         self.admin(&with_cluster("connections", cluster), "list the connections").await
     }
 
-    pub(crate) async fn live_clusters(&self) -> Result<Items<LiveCluster>> {
+    pub(crate) async fn live_clusters(&self) -> Result<Items<ClusterRow>> {
         self.admin("clusters", "list the clusters").await
     }
 
@@ -329,7 +181,6 @@ pub(crate) enum Kind {
     Deployment,
     ConfigMap,
     Namespace,
-    Secret,
 }
 
 impl Kind {
@@ -347,7 +198,6 @@ impl Kind {
             Self::Deployment => ("apps", "v1", "Deployment", "deployments"),
             Self::ConfigMap => ("", "v1", "ConfigMap", "configmaps"),
             Self::Namespace => ("", "v1", "Namespace", "namespaces"),
-            Self::Secret => ("", "v1", "Secret", "secrets"),
         }
     }
 

@@ -10,14 +10,15 @@ use serde_yaml_ng::Value;
 
 use crate::error::{Error, Result};
 
-/// Which hub a command talks to.
+/// Which hub a command talks to. What the command line says, by either flag, goes before what the environment says; clap's
+/// own `env` cannot tell the two apart.
 #[derive(Debug, Clone, Default, clap::Args)]
-pub(crate) struct HubArgs {
-    /// The hub's admin kubeconfig.
-    #[arg(long, env = "CELLWAY_KUBECONFIG", value_name = "FILE")]
+pub(crate) struct HubRef {
+    /// The hub's admin kubeconfig [env: CELLWAY_KUBECONFIG, unless --data-dir is given].
+    #[arg(long, value_name = "FILE", conflicts_with = "data_dir")]
     pub(crate) kubeconfig: Option<PathBuf>,
-    /// The hub's data folder, which holds admin.kubeconfig [default: ~/.cellway].
-    #[arg(long, env = "CELLWAY_DATA_DIR", value_name = "DIR")]
+    /// The hub's data folder, which holds admin.kubeconfig [env: CELLWAY_DATA_DIR] [default: ~/.cellway].
+    #[arg(long, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
 }
 
@@ -79,23 +80,26 @@ pub(crate) fn default_data_dir() -> Result<PathBuf> {
     })
 }
 
+/// What an environment variable says; an empty one says nothing.
+pub(crate) fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
 /// Where the demo lives, so that it never touches a hub in earnest.
 pub(crate) fn default_demo_dir() -> Result<PathBuf> {
     Ok(default_data_dir()?.join("demo"))
 }
 
-impl HubArgs {
+impl HubRef {
     /// The kubeconfig that these arguments mean.
     pub(crate) fn find(&self) -> Result<PathBuf> {
-        if let Some(file) = &self.kubeconfig {
-            return existing(vec![file.clone()]);
-        }
-        match &self.data_dir {
-            Some(folder) => existing(vec![folder.join("admin.kubeconfig")]),
-            None => existing(vec![
-                default_data_dir()?.join("admin.kubeconfig"),
-                default_demo_dir()?.join("admin.kubeconfig"),
-            ]),
+        let in_folder = |folder: PathBuf| folder.join("admin.kubeconfig");
+        let flag = self.kubeconfig.clone().or_else(|| self.data_dir.clone().map(in_folder));
+        let environment =
+            || variable("CELLWAY_KUBECONFIG").or_else(|| variable("CELLWAY_DATA_DIR").map(in_folder));
+        match flag.or_else(environment) {
+            Some(file) => existing(vec![file]),
+            None => existing(vec![in_folder(default_data_dir()?), in_folder(default_demo_dir()?)]),
         }
     }
 }

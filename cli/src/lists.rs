@@ -1,15 +1,17 @@
 //! `clusters`, `tunnels`, `connections` and `ping`: what is there and how it is doing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use federation_core::names::{FEDERATION_NAMESPACE, REVOKED_ANNOTATION};
 use kube::api::{DynamicObject, ListParams};
+use proxy_server::rows::{ClusterRow, ConnectionRow, Items, Ping, TunnelRow};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    args::{FilteredListArgs, ListArgs, PingArgs},
+    args::{FilteredListArgs, HubQueryArgs, PingArgs},
     error::{Error, Result},
-    hub::{Connection, FEDERATION_NAMESPACE, Hub, Items, Kind, LiveCluster, Ping, Tunnel, explain},
+    hub::{Hub, Kind, explain},
     output::{self, Cell, Format, Paint, Table, age, bytes, millis},
 };
 
@@ -25,9 +27,9 @@ pub(crate) struct Cluster {
     /// Single agents, with the times of their revocations.
     #[serde(default)]
     pub(crate) revoked_agents: BTreeMap<String, String>,
-    pub(crate) tunnels: u64,
-    pub(crate) carriers: Vec<String>,
-    pub(crate) connections: u64,
+    pub(crate) tunnels: usize,
+    pub(crate) carriers: BTreeSet<String>,
+    pub(crate) connections: usize,
     pub(crate) rtt_millis: Option<f64>,
     pub(crate) created_at: Option<String>,
 }
@@ -65,7 +67,7 @@ pub(crate) async fn gather(hub: &Hub) -> Result<Vec<Cluster>> {
     Ok(objects.items.iter().map(|object| join(object, &live)).collect())
 }
 
-fn join(object: &DynamicObject, live: &Items<LiveCluster>) -> Cluster {
+fn join(object: &DynamicObject, live: &Items<ClusterRow>) -> Cluster {
     let name = object.metadata.name.clone().unwrap_or_default();
     let live = live.items.iter().find(|cluster| cluster.name == name);
     let conditions = conditions(&object.data);
@@ -75,14 +77,8 @@ fn join(object: &DynamicObject, live: &Items<LiveCluster>) -> Cluster {
         conditions,
         kubernetes_version: object.data["status"]["kubernetesVersion"].as_str().map(str::to_owned),
         // What the hub says counts: it knows of more than the annotations.
-        revoked_at: live
-            .and_then(|live| live.revoked_at.clone())
-            .or_else(|| annotation("cellway.io/revoked-at")),
-        // One that cannot be read refuses all of them, which the hub says.
-        revoked_agents: live
-            .and_then(|live| live.revoked_agents.clone())
-            .or_else(|| serde_json::from_str(&annotation("cellway.io/revoked-agents")?).ok())
-            .unwrap_or_default(),
+        revoked_at: live.and_then(|live| live.revoked_at.clone()).or_else(|| annotation(REVOKED_ANNOTATION)),
+        revoked_agents: live.map(|live| live.revoked_agents.clone()).unwrap_or_default(),
         tunnels: live.map_or(0, |live| live.tunnels),
         carriers: live.map(|live| live.carriers.clone()).unwrap_or_default(),
         connections: live.map_or(0, |live| live.connections),
@@ -92,7 +88,7 @@ fn join(object: &DynamicObject, live: &Items<LiveCluster>) -> Cluster {
     }
 }
 
-pub(crate) async fn clusters(args: ListArgs) -> Result<()> {
+pub(crate) async fn clusters(args: HubQueryArgs) -> Result<()> {
     let hub = Hub::open(&args.hub).await?;
     let clusters = Items { items: gather(&hub).await? };
     output::print(args.output.output, &clusters, |clusters| clusters_table(&clusters.items))
@@ -126,7 +122,10 @@ pub(crate) fn clusters_table(clusters: &[Cluster]) -> Table {
             Cell::new(&cluster.name),
             Cell::new(ready).paint(paint),
             Cell::new(cluster.tunnels).paint(if cluster.tunnels == 0 { Paint::Bad } else { Paint::Plain }),
-            Cell::option((!cluster.carriers.is_empty()).then(|| cluster.carriers.join(","))),
+            Cell::option(
+                (!cluster.carriers.is_empty())
+                    .then(|| cluster.carriers.iter().cloned().collect::<Vec<_>>().join(",")),
+            ),
             Cell::option(cluster.rtt_millis.map(millis)),
             Cell::new(cluster.connections),
             Cell::option(cluster.kubernetes_version.as_ref()),
@@ -147,7 +146,7 @@ pub(crate) async fn tunnels(args: FilteredListArgs) -> Result<()> {
     output::print(args.output.output, &tunnels, |tunnels| tunnels_table(&tunnels.items))
 }
 
-pub(crate) fn tunnels_table(tunnels: &[Tunnel]) -> Table {
+pub(crate) fn tunnels_table(tunnels: &[TunnelRow]) -> Table {
     let now = jiff::Timestamp::now();
     let mut table = Table::new("no tunnels: no agent is connected")
         .columns(&["CLUSTER", "AGENT", "CARRIER", "FROM", "RTT", "CONNECTIONS", "RECEIVED", "SENT", "AGE"])
@@ -200,7 +199,7 @@ pub(crate) async fn connections(args: FilteredListArgs) -> Result<()> {
     output::print(args.output.output, &connections, |connections| connections_table(&connections.items))
 }
 
-fn connections_table(connections: &[Connection]) -> Table {
+fn connections_table(connections: &[ConnectionRow]) -> Table {
     let now = jiff::Timestamp::now();
     let mut table = Table::new("no connections right now")
         .columns(&["CLUSTER", "TARGET", "FRONTEND", "CLIENT", "RECEIVED", "SENT", "AGE"])
@@ -284,15 +283,15 @@ mod tests {
     fn joins_the_object_with_the_live_state() {
         let object: DynamicObject = serde_json::from_value(json!({
             "apiVersion": "core.kubefed.io/v1beta1", "kind": "KubeFedCluster",
-            "metadata": {"name": "east", "annotations": {"cellway.io/revoked-at": "2026-01-01T00:00:00Z",
-                "cellway.io/revoked-agents": "{\"node-7\": \"2026-01-02T00:00:00Z\"}"}},
+            "metadata": {"name": "east", "annotations": {"cellway.io/revoked-at": "2026-01-01T00:00:00Z"}},
             "status": {"kubernetesVersion": "v1.37.0", "conditions": [
                 {"type": "Ready", "status": "False", "reason": "X", "message": "no tunnel"},
                 {"type": "TunnelConnected", "status": "Unknown"}]}
         }))
         .unwrap();
-        let live: Items<LiveCluster> = serde_json::from_value(json!({"items": [
-            {"name": "east", "tunnels": 2, "carriers": ["h2"], "connections": 3, "rttMillis": 0.5, "revokedAt": null}
+        let live: Items<ClusterRow> = serde_json::from_value(json!({"items": [
+            {"name": "east", "known": true, "tunnels": 2, "carriers": ["h2"], "connections": 3, "rttMillis": 0.5,
+             "revokedAt": null, "revokedAgents": {"node-7": "2026-01-02T00:00:00Z"}}
         ]}))
         .unwrap();
         let cluster = join(&object, &live);

@@ -24,6 +24,7 @@ mod upkeep;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, FromArgMatches as _};
+use service::flags::Effective;
 
 use crate::{
     args::{Args, ClusterCommand, Command, DevCommand, HubAction},
@@ -36,13 +37,15 @@ use crate::{
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    let matches = service::flags::pflag(Args::command()).get_matches();
+    let command = service::flags::pflag(Args::command());
+    let matches = command.clone().get_matches();
     let args = Args::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let effective = Effective::of_subcommand(&command, &matches);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return report(&Error::failed("start the runtime", error)),
     };
-    let result = runtime.block_on(run(args.command));
+    let result = runtime.block_on(run(args.command, effective));
     // A read of standard input cannot be cancelled and must not hold the end up.
     runtime.shutdown_background();
     match result {
@@ -57,10 +60,10 @@ fn report(error: &Error) -> ExitCode {
     error.exit_code()
 }
 
-async fn run(command: Command) -> Result<ExitCode> {
+async fn run(command: Command, effective: Effective) -> Result<ExitCode> {
     match command {
         Command::Hub(mut args) => match args.action.take() {
-            None => return run_hub::run(*args).await,
+            None => return run_hub::run(*args, effective).await,
             Some(HubAction::Store(command)) => store::run(command).await,
             Some(HubAction::Compact(args)) => upkeep::compact(args).await,
             Some(HubAction::Encryption(command)) => encryption::run(command).await,

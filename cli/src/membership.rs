@@ -1,21 +1,19 @@
 //! `cluster add` and `cluster revoke`: who may join, and who may not any more.
 
-use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use kube::Api;
-use serde::{Deserialize, Serialize};
+use federation_core::names::{FEDERATION_NAMESPACE, SYSTEM_NAMESPACE};
+use k8s_openapi::api::core::v1::Secret;
+use kube::{Api, api::PostParams};
+use proxy_server::{enrol::EnrolmentToken, hub::tokens, rows::Revoked};
+use serde::Serialize;
 use serde_json::json;
-use sha2::{Digest as _, Sha256};
 use tls::ClusterName;
 
 use crate::{
     args::{AddArgs, RevokeArgs},
     error::{Error, Result},
-    hub::{FEDERATION_NAMESPACE, Hub, Kind, SYSTEM_NAMESPACE, ensure, explain},
+    hub::{Hub, Kind, ensure, explain},
     output::{self, Cell, Paint, Table, colours, text_out},
 };
-
-/// Bytes of chance in a token's secret half: beyond guessing.
-const SECRET_BYTES: usize = 32;
 
 /// What a new member's agent needs.
 #[derive(Clone, Serialize)]
@@ -47,7 +45,7 @@ pub(crate) async fn enrol(
     uses: u32,
     address: Option<String>,
 ) -> Result<Enrolment> {
-    cluster_name(name)?;
+    let cluster = cluster_name(name)?;
     let server = hub.server().await?;
     let address = address.unwrap_or_else(|| server.advertised_agents.clone());
     let clusters = hub.objects(Kind::KubeFedCluster, Some(FEDERATION_NAMESPACE));
@@ -61,8 +59,6 @@ pub(crate) async fn enrol(
         ensure(&clusters, Kind::KubeFedCluster, name, fields).await?;
     }
 
-    let id = hex::encode(rand::random::<[u8; 6]>());
-    let secret = URL_SAFE_NO_PAD.encode(rand::random::<[u8; SECRET_BYTES]>());
     let expires = jiff::SignedDuration::try_from(ttl)
         .ok()
         .and_then(|ttl| jiff::Timestamp::now().checked_add(ttl).ok())
@@ -71,20 +67,14 @@ pub(crate) async fn enrol(
         })?;
     // Seconds are enough, and every parser takes them.
     let expires = expires.round(jiff::Unit::Second).unwrap_or(expires);
-    let secrets: Api<_> = hub.objects(Kind::Secret, Some(SYSTEM_NAMESPACE));
-    let fields = json!({
-        "metadata": {"namespace": SYSTEM_NAMESPACE, "labels": {"cellway.io/cluster": name}},
-        "type": "cellway.io/enrolment-token",
-        "stringData": {},
-        "data": {
-            "cluster": base64_of(name),
-            "token-hash": base64_of(&hex::encode(Sha256::digest(secret.as_bytes()))),
-            "expires-at": base64_of(&expires.to_string()),
-            "uses": base64_of(&uses.to_string()),
-        },
-    });
-    ensure(&secrets, Kind::Secret, &format!("enrolment-{id}"), fields).await?;
-    let token = format!("{id}.{secret}");
+    let token = EnrolmentToken::generate();
+    let record = tokens::record(&token, &cluster, expires, uses);
+    let secrets: Api<Secret> = Api::namespaced(hub.client().clone(), SYSTEM_NAMESPACE);
+    secrets
+        .create(&PostParams::default(), &record)
+        .await
+        .map_err(explain(format!("keep a token for {name} at the hub")))?;
+    let token = token.reveal();
     Ok(Enrolment {
         command: format!(
             "proxy-agent --cluster-name {name} --server {address} --enrolment-token {token} --ca-hash {} \
@@ -108,14 +98,10 @@ pub(crate) async fn enrol(
 /// The line that installs the chart. Nobody but its owner knows the registry that holds the image.
 fn helm_command(name: &str, address: &str, token: &str, ca_hash: &str) -> String {
     format!(
-        "helm install cellway-agent charts/agent --namespace cellway-system --create-namespace \
+        "helm install cellway-agent charts/agent --namespace {SYSTEM_NAMESPACE} --create-namespace \
          --set-string cluster={name} --set 'servers={{{address}}}' --set-string enrolment.token={token} \
          --set enrolment.caHash={ca_hash} --set image.repository=REGISTRY/cellway-agent"
     )
-}
-
-fn base64_of(text: &str) -> String {
-    base64::engine::general_purpose::STANDARD.encode(text)
 }
 
 pub(crate) async fn add(args: AddArgs) -> Result<()> {
@@ -151,22 +137,6 @@ pub(crate) async fn add(args: AddArgs) -> Result<()> {
         faint("or, for a simulated member on this machine:"),
         enrolment.development_command,
     ))
-}
-
-/// `POST /cellway/v1/clusters/NAME/revoke` and `POST /cellway/v1/clusters/NAME/agents/ID/revoke`.
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Revoked {
-    cluster: String,
-    /// When it is one agent's.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    agent: Option<String>,
-    revoked_at: String,
-    /// The agent's tunnels to the hub that was asked.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    tunnels: Option<u64>,
-    /// Enrolment tokens that nobody had used yet.
-    tokens_removed: u64,
 }
 
 pub(crate) async fn revoke(args: RevokeArgs) -> Result<()> {

@@ -2,7 +2,8 @@
 
 use std::process::ExitCode;
 
-use service::signals::Signals;
+use proxy_server::hub::Hub;
+use service::{flags::Effective, signals::Signals};
 
 use crate::{
     args::HubCommand,
@@ -11,15 +12,16 @@ use crate::{
     parent,
 };
 
-pub(crate) async fn run(mut command: HubCommand) -> Result<ExitCode> {
-    let log = command.log.init().map_err(|error| Error::failed("set up the log", chain(&error)))?;
+pub(crate) async fn run(mut command: HubCommand, effective: Effective) -> Result<ExitCode> {
+    let log = command.log.init().map_err(|error| Error::usage("set up the log", chain(&error)))?;
     let mut signals = Signals::install().map_err(|error| Error::failed("listen for signals", error))?;
     if command.hub.data_dir.is_none() {
         command.hub.data_dir = Some(default_data_dir()?);
     }
-    let hub = proxy_server::hub::Hub::bind(command.hub, Some(log))
-        .await
-        .map_err(|error| Error::failed("start the hub", chain(&error)).remedy("the log above says more"))?;
+    let hub = Hub::bind(command.hub, effective, Some(log)).await.map_err(|error| match error.is_usage() {
+        true => Error::usage("start the hub", chain(&error)),
+        false => Error::failed("start the hub", chain(&error)),
+    })?;
     let deadline = hub.drain_timeout();
     let (drain, watch) = service::drain::channel();
     let run = hub.run(watch);

@@ -24,7 +24,7 @@ const DRAIN: Duration = Duration::from_secs(5);
 const MAX_ZONES: usize = 64;
 
 pub(crate) async fn run(args: MemberArgs) -> Result<ExitCode> {
-    args.log.init().map_err(|error| Error::failed("set up the log", chain(&error)))?;
+    args.log.init().map_err(|error| Error::usage("set up the log", chain(&error)))?;
     cluster_name(&args.name)?;
     let mut signals = Signals::install().map_err(|error| Error::failed("listen for signals", error))?;
     let data = match &args.data_dir {
@@ -70,12 +70,8 @@ pub(crate) async fn run(args: MemberArgs) -> Result<ExitCode> {
             Ok(())
         };
         let api = async {
-            api.run(api_stop.clone()).await;
-            if api_stop.is_cancelled() {
-                Ok(())
-            } else {
-                Err(Error::failed("keep the member's API running", "it ended"))
-            }
+            let ended = api.run(api_stop.clone()).await;
+            ended.map_err(|error| Error::failed("keep the member's API running", chain(&error)))
         };
         tokio::try_join!(agent, api).map(|_| ())
     };
@@ -109,11 +105,13 @@ fn nodes(args: &MemberArgs) -> Result<Vec<NodeConfig>> {
 
 /// The agent's own flags, or nothing when there is no hub to dial.
 fn agent_flags(args: &MemberArgs, data: &Path, kubeconfig: &Path) -> Option<Vec<String>> {
-    let hub = args.hub.as_ref()?;
+    if args.hub.is_empty() {
+        return None;
+    }
     let mut flags = vec![
         "proxy-agent".to_owned(),
         format!("--cluster-name={}", args.name),
-        format!("--server={hub}"),
+        format!("--server={}", args.hub.join(",")),
         format!("--data-dir={}", data.join("agent").display()),
         format!("--kubeconfig={}", kubeconfig.display()),
         // The administrator of the hub is one of a simulated member as well.

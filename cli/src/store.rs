@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::{
     args::{CheckArgs, StoreArgs, StoreCommand},
     error::{Error, Result, chain},
-    kubeconfig::default_data_dir,
+    kubeconfig::{default_data_dir, variable},
     output::{self, Format, text_out},
 };
 
@@ -25,7 +25,7 @@ pub(crate) async fn run(command: StoreCommand) -> Result<()> {
             let store = args.of.file()?;
             let checked = files::backup(&store, &args.file)
                 .await
-                .map_err(|error| failed(format!("back {} up", store.display()), &error))?;
+                .map_err(|error| failed(format!("back up {}", store.display()), &error))?;
             text_out(&format!(
                 "{} keys at revision {} are in {}\n",
                 checked.keys,
@@ -101,7 +101,8 @@ impl StoreArgs {
             }
             Some(file) => Ok(Location::sqlite(file)),
             None => {
-                let folder = self.data_dir.clone().map_or_else(default_data_dir, Ok)?;
+                let folder = self.data_dir.clone().or_else(|| variable("CELLWAY_DATA_DIR"));
+                let folder = folder.map_or_else(default_data_dir, Ok)?;
                 Ok(Location::sqlite(folder.join("store.db")))
             }
         }

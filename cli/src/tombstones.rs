@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::args::FilteredListArgs;
 use crate::error::{Error, Result};
 use crate::hub::{Hub, Items, explain};
-use crate::kubeconfig::HubArgs;
+use crate::kubeconfig::HubRef;
 use crate::output::{self, Cell, Paint, Table, age, text_out, visible_lines};
 
 #[derive(Debug, clap::Subcommand)]
@@ -33,7 +33,7 @@ pub(crate) struct ForgetArgs {
     #[arg(long)]
     pub(crate) yes: bool,
     #[command(flatten)]
-    pub(crate) hub: HubArgs,
+    pub(crate) hub: HubRef,
 }
 
 /// A deletion that waits.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    args::ListArgs,
+    args::HubQueryArgs,
     error::{Error, Result},
     hub::{Hub, explain},
     output::{self, Format, text_out},
@@ -33,7 +33,7 @@ pub(crate) struct Progress {
 }
 
 /// `hub compact`.
-pub(crate) async fn compact(args: ListArgs) -> Result<()> {
+pub(crate) async fn compact(args: HubQueryArgs) -> Result<()> {
     const TRIED: &str = "give up the history of the store";
     let hub = Hub::open(&args.hub).await?;
     let done = follow(&hub, "/upkeep/compact", TRIED).await?;
@@ -74,7 +74,7 @@ pub(crate) async fn follow(hub: &Hub, path: &str, tried: &str) -> Result<Progres
 }
 
 /// The result for programs, or a text for people.
-pub(crate) fn print(args: &ListArgs, done: &Progress, text: &str) -> Result<()> {
+pub(crate) fn print(args: &HubQueryArgs, done: &Progress, text: &str) -> Result<()> {
     match args.output.output {
         Format::Json => text_out(&output::json(done)?),
         Format::Yaml => text_out(&output::yaml(done)?),

@@ -8,11 +8,18 @@ use std::{
 };
 
 fn cellway(args: &[&str]) -> Output {
+    cellway_in(&[], args)
+}
+
+/// The same with these variables in its environment.
+fn cellway_in(environment: &[(&str, &str)], args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_cellway"))
         .args(args)
         .env_remove("CELLWAY_DATA_DIR")
         .env_remove("CELLWAY_KUBECONFIG")
+        .env_remove("CELLWAY_STORE")
         .env("HOME", "/nonexistent")
+        .envs(environment.iter().copied())
         .output()
         .unwrap()
 }
@@ -36,6 +43,9 @@ fn a_wrong_command_line_is_2_and_says_why() {
         &["cluster", "add", "a", "--ttl", "0s"],
         &["cluster", "add", "a", "--uses", "0"],
         &["dial", "east", "no-port"],
+        &["clusters", "--kubeconfig", "/a", "--data-dir", "/b"],
+        &["hub", "--agent-certificate-ttl", "1s", "--data-dir", "/nonexistent/hub"],
+        &["hub", "--log", "[[[", "--data-dir", "/nonexistent/hub"],
     ] {
         let output = cellway(args);
         assert_eq!(code(&output), 2, "{args:?}: {}", stderr(&output));
@@ -65,6 +75,42 @@ fn a_hub_that_is_not_there_is_3_and_says_what_to_do() {
     assert_eq!(code(&output), 3);
     assert!(stderr(&output).contains("cellway up"), "{}", stderr(&output));
     assert!(!stderr(&output).contains('\x1b'), "colours without a terminal");
+}
+
+/// The hub that is meant, for those that ask it and for those that look at its file: a wrong one may be revoked or replaced.
+#[test]
+fn a_flag_goes_before_the_environment_and_that_before_the_home_folder() {
+    let all = [("CELLWAY_KUBECONFIG", "/env/file"), ("CELLWAY_DATA_DIR", "/env/dir")];
+    let looks_in = |environment: &[(&str, &str)], args: &[&str], path: &str| {
+        let output = cellway_in(environment, args);
+        assert_eq!(code(&output), 3, "{args:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(path), "{args:?} with {environment:?}: {}", stderr(&output));
+    };
+    for asks in [&["clusters"][..], &["cluster", "revoke", "east"], &["hub", "compact"], &["tunnels"]] {
+        let with = |flags: &[&'static str]| [asks, flags].concat();
+        looks_in(&all, &with(&["--data-dir", "/flag"]), "/flag/admin.kubeconfig");
+        looks_in(&all, &with(&["--kubeconfig", "/flag"]), "no file /flag");
+        looks_in(&all, asks, "/env/file");
+        looks_in(&all[1..], asks, "/env/dir/admin.kubeconfig");
+        looks_in(&[], asks, "/nonexistent/.cellway/admin.kubeconfig");
+    }
+    looks_in(&[("CELLWAY_DATA_DIR", "")], &["clusters"], "/nonexistent/.cellway/admin.kubeconfig");
+    let all = [("CELLWAY_STORE", "sqlite:///env/store"), ("CELLWAY_DATA_DIR", "/env/dir")];
+    let backup = std::env::temp_dir().join("cellway-never-written");
+    let backup = backup.to_str().unwrap();
+    for of in [&["hub", "check"][..], &["hub", "backup", backup]] {
+        looks_in(&all, &[of, &["--data-dir", "/flag"]].concat(), "/flag/store.db");
+        looks_in(&all, &[of, &["--store", "/flag"]].concat(), "/flag");
+        looks_in(&all, of, "/env/store");
+        looks_in(&all[1..], of, "/env/dir/store.db");
+        looks_in(&[], of, "/nonexistent/.cellway/store.db");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (given, other) = (folder.path().join("backup"), folder.path().join("other"));
+    std::fs::write(&given, "no database").unwrap();
+    let environment = [("CELLWAY_DATA_DIR", other.to_str().unwrap())];
+    let refused = cellway_in(&environment, &["hub", "restore", given.to_str().unwrap()]);
+    assert!(stderr(&refused).contains(other.to_str().unwrap()), "{}", stderr(&refused));
 }
 
 #[test]
@@ -346,6 +392,23 @@ async fn a_hub_moves_to_a_key_and_keeps_nothing_of_before() {
     assert_eq!(code(&compacted), 0, "{}", stderr(&compacted));
     let compacted: serde_json::Value = serde_json::from_slice(&compacted.stdout).unwrap();
     assert_eq!((&compacted["step"], &compacted["problem"]), (&"finished".into(), &serde_json::Value::Null));
+    // What the hub runs with is on its admin page, every flag of it, and what may be secret is not.
+    let description: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(data.join("hub.json")).unwrap()).unwrap();
+    let mut page = std::net::TcpStream::connect(description["addresses"]["admin"].as_str().unwrap()).unwrap();
+    std::io::Write::write_all(&mut page, b"GET /config HTTP/1.0\r\n\r\n").unwrap();
+    let mut shown = String::new();
+    std::io::Read::read_to_string(&mut page, &mut shown).unwrap();
+    let shown: serde_json::Value = serde_json::from_str(shown.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let flag = |name: &str| {
+        let found = shown.as_array().unwrap().iter().find(|flag| flag["name"] == name);
+        let found = found.unwrap_or_else(|| panic!("{name} is not in {shown}"));
+        (found["value"].as_str().unwrap().to_owned(), found["source"].as_str().unwrap().to_owned())
+    };
+    assert_eq!(flag("encryption-provider-config"), (config.display().to_string(), "flag".to_owned()));
+    assert_eq!(flag("data-dir").1, "flag");
+    assert_eq!(flag("event-ttl"), ("1h".to_owned(), "default".to_owned()));
+    assert_eq!(flag("adopt"), ("false".to_owned(), "default".to_owned()));
     // A key that is no key: said as it is, and nothing is written.
     std::fs::write(&config, "kind: X").unwrap();
     let refused = cellway(&["hub", "encryption", "rewrite", "--data-dir", at]);

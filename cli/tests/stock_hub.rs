@@ -14,7 +14,7 @@ use test_support::process::Process;
 use test_support::stock::{Credentials, Etcd, KubeApiserver};
 use test_support::{TestDir, require, tools, wait_until};
 use tls::{CertificateAuthority, ClientTls, ServerName};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::process::Command;
 
 /// Programs are built without optimisation and share the machine with other tests.
@@ -28,6 +28,11 @@ const OLD: &str = "/apis/types.kubefed.io/v1beta1/namespaces/shop/federatedconfi
 const NEW: &str = "/apis/types.kubefed.io/v1beta2/namespaces/shop/federatedconfigmaps";
 const DEFINITION: &str =
     "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/federatedconfigmaps.types.kubefed.io";
+
+/// Connections that say nothing: more than either of the hub's ports has places for.
+const SILENT: usize = 4_500;
+/// A slow head or handshake is not waited for longer than this.
+const PATIENCE: Duration = Duration::from_secs(75);
 
 /// Everything ends on drop, the servers last.
 struct World {
@@ -68,6 +73,7 @@ fn flags_of_our_own_api_server_are_refused() {
 async fn a_hub_on_a_stock_server() -> Result<()> {
     let assets = require!(tools::kubebuilder_assets());
     let kubectl = require!(tools::kubectl());
+    require!(tools::descriptors(2 * SILENT as u64 + 2_000));
     let mut world = World::start(&assets).await?;
     without_rights(&mut world).await?;
     let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/stock-hub.yaml");
@@ -83,6 +89,7 @@ async fn a_hub_on_a_stock_server() -> Result<()> {
     the_commands(&world).await?;
     placed(&world).await?;
     callers(&world).await?;
+    offenders(&world).await?;
     renewed(&world).await?;
     registered_again(&mut world).await?;
     let said = world.cellway(&["cluster", "revoke", "east"]).await?;
@@ -222,6 +229,66 @@ async fn callers(world: &World) -> Result<()> {
         Ok(found) => anyhow::bail!("{found}"),
     };
     ensure!(said.contains("the hub's objects are in the Kubernetes API at https://"), "{said}");
+    Ok(())
+}
+
+/// Bad input at the two ports that such a hub has of its own: an end for whoever sends it, and nothing for others.
+async fn offenders(world: &World) -> Result<()> {
+    let hub = world.admin().await?;
+    let serves = async |beside: &str| {
+        let object = format!("{OLD}/settings");
+        let answered = tokio::time::timeout(LIMIT, get(&hub, &object)).await;
+        answered.context("no answer").flatten().with_context(|| format!("a conversion beside {beside}"))?;
+        world.cellway(&["ping", "east"]).await.with_context(|| format!("a ping beside {beside}"))
+    };
+    let memory = world.hub.as_ref().context("no hub")?.resident_kib()?;
+    let mut held = Vec::new();
+    for port in ["api", "webhook"] {
+        let address = world.address(port)?;
+        // No TLS; TLS and no HTTP; a head that never ends; one that never goes on.
+        let noise: Vec<u8> = (0..60_000_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let mut endless = b"GET / HTTP/1.1\r\n".to_vec();
+        (0..40_000).for_each(|line| endless.extend_from_slice(format!("x-{line}: {line}\r\n").as_bytes()));
+        for (what, secured, bytes) in [
+            ("noise", false, noise.as_slice()),
+            ("noise within TLS", true, noise.as_slice()),
+            ("an endless head", true, endless.as_slice()),
+            ("a slow head", true, b"GET / HTT"),
+        ] {
+            let tcp = tokio::net::TcpStream::connect(&address).await?;
+            let ended = async {
+                if secured {
+                    until_ended(world.secured(tcp).await?, bytes).await
+                } else {
+                    until_ended(tcp, bytes).await
+                }
+            };
+            let ended = tokio::time::timeout(PATIENCE, ended).await;
+            ended.with_context(|| format!("{what} at the port {port}: its connection is kept"))??;
+        }
+        serves(&format!("bad input at the port {port}")).await?;
+        for _ in 0..SILENT {
+            held.push(tokio::net::TcpStream::connect(&address).await?);
+        }
+        serves(&format!("silent connections at the port {port}")).await?;
+    }
+    let grown = world.hub.as_ref().context("no hub")?.resident_kib()?.saturating_sub(memory);
+    ensure!(grown < 256 * 1024, "the hub grew by {grown} KiB");
+    Ok(())
+}
+
+/// Writes, and reads until the other side ends it. Errors are ends too.
+async fn until_ended<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, bytes: &[u8]) -> Result<()> {
+    let _ = stream.write_all(bytes).await;
+    let mut buffer = [0; 4096];
+    let mut read = 0;
+    while let Ok(count) = stream.read(&mut buffer).await {
+        read += count;
+        ensure!(read < 1 << 20, "it is answered without end");
+        if count == 0 {
+            break;
+        }
+    }
     Ok(())
 }
 
@@ -377,28 +444,39 @@ impl World {
 
     /// What the hub's port of probes and metrics says.
     async fn metrics(&self) -> Result<String> {
-        let hub: Value = serde_json::from_slice(&std::fs::read(self.data().join("hub.json"))?)?;
-        let address = hub["addresses"]["health"].as_str().context("hub.json names no health port")?;
-        let mut stream = tokio::net::TcpStream::connect(address).await?;
+        let mut stream = tokio::net::TcpStream::connect(self.address("health")?).await?;
         stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: hub\r\nconnection: close\r\n\r\n").await?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await?;
         Ok(answer)
     }
 
-    fn webhook_address(&self) -> Result<(String, u16)> {
+    /// Where one of the hub's ports is.
+    fn address(&self, port: &str) -> Result<String> {
         let hub: Value = serde_json::from_slice(&std::fs::read(self.data().join("hub.json"))?)?;
-        let address = hub["addresses"]["webhook"].as_str().context("hub.json names no webhook")?;
+        let address = hub["addresses"][port].as_str();
+        Ok(address.with_context(|| format!("hub.json names no {port}"))?.to_owned())
+    }
+
+    /// TLS with one of the hub's ports, as nobody.
+    async fn secured(
+        &self,
+        tcp: tokio::net::TcpStream,
+    ) -> Result<tls::client::TlsStream<tokio::net::TcpStream>> {
+        let ca = std::fs::read_to_string(self.data().join("pki").join("ca.crt"))?;
+        let connector = ClientTls::from_pem(&ca, None)?.connector(&[b"http/1.1"]);
+        Ok(connector.connect(ServerName::try_from("127.0.0.1")?, tcp).await?)
+    }
+
+    fn webhook_address(&self) -> Result<(String, u16)> {
+        let address = self.address("webhook")?;
         let (host, port) = address.rsplit_once(':').context("no port")?;
         Ok((host.to_owned(), port.parse()?))
     }
 
     /// What the webhook serves with, valid now and by the hub's own authority.
     async fn webhook_certificate(&self) -> Result<Vec<u8>> {
-        let ca = std::fs::read_to_string(self.data().join("pki").join("ca.crt"))?;
-        let tcp = tokio::net::TcpStream::connect(self.webhook_address()?).await?;
-        let connector = ClientTls::from_pem(&ca, None)?.connector(&[b"http/1.1"]);
-        let stream = connector.connect(ServerName::try_from("127.0.0.1")?, tcp).await?;
+        let stream = self.secured(tokio::net::TcpStream::connect(self.webhook_address()?).await?).await?;
         let chain = stream.get_ref().1.peer_certificates().context("no certificate")?;
         Ok(chain.first().context("an empty chain")?.to_vec())
     }

@@ -164,7 +164,7 @@ impl std::fmt::Debug for Converter {
 
 impl Config {
     /// Where the certificate authority lives.
-    pub(crate) fn pki(&self) -> PathBuf {
+    pub fn pki(&self) -> PathBuf {
         self.cert_dir.clone().unwrap_or_else(|| self.data_dir.join("pki"))
     }
 

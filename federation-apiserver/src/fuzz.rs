@@ -93,7 +93,9 @@ pub fn headers(input: &[u8]) {
     let _ = body::media_type(&headers);
     let tokens = TOKENS.as_ref().expect("the token file above is one");
     let authenticator = Authenticator::new(tokens.clone(), true);
-    let Ok(user) = futures::executor::block_on(authenticator.authenticate(None, &headers)) else { return };
+    let Ok((user, _)) = futures::executor::block_on(authenticator.authenticate(None, &headers)) else {
+        return;
+    };
     let secret = input.windows(19).any(|window| window == b"a-long-secret-token");
     assert!(user.is_anonymous() || secret, "{}", user.name);
     let rules = Index::default();

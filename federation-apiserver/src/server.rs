@@ -9,6 +9,7 @@ use axum::body::Body;
 use federation_store::{Store, StoreConfig};
 use futures::FutureExt as _;
 use serde_json::{Value, json};
+use service::background::{Background, Ended};
 use service::http::{Entrance, Gate};
 use tls::ServerTls;
 use tokio::net::{TcpListener, TcpStream};
@@ -23,13 +24,13 @@ use crate::auth::service_accounts::keys::{KeyError, Keys};
 use crate::auth::service_accounts::{self, ServiceAccounts};
 use crate::auth::tokens::{TokenFile, TokenFileError};
 use crate::auth::{Authenticator, PeerIdentity};
-use crate::background::Background;
 use crate::certificates::{AGENT_KUBECONFIG, Certificates};
 use crate::client::LocalClient;
 use crate::config::{Config, DEFAULT_ISSUER, Role};
 use crate::encryption::store::StoreHandle;
 use crate::encryption::{ConfigError, Encryption};
 use crate::fairness::{Places, Room};
+use crate::followed::Followed;
 use crate::health::{self, Database};
 use crate::http::metrics::Metrics;
 use crate::http::{App, ClientAddr};
@@ -126,8 +127,8 @@ impl ApiServer {
 
         let pki = config.pki();
         let tokens = match &config.token_auth_file {
-            Some(path) => TokenFile::read(path)?,
-            None => TokenFile::default(),
+            Some(path) => Followed::open(path.clone())?,
+            None => Followed::fixed(TokenFile::default()),
         };
 
         let store = match &config.store {
@@ -150,12 +151,14 @@ impl ApiServer {
         let certificates = Certificates::new(&config, address, None)?;
         let accounts = Arc::new(service_accounts(&config, &pki, &registry)?);
         let oidc = config.oidc.clone().map(Oidc::new).transpose()?;
-        let authenticator =
-            Authenticator::new(tokens, config.anonymous_auth).with_service_accounts(accounts).with_oidc(oidc);
+        let authenticator = Authenticator::new(TokenFile::default(), config.anonymous_auth)
+            .with_tokens(tokens)
+            .with_service_accounts(accounts)
+            .with_oidc(oidc);
         let (audit, audit_writer) = match &config.audit {
             None => (None, None),
             Some(flags) => {
-                let policy = Arc::new(Policy::read(&flags.policy_file)?);
+                let policy = Followed::<Policy>::open(flags.policy_file.clone())?;
                 let (sink, writer) = audit::log::open(flags.log.clone())?;
                 (Some(Audit { policy, sink }), Some(writer))
             }
@@ -231,14 +234,15 @@ impl Bound {
     /// Serves until `shutdown`, goes on for the configured delay while it says that it is not ready, then ends watches
     /// and lets running requests end within the configured grace.
     ///
-    /// Returns before `shutdown`, with an error in the log, when a part of the server that it cannot do without has failed:
-    /// start it again then.
-    pub async fn run(self, shutdown: CancellationToken) {
-        self.run_beside(Background::default(), shutdown).await;
+    /// # Errors
+    /// Ends before `shutdown` when a part of the server that it cannot do without has failed, and names it: start it again
+    /// then.
+    pub async fn run(self, shutdown: CancellationToken) -> Result<(), Ended> {
+        self.run_beside(Background::default(), shutdown).await
     }
 
     /// The same beside some other work that the server cannot do without.
-    async fn run_beside(self, mut background: Background, shutdown: CancellationToken) {
+    async fn run_beside(self, mut background: Background, shutdown: CancellationToken) -> Result<(), Ended> {
         let registry = &self.registry;
         let work = crd::run(registry.clone()).instrument(tracing::info_span!("crd"));
         background.spawn("custom resource definitions", work);
@@ -254,6 +258,12 @@ impl Bound {
         background.spawn("roles and bindings", work);
         let work = rbac::aggregation::run(registry.clone());
         background.spawn("aggregation of roles", work.instrument(tracing::info_span!("aggregation")));
+        let work = self.authenticator.tokens().clone().follow(registry.shutdown.clone());
+        background.spawn("token file", work.in_current_span());
+        if let Some(audit) = &self.audit {
+            let work = audit.policy.clone().follow(registry.shutdown.clone());
+            background.spawn("audit policy", work.in_current_span());
+        }
         let work = gc::run_events(registry.clone()).instrument(tracing::info_span!("events"));
         background.spawn("removal of events", work);
         if let Some(accounts) = self.authenticator.service_accounts().cloned() {
@@ -323,18 +333,17 @@ impl Bound {
             tracing::info!(delay = ?app.limits.shutdown_delay, "stopping: not ready any more");
             tokio::time::sleep(app.limits.shutdown_delay).await;
         };
+        let mut outcome = Ok(());
         let told = async {
-            tokio::select! {
-                () = asked => {}
-                ended = background.failed() => {
-                    not_ready();
-                    tracing::error!("{ended}");
-                }
-                Some(_) = audit_task.join_next() => {
-                    not_ready();
-                    tracing::error!("the audit log's task ended by itself, and the server does not go on without it");
-                }
-            }
+            let ended = tokio::select! {
+                () = asked => return,
+                ended = background.failed() => ended,
+                Some(joined) = audit_task.join_next() => Ended::of("audit log", joined),
+            };
+            not_ready();
+            // At once: letting the connections end takes its time.
+            tracing::error!("{ended}");
+            outcome = Err(ended);
         };
         let serve = |(stream, remote): (TcpStream, SocketAddr)| {
             serve(stream, remote, tls.clone(), app.clone(), gate.enter(), draining.clone())
@@ -359,6 +368,7 @@ impl Bound {
         while audit_task.join_next().await.is_some() {}
         self.registry.store.close().await;
         tracing::info!("API server has stopped");
+        outcome
     }
 }
 
@@ -460,7 +470,7 @@ fn make_private_dir(path: &Path) -> std::io::Result<()> {
 async fn bootstrap(registry: &Registry, config: &Config, address: SocketAddr) -> Result<(), BindError> {
     for namespace in NAMESPACES {
         let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}});
-        create(registry, &object).await?;
+        create(registry, &object, &[]).await?;
     }
     let port = address.port();
     let service = json!({"apiVersion": "v1", "kind": "Service",
@@ -468,16 +478,16 @@ async fn bootstrap(registry: &Registry, config: &Config, address: SocketAddr) ->
             "labels": {"component": "apiserver", "provider": "kubernetes"}},
         "spec": {"clusterIP": services::API_SERVICE_IP, "type": "ClusterIP",
             "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": port}]}});
-    create(registry, &service).await?;
+    create(registry, &service, &[]).await?;
     for crd in &config.crds {
         let what = str_at(crd, &["metadata", "name"]).to_owned();
         crd::ensure(registry, crd).await.map_err(|source| BindError::Bootstrap { what, source })?;
     }
     let failed = |source| BindError::Bootstrap { what: "custom resources".into(), source };
     // The first round accepts names and sets conditions, which is all that serving waits for.
-    crd::refresh(registry).await.map_err(failed)?;
+    let hidden = crd::refresh(registry).await.map_err(failed)?;
     for object in &config.bootstrap {
-        create(registry, object).await?;
+        create(registry, object, &hidden).await?;
     }
     let failed = |source| BindError::Bootstrap { what: "default roles and bindings".into(), source };
     rbac::bootstrap::reconcile(registry).await.map_err(failed)?;
@@ -485,18 +495,28 @@ async fn bootstrap(registry: &Registry, config: &Config, address: SocketAddr) ->
     Ok(())
 }
 
-/// Creates an object unless it exists.
-async fn create(registry: &Registry, object: &Value) -> Result<(), BindError> {
+/// Creates an object unless it exists. What cannot be decrypted is left as it is, and so is what nothing can be put into or
+/// made of for that reason, such as kinds of the definitions that are `hidden`: whoever is to delete it needs a server.
+async fn create(registry: &Registry, object: &Value, hidden: &[String]) -> Result<(), BindError> {
     let (group, version) = split_api_version(str_at(object, &["apiVersion"]));
     let kind = str_at(object, &["kind"]);
     let (namespace, name) =
         (str_at(object, &["metadata", "namespace"]), str_at(object, &["metadata", "name"]));
     let failed = |source| BindError::Bootstrap { what: format!("{kind} {namespace}/{name}"), source };
-    let resource =
-        registry.catalog().by_kind(group, version, kind).ok_or_else(|| failed(ApiError::no_such_path()))?;
+    let Some(resource) = registry.catalog().by_kind(group, version, kind) else {
+        if hidden.iter().any(|crd| crd.split_once('.').is_some_and(|(_, of)| of == group)) {
+            tracing::warn!(kind, name, "not made: the definition of its kind cannot be decrypted");
+            return Ok(());
+        }
+        return Err(failed(ApiError::no_such_path()));
+    };
     let target = crate::registry::Target { resource, namespace: namespace.to_owned(), name: String::new() };
     // Asked first: a create that fails would already have taken a service's address.
     let existing = crate::registry::Target { name: name.to_owned(), ..target.clone() };
+    if registry.is_out_of_reach(&existing).await.map_err(failed)? {
+        tracing::warn!(key = existing.key(), "left as it is: it, or its namespace, cannot be decrypted");
+        return Ok(());
+    }
     match registry.get(&existing).await {
         Ok(_) => return Ok(()),
         Err(error) if error.is_not_found() => {}
@@ -527,7 +547,8 @@ mod tests {
         background.spawn("injected", async { panic!("by the test") });
         let shutdown = CancellationToken::new();
         let running = bound.run_beside(background, shutdown.clone());
-        tokio::time::timeout(LIMIT, running).await.expect("it ends");
+        let ended = tokio::time::timeout(LIMIT, running).await.expect("it ends").expect_err("by itself");
+        assert!(ended.to_string().contains("injected"), "{ended}");
         assert!(!shutdown.is_cancelled());
         TcpStream::connect(address).await.expect_err("nobody listens any more");
     }

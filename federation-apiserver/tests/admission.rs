@@ -297,6 +297,36 @@ async fn a_webhook_that_does_not_answer_or_is_not_who_it_should_be() {
 }
 
 #[tokio::test]
+async fn what_waits_for_a_webhook_does_not_outlive_its_namespace() {
+    let (server, _tokens) = server(|_| {}).await;
+    let hook = webhook(golden()["hooks"].clone()).await;
+    let mut slow = one_hook("slow.hooks.golden.test", format!("{}/allow", hook.url()), &hook.ca);
+    slow["timeoutSeconds"] = json!(30);
+    configure(&server, &hook, 0, [&json!([slow]), &json!([])]).await;
+    let (namespaces, namespace) = ("/api/v1/namespaces", "/api/v1/namespaces/brief");
+    let maps = format!("{namespace}/configmaps");
+    let brief = json!({"metadata": {"name": "brief"}});
+    assert_eq!(server.call("POST", namespaces, Some(&brief)).await.code, 201);
+    hook.hold(true);
+    let map = json!({"metadata": {"name": "late"}});
+    let meanwhile = async {
+        let deadline = tokio::time::Instant::now() + common::LIMIT;
+        while hook.take().is_empty() {
+            assert!(tokio::time::Instant::now() < deadline, "the webhook is not asked");
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(server.call("DELETE", namespace, None).await.code, 200);
+        server.until(namespace, "the namespace goes", |answer| answer.code == 404).await;
+        assert_eq!(server.call("POST", namespaces, Some(&brief)).await.code, 201);
+        hook.hold(false);
+    };
+    let (late, ()) = tokio::join!(send(&server, "POST", &maps, None, &map), meanwhile);
+    assert_eq!((late.code, &late.body["message"]), (404, &json!("namespaces \"brief\" not found")));
+    assert_eq!(server.get(&format!("{maps}/late")).await.code, 404);
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn services_of_type_external_name_are_followed() {
     let golden = golden();
     let (server, _tokens) = server(|_| {}).await;

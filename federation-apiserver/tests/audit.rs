@@ -62,6 +62,17 @@ async fn requests_are_told_of_as_the_policy_says() {
     assert_eq!((&told["responseStatus"]["code"], &told["sourceIPs"]), (&json!(201), &json!(["127.0.0.1"])));
     assert_eq!(told["annotations"]["authorization.k8s.io/decision"], "allow");
     assert!(told["requestReceivedTimestamp"].as_str() <= told["stageTimestamp"].as_str());
+    // A list that is longer than what is told of an answer is answered whole all the same.
+    for n in 0..5 {
+        let large = json!({"metadata": {"name": format!("large-{n}")}, "data": {"k": "x".repeat(1_000_000)}});
+        assert_eq!(server.call("POST", CM, Some(&large)).await.code, 201);
+    }
+    let listed = server.get(CM).await;
+    assert_eq!(listed.body["items"].as_array().map(Vec::len), Some(6));
+    let id = listed.headers["audit-id"].to_str().expect("text").to_owned();
+    let told = event(&log, "the list", |e| e["auditID"] == id.as_str()).await;
+    assert_eq!((&told["responseStatus"]["code"], told.get("responseObject")), (&json!(200), None));
+    assert_eq!(told["annotations"]["audit.k8s.io/truncated"], "true");
     // Of Secrets, who did what and no more.
     let secret = json!({"metadata": {"name": "s"}, "stringData": {"k": "hush-hush"}});
     assert_eq!(server.call("POST", "/api/v1/namespaces/default/secrets", Some(&secret)).await.code, 201);
@@ -92,6 +103,37 @@ async fn requests_are_told_of_as_the_policy_says() {
     event(&log, "the watch's end", watched("ResponseComplete")).await;
     server.stop().await;
     assert!(!std::fs::read_to_string(&log).expect("a log").contains("RequestReceived"), "omitted");
+}
+
+/// Another policy is in force without a restart; one that cannot be used changes nothing.
+#[tokio::test]
+async fn another_policy_comes_into_force() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (policy_file, log) = (dir.path().join("policy.yaml"), dir.path().join("audit.log"));
+    let policy = |rule: &str| {
+        let text = format!("apiVersion: audit.k8s.io/v1\nkind: Policy\nrules:\n- {rule}\n");
+        std::fs::write(&policy_file, text).expect("written");
+    };
+    policy("{level: Metadata, verbs: [get], nonResourceURLs: [/version]}");
+    let flags = AuditLogConfig { path: log.clone(), max_size: 0, max_backups: 0, max_age: Duration::ZERO };
+    let config = AuditConfig { policy_file: policy_file.clone(), log: flags };
+    let server = Server::start(Role::Hub, |c| c.audit = Some(config), |_| {}).await;
+    let told =
+        |verb: &'static str| move |e: &Value| e["verb"] == verb && e["user"]["username"] == "cellway:admin";
+    server.get("/version").await;
+    event(&log, "the first policy", told("get")).await;
+    policy("{level: Whatever}");
+    policy("{level: Metadata, verbs: [list]}");
+    let listing = async {
+        loop {
+            server.get(CM).await;
+        }
+    };
+    tokio::select! {
+        _ = event(&log, "the second policy", told("list")) => {}
+        () = listing => {}
+    }
+    server.stop().await;
 }
 
 /// Two users who may write ConfigMaps, by the tokens `greedy` and `modest`.
@@ -132,14 +174,7 @@ async fn until_mutating(server: &Server, what: &str, gauge: &str, count: usize) 
 async fn a_greedy_client_holds_nobody_up() {
     let (server, _tokens) = server_with_users(1).await;
     // A webhook that does not answer keeps one request at its work.
-    let hook = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
-    let url = format!("https://{}", hook.local_addr().expect("an address"));
-    let config = json!({"metadata": {"name": "hold"}, "webhooks": [{"name": "hold.test.io",
-        "clientConfig": {"url": url}, "admissionReviewVersions": ["v1"], "sideEffects": "None",
-        "failurePolicy": "Ignore", "timeoutSeconds": 30, "objectSelector": {"matchLabels": {"hold": "yes"}},
-        "rules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["configmaps"]}]}]});
-    let hooks = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations";
-    assert_eq!(server.call("POST", hooks, Some(&config)).await.code, 201);
+    let hook = silent_webhook(&server).await;
     let held = post(&server, "greedy", "held", json!({"hold": "yes"}));
     let others = async {
         let (asked, _) = hook.accept().await.expect("the webhook is asked");
@@ -171,6 +206,45 @@ async fn a_greedy_client_holds_nobody_up() {
     assert!(metrics.contains(counted), "{metrics}");
     assert!(metrics.contains("apiserver_request_duration_seconds_bucket"));
     assert_eq!(server.anonymous("GET", "/metrics", &[]).await.code, 403);
+    server.stop().await;
+}
+
+/// A validating webhook, at a port that takes connections and says nothing, for ConfigMaps with the label `hold`.
+async fn silent_webhook(server: &Server) -> TcpListener {
+    let hook = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+    let url = format!("https://{}", hook.local_addr().expect("an address"));
+    let config = json!({"metadata": {"name": "hold"}, "webhooks": [{"name": "hold.test.io",
+        "clientConfig": {"url": url}, "admissionReviewVersions": ["v1"], "sideEffects": "None",
+        "failurePolicy": "Ignore", "timeoutSeconds": 30, "objectSelector": {"matchLabels": {"hold": "yes"}},
+        "rules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["configmaps"]}]}]});
+    let hooks = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations";
+    assert_eq!(server.call("POST", hooks, Some(&config)).await.code, 201);
+    hook
+}
+
+#[tokio::test]
+async fn a_request_has_as_long_as_it_says() {
+    let server = Server::hub().await;
+    for timeout in ["1h", "30s", "0s", "-5s", "0", ""] {
+        let answer = server.get(&format!("{CM}?timeout={timeout}")).await;
+        assert_eq!(answer.code, 200, "{timeout}: {}", answer.text);
+    }
+    // Watches have a parameter of their own.
+    let mut watch = server.watch(&format!("{CM}?watch=true&timeout=1ns&timeoutSeconds=1")).await;
+    while watch.next().await.is_some() {}
+    let late = server.get(&format!("{CM}?timeout=1ns")).await;
+    assert_eq!((late.code, &late.body["reason"]), (504, &json!("Timeout")), "{}", late.text);
+    assert_eq!(late.body["message"], "Timeout: request did not complete within the allotted timeout");
+    // What waits for something else, too: here for a webhook that would be given 30 seconds.
+    let hook = silent_webhook(&server).await;
+    let held = json!({"metadata": {"name": "held", "labels": {"hold": "yes"}}});
+    let path = format!("{CM}?timeout=500ms");
+    let begun = std::time::Instant::now();
+    let (late, asked) = tokio::join!(server.call("POST", &path, Some(&held)), hook.accept());
+    assert_eq!((late.code, &late.body["reason"]), (504, &json!("Timeout")), "{}", late.text);
+    assert!(begun.elapsed() < Duration::from_secs(25), "{:?}", begun.elapsed());
+    drop(asked);
+    assert_eq!(server.get(&format!("{CM}/held")).await.code, 404);
     server.stop().await;
 }
 

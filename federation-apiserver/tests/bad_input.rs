@@ -181,7 +181,7 @@ async fn a_stock_server_answers_as_the_file_says() {
     let stock = Stock::start(&assets).await;
     let mut cases = cases();
     let found = run(&stock.server, &cases, true).await;
-    if std::env::var_os("CELLWAY_WRITE_GOLDEN").is_none() {
+    if !tools::write_golden() {
         compare(&cases, &found, |case| case["answer"].clone());
         return;
     }

@@ -1,80 +1,10 @@
 //! Real kubectl against a hub and a simulated member.
-//!
-//! Runs the kubectl that `CELLWAY_KUBECTL` names, else the one on PATH; without one it says so and passes.
 
 mod common;
 
-use std::path::PathBuf;
-use std::process::Stdio;
-
 use common::Server;
-use tokio::io::AsyncWriteExt as _;
-use tokio::process::Command;
-
-struct Kubectl<'a> {
-    program: PathBuf,
-    server: &'a Server,
-}
-
-/// The kubectl to use, with a note when there is none.
-async fn program() -> Option<PathBuf> {
-    let program = std::env::var_os("CELLWAY_KUBECTL").map_or_else(|| PathBuf::from("kubectl"), PathBuf::from);
-    let mut found = Command::new(&program);
-    found.args(["version", "--client"]).stdout(Stdio::null()).stderr(Stdio::null());
-    if found.status().await.is_ok_and(|s| s.success()) {
-        return Some(program);
-    }
-    eprintln!("not run: {} cannot be started; install kubectl or set CELLWAY_KUBECTL", program.display());
-    None
-}
-
-impl Kubectl<'_> {
-    /// Runs kubectl with some input; returns success and output (stdout, then stderr).
-    async fn run(&self, arguments: &[&str], input: &str) -> (bool, String) {
-        let mut child = Command::new(&self.program)
-            .args(arguments)
-            .env("KUBECONFIG", &self.server.kubeconfig)
-            .env("HOME", &self.server.dir)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .expect("kubectl starts");
-        if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(input.as_bytes()).await.expect("input is taken");
-        }
-        let output = tokio::time::timeout(common::LIMIT, child.wait_with_output()).await;
-        let output = output.expect("kubectl ends in time").expect("kubectl's output");
-        let text = [output.stdout, output.stderr].concat();
-        (output.status.success(), String::from_utf8_lossy(&text).into_owned())
-    }
-
-    /// Succeeds, and its output contains each of these.
-    async fn ok(&self, line: &str, contains: &[&str]) -> String {
-        self.with(line, "", contains).await
-    }
-
-    async fn with(&self, line: &str, input: &str, contains: &[&str]) -> String {
-        let arguments: Vec<&str> = line.split_whitespace().collect();
-        let (success, text) = self.run(&arguments, input).await;
-        assert!(success, "kubectl {line}: {text}");
-        for wanted in contains {
-            assert!(text.contains(wanted), "kubectl {line}: {wanted:?} is not in\n{text}");
-        }
-        text
-    }
-
-    /// Fails, and says each of these.
-    async fn fails(&self, line: &str, input: &str, contains: &[&str]) {
-        let arguments: Vec<&str> = line.split_whitespace().collect();
-        let (success, text) = self.run(&arguments, input).await;
-        assert!(!success, "kubectl {line} should have failed: {text}");
-        for wanted in contains {
-            assert!(text.contains(wanted), "kubectl {line}: {wanted:?} is not in\n{text}");
-        }
-    }
-}
+use common::kubectl::Kubectl;
+use test_support::{require, tools};
 
 const WEB: &str = r#"
 apiVersion: apps/v1
@@ -100,7 +30,7 @@ spec:
 
 #[tokio::test]
 async fn a_workload_in_a_member() {
-    let Some(program) = program().await else { return };
+    let program = require!(tools::kubectl());
     let server = Server::member().await;
     let k = Kubectl { program, server: &server };
     k.ok("api-resources", &["deployments", "pods", "endpointslices"]).await;
@@ -147,7 +77,7 @@ async fn a_workload_in_a_member() {
 
 #[tokio::test]
 async fn objects_of_the_hub() {
-    let Some(program) = program().await else { return };
+    let program = require!(tools::kubectl());
     let server = Server::hub().await;
     let k = Kubectl { program, server: &server };
     k.ok("version", &["Server Version: v1.37"]).await;

@@ -1,47 +1,10 @@
 //! `kubectl auth` and `kubectl create token` with a real kubectl.
-//!
-//! Runs the kubectl that `CELLWAY_KUBECTL` names, else the one on PATH; without one it says so and passes.
 
 mod common;
 
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
-
 use common::Server;
-use tokio::io::AsyncWriteExt as _;
-use tokio::process::Command;
-
-async fn program() -> Option<PathBuf> {
-    let program = std::env::var_os("CELLWAY_KUBECTL").map_or_else(|| PathBuf::from("kubectl"), PathBuf::from);
-    let mut found = Command::new(&program);
-    found.args(["version", "--client"]).stdout(Stdio::null()).stderr(Stdio::null());
-    if found.status().await.is_ok_and(|s| s.success()) {
-        return Some(program);
-    }
-    eprintln!("not run: {} cannot be started; install kubectl or set CELLWAY_KUBECTL", program.display());
-    None
-}
-
-/// Runs kubectl; returns success and output (stdout, then stderr).
-async fn kubectl(program: &Path, server: &Server, line: &str, input: &str) -> (bool, String) {
-    let mut child = Command::new(program)
-        .args(line.split_whitespace())
-        .env("KUBECONFIG", &server.kubeconfig)
-        .env("HOME", &server.dir)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .expect("kubectl starts");
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(input.as_bytes()).await.expect("input is taken");
-    }
-    let output = tokio::time::timeout(common::LIMIT, child.wait_with_output()).await;
-    let output = output.expect("kubectl ends in time").expect("kubectl's output");
-    let text = [output.stdout, output.stderr].concat();
-    (output.status.success(), String::from_utf8_lossy(&text).into_owned())
-}
+use common::kubectl::Kubectl;
+use test_support::{require, tools};
 
 const ROLES: &str = "
 apiVersion: rbac.authorization.k8s.io/v1
@@ -58,14 +21,11 @@ subjects: [{kind: User, name: eva}]
 
 #[tokio::test]
 async fn questions_about_rights() {
-    let Some(program) = program().await else { return };
+    let program = require!(tools::kubectl());
     let server = Server::hub().await;
-    let run = async |line: &str, input: &str| kubectl(&program, &server, line, input).await;
-    let ok = async |line: &str, input: &str, wanted: &str| {
-        let (success, text) = kubectl(&program, &server, line, input).await;
-        assert!(success && text.contains(wanted), "kubectl {line}: {text}");
-        text
-    };
+    let kubectl = Kubectl { program, server: &server };
+    let run = async |line: &str, input: &str| kubectl.run(line, input).await;
+    let ok = async |line: &str, input: &str, wanted: &str| kubectl.with(line, input, &[wanted]).await;
     ok("auth whoami", "", "cellway:admin").await;
     ok("auth can-i delete secrets", "", "yes").await;
     assert_eq!(run("auth can-i list configmaps --as eva", "").await, (false, "no\n".to_owned()));

@@ -383,3 +383,44 @@ async fn a_put_makes_what_may_be_made_by_it() {
     assert_eq!(server.call("PUT", &format!("{leases}/l"), Some(&next)).await.code, 200);
     server.stop().await;
 }
+
+/// What is taken out of the token file is worth nothing any more, and what was begun with it ends; nobody else notices.
+#[tokio::test]
+async fn a_token_that_is_taken_out_ends_what_it_had() {
+    use http_body_util::BodyExt as _;
+
+    let tokens = tempfile::NamedTempFile::new().expect("a file");
+    let stays = "stays,jo,2,\"system:masters\"\n";
+    std::fs::write(tokens.path(), format!("goes,ann,1,\"system:masters\"\n{stays}")).expect("written");
+    let path = tokens.path().to_owned();
+    let server =
+        Server::start(federation_apiserver::Role::Hub, |c| c.token_auth_file = Some(path), |_| {}).await;
+    let ask = async |token: &str, path: &str| {
+        let bearer = format!("Bearer {token}");
+        server.open(None, "GET", path, &[("authorization", bearer.as_str())], String::new()).await
+    };
+    let watch = async |token: &str| {
+        let answer = ask(token, "/api/v1/configmaps?watch=true").await;
+        assert_eq!(answer.status(), 200);
+        answer.into_body()
+    };
+    let (mut of_gone, mut of_stays) = (watch("goes").await, watch("stays").await);
+    std::fs::write(tokens.path(), stays).expect("written");
+    loop {
+        match tokio::time::timeout(common::LIMIT, of_gone.frame()).await.expect("the watch is cut") {
+            Some(Ok(_)) => {}
+            Some(Err(_)) => break,
+            None => panic!("the watch ended as if it were whole"),
+        }
+    }
+    assert_eq!(ask("goes", "/api").await.status(), 401);
+    assert_eq!(ask("stays", "/api").await.status(), 200);
+    made(&server, "/api/v1/namespaces/default/configmaps", json!({"metadata": {"name": "news"}})).await;
+    let mut text = String::new();
+    while !text.contains("\"news\"") {
+        let frame = tokio::time::timeout(common::LIMIT, of_stays.frame()).await.expect("news");
+        let frame = frame.expect("goes on").expect("a frame");
+        text += &String::from_utf8_lossy(frame.data_ref().expect("data"));
+    }
+    server.stop().await;
+}

@@ -1,9 +1,12 @@
-//! Several servers, as processes, on one database: any of them may be killed, and nobody notices but by a lost
-//! connection.
+//! Several servers, as processes, on one database: any of them may be killed at any time, and nobody notices but by a lost
+//! connection. On each kind of database: what was acknowledged is there, and watchers that come back where they were miss
+//! nothing and see nothing twice.
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,7 +14,10 @@ use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
+use rand::Rng as _;
 use serde_json::{Value, json};
+use test_support::databases::{Kind, Server};
+use test_support::wait_until;
 use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
@@ -21,9 +27,13 @@ use common::{LIMIT, identity};
 
 const CM: &str = "/api/v1/namespaces/default/configmaps";
 const REPLICAS: usize = 3;
-const WRITES: usize = 150;
-/// One replica dies after each so many writes.
-const BETWEEN_KILLS: usize = 40;
+const WRITERS: usize = 4;
+const WATCHERS: usize = 2;
+/// Of each writer, and as many more as it takes until so many replicas were killed.
+const WRITES: usize = 40;
+const KILLS: usize = 5;
+/// A replica dies when so many writes were acknowledged since another one came back: at any moment of the next ones.
+const BETWEEN_KILLS: std::ops::Range<usize> = 5..20;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -43,7 +53,7 @@ struct Address {
 // === impl Replica ===
 
 impl Replica {
-    fn start(folder: &Path, index: usize) -> Self {
+    fn start(folder: &Path, store: &str, index: usize) -> Self {
         let data = folder.join(format!("replica-{index}"));
         let kubeconfig = data.join("admin.kubeconfig");
         // Written anew when the server listens, with its port.
@@ -56,7 +66,7 @@ impl Replica {
         let child = Command::new(env!("CARGO_BIN_EXE_cellway-apiserver"))
             .arg(format!("--data-dir={}", data.display()))
             .arg(format!("--cert-dir={}", folder.join("pki").display()))
-            .arg(format!("--store=sqlite://{}", folder.join("shared.db").display()))
+            .arg(format!("--store={store}"))
             .arg("--secure-port=0")
             .stdin(std::process::Stdio::null())
             .stdout(log.try_clone().expect("a log"))
@@ -68,17 +78,18 @@ impl Replica {
     }
 
     async fn address(&mut self) -> Address {
-        let end = tokio::time::Instant::now() + LIMIT;
-        loop {
+        let ready = || {
             assert!(self.child.try_wait().expect("a state").is_none(), "the replica ended by itself");
-            assert!(tokio::time::Instant::now() < end, "the replica does not become ready");
-            if let Some(address) = Address::read(&self.kubeconfig)
-                && let Ok((StatusCode::OK, _)) = address.call(Method::GET, "/readyz", None).await
-            {
-                return address;
+            let address = Address::read(&self.kubeconfig);
+            async move {
+                let address = address.ok_or_else(|| "it does not listen".to_owned())?;
+                match address.call(Method::GET, "/readyz", None).await {
+                    Ok((StatusCode::OK, _)) => Ok(address),
+                    answer => Err(format!("{answer:?}")),
+                }
             }
-            tokio::task::yield_now().await;
-        }
+        };
+        wait_until(ready, LIMIT, "the replica to be ready").await.expect("ready")
     }
 }
 
@@ -135,9 +146,19 @@ fn version(object: &Value) -> u64 {
     object["metadata"]["resourceVersion"].as_str().and_then(|v| v.parse().ok()).expect("a resourceVersion")
 }
 
-/// Follows the collection from a revision on through whichever replica answers, until an object named `last` comes;
-/// (name, resourceVersion) of each addition.
-async fn follow(addresses: watch::Receiver<Vec<Address>>, mut from: u64, last: &str) -> Vec<(String, u64)> {
+/// Not now: the replica is going, or the database is slow.
+fn passes(status: StatusCode) -> bool {
+    matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT)
+}
+
+/// Follows the collection from a revision on through whichever replica answers, until so many objects have come that
+/// are the last of somebody; (name, resourceVersion) of each addition.
+async fn follow(
+    addresses: watch::Receiver<Vec<Address>>,
+    mut from: u64,
+    last: impl Fn(&str) -> bool,
+    mut lasts: usize,
+) -> Vec<(String, u64)> {
     let mut seen = Vec::new();
     for turn in 0_usize.. {
         let address = {
@@ -145,7 +166,8 @@ async fn follow(addresses: watch::Receiver<Vec<Address>>, mut from: u64, last: &
             addresses[turn % addresses.len()].clone()
         };
         let path = format!("{CM}?watch=1&resourceVersion={from}");
-        let Ok((response, _connection)) = address.open(Method::GET, &path, None).await else {
+        let opened = address.open(Method::GET, &path, None).await.ok();
+        let Some((response, _connection)) = opened.filter(|(answer, _)| !passes(answer.status())) else {
             tokio::task::yield_now().await;
             continue;
         };
@@ -161,9 +183,9 @@ async fn follow(addresses: watch::Receiver<Vec<Address>>, mut from: u64, last: &
                 assert!(at > from, "{at} after {from}");
                 from = at;
                 let name = event["object"]["metadata"]["name"].as_str().expect("a name").to_owned();
-                let ended = name == last;
+                lasts -= usize::from(last(&name));
                 seen.push((name, at));
-                if ended {
+                if lasts == 0 {
                     return seen;
                 }
             }
@@ -172,68 +194,147 @@ async fn follow(addresses: watch::Receiver<Vec<Address>>, mut from: u64, last: &
     seen
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn any_replica_may_be_killed() {
-    let folder = tempfile::tempdir().expect("a folder");
+/// Creates objects one after the other, each until a replica says that it is there; their names, with the
+/// resourceVersion where the answer that has it was not lost.
+async fn write(
+    addresses: watch::Receiver<Vec<Address>>,
+    writer: usize,
+    written: &watch::Sender<usize>,
+    killed: &AtomicUsize,
+) -> Vec<(String, Option<u64>)> {
+    let mut acknowledged = Vec::new();
+    let mut turn = writer;
+    loop {
+        let enough = acknowledged.len() >= WRITES && killed.load(Ordering::Relaxed) >= KILLS;
+        let name =
+            if enough { format!("last-{writer}") } else { format!("w-{writer}-{}", acknowledged.len()) };
+        let object = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}});
+        let end = tokio::time::Instant::now() + LIMIT;
+        let version = loop {
+            assert!(tokio::time::Instant::now() < end, "no replica takes {name}");
+            turn += 1;
+            let address = addresses.borrow()[turn % REPLICAS].clone();
+            match address.call(Method::POST, CM, Some(&object)).await {
+                Ok((StatusCode::CREATED, body)) => break Some(version(&body)),
+                // The answer to an earlier try was lost with its replica.
+                Ok((StatusCode::CONFLICT, _)) => break None,
+                Ok((status, body)) if !passes(status) => panic!("{name} was answered with {status}: {body}"),
+                _ => tokio::task::yield_now().await,
+            }
+        };
+        // Whoever is asked next knows it.
+        let address = addresses.borrow()[(turn + 1) % REPLICAS].clone();
+        if let Ok((status, _)) = address.call(Method::GET, &format!("{CM}/{name}"), None).await {
+            assert!(status == StatusCode::OK || passes(status), "{name} was written, and then {status}");
+        }
+        acknowledged.push((name, version));
+        written.send_modify(|written| *written += 1);
+        if enough {
+            return acknowledged;
+        }
+    }
+}
+
+/// Kills one replica after another and starts it anew.
+async fn disturb(
+    folder: &Path,
+    store: &str,
+    mut replicas: Vec<Replica>,
+    addresses: watch::Sender<Vec<Address>>,
+    mut written: watch::Receiver<usize>,
+    killed: &AtomicUsize,
+) -> Vec<Replica> {
+    for _ in 0..KILLS {
+        let (victim, pause) = {
+            let mut random = rand::rng();
+            (random.random_range(0..REPLICAS), random.random_range(BETWEEN_KILLS))
+        };
+        let next = *written.borrow() + pause;
+        written.wait_for(|written| *written >= next).await.expect("the writers go on");
+        replicas[victim].child.kill().await.expect("killed");
+        replicas[victim] = Replica::start(folder, store, victim);
+        let address = replicas[victim].address().await;
+        addresses.send_modify(|addresses| addresses[victim] = address);
+        killed.fetch_add(1, Ordering::Relaxed);
+    }
+    replicas
+}
+
+async fn any_replica_may_be_killed(folder: &Path, store: &str) {
     let mut replicas = Vec::new();
     let mut list = Vec::new();
     for index in 0..REPLICAS {
         // One after the other: the first makes the database and the certificate authority.
-        let mut replica = Replica::start(folder.path(), index);
+        let mut replica = Replica::start(folder, store, index);
         list.push(replica.address().await);
         replicas.push(replica);
     }
     let (addresses, current) = watch::channel(list);
     let (_, start) = current.borrow().clone()[0].call(Method::GET, CM, None).await.expect("a list");
-    let watcher = {
-        let (current, from) = (current.clone(), version(&start));
-        AbortOnDropHandle::new(tokio::spawn(async move { follow(current, from, "last").await }))
-    };
+    let watchers: Vec<_> = (0..WATCHERS)
+        .map(|_| {
+            let (current, from) = (current.clone(), version(&start));
+            let last = |name: &str| name.starts_with("last-");
+            AbortOnDropHandle::new(tokio::spawn(async move { follow(current, from, last, WRITERS).await }))
+        })
+        .collect();
 
-    let mut acknowledged = Vec::new();
-    let mut turn = 0;
-    for write in 0..=WRITES {
-        let name = if write == WRITES { "last".to_owned() } else { format!("w{write}") };
-        let object = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}});
-        let end = tokio::time::Instant::now() + LIMIT;
-        loop {
-            assert!(tokio::time::Instant::now() < end, "no replica takes {name}");
-            turn += 1;
-            let address = current.borrow()[turn % REPLICAS].clone();
-            match address.call(Method::POST, CM, Some(&object)).await {
-                Ok((StatusCode::CREATED, _)) => break,
-                // The answer to an earlier try was lost with its replica.
-                Ok((StatusCode::CONFLICT, _)) => break,
-                Ok((StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT, _)) | Err(_) => {
-                    tokio::task::yield_now().await;
-                }
-                Ok((status, body)) => panic!("{name} was answered with {status}: {body}"),
-            }
-        }
-        // Whoever is asked next knows it.
-        let address = current.borrow()[(turn + 1) % REPLICAS].clone();
-        if let Ok((status, _)) = address.call(Method::GET, &format!("{CM}/{name}"), None).await {
-            assert_eq!(status, StatusCode::OK, "{name} was written and is not there");
-        }
-        acknowledged.push(name);
-        if write % BETWEEN_KILLS == BETWEEN_KILLS - 1 {
-            let victim = (write / BETWEEN_KILLS) % REPLICAS;
-            replicas[victim].child.kill().await.expect("killed");
-            replicas[victim] = Replica::start(folder.path(), victim);
-            let address = replicas[victim].address().await;
-            addresses.send_modify(|addresses| addresses[victim] = address);
-        }
+    let (written, killed) = (watch::Sender::new(0), AtomicUsize::new(0));
+    let writers = (0..WRITERS).map(|writer| write(current.clone(), writer, &written, &killed));
+    let (acknowledged, _replicas) = tokio::join!(
+        futures::future::join_all(writers),
+        disturb(folder, store, replicas, addresses, written.subscribe(), &killed),
+    );
+    let acknowledged: BTreeMap<String, Option<u64>> = acknowledged.into_iter().flatten().collect();
+
+    let mut first: Option<Vec<(String, u64)>> = None;
+    for watcher in watchers {
+        let seen = tokio::time::timeout(Duration::from_secs(120), watcher).await.expect("in time");
+        let seen = seen.expect("no panic");
+        // The order is that of the log, and nothing is there twice: that is checked on the way.
+        assert_eq!(first.get_or_insert_with(|| seen.clone()), &seen, "two watchers saw two things");
     }
-
-    let seen =
-        tokio::time::timeout(Duration::from_secs(120), watcher).await.expect("in time").expect("no panic");
-    let names: Vec<String> = seen.into_iter().map(|(name, _)| name).collect();
-    assert_eq!(names, acknowledged, "a watcher missed or doubled something");
-    acknowledged.sort();
+    let first = first.unwrap_or_default();
+    let seen: BTreeMap<String, u64> = first.iter().cloned().collect();
+    assert_eq!(first.len(), seen.len(), "a watcher saw something twice: {first:?}");
+    assert!(seen.keys().eq(acknowledged.keys()), "a watcher missed something: {seen:?} of {acknowledged:?}");
+    for (name, version) in &acknowledged {
+        assert!(
+            version.is_none_or(|version| version == seen[name]),
+            "{name} was at {version:?}: {}",
+            seen[name]
+        );
+    }
     for address in current.borrow().clone() {
         let (_, list) = address.call(Method::GET, CM, None).await.expect("a list");
         let items = list["items"].as_array().expect("items");
-        let names: Vec<&str> = items.iter().filter_map(|item| item["metadata"]["name"].as_str()).collect();
-        assert_eq!(names, acknowledged);
+        let there: BTreeMap<String, u64> = items
+            .iter()
+            .map(|item| (item["metadata"]["name"].as_str().expect("a name").to_owned(), version(item)))
+            .collect();
+        assert_eq!(there, seen);
     }
+}
+
+async fn on_server(kind: Kind) {
+    let server = test_support::require!(Server::start(kind).await.expect("a server"));
+    let folder = test_support::TestDir::new("replicas").expect("a folder");
+    any_replica_may_be_killed(folder.path(), &server.database().await.expect("a database")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_replica_may_be_killed_on_sqlite() {
+    let folder = test_support::TestDir::new("replicas").expect("a folder");
+    let store = format!("sqlite://{}", folder.join("shared.db").display());
+    any_replica_may_be_killed(folder.path(), &store).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_replica_may_be_killed_on_mariadb() {
+    on_server(Kind::MariaDb).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_replica_may_be_killed_on_postgresql() {
+    on_server(Kind::Postgres).await;
 }

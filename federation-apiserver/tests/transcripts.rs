@@ -236,10 +236,6 @@ fn is_own(file: &Path) -> bool {
     std::fs::read_to_string(file).expect("a transcript").lines().any(|l| l == OWN)
 }
 
-fn blessing() -> bool {
-    std::env::var_os("CELLWAY_WRITE_GOLDEN").is_some()
-}
-
 fn judge(differences: &[String]) {
     assert!(differences.is_empty(), "{} differences\n\n{}", differences.len(), differences.join("\n"));
 }
@@ -251,11 +247,11 @@ async fn kubectl_shows_the_same_of_the_hub_api() {
     let mut differences = Vec::new();
     for file in files() {
         let server = Server::hub().await;
-        let bless = blessing() && (!stock || is_own(&file));
+        let bless = tools::write_golden() && (!stock || is_own(&file));
         differences.extend(play(&file, &kubectl, &server, bless).await);
         server.stop().await;
     }
-    if !blessing() {
+    if !tools::write_golden() {
         judge(&differences);
     }
 }
@@ -267,7 +263,7 @@ async fn kubectl_shows_the_same_of_a_stock_server() {
     let mut differences = Vec::new();
     for file in files().into_iter().filter(|f| !is_own(f)) {
         let stock = Stock::start(&assets).await;
-        differences.extend(play(&file, &kubectl, &stock.server, blessing()).await);
+        differences.extend(play(&file, &kubectl, &stock.server, tools::write_golden()).await);
     }
     judge(&differences);
 }

@@ -1,7 +1,7 @@
 //! A Kubernetes client that reaches a member through a connector.
 //!
 //! HTTP/1.1 with a small pool: a request that is under way has a connection to itself, so a watch never stands in the
-//! way of a write. A member is not trusted: what it may send in one response is limited.
+//! way of a write. A member is not trusted: how much of an answer is read is for whoever reads it to limit (`crate::reader`).
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,9 +11,7 @@ use std::time::Duration;
 use federation_core::credentials::{Access, Login};
 use futures::future::BoxFuture;
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, Uri};
-use http_body_util::Limited;
-use hyper::body::Incoming;
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Uri};
 use hyper::rt::ReadBufCursor;
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::{Connected, Connection};
@@ -27,9 +25,6 @@ use tower::{BoxError, Service, ServiceExt as _};
 use crate::connector::{BoxedIo, ConnectError, Connector, Destination, To};
 use crate::credentials::Way;
 
-/// Greatest response of a member, a whole watch included (a watch is begun again every few minutes). What is too large for one
-/// page of a list is asked for in smaller ones; twenty objects of the greatest size that etcd takes are 30 MiB.
-const MAX_RESPONSE_BYTES: usize = 64 << 20;
 /// Longest time for a stream to a member to come about.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest time until a member begins to answer. That of a watch begins at once, and everything else has shorter limits of its
@@ -39,6 +34,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_IDLE: usize = 4;
 /// An idle connection is given up before the proxies on the way give it up.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// What is read at once of an answer, and so the longest head of one. A connection holds a buffer of this size for as long as
+/// it watches, and there are several for each member.
+const MAX_READ: usize = 64 << 10;
 /// The name that requests to the gateway carry in `Host`. It answers under any.
 const GATEWAY_HOST: HeaderValue = HeaderValue::from_static("kube-apiserver.gateway.cellway");
 /// The end of the name under which connections are pooled: `<number>.<this>`. Each way has its own number, and a request
@@ -127,12 +125,10 @@ pub(crate) fn client_along(
         .pool_timer(TokioTimer::new())
         .pool_max_idle_per_host(MAX_IDLE)
         .pool_idle_timeout(IDLE_TIMEOUT)
+        .http1_max_buf_size(MAX_READ)
         .build::<_, Body>(Dial { cluster: cluster.to_owned(), path: path.clone(), connector });
     let service = pool
         .map_request(move |request: Request<Body>| addressed(request, &headers, &path))
-        .map_response(|response: Response<Incoming>| {
-            response.map(|body| Limited::new(body, MAX_RESPONSE_BYTES))
-        })
         .map_future(|answer| async move {
             match timeout(ANSWER_TIMEOUT, answer).await {
                 Ok(answer) => answer.map_err(BoxError::from),
@@ -143,7 +139,7 @@ pub(crate) fn client_along(
 }
 
 /// The connect error behind an error of the client, if that is what it was.
-pub(crate) fn connect_error(error: &kube::Error) -> Option<&ConnectError> {
+pub(crate) fn connect_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a ConnectError> {
     let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = next {
         if let Some(found) = error.downcast_ref::<ConnectError>() {

@@ -83,7 +83,6 @@ pub enum ConnectError {
     NotTried {
         /// The member.
         cluster: String,
-        /// Why.
         message: String,
     },
     /// The tunnel stands, and what is behind it does not answer.

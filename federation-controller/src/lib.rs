@@ -34,9 +34,11 @@ mod loss;
 mod member;
 mod metrics;
 mod pace;
+mod packed;
 mod policies;
 mod quarantine;
 mod queue;
+mod reader;
 mod reconcile;
 mod sweep;
 mod tenants;
@@ -78,6 +80,7 @@ use self::pace::retry_delay;
 use self::policies::Policies;
 use self::quarantine::Quarantine;
 use self::queue::{ObjectQueue, Owners};
+use self::reader::Shares;
 use self::reconcile::Unsettled;
 use self::texts::Texts;
 use self::traces::Traces;
@@ -129,6 +132,8 @@ pub struct Options {
     /// How often a member's nodes and pods are counted, while replicas are divided by the room that there is: sooner is
     /// noticed sooner, and costs lists.
     pub room_interval: Duration,
+    /// How often it is looked in which zones a member's nodes lie: sooner is told sooner, and costs a list of the nodes' metadata.
+    pub places_interval: Duration,
     /// How often a member's Warnings about objects that are not ready are looked at: sooner is told sooner, and costs a list
     /// for each namespace with such objects.
     pub warning_interval: Duration,
@@ -170,6 +175,8 @@ pub(crate) struct Shared {
     hub: kube::Client,
     /// Tells this hub's objects in members from another's.
     hub_id: String,
+    /// When the term began.
+    began: String,
     connector: Connector,
     state: RwLock<HubState>,
     members: RwLock<BTreeMap<String, Arc<Member>>>,
@@ -193,6 +200,8 @@ pub(crate) struct Shared {
     /// Where objects may have something.
     traces: Traces,
     texts: Arc<Texts>,
+    /// What is held of members' answers while they are read.
+    shares: Shares,
     failures: Mutex<HashMap<ObjectKey, u32>>,
     /// Held by whoever looks at rooms until it has claimed what it was given of them.
     room_turn: Mutex<()>,
@@ -231,6 +240,7 @@ impl Default for Options {
             probe_timeout: Duration::from_secs(3),
             failure_threshold: 3,
             room_interval: Duration::from_secs(15),
+            places_interval: Duration::from_secs(600),
             warning_interval: Duration::from_secs(15),
             resync: Duration::from_secs(3600),
         }
@@ -346,7 +356,8 @@ impl Controller {
             tokio::select! {
                 () = &mut shutdown => break Ended::Asked,
                 Some(ended) = tasks.join_next() => if let Err(failure) = ended && failure.is_panic() {
-                    error!(error = %failure, "a task of the controller failed");
+                    let failure = failure.into_panic();
+                    error!(failure = quarantine::words(&*failure), "a task of the controller failed");
                     break Ended::Failed;
                 },
             }
@@ -526,6 +537,7 @@ impl Shared {
             owners,
             traces: Traces::default(),
             texts: Arc::new(Texts::new()),
+            shares: Shares::default(),
             failures: Mutex::default(),
             room_turn: Mutex::default(),
             unsettled: Mutex::default(),
@@ -535,6 +547,7 @@ impl Shared {
             options: controller.options.clone(),
             hub: controller.hub.clone(),
             hub_id,
+            began: now(),
             connector: controller.connector.clone(),
         }
     }

@@ -20,6 +20,7 @@ pub(crate) struct Metrics {
     pub(crate) pass_duration: Histogram,
     pub(crate) writes: Family<WriteLabels, Counter>,
     pub(crate) online: Family<MemberLabels, Gauge>,
+    pub(crate) unreadable: Family<MemberLabels, Counter>,
     pub(crate) events_dropped: Counter,
     pub(crate) panics: Counter,
 }
@@ -76,6 +77,7 @@ impl Default for Metrics {
             pass_duration: Histogram::new(buckets),
             writes: Family::default(),
             online: Family::default(),
+            unreadable: Family::default(),
             events_dropped: Counter::default(),
             panics: Counter::default(),
         }
@@ -98,6 +100,11 @@ impl Metrics {
             self.online.clone(),
         );
         registry.register(
+            "member_unreadable_objects",
+            "How often an object of a member was passed over because it could not be read",
+            self.unreadable.clone(),
+        );
+        registry.register(
             "events_dropped",
             "Kubernetes Events that were not published because the hub took them too slowly",
             self.events_dropped.clone(),
@@ -111,7 +118,9 @@ impl Metrics {
 
     /// Forgets a member that has left.
     pub(crate) fn forget(&self, cluster: &str) {
-        self.online.remove(&MemberLabels { cluster: cluster.to_owned() });
+        let labels = MemberLabels { cluster: cluster.to_owned() };
+        self.online.remove(&labels);
+        self.unreadable.remove(&labels);
         for verb in [Verb::Create, Verb::Update, Verb::Heal, Verb::Delete, Verb::Orphan] {
             for outcome in [Outcome::Done, Outcome::Failed] {
                 self.writes.remove(&WriteLabels { cluster: cluster.to_owned(), verb, outcome });

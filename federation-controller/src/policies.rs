@@ -24,10 +24,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use federation_core::answers;
 use federation_core::api::PropagationPolicy;
 use federation_core::policy::{
-    choose, companion, correction, full_name, handed_on, is_companion, is_right, native_name,
-    policy_of_before, speaks_of, was_companion,
+    choose, companion, correction, full_name, handed_on, is_companion, is_right, native_name, speaks_of,
 };
 use federation_core::types::FederatedType;
 use futures::FutureExt as _;
@@ -43,7 +43,7 @@ use tokio::time::timeout;
 use tracing::{Instrument as _, debug, info, info_span, warn};
 
 use self::report::report;
-use crate::follow::{Change, FollowError, WatchTrouble, admit_all, follow, follow_as};
+use crate::follow::{Change, Source, WatchTrouble, admit_all, follow, follow_as};
 use crate::hub::{Kept, ObjectKey};
 use crate::member::chain;
 use crate::pace::retry_delay;
@@ -404,7 +404,7 @@ async fn watch(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>) {
     };
     let mut say = crate::hub_trouble("native objects");
     let trouble = move |failed: WatchTrouble| {
-        match refusal(&failed.error) {
+        match failed.error.status().map(|status| status.code) {
             Some(404) => shared.policies.cannot_list(kind, Trouble::NotServed),
             Some(403) => shared.policies.cannot_list(kind, Trouble::Forbidden),
             _ => return say(failed),
@@ -412,21 +412,9 @@ async fn watch(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>) {
         // The policies' conditions tell of it.
         true
     };
-    follow_as(api, watcher::Config::default(), None, Kept::new, admit_all, change, trouble)
-        .instrument(span)
-        .await;
-}
-
-/// The HTTP status with which the API refused, if it did.
-pub(crate) fn refusal(error: &FollowError) -> Option<u16> {
-    match error {
-        FollowError::Watch(
-            watcher::Error::InitialListFailed(kube::Error::Api(status))
-            | watcher::Error::WatchStartFailed(kube::Error::Api(status)),
-        ) => Some(status.code),
-        FollowError::Watch(watcher::Error::WatchError(status)) => Some(status.code),
-        _ => None,
-    }
+    let source = Source::of_hub(api, watcher::Config::default());
+    let keep = |object| answers::dynamic(object).map(Kept::new);
+    follow_as(source, keep, admit_all, change, trouble).instrument(span).await;
 }
 
 async fn work(shared: Arc<Shared>) {
@@ -499,7 +487,7 @@ async fn keep(shared: &Shared, key: &ObjectKey) -> Result<(), kube::Error> {
             shared.policies.note(key, None);
             let ours = match &found {
                 Some(found) if found.metadata.deletion_timestamp.is_none() => {
-                    is_ours(&api, &of, found).await?
+                    is_companion(&of, &found.metadata)
                 }
                 _ => false,
             };
@@ -521,10 +509,7 @@ async fn keep(shared: &Shared, key: &ObjectKey) -> Result<(), kube::Error> {
     };
     let Made { companion, mut outcome, about } = *made;
     let mut done = Ok(());
-    let ours = match &found {
-        Some(found) => was_companion(&found.metadata, &outcome.policy) || is_ours(&api, &of, found).await?,
-        None => false,
-    };
+    let ours = found.as_ref().is_some_and(|found| is_companion(&of, &found.metadata));
     let written = match found {
         None => {
             let params = PostParams { field_manager: Some(MANAGER.into()), ..PostParams::default() };
@@ -588,28 +573,6 @@ async fn keep(shared: &Shared, key: &ObjectKey) -> Result<(), kube::Error> {
         shared.events.warning(&about, "NotFederated", trouble);
     }
     done
-}
-
-/// Whether a federated object is the companion of its name. Those of the version before do not say of what they are made,
-/// and a copy that somebody made of one looks like it: who wrote it tells.
-async fn is_ours(
-    api: &Api<DynamicObject>,
-    of: &FederatedType,
-    found: &DynamicObject,
-) -> Result<bool, kube::Error> {
-    if is_companion(of, &found.metadata) {
-        return Ok(true);
-    }
-    if policy_of_before(&found.metadata).is_none() {
-        return Ok(false);
-    }
-    // Asked for: of the objects that are kept nobody knows any more who wrote them.
-    let now = api.get_opt(&found.name_any()).await?;
-    let written = |now: &DynamicObject| {
-        now.metadata.uid == found.metadata.uid
-            && now.managed_fields().iter().any(|by| by.manager.as_deref() == Some(MANAGER))
-    };
-    Ok(now.as_ref().is_some_and(written))
 }
 
 /// What a companion's object says now about its end, if it is there, and else said last (`known`): the policies' watch may

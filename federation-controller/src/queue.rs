@@ -6,6 +6,8 @@
 //! Within a lane those who share the hub take turns, one key each: a tenant that changes ten thousand objects at once delays
 //! another's single change by one turn. Whose a key is is said when it is added; [`ObjectQueue`] knows it of objects.
 //!
+//! Where work may hang, turns do not bound who holds the workers: such a queue is [shared out](WorkQueue::shared_out).
+//!
 //! Its length is bounded by the number of different keys, which are objects that exist.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -21,6 +23,11 @@ use crate::hub::ObjectKey;
 
 /// Of so many keys one comes from the second lane, should both have some.
 const TURNS: u32 = 8;
+/// Room for so many entries is not worth giving back.
+const ROOM: usize = 1024;
+
+/// Whose work has hung is held to be slow for so long: longer than the retries of what hung are apart.
+const SLOW_FOR: Duration = Duration::from_secs(300);
 
 /// Who takes turns with others.
 pub(crate) type Sharer = Arc<str>;
@@ -66,10 +73,21 @@ struct State<K> {
     turn: u32,
     /// What workers hold, and how it was added meanwhile.
     active: HashMap<K, Option<(Lane, Sharer)>>,
+    places: Places,
     /// What waits for a moment; the number keeps equal moments apart.
     delayed: BTreeMap<(Instant, u64), (K, Sharer)>,
     delayed_until: HashMap<K, (Instant, u64)>,
     sequence: u64,
+}
+
+/// Who holds how many of the workers.
+#[derive(Debug, Default)]
+struct Places {
+    /// Most that one sharer holds, and all slow ones together; `None`: as many as there are.
+    most: Option<usize>,
+    held: HashMap<Sharer, usize>,
+    /// Whose work has hung, until when that counts. One at a time of each is worked on.
+    slow: HashMap<Sharer, Instant>,
 }
 
 /// A lane: each sharer's keys in the order in which they came, and the sharers in the order of their turns.
@@ -95,7 +113,16 @@ enum Lane {
 #[derive(Debug)]
 pub(crate) struct Lease<K: Eq + Hash + Clone + Ord> {
     key: K,
+    sharer: Sharer,
     inner: Arc<Shared<K>>,
+}
+
+/// Lets go of the room that a burst took in a map, once most of it has been taken out again: a hub at rest would hold it for as
+/// long as it runs.
+pub(crate) fn slim<K: Eq + Hash, V>(map: &mut HashMap<K, V>) {
+    if map.capacity() > ROOM && map.len() < map.capacity() / 8 {
+        map.shrink_to(map.capacity() / 4);
+    }
 }
 
 // === impl ObjectQueue ===
@@ -161,11 +188,20 @@ impl<K: Eq + Hash + Clone + Ord> WorkQueue<K> {
             queued: HashMap::new(),
             turn: 0,
             active: HashMap::new(),
+            places: Places::default(),
             delayed: BTreeMap::new(),
             delayed_until: HashMap::new(),
             sequence: 0,
         };
         Self { inner: Arc::new(Shared { state: Mutex::new(state), wake: Notify::new() }) }
+    }
+
+    /// A queue of work that may hang, for so many workers: no sharer holds more than half of them, nor do those together whose
+    /// work has hung of late. Of a single worker there is nothing to share.
+    pub(crate) fn shared_out(workers: usize) -> Self {
+        let queue = Self::new();
+        queue.inner.state.lock().places.most = Some((workers / 2).max(1));
+        queue
     }
 
     /// Adds a key. One that is being worked on is worked on again afterwards.
@@ -215,14 +251,15 @@ impl<K: Eq + Hash + Clone + Ord> WorkQueue<K> {
             let due = {
                 let mut state = self.inner.state.lock();
                 state.release(Instant::now());
-                if let Some(key) = state.pop() {
+                if let Some((key, sharer)) = state.pop(Instant::now()) {
                     state.active.insert(key.clone(), None);
+                    state.places.take(&sharer);
                     let more = !state.queued.is_empty();
                     drop(state);
                     if more {
                         self.inner.wake.notify_one();
                     }
-                    return Lease { key, inner: Arc::clone(&self.inner) };
+                    return Lease { key, sharer, inner: Arc::clone(&self.inner) };
                 }
                 state.delayed.keys().next().map(|(at, _)| *at)
             };
@@ -261,19 +298,23 @@ impl<K: Eq + Hash + Clone + Ord> State<K> {
         }
     }
 
-    fn pop(&mut self) -> Option<K> {
+    /// The next key and whose turn it is.
+    fn pop(&mut self, now: Instant) -> Option<(K, Sharer)> {
         self.turn = (self.turn + 1) % TURNS;
         let lanes = if self.turn == 0 { [Lane::Routine, Lane::First] } else { [Lane::First, Lane::Routine] };
-        let State { first, routine, queued, .. } = self;
+        let State { first, routine, queued, places, .. } = self;
+        places.slow.retain(|_, until| *until > now);
         lanes.into_iter().find_map(|lane| {
             // Otherwise it has moved to the other lane, or been through it.
             let waits = |key: &K| queued.get(key).is_some_and(|waiting| waiting.lane == lane);
-            let key = match lane {
-                Lane::First => first.pop(waits),
-                Lane::Routine => routine.pop(waits),
+            let may = |sharer: &Sharer| places.may(sharer);
+            let (key, sharer) = match lane {
+                Lane::First => first.pop(waits, may),
+                Lane::Routine => routine.pop(waits, may),
             }?;
             queued.remove(&key);
-            Some(key)
+            slim(queued);
+            Some((key, sharer))
         })
     }
 
@@ -284,7 +325,38 @@ impl<K: Eq + Hash + Clone + Ord> State<K> {
             }
             let (key, sharer) = entry.remove();
             self.delayed_until.remove(&key);
+            slim(&mut self.delayed_until);
             self.push(key, Lane::First, sharer);
+        }
+    }
+}
+
+// === impl Places ===
+
+impl Places {
+    /// Whether a sharer may have one more worker.
+    fn may(&self, sharer: &Sharer) -> bool {
+        let Some(most) = self.most else { return true };
+        let held = |sharer: &Sharer| self.held.get(sharer).copied().unwrap_or(0);
+        if self.slow.contains_key(sharer) {
+            held(sharer) == 0 && self.slow.keys().map(held).sum::<usize>() < most
+        } else {
+            held(sharer) < most
+        }
+    }
+
+    fn take(&mut self, sharer: &Sharer) {
+        if self.most.is_some() {
+            *self.held.entry(Arc::clone(sharer)).or_default() += 1;
+        }
+    }
+
+    fn give_back(&mut self, sharer: &Sharer) {
+        if let Some(held) = self.held.get_mut(sharer) {
+            *held -= 1;
+            if *held == 0 {
+                self.held.remove(sharer);
+            }
         }
     }
 }
@@ -304,9 +376,15 @@ impl<K> Turns<K> {
         keys.push_back(key);
     }
 
-    /// The next key of the sharer whose turn it is; keys that do not wait here any more are dropped.
-    fn pop(&mut self, waits: impl Fn(&K) -> bool) -> Option<K> {
-        while let Some(sharer) = self.order.pop_front() {
+    /// The next key of the sharer whose turn it is, and who that is; keys that do not wait here any more are dropped. Who may not
+    /// have a turn now keeps its place among those who may not.
+    fn pop(&mut self, waits: impl Fn(&K) -> bool, may: impl Fn(&Sharer) -> bool) -> Option<(K, Sharer)> {
+        for _ in 0..self.order.len() {
+            let sharer = self.order.pop_front()?;
+            if !may(&sharer) {
+                self.order.push_back(sharer);
+                continue;
+            }
             let Some(keys) = self.keys.get_mut(&sharer) else { continue };
             let mut taken = None;
             while let Some(key) = keys.pop_front() {
@@ -318,10 +396,10 @@ impl<K> Turns<K> {
             if keys.is_empty() {
                 self.keys.remove(&sharer);
             } else {
-                self.order.push_back(sharer);
+                self.order.push_back(Arc::clone(&sharer));
             }
-            if taken.is_some() {
-                return taken;
+            if let Some(key) = taken {
+                return Some((key, sharer));
             }
         }
         None
@@ -334,14 +412,26 @@ impl<K: Eq + Hash + Clone + Ord> Lease<K> {
     pub(crate) fn key(&self) -> &K {
         &self.key
     }
+
+    /// The work has hung: whose it is is held to be slow.
+    pub(crate) fn hung(&self) {
+        let mut state = self.inner.state.lock();
+        state.places.slow.insert(Arc::clone(&self.sharer), Instant::now() + SLOW_FOR);
+    }
 }
 
 impl<K: Eq + Hash + Clone + Ord> Drop for Lease<K> {
     fn drop(&mut self) {
         let mut state = self.inner.state.lock();
-        if let Some(Some((lane, sharer))) = state.active.remove(&self.key) {
+        let again = state.active.remove(&self.key).flatten();
+        let wakes = again.is_some() || state.places.most.is_some();
+        if let Some((lane, sharer)) = again {
             state.push(self.key.clone(), lane, sharer);
-            drop(state);
+        }
+        // Somebody may have waited for the place.
+        state.places.give_back(&self.sharer);
+        drop(state);
+        if wakes {
             self.inner.wake.notify_one();
         }
     }
@@ -367,6 +457,21 @@ mod tests {
 
     fn add_routine(queue: &WorkQueue<u32>, key: u32) {
         queue.push(key, Lane::Routine, anybody());
+    }
+
+    #[tokio::test]
+    async fn a_burst_leaves_no_room_behind() {
+        const MANY: u32 = 100_000;
+        let queue = WorkQueue::new();
+        (0..MANY).for_each(|key| add(&queue, key));
+        let capacity = || queue.inner.state.lock().queued.capacity();
+        assert!(capacity() >= MANY as usize);
+        let mut taken = 0;
+        while take(&queue).is_some() {
+            taken += 1;
+        }
+        assert_eq!(taken, MANY, "nothing is lost of what waits");
+        assert!(capacity() <= 4 * ROOM, "{}", capacity());
     }
 
     #[tokio::test]
@@ -461,6 +566,47 @@ mod tests {
         assert!(places(&order, |key| (100..110).contains(&key)).iter().all(|place| *place < 30), "{order:?}");
         assert!(places(&order, |key| (200..230).contains(&key)).iter().all(|place| *place < 70), "{order:?}");
         assert!(queue.inner.state.lock().first.keys.is_empty(), "nothing is kept of who has nothing");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn work_that_hangs_leaves_workers_to_the_others() {
+        let queue: WorkQueue<u32> = WorkQueue::shared_out(4);
+        let tenant = |name: &str| -> Sharer { name.into() };
+        (0..10).for_each(|key| queue.add(key, tenant("red")));
+        (10..20).for_each(|key| queue.add(key, tenant("blue")));
+        let held: Vec<_> = std::iter::from_fn(|| take(&queue)).collect();
+        let of = |held: &[Lease<u32>], keys: std::ops::Range<u32>| {
+            held.iter().filter(|lease| keys.contains(lease.key())).count()
+        };
+        assert_eq!((of(&held, 0..10), of(&held, 10..20)), (2, 2), "one has half of them at most");
+        // Both hang: now they share one half, one worker each.
+        held.iter().for_each(Lease::hung);
+        drop(held);
+        (20..30).for_each(|key| queue.add(key, tenant("green")));
+        let mut held: Vec<_> = std::iter::from_fn(|| take(&queue)).collect();
+        assert_eq!((of(&held, 0..10), of(&held, 10..20), of(&held, 20..30)), (1, 1, 2));
+        // However many hang.
+        (30..40).for_each(|key| queue.add(key, tenant("pink")));
+        held.retain(|lease| *lease.key() < 20);
+        let pink: Vec<_> = std::iter::from_fn(|| take(&queue)).collect();
+        pink.iter().filter(|lease| *lease.key() >= 30).for_each(Lease::hung);
+        drop(pink);
+        let others: Vec<_> = std::iter::from_fn(|| take(&queue)).collect();
+        assert!(others.iter().all(|lease| (20..30).contains(lease.key())), "the slow half is taken");
+        drop((held, others));
+        // In a while it is forgotten.
+        tokio::time::advance(SLOW_FOR).await;
+        let held: Vec<_> = std::iter::from_fn(|| take(&queue)).collect();
+        assert!(of(&held, 0..10) == 2 || of(&held, 10..20) == 2, "{held:?}");
+        // Who waited for a place is woken when there is one.
+        let queue: WorkQueue<u32> = WorkQueue::shared_out(4);
+        (0..3).for_each(|key| queue.add(key, tenant("red")));
+        let mut held: Vec<_> = std::iter::from_fn(|| take(&queue)).collect();
+        assert_eq!(held.len(), 2);
+        let mut next = Box::pin(queue.next());
+        assert!((&mut next).now_or_never().is_none());
+        held.pop();
+        assert_eq!(*(&mut next).now_or_never().expect("woken").key(), 2);
     }
 
     #[test]

@@ -38,6 +38,7 @@ use tracing::{debug, info};
 use crate::follow::lighten;
 use crate::hub::ObjectKey;
 use crate::quarantine::DEFECT;
+use crate::queue::slim;
 use crate::{Shared, tombstones};
 
 /// How long a status may lag behind while writes are under way. Long enough for members at a distance to answer, short
@@ -104,7 +105,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
             return Ok(Progress::Waiting);
         }
         let Some(object) = state.object(key) else {
-            shared.unsettled.lock().remove(key);
+            shared.settle(key);
             drop(state);
             let nowhere = BTreeSet::new();
             for member in shared.members_for(key, &nowhere).values() {
@@ -176,6 +177,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
             held_stand_ins: held_stand_ins.as_ref(),
             adopt: shared.options.adopt,
             now: &crate::now(),
+            since: &shared.began,
         });
         for (name, member) in &members {
             let asks = rooms.contains(name);
@@ -206,10 +208,10 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
     };
     let status = async {
         if made.status == before {
-            shared.unsettled.lock().remove(key);
+            shared.settle(key);
         } else if !under_way || deleting || made.moves(&before) || !pass.may_lag(&made.status) {
             pass.store_status(&object, &made.status).await?;
-            shared.unsettled.lock().remove(key);
+            shared.settle(key);
             pass.announce(&before, &made);
             pass.wake_others(&before, &made.status);
         }
@@ -347,6 +349,17 @@ struct Pass<'a> {
     api: Api<DynamicObject>,
     revisions: Api<FederatedRevision>,
     about: ObjectReference,
+}
+
+// === impl Shared ===
+
+impl Shared {
+    /// Nothing waits to be told of an object any more.
+    fn settle(&self, key: &ObjectKey) {
+        let mut unsettled = self.unsettled.lock();
+        unsettled.remove(key);
+        slim(&mut unsettled);
+    }
 }
 
 // === impl Pass ===
@@ -633,6 +646,16 @@ impl<'a> Pass<'a> {
                     let moved = old.and_then(|old| old.revision.as_deref()) != Some(revision);
                     if moved {
                         events.normal(&self.about, "Propagated", format!("{} is at {revision}", unit.name));
+                    }
+                    // It is as it should be, and has failed all the same.
+                    if let Some(reason) =
+                        unit.reason.as_deref().filter(|_| old.is_none_or(|old| old.reason != unit.reason))
+                    {
+                        events.warning(
+                            &self.about,
+                            "UnitFailed",
+                            format!("{}: {reason}: {message}", unit.name),
+                        );
                     }
                 }
                 Phase::Pending | Phase::Masked | Phase::Unreachable | Phase::Removing => {}

@@ -8,12 +8,15 @@
 //! the hub API's own, so these are made only where that is the API), bound to its admins and viewers; and in each of its
 //! namespaces a RoleBinding to what admins and viewers may do with federated objects. Cells take their cluster's tenant
 //! label where they have none, so that visibility has one label to go by. Somebody else's change of what is generated is
-//! put right at the next look.
+//! heard of and put right at once, and then every few seconds for as long as somebody keeps changing it. So rights are back
+//! when a namespace is deleted and made anew.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use federation_core::answers;
 use federation_core::api::{Cell, Tenant, TenantSubject};
 use federation_core::drift;
 use federation_core::names::{
@@ -24,20 +27,30 @@ use federation_core::types::{FEDERATED_GROUP, FederatedType};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
 use kube::core::GroupVersionKind;
+use kube::runtime::watcher;
 use kube::{Api, Client, Resource as _, ResourceExt as _};
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
-use tracing::{debug, info};
+use tracing::{Instrument as _, debug, info, info_span};
 
 use crate::Shared;
 use crate::events::Events;
+use crate::follow::{Change, Source, admit_all, follow_as};
 use crate::member::chain;
+use crate::reader::{ReadError, Reader};
 
 /// Changes of several tenants are looked at together.
 const GATHER: Duration = Duration::from_millis(200);
 /// Wait before what failed is tried again, and before a namespace that does not exist is asked for again.
 const RETRY: Duration = Duration::from_secs(10);
 const GROUP: &str = "rbac.authorization.k8s.io";
+/// Pages of what is generated, and how long each is waited for.
+const LIST: (usize, Duration) = (1000, Duration::from_secs(30));
+/// Objects in one page.
+const PAGE: u32 = 500;
+/// The kinds that are generated.
+const KINDS: [&str; 3] = ["ClusterRole", "RoleBinding", "ClusterRoleBinding"];
 const READ: [&str; 3] = ["get", "list", "watch"];
 const ALL: [&str; 8] = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
 /// Groups of what tenants place, besides federated objects: objects in their namespaces.
@@ -60,17 +73,35 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     let mut applied: Option<Vec<Wanted>> = None;
     let resync = shared.options.resync;
     let (mut wait, mut checked) = (resync, Instant::now());
+    // Something generated has changed, by whomever; and until when nothing is put right for that, as it was a moment ago.
+    let touched = Arc::new(AtomicBool::new(false));
+    let mut calm = Instant::now();
+    let mut watches = JoinSet::new();
+    for kind in KINDS {
+        let span = info_span!("watch", kind);
+        watches.spawn(watch(Arc::clone(&shared), kind, Arc::clone(&touched)).instrument(span));
+    }
     // Tenants and their namespaces that do not exist, as far as that has been told.
     let mut told = BTreeSet::new();
     loop {
         // Told or not: what is awaited may be there by now.
-        timeout(wait, shared.tenants_due.notified()).await.ok();
-        if checked.elapsed() >= resync {
-            // A look now and then puts right what others changed.
-            applied = None;
-            checked = Instant::now();
+        tokio::select! {
+            _ = timeout(wait, shared.tenants_due.notified()) => {}
+            Some(ended) = watches.join_next() => {
+                crate::outcome(ended);
+                continue;
+            }
         }
         sleep(GATHER).await;
+        let now = Instant::now();
+        let mut puts_right = checked.elapsed() >= resync;
+        if now >= calm {
+            puts_right |= touched.swap(false, Ordering::Relaxed);
+        }
+        if puts_right {
+            applied = None;
+            checked = now;
+        }
         let (tenants, cells) = {
             let state = shared.state.read();
             match state.tenants_and_cells() {
@@ -91,15 +122,38 @@ pub(crate) async fn run(shared: Arc<Shared>) {
                 debug!(error = chain(error), "cannot keep up what tenants may do");
             }
             match done {
-                Ok(()) => applied = Some(wanted),
+                Ok(written) => {
+                    applied = Some(wanted);
+                    if puts_right && written > 0 {
+                        // Should somebody else want it otherwise, neither is to write without end.
+                        calm = Instant::now() + RETRY;
+                    }
+                }
                 Err(_) => failed = true,
             }
+        }
+        if touched.load(Ordering::Relaxed) {
+            wait = wait.min(calm.saturating_duration_since(Instant::now()).max(GATHER));
         }
         if failed {
             sleep(RETRY).await;
             shared.tenants_due.notify_one();
         }
     }
+}
+
+/// Follows one kind of what is generated for ever.
+async fn watch(shared: Arc<Shared>, kind: &'static str, touched: Arc<AtomicBool>) {
+    let api: Api<DynamicObject> = Api::all_with(shared.hub.clone(), &resource(kind));
+    let config = watcher::Config::default().labels(TENANT_ROLE_LABEL);
+    // After a gap something may have happened in it: a listing counts as a change.
+    let change = |_: Change<()>| {
+        touched.store(true, Ordering::Relaxed);
+        shared.tenants_due.notify_one();
+        true
+    };
+    let trouble = crate::hub_trouble("generated rights");
+    follow_as(Source::of_hub(api, config), |_| Ok(()), admit_all, change, trouble).await;
 }
 
 /// Namespaces in which there is something to write and that do not exist, or are going: a write there would fail.
@@ -223,16 +277,26 @@ fn binding(role: &str, subjects: &[TenantSubject]) -> Value {
     json!({"roleRef": {"apiGroup": GROUP, "kind": "ClusterRole", "name": role}, "subjects": subjects})
 }
 
-async fn bring_about(hub: &Client, wanted: &[Wanted], applied: &[Wanted]) -> Result<(), kube::Error> {
+/// Writes what is not as it is to be; returns how much that was.
+async fn bring_about(hub: &Client, wanted: &[Wanted], applied: &[Wanted]) -> Result<usize, ReadError> {
     let params = PatchParams::apply(FIELD_MANAGER).force();
-    let mut first_error = None;
+    let mut first_error: Option<kube::Error> = None;
+    let mut written = 0;
     let mut found = Vec::new();
-    for kind in ["ClusterRole", "RoleBinding", "ClusterRoleBinding"] {
-        let api: Api<DynamicObject> = Api::all_with(hub.clone(), &resource(kind));
-        let listed = api.list(&ListParams::default().labels(TENANT_ROLE_LABEL)).await?;
-        // The list said so; what it takes to be sure before something is deleted is not much.
-        let ours = listed.items.into_iter().filter(|one| one.labels().contains_key(TENANT_ROLE_LABEL));
-        found.extend(ours.map(|one| (kind, one)));
+    // One by one: whoever may write such objects must not be able to hide the others behind one.
+    let reader = Reader::of_hub(hub.clone());
+    for kind in KINDS {
+        let path = kube::core::Request::new(DynamicObject::url_path(&resource(kind), None));
+        let params = ListParams::default().labels(TENANT_ROLE_LABEL).limit(PAGE);
+        let take = |object| {
+            // The list said so; what it takes to be sure before something is deleted is not much.
+            let object = answers::dynamic(object).ok();
+            found.extend(
+                object.filter(|one| one.labels().contains_key(TENANT_ROLE_LABEL)).map(|one| (kind, one)),
+            );
+            true
+        };
+        reader.list(|params| path.list(params), params, LIST, take).await?;
     }
     let is_it = |one: &Wanted, kind: &str, object: &DynamicObject| {
         one.kind == kind && one.name == object.name_any() && one.namespace == object.namespace()
@@ -243,6 +307,7 @@ async fn bring_about(hub: &Client, wanted: &[Wanted], applied: &[Wanted]) -> Res
             continue;
         }
         // One that fails holds up no other.
+        written += 1;
         if let Err(error) = one.api(hub).patch(&one.name, &params, &Patch::Apply(&one.value)).await {
             first_error.get_or_insert(error);
         }
@@ -258,14 +323,17 @@ async fn bring_about(hub: &Client, wanted: &[Wanted], applied: &[Wanted]) -> Res
             None => Api::all_with(hub.clone(), &resource(kind)),
         };
         match api.delete(&name, &DeleteParams::default()).await {
-            Ok(_) => info!(kind, name, ?namespace, "a right is taken back"),
+            Ok(_) => {
+                written += 1;
+                info!(kind, name, ?namespace, "a right is taken back");
+            }
             Err(kube::Error::Api(status)) if status.code == 404 => {}
             Err(error) => {
                 first_error.get_or_insert(error);
             }
         }
     }
-    first_error.map_or(Ok(()), Err)
+    first_error.map_or(Ok(written), |error| Err(error.into()))
 }
 
 /// Gives cells the tenant of their cluster; `(cell, tenant)`, `None` where an inherited one is to go. Returns whether

@@ -1,26 +1,34 @@
-//! Texts that many have in common, each kept once: what the hub places in ten members is the same in all of them.
+//! What many have in common, each kept once: what the hub places in ten members is the same in all of them.
 
 use std::collections::HashSet;
+use std::hash::Hash;
 use std::sync::Arc;
 
+use federation_core::drift::Baseline;
 use parking_lot::Mutex;
 
-/// With fewer texts, or bytes, than these it is not worth looking for those that nobody has any more.
+/// With fewer things, or bytes, than these it is not worth looking for those that nobody has any more.
 const SWEEP_FROM: usize = 1024;
 const SWEEP_BYTES_FROM: usize = 16 << 20;
 
-/// Texts in use.
+/// Most bytes of different texts that are kept of all members together. Of a hub with 10,000 objects of 10 KiB, each different
+/// in each of ten members, it is all.
+pub(crate) const MAX_TEXTS: usize = 1 << 30;
+
+/// Texts in use, and what members answered to writes.
 #[derive(Debug)]
 pub(crate) struct Texts {
-    inner: Mutex<Inner>,
+    texts: Mutex<Pool<str>>,
+    baselines: Mutex<Pool<Baseline>>,
 }
 
+/// Things in use.
 #[derive(Debug)]
-struct Inner {
-    known: HashSet<Arc<str>>,
+struct Pool<T: ?Sized> {
+    known: HashSet<Arc<T>>,
     /// Bytes of them.
     bytes: usize,
-    /// At so many texts, or bytes, those that nobody has any more are let go of: there is never more than about twice what
+    /// At so many things, or bytes, those that nobody has any more are let go of: there is never more than about twice what
     /// was in use, whatever members rewrite.
     sweep_at: usize,
     sweep_at_bytes: usize,
@@ -30,49 +38,71 @@ struct Inner {
 
 impl Texts {
     pub(crate) fn new() -> Self {
-        Self {
-            inner: Mutex::new(Inner {
-                known: HashSet::new(),
-                bytes: 0,
-                sweep_at: SWEEP_FROM,
-                sweep_at_bytes: SWEEP_BYTES_FROM,
-            }),
-        }
+        Self { texts: Mutex::new(Pool::new()), baselines: Mutex::new(Pool::new()) }
     }
 
     /// The one copy of a text.
     pub(crate) fn share(&self, text: &str) -> Arc<str> {
-        let mut inner = self.inner.lock();
-        if let Some(known) = inner.known.get(text) {
-            return Arc::clone(known);
+        self.texts.lock().share(text, || text.into())
+    }
+
+    /// The one copy of what members answered.
+    pub(crate) fn share_baseline(&self, baseline: Baseline) -> Arc<Baseline> {
+        let baseline = Arc::new(baseline);
+        self.baselines.lock().share(&baseline, || Arc::clone(&baseline))
+    }
+
+    /// Whether there is room for more of them.
+    pub(crate) fn has_room(&self) -> bool {
+        let mut texts = self.texts.lock();
+        if texts.bytes >= MAX_TEXTS {
+            texts.sweep();
         }
-        if inner.known.len() >= inner.sweep_at || inner.bytes + text.len() > inner.sweep_at_bytes {
-            inner.sweep();
-        }
-        inner.bytes += text.len();
-        let text: Arc<str> = text.into();
-        inner.known.insert(Arc::clone(&text));
-        text
+        texts.bytes < MAX_TEXTS
     }
 
     /// Lets go of what nobody has any more.
     pub(crate) fn sweep(&self) {
-        self.inner.lock().sweep();
+        self.texts.lock().sweep();
+        self.baselines.lock().sweep();
     }
 }
 
-impl Inner {
+// === impl Pool ===
+
+impl<T: ?Sized + Eq + Hash> Pool<T> {
+    fn new() -> Self {
+        Self { known: HashSet::new(), bytes: 0, sweep_at: SWEEP_FROM, sweep_at_bytes: SWEEP_BYTES_FROM }
+    }
+
+    /// The one that equals `one`; `make`: it, should nobody have had it.
+    fn share(&mut self, one: &T, make: impl FnOnce() -> Arc<T>) -> Arc<T> {
+        if let Some(known) = self.known.get(one) {
+            return Arc::clone(known);
+        }
+        let weight = size_of_val(one);
+        if self.known.len() >= self.sweep_at || self.bytes + weight > self.sweep_at_bytes {
+            self.sweep();
+        }
+        self.bytes += weight;
+        let made = make();
+        self.known.insert(Arc::clone(&made));
+        made
+    }
+
     fn sweep(&mut self) {
-        self.known.retain(|text| Arc::strong_count(text) > 1);
+        self.known.retain(|one| Arc::strong_count(one) > 1);
         self.known.shrink_to(2 * self.known.len());
         self.sweep_at = (2 * self.known.len()).max(SWEEP_FROM);
-        self.bytes = self.known.iter().map(|text| text.len()).sum();
+        self.bytes = self.known.iter().map(|one| size_of_val(&**one)).sum();
         self.sweep_at_bytes = (2 * self.bytes).max(SWEEP_BYTES_FROM);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -80,7 +110,7 @@ mod tests {
         let texts = Texts::new();
         let kept = texts.share("kept");
         assert!(Arc::ptr_eq(&kept, &texts.share("kept")));
-        let len = |texts: &Texts| texts.inner.lock().known.len();
+        let len = |texts: &Texts| texts.texts.lock().known.len();
         for number in 0..10 * SWEEP_FROM {
             texts.share(&number.to_string());
             assert!(len(&texts) <= SWEEP_FROM);
@@ -88,11 +118,25 @@ mod tests {
         // Few that are large: a member that rewrites an object again and again.
         for number in 0..100u8 {
             texts.share(&char::from(number).to_string().repeat(1 << 20));
-            assert!(texts.inner.lock().bytes <= SWEEP_BYTES_FROM);
+            assert!(texts.texts.lock().bytes <= SWEEP_BYTES_FROM);
         }
         texts.sweep();
         assert_eq!(len(&texts), 1, "what is in use stays");
-        assert_eq!(texts.inner.lock().bytes, "kept".len());
+        assert_eq!(texts.texts.lock().bytes, "kept".len());
         assert!(Arc::ptr_eq(&kept, &texts.share("kept")));
+    }
+
+    #[test]
+    fn members_that_answer_the_same_share_the_answer() {
+        let texts = Texts::new();
+        let answer = |replicas: u64| {
+            let object = json!({"spec": {"replicas": replicas}});
+            texts.share_baseline(federation_core::drift::baseline(&object, &object, "hash"))
+        };
+        let one = answer(1);
+        assert!(Arc::ptr_eq(&one, &answer(1)));
+        assert!(!Arc::ptr_eq(&one, &answer(2)));
+        texts.sweep();
+        assert_eq!(texts.baselines.lock().known.len(), 1, "nobody has the second any more");
     }
 }

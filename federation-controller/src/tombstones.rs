@@ -24,6 +24,7 @@ use tracing::{Instrument as _, debug, info, info_span};
 use crate::Shared;
 use crate::follow::{admit_all, follow};
 use crate::member::{Member, chain, delete_params};
+use crate::reader::ReadError;
 
 /// Wait before a deletion that failed is tried again.
 const RETRY: Duration = Duration::from_secs(30);
@@ -157,7 +158,7 @@ enum Erased {
     NotYet,
 }
 
-async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Result<Erased, kube::Error> {
+async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Result<Erased, ReadError> {
     match is_back(shared, stone).await? {
         // It takes care of everything that carries its mark.
         Some(true) => return Ok(Erased::Done),
@@ -172,11 +173,7 @@ async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Resul
         &target.plural_name,
         !stone.namespace.is_empty(),
     );
-    let api: Api<DynamicObject> = if of.target.namespaced {
-        Api::namespaced_with(member.client().clone(), &stone.namespace, &of.target.resource())
-    } else {
-        Api::all_with(member.client().clone(), &of.target.resource())
-    };
+    let api = member.objects(&of, &stone.namespace);
     let Some(found) = api.get_opt(&stone.name).await? else { return Ok(Erased::Done) };
     let value = serde_json::to_value(&found).unwrap_or_default();
     if !belongs_to(&value, &stone.source, shared.hub_id()) {
@@ -189,8 +186,10 @@ async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Resul
     };
     match done {
         // Gone, or another object of the same name: not the one that was meant.
-        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(Erased::Done),
-        done => done.map(|()| Erased::Done),
+        Err(error) if error.status().is_some_and(|status| matches!(status.code, 404 | 409)) => {
+            Ok(Erased::Done)
+        }
+        done => Ok(done.map(|()| Erased::Done)?),
     }
 }
 

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
+use federation_core::answers;
 use federation_core::api::{
     Condition, ControllerState, Conversion, FederatedTypeConfig, FederatedTypeConfigStatus, Mode,
     federated_crd,
@@ -24,17 +25,17 @@ use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::watcher;
-use kube::{Api, ResourceExt as _};
+use kube::{Api, Resource as _, ResourceExt as _};
 use parking_lot::RwLock;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument as _, info, info_span, warn};
 
-use crate::follow::{Change, WatchTrouble, admit_all, follow, follow_as};
+use crate::follow::{Change, Source, WatchTrouble, admit_all, follow, follow_as};
 use crate::hub::Kept;
 use crate::member::chain;
-use crate::policies::refusal;
+use crate::reader::{ReadError, Reader};
 use crate::{SETTLE, Shared};
 
 /// Types that may be enabled at once: each costs a watch at the hub and, once used, one in every member.
@@ -338,10 +339,12 @@ async fn is_defined(shared: &Shared, of: &FederatedType) -> Result<bool, kube::E
         Err(kube::Error::Api(status)) if status.code == 403 => {}
         Err(error) => return Err(error),
     }
-    let objects: Api<DynamicObject> = Api::all_with(shared.hub.clone(), &of.hub_resource());
-    match objects.list(&ListParams::default().limit(1)).await {
-        Err(kube::Error::Api(status)) => Ok(status.code != 404),
-        done => done.map(|_| true),
+    let path = kube::core::Request::new(DynamicObject::url_path(&of.hub_resource(), None));
+    let list = path.list(&ListParams::default().limit(1)).map_err(kube::Error::BuildRequest)?;
+    match Reader::of_hub(shared.hub.clone()).page(list, |_| false).await {
+        Err(ReadError::Client(kube::Error::Api(status))) => Ok(status.code != 404),
+        Err(ReadError::Client(error) | ReadError::BrokeOff(error)) => Err(error),
+        _ => Ok(true),
     }
 }
 
@@ -352,7 +355,7 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>,
     let mut say = crate::hub_trouble("federated objects");
     let asked = Arc::clone(&shared);
     let trouble = move |failed: WatchTrouble| {
-        if only_read && refusal(&failed.error) == Some(404) {
+        if only_read && failed.error.status().is_some_and(|status| status.code == 404) {
             // Its definition may have gone since it was asked for. Nothing waits for what is not there.
             asked.types_changed.notify_one();
         }
@@ -403,9 +406,9 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>,
         }
         true
     };
-    follow_as(objects, watcher::Config::default(), None, Kept::new, admit_all, on_change, trouble)
-        .instrument(span)
-        .await;
+    let source = Source::of_hub(objects, watcher::Config::default());
+    let keep = |object| answers::dynamic(object).map(Kept::new);
+    follow_as(source, keep, admit_all, on_change, trouble).instrument(span).await;
 }
 
 /// A configuration, and the type that it makes or a reason and message why it makes none.

@@ -40,6 +40,7 @@ pub(crate) enum ReadError {
 }
 
 /// Reads one value within the budget.
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Tree<'a>(pub(crate) &'a Budget);
 
 /// Reads a text that is one value.
@@ -56,6 +57,7 @@ pub(crate) fn read(text: &str, budget: &Budget) -> Result<Value, ReadError> {
 // === impl Budget ===
 
 impl Budget {
+    /// So many bytes of memory.
     pub(crate) fn new(bytes: usize) -> Self {
         Self { left: Cell::new(bytes), exceeded: Cell::new(false) }
     }
@@ -65,6 +67,7 @@ impl Budget {
         Self::new(usize::MAX)
     }
 
+    /// Whether more was needed.
     pub(crate) fn is_exceeded(&self) -> bool {
         self.exceeded.get()
     }
@@ -80,6 +83,18 @@ impl Budget {
                 Err(E::custom("too large"))
             }
         }
+    }
+
+    /// For one more entry of a map that has so many.
+    pub(crate) fn take_entry<E: Error>(&self, entries: usize, key: &str) -> Result<(), E> {
+        self.take_string(key.len())?;
+        self.take(match entries {
+            0 => LEAF,
+            1..IN_A_LEAF => 0,
+            // It becomes two, with one above them.
+            IN_A_LEAF => LEAF + INNER,
+            _ => ENTRY,
+        })
     }
 
     /// With what an allocator rounds up to and keeps for itself.
@@ -143,14 +158,7 @@ impl<'de> Visitor<'de> for Tree<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut map = Map::new();
         while let Some(key) = entries.next_key::<String>()? {
-            self.0.take_string(key.len())?;
-            self.0.take(match map.len() {
-                0 => LEAF,
-                1..IN_A_LEAF => 0,
-                // It becomes two, with one above them.
-                IN_A_LEAF => LEAF + INNER,
-                _ => ENTRY,
-            })?;
+            self.0.take_entry(map.len(), &key)?;
             map.insert(key, entries.next_value_seed(Tree(self.0))?);
         }
         Ok(Value::Object(map))

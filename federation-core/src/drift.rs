@@ -23,7 +23,7 @@ const ELEMENT_KEYS: [&str; 8] =
     ["name", "containerPort", "port", "mountPath", "devicePath", "ip", "topologyKey", "uid"];
 
 /// What a member answered to the last apply, limited to the fields that were asked for.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Baseline {
     /// The digest of the hash of what was asked for.
     hash: Digest,

@@ -52,6 +52,8 @@ pub const REVOKED_ANNOTATION: &str = "cellway.io/revoked-at";
 pub const CREDENTIAL_LABEL: &str = "cellway.io/credential-of";
 /// Where `KubeFedCluster` objects live.
 pub const FEDERATION_NAMESPACE: &str = "kube-federation-system";
+/// Where the hub keeps what is its own: enrolment tokens, records of revocations.
+pub const SYSTEM_NAMESPACE: &str = "cellway-system";
 
 /// Keys under these prefixes are cellway's own: neither a template nor a rule can set, propagate or remove them.
 pub const RESERVED_PREFIXES: [&str; 2] = ["cellway.io/", "kubefed.io/"];

@@ -400,11 +400,11 @@ impl<'a> Planner<'a> {
     /// Tells of members where more objects say that they are this one's than can be: they go a few at a time.
     fn report_strays(&mut self) {
         let members = self.input.members.iter().filter(|(_, view)| view.strays > 0);
-        let told: Vec<String> =
-            members.map(|(cluster, view)| format!("{} in {cluster}", view.strays)).collect();
+        // How many they are changes all the time while they go, and each change would be a write.
+        let told: Vec<&str> = members.map(|(cluster, _)| cluster.as_str()).collect();
         if !told.is_empty() {
             let message = format!(
-                "more objects carry this object's mark than are looked at at a time ({}): see who makes them there",
+                "more objects carry this object's mark than are looked at at a time, in {}: see who makes them there",
                 told.join(", ")
             );
             self.find(STRAY_OBJECTS, "TooManyMarked", message);

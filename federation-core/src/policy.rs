@@ -15,8 +15,8 @@ use serde_json::{Map, Value, json};
 use crate::api::{FederatedSpec, Override, PolicyOverride, PropagationPolicy, ResourceSelector};
 use crate::names::{
     ADOPT_ANNOTATION, DELETE_OPTION_ANNOTATION, FEDERATION_NAMESPACE, MADE_FROM_ANNOTATION,
-    ORPHAN_ANNOTATION, POLICY_ANNOTATION, POLICY_LABEL, POLICY_MASK_ANNOTATION, TENANT_ROLE_LABEL,
-    UNREACHABLE_ANNOTATION, is_reserved,
+    ORPHAN_ANNOTATION, POLICY_ANNOTATION, POLICY_LABEL, POLICY_MASK_ANNOTATION, SYSTEM_NAMESPACE,
+    TENANT_ROLE_LABEL, UNREACHABLE_ANNOTATION, is_reserved,
 };
 use crate::render::strip_nulls;
 use crate::topology::parse_selector;
@@ -24,7 +24,7 @@ use crate::types::FederatedType;
 
 /// Namespaces whose objects are the system's own.
 const SYSTEM_NAMESPACES: [&str; 5] =
-    ["kube-system", "kube-public", "kube-node-lease", "cellway-system", FEDERATION_NAMESPACE];
+    ["kube-system", "kube-public", "kube-node-lease", SYSTEM_NAMESPACE, FEDERATION_NAMESPACE];
 /// What every API server makes for itself, by kind, namespace (empty: any) and name.
 const MADE_BY_SERVERS: [(&str, &str, &str); 3] = [
     ("ConfigMap", "", "kube-root-ca.crt"),
@@ -213,19 +213,6 @@ pub fn is_companion(of: &FederatedType, object: &ObjectMeta) -> bool {
     let labelled = object.labels.as_ref().is_some_and(|all| all.contains_key(POLICY_LABEL));
     let made_from = object.annotations.as_ref().and_then(|all| all.get(MADE_FROM_ANNOTATION));
     labelled && made_from == Some(&native)
-}
-
-/// Whether it is one of `policy` (`namespace/name`) from before companions said what they are made from.
-pub fn was_companion(object: &ObjectMeta, policy: &str) -> bool {
-    policy_of_before(object) == Some(policy)
-}
-
-/// The policy that an object names as companions did before they said what they are made from. A copy of one does, too.
-pub fn policy_of_before(object: &ObjectMeta) -> Option<&str> {
-    let labelled = object.labels.as_ref().is_some_and(|all| all.contains_key(POLICY_LABEL));
-    let annotations = object.annotations.as_ref()?;
-    let before = labelled && !annotations.contains_key(MADE_FROM_ANNOTATION);
-    annotations.get(POLICY_ANNOTATION).map(String::as_str).filter(|_| before)
 }
 
 /// The companion, as it is made: the policy's placement around the object's content.
@@ -657,13 +644,6 @@ mod tests {
         check(|meta| meta["namespace"] = "bank".into(), false);
         check(|meta| meta["annotations"] = json!({}), false);
         check(|meta| meta["labels"] = json!({}), false);
-        let before = |marks: Value| {
-            let meta = json!({"labels": {"cellway.io/policy": "p"}, "annotations": marks});
-            was_companion(&serde_json::from_value(meta).expect("metadata"), "shop/p")
-        };
-        assert!(before(json!({"cellway.io/policy": "shop/p"})));
-        assert!(!before(json!({"cellway.io/policy": "shop/q"})) && !before(json!({})));
-        assert!(!before(made["metadata"]["annotations"].clone()));
         let namespaces = types::builtin().into_iter().find(FederatedType::is_namespace).expect("known");
         assert_eq!(native_name(&namespaces, "shop", "shop"), "Namespace shop");
     }

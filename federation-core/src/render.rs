@@ -54,10 +54,7 @@ pub enum RenderError {
     NoSelector,
     /// Something on the way to a field is not an object.
     #[error("{path} of the template is not an object")]
-    NotAnObject {
-        /// Where.
-        path: &'static str,
-    },
+    NotAnObject { path: &'static str },
 }
 
 /// The name of a unit's object under a naming.

@@ -41,6 +41,9 @@ const OBSERVED_DAEMONS: [&str; 5] = [
 ];
 /// The same of a Job.
 const OBSERVED_RUNS: [&str; 4] = ["active", "ready", "succeeded", "failed"];
+/// Longest reason and message of a member's object that are shown, in bytes.
+const MAX_REASON: usize = 64;
+const MAX_MESSAGE: usize = 500;
 /// Largest status of a member object that is shown whole: a hub object holds those of hundreds of units.
 const MAX_COLLECTED_STATUS: usize = 2048;
 
@@ -101,6 +104,22 @@ pub fn observe(of: &FederatedType, live: &Value) -> (bool, Option<Map<String, Va
         return (ready, Some(map.clone()));
     }
     (ready, observed)
+}
+
+/// Why an object will never be ready, as it says itself: reason and message of a Job's condition `Failed`.
+pub fn failure(of: &FederatedType, live: &Value) -> Option<(String, String)> {
+    if of.readiness != Readiness::Completed {
+        return None;
+    }
+    let all = live["status"]["conditions"].as_array();
+    let failed = all.into_iter().flatten().find(|one| one["type"] == "Failed" && one["status"] == "True")?;
+    // It came from a member.
+    let text = |field: &str, most: usize| {
+        let text = failed[field].as_str().unwrap_or_default();
+        text[..text.floor_char_boundary(most)].to_owned()
+    };
+    let reason = Some(text("reason", MAX_REASON)).filter(|reason| !reason.is_empty());
+    Some((reason.unwrap_or_else(|| "JobFailed".into()), text("message", MAX_MESSAGE)))
 }
 
 /// Whether the object's controller has seen its newest state.
@@ -345,6 +364,24 @@ mod tests {
         for condition in ["Failed", "Suspended", "SuccessCriteriaMet"] {
             assert!(!observe(&of, &live(condition)).0, "{condition}");
         }
+    }
+
+    #[test]
+    fn a_failed_job_says_why() {
+        let of = types::known("jobs").expect("known");
+        let live = |status: &str, reason: &str, message: &str| {
+            json!({"status": {"conditions": [{"type": "FailureTarget", "status": "True", "reason": "other"},
+                {"type": "Failed", "status": status, "reason": reason, "message": message}]}})
+        };
+        let why = |live: &Value| failure(&of, live);
+        let said = why(&live("True", "BackoffLimitExceeded", "it crashed")).expect("failed");
+        assert_eq!(said, ("BackoffLimitExceeded".to_owned(), "it crashed".to_owned()));
+        assert_eq!(why(&live("False", "BackoffLimitExceeded", "it crashed")), None);
+        assert_eq!(why(&live("True", "", "")).expect("failed").0, "JobFailed");
+        let (reason, message) = why(&live("True", &"ä".repeat(500), &"ä".repeat(500))).expect("failed");
+        assert!(reason.len() <= MAX_REASON && message.len() <= MAX_MESSAGE, "{reason} {message}");
+        let other = types::known("deployments.apps").expect("known");
+        assert_eq!(failure(&other, &live("True", "a", "b")), None);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use kube::ResourceExt as _;
 
 use crate::api::Tenant;
-use crate::names::FEDERATION_NAMESPACE;
+use crate::names::{FEDERATION_NAMESPACE, SYSTEM_NAMESPACE};
 use crate::topology::Topology;
 
 /// What each namespace sees of a topology.
@@ -45,7 +45,7 @@ enum Owner {
 
 /// Namespaces that are the platform's by their name: no tenant gets anything in them, whatever its object says.
 pub fn is_the_platforms(namespace: &str) -> bool {
-    namespace == FEDERATION_NAMESPACE || namespace == "cellway-system" || namespace.starts_with("kube-")
+    namespace == FEDERATION_NAMESPACE || namespace == SYSTEM_NAMESPACE || namespace.starts_with("kube-")
 }
 
 // === impl Tenancy ===

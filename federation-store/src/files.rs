@@ -23,6 +23,11 @@ use crate::types::Revision;
 /// How far a restore moves the counter: more writes than any hub makes between a backup and its loss.
 const RESTORE_JUMP: u64 = 1_000_000_000;
 
+/// Between a file's name and the time at which it was set aside.
+const ASIDE: &str = ".replaced-";
+/// What belongs to a database beside its file: the write-ahead log, and the index of it.
+const SIDE_FILES: [&str; 2] = ["-wal", "-shm"];
+
 /// Why a file could not be looked after.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
@@ -186,11 +191,12 @@ pub async fn restore(
     let give =
         |file: &File, path: &Path| give_to(file, &owner).map_err(io("give to the owner of the data", path));
     give(&alone, &sqlite::lock_path(target))?;
+    let mark = sqlite::restoring(target);
+    let aside = set_aside_before(target, &mark)?;
     // What is replaced may be damaged: that is what backups are for.
-    let carried = if target.exists() {
-        living(target, exceptions.carried_over).await.map_err(|error| error_text(&error))
-    } else {
-        Err("nothing was there before".to_owned())
+    let carried = match aside.as_deref().or_else(|| target.exists().then_some(target)) {
+        Some(former) => living(former, exceptions.carried_over).await.map_err(|error| error_text(&error)),
+        None => Err("nothing was there before".to_owned()),
     };
     let part = with_suffix(target, ".part");
     // The permissions come first, the content after.
@@ -206,7 +212,6 @@ pub async fn restore(
     give(&to, &part)?;
     drop(to);
     // Between two of the steps that follow there would be an empty hub, or one with another's write-ahead log.
-    let mark = sqlite::restoring(target);
     match File::create_new(&mark).and_then(|file| file.sync_all()) {
         // Left by a restore that was cut off, perhaps another user's.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -214,9 +219,9 @@ pub async fn restore(
     }
     sync_folder(target).map_err(io("write", folder))?;
     let kept = free_name(target, now);
-    let mut replaced = None;
+    let mut replaced = aside;
     // The write-ahead log belongs to what is replaced, and goes with it.
-    for suffix in ["", "-wal", "-shm"] {
+    for suffix in std::iter::once("").chain(SIDE_FILES) {
         let old = with_suffix(target, suffix);
         if old.exists() {
             fs::rename(&old, with_suffix(&kept, suffix)).map_err(io("set aside", &old))?;
@@ -226,6 +231,25 @@ pub async fn restore(
     settle(&part, target)?;
     fs::remove_file(&mark).map_err(io("remove", &mark))?;
     Ok(Restored { revision, replaced, carried_over })
+}
+
+/// The former data where a restore that was cut off has left it, whole: what of it was still in its place is brought there too.
+fn set_aside_before(target: &Path, mark: &Path) -> Result<Option<PathBuf>, FileError> {
+    if !mark.exists() || target.exists() {
+        return Ok(None);
+    }
+    let Some(kept) = newest_aside(target) else { return Ok(None) };
+    for suffix in SIDE_FILES {
+        let (old, new) = (with_suffix(target, suffix), with_suffix(&kept, suffix));
+        if old.exists() && !new.exists() {
+            fs::rename(&old, &new).map_err(|source| FileError::Io {
+                action: "set aside",
+                path: old,
+                source,
+            })?;
+        }
+    }
+    Ok(Some(kept))
 }
 
 /// Looks whether a file, which may be in use, is sound: SQLite's own check, and the store's rules.
@@ -447,10 +471,27 @@ fn give_to(file: &File, owner: &fs::Metadata) -> io::Result<()> {
 /// A name for what is set aside that nothing has yet.
 fn free_name(target: &Path, now: SystemTime) -> PathBuf {
     let time = jiff::Timestamp::try_from(now).unwrap_or_default().strftime("%Y%m%dT%H%M%SZ").to_string();
-    let first = with_suffix(target, &format!(".replaced-{time}"));
-    let others = (2_u32..).map(|n| with_suffix(target, &format!(".replaced-{time}-{n}")));
-    let free = |name: &PathBuf| ["", "-wal", "-shm"].iter().all(|suffix| !with_suffix(name, suffix).exists());
+    let first = with_suffix(target, &format!("{ASIDE}{time}"));
+    let others = (2_u32..).map(|n| with_suffix(target, &format!("{ASIDE}{time}-{n}")));
+    let free = |name: &PathBuf| {
+        std::iter::once("").chain(SIDE_FILES).all(|suffix| !with_suffix(name, suffix).exists())
+    };
     std::iter::once(first.clone()).chain(others).find(free).unwrap_or(first)
+}
+
+/// What was set aside last, by the time in its name.
+fn newest_aside(target: &Path) -> Option<PathBuf> {
+    let name = with_suffix(Path::new(target.file_name()?), ASIDE).into_os_string().into_string().ok()?;
+    let order = |entry: fs::DirEntry| {
+        let file = entry.file_name().into_string().ok()?;
+        let rest = file.strip_prefix(&name)?;
+        let (time, number) = rest.split_once('-').unwrap_or((rest, "1"));
+        // Not what lies beside such a file.
+        let number: u32 = number.parse().ok()?;
+        Some((time.to_owned(), number, entry.path()))
+    };
+    let entries = fs::read_dir(folder_of(target)).ok()?;
+    entries.flatten().filter_map(order).max().map(|(_, _, path)| path)
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

@@ -1,14 +1,16 @@
 //! Following what other processes write to the same database.
 //!
 //! The writer makes its own commits known at once. Everybody else's come from the log: a task looks at the counter, woken
-//! by a notification where the database has them and by a timer that is short while there is traffic, and reads what is
-//! new. Whoever publishes first fills the gap before, under one lock, so the ring grows in order and without holes; where
-//! that is not possible the ring starts anew and every watcher reads the log by itself. So the ring may lose, a watcher
-//! never.
+//! by a notification where the database has them and by a timer that is short while others write, and reads what is
+//! new. A commit of this process looks at the counter as well, so while it writes the task has less to do. Whoever
+//! publishes first fills the gap before, under one lock, so the ring grows in order and without holes; where that is not
+//! possible the ring starts anew and every watcher reads the log by itself. So the ring may lose, a watcher never.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+
+use futures::future::BoxFuture;
 
 use crate::backend::{Backend, Changes};
 use crate::error::Error;
@@ -37,7 +39,7 @@ pub(crate) struct Follower {
     backend: Arc<dyn Backend>,
     /// Whoever publishes holds it, over the reads that fill the gap before: an asynchronous lock for that.
     order: tokio::sync::Mutex<Seen>,
-    /// When the counter was last read.
+    /// When the counter was last read, be it to write.
     looked: parking_lot::Mutex<tokio::time::Instant>,
 }
 
@@ -51,6 +53,34 @@ struct Seen {
     last: Option<Arc<Event>>,
     /// The revision whose event was last read for that, be it there or not: it may be compacted.
     looked_for: Revision,
+}
+
+/// Notifications of other processes' writes.
+enum Notifications<'a> {
+    /// A connection for them is being made, which may take longer than an event may: meanwhile the timer has to do.
+    Asked(BoxFuture<'a, Result<Option<Box<dyn Changes>>, Error>>),
+    There(Box<dyn Changes>),
+    /// There will be another try after the next wait.
+    Failed,
+    /// The database has none.
+    None,
+}
+
+// === impl Notifications ===
+
+impl Notifications<'_> {
+    /// Returns when there may be something new: so too once notifications have begun. An error means that some may have been
+    /// missed.
+    async fn next(&mut self) -> Result<(), Error> {
+        match self {
+            Self::Asked(asked) => {
+                *self = asked.await?.map_or(Self::None, Self::There);
+                Ok(())
+            }
+            Self::There(changes) => changes.next().await,
+            Self::Failed | Self::None => std::future::pending().await,
+        }
+    }
 }
 
 // === impl Follower ===
@@ -94,6 +124,7 @@ impl Follower {
             tracing::debug!(error = &error as &dyn std::error::Error, "failed to read foreign writes");
         }
         self.hub.publish(events);
+        *self.looked.lock() = tokio::time::Instant::now();
         if let Err(error) = self.note(&mut seen).await {
             tracing::debug!(error = &error as &dyn std::error::Error, "failed to read what was seen");
         }
@@ -106,20 +137,40 @@ impl Follower {
 
     /// Brings the hub up to the database; the newest revision of it.
     pub(crate) async fn catch_up(&self) -> Result<Revision, Error> {
-        let mut seen = self.order.lock().await;
-        // Before the counter is read: what was seen was committed.
-        let shown = self.hub.revision();
-        let state = self.backend.state().await?;
-        if state.revision < shown {
-            self.go_back(&mut seen, shown, state.revision);
-        } else {
-            self.verify(&mut seen).await?;
-            self.fill(state.revision).await?;
+        loop {
+            let (times, _) = self.hub.back();
+            // Before the counter is read: what was seen was committed.
+            let shown = self.hub.revision();
+            // Not under the lock: whoever has written meanwhile does not wait for this answer, which is the usual one, that
+            // there is nothing new.
+            let state = self.backend.state().await?;
+            let mut seen = self.order.lock().await;
+            if self.hub.back().0 != times {
+                // Somebody noticed meanwhile that the database went back: the answer may be of before.
+                continue;
+            }
+            if state.revision < shown {
+                self.go_back(&mut seen, shown, state.revision);
+            } else {
+                self.verify(&mut seen).await?;
+                self.fill(state.revision).await?;
+            }
+            self.hub.set_compacted(state.compacted, state.swept);
+            *self.looked.lock() = tokio::time::Instant::now();
+            self.note(&mut seen).await?;
+            return Ok(state.revision);
         }
-        self.hub.set_compacted(state.compacted, state.swept);
-        *self.looked.lock() = tokio::time::Instant::now();
-        self.note(&mut seen).await?;
-        Ok(state.revision)
+    }
+
+    /// Waits until it is time to look at the counter again, so long after the last look. Commits of this process are looks;
+    /// what only the task itself sees, such as a compaction by others, does not wait for their end.
+    async fn rest(&self, wait: Duration) {
+        let begun = tokio::time::Instant::now();
+        let mut due = begun + wait;
+        while tokio::time::Instant::now() < due {
+            tokio::time::sleep_until(due).await;
+            due = ((*self.looked.lock()).max(begun) + wait).min(begun + NOTIFIED_POLL);
+        }
     }
 
     /// Looks, when there are other connections than before, whether the database still has what was seen: it may have
@@ -213,34 +264,26 @@ impl Follower {
     /// Follows until the store is closed.
     pub(crate) async fn run(self: Arc<Self>) {
         let mut wait = FASTEST_POLL;
-        let mut changes: Option<Box<dyn Changes>> = None;
-        // Whether there are notifications at all, once that is known.
-        let mut notified = true;
+        let mut notifications = Notifications::Asked(self.backend.changes());
         let mut failing = false;
+        // What others had written at the last look.
+        let mut heard = 0;
         loop {
-            if changes.is_none() && notified {
-                match self.backend.changes().await {
-                    Ok(Some(found)) => changes = Some(found),
-                    Ok(None) => notified = false,
-                    Err(error) => {
-                        tracing::debug!(error = &error as &dyn std::error::Error, "no notifications")
-                    }
-                }
-            }
-            let before = self.hub.revision();
             match self.catch_up().await {
                 Ok(_) => {
                     if failing {
                         tracing::info!("following the database again");
                     }
                     failing = false;
-                    wait = if changes.is_some() {
+                    let foreign = self.hub.counters.foreign.load(Ordering::Relaxed);
+                    wait = if matches!(notifications, Notifications::There(_)) {
                         NOTIFIED_POLL
-                    } else if self.hub.revision() > before {
+                    } else if foreign > heard {
                         FASTEST_POLL
                     } else {
                         wait.mul_f64(SLOWING).min(SLOWEST_POLL)
                     };
+                    heard = foreign;
                 }
                 Err(Error::Closed) => return,
                 Err(error) => {
@@ -254,21 +297,16 @@ impl Follower {
                     wait = FAILED_POLL;
                 }
             }
-            let notification = async {
-                match &mut changes {
-                    Some(changes) => changes.next().await,
-                    None => std::future::pending().await,
-                }
-            };
             tokio::select! {
                 biased;
                 () = self.hub.closed.cancelled() => return,
-                heard = notification => if let Err(error) = heard {
-                    tracing::debug!(error = &error as &dyn std::error::Error, "lost the notifications");
-                    changes = None;
-                    failing = true;
+                told = notifications.next() => if let Err(error) = told {
+                    tracing::debug!(error = &error as &dyn std::error::Error, "no notifications");
+                    notifications = Notifications::Failed;
                 },
-                () = tokio::time::sleep(wait) => {}
+                () = self.rest(wait) => if matches!(notifications, Notifications::Failed) {
+                    notifications = Notifications::Asked(self.backend.changes());
+                }
             }
         }
     }

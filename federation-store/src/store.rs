@@ -485,7 +485,8 @@ impl Store {
         let Some(Tasks { writer, follower, scale }) = self.inner.tasks.lock().take() else { return };
         for task in follower.into_iter().chain([scale, writer]) {
             if let Err(error) = task.await {
-                tracing::error!(%error, "a task of the store did not end in order");
+                let error = service::log::task_failure(error);
+                tracing::error!(error, "a task of the store did not end in order");
             }
         }
     }

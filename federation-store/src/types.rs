@@ -140,7 +140,6 @@ pub enum LeaseChange {
     Grant(Lease),
     /// Moves the end of one that does.
     KeepAlive {
-        /// Which.
         id: i64,
         /// Its new end, as in [`Lease::expires_at`].
         expires_at: i64,
@@ -148,7 +147,6 @@ pub enum LeaseChange {
     /// Removes it, and deletes the keys attached to it. When there are more of them than one transaction should delete
     /// it deletes some: the lease stays, ended, takes no more keys, and is to be revoked again.
     Revoke {
-        /// Which.
         id: i64,
         /// Only if it has ended by then.
         expired_at: Option<i64>,

@@ -205,6 +205,42 @@ async fn a_restore_that_was_cut_off_is_no_empty_hub() {
     assert!(has(&path, "/kept").await);
 }
 
+/// The former data was on its way out: some of it is aside, some is still in its place, or all of it is aside.
+#[tokio::test]
+async fn a_restore_that_is_done_again_takes_over_what_the_first_would_have() {
+    let exceptions = Exceptions { carried_over: &["/revoked/"], left_out: &[] };
+    for log_is_aside in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("store.db");
+        let backup = folder.path().join("backup");
+        let store = open(&path).await;
+        store.create("/kept", "1").await.unwrap();
+        files::backup(&path, &backup).await.unwrap();
+        // Set aside in the years before: not what is meant.
+        for name in ["store.db.replaced-20200101T000000Z", "store.db.replaced-20200101T000000Z-12"] {
+            std::fs::copy(&backup, folder.path().join(name)).unwrap();
+        }
+        store.create("/revoked/east", "1").await.unwrap();
+        store.create("/later", "1").await.unwrap();
+        // A hub that was killed: its last writes are in the write-ahead log only.
+        let aside = folder.path().join("store.db.replaced-20260102T030405Z");
+        let beside = |path: &std::path::Path| std::path::PathBuf::from(format!("{}-wal", path.display()));
+        let (log, data) = (std::fs::read(beside(&path)).unwrap(), std::fs::read(&path).unwrap());
+        assert!(!log.is_empty(), "there is a log to lose");
+        store.close().await;
+        std::fs::write(&aside, data).unwrap();
+        std::fs::write(beside(if log_is_aside { &aside } else { &path }), log).unwrap();
+        std::fs::write(folder.path().join("store.db.restoring"), "").unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let restored = files::restore(&backup, &path, SystemTime::now(), exceptions).await.unwrap();
+        assert_eq!((restored.carried_over, restored.replaced), (Ok(1), Some(aside.clone())));
+        assert!(has(&path, "/kept").await && has(&path, "/revoked/east").await);
+        assert!(!has(&path, "/later").await);
+        // It is whole.
+        assert!(has(&aside, "/later").await);
+    }
+}
+
 /// Whoever has the folder may have taken the hub over, and root restores.
 #[tokio::test]
 async fn a_restore_follows_no_links() {

@@ -64,9 +64,7 @@ pub enum AppError {
     Bind {
         /// Which pages.
         what: &'static str,
-        /// Where.
         address: SocketAddr,
-        /// Why.
         #[source]
         source: io::Error,
     },
@@ -95,13 +93,7 @@ impl App {
 
     /// Shows these flags at `/config`.
     #[must_use]
-    pub fn effective(mut self, mut effective: Effective) -> Self {
-        for flag in &mut effective.0 {
-            // A URL may hold a password.
-            if flag.name == "egress-proxy" && flag.value.contains('@') {
-                flag.value = "<hidden>".to_owned();
-            }
-        }
+    pub fn effective(mut self, effective: Effective) -> Self {
         self.effective = effective;
         self
     }

@@ -48,7 +48,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// The name of this member cluster. Empty: plain konnectivity mode, with the certificates of the files and any
+    /// The name of this member cluster. Empty: file-certificate mode, with the certificates of the files and any
     /// destination allowed.
     #[arg(long, default_value = "", value_name = "NAME")]
     pub cluster_name: String,
@@ -62,7 +62,7 @@ pub struct Args {
     /// Its port.
     #[arg(long, default_value_t = 8091, value_name = "PORT")]
     pub proxy_server_port: u16,
-    /// How many servers to hold tunnels to; 0: all of them. Unset: 2, and all in plain konnectivity mode.
+    /// How many servers to hold tunnels to; 0: all of them. Unset: 2, and all in file-certificate mode.
     #[arg(long, value_name = "COUNT")]
     pub tunnels: Option<usize>,
     /// What carries the tunnels: auto, quic or h2. auto tries QUIC and keeps HTTP/2 where that is blocked or slower.
@@ -73,7 +73,7 @@ pub struct Args {
     pub egress_proxy: Option<String>,
 
     /// Destinations that may be dialled (repeatable): *, a name, *.domain, an address or block, with ports, such as
-    /// 10.0.0.0/8:443. Nothing by default; everything in plain konnectivity mode.
+    /// 10.0.0.0/8:443. Nothing by default; everything in file-certificate mode.
     #[arg(long, value_name = "RULE")]
     pub allow: Vec<String>,
     /// Labels of this agent (key=value, repeatable).
@@ -126,7 +126,7 @@ pub struct Args {
     /// The kube-apiserver, https://host:port. Unset: the kubeconfig's, or that of the cluster this runs in.
     #[arg(long, value_name = "URL")]
     pub kube_apiserver: Option<String>,
-    /// A kubeconfig whose current context names the kube-apiserver and the gateway's credential. A plain konnectivity
+    /// A kubeconfig whose current context names the kube-apiserver and the gateway's credential. A file-certificate
     /// agent has no gateway and does not read it.
     #[arg(long, default_value = "", value_name = "FILE")]
     pub kubeconfig: String,
@@ -186,22 +186,17 @@ pub struct WithoutEffect {
     /// Windows take the place of channels.
     #[arg(long, default_value_t = 150, hide = true)]
     pub xfr_channel_size: usize,
-    /// As above.
     #[arg(long, hide = true)]
     pub warn_on_channel_limit: bool,
     /// Servers tell of each other.
     #[arg(long, hide = true)]
     pub count_server_leases: bool,
-    /// As above.
     #[arg(long, default_value = "kube-system", hide = true)]
     pub lease_namespace: String,
-    /// As above.
     #[arg(long, default_value = "k8s-app=konnectivity-server", hide = true)]
     pub lease_label_selector: String,
-    /// As above.
     #[arg(long, hide = true)]
     pub lease_label: Option<String>,
-    /// As above.
     #[arg(long, default_value = "default", hide = true)]
     pub server_count_source: String,
     /// Agents authenticate with certificates.
@@ -213,7 +208,6 @@ pub struct WithoutEffect {
     /// Profiling is the platform's.
     #[arg(long, hide = true)]
     pub enable_profiling: bool,
-    /// As above.
     #[arg(long, hide = true)]
     pub enable_contention_profiling: bool,
 }
@@ -351,7 +345,6 @@ pub enum ConfigError {
     /// Addresses of the pages.
     #[error("--{flag}={value}: expected an IP address")]
     Address {
-        /// The flag.
         flag: &'static str,
         /// What was given.
         value: String,
@@ -367,7 +360,7 @@ pub enum ConfigError {
     NoKubeApiserver,
     /// The gateway is wanted where nothing says whose word to impersonate users counts.
     #[error(
-        "--{0} is for agents of a cluster: the API gateway believes the hub, and in plain konnectivity mode there is none; \
+        "--{0} is for agents of a cluster: the API gateway believes the hub, and in file-certificate mode there is none; \
          give --cluster-name, or leave it out"
     )]
     PlainGateway(&'static str),

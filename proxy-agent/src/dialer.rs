@@ -7,10 +7,15 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    os::fd::OwnedFd,
     sync::Arc,
     time::Duration,
 };
 
+use rustix::{
+    io::Errno,
+    net::{self, AddressFamily, SocketFlags, SocketType},
+};
 use tokio::{net::TcpStream, sync::Semaphore, time::Instant};
 use tunnel::{DialError, Target, policy::DestinationPolicy, race};
 
@@ -110,11 +115,34 @@ async fn connect_any(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
 }
 
 async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect(address).await?;
+    let (socket, connected) = begin(address)?;
+    let stream = TcpStream::from_std(socket.into())?;
+    if !connected {
+        stream.writable().await?;
+        if let Some(error) = stream.take_error()? {
+            return Err(error);
+        }
+    }
     // The tunnel has gathered what belongs together: waiting for more only adds delay. Keep-alive follows once the
     // connection has lasted.
     stream.set_nodelay(true)?;
     Ok(stream)
+}
+
+/// Begins to connect; true when it is connected already. A destination on this machine is, before the first call returns:
+/// asking once more costs no more than asking the socket for its error later, and saves waiting for the runtime to tell.
+fn begin(address: SocketAddr) -> io::Result<(OwnedFd, bool)> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
+    for _ in 0..2 {
+        match net::connect(&socket, &address) {
+            Ok(()) | Err(Errno::ISCONN) => return Ok((socket, true)),
+            Err(Errno::INPROGRESS | Errno::ALREADY) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok((socket, false))
 }
 
 fn dial_error(error: &io::Error) -> DialError {
@@ -202,6 +230,32 @@ mod tests {
         assert_eq!(stream.peer_addr().unwrap(), good);
         assert_eq!(connect_any(vec![dead]).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
         connect_any(vec![]).await.unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn one_that_takes_its_time_is_waited_for() {
+        // Nobody accepts, and the queue is full: the kernel drops what asks for more until there is room.
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        let listener = socket.listen(1).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut waiting = Vec::new();
+        let pending = loop {
+            let (socket, connected) = begin(address).unwrap();
+            if !connected {
+                break socket;
+            }
+            waiting.push(socket);
+            assert!(waiting.len() < 100, "the queue never fills");
+        };
+        drop(pending);
+        let dialling = tokio::spawn(connect(address));
+        for _ in 0..waiting.len() {
+            listener.accept().await.unwrap();
+        }
+        let stream = tokio::time::timeout(TIMEOUT, dialling).await.unwrap().unwrap().unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), address);
+        assert!(stream.take_error().unwrap().is_none());
     }
 
     #[tokio::test]

@@ -75,7 +75,7 @@ pub enum IdentityConfig {
         key: PathBuf,
         /// The CA of the servers.
         ca: PathBuf,
-        /// The member; `None`: plain konnectivity mode.
+        /// The member; `None`: file-certificate mode.
         cluster: Option<ClusterName>,
         /// The id; the certificate's, or a random one, when not given.
         agent_id: Option<String>,
@@ -107,7 +107,7 @@ pub struct EnrolmentToken {
 pub struct Credentials {
     /// The current certificate, and the CA of the servers.
     pub tls: ClientTls,
-    /// The member; empty in plain konnectivity mode.
+    /// The member; empty in file-certificate mode.
     pub cluster: String,
     /// The agent.
     pub agent_id: String,
@@ -158,7 +158,6 @@ pub enum IdentityError {
     DataDir {
         /// The folder.
         path: PathBuf,
-        /// Why.
         #[source]
         source: std::io::Error,
     },

@@ -4,38 +4,31 @@ use std::process::ExitCode;
 
 use proxy_agent::{App, Args, Config};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use service::{drain, error_chain, exit, signals};
+use service::exit::{self, Failure};
+use service::{drain, signals};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
 fn main() -> ExitCode {
+    exit::report("proxy-agent", start())
+}
+
+fn start() -> Result<ExitCode, Failure> {
     let parsed = service::flags::parse::<Args>();
-    let log = match parsed.args.log.init() {
-        Ok(log) => log,
-        Err(error) => return fail(exit::USAGE, &error),
-    };
+    let log = parsed.args.log.init().map_err(Failure::usage)?;
     let ignored = Args::without_effect(&parsed.effective);
     if !ignored.is_empty() {
         tracing::info!(flags = ?ignored, "flags of upstream's agent that have no effect here");
     }
-    let config = match Config::try_from(parsed.args) {
-        Ok(config) => config,
-        Err(error) => return fail(exit::USAGE, &error),
-    };
-    let runtime = match service::runtime::for_relays() {
-        Ok(runtime) => runtime,
-        Err(error) => return fail(exit::INIT, &error),
-    };
+    let config = Config::try_from(parsed.args).map_err(Failure::usage)?;
+    let runtime = service::runtime::for_relays()?;
     raise_open_files();
     let deadline = config.drain_timeout;
     let app = App::new(config).effective(parsed.effective).log(log);
-    match runtime.block_on(run(app, deadline)) {
-        Ok(code) => code,
-        Err(error) => fail(exit::INIT, &*error),
-    }
+    runtime.block_on(run(app, deadline))
 }
 
-async fn run(app: App, deadline: std::time::Duration) -> anyhow::Result<ExitCode> {
+async fn run(app: App, deadline: std::time::Duration) -> Result<ExitCode, Failure> {
     let mut signals = signals::Signals::install()?;
     let bound = app.bind().await?;
     tracing::info!(health = %bound.health_addr(), admin = %bound.admin_addr(), "the agent has started");
@@ -59,10 +52,4 @@ fn raise_open_files() {
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
         tracing::warn!(%error, ?limit, "failed to raise the limit of open files");
     }
-}
-
-fn fail(code: u8, error: &(dyn std::error::Error + 'static)) -> ExitCode {
-    // The log may not be there yet, and whoever started the program looks here.
-    eprintln!("proxy-agent: {}", error_chain(error));
-    ExitCode::from(code)
 }

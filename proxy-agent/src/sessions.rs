@@ -140,8 +140,10 @@ pub(crate) async fn run(
                 let (task, end) = match ended {
                     Ok((task, end)) => (task, end),
                     Err(error) => {
-                        tracing::error!(%error, "a tunnel's task has failed");
-                        (error.id(), End::NotConnected(Failure::Transient))
+                        let task = error.id();
+                        let error = service::log::task_failure(error);
+                        tracing::error!(error, "a tunnel's task has failed");
+                        (task, End::NotConnected(Failure::Transient))
                     }
                 };
                 let Some(slot) = slots.remove(&task) else { continue };
@@ -250,25 +252,31 @@ async fn serve(
     let mut server_drains = pin!(async { server_draining.wait_for(|draining| *draining).await.is_ok() });
     loop {
         tokio::select! {
+            biased;
+            () = &mut drained, if !asked => {
+                asked = true;
+                handle.drain();
+            }
             dial = tunnel.accept() => match dial {
-                Some(dial) if asked => {
-                    // It crossed our notice on the way.
-                    context.metrics.dialled(Err(DialError::Draining));
-                    dials.spawn(dial.refuse(DialError::Draining).in_current_span());
-                }
                 Some(dial) => {
-                    let span = tracing::debug_span!("dial", target = %dial.target());
-                    let drain = dial.target().is_api_gateway().then(|| drain.clone());
-                    dials.spawn(serve_dial(context.clone(), dial, id, drain).instrument(span));
+                    // Those that have finished wait for the next one: waking this loop for each costs as much as the dial did.
+                    while let Some(finished) = dials.try_join_next() {
+                        told_of(finished);
+                    }
+                    if asked {
+                        // It crossed our notice on the way.
+                        context.metrics.dialled(Err(DialError::Draining));
+                        dials.spawn(dial.refuse(DialError::Draining).in_current_span());
+                    } else {
+                        let span = tracing::debug_span!("dial", target = %dial.target());
+                        let drain = dial.target().is_api_gateway().then(|| drain.clone());
+                        dials.spawn(serve_dial(context.clone(), dial, id, drain).instrument(span));
+                    }
                 }
                 None => break,
             },
             _ = &mut ended => break,
-            Some(finished) = dials.join_next(), if !dials.is_empty() => {
-                if let Err(error) = finished {
-                    tracing::error!(%error, "a connection's task has failed");
-                }
-            }
+            Some(finished) = dials.join_next(), if asked => told_of(finished),
             Ok(()) = servers.changed() => {
                 let listed = servers.borrow_and_update().clone();
                 if events.send(Event::Servers(listed)).await.is_err() {
@@ -284,10 +292,6 @@ async fn serve(
                     }
                 }
             }
-            () = &mut drained, if !asked => {
-                asked = true;
-                handle.drain();
-            }
         }
         if asked && dials.is_empty() {
             handle.close("the agent has drained");
@@ -297,6 +301,14 @@ async fn serve(
     let reason = end(&handle, dials, id).await;
     drop(row);
     reason
+}
+
+/// A connection's task says what it has to say itself, unless it has failed.
+fn told_of(finished: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = finished {
+        let error = service::log::task_failure(error);
+        tracing::error!(error, "a connection's task has failed");
+    }
 }
 
 async fn end(handle: &AgentTunnelHandle, mut dials: JoinSet<()>, id: u64) -> CloseReason {

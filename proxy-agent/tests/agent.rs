@@ -305,6 +305,23 @@ async fn servers_tell_of_each_other_and_two_of_them_are_held() {
     drop((one, three));
 }
 
+#[tokio::test]
+async fn a_second_server_is_reached_though_the_first_is_dead() {
+    for transport in ["h2", "auto", "quic"] {
+        let hub = Hub::new();
+        let mut listener = hub.listen("127.0.0.1:0").await;
+        // As behind a firewall: what is sent to it over UDP is swallowed. Its TCP port is closed.
+        let dead = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let live = if transport == "quic" { listener.quic_addr().unwrap() } else { listener.local_addr() };
+        let flags = [format!("--server={live}"), format!("--transport={transport}")];
+        let agent = hub.agent(dead.local_addr().unwrap(), &flags.each_ref().map(String::as_str)).await;
+        let tunnel = attach(&mut listener, "s1", &[live]).await;
+        let carrier = tunnel.carrier().as_str();
+        assert!(transport == "auto" || transport == carrier, "{transport}: {carrier}");
+        agent.until("/metrics", &format!("cellway_agent_tunnels{{carrier=\"{carrier}\"}} 1")).await;
+    }
+}
+
 /// With 50 ms between dials there would be another one within this time, were a refusal taken for a failure.
 const QUIET: Duration = Duration::from_secs(2);
 

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! An agent is what its certificate says. Its hello may only repeat that: an agent of one member that claims another is
-//! refused. In plain konnectivity mode certificates name no cluster; such agents serve only requests that name none.
+//! refused. In file-certificate mode certificates name no cluster; such agents serve only requests that name none.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};

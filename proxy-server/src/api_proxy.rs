@@ -12,7 +12,7 @@
 use std::error::Error as _;
 use std::future::Future;
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
@@ -27,12 +27,15 @@ use http::{Method, Request, Response, StatusCode, Uri};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
-use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::client::legacy::connect::{Connected, Connection, capture_connection};
 use hyper_util::client::legacy::{Client, Error as ClientError};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
+use service::credential::CredentialEnd;
 use tls::ClusterName;
+use tokio::io::AsyncWriteExt as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::Service;
@@ -42,7 +45,7 @@ use tunnel::{ServerTunnel, Target};
 use crate::error::ProxyError;
 use crate::limit::{ClientPlace, ConcurrencyLimiter};
 use crate::metrics::DialLabels;
-use crate::registry::{DialRequest, Dialed, Frontend, LiveConnection, Registry, Tunnel, Turn};
+use crate::registry::{DialRequest, Dialed, Frontend, LiveConnection, Proxied as _, Registry, Tunnel, Turn};
 use crate::route::{Route, parse_cluster};
 use crate::status;
 use crate::user::User;
@@ -57,7 +60,8 @@ const MAX_IDLE_PER_CLUSTER: usize = 8;
 /// How long an idle connection is kept: less than the agent's gateway keeps its side.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(50);
 
-/// How long a request may take to arrive and the member to begin its answer. kube-apiserver gives up on an ordinary request after 60 s.
+/// How long the member may take to begin its answer, from the last bytes of the request that the tunnel took. kube-apiserver
+/// gives up on an ordinary request after 60 s. A slow upload is not cut while anything of it moves.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Requests under way at one time, watches and upgrades included. Each holds some 20 KiB of buffers.
@@ -190,23 +194,14 @@ impl<T: Tunnel> ApiProxy<T> {
         let unhurried = lasts(&path);
         let upgrade = upgrade_protocol(request.headers());
         let client_side = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
+        let credential = request.extensions().get::<CredentialEnd>().cloned().unwrap_or_default();
         // Nothing that the client's connection or its authenticator left there goes further.
         *request.extensions_mut() = http::Extensions::new();
         prepare_headers(request.headers_mut(), upgrade.as_ref(), user)
             .map_err(|()| ProxyError::BadRequest("the user's name or groups cannot be said in a header"))?;
         *request.uri_mut() = gateway_uri(cluster, Some(path));
         *request.version_mut() = http::Version::HTTP_11;
-        let arrived = Arc::new(AtomicBool::new(request.body().is_end_stream()));
-        let request = request.map(|body| Body::new(Upload { body, arrived: arrived.clone() }));
-        let answer = tokio::time::timeout(ANSWER_TIMEOUT, self.send(request)).await;
-        let timed_out = || match arrived.load(Ordering::Relaxed) {
-            true => {
-                ProxyError::Dial { target: "the member's API".to_owned(), error: tunnel::DialError::TimedOut }
-            }
-            // The member cannot answer what it has not read.
-            false => ProxyError::BodyTimeout,
-        };
-        let mut response = answer.map_err(|_| timed_out())??;
+        let mut response = self.answer(request).await?;
         let turn = response.extensions_mut().remove::<Carrier>().map(|carrier| carrier.0.turn_of(&user.name));
         let place = RequestPlace { _permit: permit, _of_user: of_user, _turn: turn };
 
@@ -225,7 +220,7 @@ impl<T: Tunnel> ApiProxy<T> {
         let (parts, body) = response.into_parts();
         match (client_side, member_side) {
             (Some(client_side), Some(member_side)) => {
-                self.relay_upgraded(client_side, member_side, place);
+                self.relay_upgraded(client_side, member_side, place, credential);
                 Ok(Response::from_parts(parts, Body::empty()))
             }
             (None, Some(_)) => Err(ProxyError::Dial {
@@ -233,6 +228,34 @@ impl<T: Tunnel> ApiProxy<T> {
                 error: tunnel::DialError::Failed,
             }),
             _ => Ok(Response::from_parts(parts, Body::new(Held { body, _place: place }))),
+        }
+    }
+
+    /// Sends a prepared request, and waits for its answer for as long as it moves and then [`ANSWER_TIMEOUT`].
+    async fn answer(&self, request: Request<Body>) -> Result<Response<Incoming>, ProxyError> {
+        let awaited = Arc::new(AtomicBool::new(false));
+        let mut request = request.map(|body| Body::new(Upload { body, awaited: awaited.clone() }));
+        let connection = capture_connection(&mut request);
+        let wrote_at = || {
+            let mut carrier = http::Extensions::new();
+            connection.connection_metadata().as_ref()?.get_extras(&mut carrier);
+            carrier.get::<Carrier>()?.0.wrote_at()
+        };
+        let mut sending = pin!(self.send(request));
+        let mut until = Instant::now() + ANSWER_TIMEOUT;
+        loop {
+            if let Ok(answer) = tokio::time::timeout_at(until, &mut sending).await {
+                return answer;
+            }
+            match wrote_at().map(|at| at + ANSWER_TIMEOUT) {
+                Some(later) if later > until => until = later,
+                // The member cannot answer what its client has not sent.
+                _ if awaited.load(Ordering::Relaxed) => return Err(ProxyError::BodyTimeout),
+                _ => {
+                    let error = tunnel::DialError::TimedOut;
+                    return Err(ProxyError::Dial { target: "the member's API".to_owned(), error });
+                }
+            }
         }
     }
 
@@ -258,7 +281,13 @@ impl<T: Tunnel> ApiProxy<T> {
         Err(client_error(&error))
     }
 
-    fn relay_upgraded(&self, client_side: OnUpgrade, member_side: OnUpgrade, place: RequestPlace) {
+    fn relay_upgraded(
+        &self,
+        client_side: OnUpgrade,
+        member_side: OnUpgrade,
+        place: RequestPlace,
+        credential: CredentialEnd,
+    ) {
         let cut = self.0.cut.clone();
         let relay = async move {
             let _place = place;
@@ -269,15 +298,34 @@ impl<T: Tunnel> ApiProxy<T> {
                     return;
                 }
             };
-            let (mut client, mut member) = (TokioIo::new(client), TokioIo::new(member));
-            let copied =
-                tokio::io::copy_bidirectional_with_sizes(&mut client, &mut member, COPY_BUFFER, COPY_BUFFER);
-            tokio::select! {
-                copied = copied => match copied {
-                    Ok((sent, received)) => tracing::debug!(sent, received, "upgraded connection ended"),
-                    Err(error) => tracing::debug!(%error, "upgraded connection aborted"),
-                },
-                () = cut.cancelled() => {}
+            // The client's pool gets its connections from our connector alone.
+            let Ok(member) = member.downcast::<TokioIo<Dialed<T>>>() else {
+                tracing::error!("an upgraded connection is not one of a tunnel");
+                return;
+            };
+            let (mut client, early, mut member) =
+                (TokioIo::new(client), member.read_buf, member.io.into_inner());
+            let broken = member.connection.cut();
+            let copied = async {
+                client.write_all(&early).await?;
+                tokio::io::copy_bidirectional_with_sizes(&mut client, &mut member, COPY_BUFFER, COPY_BUFFER)
+                    .await
+            };
+            let copied = tokio::select! {
+                // What has come is passed on first.
+                biased;
+                copied = copied => copied,
+                // A client that does not read would hold its place, and what the member sent, until it does.
+                error = broken => Err(error),
+                () = credential.ended() => {
+                    tracing::debug!("upgraded connection cut: its credential was taken away");
+                    return;
+                }
+                () = cut.cancelled() => return,
+            };
+            match copied {
+                Ok((sent, received)) => tracing::debug!(sent, received, "upgraded connection ended"),
+                Err(error) => tracing::debug!(%error, "upgraded connection aborted"),
             }
         };
         self.0.upgraded.spawn(relay.in_current_span());
@@ -290,10 +338,10 @@ impl<T: Tunnel> Drop for Inner<T> {
     }
 }
 
-/// A request body that says when all of it has come.
+/// A request body that says whether more of it is waited for.
 struct Upload {
     body: Body,
-    arrived: Arc<AtomicBool>,
+    awaited: Arc<AtomicBool>,
 }
 
 impl http_body::Body for Upload {
@@ -305,9 +353,7 @@ impl http_body::Body for Upload {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<http_body::Frame<Self::Data>, Self::Error>>> {
         let frame = Pin::new(&mut self.body).poll_frame(cx);
-        if matches!(frame, Poll::Ready(None)) || self.body.is_end_stream() {
-            self.arrived.store(true, Ordering::Relaxed);
-        }
+        self.awaited.store(frame.is_pending(), Ordering::Relaxed);
         frame
     }
 

@@ -173,10 +173,8 @@ pub struct Args {
     /// Accepted as upstream's: HTTP/1.1 clients are not pinged.
     #[arg(long, hide = true, default_value = "1h")]
     pub frontend_keepalive_time: GoDuration,
-    /// Accepted as upstream's.
     #[arg(long, hide = true)]
     pub enable_profiling: bool,
-    /// Accepted as upstream's.
     #[arg(long, hide = true)]
     pub enable_contention_profiling: bool,
     /// Accepted as upstream's: agents learn of other servers from --advertise-servers.
@@ -191,16 +189,12 @@ pub struct Args {
     /// Agents' tokens are not served yet: an error when set.
     #[arg(long, hide = true, default_value = "")]
     pub authentication_audience: String,
-    /// Accepted as upstream's.
     #[arg(long, hide = true, default_value = "")]
     pub kubeconfig: String,
-    /// Accepted as upstream's.
     #[arg(long, hide = true, default_value_t = 0.0)]
     pub kubeconfig_qps: f32,
-    /// Accepted as upstream's.
     #[arg(long, hide = true, default_value_t = 0)]
     pub kubeconfig_burst: i32,
-    /// Accepted as upstream's.
     #[arg(long, hide = true, default_value = "application/vnd.kubernetes.protobuf")]
     pub kube_api_content_type: String,
     /// Accepted as upstream's: TLS 1.3's suites are not for choosing.
@@ -209,16 +203,12 @@ pub struct Args {
     /// Accepted as upstream's: tunnels have flow control.
     #[arg(long, hide = true, default_value_t = 10)]
     pub xfr_channel_size: usize,
-    /// Accepted as upstream's.
     #[arg(long, hide = true)]
     pub enable_lease_controller: bool,
-    /// Accepted as upstream's.
     #[arg(long, hide = true, default_value = "kube-system")]
     pub lease_namespace: String,
-    /// Accepted as upstream's.
     #[arg(long, hide = true, default_value = "k8s-app=konnectivity-server")]
     pub lease_label: String,
-    /// Accepted as upstream's.
     #[arg(long, hide = true, default_value_t = true, action = ArgAction::Set)]
     pub warn_on_channel_limit: bool,
 }
@@ -238,7 +228,6 @@ pub enum ConfigError {
     /// Not served in this version.
     #[error("{flag} is not supported by this version: {instead}")]
     Unsupported {
-        /// The flag.
         flag: &'static str,
         /// What to do.
         instead: &'static str,
@@ -246,19 +235,13 @@ pub enum ConfigError {
     /// A flag that others need.
     #[error("{flag} is needed {why}")]
     Missing {
-        /// The flag.
         flag: &'static str,
         /// For what.
         why: &'static str,
     },
     /// Not an address.
     #[error("{flag}={value} is not an IP address")]
-    Address {
-        /// The flag.
-        flag: &'static str,
-        /// As written.
-        value: String,
-    },
+    Address { flag: &'static str, value: String },
     /// Not a version.
     #[error("--tls-min-version={0}: expected VersionTLS12 or VersionTLS13")]
     TlsVersion(String),
@@ -267,13 +250,28 @@ pub enum ConfigError {
     Tls {
         /// For whom.
         what: &'static str,
-        /// Why.
         #[source]
         source: TlsError,
     },
     /// A rule that does not parse.
     #[error("failed to read --allow")]
     Policy(#[from] InvalidPolicy),
+}
+
+// === impl ConfigError ===
+
+impl ConfigError {
+    /// Whether the one who wrote the flags has to change them; else a file that they name cannot be used.
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Unsupported { .. }
+            | Self::Missing { .. }
+            | Self::Address { .. }
+            | Self::TlsVersion(_)
+            | Self::Policy(_) => true,
+            Self::Tls { .. } => false,
+        }
+    }
 }
 
 // === impl Args ===

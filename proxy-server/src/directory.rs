@@ -12,6 +12,8 @@ use tunnel::policy::DestinationPolicy;
 /// One member as the hub knows it.
 #[derive(Debug, Clone, Default)]
 pub struct ClusterInfo {
+    /// Whether it has ever answered: one that never has is not missed.
+    pub joined: bool,
     /// When its object was made: what was issued before was issued to another member of the same name.
     pub created_at: Option<SystemTime>,
     /// What was issued at or before this moment is refused.

@@ -191,7 +191,7 @@ impl ProxyError {
             Self::BadRequest(_) => "send an HTTP/1.1 CONNECT request",
             Self::HeadTooLarge { .. } => "send fewer or shorter headers",
             Self::HeadTimeout => "send the whole head at once",
-            Self::BodyTimeout => "send the whole body within 90 s",
+            Self::BodyTimeout => "send the body without pauses of 90 s",
             Self::NotConnect => "send CONNECT host:port",
         }
     }

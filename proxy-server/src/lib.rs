@@ -25,6 +25,7 @@ pub mod limit;
 pub mod metrics;
 pub mod registry;
 pub mod route;
+pub mod rows;
 pub mod server;
 pub mod status;
 pub mod tables;

@@ -1,31 +1,28 @@
 //! The `proxy-server` binary: flags, listeners, run, drain.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use proxy_server::args::Args;
-use proxy_server::server::{BoundServer, Parts};
+use proxy_server::server::{BoundServer, Parts, ServerConfig};
 use service::admin::Admin;
+use service::exit::{self, Failure};
+use service::flags::Effective;
+use service::log::LogHandle;
 use service::metrics::SharedRegistry;
 use service::ready::Readiness;
 use service::signals::{self, Signals};
-use service::{drain, exit, flags};
+use service::{drain, flags};
 
 fn main() -> ExitCode {
-    let parsed = flags::parse::<Args>();
-    let runtime = match service::runtime::for_relays() {
-        Ok(runtime) => runtime,
-        Err(error) => return failed(&error.into()),
-    };
-    runtime.block_on(run(parsed)).unwrap_or_else(|error| failed(&error))
+    exit::report("proxy-server", start(flags::parse::<Args>()))
 }
 
-async fn run(parsed: flags::Parsed<Args>) -> anyhow::Result<ExitCode> {
+fn start(parsed: flags::Parsed<Args>) -> Result<ExitCode, Failure> {
     let flags::Parsed { args, effective } = parsed;
-    let log = args.log.init()?;
-    let mut signals = Signals::install().context("failed to install the signal handlers")?;
-    let (deadline, ready_file) = (args.graceful_shutdown_timeout.0, args.ready_file.clone());
+    let log = args.log.init().map_err(Failure::usage)?;
     tracing::info!(version = tunnel::VERSION, changed = ?effective.changed().collect::<Vec<_>>(), "starting");
 
     let ignored = Args::without_effect(&effective);
@@ -33,7 +30,28 @@ async fn run(parsed: flags::Parsed<Args>) -> anyhow::Result<ExitCode> {
         tracing::info!(flags = ?ignored, "flags of upstream's server that have no effect here");
     }
 
-    let config = args.into_config()?;
+    let (deadline, ready_file) = (args.graceful_shutdown_timeout.0, args.ready_file.clone());
+    let config = args.into_config().map_err(|error| match error.is_usage() {
+        true => Failure::usage(error),
+        false => Failure::failed(error),
+    })?;
+    let running = run(config, Pages { effective, log }, deadline, ready_file);
+    service::runtime::for_relays()?.block_on(running).map_err(Failure::failed)
+}
+
+/// What the admin pages show and change of the program.
+struct Pages {
+    effective: Effective,
+    log: LogHandle,
+}
+
+async fn run(
+    config: ServerConfig,
+    shown: Pages,
+    deadline: Duration,
+    ready_file: Option<PathBuf>,
+) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::install().context("failed to install the signal handlers")?;
     let parts = Parts::new(&config);
     let metrics = SharedRegistry::new("proxy-server");
     parts.register(&metrics);
@@ -43,7 +61,7 @@ async fn run(parsed: flags::Parsed<Args>) -> anyhow::Result<ExitCode> {
         0 => Err("no connection to any proxy agent".to_owned()),
         _ => Ok(()),
     });
-    let admin = Admin::new(readiness, metrics).config(effective).log(log);
+    let admin = Admin::new(readiness, metrics).config(shown.effective).log(shown.log);
     let bound = BoundServer::bind(config, parts, None, admin).await?;
     tracing::info!(addresses = ?bound.addresses(), "listening");
     if let Some(path) = &ready_file {
@@ -72,10 +90,4 @@ async fn run(parsed: flags::Parsed<Args>) -> anyhow::Result<ExitCode> {
 
 fn write_ready(path: &Path, bound: &BoundServer) -> anyhow::Result<()> {
     Ok(tls::write_public(path, serde_json::to_string_pretty(bound.addresses())?.as_bytes())?)
-}
-
-#[allow(clippy::print_stderr)]
-fn failed(error: &anyhow::Error) -> ExitCode {
-    eprintln!("proxy-server: {}", service::error_chain(error.as_ref()));
-    ExitCode::from(exit::INIT)
 }

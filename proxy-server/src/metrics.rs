@@ -17,7 +17,7 @@ use crate::registry::Member;
 /// Labels of most families.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ClusterLabels {
-    /// The member; empty in plain konnectivity mode and for unknown ones.
+    /// The member; empty in file-certificate mode and for unknown ones.
     pub cluster: String,
 }
 
@@ -58,16 +58,13 @@ pub struct CertificateLabels {
 /// Something turned away.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RejectLabels {
-    /// Why.
     pub reason: &'static str,
 }
 
 /// Something turned away at a frontend.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct FrontendRejectLabels {
-    /// Which.
     pub frontend: &'static str,
-    /// Why.
     pub reason: &'static str,
 }
 
@@ -104,7 +101,7 @@ pub struct ServerMetrics {
     pub tunnel_memory_limit: Gauge,
     /// Connections cut at that limit, since nobody read what they held.
     pub tunnel_cuts: Counter,
-    /// When the first certificate of a member's connected agents expires, in Unix time.
+    /// When the first certificate of a member's connected agents expires, as they have it now, in Unix time.
     pub agent_certificate_expiry: Family<ClusterLabels, Gauge>,
     /// How long that certificate lives, from its beginning to its end.
     pub agent_certificate_lifetime: Family<ClusterLabels, Gauge>,
@@ -216,7 +213,7 @@ impl ServerMetrics {
         );
         r.register_with_unit(
             "agent_certificate_expiry_timestamp",
-            "When the first certificate of a member's connected agents expires, in Unix time",
+            "When the first certificate of a member's connected agents expires, as they have it now, in Unix time",
             Unit::Seconds,
             self.agent_certificate_expiry.clone(),
         );

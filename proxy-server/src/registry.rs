@@ -1,7 +1,7 @@
 //! The tunnels of every member, the choice among them, and the connections that are open through them.
 //!
 //! ```text
-//!   agents.rs ──register──▶ Registry ◀──dial── connect/, api_proxy.rs, hub.rs (controller)
+//!   agents.rs ──register──▶ Registry ◀──dial── connect/, api_proxy.rs, hub/members.rs (controller)
 //!                             │  authorise → choose least loaded → dial → next one if the tunnel is at fault
 //!                             ▼
 //!                        ServerTunnel::dial
@@ -79,8 +79,9 @@ pub trait Proxied: AsyncRead + AsyncWrite + Unpin + Send + 'static {
     /// Copies both ways to and from a Unix socket until both directions have ended.
     fn relay_unix(self, local: UnixSocket) -> impl Future<Output = Relayed> + Send;
 
-    /// Returns when the connection has been cut, which whoever does not read it would not learn otherwise.
-    fn cut(&self) -> impl Future<Output = ()> + Send + 'static;
+    /// Returns why, when the connection has been cut or its tunnel has closed, which whoever does not read it would not learn
+    /// otherwise.
+    fn cut(&self) -> impl Future<Output = io::Error> + Send + 'static;
 }
 
 /// What a relay did.
@@ -114,7 +115,7 @@ pub enum Frontend {
 /// What an agent is, once it has been admitted.
 #[derive(Debug, Clone)]
 pub struct Member {
-    /// Empty in plain konnectivity mode.
+    /// Empty in file-certificate mode.
     pub cluster: String,
     /// As in its certificate.
     pub agent_id: String,
@@ -134,7 +135,8 @@ pub struct Member {
     pub connected_at: SystemTime,
     /// Of its certificate.
     pub not_before: SystemTime,
-    /// Of its certificate; `None` when it has shown none.
+    /// Of the certificate that it dialled with; `None` when it has shown none. It is renewed while the tunnel lasts: see
+    /// [`Entry::certificate`].
     pub not_after: Option<SystemTime>,
 }
 
@@ -214,6 +216,8 @@ pub struct LiveConnection {
     pub client: String,
     /// For whom it is used now, where that is somebody else: the API proxy's are shared by its users.
     user: Mutex<(u64, Option<String>)>,
+    /// When the tunnel took bytes of it last, as far as they passed through [`Dialed`].
+    wrote: Mutex<Option<tokio::time::Instant>>,
     /// When.
     pub started_at: SystemTime,
 }
@@ -316,8 +320,6 @@ impl<T: Tunnel> Registry<T> {
         {
             let mut tunnels = self.0.tunnels.write();
             tunnels.entry(entry.member.cluster.clone()).or_default().push(entry.clone());
-            // Under the lock: the series goes only while nobody is in it.
-            metrics.tunnels.get_or_create(&TunnelLabels::of(&entry.member)).inc();
         }
         self.notify();
         Registration { registry: self.clone(), entry }
@@ -372,16 +374,16 @@ impl<T: Tunnel> Registry<T> {
         self.0.draining.store(true, Ordering::Relaxed);
     }
 
-    /// Brings the metrics' byte counters and expiries up to date with the open tunnels. Called at each scrape.
+    /// Brings the metrics' tunnels, byte counters and expiries up to date with the open tunnels. Called at each scrape.
     pub fn sample(&self) {
         // When the first ends, and how long it lives.
         let mut expiries: BTreeMap<String, (i64, i64)> = BTreeMap::new();
         let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
         for entry in self.tunnels() {
             entry.count_bytes();
-            if let Some(end) = entry.member.not_after {
+            if let Some((begin, end)) = entry.certificate() {
                 let since = end.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-                let life = end.duration_since(entry.member.not_before).unwrap_or_default();
+                let life = end.duration_since(begin).unwrap_or_default();
                 let this = (seconds(since), seconds(life));
                 let first = expiries.entry(entry.member.cluster.clone()).or_insert(this);
                 *first = this.min(*first);
@@ -396,28 +398,33 @@ impl<T: Tunnel> Registry<T> {
             metrics.agent_certificate_expiry.get_or_create(&labels).set(end);
             metrics.agent_certificate_lifetime.get_or_create(&labels).set(life);
         }
-        self.forget_members();
+        self.count_tunnels();
     }
 
-    /// Takes the tunnels of members out of the metrics that have none since they were removed or revoked: nobody misses them.
-    fn forget_members(&self) {
+    /// Shows how many tunnels each member has; none, where a member is missed.
+    fn count_tunnels(&self) {
         let tunnels = self.0.tunnels.read();
-        self.0.left.lock().retain(|cluster, last| {
-            if tunnels.contains_key(cluster) {
-                return false;
-            }
-            // In plain konnectivity mode, and without a hub API, there is nobody to say so.
-            let admitted = self.0.directory.admits(cluster, Some(&last.agent_id), last.not_before);
-            let missed =
-                cluster.is_empty() || matches!(admitted, Lookup::Known(Admission::Good) | Lookup::NotSynced);
-            if !missed {
-                for carrier in [Carrier::H2, Carrier::Quic] {
-                    let labels = TunnelLabels { cluster: cluster.clone(), carrier: carrier.as_str() };
-                    self.0.metrics.tunnels.remove(&labels);
-                }
-            }
-            missed
+        let family = &self.0.metrics.tunnels;
+        family.clear();
+        for entry in tunnels.values().flatten() {
+            family.get_or_create(&TunnelLabels::of(&entry.member)).inc();
+        }
+        let mut left = self.0.left.lock();
+        left.retain(|cluster, last| {
+            // In file-certificate mode, and without a hub API, there is nobody to say that it was removed or revoked.
+            let admitted = || self.0.directory.admits(cluster, Some(&last.agent_id), last.not_before);
+            !tunnels.contains_key(cluster)
+                && (cluster.is_empty()
+                    || matches!(admitted(), Lookup::Known(Admission::Good) | Lookup::NotSynced))
         });
+        let snapshot = self.0.directory.snapshot();
+        // Whose certificates were all revoked is missed if somebody was there since, which only this process knows.
+        let joined = snapshot.clusters.iter().filter(|(_, info)| info.joined && info.revoked_at.is_none());
+        let missed = left.keys().chain(joined.map(|(cluster, _)| cluster));
+        for cluster in missed.filter(|cluster| !tunnels.contains_key(*cluster)) {
+            let labels = TunnelLabels { cluster: cluster.clone(), carrier: Carrier::H2.as_str() };
+            drop(family.get_or_create(&labels));
+        }
     }
 
     fn notify(&self) {
@@ -558,6 +565,7 @@ impl<T: Tunnel> Registry<T> {
             frontend: request.frontend,
             client: request.client.to_owned(),
             user: Mutex::default(),
+            wrote: Mutex::default(),
             started_at: SystemTime::now(),
         });
         self.0.connections.lock().insert(live.id, live.clone());
@@ -575,6 +583,11 @@ impl LiveConnection {
             Some(user) => format!("{} for {user}", self.client),
             None => self.client.clone(),
         }
+    }
+
+    /// When the tunnel took something last that was written into [`Dialed`].
+    pub fn wrote_at(&self) -> Option<tokio::time::Instant> {
+        *self.wrote.lock()
     }
 
     /// From now on it is used for `user`, until the turn is over.
@@ -598,6 +611,13 @@ impl Drop for Turn {
 // === impl Entry ===
 
 impl<T: Tunnel> Entry<T> {
+    /// From when and until when the agent's certificate is good: of the one that it has now, as it tells at every ping, or
+    /// else of the one that it dialled with. A tunnel outlives the latter.
+    pub fn certificate(&self) -> Option<(SystemTime, SystemTime)> {
+        let shown = self.member.not_after.map(|end| (self.member.not_before, end))?;
+        Some(self.tunnel.agent_statistics().and_then(|told| told.certificate).unwrap_or(shown))
+    }
+
     /// Dials under way and connections open.
     pub fn load(&self) -> usize {
         self.active.load(Ordering::Relaxed)
@@ -674,8 +694,6 @@ impl<T: Tunnel> Drop for Registration<T> {
                     inner.left.lock().insert(member.cluster.clone(), member.clone());
                 }
             }
-            // Under the lock: what counts down is still there.
-            inner.metrics.tunnels.get_or_create(&TunnelLabels::of(member)).dec();
         }
         self.entry.count_bytes();
         self.registry.notify();
@@ -708,7 +726,11 @@ impl<T: Tunnel> AsyncRead for Dialed<T> {
 
 impl<T: Tunnel> AsyncWrite for Dialed<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.connection).poll_write(cx, buf)
+        let written = Pin::new(&mut self.connection).poll_write(cx, buf);
+        if written.is_ready() {
+            *self.place.live.wrote.lock() = Some(tokio::time::Instant::now());
+        }
+        written
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -790,7 +812,7 @@ impl Proxied for Connection {
         }
     }
 
-    fn cut(&self) -> impl Future<Output = ()> + Send + 'static {
+    fn cut(&self) -> impl Future<Output = io::Error> + Send + 'static {
         Connection::cut(self)
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use axum::Router;
 use serde::Serialize;
+use serde_json::json;
 use service::admin::Admin;
 use service::drain::DrainWatch;
 use service::metrics::SharedRegistry;
@@ -86,7 +87,6 @@ pub struct AgentsConfig {
 /// A Unix socket frontend.
 #[derive(Debug)]
 pub struct UdsConfig {
-    /// Where.
     pub path: PathBuf,
     /// Replace a socket that is there.
     pub delete_existing: bool,
@@ -95,7 +95,6 @@ pub struct UdsConfig {
 /// A TLS frontend.
 #[derive(Debug)]
 pub struct TlsFrontend {
-    /// Where.
     pub addr: SocketAddr,
     /// The server's certificate and the clients' CA.
     pub tls: ServerTls,
@@ -143,9 +142,7 @@ pub enum ServerError {
     /// The agents' listener.
     #[error("failed to listen for agents on {addr}")]
     Agents {
-        /// Where.
         addr: SocketAddr,
-        /// Why.
         #[source]
         source: tunnel::BindError,
     },
@@ -154,9 +151,7 @@ pub enum ServerError {
     Bind {
         /// What it is.
         what: &'static str,
-        /// Where.
         addr: SocketAddr,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
@@ -277,8 +272,8 @@ impl BoundServer {
         let tables = parts.registry.clone();
         let connections = parts.registry.clone();
         let admin = admin
-            .table("tunnels", move || crate::tables::tunnels(&tables, None))
-            .table("connections", move || crate::tables::connections(&connections, None));
+            .table("tunnels", move || json!(crate::tables::tunnels(&tables, None)))
+            .table("connections", move || json!(crate::tables::connections(&connections, None)));
         let agents = Arc::new(Agents {
             registry: parts.registry.clone(),
             rules: config.agents.rules,

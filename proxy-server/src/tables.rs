@@ -1,57 +1,55 @@
-//! The live tables as JSON, for the admin pages and for the hub's admin API.
+//! The live tables, for the admin pages and for the hub's admin API.
 
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
 
-use serde_json::{Value, json};
-
 use crate::registry::{Entry, Registry, Tunnel};
+use crate::rows::{AgentRow, ConnectionRow, Items, TunnelRow};
 
 /// Every tunnel, or those of one member.
-pub fn tunnels<T: Tunnel>(registry: &Registry<T>, cluster: Option<&str>) -> Value {
+pub fn tunnels<T: Tunnel>(registry: &Registry<T>, cluster: Option<&str>) -> Items<TunnelRow> {
     let entries = match cluster {
         Some(cluster) => registry.tunnels_of(cluster),
         None => registry.tunnels(),
     };
-    json!({ "items": entries.iter().map(|entry| tunnel_row(entry)).collect::<Vec<_>>() })
+    Items { items: entries.iter().map(|entry| tunnel_row(entry)).collect() }
 }
 
 /// One tunnel.
-pub fn tunnel_row<T: Tunnel>(entry: &Entry<T>) -> Value {
+pub(crate) fn tunnel_row<T: Tunnel>(entry: &Entry<T>) -> TunnelRow {
     let stats = entry.tunnel.stats();
     let member = &entry.member;
-    json!({
-        "id": entry.id,
-        "cluster": member.cluster,
-        "agentId": member.agent_id,
-        "instance": member.instance,
-        "version": member.version,
-        "carrier": member.carrier.as_str(),
-        "remoteAddr": member.remote_addr.to_string(),
-        "connectedAt": rfc3339(member.connected_at),
-        "rttMillis": entry.tunnel.rtt().map(millis),
-        "connections": stats.connections,
-        "bytesReceived": stats.bytes_received,
-        "bytesSent": stats.bytes_sent,
-        "dials": stats.dials,
-        "dialFailures": stats.dial_failures,
-        "buffered": stats.buffered,
-        "draining": entry.tunnel.is_draining(),
-        "certificateNotAfter": member.not_after.map(rfc3339),
-        "labels": member.labels,
-        // The agent's own words, at most one keep-alive interval old.
-        "agent": entry.tunnel.agent_statistics().map(|told| json!({
-            "connections": told.connections,
-            "dials": told.dials,
-            "dialFailures": told.dial_failures,
-            "memoryUsed": told.memory_used,
-            "memoryLimit": told.memory_limit,
-        })),
-    })
+    TunnelRow {
+        id: entry.id,
+        cluster: member.cluster.clone(),
+        agent_id: member.agent_id.clone(),
+        instance: member.instance.clone(),
+        version: member.version.clone(),
+        carrier: member.carrier.as_str().to_owned(),
+        remote_addr: member.remote_addr.to_string(),
+        connected_at: rfc3339(member.connected_at),
+        rtt_millis: entry.tunnel.rtt().map(millis),
+        connections: stats.connections,
+        bytes_received: stats.bytes_received,
+        bytes_sent: stats.bytes_sent,
+        dials: stats.dials,
+        dial_failures: stats.dial_failures,
+        buffered: stats.buffered as u64,
+        draining: entry.tunnel.is_draining(),
+        certificate_not_after: entry.certificate().map(|(_, end)| rfc3339(end)),
+        labels: member.labels.clone(),
+        agent: entry.tunnel.agent_statistics().map(|told| AgentRow {
+            connections: told.connections,
+            dials: told.dials,
+            dial_failures: told.dial_failures,
+            memory_used: told.memory_used,
+            memory_limit: told.memory_limit,
+        }),
+    }
 }
 
 /// Every connection, or those to one member; oldest first.
-pub fn connections<T: Tunnel>(registry: &Registry<T>, cluster: Option<&str>) -> Value {
+pub fn connections<T: Tunnel>(registry: &Registry<T>, cluster: Option<&str>) -> Items<ConnectionRow> {
     // Bytes are counted where the stream is; joined here by (tunnel, stream).
     let bytes: HashMap<(u64, u64), (u64, u64)> = registry
         .tunnels()
@@ -66,27 +64,27 @@ pub fn connections<T: Tunnel>(registry: &Registry<T>, cluster: Option<&str>) -> 
                 .map(move |info| ((id, info.id), (info.bytes_received, info.bytes_sent)))
         })
         .collect();
-    let rows: Vec<Value> = registry
+    let items = registry
         .connections()
         .iter()
         .filter(|live| cluster.is_none_or(|cluster| cluster == live.member.cluster))
         .map(|live| {
             let (received, sent) = bytes.get(&(live.tunnel_id, live.stream_id)).copied().unwrap_or_default();
-            json!({
-                "id": live.id,
-                "tunnelId": live.tunnel_id,
-                "cluster": live.member.cluster,
-                "agentId": live.member.agent_id,
-                "target": live.target.to_string(),
-                "frontend": live.frontend.as_str(),
-                "client": live.holder(),
-                "startedAt": rfc3339(live.started_at),
-                "bytesReceived": received,
-                "bytesSent": sent,
-            })
+            ConnectionRow {
+                id: live.id,
+                tunnel_id: live.tunnel_id,
+                cluster: live.member.cluster.clone(),
+                agent_id: live.member.agent_id.clone(),
+                target: live.target.to_string(),
+                frontend: live.frontend.as_str().to_owned(),
+                client: live.holder(),
+                started_at: rfc3339(live.started_at),
+                bytes_received: received,
+                bytes_sent: sent,
+            }
         })
         .collect();
-    json!({ "items": rows })
+    Items { items }
 }
 
 /// RFC 3339 in UTC.
@@ -108,7 +106,7 @@ mod tests {
     fn a_row_says_whose_tunnel_it_is() {
         let registry = mk_registry();
         let _held = registry.register(mk_member("east", "a1"), FakeTunnel::default());
-        let rows = tunnels(&registry, Some("east"));
+        let rows = serde_json::to_value(tunnels(&registry, Some("east"))).unwrap();
         let row = &rows["items"][0];
         assert_eq!((row["cluster"].as_str(), row["carrier"].as_str()), (Some("east"), Some("h2")));
         assert_eq!((row["rttMillis"].as_f64(), row["bytesSent"].as_u64()), (Some(1.0), Some(7)));
@@ -116,6 +114,6 @@ mod tests {
             (row["agent"]["dials"].as_u64(), row["agent"]["memoryLimit"].as_u64()),
             (Some(3), Some(1 << 20))
         );
-        assert_eq!(tunnels(&registry, Some("west"))["items"].as_array().map(Vec::len), Some(0));
+        assert!(tunnels(&registry, Some("west")).items.is_empty());
     }
 }

@@ -7,6 +7,7 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
+use base64::Engine as _;
 use clap::Parser;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
@@ -15,6 +16,7 @@ use hyper_util::rt::TokioIo;
 use proxy_server::enrol::{EnrolmentToken, PATH};
 use proxy_server::hub::{Hub, HubArgs};
 use serde_json::{Value, json};
+use service::flags::Effective;
 use tls::{AgentKey, ClientTls};
 use tokio::net::TcpStream;
 use tokio_util::task::AbortOnDropHandle;
@@ -52,7 +54,7 @@ async fn start() -> Setup {
     let mut argv = vec!["hub".to_owned(), "--bind-address=127.0.0.1".to_owned()];
     argv.push(format!("--data-dir={}", data_dir.display()));
     argv.extend(["api", "agent", "connect", "health", "admin"].map(|name| format!("--{name}-port=0")));
-    let hub = Hub::bind(Args::parse_from(argv).hub, None).await.unwrap();
+    let hub = Hub::bind(Args::parse_from(argv).hub, Effective::default(), None).await.unwrap();
     let (signal, drain) = service::drain::channel();
     let hub = AbortOnDropHandle::new(tokio::spawn(async move { hub.run(drain).await.unwrap() }));
     let file = data_dir.join("hub.json");
@@ -413,6 +415,23 @@ async fn one_agent_is_revoked_and_the_others_stay() {
     let refused = setup.connect(&stolen, "east", "node-1.example").await.err().unwrap().to_string();
     assert!(refused.contains("has been revoked"), "{refused}");
     assert_eq!(setup.renew(&stolen, "node-1.example").await.err().unwrap().0, 403);
+
+    // One that was revoked by hand, in the object alone, comes into the record, which restores know.
+    let by_hand = r#"{"node-9.example": "2026-01-02T03:04:05Z"}"#;
+    let patch = json!({ "metadata": { "annotations": { "cellway.io/revoked-agents": by_hand } } });
+    let annotate = Request::patch(path).header("content-type", "application/merge-patch+json");
+    let _: Value =
+        setup.client.request(annotate.body(patch.to_string().into_bytes()).unwrap()).await.unwrap();
+    until("the record of it", || async {
+        let path = "/api/v1/namespaces/cellway-system/secrets/revocations-east";
+        let record: Value = setup.client.request(Request::get(path).body(Vec::new()).unwrap()).await.unwrap();
+        let agents = record["data"]["revoked-agents"].as_str().unwrap();
+        let agents = base64::engine::general_purpose::STANDARD.decode(agents).unwrap();
+        let agents: Value = serde_json::from_slice(&agents).unwrap();
+        assert_eq!(agents["node-1.example"], revoked["revokedAt"], "what was there stays");
+        (agents["node-9.example"] == "2026-01-02T03:04:05Z").then_some(())
+    })
+    .await;
 
     // A second one, at another time: both stand. And the first comes back with a new token.
     assert_eq!(revoke("east", "node-2.example").await.unwrap()["tunnels"], 1);

@@ -15,6 +15,15 @@ fn help_and_usage_errors() {
     assert!(String::from_utf8_lossy(&help.stdout).contains("--cluster-ca-cert"));
     assert_eq!(run(&["--no-such-flag"]).status.code(), Some(2));
     let missing = run(&["--server-port=0", "--uds-name=/nonexistent/x.sock"]);
-    assert_eq!(missing.status.code(), Some(1));
+    assert_eq!(missing.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&missing.stderr).contains("--cluster-cert is needed"));
+    assert_eq!(run(&["--uds-name=/nonexistent/x.sock", "--mode=grpc"]).status.code(), Some(2));
+    let unreadable = run(&[
+        "--server-port=0",
+        "--uds-name=/nonexistent/x.sock",
+        "--mode=http-connect",
+        "--cluster-cert=/nonexistent/crt",
+        "--cluster-key=/nonexistent/key",
+    ]);
+    assert_eq!(unreadable.status.code(), Some(1), "{unreadable:?}");
 }

@@ -22,6 +22,7 @@ use std::task::{Context, Poll, Wake, Waker, ready};
 
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Duration, Instant};
 
 /// What is kept at most: four full TLS records, and as much as rustls takes at once.
 const MAX_KEPT: usize = 64 * 1024;
@@ -30,7 +31,16 @@ const MAX_IDLE: usize = 4 * 1024;
 
 /// Gives the stream for the connection, and what its owner polls it with.
 pub(crate) fn coalesce<I>(io: I) -> (Coalesced<I>, Flusher<I>) {
-    let shared = Arc::new(Mutex::new(Shared { io, kept: Vec::new(), sent: 0, polled: false, dirty: false }));
+    let shared = Shared {
+        io,
+        kept: Vec::new(),
+        sent: 0,
+        polled: false,
+        dirty: false,
+        blocked: false,
+        moved: Instant::now(),
+    };
+    let shared = Arc::new(Mutex::new(shared));
     (Coalesced(shared.clone()), Flusher { shared, round: None })
 }
 
@@ -44,6 +54,9 @@ pub(crate) struct Flusher<I> {
     round: Option<Arc<Round>>,
 }
 
+/// Whether the stream below is what the connection waits for.
+pub(crate) struct Line<I>(Arc<Mutex<Shared<I>>>);
+
 /// Both sides are used by the task of the connection, or, after an upgrade, by one other: nobody waits for the lock.
 struct Shared<I> {
     io: I,
@@ -54,6 +67,10 @@ struct Shared<I> {
     polled: bool,
     /// Something was written since the last flush.
     dirty: bool,
+    /// The stream below did not take what it was given last.
+    blocked: bool,
+    /// When it took something last.
+    moved: Instant,
 }
 
 /// Until every task that is ready to run has had its turn.
@@ -65,10 +82,20 @@ struct Round {
 // === impl Shared ===
 
 impl<I: AsyncWrite + Unpin> Shared<I> {
+    /// Takes note of what the stream below did with what it was given.
+    fn told<T>(&mut self, polled: Poll<T>) -> Poll<T> {
+        self.blocked = polled.is_pending();
+        if !self.blocked {
+            self.moved = Instant::now();
+        }
+        polled
+    }
+
     /// Writes out what was kept.
     fn send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.sent < self.kept.len() {
-            let taken = ready!(Pin::new(&mut self.io).poll_write(cx, &self.kept[self.sent..]))?;
+            let polled = Pin::new(&mut self.io).poll_write(cx, &self.kept[self.sent..]);
+            let taken = ready!(self.told(polled))?;
             if taken == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
@@ -83,7 +110,8 @@ impl<I: AsyncWrite + Unpin> Shared<I> {
     fn flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.send(cx))?;
         if self.dirty {
-            ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+            let polled = Pin::new(&mut self.io).poll_flush(cx);
+            ready!(self.told(polled))?;
             self.dirty = false;
         }
         Poll::Ready(Ok(()))
@@ -96,7 +124,8 @@ impl<I: AsyncWrite + Unpin> Shared<I> {
         }
         if !self.polled || length > MAX_KEPT {
             self.dirty = true;
-            return Pin::new(&mut self.io).poll_write_vectored(cx, pieces);
+            let polled = Pin::new(&mut self.io).poll_write_vectored(cx, pieces);
+            return self.told(polled);
         }
         self.kept.reserve(length);
         for piece in pieces {
@@ -106,9 +135,24 @@ impl<I: AsyncWrite + Unpin> Shared<I> {
     }
 }
 
+// === impl Line ===
+
+impl<I> Line<I> {
+    /// Whether it takes less than there is to send, but has taken something within `limit`.
+    pub(crate) fn is_slow(&self, limit: Duration) -> bool {
+        let shared = self.0.lock();
+        shared.blocked && shared.moved.elapsed() < limit
+    }
+}
+
 // === impl Flusher ===
 
 impl<I: AsyncWrite + Unpin> Flusher<I> {
+    /// A look at the stream below.
+    pub(crate) fn line(&self) -> Line<I> {
+        Line(self.shared.clone())
+    }
+
     /// Polls the connection and sends what it wrote; with `wait`, only after everybody else who is ready.
     pub(crate) fn poll<T, E: From<io::Error>>(
         &mut self,

@@ -66,7 +66,6 @@ pub enum FlagError {
     Read {
         /// The file named by `--config`.
         path: PathBuf,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
@@ -247,21 +246,38 @@ fn effective(command: &Command, matches: &ArgMatches, file_ids: &[String]) -> Ef
             .flatten()
             .map(|raw| raw.map(|v| v.to_string_lossy().into_owned()).collect::<Vec<_>>().join(","))
             .unwrap_or_default();
-        let value = if is_secret(name) && !value.is_empty() { "<hidden>".to_owned() } else { value };
+        let value = if is_secret(arg, &value) { "<hidden>".to_owned() } else { value };
         Some(Flag { name: name.to_owned(), value, source })
     });
     Effective(flags.collect())
 }
 
-/// Whether a flag holds a secret itself, rather than the name of a file that does.
-fn is_secret(name: &str) -> bool {
-    let names_a_file = ["-file", "-path", "-dir"].iter().any(|end| name.ends_with(end));
-    !names_a_file && ["token", "secret", "password"].iter().any(|word| name.contains(word))
+/// Whether a flag's value holds a secret: it is declared so by hiding its variable's value, is named so and is not the name
+/// of a file or a length of time, or is a URL that may hold a password.
+fn is_secret(arg: &Arg, value: &str) -> bool {
+    let name = arg.get_long().unwrap_or_default();
+    let about_one = ["-file", "-path", "-dir", "-expiration"].iter().any(|end| name.ends_with(end));
+    let named_so = !about_one && ["token", "secret", "password"].iter().any(|word| name.contains(word));
+    let url = value.contains("://") && value.contains('@');
+    !value.is_empty() && (arg.is_hide_env_values_set() || named_so || url)
 }
 
 // === impl Effective ===
 
 impl Effective {
+    /// The flags of the subcommand that `matches`, made by `command`, name; none where they name none.
+    pub fn of_subcommand(command: &Command, matches: &ArgMatches) -> Self {
+        let found = matches.subcommand().and_then(|(name, of)| Some((command.find_subcommand(name)?, of)));
+        found.map(|(command, matches)| effective(command, matches, &[])).unwrap_or_default()
+    }
+
+    /// Shows what a flag has come to mean, such as the whole path of what was named relatively.
+    pub fn resolve(&mut self, name: &str, value: impl Into<String>) {
+        if let Some(flag) = self.0.iter_mut().find(|flag| flag.name == name) {
+            flag.value = value.into();
+        }
+    }
+
     /// The flags that somebody set.
     pub fn changed(&self) -> impl Iterator<Item = &Flag> {
         self.0.iter().filter(|flag| flag.source != Source::Default)
@@ -322,6 +338,59 @@ mod tests {
             );
         }
         assert!(run(&["--enable-profiling=yes"]).is_err());
+    }
+
+    #[derive(Debug, Parser)]
+    struct WithSubcommand {
+        #[command(subcommand)]
+        _command: Subcommand,
+    }
+
+    #[derive(Debug, clap::Subcommand)]
+    enum Subcommand {
+        Serve {
+            #[arg(long, hide_env_values = true)]
+            store: Option<String>,
+            #[arg(long)]
+            egress_proxy: Option<String>,
+            #[arg(long)]
+            webhook_url: Option<String>,
+            #[arg(long)]
+            token_auth_file: Option<PathBuf>,
+            #[arg(long, default_value = "1h")]
+            max_token_expiration: GoDuration,
+            #[arg(long)]
+            admin_password: Option<String>,
+        },
+    }
+
+    #[test]
+    fn a_subcommands_flags_are_shown_and_its_secrets_are_not() {
+        let command = pflag(WithSubcommand::command());
+        let argv = [
+            "prog",
+            "serve",
+            "--store=sqlite:///x",
+            "--egress-proxy=http://u:p@proxy",
+            "--webhook-url=https://hub/convert",
+            "--token-auth-file=t",
+        ];
+        let matches = command.clone().try_get_matches_from(argv).unwrap();
+        let mut effective = Effective::of_subcommand(&command, &matches);
+        effective.resolve("token-auth-file", "/home/t");
+        let shown: Vec<_> =
+            effective.0.iter().map(|flag| (flag.name.as_str(), flag.value.as_str(), flag.source)).collect();
+        assert_eq!(
+            shown,
+            [
+                ("store", "<hidden>", Source::Flag),
+                ("egress-proxy", "<hidden>", Source::Flag),
+                ("webhook-url", "https://hub/convert", Source::Flag),
+                ("token-auth-file", "/home/t", Source::Flag),
+                ("max-token-expiration", "1h", Source::Default),
+                ("admin-password", "", Source::Default),
+            ]
+        );
     }
 
     #[test]

@@ -36,7 +36,7 @@ use tokio::task::JoinSet;
 use tower::ServiceExt;
 use tracing::Instrument;
 
-use crate::coalesce::{Flusher, coalesce};
+use crate::coalesce::{Flusher, Line, coalesce};
 use crate::drain::DrainWatch;
 use crate::socket;
 use crate::unread::{Answers, StreamTasks, Verdict};
@@ -56,9 +56,13 @@ pub struct Limits {
     pub max_streams: u32,
     /// HTTP/2 keep-alive: how often to ask a silent peer, and for how long to wait for its answer.
     pub keepalive: Duration,
-    /// HTTP/2: bytes of bodies that a client may send before somebody reads them, on a stream and on a connection.
+    /// HTTP/2: bytes of a body that a client may send before somebody reads them.
     pub receive_window: u32,
-    /// How long an answer may stand still because its client takes nothing of it, unless it is [`Unhurried`].
+    /// The same for all bodies of a connection together. With less than `max_streams` windows, bodies that nobody reads yet keep
+    /// others from coming.
+    pub connection_window: u32,
+    /// How long an answer may stand still because its client takes nothing of it, unless it is [`Unhurried`]. An answer
+    /// that a slow line holds up does not stand still while anything goes over that line.
     pub unread_timeout: Duration,
     /// HTTP/1.1: whether a client that has closed its sending half still gets its answer. Otherwise that counts as
     /// having gone, and ends its request.
@@ -80,7 +84,8 @@ impl Default for Limits {
             keepalive: Duration::from_secs(30),
             // Uploads over long distances need it.
             receive_window: 1 << 20,
-            // The slowest network moves 64 KiB in a minute.
+            connection_window: 1 << 20,
+            // The slowest network moves something in a minute.
             unread_timeout: Duration::from_secs(60),
             half_close: true,
         }
@@ -220,14 +225,14 @@ pub async fn serve_handler<I, H, F>(
         .max_header_list_size(u32::try_from(limits.max_header_bytes).unwrap_or(u32::MAX))
         .max_concurrent_streams(limits.max_streams)
         .initial_stream_window_size(limits.receive_window)
-        .initial_connection_window_size(limits.receive_window)
+        .initial_connection_window_size(limits.connection_window)
         .keep_alive_interval(limits.keepalive)
         .keep_alive_timeout(limits.keepalive);
     let (io, mut flusher) = coalesce(io);
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
     let mut connection = pin!(connection);
     let busy = watched.clone();
-    let unread = unread(watched.clone(), &looked_at, limits.unread_timeout);
+    let unread = unread(watched.clone(), &looked_at, flusher.line(), limits.unread_timeout);
     let serving = async {
         let ended = tokio::select! {
             ended = drive(&mut flusher, connection.as_mut(), &busy) => ended,
@@ -345,13 +350,21 @@ async fn idle(mut activity: watch::Receiver<Activity>, limit: Duration) {
 }
 
 /// Returns when only the connection's end can end an answer that its client does not take.
-async fn unread(mut activity: watch::Receiver<Activity>, answers: &Answers<UnderWay>, limit: Duration) {
+async fn unread<I>(
+    mut activity: watch::Receiver<Activity>,
+    answers: &Answers<UnderWay>,
+    line: Line<I>,
+    limit: Duration,
+) {
     loop {
         // An error means that the connection has ended, which its owner sees for itself.
         if activity.wait_for(|activity| activity.under_way > 0).await.is_err() {
             return std::future::pending().await;
         }
         tokio::time::sleep(limit / 4).await;
+        if line.is_slow(limit) {
+            continue;
+        }
         match answers.look(limit) {
             Verdict::Fine => {}
             Verdict::StreamsEnded(streams) => {

@@ -4,7 +4,9 @@
 //! the flags ([`flags`]), install the log ([`log`]), bind, run, and on a signal ([`signals`]) drain ([`drain`]).
 
 pub mod admin;
+pub mod background;
 mod coalesce;
+pub mod credential;
 pub mod drain;
 pub mod duration;
 pub mod exit;
@@ -21,14 +23,14 @@ mod unread;
 
 /// The whole chain of an error on one line, outermost first, for logs and for the last line of a program.
 ///
-/// Our errors do not repeat their cause in their own text; this is the one place that puts the two together.
+/// Our errors do not repeat their cause in their own text; the programs put the two together here.
 pub fn error_chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
         let cause_text = cause.to_string();
-        // Foreign errors often do paste their cause; saying it twice helps nobody.
-        if !text.ends_with(&cause_text) {
+        // Foreign errors often do paste their cause, somewhere; saying it twice helps nobody.
+        if !text.contains(&cause_text) {
             text.push_str(": ");
             text.push_str(&cause_text);
         }
@@ -49,8 +51,13 @@ mod tests {
     #[error("the key is lost")]
     struct Inner;
 
+    #[derive(Debug, thiserror::Error)]
+    #[error("no entry ({0}), try the window")]
+    struct Pasted(#[source] Inner);
+
     #[test]
     fn chain_is_one_line() {
         assert_eq!(error_chain(&Outer(Inner)), "cannot open the door: the key is lost");
+        assert_eq!(error_chain(&Pasted(Inner)), "no entry (the key is lost), try the window");
     }
 }

@@ -3,6 +3,7 @@
 //! `--v` is mapped onto tracing's levels (0–4 info, 5–6 debug, 7 and more trace); `--log` takes tracing's own filter
 //! directives and wins. klog flags whose concept does not exist here are accepted and said to have no effect.
 
+use std::any::Any;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -10,10 +11,13 @@ use std::sync::Arc;
 
 use clap::{ArgAction, ValueEnum};
 use parking_lot::Mutex;
+use tokio::task::JoinError;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
 
+/// Stands for what a panic says.
+const WITHHELD: &str = "(its words are withheld: they may repeat what the program held)";
 /// klog's `-v` default in the programs whose flags we take over.
 const DEFAULT_VERBOSITY: i32 = 4;
 
@@ -29,6 +33,10 @@ const OURS: [&str; 9] = [
     "federation_controller",
     "federation_store",
 ];
+
+/// Crates that write whole answers of API servers into the log when they cannot read them: what a page of Secrets held would
+/// stand there, with line ends of whoever wrote it. Their errors are ours to tell. Whoever wants them to write names them.
+const SILENT: [&str; 2] = ["kube_client", "kube_runtime"];
 
 /// Flags of the log. Flatten into a program's arguments.
 #[derive(Debug, Clone, clap::Args)]
@@ -109,9 +117,7 @@ pub enum LogError {
     /// The file cannot be opened.
     #[error("failed to open the log file {path}")]
     Open {
-        /// Which.
         path: PathBuf,
-        /// Why.
         #[source]
         source: io::Error,
     },
@@ -146,7 +152,7 @@ impl Default for LogArgs {
 }
 
 impl LogArgs {
-    /// Installs the process's subscriber.
+    /// Installs the process's subscriber, and has panics written without values that they may repeat.
     ///
     /// # Errors
     /// A bad filter, a file that cannot be opened, or a subscriber that is already there.
@@ -169,6 +175,7 @@ impl LogArgs {
             }
         };
         installed.map_err(|_| LogError::Installed)?;
+        guard_panics();
         if !self.vmodule.is_empty() {
             tracing::warn!(vmodule = %self.vmodule, "--vmodule has no effect here: use --log with directives");
         }
@@ -232,7 +239,42 @@ impl std::fmt::Debug for LogHandle {
 }
 
 fn parse_filter(text: &str) -> Result<EnvFilter, LogError> {
-    EnvFilter::try_new(text).map_err(|_| LogError::Filter(text.to_owned()))
+    let unnamed = SILENT.iter().filter(|name| !text.contains(*name));
+    // Nothing said is errors, as with tracing's own filter.
+    let text_or_errors = if text.trim().is_empty() { "error" } else { text };
+    let whole = unnamed.fold(text_or_errors.to_owned(), |whole, name| format!("{whole},{name}=off"));
+    EnvFilter::try_new(whole).map_err(|_| LogError::Filter(text.to_owned()))
+}
+
+/// What a panic says, as far as that stands in the program.
+fn words_of(payload: &(dyn Any + Send)) -> &'static str {
+    payload.downcast_ref::<&'static str>().copied().unwrap_or(WITHHELD)
+}
+
+/// Why a task is over that did not end in order, for the log: what tokio says of a panic repeats all of its words.
+pub fn task_failure(error: JoinError) -> String {
+    match error.try_into_panic() {
+        Ok(payload) => format!("it panicked: {}", words_of(&*payload)),
+        Err(cancelled) => cancelled.to_string(),
+    }
+}
+
+/// Has panics written without what they may repeat: the words of most are made of values that the program held at that moment,
+/// Secrets among others. Words that stand in the program as they are, the place and the way to it are enough to find a defect.
+fn guard_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let thread = thread.name().unwrap_or("without a name");
+        let words = words_of(panic.payload());
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        // As RUST_BACKTRACE asks for it. Not by tracing, which may be where it happened.
+        let way = std::backtrace::Backtrace::capture();
+        let way = match way.status() {
+            std::backtrace::BacktraceStatus::Captured => format!("\n{way}"),
+            _ => String::new(),
+        };
+        let _nobody_to_tell = writeln!(io::stderr(), "thread '{thread}' panicked at {place}: {words}{way}");
+    }));
 }
 
 /// Where lines go.
@@ -315,6 +357,42 @@ mod tests {
             let args = LogArgs { verbosity: v, ..LogArgs::default() };
             assert!(args.directives().starts_with(starts), "{v}");
             assert!(parse_filter(&args.directives()).is_ok(), "{v}");
+        }
+    }
+
+    #[test]
+    fn answers_of_api_servers_are_written_by_nobody() {
+        #[derive(Clone, Default)]
+        struct Lines(Arc<Mutex<Vec<u8>>>);
+        impl io::Write for Lines {
+            fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+                self.0.lock().extend_from_slice(line);
+                Ok(line.len())
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        for (filter, told) in [
+            ("", false),
+            ("info", false),
+            ("trace", false),
+            (&*LogArgs { verbosity: 9, ..LogArgs::default() }.directives(), false),
+            ("info,kube_client=warn", true),
+        ] {
+            let lines = Lines::default();
+            let at = lines.clone();
+            let log = tracing_subscriber::registry()
+                .with(parse_filter(filter).unwrap())
+                .with(fmt::layer().with_writer(move || at.clone()));
+            tracing::subscriber::with_default(log, || {
+                tracing::warn!(target: "kube_client::client", "a page: hunter2");
+                tracing::error!("ours");
+            });
+            let written = String::from_utf8(lines.0.lock().clone()).unwrap();
+            assert_eq!(written.contains("hunter2"), told, "{filter}: {written}");
+            assert!(written.contains("ours"), "{filter}: {written}");
         }
     }
 

@@ -1,13 +1,15 @@
 //! Answers on their way, and whether their client takes them.
 //!
 //! ```text
-//!   handler ─▶ Tracked (pieces of 64 KiB) ─▶ HTTP/1.1 or HTTP/2 ─▶ socket
+//!   handler ─▶ Tracked (pieces of 16 KiB) ─▶ HTTP/1.1 or HTTP/2 ─▶ socket
 //!                 │ asked for more?              │ piece written and dropped?
 //!                 └────────────▶ Answer ◀────────┘
 //! ```
 //!
 //! An answer stands still when there is something of it to send and nothing of it has gone for a while: the client does
-//! not read, or never opens its stream's window. One that has nothing to send, such as a watch without news, does not.
+//! not read, or never opens its stream's window. One that has nothing to send does not: a watch without news, or what a
+//! member sends slowly. Nor is a client to blame for a slow line: while the line takes something, and less than there is,
+//! nobody's answer is dropped, however many share it.
 
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
@@ -21,8 +23,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
-/// What is handed on at once. A client has the whole time for each.
-const PIECE: usize = 64 * 1024;
+/// What is handed on at once, an HTTP/2 frame. A client has the whole time for each: of 200 answers that share one
+/// connection's window each moves so much in a minute at 55 KB/s in all.
+const PIECE: usize = 16 * 1024;
 
 tokio::task_local! {
     /// Ends the HTTP/2 stream whose task this is.
@@ -110,7 +113,7 @@ impl<H: Send + Sync + 'static> Answers<H> {
         Body::new(Tracked { body, rest: Bytes::new(), answer })
     }
 
-    /// Looks for answers that have stood still for as long as `limit`.
+    /// Looks for answers that have stood still for as long as `limit`. Not to be asked while the line is slow.
     pub(crate) fn look(&self, limit: Duration) -> Verdict {
         let mut ended = 0;
         // Not under the lock: the last one to hold an answer gives back what is held with it.

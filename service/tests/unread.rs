@@ -19,9 +19,10 @@ use hyper::body::{Frame, Incoming};
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use service::drain::DrainSignal;
-use service::http::{Limits, Unhurried, serve};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use service::http::{Gate, Limits, Unhurried, serve, serve_handler};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
 const LARGE: usize = 8 << 20;
@@ -212,4 +213,91 @@ async fn who_has_nothing_to_read_or_need_not_hurry_stays() {
     }
     assert_eq!(read, LARGE);
     drop(news);
+}
+
+/// Of an answer over a slow line: more than a minute of it.
+const SLOW: usize = 96 * 1024;
+
+/// A path that carries so many bytes a second.
+async fn carry(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, per_second: usize) {
+    let mut piece = vec![0; per_second / 10];
+    let mut tick = tokio::time::interval(Duration::from_millis(100));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        match from.read(&mut piece).await {
+            Ok(read) if read > 0 && to.write_all(&piece[..read]).await.is_ok() => {}
+            // Who has gone needs no end.
+            _ => return drop(to.shutdown().await),
+        }
+    }
+}
+
+/// The client's end of a connection that is served with answers of [`SLOW`] bytes, over a path that carries so many bytes a
+/// second towards it; and what serves it.
+fn slow_line(per_second: usize, paths: &mut JoinSet<()>) -> (DuplexStream, AbortOnDropHandle<()>) {
+    let (near, served) = tokio::io::duplex(4096);
+    let (client, far) = tokio::io::duplex(4096);
+    let entrance = Gate::new(1).enter();
+    let serving = tokio::spawn(async move {
+        let answer = |_| std::future::ready(Response::new(Body::from(vec![b'x'; SLOW])));
+        serve_handler(served, answer, &Limits::default(), entrance, std::future::pending()).await;
+    });
+    let (near_out, near_in) = tokio::io::split(near);
+    let (far_in, far_out) = tokio::io::split(far);
+    paths.spawn(carry(near_out, far_out, per_second));
+    paths.spawn(carry(far_in, near_in, 10 << 20));
+    (client, AbortOnDropHandle::new(serving))
+}
+
+async fn length(answer: Response<Incoming>) -> usize {
+    let mut body = answer.into_body();
+    let mut read = 0;
+    while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
+        read += frame.unwrap().data_ref().map_or(0, Bytes::len);
+    }
+    read
+}
+
+#[tokio::test(start_paused = true)]
+async fn answers_that_share_a_slow_line_all_arrive() {
+    // What limits them is the line, or the client's window for the whole connection.
+    // In the second case the library's server sends frames of one byte between large ones; from more streams the library's
+    // client takes that for a flood.
+    for (streams, window, line) in [(200, 16 << 20, 200_000), (50, 65_535, 50_000)] {
+        let mut tasks = JoinSet::new();
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder.initial_stream_window_size(1 << 20).initial_connection_window_size(window);
+        let (client, _serving) = slow_line(line, &mut tasks);
+        let (mut requests, connection) = builder.handshake(TokioIo::new(client)).await.unwrap();
+        tasks.spawn(async move { drop(connection.await) });
+        let began = tokio::time::Instant::now();
+        let mut answers = JoinSet::new();
+        for _ in 0..streams {
+            let request = Request::get("http://a/").body(Body::empty()).unwrap();
+            let answer = requests.send_request(request);
+            answers.spawn(async move { length(answer.await.unwrap()).await });
+        }
+        while let Some(read) = answers.join_next().await {
+            assert_eq!(read.unwrap(), SLOW, "window {window}");
+        }
+        assert!(began.elapsed() > Duration::from_secs(70), "the line was not slow: {:?}", began.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_over_a_slow_line_arrives_and_one_that_nobody_reads_is_dropped() {
+    let mut paths = JoinSet::new();
+    let (mut client, _serving) = slow_line(1000, &mut paths);
+    client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer).await.unwrap();
+    assert!(answer.len() > SLOW, "{} bytes", answer.len());
+    // The same line, whose client stops reading.
+    let (mut client, serving) = slow_line(1000, &mut paths);
+    client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    client.read_exact(&mut [0; 1000]).await.unwrap();
+    let began = tokio::time::Instant::now();
+    serving.await.unwrap();
+    assert!(began.elapsed() < 2 * Limits::default().unread_timeout, "{:?}", began.elapsed());
 }

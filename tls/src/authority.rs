@@ -172,6 +172,14 @@ impl CertificateAuthority {
         })
     }
 
+    /// Takes the authority from `ca.crt` and `ca.key` in a directory.
+    ///
+    /// # Errors
+    /// When the files cannot be read, or are no authority.
+    pub fn load(directory: &Path) -> Result<Self, AuthorityError> {
+        Self::from_pem(&read_text(&directory.join(CERTIFICATE_FILE))?, &read_text(&directory.join(KEY_FILE))?)
+    }
+
     /// Takes the authority from `ca.crt` and `ca.key` in a directory, or makes both there (the key 0600).
     ///
     /// A start that was cut off between the two files is taken up again with the same key.
@@ -188,9 +196,7 @@ impl CertificateAuthority {
         let certificate_path = directory.join(CERTIFICATE_FILE);
         let key_path = directory.join(KEY_FILE);
         let key = match (certificate_path.exists(), key_path.exists()) {
-            (true, true) => {
-                return Self::from_pem(&read_text(&certificate_path)?, &read_text(&key_path)?);
-            }
+            (true, true) => return Self::load(directory),
             (true, false) => return Err(AuthorityError::KeyMissing { path: certificate_path }),
             (false, true) => KeyPair::from_pem(&read_text(&key_path)?).map_err(AuthorityError::Key)?,
             (false, false) => {

@@ -44,7 +44,7 @@ pub enum CertificateError {
 /// The agent that a certificate speaks for.
 ///
 /// # Errors
-/// [`CertificateError::NoIdentity`] when it has no URI at all, which is how a plain konnectivity certificate looks;
+/// [`CertificateError::NoIdentity`] when it has no URI at all, which is how one looks in file-certificate mode;
 /// every other error means that the certificate must not be used as an identity.
 pub fn agent_identity(certificate: &CertificateDer<'_>) -> Result<AgentIdentity, CertificateError> {
     let certificate = parse(certificate)?;

@@ -152,8 +152,8 @@ trait Sources: Send + Sync + 'static {
     /// Whose it is, for the log.
     const OF: &'static str;
 
-    /// `None`: unchanged since `former`.
-    fn load(&self, former: Option<[u8; 32]>) -> Result<Option<Current<Self::Config>>, TlsError>;
+    /// An error where nothing can be made of what is there now; what can be done without a part of it is in [`Loaded`].
+    fn load(&self, former: Option<&Former>) -> Result<Loaded<Self::Config>, TlsError>;
 
     fn set_alpn(config: &mut Self::Config, alpn: Vec<Vec<u8>>);
 }
@@ -164,9 +164,25 @@ struct Reloading<S: Sources> {
     current: RwLock<Current<S::Config>>,
 }
 
-struct Current<C> {
-    /// Of everything that was read, to tell a change.
+/// What a reload has to know of what is in force.
+#[derive(Debug, Clone)]
+struct Former {
+    /// Of everything that it was made from, to tell a change.
     fingerprint: [u8; 32],
+    /// The clients' CAs, for those that cannot be read any more.
+    client_cas: Arc<[Vec<u8>]>,
+}
+
+/// What sources gave.
+struct Loaded<C> {
+    /// `None`: unchanged.
+    current: Option<Current<C>>,
+    /// What of it could not be used, and is as it was.
+    problem: Option<TlsError>,
+}
+
+struct Current<C> {
+    from: Former,
     /// Without ALPN.
     base: Arc<C>,
     /// The end entity's certificate, where there is one.
@@ -179,8 +195,13 @@ struct Current<C> {
 
 impl<C> Current<C> {
     fn new(fingerprint: [u8; 32], base: C, certificate: Option<CertificateDer<'static>>) -> Self {
-        let ends = CertificateEnds::default();
-        Self { fingerprint, base: Arc::new(base), certificate, ends, by_alpn: HashMap::new() }
+        let (from, ends) = (Former { fingerprint, client_cas: Arc::default() }, CertificateEnds::default());
+        Self { from, base: Arc::new(base), certificate, ends, by_alpn: HashMap::new() }
+    }
+
+    fn with_client_cas(mut self, client_cas: Vec<Vec<u8>>) -> Self {
+        self.from.client_cas = client_cas.into();
+        self
     }
 
     fn with_ends(self, ends: CertificateEnds) -> Self {
@@ -188,11 +209,27 @@ impl<C> Current<C> {
     }
 }
 
+// === impl Loaded ===
+
+impl<C> Loaded<C> {
+    fn unchanged() -> Self {
+        Self { current: None, problem: None }
+    }
+
+    fn new(current: Current<C>) -> Self {
+        Self { current: Some(current), problem: None }
+    }
+
+    fn with_problem(self, problem: Option<TlsError>) -> Self {
+        Self { problem, ..self }
+    }
+}
+
 // === impl Reloading ===
 
 impl<S: Sources> Reloading<S> {
     fn new(sources: S) -> Result<Arc<Self>, TlsError> {
-        let current = sources.load(None)?.ok_or(TlsError::HalfIdentity)?;
+        let current = sources.load(None)?.current.ok_or(TlsError::HalfIdentity)?;
         Ok(Arc::new(Self { sources, current: RwLock::new(current) }))
     }
 
@@ -223,13 +260,22 @@ impl<S: Sources> Reloading<S> {
     }
 
     fn reload(&self) -> Result<bool, TlsError> {
-        let former = self.current.read().fingerprint;
-        let new = self.sources.load(Some(former))?;
-        let changed = new.is_some();
-        if let Some(new) = new {
+        // Not held while files are read.
+        let former = self.current.read().from.clone();
+        let Loaded { current, problem } = self.sources.load(Some(&former))?;
+        let changed = current.is_some();
+        if let Some(new) = current {
             *self.current.write() = new;
         }
-        Ok(changed)
+        match problem {
+            Some(problem) => {
+                if changed {
+                    tracing::info!(of = S::OF, "certificates were reloaded, but for one that cannot be used");
+                }
+                Err(problem)
+            }
+            None => Ok(changed),
+        }
     }
 
     async fn watch_files(self: Arc<Self>, interval: Duration) {
@@ -253,7 +299,7 @@ impl<S: Sources> Reloading<S> {
                 Err(error) => {
                     let text = chain(&error);
                     if warned.as_ref() != Some(&text) {
-                        tracing::warn!(of = S::OF, error = %text, "failed to reload certificates, the former stay in use");
+                        tracing::warn!(of = S::OF, error = %text, "failed to reload a certificate, the former stays in use");
                         warned = Some(text);
                     }
                 }
@@ -327,6 +373,31 @@ fn roots(source: &Source, pem: &[u8]) -> Result<RootCertStore, TlsError> {
             .map_err(|error| TlsError::Anchor { origin: source.to_string(), source: error })?;
     }
     Ok(roots)
+}
+
+/// The clients' CAs as they are now, each of which can be used; in the place of one that cannot, the former one. The error is
+/// that of the first such.
+fn client_cas(
+    sources: &[Source],
+    former: Option<&Former>,
+) -> Result<(Vec<Vec<u8>>, Option<TlsError>), TlsError> {
+    let (mut contents, mut problem) = (Vec::with_capacity(sources.len()), None);
+    for (index, source) in sources.iter().enumerate() {
+        let read = || -> Result<Vec<u8>, TlsError> {
+            let pem = source.read()?;
+            roots(source, &pem)?;
+            Ok(pem)
+        };
+        match (read(), former.and_then(|former| former.client_cas.get(index))) {
+            (Ok(pem), _) => contents.push(pem),
+            (Err(error), Some(kept)) => {
+                problem.get_or_insert(error);
+                contents.push(kept.clone());
+            }
+            (Err(error), None) => return Err(error),
+        }
+    }
+    Ok((contents, problem))
 }
 
 fn fingerprint(contents: &[Option<&Vec<u8>>]) -> [u8; 32] {

@@ -263,8 +263,9 @@ async fn attach(options: ConnectOptions, carried: Carried) -> Result<AgentTunnel
             });
         }
     };
-    let attached =
-        Attached::new::<AgentSide>(session, driver, control, server_hello.servers.clone(), options.limits);
+    let servers = server_hello.servers.clone();
+    let ConnectOptions { limits, tls, .. } = options;
+    let attached = Attached::new::<AgentSide>(session, driver, control, servers, limits, Some(tls));
     Ok(AgentTunnel { handle: AgentTunnelHandle(Arc::new(Inner { server_hello, attached })), incoming })
 }
 

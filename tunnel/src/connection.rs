@@ -6,6 +6,7 @@ use std::{
     task::{Context, Poll},
 };
 
+use futures::future::Either;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
@@ -56,18 +57,13 @@ impl Connection {
 }
 
 impl Connection {
-    /// Returns when this connection has been cut for the memory budget, for a task that may be waiting for its client alone:
-    /// it would read no error before its client reads. The future is for the task that reads and writes the connection.
-    pub fn cut(&self) -> impl Future<Output = ()> + Send + 'static {
-        let quic = match &self.0 {
-            Inner::H2(_) => None,
-            Inner::Quic(connection) => Some(connection.cut()),
-        };
-        async move {
-            match quic {
-                Some(cut) => cut.await,
-                None => std::future::pending().await,
-            }
+    /// Returns why, when this connection has been cut for the memory budget, or its tunnel has closed under it: for a task that
+    /// may be waiting for its client alone, and would read no error before its client reads. What the peer has ended in full
+    /// is left to whoever still takes it. The future is for the task that reads and writes the connection.
+    pub fn cut(&self) -> impl Future<Output = io::Error> + Send + 'static {
+        match &self.0 {
+            Inner::H2(connection) => Either::Left(connection.cut()),
+            Inner::Quic(connection) => Either::Right(connection.cut()),
         }
     }
 }

@@ -8,7 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use bytes::{Buf, BufMut, BytesMut};
@@ -34,6 +34,9 @@ const MAX_MESSAGE: usize = 256 * 1024;
 
 /// What a handle may have under way with the control task: it answers in microseconds.
 pub(crate) const COMMAND_QUEUE: usize = 16;
+
+/// 9999-12-31T23:59:59Z, after which no certificate ends (RFC 5280, 4.1.2.5).
+const LAST_SECOND: u64 = 253_402_300_799;
 
 /// Pings asked for and not answered; each waits for at most the keep-alive time.
 const MAX_PINGS: usize = 64;
@@ -70,6 +73,9 @@ pub struct AgentStatistics {
     pub memory_used: u64,
     /// The most that it promises; at it new connections are refused.
     pub memory_limit: u64,
+    /// From when and until when the certificate is good that it would dial with now, unlike that of the tunnel, which may have
+    /// been renewed since. `None` when it has none or does not tell.
+    pub certificate: Option<(SystemTime, SystemTime)>,
 }
 
 /// The framed control stream.
@@ -138,9 +144,30 @@ impl Shared {
 
 impl From<v1::Statistics> for AgentStatistics {
     fn from(told: v1::Statistics) -> Self {
-        let v1::Statistics { connections, dials, dial_failures, memory_used, memory_limit } = told;
-        Self { connections, dials, dial_failures, memory_used, memory_limit }
+        let v1::Statistics {
+            connections,
+            dials,
+            dial_failures,
+            memory_used,
+            memory_limit,
+            certificate_not_before: from,
+            certificate_not_after: to,
+        } = told;
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let certificate = (from < to && to <= LAST_SECOND).then(|| (at(from), at(to)));
+        Self { connections, dials, dial_failures, memory_used, memory_limit, certificate }
     }
+}
+
+/// Adds to what the agent counts the dates of its certificate in force.
+fn tell_certificate(statistics: &mut v1::Statistics, tls: &tls::ClientTls) {
+    let Some(Ok((from, to))) = tls.certificate().map(|certificate| tls::validity(&certificate)) else {
+        return;
+    };
+    let seconds =
+        |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    statistics.certificate_not_before = seconds(from);
+    statistics.certificate_not_after = seconds(to);
 }
 
 // === impl Control ===
@@ -229,16 +256,18 @@ pub(crate) async fn read_framed<M: Message + Default>(
     M::decode(&bytes[..]).map_err(|error| TunnelError::Protocol(error.to_string()))
 }
 
-/// Runs the control stream of an attached tunnel until it ends, then closes the tunnel.
+/// Runs the control stream of an attached tunnel until it ends, then closes the tunnel. An agent tells of the certificate that
+/// it has in `tls`.
 pub(crate) async fn run<S: Side>(
     mut control: Control,
     session: Session,
     shared: Arc<Shared>,
     mut commands: mpsc::Receiver<Command>,
     limits: Limits,
+    tls: Option<tls::ClientTls>,
 ) {
     let reason = tokio::select! {
-        ended = exchange::<S>(&mut control, &session, &shared, &mut commands, &limits) => match ended {
+        ended = exchange::<S>(&mut control, &session, &shared, &mut commands, &limits, tls.as_ref()) => match ended {
             Ok(reason) => reason,
             Err(error) => CloseReason::from(&error),
         },
@@ -266,6 +295,7 @@ async fn exchange<S: Side>(
     shared: &Shared,
     commands: &mut mpsc::Receiver<Command>,
     limits: &Limits,
+    tls: Option<&tls::ClientTls>,
 ) -> Result<CloseReason, TunnelError> {
     let mut pings: HashMap<u64, (Instant, Option<oneshot::Sender<Duration>>)> = HashMap::new();
     let mut next_id = 1u64;
@@ -322,7 +352,11 @@ async fn exchange<S: Side>(
             () = tokio::time::sleep_until(next_ping) => {
                 pings.retain(|_, (sent, waiting)| waiting.is_some() && sent.elapsed() < limits.keepalive_timeout);
                 ping::<S>(control, shared, &mut pings, &mut next_id, None).await?;
-                if let Some(message) = S::statistics(session.statistics()) {
+                let mut statistics = session.statistics();
+                if let Some(tls) = tls {
+                    tell_certificate(&mut statistics, tls);
+                }
+                if let Some(message) = S::statistics(statistics) {
                     control.send(&message).await?;
                 }
                 next_ping = Instant::now() + limits.keepalive_interval;
@@ -460,6 +494,19 @@ mod tests {
         #[test]
         fn garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             fuzz::messages(&bytes);
+        }
+    }
+
+    #[test]
+    fn dates_that_cannot_be_are_not_taken() {
+        let told = |certificate_not_before, certificate_not_after| {
+            let told = v1::Statistics { certificate_not_before, certificate_not_after, ..Default::default() };
+            AgentStatistics::from(told).certificate
+        };
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        assert_eq!(told(7, 9), Some((at(7), at(9))));
+        for (from, to) in [(0, 0), (9, 9), (9, 7), (0, LAST_SECOND + 1), (u64::MAX, u64::MAX)] {
+            assert_eq!(told(from, to), None);
         }
     }
 

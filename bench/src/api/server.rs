@@ -7,9 +7,11 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use base64::Engine as _;
 use bytes::Bytes;
 use clap::ValueEnum;
 use http::Method;
+use serde_json::json;
 use test_support::databases::{Kind, Server as Database};
 use tls::{CertificateAuthority, ClientTls};
 use tokio::{process::Command, time};
@@ -27,7 +29,7 @@ const STOP: Duration = Duration::from_secs(30);
 const LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Server {
+pub(crate) enum Server {
     /// `cellway-apiserver` on SQLite with durable commits.
     Cellway,
     /// The same on a MariaDB of its own, with a synced binary log.
@@ -60,15 +62,17 @@ enum Keeper {
 }
 
 /// Files of a server's programs: first the one that keeps the data, if it is not in the other.
-pub(super) struct Programs(Vec<PathBuf>);
+pub(crate) struct Programs(Vec<PathBuf>);
 
 /// A server that serves.
-pub(super) struct Running {
+pub(crate) struct Running {
     commands: Vec<(&'static str, PathBuf, Vec<String>)>,
     processes: Vec<Process>,
     directory: PathBuf,
     port: u16,
     tls: Option<ClientTls>,
+    /// Signs the stock server's clients' certificates.
+    authority: Option<CertificateAuthority>,
     /// Where cellway-apiserver says how to reach it.
     kubeconfig: Option<PathBuf>,
     /// Killed with the value.
@@ -116,7 +120,7 @@ impl Server {
     }
 
     /// Where its programs are.
-    pub(super) fn find(self, cellway: Option<&Path>) -> Result<Programs> {
+    pub(crate) fn find(self, cellway: Option<&Path>) -> Result<Programs> {
         let own = || -> Result<PathBuf> {
             let own = std::env::current_exe().context("failed to find this program's own file")?;
             Ok(cellway.or(own.parent()).map(Path::to_owned).unwrap_or_default())
@@ -143,7 +147,7 @@ impl Server {
 
 impl Running {
     /// Starts it on an empty store, with its data in `directory`.
-    pub(super) async fn start(server: Server, programs: &Programs, directory: &Path) -> Result<Self> {
+    pub(crate) async fn start(server: Server, programs: &Programs, directory: &Path) -> Result<Self> {
         fs::create_dir_all(directory).with_context(|| format!("failed to create {}", directory.display()))?;
         let [port, etcd, peers] = free_ports()?;
         let data = directory.join("data");
@@ -162,7 +166,7 @@ impl Running {
             Some(database) => database.database().await.context("failed to make a database")?,
             None => format!("sqlite://{}", directory.join("store.db").display()),
         };
-        let (commands, tls, kubeconfig) = match api {
+        let (commands, tls, authority, kubeconfig) = match api {
             Api::Cellway => {
                 let mut arguments = vec![
                     format!("--data-dir={}", data.display()),
@@ -174,6 +178,7 @@ impl Running {
                 }
                 (
                     vec![("cellway-apiserver", programs.0[0].clone(), arguments)],
+                    None,
                     None,
                     Some(data.join("admin.kubeconfig")),
                 )
@@ -243,7 +248,7 @@ impl Running {
                     (keeper.0, programs.0[0].clone(), keeper.1),
                     ("kube-apiserver", programs.0[1].clone(), server),
                 ];
-                (commands, Some(tls), None)
+                (commands, Some(tls), Some(authority), None)
             }
         };
         let mut running = Self {
@@ -252,6 +257,7 @@ impl Running {
             directory: directory.to_owned(),
             port,
             tls,
+            authority,
             kubeconfig,
             _database: database,
         };
@@ -261,7 +267,7 @@ impl Running {
     }
 
     /// How clients reach it.
-    pub(super) fn access(&self) -> Result<Access> {
+    pub(crate) fn access(&self) -> Result<Access> {
         match (&self.tls, &self.kubeconfig) {
             (Some(tls), _) => Ok(Access { port: self.port, tls: tls.clone() }),
             (None, Some(path)) => Access::from_kubeconfig(path),
@@ -269,10 +275,38 @@ impl Running {
         }
     }
 
+    /// Writes a kubeconfig of a user, with everything in it; of cellway's own server it is the administrator's.
+    pub(crate) fn kubeconfig(&self, user: &str, group: &str, path: &Path) -> Result<()> {
+        if let Some(own) = &self.kubeconfig {
+            let text = fs::read(own).with_context(|| format!("failed to read {}", own.display()))?;
+            return tls::write_private(path, &text)
+                .with_context(|| format!("failed to write {}", path.display()));
+        }
+        let authority = self.authority.as_ref().context("the server has no authority of this program's")?;
+        let issued = authority
+            .issue_client(user, &[group.to_owned()], LIFETIME)
+            .context("failed to issue a client's certificate")?;
+        let encode = |pem: &str| base64::engine::general_purpose::STANDARD.encode(pem);
+        let config = json!({"apiVersion": "v1", "kind": "Config", "current-context": "stock",
+            "contexts": [{"name": "stock", "context": {"cluster": "stock", "user": "stock"}}],
+            "clusters": [{"name": "stock", "cluster": {
+                "server": format!("https://127.0.0.1:{}", self.port),
+                "certificate-authority-data": encode(authority.certificate_pem())}}],
+            "users": [{"name": "stock", "user": {
+                "client-certificate-data": encode(&issued.certificate_pem),
+                "client-key-data": encode(&issued.key_pem)}}]});
+        tls::write_private(path, config.to_string().as_bytes())
+            .with_context(|| format!("failed to write {}", path.display()))
+    }
+
+    /// Process identifiers of all its processes but the database's.
+    pub(crate) fn ids(&self) -> Result<Vec<u32>> {
+        self.processes.iter().map(Process::id).collect()
+    }
+
     /// Resident memory of all its processes but the database's.
     pub(super) fn resident_mib(&self) -> Result<f64> {
-        let ids = self.processes.iter().map(Process::id).collect::<Result<Vec<_>>>()?;
-        Ok(Usage::of(&ids)?.resident_kib / 1024.0)
+        Ok(Usage::of(&self.ids()?)?.resident_kib / 1024.0)
     }
 
     /// Stops it in order and starts it again; how long that took until it answered.
@@ -286,7 +320,7 @@ impl Running {
         Ok(begin.elapsed())
     }
 
-    pub(super) async fn stop(self) {
+    pub(crate) async fn stop(self) {
         for process in self.processes.into_iter().rev() {
             process.stop().await;
         }

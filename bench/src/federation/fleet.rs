@@ -1,4 +1,4 @@
-//! A hub and its simulated members, as processes on loopback.
+//! A hub and its members, as processes on loopback: simulated members and the hub's own API, or stock servers.
 
 use std::{
     collections::BTreeMap,
@@ -10,12 +10,14 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
+use clap::ValueEnum;
 use futures::{StreamExt as _, TryStreamExt as _};
 use http::Method;
 use http_body_util::{BodyExt as _, Empty};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use serde_json::Value;
+use serde::Serialize;
+use serde_json::{Value, json};
 use tokio::{
     net::TcpStream,
     process::Command,
@@ -23,6 +25,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::api::server::{Programs, Running, Server};
 use crate::client::{Access, Client, Protocol};
 use crate::process::{Process, Usage};
 use crate::subject::free_ports;
@@ -45,20 +48,41 @@ const FAR: Duration = Duration::from_millis(500);
 /// Verbs of requests that change something, as kube-apiserver's metrics spell them.
 const CHANGING: [&str; 6] = ["POST", "PUT", "PATCH", "APPLY", "DELETE", "DELETECOLLECTION"];
 
+/// Leads the hub to the server beside it.
+const HUB_KUBECONFIG: &str = "hub-server.kubeconfig";
+/// Whoever may do everything at a stock server.
+const MASTERS: &str = "system:masters";
+
+/// What holds the objects of the hub and of its members.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Servers {
+    /// cellway's own API server: the hub's, and simulated members.
+    Ours,
+    /// The same, but the hub's is a `cellway-apiserver` beside it: what is shown of the hub is controller and proxy server.
+    Beside,
+    /// A kube-apiserver on etcd, both from `$KUBEBUILDER_ASSETS`, for the hub and one for each member, with an agent before it.
+    Stock,
+}
+
 /// A hub that serves, and its members.
 pub(super) struct Fleet {
     cellway: PathBuf,
     directory: PathBuf,
-    ports: [u16; 5],
+    ports: [u16; 6],
     hub: Option<Process>,
+    /// The server beside the hub that holds its objects, and where the programs of stock servers for members are.
+    beside: Option<(Running, Option<Programs>)>,
     hubs_started: usize,
     pub(super) members: Vec<Member>,
 }
 
-/// A simulated member.
+/// A member.
 pub(super) struct Member {
     pub(super) name: String,
+    /// All of it, or its agent if it is a stock server.
     process: Process,
+    stock: Option<Running>,
     /// Straight to its API, past the tunnel: what a member holds is asked of itself.
     pub(super) access: Access,
     trouble: Option<InTrouble>,
@@ -112,8 +136,10 @@ impl Trouble {
 // === impl Fleet ===
 
 impl Fleet {
-    /// Starts a hub on an empty store and so many members, and waits until the hub sees all of them.
+    /// Starts a hub on an empty store and so many members, and waits until the hub sees all of them. Only simulated members
+    /// can be in trouble.
     pub(super) async fn start(
+        servers: Servers,
         cellway: &Path,
         directory: &Path,
         members: usize,
@@ -121,11 +147,25 @@ impl Fleet {
     ) -> Result<Self> {
         ensure!(cellway.is_file(), "{} does not exist: build it with cargo build -p cli", cellway.display());
         fs::create_dir_all(directory).with_context(|| format!("failed to create {}", directory.display()))?;
+        let beside = match servers {
+            Servers::Ours => None,
+            Servers::Beside => {
+                let programs = Server::Cellway.find(cellway.parent())?;
+                Some((serve_hub(Server::Cellway, &programs, directory).await?, None))
+            }
+            Servers::Stock => {
+                let programs = Server::KubeApiserver.find(None)?;
+                Some((serve_hub(Server::KubeApiserver, &programs, directory).await?, Some(programs)))
+            }
+        };
+        // Stock servers take seconds of a processor to start: side by side they only wait for each other.
+        let at_once = if servers == Servers::Stock { 1 } else { ENROL_AT_ONCE };
         let mut fleet = Self {
             cellway: cellway.to_owned(),
             directory: directory.to_owned(),
             ports: free_ports()?,
             hub: None,
+            beside,
             hubs_started: 0,
             members: Vec::new(),
         };
@@ -133,7 +173,7 @@ impl Fleet {
         fleet.hub_file().await?;
         let joined: Vec<Member> = futures::stream::iter(0..members)
             .map(|index| fleet.join(format!("m-{index:03}")))
-            .buffered(ENROL_AT_ONCE)
+            .buffered(at_once)
             .try_collect()
             .await?;
         fleet.members = joined;
@@ -151,18 +191,24 @@ impl Fleet {
 
     /// Starts the hub's process, on the ports of the one before.
     pub(super) fn start_hub(&mut self) -> Result<()> {
-        let [api, agents, connect, health, admin] = self.ports;
+        let [api, agents, connect, health, admin, webhook] = self.ports;
         let mut command = Command::new(&self.cellway);
         command
             .arg("hub")
             .arg("--data-dir")
             .arg(self.data())
-            .args(["--bind-address=127.0.0.1", "--no-access-log", "--v=0"])
+            .args(["--bind-address=127.0.0.1", "--access-log=false", "--v=0"])
             .arg(format!("--api-port={api}"))
             .arg(format!("--agent-port={agents}"))
             .arg(format!("--connect-port={connect}"))
             .arg(format!("--health-port={health}"))
             .arg(format!("--admin-port={admin}"));
+        if self.beside.is_some() {
+            command
+                .arg(format!("--webhook-port={webhook}"))
+                .arg("--kubeconfig")
+                .arg(self.directory.join(HUB_KUBECONFIG));
+        }
         self.hubs_started += 1;
         let name = format!("hub-{}", self.hubs_started);
         self.hub = Some(Process::start(&name, command, &self.directory)?);
@@ -214,13 +260,56 @@ impl Fleet {
     /// Enrols a member as a person would, and starts it.
     async fn join(&self, name: String) -> Result<Member> {
         let enrolment = self.enrol(&name).await?;
+        if let Some((_, Some(programs))) = &self.beside {
+            return self.join_stock(name, programs, &enrolment).await;
+        }
         let mut command = self.member_command(&name);
         command
             .args(["--hub", &enrolment.hub, "--ca-hash", &enrolment.ca_hash])
             .arg("--enrolment-token-file")
             .arg(&enrolment.token);
         let (process, access) = self.start_member(&name, command).await?;
-        Ok(Member { name, process, access, trouble: None })
+        Ok(Member { name, process, stock: None, access, trouble: None })
+    }
+
+    /// Starts a stock server as a member, and its agent.
+    async fn join_stock(&self, name: String, programs: &Programs, enrolment: &Enrolment) -> Result<Member> {
+        let data = self.directory.join(&name);
+        let server = Running::start(Server::KubeApiserver, programs, &data.join("server")).await?;
+        let access = server.access()?;
+        // What docs/operations.md gives the hub's controller in a member is less; it costs the server as much.
+        let binding = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
+            "metadata": {"name": "cellway"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"},
+            "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "Group",
+                "name": "system:cellway:controllers"}]});
+        let mut client = Client::connect(&access, Protocol::H2).await?;
+        let path = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings";
+        client.call(Method::POST, path, binding.to_string().into()).await?;
+        let kubeconfig = data.join("agent.kubeconfig");
+        server.kubeconfig("cellway:agent", MASTERS, &kubeconfig)?;
+        let process = self.start_agent(&name, enrolment, &kubeconfig)?;
+        Ok(Member { name, process, stock: Some(server), access, trouble: None })
+    }
+
+    /// An agent that is a process of its own.
+    fn start_agent(&self, name: &str, enrolment: &Enrolment, kubeconfig: &Path) -> Result<Process> {
+        let program = self.cellway.with_file_name("proxy-agent");
+        ensure!(
+            program.is_file(),
+            "{} does not exist: build it with cargo build -p proxy-agent",
+            program.display()
+        );
+        let mut command = Command::new(program);
+        command
+            .args(["--v=0", "--health-server-port=0", "--admin-server-port=0"])
+            .arg(format!("--cluster-name={name}"))
+            .arg(format!("--server={}", enrolment.hub))
+            .arg(format!("--ca-hash={}", enrolment.ca_hash))
+            .arg(format!("--kubeconfig={}", kubeconfig.display()))
+            .arg(format!("--data-dir={}", self.directory.join(name).join("agent").display()))
+            .arg(format!("--enrolment-token-file={}", enrolment.token.display()));
+        Process::start(&format!("{name}-agent"), command, &self.directory)
     }
 
     /// Enrols a member that can be spoilt.
@@ -240,7 +329,8 @@ impl Fleet {
                 .arg("--enrolment-token-file")
                 .arg(&enrolment.token);
             let (process, access) = self.start_member(&name, command).await?;
-            return Ok(Member { name, process, access, trouble: Some(InTrouble { of, relay, agent: None }) });
+            let trouble = Some(InTrouble { of, relay, agent: None });
+            return Ok(Member { name, process, stock: None, access, trouble });
         }
         // The tunnel is to stay well while the API hangs: the agent is a process of its own, with a relay between.
         let (process, access) = self.start_member(&name, command).await?;
@@ -253,23 +343,9 @@ impl Fleet {
         let around = data.join("relayed.kubeconfig");
         tls::write_private(&around, kubeconfig.to_string().as_bytes())
             .with_context(|| format!("failed to write {}", around.display()))?;
-        let program = self.cellway.with_file_name("proxy-agent");
-        ensure!(
-            program.is_file(),
-            "{} does not exist: build it with cargo build -p proxy-agent",
-            program.display()
-        );
-        let mut command = Command::new(program);
-        command
-            .args(["--v=0", "--health-server-port=0", "--admin-server-port=0"])
-            .arg(format!("--cluster-name={name}"))
-            .arg(format!("--server={}", enrolment.hub))
-            .arg(format!("--ca-hash={}", enrolment.ca_hash))
-            .arg(format!("--kubeconfig={}", around.display()))
-            .arg(format!("--data-dir={}", data.join("agent").display()))
-            .arg(format!("--enrolment-token-file={}", enrolment.token.display()));
-        let agent = Process::start(&format!("{name}-agent"), command, &self.directory)?;
-        Ok(Member { name, process, access, trouble: Some(InTrouble { of, relay, agent: Some(agent) }) })
+        let agent = self.start_agent(&name, &enrolment, &around)?;
+        let trouble = Some(InTrouble { of, relay, agent: Some(agent) });
+        Ok(Member { name, process, stock: None, access, trouble })
     }
 
     /// From now on the members that can be spoilt are in trouble.
@@ -378,7 +454,20 @@ impl Fleet {
         Usage::of(&[hub.id()?])
     }
 
-    /// What all members' processes have used so far.
+    /// What the server beside the hub and the stock servers of all members have used so far; nothing when there are none.
+    pub(super) fn server_usage(&self) -> Result<Usage> {
+        let hub = self.beside.iter().map(|(server, _)| server);
+        let members = self.members.iter().filter_map(|member| member.stock.as_ref());
+        let ids = hub.chain(members).map(Running::ids).collect::<Result<Vec<_>>>()?;
+        Usage::of(&ids.concat())
+    }
+
+    /// Whether the hub's objects are in a server beside it.
+    pub(super) fn is_beside(&self) -> bool {
+        self.beside.is_some()
+    }
+
+    /// What all members' processes have used so far, stock servers left out.
     pub(super) fn member_usage(&self) -> Result<Usage> {
         let ids = self.members.iter().map(|member| member.process.id()).collect::<Result<Vec<_>>>()?;
         Usage::of(&ids)
@@ -402,8 +491,26 @@ impl Fleet {
                 agent.stop().await;
             }
             member.process.stop().await;
+            if let Some(server) = member.stock {
+                server.stop().await;
+            }
+        }
+        if let Some((server, _)) = self.beside.take() {
+            server.stop().await;
         }
     }
+}
+
+/// Starts the server that is to hold the hub's objects, with what the hub does not make there itself.
+async fn serve_hub(server: Server, programs: &Programs, directory: &Path) -> Result<Running> {
+    let server = Running::start(server, programs, &directory.join("hub-server")).await?;
+    let mut client = Client::connect(&server.access()?, Protocol::H2).await?;
+    for name in ["cellway-system", "kube-federation-system"] {
+        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+        client.call(Method::POST, "/api/v1/namespaces", namespace.to_string().into()).await?;
+    }
+    server.kubeconfig("system:cellway:hub", MASTERS, &directory.join(HUB_KUBECONFIG))?;
+    Ok(server)
 }
 
 /// What a member is admitted with.

@@ -1,6 +1,8 @@
 //! The scenarios.
 
 use std::{
+    fmt::Write as _,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     ops::Range,
     path::Path,
     sync::{
@@ -17,7 +19,7 @@ use serde_json::json;
 use tokio::{task::JoinSet, time};
 
 use super::eyes::{Eye, Look};
-use super::fleet::{Fleet, Passes, Trouble, quiet};
+use super::fleet::{Fleet, HubWrites, Passes, Servers, Trouble, quiet};
 use super::{Scenario, Sizes};
 use crate::client::{Access, Client, Protocol};
 
@@ -71,7 +73,13 @@ struct Stage {
 }
 
 /// Runs one scenario on a fleet of its own.
-pub(super) async fn tell(scenario: Scenario, sizes: Sizes, cellway: &Path, directory: &Path) -> Result<Told> {
+pub(super) async fn tell(
+    scenario: Scenario,
+    servers: Servers,
+    sizes: Sizes,
+    cellway: &Path,
+    directory: &Path,
+) -> Result<Told> {
     if scenario == Scenario::Isolation {
         return isolation(sizes.isolation_changes, cellway, directory).await;
     }
@@ -81,7 +89,7 @@ pub(super) async fn tell(scenario: Scenario, sizes: Sizes, cellway: &Path, direc
         Scenario::Steady => (sizes.steady_members, sizes.steady_objects),
         Scenario::Isolation => (WELL, FEW),
     };
-    let fleet = Fleet::start(cellway, directory, members, &[]).await?;
+    let fleet = Fleet::start(servers, cellway, directory, members, &[]).await?;
     let mut stage = Stage::set(fleet, objects).await?;
     let mut told = Told::default();
     told.notes.push(format!("{scenario:?}: {objects} objects in {members} members"));
@@ -104,8 +112,13 @@ pub(super) async fn tell(scenario: Scenario, sizes: Sizes, cellway: &Path, direc
 async fn isolation(number: usize, cellway: &Path, directory: &Path) -> Result<Told> {
     const TROUBLES: [Trouble; 3] = [Trouble::Dead, Trouble::Hangs, Trouble::Far];
     let mut told = Told::default();
-    let apart = Stage::set(Fleet::start(cellway, &directory.join("apart"), WELL, &[]).await?, FEW).await?;
-    let beside = Fleet::start(cellway, &directory.join("beside"), WELL, &TROUBLES).await?;
+    // Only simulated members can be in trouble.
+    let start = |name: &str, troubles: &'static [Trouble]| {
+        let directory = directory.join(name);
+        async move { Fleet::start(Servers::Ours, cellway, &directory, WELL, troubles).await }
+    };
+    let apart = Stage::set(start("apart", &[]).await?, FEW).await?;
+    let beside = start("beside", &TROUBLES).await?;
     let mut beside = Stage::set(beside, FEW).await?;
     let (mut alone, mut together) = (Vec::new(), Vec::new());
     let done = async {
@@ -198,6 +211,7 @@ impl Stage {
         self.rest().await?;
         let before = self.fleet.hub_writes(&mut client).await?;
         let (hub_before, members_before) = (self.fleet.hub_usage()?, self.fleet.member_usage()?);
+        let servers_before = self.fleet.server_usage()?.cpu_seconds;
         let begin = Instant::now();
         create(&access, self.objects).await?;
         told.figure("new_created", begin.elapsed().as_secs_f64());
@@ -207,7 +221,11 @@ impl Stage {
         self.rest().await?;
         let (hub_after, members_after) = (self.fleet.hub_usage()?, self.fleet.member_usage()?);
         let hub_cpu = hub_after.cpu_seconds - hub_before.cpu_seconds;
-        told.figure("new_cpu", hub_cpu + members_after.cpu_seconds - members_before.cpu_seconds);
+        let own = hub_cpu + members_after.cpu_seconds - members_before.cpu_seconds;
+        told.figure("new_cpu", own + self.fleet.server_usage()?.cpu_seconds - servers_before);
+        if self.fleet.is_beside() {
+            told.figure("new_cpu_own", own);
+        }
         told.figure("new_cpu_hub", hub_cpu);
         let writes = self.fleet.hub_writes(&mut client).await?.since(&before);
         let own = writes.total().saturating_sub(self.objects as u64);
@@ -221,15 +239,22 @@ impl Stage {
         self.fill().await?;
         let mut client = self.fleet.hub_client().await?;
         let before = self.fleet.hub_writes(&mut client).await?;
-        let cpu = || -> Result<f64> {
-            Ok(self.fleet.hub_usage()?.cpu_seconds + self.fleet.member_usage()?.cpu_seconds)
+        let cpu = || -> Result<(f64, f64)> {
+            let own = self.fleet.hub_usage()?.cpu_seconds + self.fleet.member_usage()?.cpu_seconds;
+            Ok((own, self.fleet.server_usage()?.cpu_seconds))
         };
         let cpu_before = cpu()?;
         let times = self.change_each(number).await?;
         self.rest().await?;
         told.figure("change_p50", quantile(&times, 0.5));
         told.figure("change_p99", quantile(&times, 0.99));
-        told.figure("change_cpu", (cpu()? - cpu_before) * 1000.0 / number as f64);
+        let cpu_after = cpu()?;
+        let own = (cpu_after.0 - cpu_before.0) * 1000.0 / number as f64;
+        let servers = (cpu_after.1 - cpu_before.1) * 1000.0 / number as f64;
+        told.figure("change_cpu", own + servers);
+        if self.fleet.is_beside() {
+            told.figure("change_cpu_own", own);
+        }
         let writes = self.fleet.hub_writes(&mut client).await?.since(&before);
         let own = writes.total().saturating_sub(number as u64);
         told.figure("change_writes", own as f64 / number as f64);
@@ -342,12 +367,14 @@ impl Stage {
             Ok((fleet.hub_usage()?.cpu_seconds, fleet.member_usage()?.cpu_seconds))
         };
         let before = cpu(&self.fleet)?;
+        let server_before = self.fleet.server_usage()?.cpu_seconds;
         let begin = Instant::now();
         create(&self.fleet.hub_access()?, self.objects).await?;
         told.figure("steady_fill", (self.arrived().await? - begin).as_secs_f64());
         self.rest().await?;
         let filled = cpu(&self.fleet)?;
-        told.figure("steady_fill_cpu", filled.0 + filled.1 - before.0 - before.1);
+        let server = self.fleet.server_usage()?.cpu_seconds - server_before;
+        told.figure("steady_fill_cpu", filled.0 + filled.1 - before.0 - before.1 + server);
 
         let mut client = self.fleet.hub_client().await?;
         let writes = self.fleet.hub_writes(&mut client).await?;
@@ -371,7 +398,10 @@ impl Stage {
                  takes no more CPU than the hub's after the cold restart"
             )
         });
-        told.figure("steady_memory", self.fleet.hub_usage()?.resident_kib / 1024.0);
+        self.memory(["steady_memory", "steady_alone"], told)?;
+        if self.fleet.is_beside() {
+            told.figure("steady_beside", self.fleet.server_usage()?.resident_kib / 1024.0);
+        }
         told.notes.push(format!(
             "steady: hub writes in {seconds:.0} s: {}; renewals of leases among them: {}",
             writes.describe(),
@@ -379,6 +409,11 @@ impl Stage {
         ));
 
         self.fleet.stop_hub().await?;
+        // A server beside the hub goes on counting.
+        let writes = match self.fleet.is_beside() {
+            true => self.fleet.hub_writes(&mut client).await?,
+            false => HubWrites::default(),
+        };
         let begin = Instant::now();
         let back = self.come_back("cold").await?;
         told.figure("cold_change", back.arrived.as_secs_f64());
@@ -399,15 +434,22 @@ impl Stage {
         told.figure("cold_synced", (last.1 - begin).as_secs_f64());
         told.figure("cold_cpu", self.fleet.hub_usage()?.cpu_seconds);
         let mut client = self.fleet.hub_client().await?;
-        let writes = self.fleet.hub_writes(&mut client).await?;
+        let writes = self.fleet.hub_writes(&mut client).await?.since(&writes);
         told.figure("cold_writes", writes.total().saturating_sub(1) as f64);
-        told.figure("cold_memory", self.fleet.hub_usage()?.resident_kib / 1024.0);
+        self.memory(["cold_memory", "cold_alone"], told)?;
         told.notes.push(format!(
             "steady: after the cold restart {} whole passes, {} before everything was listed; hub writes: {}",
             last.0.whole,
             last.0.other,
             writes.describe()
         ));
+        Ok(())
+    }
+
+    /// The hub's memory: under the first key with the hub API in it, under the second without.
+    fn memory(&self, [all, alone]: [&'static str; 2], told: &mut Told) -> Result<()> {
+        let key = if self.fleet.is_beside() { alone } else { all };
+        told.figure(key, self.fleet.hub_usage()?.resident_kib / 1024.0);
         Ok(())
     }
 }
@@ -460,12 +502,27 @@ fn federated(name: &str) -> Bytes {
         "metadata": {"name": name, "namespace": NAMESPACE},
         "spec": {
             "topologyType": "cluster",
-            "template": {"data": {"value": "x".repeat(VALUE), "stamp": "first"}},
+            "template": {"data": {"value": value(name), "stamp": "first"}},
             "placement": {"unitSelector": {}},
         },
     })
     .to_string()
     .into()
+}
+
+/// An object's own value, in which nothing comes twice: what the hub packs is not to gain by it.
+fn value(name: &str) -> String {
+    let mut value = String::with_capacity(VALUE + 16);
+    let mut piece = 0_usize;
+    while value.len() < VALUE {
+        let mut hasher = DefaultHasher::new();
+        (name, piece).hash(&mut hasher);
+        // Writing to a string does not fail.
+        let _ = write!(value, "{:016x}", hasher.finish());
+        piece += 1;
+    }
+    value.truncate(VALUE);
+    value
 }
 
 async fn change(client: &mut Client, name: &str, stamp: &str) -> Result<()> {
@@ -493,6 +550,14 @@ fn quantile(values: &[f64], share: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn values_are_of_one_size_and_each_objects_own() {
+        assert_eq!(value("a").len(), VALUE);
+        assert_eq!(value("a"), value("a"));
+        assert_ne!(value("a")[..16], value("b")[..16]);
+        assert_ne!(value("a")[..16], value("a")[16..32]);
+    }
 
     #[test]
     fn quantiles_are_values_that_occurred() {

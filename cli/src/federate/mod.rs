@@ -12,14 +12,14 @@ pub(crate) use self::inspect::{DescribeArgs, LogsArgs, describe, logs};
 pub(crate) use self::preview::{PreviewArgs, preview};
 pub(crate) use self::revisions::{DiffArgs, RevisionsArgs, RollbackArgs, diff, revisions, rollback};
 pub(crate) use self::types::{disable, enable, list};
-use crate::args::ListArgs;
-use crate::kubeconfig::HubArgs;
+use crate::args::HubQueryArgs;
+use crate::kubeconfig::HubRef;
 use crate::output::OutputArgs;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum FederateCommand {
     /// List the federated types.
-    Types(ListArgs),
+    Types(HubQueryArgs),
     /// Federate a resource from now on: makes its FederatedTypeConfig and waits until the hub serves the federated kind.
     Enable(EnableArgs),
     /// Stop federating a resource; everything stays where it is.
@@ -44,7 +44,7 @@ pub(crate) struct EnableArgs {
     #[arg(long)]
     pub(crate) dry_run: bool,
     #[command(flatten)]
-    pub(crate) hub: HubArgs,
+    pub(crate) hub: HubRef,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
 }
@@ -58,5 +58,5 @@ pub(crate) struct DisableArgs {
     #[arg(long)]
     pub(crate) delete_crd: bool,
     #[command(flatten)]
-    pub(crate) hub: HubArgs,
+    pub(crate) hub: HubRef,
 }

@@ -16,7 +16,7 @@ use kube::{Api, ResourceExt as _};
 use crate::error::{Error, Result};
 use crate::fleet::Fleet;
 use crate::hub::{Hub, explain};
-use crate::kubeconfig::HubArgs;
+use crate::kubeconfig::HubRef;
 
 /// A federated object on the command line.
 #[derive(Debug, Clone, clap::Args)]
@@ -28,7 +28,7 @@ pub(crate) struct ObjectArgs {
     #[arg(short, long, default_value = "default", value_name = "NAMESPACE")]
     pub(crate) namespace: String,
     #[command(flatten)]
-    pub(crate) hub: HubArgs,
+    pub(crate) hub: HubRef,
 }
 
 /// A federated object with what belongs to it.

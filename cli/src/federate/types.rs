@@ -12,7 +12,7 @@ use kube::{Api, Client, ResourceExt as _};
 use serde_json::json;
 
 use super::{DisableArgs, EnableArgs};
-use crate::args::ListArgs;
+use crate::args::HubQueryArgs;
 use crate::error::{Error, Result};
 use crate::hub::{Hub, Items, Kind, explain};
 use crate::output::{self, Cell, Format, Paint, Table, text_out, visible_lines};
@@ -25,7 +25,7 @@ const LOOK: Duration = Duration::from_millis(200);
 /// Times that the objects are gone through while some of them change meanwhile.
 const ROUNDS: usize = 10;
 
-pub(crate) async fn list(args: ListArgs) -> Result<()> {
+pub(crate) async fn list(args: HubQueryArgs) -> Result<()> {
     let hub = Hub::open(&args.hub).await?;
     let found =
         configs(&hub).list(&ListParams::default()).await.map_err(explain("list the federated types"))?;
@@ -173,7 +173,7 @@ async fn until_let_go(client: &Client, disabled: &FederatedTypeConfig, tried: &s
             let found = api.get(&name).await.map_err(explain(tried))?;
             if found.spec.propagation != Mode::Disabled {
                 return Err(Error::failed(tried, "somebody enabled it again meanwhile")
-                    .remedy("nothing was deleted; agree who decides, then run this again"));
+                    .remedy("nothing was deleted; agree who decides (GitOps may), then run this again"));
             }
             let let_go = found.status.as_ref().is_some_and(|status| {
                 status.observed_generation >= disabled.metadata.generation.unwrap_or_default()
@@ -211,6 +211,8 @@ async fn delete_crd(
             ));
         }
     }
+    // Whoever has enabled it meanwhile follows it again, and would carry the deletion of its objects out in all members.
+    until_let_go(client, disabled, tried).await?;
     let crds: Api<CustomResourceDefinition> = Api::all(client.clone());
     let name = of.crd_name();
     match crds.delete(&name, &DeleteParams::default()).await {
@@ -343,6 +345,8 @@ mod tests {
         lets_go_after: Option<usize>,
         object: Option<Value>,
         defined: bool,
+        /// Somebody enables the type once a finalizer is off.
+        comes_back: bool,
         asked: Vec<String>,
     }
 
@@ -382,6 +386,9 @@ mod tests {
             if *method == Method::PATCH {
                 let Some(object) = &mut self.object else { return missing };
                 object["metadata"]["finalizers"] = json!([]);
+                if self.comes_back {
+                    self.config["spec"]["propagation"] = "Enabled".into();
+                }
                 return (StatusCode::OK, object.clone());
             }
             let api = of.hub_resource().api_version;
@@ -401,7 +408,14 @@ mod tests {
         config["status"] = json!({"observedGeneration": 1, "propagationController": "Running"});
         let object = json!({"apiVersion": of.hub_resource().api_version, "kind": of.kind,
             "metadata": {"name": "one", "namespace": "shop", "resourceVersion": "7", "finalizers": [FINALIZER]}});
-        let world = World { config, lets_go_after, object: Some(object), defined: true, asked: Vec::new() };
+        let world = World {
+            config,
+            lets_go_after,
+            object: Some(object),
+            defined: true,
+            comes_back: false,
+            asked: Vec::new(),
+        };
         let world = Arc::new(Mutex::new(world));
         let hub = Arc::clone(&world);
         let service = tower::service_fn(move |request: Request<Body>| {
@@ -430,7 +444,7 @@ mod tests {
         let world = world.lock().unwrap();
         let asked: Vec<_> = world.asked.iter().map(|asked| asked.split(' ').next().unwrap_or("")).collect();
         assert!(world.asked[..4].iter().all(|asked| asked.ends_with(CONFIG)), "{:?}", world.asked);
-        assert_eq!(asked[4..], ["GET", "PATCH", "DELETE", "GET"], "{:?}", world.asked);
+        assert_eq!(asked[4..], ["GET", "PATCH", "GET", "DELETE", "GET"], "{:?}", world.asked);
         assert!(!world.defined);
     }
 
@@ -448,6 +462,16 @@ mod tests {
         world.lock().unwrap().config["spec"]["propagation"] = "Enabled".into();
         let said = disable_in(&client).await.unwrap_err().to_string();
         assert!(said.contains("enabled it again"), "{said}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_type_that_is_enabled_at_the_last_moment_keeps_its_definition() {
+        let (world, client) = world(Some(0));
+        world.lock().unwrap().comes_back = true;
+        let said = disable_in(&client).await.unwrap_err().to_string();
+        assert!(said.contains("enabled it again"), "{said}");
+        let world = world.lock().unwrap();
+        assert!(world.defined && world.object.is_some(), "{:?}", world.asked);
     }
 
     #[test]

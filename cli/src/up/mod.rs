@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use proxy_server::rows::Server;
 use serde::{Deserialize, Serialize};
 use service::signals::Signals;
 
@@ -22,7 +23,7 @@ use self::{
 use crate::{
     args::UpArgs,
     error::{Error, Result},
-    hub::{Hub, Server},
+    hub::Hub,
     kubeconfig::{default_data_dir, default_demo_dir},
     output::{own_command, text_out},
 };

@@ -115,7 +115,8 @@ impl AuditWriter {
                     }
                 }
                 Err(error) => {
-                    tracing::error!(%error, "the writer of the audit log has ended");
+                    let error = service::log::task_failure(error);
+                    tracing::error!(error, "the writer of the audit log has ended");
                     return;
                 }
             }

@@ -15,6 +15,7 @@ pub use policy::{Level, Policy, PolicyError, Stage, Verdict};
 
 use crate::admission::Annotation;
 use crate::auth::UserInfo;
+use crate::followed::Followed;
 use crate::rbac::Attributes;
 use crate::registry::reviews;
 use crate::value;
@@ -25,7 +26,7 @@ const MAX_AGENT: usize = 1024;
 /// Policy and log.
 #[derive(Clone, Debug)]
 pub(crate) struct Audit {
-    pub(crate) policy: Arc<Policy>,
+    pub(crate) policy: Arc<Followed<Policy>>,
     pub(crate) sink: AuditSink,
 }
 
@@ -60,7 +61,7 @@ impl Audit {
         about: &About<'_>,
         received: jiff::Timestamp,
     ) -> Option<Trail> {
-        let verdict = self.policy.verdict(user, attributes);
+        let verdict = self.policy.current().verdict(user, attributes);
         if verdict.level == Level::None {
             return None;
         }
@@ -144,6 +145,11 @@ impl Trail {
         if let Some(object) = object.filter(|_| self.verdict.level >= Level::RequestResponse) {
             self.event["responseObject"] = self.trimmed(object);
         }
+    }
+
+    /// The answer's body is larger than what is told of it. Said as kube-apiserver says it of an event that it truncates.
+    pub(crate) fn cut_short(&mut self) {
+        self.event["annotations"]["audit.k8s.io/truncated"] = json!("true");
     }
 
     fn trimmed(&self, mut object: Value) -> Value {

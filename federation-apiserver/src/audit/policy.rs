@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::auth::UserInfo;
+use crate::followed::FromFile;
 use crate::rbac::Attributes;
 
 /// Rules of one file: every request is held against them in order.
@@ -60,7 +61,7 @@ pub struct Verdict {
 }
 
 /// A policy.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Policy {
     #[serde(default)]
@@ -77,7 +78,7 @@ pub struct Policy {
     omit_managed_fields: bool,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Rule {
     level: Level,
@@ -99,7 +100,7 @@ struct Rule {
     omit_managed_fields: Option<bool>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct GroupResources {
     #[serde(default)]
@@ -112,14 +113,18 @@ struct GroupResources {
 
 // === impl Policy ===
 
-impl Policy {
-    /// Reads a file.
-    pub fn read(path: &Path) -> Result<Self, PolicyError> {
+impl FromFile for Policy {
+    type Error = PolicyError;
+    const WHAT: &'static str = "audit policy";
+
+    fn read(path: &Path) -> Result<Self, PolicyError> {
         let bytes =
             tls::read_bounded(path).map_err(|source| PolicyError::Read { path: path.to_owned(), source })?;
         Self::parse(&bytes)
     }
+}
 
+impl Policy {
     /// Parses YAML.
     pub fn parse(bytes: &[u8]) -> Result<Self, PolicyError> {
         let policy: Self = serde_yaml_ng::from_slice(bytes)?;

@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
+use service::credential::CredentialEnd;
 
+use crate::followed::Followed;
 use crate::status::ApiError;
 use oidc::Oidc;
 use service_accounts::{ServiceAccounts, Verified};
@@ -44,9 +46,9 @@ pub struct PeerIdentity {
 }
 
 /// Everything that can tell who a request comes from.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Authenticator {
-    tokens: TokenFile,
+    tokens: Arc<Followed<TokenFile>>,
     service_accounts: Option<Arc<ServiceAccounts>>,
     oidc: Option<Oidc>,
     /// No credentials at all are `system:anonymous`, not an error.
@@ -94,7 +96,18 @@ impl UserInfo {
 impl Authenticator {
     /// Static tokens beside certificates; `anonymous`: those without credentials are served as `system:anonymous`.
     pub fn new(tokens: TokenFile, anonymous: bool) -> Self {
-        Self { tokens, service_accounts: None, oidc: None, anonymous }
+        Self { tokens: Followed::fixed(tokens), service_accounts: None, oidc: None, anonymous }
+    }
+
+    /// With static tokens that are followed.
+    pub(crate) fn with_tokens(mut self, tokens: Arc<Followed<TokenFile>>) -> Self {
+        self.tokens = tokens;
+        self
+    }
+
+    /// The static tokens.
+    pub(crate) fn tokens(&self) -> &Arc<Followed<TokenFile>> {
+        &self.tokens
     }
 
     /// With tokens of service accounts.
@@ -115,19 +128,24 @@ impl Authenticator {
     }
 
     /// Authenticates a request: certificate first, then token. Wrong credentials are an error even where none at all
-    /// would do.
+    /// would do. Tells too when the credential ends.
     pub async fn authenticate(
         &self,
         peer: Option<&PeerIdentity>,
         headers: &HeaderMap,
-    ) -> Result<UserInfo, ApiError> {
+    ) -> Result<(UserInfo, CredentialEnd), ApiError> {
+        let for_good = |user| (user, CredentialEnd::default());
         if let Some(peer) = peer
             && !peer.user.is_empty()
         {
-            return Ok(UserInfo::new(peer.user.clone(), peer.groups.clone()).authenticated());
+            return Ok(for_good(UserInfo::new(peer.user.clone(), peer.groups.clone()).authenticated()));
         }
         let Some(value) = headers.get(AUTHORIZATION) else {
-            return if self.anonymous { Ok(UserInfo::anonymous()) } else { Err(ApiError::unauthorized()) };
+            return if self.anonymous {
+                Ok(for_good(UserInfo::anonymous()))
+            } else {
+                Err(ApiError::unauthorized())
+            };
         };
         let token = value
             .to_str()
@@ -136,7 +154,10 @@ impl Authenticator {
             .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
             .map(|(_, token)| token.trim())
             .ok_or_else(ApiError::unauthorized)?;
-        self.token(token, &[]).await.map(|verified| verified.user).map_err(|why| {
+        if let Some((user, end)) = self.tokens.current().user(token) {
+            return Ok((user.authenticated(), CredentialEnd::at(end)));
+        }
+        self.token(token, &[]).await.map(|verified| for_good(verified.user)).map_err(|why| {
             tracing::debug!(%why, "a bearer token was refused");
             ApiError::unauthorized()
         })
@@ -162,7 +183,7 @@ impl Authenticator {
                 Ok(common)
             }
         };
-        if let Some(user) = self.tokens.user(token) {
+        if let Some((user, _)) = self.tokens.current().user(token) {
             return Ok(finish(user, for_us()?));
         }
         if let Some(accounts) = self.service_accounts.as_ref().filter(|a| a.claims(token)) {
@@ -193,12 +214,12 @@ mod tests {
     async fn credentials() {
         let tokens = TokenFile::parse("s3cret,jo,1,\"a,b\"\n").expect("valid");
         let open = Authenticator::new(tokens.clone(), true);
-        let by_token =
+        let (by_token, _) =
             open.authenticate(None, &headers(&[("authorization", "Bearer s3cret")])).await.expect("known");
         assert_eq!((by_token.name.as_str(), by_token.groups.len()), ("jo", 3));
         let wrong = headers(&[("authorization", "Bearer no")]);
         assert_eq!(open.authenticate(None, &wrong).await.expect_err("wrong").code(), 401);
-        assert!(open.authenticate(None, &HeaderMap::new()).await.expect("nobody").is_anonymous());
+        assert!(open.authenticate(None, &HeaderMap::new()).await.expect("nobody").0.is_anonymous());
         let closed = Authenticator::new(tokens, false);
         assert_eq!(closed.authenticate(None, &HeaderMap::new()).await.expect_err("refused").code(), 401);
     }

@@ -1,19 +1,29 @@
-//! kube-apiserver's static token file.
+//! kube-apiserver's static token file. It is followed: a token that is taken out is worth nothing from then on, and what was
+//! begun with it ends.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
 
 use super::UserInfo;
+use crate::followed::FromFile;
 
 /// Largest token file that is read.
 const MAX_FILE: u64 = 4 << 20;
 
 /// Users by the hash of their token: looking up a hash takes the same time whatever the guess.
 #[derive(Clone, Default)]
-pub struct TokenFile(HashMap<[u8; 32], UserInfo>);
+pub struct TokenFile(HashMap<[u8; 32], Known>);
+
+/// Whose a token is, and what ends when it is taken out.
+#[derive(Clone)]
+struct Known {
+    user: UserInfo,
+    end: CancellationToken,
+}
 
 /// The token file cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -32,9 +42,11 @@ pub enum TokenFileError {
 
 // === impl TokenFile ===
 
-impl TokenFile {
-    /// Reads a file.
-    pub fn read(path: &Path) -> Result<Self, TokenFileError> {
+impl FromFile for TokenFile {
+    type Error = TokenFileError;
+    const WHAT: &'static str = "token file";
+
+    fn read(path: &Path) -> Result<Self, TokenFileError> {
         let name = path.display().to_string();
         let failed = |source| TokenFileError::Read { path: name.clone(), source };
         let size = std::fs::metadata(path).map_err(failed)?.len();
@@ -44,6 +56,18 @@ impl TokenFile {
         Self::parse(&std::fs::read_to_string(path).map_err(failed)?)
     }
 
+    fn succeed(mut self, former: &Self) -> Self {
+        for (hash, was) in &former.0 {
+            match self.0.get_mut(hash) {
+                Some(is) if is.user == was.user => is.end = was.end.clone(),
+                _ => was.end.cancel(),
+            }
+        }
+        self
+    }
+}
+
+impl TokenFile {
     /// Parses `token,user,uid[,"group1,group2"]` lines.
     pub fn parse(text: &str) -> Result<Self, TokenFileError> {
         let mut users = HashMap::new();
@@ -63,16 +87,26 @@ impl TokenFile {
                 .first()
                 .map(|g| g.split(',').map(str::trim).filter(|g| !g.is_empty()).map(str::to_owned).collect())
                 .unwrap_or_default();
-            let info = UserInfo { name: user.clone(), uid: uid.clone(), groups, extra: Default::default() };
-            users.insert(Sha256::digest(token.as_bytes()).into(), info);
+            let user = UserInfo { name: user.clone(), uid: uid.clone(), groups, extra: Default::default() };
+            let known = Known { user, end: CancellationToken::new() };
+            users.insert(Sha256::digest(token.as_bytes()).into(), known);
         }
         Ok(Self(users))
     }
 
-    /// The user of a token.
-    pub fn user(&self, token: &str) -> Option<UserInfo> {
+    /// The user of a token, and what is cancelled when the token is taken out.
+    pub fn user(&self, token: &str) -> Option<(UserInfo, CancellationToken)> {
         let hash: [u8; 32] = Sha256::digest(token.as_bytes()).into();
-        self.0.get(&hash).cloned()
+        self.0.get(&hash).map(|known| (known.user.clone(), known.end.clone()))
+    }
+}
+
+impl PartialEq for TokenFile {
+    fn eq(&self, other: &Self) -> bool {
+        let is_there = |(hash, known): (&[u8; 32], &Known)| {
+            other.0.get(hash).is_some_and(|there| there.user == known.user)
+        };
+        self.0.len() == other.0.len() && self.0.iter().all(is_there)
     }
 }
 

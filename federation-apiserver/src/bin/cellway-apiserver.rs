@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use federation_apiserver::{ApiFlags, ApiServer, Config, Role};
+use service::exit::{self, Failure};
 use tokio_util::sync::CancellationToken;
 
 /// A Kubernetes API server over federation-store.
@@ -40,18 +41,12 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    match run(Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{}", service::error_chain(error.as_ref()));
-            ExitCode::FAILURE
-        }
-    }
+    exit::report("cellway-apiserver", run(Args::parse()))
 }
 
 #[tokio::main]
-async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
-    let _log = args.log.init()?;
+async fn run(args: Args) -> Result<ExitCode, Failure> {
+    let _log = args.log.init().map_err(Failure::usage)?;
     let mut config = Config::new(args.data_dir, args.role);
     config.bind = SocketAddr::new(args.bind_address, args.secure_port);
     config.cert_dir = args.cert_dir;
@@ -64,17 +59,18 @@ async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let shutdown = CancellationToken::new();
     let stop = shutdown.clone();
     tokio::select! {
-        () = bound.run(shutdown.clone()) => {
-            if !shutdown.is_cancelled() {
-                return Err("the server ended by itself: the log says why".into());
-            }
+        ended = bound.run(shutdown) => {
+            ended?;
+            Ok(ExitCode::from(exit::OK))
         }
         () = async move {
-            signals.recv().await;
+            let signal = signals.recv().await;
+            tracing::info!(signal, "stopping; a second signal cuts");
             stop.cancel();
-            // The second signal ends at once.
             signals.recv().await;
-        } => {}
+        } => {
+            tracing::warn!("second signal: cutting what is left");
+            Ok(ExitCode::from(exit::FORCED))
+        }
     }
-    Ok(())
 }

@@ -647,7 +647,7 @@ impl Checker<'_> {
         {
             let wrong = match call.function {
                 "matches" => library::regex(text).is_err(),
-                "duration" => library::time::parse_duration(text).is_none(),
+                "duration" => crate::duration::parse(text).is_err(),
                 "timestamp" => library::time::parse_timestamp(text).is_none(),
                 _ => false,
             };

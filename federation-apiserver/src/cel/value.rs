@@ -13,6 +13,7 @@ use serde_json::{Map as JsonMap, Value as Json};
 use super::functions;
 use super::library::{authz::Authz, formats::Format, quantity::Quantity, semver::Version, time, urls::Url};
 use super::types::{Decl, DeclKind, ListRelation};
+use crate::duration;
 
 /// A value.
 #[derive(Clone, Debug)]
@@ -159,9 +160,7 @@ impl<'a> Value<'a> {
             }
             DeclKind::Duration => {
                 let text = json.as_str().ok_or_else(|| mismatch("a duration"))?;
-                Self::Duration(
-                    time::parse_duration(text).ok_or_else(|| format!("invalid duration {text:?}"))?,
-                )
+                Self::Duration(duration::parse(text).map_err(|_| format!("invalid duration {text:?}"))?)
             }
             DeclKind::Timestamp => {
                 let text = json.as_str().ok_or_else(|| mismatch("a time"))?;

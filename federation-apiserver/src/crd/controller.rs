@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 
 use super::names::Used;
 use super::{is_converted, is_established, resources, set_condition, stored_version, update_status};
+use crate::registry::cache::REOPEN;
 use crate::registry::read::ListOptions;
-use crate::registry::resource::{Catalog, Resource};
-use crate::registry::selectors::Filter;
+use crate::registry::resource::{Catalog, Origin, Resource};
 use crate::registry::write::WriteOptions;
 use crate::registry::{Registry, Target, builtin, meta, store_error};
 use crate::status::ApiError;
@@ -48,15 +48,20 @@ async fn follow(registry: &Registry) -> Result<(), ApiError> {
     let range = KeyRange::prefix(target.resource.prefix(""));
     let mut watcher = registry.store.watch(range, registry.store.revision()).map_err(store_error)?;
     loop {
-        refresh(registry).await?;
-        watcher.next().await.map_err(store_error)?;
+        let hidden = refresh(registry).await?;
+        tokio::select! {
+            event = watcher.next() => drop(event.map_err(store_error)?),
+            // What can be decrypted again brings no event.
+            () = tokio::time::sleep(REOPEN), if !hidden.is_empty() => {}
+        }
     }
 }
 
-/// Brings conditions and the catalog up to date with all CRDs as they are.
-pub(crate) async fn refresh(registry: &Registry) -> Result<(), ApiError> {
+/// Brings conditions and the catalog up to date with all CRDs as they are. Gives back the names of those that cannot be
+/// decrypted: what they made served goes on being served, and nothing more.
+pub(crate) async fn refresh(registry: &Registry) -> Result<Vec<String>, ApiError> {
     let target = collection(registry)?;
-    let mut crds = registry.list_all(&target, &Filter::default()).await?;
+    let (mut crds, hidden) = registry.list_readable(&target).await?;
     // Who came first keeps its names.
     crds.sort_by_key(|c| {
         (
@@ -68,7 +73,12 @@ pub(crate) async fn refresh(registry: &Registry) -> Result<(), ApiError> {
     let builtin = builtin::resources(registry.role);
     let mut used = Used::new(&builtin, crds.iter());
     let mut served = builtin;
-    registry.compiled.keep(&crds);
+    registry.compiled.keep(&crds, &hidden);
+    let is_hidden = |resource: &&Arc<Resource>| match &resource.origin {
+        Origin::Custom(info) => hidden.contains(&info.crd),
+        Origin::Builtin { .. } => false,
+    };
+    served.extend(registry.catalog().iter().filter(is_hidden).map(|resource| Resource::clone(resource)));
     for crd in &crds {
         let name = str_at(crd, &["metadata", "name"]).to_owned();
         let accepted = used.accept(crd);
@@ -82,7 +92,7 @@ pub(crate) async fn refresh(registry: &Registry) -> Result<(), ApiError> {
         }
     }
     registry.catalog.replace(Catalog::new(served));
-    Ok(())
+    Ok(hidden)
 }
 
 /// What CRDs make served, kept from one refresh to the next: compiling rules and schemas is dear.
@@ -110,8 +120,10 @@ impl Compiled {
     }
 
     /// Forgets CRDs that are gone.
-    fn keep(&self, crds: &[Value]) {
-        let names: HashSet<&str> = crds.iter().map(|c| str_at(c, &["metadata", "name"])).collect();
+    fn keep(&self, crds: &[Value], hidden: &[String]) {
+        let hidden = hidden.iter().map(String::as_str);
+        let names: HashSet<&str> =
+            crds.iter().map(|c| str_at(c, &["metadata", "name"])).chain(hidden).collect();
         self.0.lock().retain(|name, _| names.contains(name.as_str()));
     }
 }
@@ -157,8 +169,8 @@ fn unserved_resource(registry: &Registry, crd: &Value) -> Option<Arc<Resource>> 
     Some(Arc::new(Resource { converter, ..resource }))
 }
 
-/// The same of all CRDs none of whose versions is served here now.
-pub(crate) async fn unserved(registry: &Registry) -> Result<Vec<Arc<Resource>>, ApiError> {
+/// The same of all CRDs none of whose versions is served here now, for the objects of a namespace.
+pub(crate) async fn unserved(registry: &Registry, namespace: &str) -> Result<Vec<Arc<Resource>>, ApiError> {
     let target = collection(registry)?;
     let page = registry.list_entries(&target, &ListOptions::default()).await?;
     let catalog = registry.catalog();
@@ -166,10 +178,20 @@ pub(crate) async fn unserved(registry: &Registry) -> Result<Vec<Arc<Resource>>, 
     for entry in page.items {
         let key = String::from_utf8_lossy(&entry.kv.key);
         let name = key.rsplit('/').next().unwrap_or_default();
-        if name.split_once('.').is_some_and(|(plural, group)| catalog.by_key(group, plural).is_none()) {
-            let crd = entry.object(&target.resource, entry.kv.mod_revision)?;
-            found.extend(unserved_resource(registry, &crd));
+        let Some((plural, group)) = name.split_once('.') else { continue };
+        if catalog.by_key(group, plural).is_some() {
+            continue;
         }
+        if !entry.is_readable() {
+            let prefix = format!("/registry/{group}/{plural}/");
+            let kind = registry.cache.objects().await?.kind(&prefix);
+            let objects = kind.snapshot(format!("{prefix}{namespace}/").as_bytes(), None, Some(1));
+            if objects.entries.is_empty() {
+                continue;
+            }
+        }
+        let crd = entry.object(&target.resource, entry.kv.mod_revision)?;
+        found.extend(unserved_resource(registry, &crd));
     }
     Ok(found)
 }
@@ -180,6 +202,13 @@ pub(crate) async fn ensure(registry: &Registry, crd: &Value) -> Result<(), ApiEr
     let target = Target { name, ..collection(registry)? };
     let options = WriteOptions::by("cellway");
     // Optional fields of typed sources arrive as nulls.
+    if registry.is_out_of_reach(&target).await? {
+        tracing::warn!(
+            key = target.key(),
+            "left as it is: it cannot be decrypted, and what it defines is not served"
+        );
+        return Ok(());
+    }
     let mut crd = crd.clone();
     value::strip_nulls(&mut crd);
     value::remove(&mut crd, &["status"]);

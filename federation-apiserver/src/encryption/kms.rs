@@ -140,11 +140,11 @@ impl KmsProvider {
         Ok(local::open_gcm(&derive(&seed, info)?, data, place)?)
     }
 
-    /// Was the value written under another key than new ones are?
-    pub(super) fn is_stale(&self, data: &[u8]) -> bool {
+    /// Was the value written under another key than new ones are? `None` as long as the plug-in has not named its key.
+    pub(super) fn is_stale(&self, data: &[u8]) -> Option<bool> {
         let current = self.current.read().as_ref().map(|(seed, _)| seed.sealed.key_id.clone());
-        let Ok(object) = EncryptedObject::decode(data) else { return true };
-        current.is_some_and(|id| id != object.key_id)
+        let Ok(object) = EncryptedObject::decode(data) else { return Some(true) };
+        current.map(|id| id != object.key_id)
     }
 
     /// Id of the key that a value was written under.

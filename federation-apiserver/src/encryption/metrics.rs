@@ -77,7 +77,7 @@ impl Metrics {
         r.register("key", "The keys that writes are encrypted with now, by resources", self.keys.clone());
         r.register(
             "stale_objects",
-            "Objects under another key than they would be written with, as of the last look; -1 before the first and after a change of keys",
+            "Objects under another key than they would be written with, as of the last look; -1 before the first, after a change of keys, and while a KMS plug-in does not say which key it uses",
             self.stale.clone(),
         );
         r.register("failures", "Values that could not be encrypted or decrypted", self.failures.clone());
@@ -113,9 +113,9 @@ impl Metrics {
         *shown = keys;
     }
 
-    /// So many objects are under an old key.
-    pub(super) fn stale(&self, objects: u64) {
-        self.stale.set(i64::try_from(objects).unwrap_or(i64::MAX));
+    /// So many objects are under an old key, if that could be told.
+    pub(super) fn stale(&self, objects: Option<u64>) {
+        self.stale.set(objects.map_or(UNKNOWN, |objects| i64::try_from(objects).unwrap_or(i64::MAX)));
     }
 
     pub(super) fn failed(&self, operation: &'static str) {
@@ -146,7 +146,7 @@ mod tests {
         let metrics = Metrics::default();
         assert!(shown(&metrics).contains("cellway_apiserver_encryption_stale_objects -1\n"));
         metrics.keys(vec![key("one")]);
-        metrics.stale(3);
+        metrics.stale(Some(3));
         metrics.plugin("vault", true, SystemTime::UNIX_EPOCH + Duration::from_secs(7));
         metrics.plugin("vault", false, SystemTime::UNIX_EPOCH + Duration::from_secs(9));
         metrics.failed("decrypt");
@@ -162,6 +162,9 @@ mod tests {
         }
         metrics.keys(vec![key("one")]);
         assert!(shown(&metrics).contains("stale_objects 3"), "nothing has changed");
+        metrics.stale(None);
+        assert!(shown(&metrics).contains("stale_objects -1"), "nobody could tell");
+        metrics.stale(Some(3));
         metrics.keys(vec![key("two")]);
         metrics.forget_plugins();
         let text = shown(&metrics);

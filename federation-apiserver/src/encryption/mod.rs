@@ -14,6 +14,8 @@ mod local;
 mod metrics;
 mod rewrite;
 pub(crate) mod store;
+#[cfg(test)]
+mod unreadable;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -128,26 +130,35 @@ impl Encryption {
         });
         let entries = entries.collect();
         let providers = Arc::new(Providers { entries, text });
+        // What was asked of the former plug-ins says nothing from here on: see `poll`.
+        let mut current = self.current.write();
         self.metrics.forget_plugins();
         self.metrics.keys(providers.keys());
         self.plugins_well.store(false, Ordering::Relaxed);
-        *self.current.write() = providers;
+        *current = providers;
         Ok(true)
     }
 
     /// Asks every plug-in how it is; the errors of those that are not well.
     pub(crate) async fn poll(&self) -> Vec<String> {
-        let current = self.current.read().clone();
-        let mut problems = Vec::new();
-        for kms in current.plugins() {
+        let asked = self.current.read().clone();
+        let (mut answers, mut problems) = (Vec::new(), Vec::new());
+        for kms in asked.plugins() {
             let answer = kms.refresh().await;
-            self.metrics.plugin(&kms.config().name, answer.is_ok(), SystemTime::now());
+            answers.push((kms.config().name.clone(), answer.is_ok(), SystemTime::now()));
             if let Err(error) = answer {
                 problems.push(service::error_chain(&error));
             }
         }
-        self.metrics.keys(current.keys());
-        self.plugins_well.store(problems.is_empty(), Ordering::Relaxed);
+        // Held so that no other file comes into force in between.
+        let current = self.current.read();
+        if Arc::ptr_eq(&current, &asked) {
+            for (name, well, at) in answers {
+                self.metrics.plugin(&name, well, at);
+            }
+            self.metrics.keys(asked.keys());
+            self.plugins_well.store(problems.is_empty(), Ordering::Relaxed);
+        }
         problems
     }
 
@@ -164,8 +175,8 @@ impl Encryption {
         self.metrics.register(registry);
     }
 
-    /// So many objects are under an old key: somebody has looked.
-    fn note_stale(&self, objects: u64) {
+    /// So many objects are under an old key, if that can be told: somebody has looked.
+    fn note_stale(&self, objects: Option<u64>) {
         self.metrics.stale(objects);
     }
 
@@ -230,18 +241,18 @@ impl Encryption {
         Err(EncryptionError::NoProvider { prefix: label(&stored) })
     }
 
-    /// Would the value be written under another key now?
-    pub(crate) fn is_stale(&self, key: &[u8], stored: &[u8]) -> bool {
+    /// Would the value be written under another key now? `None` while that key's plug-in has not said which it is.
+    pub(crate) fn is_stale(&self, key: &[u8], stored: &[u8]) -> Option<bool> {
         let current = self.current.read().clone();
         match current.of(key).and_then(|list| list.first()) {
-            None | Some(Transformer::Identity) => stored.starts_with(ENCRYPTED),
+            None | Some(Transformer::Identity) => Some(stored.starts_with(ENCRYPTED)),
             Some(Transformer::Local(cipher, keys)) => {
                 let name = keys.first().map_or("", |k| k.name.as_str());
-                !stored.starts_with(format!("{}{name}:", cipher.prefix()).as_bytes())
+                Some(!stored.starts_with(format!("{}{name}:", cipher.prefix()).as_bytes()))
             }
             Some(Transformer::Kms(kms)) => {
                 let prefix = format!("{}{}:", kms::PREFIX, kms.config().name);
-                stored.strip_prefix(prefix.as_bytes()).is_none_or(|data| kms.is_stale(data))
+                stored.strip_prefix(prefix.as_bytes()).map_or(Some(true), |data| kms.is_stale(data))
             }
         }
     }
@@ -374,6 +385,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn answers_of_former_plugins_say_nothing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let kms = |name: &str| {
+            let socket = dir.path().join(name);
+            format!(
+                "{{kms: {{apiVersion: v2, name: {name}, endpoint: 'unix://{}', timeout: 5s}}}}",
+                socket.display()
+            )
+        };
+        let encryption = Encryption::load(Some(file(&dir, &kms("former")))).expect("valid");
+        // It hangs up as soon as it is asked, and that after the next file is in force.
+        let listener = tokio::net::UnixListener::bind(dir.path().join("former")).expect("a socket");
+        let hangs_up = async {
+            let (connection, _) = listener.accept().await.expect("a connection");
+            file(&dir, &kms("present"));
+            assert!(encryption.reload().expect("valid"));
+            encryption.plugins_well.store(true, Ordering::Relaxed);
+            drop(connection);
+        };
+        let (problems, ()) = tokio::join!(encryption.poll(), hangs_up);
+        assert_eq!(problems.len(), 1);
+        assert_eq!(encryption.plugins_well(), Some(true), "said of the present one");
+    }
+
+    #[tokio::test]
     async fn keys_rotate() {
         let dir = tempfile::tempdir().expect("a directory");
         let plain = Bytes::from_static(b"{\"data\":\"hush\"}");
@@ -382,16 +418,16 @@ mod tests {
         file(&dir, &format!("{{aesgcm: {{keys: [{}]}}}}, {{identity: {{}}}}", gcm("one", 'A')));
         assert!(encryption.reload().expect("valid") && !encryption.reload().expect("the same"));
         assert_eq!(encryption.open(KEY, plain.clone()).await.expect("still readable"), plain);
-        assert!(encryption.is_stale(KEY, &plain));
+        assert_eq!(encryption.is_stale(KEY, &plain), Some(true));
         let first = encryption.seal(KEY, plain.clone()).await.expect("sealed");
         assert_eq!(label(&first), "aesgcm/one");
-        assert!(!encryption.is_stale(KEY, &first));
+        assert_eq!(encryption.is_stale(KEY, &first), Some(false));
         assert!(!first.windows(4).any(|w| w == b"hush"));
         // The new key first, the old one still there.
         file(&dir, &format!("{{aesgcm: {{keys: [{}, {}]}}}}", gcm("two", 'E'), gcm("one", 'A')));
         encryption.reload().expect("valid");
         assert_eq!(encryption.open(KEY, first.clone()).await.expect("readable"), plain);
-        assert!(encryption.is_stale(KEY, &first));
+        assert_eq!(encryption.is_stale(KEY, &first), Some(true));
         assert!(encryption.open(KEY, plain.clone()).await.is_err(), "identity is not listed any more");
         let second = encryption.seal(KEY, plain.clone()).await.expect("sealed");
         assert_eq!(label(&second), "aesgcm/two");

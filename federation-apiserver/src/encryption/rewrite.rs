@@ -21,12 +21,13 @@ const AT_ONCE: usize = 64;
 /// Times that one object is tried again when it changes meanwhile; a change writes it under the current key anyhow.
 const ATTEMPTS: usize = 4;
 
-/// Objects and how many of them are under an old key, by resource and by provider and key.
+/// Objects and how many of them are under an old key, by resource and by provider and key: `null` where a KMS plug-in has
+/// not said which key it uses now.
 pub(crate) async fn status(registry: &Registry) -> Result<Value, ApiError> {
     let encryption = registry.store.encryption();
     // First, as it decides what is under an old key.
     let problems = encryption.poll().await;
-    let mut found: BTreeMap<(String, String), (u64, u64)> = BTreeMap::new();
+    let mut found: BTreeMap<(String, String), (u64, Option<u64>)> = BTreeMap::new();
     let mut pages = Pages::default();
     while let Some(items) = pages.next(registry).await? {
         for kv in &items {
@@ -34,9 +35,9 @@ pub(crate) async fn status(registry: &Registry) -> Result<Value, ApiError> {
             let mut parts = text.trim_start_matches(ROOT).split('/');
             let (group, plural) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
             let resource = if group == "core" { plural.to_owned() } else { format!("{plural}.{group}") };
-            let counted = found.entry((resource, label(&kv.value))).or_default();
-            counted.0 += 1;
-            counted.1 += u64::from(encryption.is_stale(&kv.key, &kv.value));
+            let (objects, stale) = found.entry((resource, label(&kv.value))).or_insert((0, Some(0)));
+            *objects += 1;
+            *stale = stale.zip(encryption.is_stale(&kv.key, &kv.value)).map(|(n, this)| n + u64::from(this));
         }
     }
     let list: Vec<Value> = found
@@ -45,7 +46,7 @@ pub(crate) async fn status(registry: &Registry) -> Result<Value, ApiError> {
             json!({"resource": resource, "key": key, "objects": objects, "stale": stale})
         })
         .collect();
-    let stale: u64 = found.values().map(|(_, stale)| stale).sum();
+    let stale: Option<u64> = found.values().map(|(_, stale)| *stale).sum();
     encryption.note_stale(stale);
     Ok(json!({"configured": encryption.is_configured(), "stale": stale, "objects": list,
         "problems": problems}))
@@ -80,7 +81,8 @@ pub(crate) async fn rewrite_all(registry: &Registry, upkeep: &Upkeep) -> Result<
     upkeep.objects(objects);
     let mut pages = Pages::default();
     while let Some(items) = pages.next(registry).await? {
-        let stale = items.iter().filter(|kv| encryption.is_stale(&kv.key, &kv.value));
+        // What nobody can tell of is written anew, to be certain.
+        let stale = items.iter().filter(|kv| encryption.is_stale(&kv.key, &kv.value) != Some(false));
         futures::stream::iter(stale)
             .for_each_concurrent(AT_ONCE, |kv| async move {
                 match one(registry, &kv.key).await {
@@ -95,7 +97,7 @@ pub(crate) async fn rewrite_all(registry: &Registry, upkeep: &Upkeep) -> Result<
             .await;
         upkeep.looked_at(items.len() as u64);
     }
-    encryption.note_stale(upkeep.failures());
+    encryption.note_stale(Some(upkeep.failures()));
     Ok(())
 }
 

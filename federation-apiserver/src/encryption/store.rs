@@ -1,12 +1,15 @@
 //! The store behind encryption: the same operations, with values as the registry knows them.
 
 use std::sync::Arc;
+use std::task::Poll;
 
 use bytes::Bytes;
 use federation_store::{
     Event, Expect, KeyRange, KeyValue, ListRequest, ListResponse, Revision, Store, Transaction,
     TransactionOutcome, Watcher, Write, WriteOutcome,
 };
+use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument as _;
 
 use super::{Encryption, EncryptionError};
 use crate::upkeep::Upkeep;
@@ -38,6 +41,9 @@ pub(crate) struct StoreWatcher {
     encryption: Arc<Encryption>,
     /// Taken from the watcher and not yet readable: a cancelled wait for a plug-in loses no event.
     pending: Option<Arc<Event>>,
+    /// The same on its way. It goes on while nobody waits: what was asked of a plug-in is heard to its end, instead of being
+    /// asked anew by each who waits for a moment.
+    opening: Option<AbortOnDropHandle<Event>>,
 }
 
 impl std::fmt::Debug for StoreHandle {
@@ -124,11 +130,13 @@ impl StoreHandle {
         self.readable(self.store.update(key, value, expected).await?).await
     }
 
-    /// A write with others beside it, all of them or none. `None`: one of the others does not fit any more.
+    /// A write with others beside it, all of them or none, where other keys are as expected. `None`: one of the others or of
+    /// these does not fit any more.
     pub(crate) async fn write_together(
         &self,
         write: Write,
         others: Vec<Write>,
+        expects: Vec<(Bytes, Expect)>,
     ) -> Result<Option<WriteOutcome>, StoreFault> {
         let (key, expect) = (write.key.clone(), write.expect);
         let mut writes = Vec::with_capacity(1 + others.len());
@@ -138,7 +146,7 @@ impl StoreHandle {
             }
             writes.push(write);
         }
-        let transaction = Transaction { writes, ..Transaction::default() };
+        let transaction = Transaction { writes, expects, ..Transaction::default() };
         let outcome = match self.store.transact(transaction).await? {
             TransactionOutcome::Applied { revision, events } => {
                 match events.into_iter().find(|event| event.kv.key == key) {
@@ -164,7 +172,7 @@ impl StoreHandle {
 
     pub(crate) fn watch(&self, range: KeyRange, from: Revision) -> Result<StoreWatcher, StoreFault> {
         let watcher = self.store.watch(range, from)?;
-        Ok(StoreWatcher { watcher, encryption: self.encryption.clone(), pending: None })
+        Ok(StoreWatcher { watcher, encryption: self.encryption.clone(), pending: None, opening: None })
     }
 
     async fn seal(&self, key: &Bytes, value: Bytes) -> Result<Bytes, StoreFault> {
@@ -204,17 +212,38 @@ impl StoreWatcher {
         let encrypted =
             |kv: &KeyValue| self.encryption.covers(&kv.key) || kv.value.starts_with(super::ENCRYPTED);
         let event = if encrypted(&event.kv) || event.prev_kv.as_ref().is_some_and(encrypted) {
-            let mut event = Event::clone(&event);
-            open_if_possible(&self.encryption, &mut event.kv).await;
-            if let Some(kv) = &mut event.prev_kv {
-                open_if_possible(&self.encryption, kv).await;
-            }
-            Arc::new(event)
+            self.opened(event).await
         } else {
             event
         };
         self.pending = None;
         Ok(event)
+    }
+
+    /// The event as it can be read. Cancel-safe.
+    async fn opened(&mut self, event: Arc<Event>) -> Arc<Event> {
+        let opening = match &mut self.opening {
+            Some(opening) => opening,
+            None => {
+                let (encryption, mut event) = (self.encryption.clone(), Event::clone(&event));
+                let mut open = Box::pin(async move {
+                    open_if_possible(&encryption, &mut event.kv).await;
+                    if let Some(kv) = &mut event.prev_kv {
+                        open_if_possible(&encryption, kv).await;
+                    }
+                    event
+                });
+                // Mostly there is nobody to wait for: the key is here.
+                if let Poll::Ready(event) = futures::poll!(&mut open) {
+                    return Arc::new(event);
+                }
+                self.opening.insert(AbortOnDropHandle::new(tokio::spawn(open.in_current_span())))
+            }
+        };
+        let opened = opening.await;
+        self.opening = None;
+        // As it is stored, where the task has failed: it cannot be read, then.
+        opened.map_or(event, Arc::new)
     }
 
     /// See [`Watcher::progress`]. An event that waits for its key was not returned yet.
@@ -223,5 +252,74 @@ impl StoreWatcher {
             Some(event) => Revision(event.revision.0.saturating_sub(1)),
             None => self.watcher.progress(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use federation_store::StoreConfig;
+    use prost::Message as _;
+    use proto::storage::v1::EncryptedObject;
+    use tokio::io::AsyncReadExt as _;
+    use tokio::task::JoinSet;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_plugin_is_asked_once_by_whoever_waits_for_moments() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (socket, config) = (dir.path().join("kms.sock"), dir.path().join("encryption.yaml"));
+        // It takes what it is asked, and says nothing.
+        let listener = tokio::net::UnixListener::bind(&socket).expect("a socket");
+        let (came, asked) = tokio::sync::watch::channel(0);
+        let mut plugin = JoinSet::new();
+        plugin.spawn(async move {
+            let (mut connection, _) = listener.accept().await.expect("a connection");
+            connection.read_exact(&mut [0; 24]).await.expect("HTTP/2's preface");
+            loop {
+                let mut head = [0; 9];
+                connection.read_exact(&mut head).await.expect("a frame");
+                let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+                connection.read_exact(&mut vec![0; length]).await.expect("the rest of it");
+                // Each request begins with a HEADERS frame.
+                came.send_modify(|requests| *requests += usize::from(head[3] == 1));
+            }
+        });
+        let text = format!(
+            "apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfiguration\nresources:\n- resources: [secrets]\n  providers: [{{kms: {{apiVersion: v2, name: vault, endpoint: 'unix://{}', timeout: 3s}}}}]\n",
+            socket.display()
+        );
+        std::fs::write(&config, text).expect("written");
+        let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
+        let encryption = Arc::new(Encryption::load(Some(config)).expect("valid"));
+        let handle = StoreHandle::new(store.clone(), encryption);
+        let mut watcher = handle.watch(KeyRange::prefix("/registry/"), store.revision()).expect("a watch");
+        let sealed = EncryptedObject {
+            encrypted_data: vec![0; 64].into(),
+            key_id: "key".into(),
+            encrypted_dek_source: vec![1; 32].into(),
+            annotations: Default::default(),
+            encrypted_dek_source_type: 1,
+        };
+        let value = [b"k8s:enc:kms:v2:vault:".as_slice(), &sealed.encode_to_vec()].concat();
+        for key in ["/registry/core/secrets/default/a", "/registry/core/secrets/default/b"] {
+            store.create(key, value.clone()).await.expect("written");
+        }
+        tokio::time::pause();
+        let moments = async {
+            loop {
+                if let Ok(event) = tokio::time::timeout(Duration::from_millis(20), watcher.next()).await {
+                    return event.expect("an event");
+                }
+            }
+        };
+        let event =
+            tokio::time::timeout(Duration::from_secs(60), moments).await.expect("the plug-in is given up");
+        assert_eq!((event.kv.value.as_ref(), *asked.borrow()), (value.as_slice(), 1));
+        // And it was noted: nobody asks for the next one at once.
+        watcher.next().await.expect("an event");
+        assert_eq!(*asked.borrow(), 1);
     }
 }

@@ -2,9 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 
+use super::{CUSTOM_RESOURCES, FOREGROUND, ORPHAN};
+
 /// Uids kept of owners that were seen to go: their dependents need no look at the store. kube-controller-manager keeps
 /// 500; an uid and its places here take about 200 bytes.
 const MAX_GONE: usize = 4096;
+/// Finalizers that are asked for.
+const ASKED_FOR: [&str; 3] = [FOREGROUND, ORPHAN, CUSTOM_RESOURCES];
 
 /// A reference from a dependent to an owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +27,8 @@ pub(super) struct Node {
     pub(super) uid: String,
     pub(super) owners: Vec<Owner>,
     pub(super) deleting: bool,
-    finalizers: Vec<String>,
+    /// Those that the collector acts by: it is no matter what others there are.
+    finalizers: Vec<&'static str>,
 }
 
 /// All objects by key, with indexes by uid.
@@ -71,6 +76,7 @@ impl Node {
         let head: Head = serde_json::from_slice(bytes)?;
         let metadata = head.metadata.unwrap_or_default();
         let references = metadata.owner_references.unwrap_or_default();
+        let finalizers = metadata.finalizers.unwrap_or_default();
         let owner = |o: Reference| Owner {
             api_version: o.api_version.unwrap_or_default(),
             kind: o.kind.unwrap_or_default(),
@@ -82,12 +88,12 @@ impl Node {
             uid: metadata.uid.unwrap_or_default(),
             owners: references.into_iter().map(owner).collect(),
             deleting: metadata.deletion_timestamp.is_some(),
-            finalizers: metadata.finalizers.unwrap_or_default(),
+            finalizers: ASKED_FOR.into_iter().filter(|one| finalizers.iter().any(|f| f == one)).collect(),
         })
     }
 
     pub(super) fn has(&self, finalizer: &str) -> bool {
-        self.finalizers.iter().any(|f| f == finalizer)
+        self.finalizers.contains(&finalizer)
     }
 }
 

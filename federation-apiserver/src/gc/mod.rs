@@ -57,6 +57,11 @@ pub(crate) fn is_finished(resource: &Resource, object: &Value) -> bool {
             && at(object, &["spec", "finalizers"]).and_then(Value::as_array).is_some_and(|f| !f.is_empty()))
 }
 
+/// The uid in an object's stored form.
+pub(crate) fn uid_of(stored: &[u8]) -> Result<String, ApiError> {
+    Node::read(stored).map(|node| node.uid).map_err(ApiError::internal)
+}
+
 /// Splits a key into group, plural, namespace and name.
 fn split_key(key: &[u8]) -> Option<(String, String, String, String)> {
     let text = std::str::from_utf8(key).ok()?.strip_prefix("/registry/")?;
@@ -107,7 +112,7 @@ pub(crate) async fn sweep_events(registry: &Registry, now: jiff::Timestamp) -> R
     let ttl = i64::try_from(registry.event_ttl.as_secs()).unwrap_or(i64::MAX);
     let events = registry.core("events", "", "")?;
     let mut count = 0;
-    for event in registry.list_all(&events, &Filter::default()).await? {
+    for event in registry.list_readable(&events).await?.0 {
         let seen = ["lastTimestamp", "eventTime"]
             .iter()
             .map(|key| str_at(&event, &[key]))

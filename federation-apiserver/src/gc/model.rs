@@ -1,9 +1,10 @@
 //! Random users against collectors that are behind: what was put into the store stays unless there is a reason.
 //!
 //! Two collectors, as those of two replicas, see the store's events when they are told to and work while users write. What
-//! users were told is remembered; from it follows which objects may have gone.
+//! users were told is remembered; from it follows which objects may have gone. And what is there has a namespace that is
+//! there too, however long a webhook took between the first look at it and the write.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use proptest::prelude::*;
 use serde_json::json;
@@ -11,7 +12,7 @@ use serde_json::json;
 use super::tests::{Collector, create, get, maps, namespaces, one, registry, uid};
 use super::*;
 use crate::registry::delete::Propagation;
-use crate::registry::write::WriteOptions;
+use crate::registry::write::{New, Ownership, WriteOptions};
 
 const NAMESPACES: [&str; 2] = ["a", "b"];
 const NAMES: usize = 4;
@@ -30,6 +31,13 @@ enum Deed {
         blocks: bool,
         stray: bool,
     },
+    /// A webhook is asked about it, and has not answered yet.
+    BeginMake {
+        namespace: usize,
+        name: usize,
+    },
+    /// It has answered about the one that waits longest.
+    EndMake,
     Delete {
         namespace: usize,
         name: usize,
@@ -62,6 +70,8 @@ fn deed() -> impl Strategy<Value = Deed> {
         1 => namespace().prop_map(Deed::DeleteNamespace),
         6 => (namespace(), 0..NAMES, owners, any::<bool>(), proptest::bool::weighted(0.1)).prop_map(
             |(namespace, name, owners, blocks, stray)| Deed::Make { namespace, name, owners, blocks, stray }),
+        2 => (namespace(), 0..NAMES).prop_map(|(namespace, name)| Deed::BeginMake { namespace, name }),
+        2 => Just(Deed::EndMake),
         3 => (namespace(), 0..NAMES, propagation).prop_map(
             |(namespace, name, propagation)| Deed::Delete { namespace, name, propagation }),
     ]
@@ -101,6 +111,8 @@ struct Deletions {
 struct Users<'a> {
     registry: &'a Registry,
     deeds: usize,
+    /// Which webhooks are being asked about, with the uid of the namespace, its name and its own.
+    asked: VecDeque<(New, String, Target)>,
     made: BTreeMap<String, Made>,
     deleted: BTreeMap<String, Deletions>,
 }
@@ -157,6 +169,25 @@ impl Users<'_> {
                     self.made.insert(uid(&made.object).to_owned(), told);
                 }
             }
+            Deed::BeginMake { namespace, name } => {
+                let place = NAMESPACES[*namespace];
+                let Some(home) = get(registry, &one(&namespaces, place)).await else { return };
+                let (all, name) = (maps(registry, place), format!("m{name}"));
+                let object = json!({"metadata": {"name": name}});
+                // Its namespace goes.
+                if let Ok(new) = registry.begin_create(&all, object, &WriteOptions::by("test")).await {
+                    self.asked.push_back((new, uid(&home).to_owned(), one(&all, &name)));
+                }
+            }
+            Deed::EndMake => {
+                let Some((new, namespace, target)) = self.asked.pop_front() else { return };
+                let options = WriteOptions::by("test");
+                // There already, or its namespace has gone or is another one by now.
+                if let Ok(made) = registry.write_new(new, &options, Ownership::Update).await {
+                    let told = Made { target, namespace, owners: Vec::new(), at: self.deeds };
+                    self.made.insert(uid(&made.object).to_owned(), told);
+                }
+            }
             Deed::Delete { namespace, name, propagation } => {
                 let target = one(&maps(registry, NAMESPACES[*namespace]), &format!("m{name}"));
                 let options = DeleteOptions { propagation: *propagation, ..DeleteOptions::default() };
@@ -204,11 +235,33 @@ impl Users<'_> {
         }
         None
     }
+
+    /// What is there without the namespace that it was made in.
+    async fn homeless(&self) -> Option<String> {
+        for (known, made) in &self.made {
+            let Some(found) = get(self.registry, &made.target).await.filter(|found| uid(found) == known)
+            else {
+                continue;
+            };
+            let home = one(&namespaces(self.registry), &made.target.namespace);
+            let home = get(self.registry, &home).await;
+            if home.as_ref().map(uid) != Some(&made.namespace) {
+                return Some(format!("{found} of {made:?} is in {home:?}"));
+            }
+        }
+        None
+    }
 }
 
 async fn play(steps: Vec<Step>) -> Result<(), TestCaseError> {
     let registry = registry().await;
-    let mut users = Users { registry: &registry, deeds: 0, made: BTreeMap::new(), deleted: BTreeMap::new() };
+    let mut users = Users {
+        registry: &registry,
+        deeds: 0,
+        asked: VecDeque::new(),
+        made: BTreeMap::new(),
+        deleted: BTreeMap::new(),
+    };
     for name in NAMESPACES {
         create(&registry, &namespaces(&registry), json!({"metadata": {"name": name}})).await;
     }
@@ -222,8 +275,8 @@ async fn play(steps: Vec<Step>) -> Result<(), TestCaseError> {
             }
             Step::Restart(who) => collectors[*who] = Collector::new(&registry).await,
         }
-        if let Some(missing) = users.missing().await {
-            return Err(TestCaseError::fail(format!("after {step:?}: {missing}")));
+        if let Some(wrong) = users.missing().await.or(users.homeless().await) {
+            return Err(TestCaseError::fail(format!("after {step:?}: {wrong}")));
         }
     }
     // When all has been seen, all has been done.
@@ -231,6 +284,7 @@ async fn play(steps: Vec<Step>) -> Result<(), TestCaseError> {
         collector.settle().await;
     }
     prop_assert_eq!(users.missing().await, None);
+    prop_assert_eq!(users.homeless().await, None);
     for name in NAMESPACES {
         let left = get(&registry, &one(&namespaces(&registry), name)).await;
         prop_assert!(!left.as_ref().is_some_and(meta::is_deleting), "{:?} does not go", left);

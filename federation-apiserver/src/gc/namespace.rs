@@ -23,7 +23,8 @@ struct Remaining {
 /// Deletes all that is in a namespace; when nothing is left, lets the namespace go.
 pub(super) async fn empty(registry: &Registry, namespace: &Going<'_>) -> Result<Next, ApiError> {
     let mut remaining = Remaining::default();
-    let resources = registry.catalog().stored().into_iter().chain(crd::unserved(registry).await?);
+    let resources =
+        registry.catalog().stored().into_iter().chain(crd::unserved(registry, &namespace.target.name).await?);
     for resource in resources.filter(|r| r.namespaced) {
         let name = format!("{}.{}", resource.plural, resource.group);
         let collection = Target { resource, namespace: namespace.target.name.clone(), name: String::new() };

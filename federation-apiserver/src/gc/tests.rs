@@ -8,7 +8,7 @@ use super::*;
 use crate::config::Role;
 use crate::encryption::store::StoreHandle;
 use crate::registry::delete::Propagation;
-use crate::registry::write::WriteOptions;
+use crate::registry::write::{Ownership, WriteOptions};
 
 /// Rounds in which a collector that sees everything has to come to an end.
 const ROUNDS: usize = 64;
@@ -248,6 +248,98 @@ async fn a_definition_made_anew_keeps_its_objects() {
     registry.delete(&target, &DeleteOptions::default()).await.expect("deleted");
     behind.settle().await;
     assert!(get(&registry, &target).await.is_none() && get(&registry, &one(&widgets, "a")).await.is_none());
+}
+
+/// Makes an object while something happens between the first look at what it rests on and the write, as it does when a
+/// webhook takes its time.
+async fn create_slowly(
+    registry: &Registry,
+    collection: &Target,
+    object: Value,
+    meanwhile: impl Future<Output = ()>,
+) -> Result<Value, ApiError> {
+    let options = WriteOptions::by("test");
+    let new = registry.begin_create(collection, object, &options).await?;
+    meanwhile.await;
+    registry.write_new(new, &options, Ownership::Update).await.map(|written| written.object)
+}
+
+#[tokio::test]
+async fn nothing_comes_into_a_namespace_that_has_begun_to_go() {
+    let registry = registry().await;
+    let (namespaces, maps) = (namespaces(&registry), maps(&registry, "shop"));
+    let shop = one(&namespaces, "shop");
+    let make_shop = async || create(&registry, &namespaces, json!({"metadata": {"name": "shop"}})).await;
+    let map = |name: &str| json!({"metadata": {"name": name}});
+    make_shop().await;
+    // What is held keeps the namespace.
+    let held = json!({"metadata": {"name": "held", "finalizers": ["example.com/hold"]}});
+    create(&registry, &maps, held).await;
+    let delete = async || {
+        registry.delete(&shop, &DeleteOptions::default()).await.expect("deleted");
+        Collector::new(&registry).await.settle().await;
+    };
+    let error = create_slowly(&registry, &maps, map("late"), delete()).await.expect_err("refused");
+    assert_eq!(
+        (error.code(), error.message()),
+        (
+            403,
+            "configmaps \"late\" is forbidden: unable to create new content in namespace shop because it is being terminated"
+        )
+    );
+    registry
+        .modify(&one(&maps, "held"), |held| value::remove(held, &["metadata", "finalizers"]).is_some())
+        .await
+        .expect("let go");
+    Collector::new(&registry).await.settle().await;
+    assert!(get(&registry, &shop).await.is_none());
+    // Gone, and gone with another one of its name there: who may write into the one need not be let into the other.
+    make_shop().await;
+    let error = create_slowly(&registry, &maps, map("late"), delete()).await.expect_err("refused");
+    assert_eq!((error.code(), error.message()), (404, "namespaces \"shop\" not found"));
+    make_shop().await;
+    let anew = async {
+        delete().await;
+        make_shop().await;
+    };
+    let error = create_slowly(&registry, &maps, map("late"), anew).await.expect_err("refused");
+    assert_eq!((error.code(), error.message()), (404, "namespaces \"shop\" not found"));
+    assert!(registry.list_all(&maps, &Filter::default()).await.expect("a list").is_empty());
+    // What else is written into the namespace holds nobody up.
+    let label = async {
+        registry
+            .modify(&shop, |shop| {
+                value::set(shop, &["metadata", "labels", "x"], json!("y"));
+                true
+            })
+            .await
+            .expect("labelled");
+    };
+    create_slowly(&registry, &maps, map("late"), label).await.expect("created");
+}
+
+#[tokio::test]
+async fn nothing_is_made_of_a_definition_that_has_begun_to_go() {
+    let registry = registry().await;
+    let target = one(&definitions(&registry), "widgets.example.com");
+    let widgets = define(&registry).await;
+    // The catalog of this replica knows nothing of it yet.
+    let delete = async {
+        registry.delete(&target, &DeleteOptions::default()).await.expect("deleted");
+    };
+    let error = create_slowly(&registry, &widgets, widget("a"), delete).await.expect_err("refused");
+    assert_eq!((error.code(), error.reason()), (405, "MethodNotAllowed"));
+    Collector::new(&registry).await.settle().await;
+    assert!(get(&registry, &target).await.is_none());
+    let widgets = define(&registry).await;
+    let anew = async {
+        registry.delete(&target, &DeleteOptions::default()).await.expect("deleted");
+        Collector::new(&registry).await.settle().await;
+        define(&registry).await;
+    };
+    let error = create_slowly(&registry, &widgets, widget("a"), anew).await.expect_err("refused");
+    assert_eq!(error.code(), 404);
+    assert!(registry.list_all(&widgets, &Filter::default()).await.expect("a list").is_empty());
 }
 
 #[tokio::test]

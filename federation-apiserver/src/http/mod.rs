@@ -13,11 +13,13 @@ mod reviews;
 mod stream;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use http::{Method, Request, Response, StatusCode};
 use serde_json::json;
+use service::credential::CredentialEnd;
 use tower::ServiceExt as _;
 
 use crate::admission::Notes;
@@ -31,7 +33,7 @@ use crate::rbac::{Attributes, ResourceAttributes};
 use crate::registry::Registry;
 use crate::registry::selectors::FieldSelector;
 use crate::status::ApiError;
-use crate::{discovery, encryption, openapi};
+use crate::{discovery, duration, encryption, openapi};
 use metrics::Metrics;
 use observe::Trace;
 use path::{Path, Query};
@@ -87,7 +89,8 @@ impl App {
     /// Answers one request. Never fails: errors become `Status` answers.
     pub(crate) async fn handle(self: Arc<Self>, request: Request<Body>) -> Response<Body> {
         let mut trace = Trace::new();
-        let mut response = match self.clone().try_handle(request, &mut trace).await {
+        let mut credential = CredentialEnd::default();
+        let mut response = match self.clone().try_handle(request, &mut trace, &mut credential).await {
             Ok(response) => response,
             Err(error) => {
                 tracing::debug!(code = error.code(), %error, "request refused");
@@ -95,13 +98,15 @@ impl App {
             }
         };
         response::warn(&mut response, &trace.notes.warnings());
-        trace.finish(&self, response).await
+        let response = trace.finish(&self, response).await;
+        response.map(|body| credential.bound(body))
     }
 
     async fn try_handle(
         self: Arc<Self>,
         mut request: Request<Body>,
         trace: &mut Trace,
+        credential: &mut CredentialEnd,
     ) -> Result<Response<Body>, ApiError> {
         let peer = request.extensions_mut().remove::<PeerIdentity>();
         let client = request.extensions_mut().remove::<ClientAddr>().map(|c| c.0.ip());
@@ -119,7 +124,12 @@ impl App {
         let attributes = attributes(&method, &parsed, &query)?;
         trace.long_running = mounted.is_some() || is_long_running(&attributes);
         trace.attributes = Some(attributes.clone());
+        let allowed = if trace.long_running { Ok(self.limits.request_timeout) } else { self.allowed(&query) };
         let user = self.authenticator.authenticate(peer.as_ref(), request.headers()).await;
+        let user = user.map(|(user, end)| {
+            *credential = end;
+            user
+        });
         if let Some(audit) = &self.audit {
             let nobody = UserInfo::default();
             let uri = request.uri().to_string();
@@ -130,6 +140,8 @@ impl App {
                 trail.stage(Stage::RequestReceived, trace.received).await;
             }
         }
+        // Before anything is said of who asks, as in kube-apiserver.
+        let deadline = trace.started + allowed?;
         let user = user?;
         let user = match impersonation::impersonate(&user, request.headers(), &self.registry.rbac)? {
             None => user,
@@ -144,6 +156,7 @@ impl App {
             if user.is_anonymous() {
                 return Err(ApiError::unauthorized());
             }
+            request.extensions_mut().insert(credential.clone());
             return self.mounted(prefix, router.clone(), user, request).await;
         }
         let decision = self.registry.rbac.authorise(&user, &attributes);
@@ -159,14 +172,12 @@ impl App {
             let call = Call { method, query, user: Arc::new(user), visible, notes, request };
             return self.dispatch(parsed, call).await;
         }
-        let place = if user.is_in(MASTERS) || is_probe(&attributes) {
-            None
-        } else {
-            let place;
-            (place, request) = self.place(&user, is_reading(&attributes), request).await?;
-            Some(place)
-        };
         let work = async {
+            // Held until the answer is there.
+            let _place;
+            if !user.is_in(MASTERS) && !is_probe(&attributes) {
+                (_place, request) = self.place(&user, is_reading(&attributes), request).await?;
+            }
             if let Some(trail) = trace.trail.as_mut().filter(|t| t.level() >= Level::Request) {
                 request = record(trail, request, self.limits.body).await?;
             }
@@ -174,9 +185,26 @@ impl App {
             let call = Call { method, query, user: Arc::new(user), visible, notes, request };
             self.clone().dispatch(parsed, call).await
         };
-        let answer = tokio::time::timeout(self.limits.request_timeout, work).await;
-        drop(place);
-        answer.unwrap_or_else(|_| Err(ApiError::timeout()))
+        // What is past already is not begun, as it would be by the timer.
+        if deadline <= tokio::time::Instant::now() {
+            return Err(ApiError::timeout());
+        }
+        tokio::time::timeout_at(deadline, work).await.unwrap_or_else(|_| Err(ApiError::timeout()))
+    }
+
+    /// How long a request may take, all in all: what its `timeout` says, if that is less than what everybody has.
+    fn allowed(&self, query: &Query) -> Result<Duration, ApiError> {
+        let most = self.limits.request_timeout;
+        let text = query.get("timeout");
+        if text.is_empty() {
+            return Ok(most);
+        }
+        let nanos = duration::parse(text).map_err(|why| {
+            ApiError::bad_request(format!("invalid timeout specified in the request URL - {why}"))
+        })?;
+        // None at all, or less, is no wish.
+        let asked = u64::try_from(nanos).map(Duration::from_nanos).unwrap_or_default();
+        Ok(if asked.is_zero() { most } else { asked.min(most) })
     }
 
     /// A place for a request, after its body has come: nobody waits for what somebody sends slowly.
@@ -197,9 +225,9 @@ impl App {
             request
         } else {
             let (parts, body) = request.into_parts();
-            let read = body::read_counted(&parts.headers, body, limit, |n| load.grow(n).map_err(busy));
-            let read = tokio::time::timeout(self.limits.request_timeout, read).await;
-            Request::from_parts(parts, Body::from(read.unwrap_or_else(|_| Err(ApiError::timeout()))?))
+            let read =
+                body::read_counted(&parts.headers, body, limit, |n| load.grow(n).map_err(busy)).await?;
+            Request::from_parts(parts, Body::from(read))
         };
         Ok((self.changing.enter(&user.name).await.map_err(busy)?, request))
     }

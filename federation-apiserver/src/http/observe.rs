@@ -6,9 +6,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt as _;
 use http::{HeaderValue, Response};
 use http_body::{Frame, SizeHint};
+use http_body_util::BodyExt as _;
 use tokio::time::Instant;
 
 use super::App;
@@ -20,11 +22,15 @@ use crate::rbac::Attributes;
 /// Names a request in the audit log and in its answer.
 const AUDIT_ID: &str = "audit-id";
 
+/// The largest answer that is put into the audit log. Most are in memory when they get there; a list is written out as its
+/// client reads, and one of everything would have to be gathered, parsed and written again: three times its size.
+const MAX_TOLD: usize = 4 << 20;
+
 /// What is known of a request while it is handled.
 pub(super) struct Trace {
     pub(super) id: String,
     pub(super) received: jiff::Timestamp,
-    started: Instant,
+    pub(super) started: Instant,
     pub(super) attributes: Option<Attributes>,
     /// Watches, logs and what mounted routers pass on: no place, no deadline, and no end in sight.
     pub(super) long_running: bool,
@@ -81,12 +87,40 @@ impl Trace {
             return response;
         }
         let (parts, body) = response.into_parts();
-        // Answers that are no streams are in memory already.
-        let bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap_or_default();
-        trail.response(code.as_u16(), &bytes);
+        let (begun, whole, body) = begin(body, MAX_TOLD).await;
+        if whole {
+            trail.response(code.as_u16(), &begun);
+        } else {
+            trail.response(code.as_u16(), b"");
+            trail.cut_short();
+        }
         trail.stage(Stage::ResponseComplete, jiff::Timestamp::now()).await;
-        Response::from_parts(parts, Body::from(bytes))
+        Response::from_parts(parts, body)
     }
+}
+
+/// The beginning of a body, up to `limit` bytes and a piece; whether that is all of it; and the body with its beginning
+/// put back. One that breaks off does so for its reader, too.
+async fn begin(mut body: Body, limit: usize) -> (Bytes, bool, Body) {
+    let mut begun = BytesMut::new();
+    while begun.len() <= limit {
+        match body.frame().await {
+            None => {
+                let begun = begun.freeze();
+                return (begun.clone(), true, Body::from(begun));
+            }
+            // Our own answers have no trailers.
+            Some(Ok(frame)) => begun.extend_from_slice(frame.data_ref().map_or(&[][..], |data| &data[..])),
+            Some(Err(error)) => {
+                let begun = begun.freeze();
+                let pieces = futures::stream::iter([Ok(begun.clone()), Err(error)]);
+                return (begun, false, Body::from_stream(pieces));
+            }
+        }
+    }
+    let begun = begun.freeze();
+    let first = futures::stream::iter([Ok(begun.clone())]);
+    (begun, false, Body::from_stream(first.chain(body.into_data_stream())))
 }
 
 // === impl Watched ===
@@ -116,5 +150,40 @@ impl Drop for Watched {
         if let Some(trail) = &mut self.trail {
             trail.end(jiff::Timestamp::now());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pieces(number: usize) -> impl Iterator<Item = Result<Bytes, axum::Error>> {
+        (0..number).map(|n| Ok(Bytes::from(vec![b'a' + n as u8; 10])))
+    }
+
+    #[tokio::test]
+    async fn of_a_long_body_only_the_beginning_is_gathered() {
+        let whole: Vec<u8> = pieces(5).flat_map(Result::unwrap).collect();
+        let (begun, all, body) = begin(Body::from_stream(futures::stream::iter(pieces(5))), 50).await;
+        assert!(all && begun == whole);
+        assert_eq!(body.collect().await.unwrap().to_bytes(), whole);
+        // The rest is taken from where it comes when somebody reads.
+        let taken = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let counted = taken.clone();
+        let source = pieces(5).inspect(move |_| {
+            counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        });
+        let (begun, all, body) = begin(Body::from_stream(futures::stream::iter(source)), 15).await;
+        assert!(!all && begun == whole[..20]);
+        assert_eq!(taken.load(std::sync::atomic::Ordering::Relaxed), 2);
+        assert_eq!(body.collect().await.unwrap().to_bytes(), whole);
+    }
+
+    #[tokio::test]
+    async fn a_body_that_breaks_off_is_no_whole_one() {
+        let broken = pieces(2).chain([Err(axum::Error::new("torn"))]).chain(pieces(1));
+        let (begun, all, body) = begin(Body::from_stream(futures::stream::iter(broken)), 100).await;
+        assert!(!all && begun.len() == 20);
+        assert!(body.collect().await.is_err());
     }
 }

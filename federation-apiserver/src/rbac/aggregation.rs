@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::GROUP;
 use super::index::VISIBLE;
-use crate::registry::selectors::Filter;
+use crate::registry::cache::REOPEN;
 use crate::registry::{Registry, Target, store_error};
 use crate::status::ApiError;
 use crate::value::{at, set, str_at};
@@ -40,15 +40,24 @@ async fn follow(registry: &Registry) -> Result<(), ApiError> {
         registry.store.watch(KeyRange::prefix(PREFIX), registry.store.revision()).map_err(store_error)?;
     loop {
         // Every change may be of a role that others select; there are few, and a round without changes writes nothing.
-        aggregate(registry).await?;
-        watcher.next().await.map_err(store_error)?;
+        if aggregate(registry).await? {
+            tokio::select! {
+                event = watcher.next() => drop(event.map_err(store_error)?),
+                // It comes back without an event.
+                () = tokio::time::sleep(REOPEN) => {}
+            }
+            // A replica with other keys may sum up otherwise: they take their time over it.
+            tokio::time::sleep(RETRY).await;
+        } else {
+            watcher.next().await.map_err(store_error)?;
+        }
     }
 }
 
-/// One round over all cluster roles.
-pub(crate) async fn aggregate(registry: &Registry) -> Result<(), ApiError> {
+/// One round over all cluster roles; whether some could not be read, which add nothing.
+pub(crate) async fn aggregate(registry: &Registry) -> Result<bool, ApiError> {
     let all = registry.target((GROUP, "v1", "clusterroles"), "", "")?;
-    let mut roles = registry.list_all(&all, &Filter::default()).await?;
+    let (mut roles, hidden) = registry.list_readable(&all).await?;
     // Aggregates may select aggregates (admin selects edit): rounds until nothing changes, at most one per role.
     for _ in 0..roles.len() {
         let mut changed = false;
@@ -74,7 +83,7 @@ pub(crate) async fn aggregate(registry: &Registry) -> Result<(), ApiError> {
             break;
         }
     }
-    Ok(())
+    Ok(!hidden.is_empty())
 }
 
 /// The rules of the selected roles in the order of their names, each once; null when there are none.

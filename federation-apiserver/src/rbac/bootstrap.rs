@@ -422,6 +422,10 @@ pub(crate) async fn reconcile(registry: &Registry) -> Result<(), ApiError> {
         };
         let meta = |key| str_at(&object, &["metadata", key]);
         let target = registry.target((GROUP, "v1", resource), meta("namespace"), meta("name"))?;
+        if registry.is_out_of_reach(&target).await? {
+            tracing::warn!(key = target.key(), "left as it is: it, or its namespace, cannot be decrypted");
+            continue;
+        }
         if !target.namespace.is_empty() {
             // Namespaces of the embedding program, made before or, where there is no such program, not at all.
             match registry.get(&registry.core("namespaces", "", &target.namespace)?).await {
@@ -435,11 +439,15 @@ pub(crate) async fn reconcile(registry: &Registry) -> Result<(), ApiError> {
     for name in RETIRED {
         retire(registry, &registry.target((GROUP, "v1", "clusterroles"), "", name)?).await?;
     }
-    aggregation::aggregate(registry).await
+    aggregation::aggregate(registry).await.map(drop)
 }
 
 /// Removes a role that gives too much, unless somebody has taken it over.
 async fn retire(registry: &Registry, role: &Target) -> Result<(), ApiError> {
+    if registry.is_out_of_reach(role).await? {
+        // It grants nothing as long as that is so.
+        return Ok(());
+    }
     match registry.get(role).await {
         Ok(found) if str_at(&found.object, &["metadata", "annotations", AUTOUPDATE]) == "false" => Ok(()),
         Ok(_) => {

@@ -4,14 +4,17 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use federation_store::{EventKind, KeyRange, ListRequest, Revision};
+use bytes::Bytes;
+use federation_store::{EventKind, KeyRange, KeyValue, ListRequest, Revision};
 use parking_lot::RwLock;
 use serde_json::Value;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::rules::Rule;
 use super::{Attributes, Decision, GROUP};
 use crate::auth::UserInfo;
+use crate::registry::cache::REOPEN;
 use crate::registry::{Registry, store_error};
 use crate::status::ApiError;
 use crate::value::str_at;
@@ -25,6 +28,9 @@ const PREFIX: &str = "/registry/rbac.authorization.k8s.io/";
 const CHUNK: usize = 500;
 /// Pause after a failure before starting over.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// What cannot be decrypted, by key, with the revision of it. It grants nothing until it can be.
+type Hidden = BTreeMap<Bytes, Revision>;
 
 /// All roles and bindings. Reading takes a lock that is held for a lookup only.
 #[derive(Debug)]
@@ -187,19 +193,56 @@ impl Index {
         }
     }
 
-    /// Takes the state of the store in; returns its revision.
-    pub(crate) async fn load(&self, registry: &Registry) -> Result<Revision, ApiError> {
+    /// Takes an object as it is stored.
+    fn take(&self, kv: &KeyValue, hidden: &mut Hidden) {
+        let Some((plural, namespace, name)) = split(&kv.key) else { return };
+        match serde_json::from_slice::<Value>(&kv.value) {
+            Ok(object) => {
+                hidden.remove(&kv.key);
+                self.put(namespace, name, plural, Some(&object));
+            }
+            Err(_) => {
+                // Who may what is not guessed, and nobody else's rights wait for it.
+                self.put(namespace, name, plural, None);
+                if hidden.insert(kv.key.clone(), kv.mod_revision).is_none() {
+                    let key = String::from_utf8_lossy(&kv.key);
+                    tracing::warn!(%key, "it cannot be read, and grants nothing until it can be");
+                }
+            }
+        }
+    }
+
+    /// Takes what can be decrypted by now, unless it is older than what could not be.
+    async fn reread(&self, registry: &Registry, hidden: &mut Hidden) -> Result<(), ApiError> {
+        let objects = registry.cache.objects().await?;
+        for (key, revision) in hidden.clone() {
+            let Some(entry) = std::str::from_utf8(&key).ok().and_then(|key| objects.get(key)) else {
+                // One that is gone is taken out by its event.
+                continue;
+            };
+            if entry.is_readable() && entry.kv.mod_revision >= revision {
+                self.take(&entry.kv, hidden);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the state of the store in.
+    pub(crate) async fn load(&self, registry: &Registry) -> Result<(), ApiError> {
+        self.load_all(registry).await.map(drop)
+    }
+
+    /// The same; returns its revision, and what of it could not be read.
+    async fn load_all(&self, registry: &Registry) -> Result<(Revision, Hidden), ApiError> {
         let mut request = ListRequest::prefix(PREFIX).limit(CHUNK);
         let mut found = Vec::new();
         let revision = loop {
             let page = registry.store.list(&request).await.map_err(store_error)?;
-            for kv in &page.items {
-                let object: Value = serde_json::from_slice(&kv.value).map_err(ApiError::internal)?;
-                found.push((kv.key.clone(), object));
-            }
-            match page.items.last() {
+            let last = page.items.last().map(|kv| kv.key.clone());
+            found.extend(page.items);
+            match last {
                 Some(last) if page.more => {
-                    request.after = Some(last.key.clone());
+                    request.after = Some(last);
                     request.revision = Some(page.revision);
                 }
                 _ => break page.revision,
@@ -207,28 +250,35 @@ impl Index {
         };
         // Only when all is read: a half-read state would refuse what is allowed.
         let fresh = Self::default();
-        for (key, object) in &found {
-            if let Some((plural, namespace, name)) = split(key) {
-                fresh.put(namespace, name, plural, Some(object));
-            }
+        let mut hidden = Hidden::new();
+        for kv in &found {
+            fresh.take(kv, &mut hidden);
         }
         *self.policies.write() = fresh.policies.into_inner();
         self.seen.send_replace(revision);
-        Ok(revision)
+        Ok((revision, hidden))
     }
 
     async fn follow(&self, registry: &Registry) -> Result<(), ApiError> {
-        let revision = self.load(registry).await?;
+        let (revision, mut hidden) = self.load_all(registry).await?;
         let mut watcher = registry.store.watch(KeyRange::prefix(PREFIX), revision).map_err(store_error)?;
+        let mut reread = Instant::now() + REOPEN;
         loop {
-            let event = watcher.next().await.map_err(store_error)?;
-            if let Some((plural, namespace, name)) = split(&event.kv.key) {
-                match event.kind {
-                    EventKind::Put => {
-                        let object = serde_json::from_slice(&event.kv.value).map_err(ApiError::internal)?;
-                        self.put(namespace, name, plural, Some(&object));
+            let event = tokio::select! {
+                event = watcher.next() => event.map_err(store_error)?,
+                () = tokio::time::sleep_until(reread), if !hidden.is_empty() => {
+                    self.reread(registry, &mut hidden).await?;
+                    reread = Instant::now() + REOPEN;
+                    continue;
+                }
+            };
+            match event.kind {
+                EventKind::Put => self.take(&event.kv, &mut hidden),
+                EventKind::Delete => {
+                    hidden.remove(&event.kv.key);
+                    if let Some((plural, namespace, name)) = split(&event.kv.key) {
+                        self.put(namespace, name, plural, None);
                     }
-                    EventKind::Delete => self.put(namespace, name, plural, None),
                 }
             }
             self.seen.send_replace(event.revision);

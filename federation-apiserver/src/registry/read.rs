@@ -209,6 +209,37 @@ impl Registry {
         }
     }
 
+    /// All objects of a collection that can be read, and the names of the others: what cannot be decrypted now is no reason
+    /// to leave the rest alone.
+    pub(crate) async fn list_readable(&self, target: &Target) -> Result<(Vec<Value>, Vec<String>), ApiError> {
+        let page = self.list_entries(target, &ListOptions::default()).await?;
+        let (mut items, mut hidden) = (Vec::with_capacity(page.items.len()), Vec::new());
+        for entry in page.items {
+            match entry.object(&target.resource, entry.kv.mod_revision) {
+                Ok(object) => items.push(object),
+                Err(error) => {
+                    let key = String::from_utf8_lossy(&entry.kv.key);
+                    tracing::debug!(%error, %key, "left out: it cannot be read");
+                    hidden.push(key.rsplit('/').next().unwrap_or_default().to_owned());
+                }
+            }
+        }
+        Ok((items, hidden))
+    }
+
+    /// Can nothing be done about an object, because it or its namespace cannot be decrypted?
+    pub(crate) async fn is_out_of_reach(&self, target: &Target) -> Result<bool, ApiError> {
+        let hidden = |entry: Option<Arc<Entry>>| entry.is_some_and(|entry| !entry.is_readable());
+        if hidden(self.stored(&target.key()).await?) {
+            return Ok(true);
+        }
+        if target.namespace.is_empty() {
+            return Ok(false);
+        }
+        let namespace = self.core("namespaces", "", &target.namespace)?;
+        Ok(hidden(self.stored(&namespace.key()).await?))
+    }
+
     /// All objects of a collection that match.
     pub async fn list_all(&self, target: &Target, filter: &Filter) -> Result<Vec<Value>, ApiError> {
         let options = ListOptions { filter: filter.clone(), ..ListOptions::default() };

@@ -1,6 +1,7 @@
 //! Create, update, patch and apply.
 
 mod checks;
+mod ground;
 mod update;
 
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use federation_store::{Expect, Revision, Write, WriteOutcome};
 use serde_json::{Value, json};
 
 use self::checks::{check_finalizers, check_name, nameless, restrict};
+use self::ground::Ground;
 use self::update::other_uid;
 use super::resource::{Resource, split_api_version};
 use super::{Registry, Stored, Target, decode, kinds, meta, services, store_error, strategy};
@@ -75,8 +77,18 @@ pub struct Written {
     pub warnings: Vec<String>,
 }
 
+/// A new object on its way to the store.
+#[derive(Debug)]
+pub(crate) struct New {
+    target: Target,
+    object: Value,
+    ground: Ground,
+    /// Its name was made here: webhooks do not see it before it is final.
+    generated: bool,
+}
+
 /// How managedFields come about.
-pub(super) enum Ownership {
+pub(crate) enum Ownership {
     /// Compare with what was there.
     Update,
     /// The object carries them already.
@@ -128,9 +140,20 @@ impl Registry {
     pub async fn create(
         &self,
         target: &Target,
-        mut object: Value,
+        object: Value,
         options: &WriteOptions,
     ) -> Result<Written, ApiError> {
+        let new = self.begin_create(target, object, options).await?;
+        self.write_new(new, options, Ownership::Update).await
+    }
+
+    /// What of a creation comes before anybody else is asked.
+    pub(crate) async fn begin_create(
+        &self,
+        target: &Target,
+        mut object: Value,
+        options: &WriteOptions,
+    ) -> Result<New, ApiError> {
         options.check()?;
         let resource = target.resource.clone();
         self.identify(target, &mut object)?;
@@ -143,29 +166,24 @@ impl Registry {
             }
         }
         let target = Target { name: str_at(&object, &["metadata", "name"]).to_owned(), ..target.clone() };
-        self.check_namespace(&target).await?;
+        let ground = self.ground(&target).await?;
         if !str_at(&object, &["metadata", "resourceVersion"]).is_empty() {
             return Err(ApiError::unexplained("resourceVersion should not be set on objects to be created"));
         }
         prepare_create(&resource, &mut object);
-        self.write_new(target, object, options, (Ownership::Update, generated)).await
+        Ok(New { target, object, ground, generated })
     }
 
-    /// Stores a new object whose name, when it was `generated`, webhooks do not see before it is final.
-    async fn write_new(
+    /// Stores a new object.
+    pub(crate) async fn write_new(
         &self,
-        mut target: Target,
-        mut object: Value,
+        new: New,
         options: &WriteOptions,
-        (ownership, generated): (Ownership, bool),
+        ownership: Ownership,
     ) -> Result<Written, ApiError> {
+        let New { mut target, mut object, mut ground, generated } = new;
         let resource = target.resource.clone();
         let resource = &resource;
-        if let crate::registry::resource::Origin::Custom(info) = &resource.origin
-            && info.terminating
-        {
-            return Err(ApiError::method_not_allowed(&resource.group, &resource.plural, "create"));
-        }
         let unlabelled = kinds::is_unlabelled(&object);
         let mut warnings = self.decode(&target, &mut object, options)?;
         let now = value::timestamp();
@@ -205,7 +223,8 @@ impl Registry {
         let holds = services::is_services(resource);
         for _ in 0..PATCH_ATTEMPTS {
             let tried = if holds { object.clone() } else { std::mem::take(&mut object) };
-            if let Some(object) = self.store_new(target, tried, options, asked.as_ref()).await? {
+            let stored = self.store_new(target, tried, options, asked.as_ref(), &mut ground).await?;
+            if let Some(object) = stored {
                 return Ok(Written { object, created: true, warnings });
             }
         }
@@ -219,6 +238,7 @@ impl Registry {
         mut object: Value,
         options: &WriteOptions,
         asked: Option<&admission::Asked>,
+        ground: &mut Ground,
     ) -> Result<Option<Value>, ApiError> {
         let resource = &target.resource;
         if services::is_services(resource) {
@@ -229,31 +249,43 @@ impl Registry {
             self.validate_admission(asked, &request, Some(&object), None).await?;
         }
         if options.dry_run {
+            self.ground_again(target, ground).await?;
             return match self.entry(target, "").await {
                 Ok(_) => Err(ApiError::already_exists(&resource.group, &resource.plural, &target.name)),
                 Err(error) if error.is_not_found() => Ok(Some(object)),
                 Err(error) => Err(error),
             };
         }
-        match self.commit(target, None, Some(&object), Expect::Absent).await? {
-            Some(WriteOutcome::Applied { kv, .. }) => {
-                self.written_form(resource, object, &kv).await.map(Some)
+        for _ in 0..PATCH_ATTEMPTS {
+            match self.commit(target, None, Some(&object), Expect::Absent, ground).await? {
+                Some(WriteOutcome::Applied { kv, .. }) => {
+                    return self.written_form(resource, object, &kv).await.map(Some);
+                }
+                Some(WriteOutcome::Conflict { .. }) => {
+                    return Err(ApiError::already_exists(&resource.group, &resource.plural, &target.name));
+                }
+                None => {}
             }
-            Some(WriteOutcome::Conflict { .. }) => {
-                Err(ApiError::already_exists(&resource.group, &resource.plural, &target.name))
+            let before = ground.expects();
+            *ground = self.ground_again(target, ground).await?;
+            if ground.expects() == before {
+                // It was an address.
+                return Ok(None);
             }
-            None => Ok(None),
+            // Something else was written into its namespace's or its definition's own object.
         }
+        Err(target.modified())
     }
 
     /// Stores an object or, without a new one, removes it, together with what it holds. `None`: what it was to hold went to
-    /// another one.
+    /// another one, or its ground has changed.
     async fn commit(
         &self,
         target: &Target,
         old: Option<&Value>,
         new: Option<&Value>,
         expect: Expect,
+        ground: &Ground,
     ) -> Result<Option<WriteOutcome>, ApiError> {
         let claims = match services::is_services(&target.resource) {
             true => self.service_claims(old, new).await?,
@@ -264,7 +296,7 @@ impl Registry {
             None => None,
         };
         let write = Write { key: target.key().into(), value, lease: 0, expect };
-        self.store.write_together(write, claims).await.map_err(store_error)
+        self.store.write_together(write, claims, ground.expects()).await.map_err(store_error)
     }
 
     /// Removes an object as it was last read.
@@ -275,7 +307,9 @@ impl Registry {
         revision: Revision,
     ) -> Result<WriteOutcome, ApiError> {
         for _ in 0..PATCH_ATTEMPTS {
-            if let Some(outcome) = self.commit(target, Some(object), None, Expect::At(revision)).await? {
+            let removed =
+                self.commit(target, Some(object), None, Expect::At(revision), &Ground::default()).await?;
+            if let Some(outcome) = removed {
                 return Ok(outcome);
             }
         }
@@ -430,7 +464,7 @@ impl Registry {
                         );
                         self.rbac.check(user, &attributes)?;
                     }
-                    self.check_namespace(target).await?;
+                    let ground = self.ground(target).await?;
                     let mut empty = json!({"apiVersion": api_version, "kind": resource.kind,
                         "metadata": {"name": target.name}});
                     if resource.namespaced {
@@ -440,7 +474,8 @@ impl Registry {
                         apply::apply(ty, &empty, &config, &writer, options.force).map_err(conflict)?;
                     value::remove(&mut new, &["metadata", "resourceVersion"]);
                     prepare_create(&resource, &mut new);
-                    match self.write_new(target.clone(), new, options, (Ownership::Applied, false)).await {
+                    let new = New { target: target.clone(), object: new, ground, generated: false };
+                    match self.write_new(new, options, Ownership::Applied).await {
                         Err(error) if error.is_already_exists() => continue,
                         Ok(mut written) => {
                             written.warnings.append(&mut warnings);
@@ -542,7 +577,8 @@ impl Registry {
                 WriteOutcome::Conflict { .. } => Ok(None),
             };
         }
-        match self.commit(target, Some(old), Some(&new), Expect::At(current.revision)).await? {
+        let expect = Expect::At(current.revision);
+        match self.commit(target, Some(old), Some(&new), expect, &Ground::default()).await? {
             Some(WriteOutcome::Applied { kv, .. }) => Ok(Some(Written {
                 object: self.written_form(resource, new, &kv).await?,
                 created: false,

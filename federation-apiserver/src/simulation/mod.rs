@@ -257,7 +257,8 @@ impl Simulation {
         self.stop.cancel();
         while let Some(ended) = self.tasks.join_next().await {
             if let Err(error) = ended {
-                tracing::error!(%error, "a part of the simulation did not end in order");
+                let error = service::log::task_failure(error);
+                tracing::error!(error, "a part of the simulation did not end in order");
             }
         }
     }

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+pub(crate) mod kubectl;
 pub(crate) mod stock;
 pub(crate) mod webhook;
 
@@ -76,7 +77,8 @@ impl Server {
             (bound.local_addr(), bound.admin_kubeconfig(), bound.ca_pem().to_owned());
         let admin = identity(&kubeconfig);
         let mut tasks = JoinSet::new();
-        tasks.spawn(bound.run(shutdown.clone()));
+        let stop = shutdown.clone();
+        tasks.spawn(async move { bound.run(stop).await.expect("no part ends by itself") });
         Self {
             address,
             kubeconfig,

@@ -34,6 +34,8 @@ pub(crate) struct Webhook {
     pub(crate) ca: String,
     seen: Arc<Mutex<Vec<Seen>>>,
     connections: Arc<Mutex<usize>>,
+    /// Answers wait.
+    held: tokio::sync::watch::Sender<bool>,
     _tasks: JoinSet<()>,
 }
 
@@ -49,19 +51,26 @@ impl Webhook {
         let behaviour: Arc<Behaviour> = Arc::new(behaviour);
         let seen: Arc<Mutex<Vec<Seen>>> = Arc::default();
         let connections: Arc<Mutex<usize>> = Arc::default();
-        let (log, count) = (seen.clone(), connections.clone());
+        let held = tokio::sync::watch::Sender::new(false);
+        let (log, count, gate) = (seen.clone(), connections.clone(), held.subscribe());
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
             let mut served = JoinSet::new();
             while let Ok((tcp, _)) = listener.accept().await {
                 let acceptor = tls.acceptor(&[b"http/1.1"]);
                 let (behaviour, log, count) = (behaviour.clone(), log.clone(), count.clone());
+                let gate = gate.clone();
                 served.spawn(async move {
                     let Ok(stream) = acceptor.accept(tcp).await else { return };
                     *count.lock() += 1;
                     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-                        let (behaviour, log) = (behaviour.clone(), log.clone());
-                        async move { Ok::<_, std::convert::Infallible>(answer(request, &*behaviour, &log).await) }
+                        let (behaviour, log, mut gate) = (behaviour.clone(), log.clone(), gate.clone());
+                        async move {
+                            let response = answer(request, &*behaviour, &log).await;
+                            // An error means that the test is over.
+                            let _ = gate.wait_for(|held| !*held).await;
+                            Ok::<_, std::convert::Infallible>(response)
+                        }
                     });
                     let http = hyper::server::conn::http1::Builder::new();
                     drop(http.serve_connection(TokioIo::new(stream), service).await);
@@ -69,7 +78,7 @@ impl Webhook {
             }
         });
         let ca = base64::engine::general_purpose::STANDARD.encode(authority.certificate_pem());
-        Self { address, ca, seen, connections, _tasks: tasks }
+        Self { address, ca, seen, connections, held, _tasks: tasks }
     }
 
     pub(crate) fn url(&self) -> String {
@@ -79,6 +88,12 @@ impl Webhook {
     /// What came since this was last asked.
     pub(crate) fn take(&self) -> Vec<Seen> {
         std::mem::take(&mut *self.seen.lock())
+    }
+
+    /// Whether answers wait from now on. Requests are seen all the same.
+    #[allow(dead_code)] // not every test that has a webhook has a slow one
+    pub(crate) fn hold(&self, held: bool) {
+        self.held.send_replace(held);
     }
 
     /// Connections so far.

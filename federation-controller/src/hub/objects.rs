@@ -12,8 +12,9 @@ use kube::api::DynamicObject;
 use super::stand_ins::{self, StandIn};
 use super::{HubState, ObjectKey, is_older};
 use crate::follow::{Change, lighten};
+use crate::packed::Packed;
 
-/// A federated object as it is kept: as text, which takes a fraction of what the parsed object does.
+/// A federated object as it is kept: as packed text, which takes a small fraction of what the parsed object does.
 #[derive(Debug)]
 pub(crate) struct Kept {
     key: (Arc<str>, Arc<str>),
@@ -27,7 +28,7 @@ pub(crate) struct Kept {
     /// It may be made of a native object; only a look into it tells.
     may_be_companion: bool,
     stand_ins: Box<[StandIn]>,
-    text: Box<str>,
+    text: Packed,
 }
 
 // === impl Kept ===
@@ -56,7 +57,7 @@ impl Kept {
             may_be_companion: object.labels().contains_key(names::POLICY_LABEL),
             stand_ins: stand_ins::of_status(status),
             // Made of maps with texts as keys, an object always serialises.
-            text: serde_json::to_string(&object).unwrap_or_default().into(),
+            text: Packed::new(&serde_json::to_vec(&object).unwrap_or_default()),
         }
     }
 
@@ -78,7 +79,7 @@ impl Kept {
 
     /// The object again.
     pub(crate) fn parsed(&self) -> Option<DynamicObject> {
-        serde_json::from_str(&self.text).ok()
+        serde_json::from_slice(&self.text.unpacked()?).ok()
     }
 }
 

@@ -12,6 +12,9 @@ use federation_core::api::{ClusterCondition, KubeFedClusterStatus, Verdict};
 
 use crate::client::connect_error;
 use crate::connector::ConnectError;
+use crate::reader::ReadError;
+
+use super::places::Places;
 
 /// Longest message that comes from a member, in bytes.
 const LONGEST_MESSAGE: usize = 500;
@@ -59,13 +62,15 @@ pub(crate) struct Health {
     refused: Option<String>,
     /// The Secret with the credential that is in use.
     secret: Option<String>,
+    /// Where its nodes lie; `None` before that is known in this process' life.
+    places: Option<Places>,
 }
 
 // === impl Probe ===
 
 impl Probe {
     /// What an error of the client means.
-    pub(crate) fn from_error(error: &kube::Error) -> Self {
+    pub(crate) fn from_error(error: &ReadError) -> Self {
         match connect_error(error) {
             Some(error @ ConnectError::NoTunnel { .. }) => {
                 return Self::NoTunnel { message: error.to_string() };
@@ -78,16 +83,16 @@ impl Probe {
             }
             None => {}
         }
-        match error {
-            kube::Error::Api(status) if matches!(status.code, 401 | 403) => {
+        match error.status() {
+            Some(status) if matches!(status.code, 401 | 403) => {
                 let message = shortened(format!("the member refuses the hub: {}", status.message));
                 Self::Unauthorized { message }
             }
-            kube::Error::Api(status) => {
+            Some(status) => {
                 let message = shortened(format!("the member answers {}: {}", status.code, status.message));
                 Self::NoAnswer { message }
             }
-            error => Self::NoAnswer { message: chain(error) },
+            None => Self::NoAnswer { message: chain(error) },
         }
     }
 }
@@ -136,6 +141,13 @@ impl Health {
     pub(crate) fn refuse(&mut self, why: Option<String>) -> bool {
         let news = self.refused != why;
         self.refused = why;
+        news
+    }
+
+    /// Takes in where its nodes lie; returns whether that is news.
+    pub(super) fn lies_in(&mut self, places: Places) -> bool {
+        let news = self.places.as_ref() != Some(&places);
+        self.places = Some(places);
         news
     }
 
@@ -239,12 +251,15 @@ impl Health {
         for (type_, (status, reason, message)) in [("Ready", ready), ("Offline", offline)] {
             conditions.push(condition(before, now, type_, status, reason, message));
         }
-        KubeFedClusterStatus {
+        let mut status = KubeFedClusterStatus {
             conditions,
             kubernetes_version: self.version.clone().or_else(|| before.kubernetes_version.clone()),
-            failover: before.failover.clone(),
-            loss: before.loss.clone(),
+            ..before.clone()
+        };
+        if let Some(places) = &self.places {
+            places.show(&mut status);
         }
+        status
     }
 }
 

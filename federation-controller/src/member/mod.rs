@@ -4,6 +4,7 @@
 //! nobody's queue but its own, and its queue holds each object once.
 
 mod health;
+mod places;
 mod probe;
 mod room;
 mod store;
@@ -11,7 +12,7 @@ mod warnings;
 mod watch;
 mod writer;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use federation_core::api::{UnitStatus, Verdict};
@@ -25,7 +26,6 @@ use federation_core::plan::{MemberView, Write};
 use federation_core::types::FederatedType;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ObjectReference;
-use kube::Api;
 use kube::api::{DynamicObject, Patch, PatchParams};
 use parking_lot::Mutex;
 use serde_json::json;
@@ -44,14 +44,16 @@ use crate::Shared;
 use crate::client::{IdentityError, Path, client_along};
 use crate::credentials::Way;
 use crate::hub::ObjectKey;
+use crate::metrics::MemberLabels;
 use crate::pace::Bucket;
 use crate::queue::WorkQueue;
+use crate::reader::{Objects, ReadError, Reader};
 
 /// A member.
 pub(crate) struct Member {
     pub(crate) name: Arc<str>,
-    client: kube::Client,
-    /// Where the client goes.
+    reader: Reader,
+    /// Where the reader's client goes.
     path: Path,
     /// Another way that is to be tried before it is taken.
     candidate: Mutex<Option<Way>>,
@@ -65,6 +67,8 @@ pub(crate) struct Member {
     nudge: Notify,
     /// Whether the member is online, and a number that grows when its watches are to begin anew.
     epoch: cell::Sender<Epoch>,
+    /// How often each kind by itself was to be listed anew.
+    distrusted: cell::Sender<HashMap<usize, u64>>,
 }
 
 /// What the watches go by.
@@ -94,19 +98,23 @@ impl Member {
         let health = Health::by(way.secret());
         let path = Path::new(way);
         let client = client_along(path.clone(), name, shared.connector.clone(), &options.identity)?;
+        let labels = MemberLabels { cluster: name.to_owned() };
+        let unreadable = shared.metrics.unreadable.get_or_create(&labels).clone();
+        let reader = Reader::of_member(client, &shared.shares, unreadable);
         Ok(Self {
             name: name.into(),
-            client,
+            reader,
             path,
             candidate: Mutex::default(),
             health: Mutex::new(health),
             store: Mutex::new(Store::new(Arc::clone(&shared.texts))),
-            jobs: WorkQueue::new(),
+            jobs: WorkQueue::shared_out(options.member_writers),
             bucket: Mutex::new(Bucket::new(options.member_rate, options.member_burst, Instant::now())),
             rooms: Rooms::default(),
             troubles: Troubles::default(),
             nudge: Notify::new(),
             epoch: cell::Sender::new(Epoch { online: false, number: 0 }),
+            distrusted: cell::Sender::default(),
         })
     }
 
@@ -152,6 +160,7 @@ impl Member {
         let mut tasks = JoinSet::new();
         tasks.spawn(probe::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
         tasks.spawn(warnings::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
+        tasks.spawn(places::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
         tasks.spawn(room::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
         for _ in 0..shared.options.member_writers.max(1) {
             tasks.spawn(writer::run(Arc::clone(&self), Arc::clone(&shared)).in_current_span());
@@ -166,7 +175,9 @@ impl Member {
             watched = count;
             tokio::select! {
                 Some(ended) = tasks.join_next() => if let Err(error) = ended && error.is_panic() {
-                    tracing::error!(%error, "a task of the member failed; the member is begun anew in a while");
+                    let failure = error.into_panic();
+                    let failure = crate::quarantine::words(&*failure);
+                    tracing::error!(failure, "a task of the member failed; the member is begun anew in a while");
                     tasks.shutdown().await;
                     return;
                 },
@@ -185,18 +196,18 @@ impl Member {
         self.health.lock().reach()
     }
 
-    /// Its API.
-    pub(crate) fn client(&self) -> &kube::Client {
-        &self.client
+    /// Its objects of a type, in a namespace where they have namespaces.
+    pub(crate) fn objects(&self, of: &FederatedType, namespace: &str) -> Objects {
+        self.reader.objects(&of.target.resource(), of.target.namespaced.then_some(namespace))
     }
 
     /// Takes the hub's marks off an object, if it is still the one that was meant.
     pub(crate) async fn release(
         &self,
-        api: &Api<DynamicObject>,
+        api: &Objects,
         name: &str,
         uid: Option<&str>,
-    ) -> Result<DynamicObject, kube::Error> {
+    ) -> Result<DynamicObject, ReadError> {
         let patch = json!({"metadata": {
             "uid": uid,
             "labels": {MANAGED_LABEL: null},
@@ -302,6 +313,12 @@ impl Member {
             Ok(target) => self.jobs.add(target, shared.queue.sharer(source)),
             Err(wait) => shared.queue.add_after(source.clone(), wait),
         }
+    }
+
+    /// Begins the watch of one kind anew: what it knows may be old.
+    fn distrust_kind(&self, kind: usize) {
+        self.store.lock().distrust_kind(kind);
+        self.distrusted.send_modify(|times| *times.entry(kind).or_default() += 1);
     }
 
     /// Begins the watches anew: what they know may be old.

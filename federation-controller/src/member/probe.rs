@@ -8,6 +8,7 @@ use http::Request;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::ResourceExt as _;
 use kube::api::{Patch, PatchParams};
+use prometheus_client::metrics::counter::Counter;
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout};
 use tracing::{debug, info, warn};
@@ -19,6 +20,7 @@ use crate::client::{Path, client_along};
 use crate::credentials::Way;
 use crate::hub;
 use crate::metrics::MemberLabels;
+use crate::reader::{ReadError, Reader};
 
 /// Nudges closer together than this are one.
 const LEAST_INTERVAL: Duration = Duration::from_millis(200);
@@ -58,7 +60,8 @@ async fn try_candidate(member: &Member, shared: &Shared) {
     );
     // The identity has been a header before.
     let Ok(client) = client else { return };
-    let found = probe_with(&client, shared.options.probe_timeout).await;
+    let reader = Reader::of_member(client, &shared.shares, Counter::default());
+    let found = probe_with(&reader, shared.options.probe_timeout).await;
     let works = matches!(found, Probe::Answers { .. } | Probe::NotReady { .. });
     let refused = match &found {
         Probe::Unauthorized { message } => Some(message.clone()),
@@ -92,27 +95,29 @@ async fn try_candidate(member: &Member, shared: &Shared) {
 }
 
 async fn probe(member: &Member, limit: Duration) -> Probe {
-    probe_with(&member.client, limit).await
+    probe_with(&member.reader, limit).await
 }
 
-async fn probe_with(client: &kube::Client, limit: Duration) -> Probe {
-    match timeout(limit, ask(client)).await {
+async fn probe_with(reader: &Reader, limit: Duration) -> Probe {
+    match timeout(limit, ask(reader)).await {
         Ok(Ok(probe)) => probe,
         Ok(Err(error)) => Probe::from_error(&error),
         Err(_) => Probe::NoAnswer { message: format!("no answer within {:.1} s", limit.as_secs_f64()) },
     }
 }
 
-async fn ask(client: &kube::Client) -> Result<Probe, kube::Error> {
+async fn ask(reader: &Reader) -> Result<Probe, ReadError> {
     let get = |path: &str| Request::get(path).body(Vec::new()).map_err(kube::Error::HttpError);
-    let version: Value = client.request(get("/version")?).await?;
+    let version = reader.object(get("/version")?).await?;
     let version = shortened(version["gitVersion"].as_str().unwrap_or("unknown").to_owned());
-    match client.request_text(get("/readyz")?).await {
-        Ok(_) => Ok(Probe::Answers { version }),
-        Err(kube::Error::Api(status)) if status.code >= 500 => {
-            Ok(Probe::NotReady { message: shortened(format!("/readyz says: {}", status.message)) })
-        }
-        Err(error) => Err(error),
+    match reader.is_well(get("/readyz")?).await {
+        Ok(()) => Ok(Probe::Answers { version }),
+        Err(error) => match error.status() {
+            Some(status) if status.code >= 500 => {
+                Ok(Probe::NotReady { message: shortened(format!("/readyz says: {}", status.message)) })
+            }
+            _ => Err(error),
+        },
     }
 }
 
@@ -181,7 +186,14 @@ async fn tell(member: &Member, shared: &Shared) {
     }
     // What became of a failover, and what others say, is told by somebody else.
     let status = KubeFedClusterStatus { failover: None, loss: None, ..status };
-    let patch = Patch::Merge(json!({ "status": status }));
+    let mut patch = json!({ "status": status });
+    // A merge leaves what it does not name.
+    for (field, gone) in [("zones", status.zones.is_none()), ("region", status.region.is_none())] {
+        if gone {
+            patch["status"][field] = Value::Null;
+        }
+    }
+    let patch = Patch::Merge(patch);
     let api = hub::clusters(shared.hub.clone());
     let params = PatchParams {
         field_manager: Some(federation_core::names::FIELD_MANAGER.into()),

@@ -12,7 +12,7 @@ use std::time::Duration;
 use federation_core::capacity::{MAX_NODES, Room, RoomView};
 use federation_core::ledger::{Claim, Ledger, Outlook};
 use jiff::Timestamp;
-use kube::Api;
+use kube::Resource as _;
 use kube::api::{ApiResource, DynamicObject, ListParams};
 use kube::core::GroupVersionKind;
 use parking_lot::Mutex;
@@ -24,11 +24,14 @@ use tracing::debug;
 use super::{Member, chain};
 use crate::Shared;
 use crate::hub::ObjectKey;
+use crate::reader::Reader;
 
 /// An object that has not asked for so long asks no more; every object is looked at more often than this.
 const ASK_MEMORY: Duration = Duration::from_secs(1800);
 /// Objects in one page.
 const PAGE: u32 = 500;
+/// Pages of one list: of a member with as many pods as are counted, should its pages come out smaller than they may be.
+const MAX_PAGES: usize = 10_000;
 /// Most pods of a member that are counted: what Kubernetes supports in one cluster.
 const MAX_PODS: usize = 150_000;
 /// Pods listed in a second, over time: a member with ten thousand is looked at every 50 s.
@@ -134,7 +137,7 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
         }
         let counting = async {
             let late = || Err("its nodes and pods could not be counted in time".to_owned());
-            timeout(COUNT_TIMEOUT, read(&member.client)).await.unwrap_or_else(|_| late())
+            timeout(COUNT_TIMEOUT, read(&member.reader)).await.unwrap_or_else(|_| late())
         };
         let (view, pods) = match counting.await {
             Ok((room, pods)) => (RoomView::Known(Arc::new(room)), pods),
@@ -158,45 +161,40 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
 }
 
 /// Counts nodes and pods; also says how many pods there are.
-async fn read(client: &kube::Client) -> Result<(Room, u32), String> {
+async fn read(reader: &Reader) -> Result<(Room, u32), String> {
     let mut room = Room::default();
     let now = Timestamp::now();
-    each(client, "Node", "nodes", MAX_NODES, |node| room.add_node(node)).await?;
-    let pods = each(client, "Pod", "pods", MAX_PODS, |pod| room.add_pod(pod, now)).await?;
+    each(reader, "Node", "nodes", MAX_NODES, |node| room.add_node(node)).await?;
+    let pods = each(reader, "Pod", "pods", MAX_PODS, |pod| room.add_pod(pod, now)).await?;
     Ok((room, u32::try_from(pods).unwrap_or(u32::MAX)))
 }
 
 /// Shows every object of a kind to `take`, page by page; returns how many there are.
 async fn each(
-    client: &kube::Client,
+    reader: &Reader,
     kind: &str,
     plural: &str,
     most: usize,
     mut take: impl FnMut(&Value),
 ) -> Result<usize, String> {
     let resource = ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("", "v1", kind), plural);
-    let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
-    let mut params = ListParams::default().limit(PAGE);
+    let path = kube::core::Request::new(DynamicObject::url_path(&resource, None));
+    let params = ListParams::default().limit(PAGE);
     let mut count = 0;
-    loop {
-        let page = match timeout(PAGE_TIMEOUT, api.list(&params)).await {
-            Ok(Ok(page)) => page,
-            Ok(Err(error)) => return Err(format!("cannot list its {plural}: {}", chain(&error))),
-            Err(_) => return Err(format!("cannot list its {plural}: no answer in time")),
-        };
-        count += page.items.len();
-        if count > most {
-            return Err(format!("it has more than {most} {plural}"));
-        }
-        for mut object in page.items {
-            object.metadata.managed_fields = None;
-            // It came as JSON a moment ago.
-            take(&serde_json::to_value(&object).unwrap_or_default());
-        }
-        match page.metadata.continue_.filter(|token| !token.is_empty()) {
-            Some(token) => params = ListParams::default().limit(PAGE).continue_token(&token),
-            None => return Ok(count),
-        }
+    let counting = reader.list(
+        |params| path.list(params),
+        params,
+        (MAX_PAGES, PAGE_TIMEOUT),
+        |object| {
+            count += 1;
+            take(&object);
+            count <= most
+        },
+    );
+    match counting.await {
+        Err(error) => Err(format!("cannot list its {plural}: {}", chain(&error))),
+        Ok(()) if count > most => Err(format!("it has more than {most} {plural}")),
+        Ok(()) => Ok(count),
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is known of a member's objects, and of the writes on their way to it.
 
+mod identity;
 mod kind;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -10,11 +11,12 @@ use federation_core::plan::{Action, Cause, LiveObject, MemberState, MemberView, 
 use kube::api::DynamicObject;
 use tokio::time::Instant;
 
+use self::identity::{Uid, Version};
 pub(super) use self::kind::Seen;
 use self::kind::{Kind, marks};
 use super::Job;
 use crate::follow::Change;
-use crate::hub::{ObjectKey, is_older};
+use crate::hub::ObjectKey;
 use crate::pace::{FightGuard, fight_message, retry_delay};
 use crate::texts::Texts;
 
@@ -24,6 +26,10 @@ pub(crate) const MAX_OBJECTS: usize = 100_000;
 /// Most bytes of JSON of one kind's objects that a member may have the hub keep: ten thousand objects of 25 KiB, which is
 /// large for a Deployment.
 pub(crate) const MAX_BYTES: usize = 256 << 20;
+/// Most bytes of a member's objects of all kinds: half of it again. Each object counts as more than its text.
+pub(crate) const MEMBER_BYTES: usize = 384 << 20;
+/// What an object takes beside its text: names, marks, and places in maps.
+const BESIDE_TEXT: usize = 512;
 /// How long a failure is remembered beyond its retry, so that the number of failures in a row is not forgotten.
 const FAILURE_MEMORY: Duration = Duration::from_secs(600);
 /// How often what is remembered of failures and fights is gone through: it may be as many as there are objects.
@@ -40,7 +46,7 @@ pub(crate) struct TargetKey {
 /// Everything about one member's objects.
 #[derive(Debug)]
 pub(super) struct Store {
-    /// Texts that the members' objects have in common.
+    /// What the members' objects have in common.
     texts: Arc<Texts>,
     kinds: Vec<Kind>,
     jobs: HashMap<TargetKey, Job>,
@@ -64,14 +70,19 @@ pub(super) enum Listing {
     Failing(String),
 }
 
+/// Bytes that so many objects take with texts of so many bytes.
+fn weight(texts: usize, objects: usize) -> usize {
+    texts + objects * BESIDE_TEXT
+}
+
 /// A write under way.
 #[derive(Debug)]
 struct Begun {
     source: ObjectKey,
     /// The state of the object that it began from.
-    version: Option<String>,
+    version: Option<Version>,
     /// The object has gone from sight since, in this state.
-    gone: Option<Option<String>>,
+    gone: Option<Option<Version>>,
 }
 
 #[derive(Debug)]
@@ -186,14 +197,12 @@ impl Store {
 
     /// Federated objects of a kind that something here says it comes from: their marks, and the namespaces of what says so.
     pub(super) fn marks(&self, kind: usize) -> Vec<(Arc<str>, Arc<str>)> {
-        let sources = self.kinds.get(kind).into_iter().flat_map(|of| of.sources.keys());
-        sources.map(|(namespace, mark)| (Arc::clone(mark), Arc::clone(namespace))).collect()
+        self.kinds.get(kind).map(Kind::marks).unwrap_or_default()
     }
 
     /// Whether there is anything of a federated object in `home`, or on its way.
     pub(super) fn holds(&self, key: &ObjectKey, home: &str, source: &str) -> bool {
-        let marked = |of: &Kind| of.sources.contains_key(&(home.into(), source.into()));
-        self.kinds.get(key.kind).is_some_and(marked)
+        self.kinds.get(key.kind).is_some_and(|of| of.is_marked(home, source))
             || self.jobs_of.contains_key(key)
             || self.in_flight.values().any(|begun| begun.source == *key)
     }
@@ -215,10 +224,7 @@ impl Store {
         match change {
             Change::Replace(all) => {
                 // Objects that are gone are found by their federated objects, which are all looked at after a listing.
-                let old = std::mem::take(&mut of.namespaces);
-                of.sources.clear();
-                of.count = 0;
-                of.bytes = 0;
+                let old = of.take();
                 of.state = Listing::Synced;
                 for Seen { namespace, name, mut known } in all {
                     let before = old.get(&namespace).and_then(|old| old.get(&name));
@@ -237,7 +243,7 @@ impl Store {
                 }
                 let same = before.filter(|before| before.uid == known.uid);
                 known.baseline = same.and_then(|before| before.baseline.clone());
-                let marks = marks(&namespace, [Some(&known), before]);
+                let marks = marks(&namespace, [Some(&*known), before]);
                 of.insert(namespace, name, known);
                 marks
             }
@@ -250,7 +256,7 @@ impl Store {
                 if before.is_some_and(|before| before.uid != known.uid) {
                     return Vec::new();
                 }
-                let marks = marks(&namespace, [Some(&known), before]);
+                let marks = marks(&namespace, [Some(&*known), before]);
                 of.remove(&namespace, &name);
                 marks
             }
@@ -266,7 +272,16 @@ impl Store {
     }
 
     pub(super) fn is_full(&self, kind: usize) -> bool {
-        self.kinds.get(kind).is_some_and(|kind| kind.count > MAX_OBJECTS || kind.bytes > MAX_BYTES)
+        self.kinds.get(kind).is_some_and(|of| {
+            let own = weight(of.bytes, of.count);
+            of.count > MAX_OBJECTS || own > MAX_BYTES || own + self.bytes_beside(kind) > MEMBER_BYTES
+        })
+    }
+
+    /// Bytes that objects of other kinds take.
+    pub(super) fn bytes_beside(&self, kind: usize) -> usize {
+        let others = self.kinds.iter().enumerate().filter(|(number, _)| *number != kind);
+        others.map(|(_, of)| weight(of.bytes, of.count)).sum()
     }
 
     /// Everything may be old: it counts as not listed until it is listed again.
@@ -275,6 +290,13 @@ impl Store {
             if kind.state == Listing::Synced {
                 kind.state = Listing::Syncing;
             }
+        }
+    }
+
+    /// As [`Self::distrust`], of one kind.
+    pub(super) fn distrust_kind(&mut self, kind: usize) {
+        if self.kind(kind).state == Listing::Synced {
+            self.kind(kind).state = Listing::Syncing;
         }
     }
 
@@ -372,10 +394,11 @@ impl Store {
                     self.fights.entry(target.clone()).or_default().healed(now);
                 }
                 // Written, seen, and gone again before the answer came: there is nothing to remember.
-                if gone.is_some_and(|gone| !is_older(&gone, &version)) {
+                if gone.is_some_and(|gone| !Version::is_older(gone.as_ref(), version.as_ref())) {
                     return;
                 }
-                let baseline = Some(Arc::new(federation_core::drift::baseline(&given, desired, hash)));
+                let baseline = federation_core::drift::baseline(&given, desired, hash);
+                let baseline = Some(self.texts.share_baseline(baseline));
                 // Should the watch have been faster with something newer, that stays, and is compared with the answer.
                 if before.is_some_and(|before| answered.is_older_than(before)) {
                     of.set_baseline(&target.namespace, &target.name, baseline);
@@ -391,12 +414,40 @@ impl Store {
                 }
             }
             (Action::Delete { uid, .. }, None) => {
-                if before.is_some_and(|before| before.uid.as_deref() == uid.as_deref()) {
+                if before.is_some_and(|before| before.uid == uid.as_deref().map(Uid::new)) {
                     of.remove(&target.namespace, &target.name);
                 }
             }
             (_, None) => of.remove(&target.namespace, &target.name),
         }
+    }
+
+    /// Which state of an object is known.
+    pub(super) fn version(&self, target: &TargetKey) -> Option<String> {
+        let of = self.kinds.get(target.kind)?;
+        of.get(&target.namespace, &target.name)?.version.as_ref().map(ToString::to_string)
+    }
+
+    /// Takes in how an object is after a write of which nobody knows what became of it; `None`: it is not there. `known`: the
+    /// state of it that was known when it was asked for.
+    pub(super) fn settled(&mut self, target: &TargetKey, known: Option<&str>, found: Option<DynamicObject>) {
+        let told_since = self.version(target).as_deref() != known;
+        let Some(of) = self.kinds.get_mut(target.kind) else { return };
+        let before = of.get(&target.namespace, &target.name);
+        let Some(found) = found else {
+            // What the watch has told since is newer.
+            if !told_since {
+                of.remove(&target.namespace, &target.name);
+            }
+            return;
+        };
+        let Seen { mut known, .. } = Seen::new(found, &self.texts);
+        if before.is_some_and(|before| known.is_older_than(before) || known.is_same_as(before)) {
+            return;
+        }
+        known.baseline =
+            before.filter(|before| before.uid == known.uid).and_then(|before| before.baseline.clone());
+        of.insert(Arc::clone(&target.namespace), Arc::clone(&target.name), known);
     }
 
     /// Ends a write that failed; returns the wait before the next try and whether this failure is news.
@@ -437,6 +488,7 @@ pub(super) fn hash_of(action: &Action) -> String {
 
 #[cfg(test)]
 mod tests {
+    use federation_core::names::SOURCE_ANNOTATION;
     use federation_core::plan::Write;
     use k8s_openapi::api::core::v1::ObjectReference;
     use serde_json::{Value, json};
@@ -668,9 +720,11 @@ mod tests {
         store.change(0, Change::Replace(vec![seen("a", "1", 1), seen("b", "2", 2)]));
         store.change(0, Change::Apply(seen("a", "1", 3)));
         let weight = |names: &[&str]| names.iter().map(|name| seen(name, "1", 1).weight()).sum::<usize>();
-        assert_eq!((store.kinds[0].count, store.kinds[0].bytes), (2, weight(&["a", "b"])));
+        let taken = |store: &Store| super::weight(store.kinds[0].bytes, store.kinds[0].count);
+        assert_eq!((store.kinds[0].count, taken(&store)), (2, weight(&["a", "b"])));
+        assert_eq!((store.bytes_beside(0), store.bytes_beside(1)), (0, weight(&["a", "b"])));
         store.change(0, Change::Delete(seen("b", "2", 4)));
-        assert_eq!((store.kinds[0].count, store.kinds[0].bytes), (1, weight(&["a"])));
+        assert_eq!((store.kinds[0].count, taken(&store)), (1, weight(&["a"])));
         assert!(!store.is_full(0));
         let mut large = live("a", "1", 5);
         large.data = json!({"data": "x".repeat(MAX_BYTES)});
@@ -728,6 +782,37 @@ mod tests {
         assert_eq!(store.marks(0), [("federateddeployments/web".into(), "shop".into())]);
         store.change(0, Change::Delete(seen("web-a", "1", 2)));
         assert!(!holds(&store) && store.marks(0).is_empty());
+    }
+
+    #[test]
+    fn what_is_named_as_its_source_is_found_by_its_mark() {
+        let mut store = store();
+        let source = "federateddeployments/web";
+        let marked = |name: &str, mark: &str, version: u64| {
+            let mut object = live(name, name, version);
+            object.metadata.annotations = Some([(SOURCE_ANNOTATION.to_owned(), mark.to_owned())].into());
+            Seen::new(object, &Texts::new())
+        };
+        let other = "federatedservices/web";
+        store.change(0, Change::Replace(vec![marked("web", source, 1), marked("web-a", other, 1)]));
+        assert!(store.holds(&key(), "shop", source) && store.holds(&key(), "shop", other));
+        assert!(!store.holds(&key(), "elsewhere", source) && !store.holds(&key(), "shop", "web"));
+        assert_eq!(Vec::from_iter(view(&mut store).objects.keys()), ["web", "web-a"]);
+        // It is marked once, however many carry the mark.
+        store.change(0, Change::Apply(marked("web-b", source, 2)));
+        let marks = || -> BTreeSet<Arc<str>> { [source.into(), other.into()].into() };
+        let found = store.marks(0);
+        assert_eq!((found.len(), found.into_iter().map(|(mark, _)| mark).collect()), (2, marks()));
+        // It comes to be another's, and what is left carries the mark still.
+        store.change(0, Change::Apply(marked("web", other, 3)));
+        assert!(store.holds(&key(), "shop", source));
+        assert_eq!(Vec::from_iter(view(&mut store).objects.keys()), ["web", "web-a", "web-b"]);
+        store.change(0, Change::Delete(marked("web-b", source, 4)));
+        assert!(!store.holds(&key(), "shop", source));
+        store.change(0, Change::Delete(marked("web-a", other, 5)));
+        assert!(store.holds(&key(), "shop", other), "the namesake");
+        store.change(0, Change::Delete(marked("web", other, 6)));
+        assert!(store.marks(0).is_empty());
     }
 
     #[test]

@@ -10,18 +10,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::{Event, ObjectReference};
-use kube::Api;
+use k8s_openapi::api::core::v1::{Event, EventSeries, ObjectReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
+use kube::Resource as _;
 use kube::api::ListParams;
 use parking_lot::Mutex;
+use serde_json::Value;
 use tokio::sync::Notify;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 use tracing::debug;
 
 use super::Member;
 use super::health::{chain, shortened};
 use crate::Shared;
 use crate::hub::ObjectKey;
+use crate::reader::Reader;
 
 /// Units of one member that are looked at; those beyond are looked at when others have become ready.
 const MAX_WATCHED: usize = 500;
@@ -31,6 +34,8 @@ const NAMESPACES: usize = 20;
 const PAGE: u32 = 500;
 /// Pages of one namespace: lists are in the order of names, so that the newest may stand last.
 const PAGES: usize = 10;
+/// Warnings of one namespace that are held at a time.
+const EVENTS: usize = 5000;
 /// Warnings of one unit that are copied until it is ready again.
 const COPIED: usize = 5;
 /// A Warning may come so much earlier than the trouble is noticed; what is older is about something else.
@@ -180,7 +185,7 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
             continue;
         }
         for namespace in member.troubles.namespaces(&last) {
-            match read(&member.client, &namespace).await {
+            match read(&member.reader, &namespace).await {
                 Ok(events) => {
                     for news in member.troubles.news(&namespace, events) {
                         let note = format!("{} in {}", news.note, member.name);
@@ -196,24 +201,46 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
 }
 
 /// The Warnings of a namespace, the newest first.
-async fn read(client: &kube::Client, namespace: &str) -> Result<Vec<Event>, String> {
-    let api: Api<Event> = Api::namespaced(client.clone(), namespace);
-    let mut params = ListParams::default().fields("type=Warning").limit(PAGE);
+async fn read(reader: &Reader, namespace: &str) -> Result<Vec<Event>, String> {
+    let path = kube::core::Request::new(Event::url_path(&(), Some(namespace)));
+    let params = ListParams::default().fields("type=Warning").limit(PAGE);
     let mut events = Vec::new();
-    for _ in 0..PAGES {
-        let page = match timeout(TIMEOUT, api.list(&params)).await {
-            Ok(Ok(page)) => page,
-            Ok(Err(error)) => return Err(chain(&error)),
-            Err(_) => return Err("no answer in time".into()),
-        };
-        events.extend(page.items.into_iter().filter(|event| event.type_.as_deref() == Some("Warning")));
-        match page.metadata.continue_.filter(|token| !token.is_empty()) {
-            Some(token) => params = params.continue_token(&token),
-            None => break,
-        }
-    }
+    let listing = reader.list(
+        |params| path.list(params),
+        params,
+        (PAGES, TIMEOUT),
+        |object| {
+            events.extend(warning(&object));
+            events.len() < EVENTS
+        },
+    );
+    listing.await.map_err(|error| chain(&error))?;
     events.sort_by_key(|event| std::cmp::Reverse(when(event)));
     Ok(events)
+}
+
+/// What is copied of a Warning. Whoever wrote it may have written anything: a date that is none counts as no date.
+fn warning(object: &Value) -> Option<Event> {
+    if object["type"] != "Warning" {
+        return None;
+    }
+    let text = |value: &Value| value.as_str().map(|text| shortened(text.to_owned()));
+    let time = |value: &Value| value.as_str()?.parse::<Timestamp>().ok();
+    let involved = &object["involvedObject"];
+    Some(Event {
+        involved_object: ObjectReference {
+            kind: text(&involved["kind"]),
+            name: text(&involved["name"]),
+            ..ObjectReference::default()
+        },
+        reason: text(&object["reason"]),
+        message: text(&object["message"]),
+        last_timestamp: time(&object["lastTimestamp"]).map(Time),
+        event_time: time(&object["eventTime"]).map(MicroTime),
+        series: time(&object["series"]["lastObservedTime"])
+            .map(|last| EventSeries { last_observed_time: Some(MicroTime(last)), count: None }),
+        ..Event::default()
+    })
 }
 
 /// When it was last seen to happen.
@@ -256,13 +283,13 @@ fn without_names(message: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+    use serde_json::json;
 
     use super::*;
 
     const NOW: Timestamp = Timestamp::UNIX_EPOCH;
 
-    fn warning(kind: &str, name: &str, message: &str) -> Event {
+    fn about(kind: &str, name: &str, message: &str) -> Event {
         let mut event =
             Event { reason: Some("Failed".into()), message: Some(message.into()), ..Event::default() };
         event.involved_object.kind = Some(kind.into());
@@ -282,11 +309,11 @@ mod tests {
         add(&troubles, &key, "a", "shop", "web-a");
         let events = || {
             vec![
-                warning("Pod", "web-a-5d9c-x4b7z", "cannot pull image web:2"),
-                warning("Pod", "web-a-5d9c-x5b7z", "cannot pull image web:2"),
-                warning("Pod", "web-a-b-5d9c-x5b7z", "somebody else's"),
-                warning("Deployment", "web-a", "quota exceeded"),
-                warning("ReplicaSet", "web-b-5d9c", "somebody else's"),
+                about("Pod", "web-a-5d9c-x4b7z", "cannot pull image web:2"),
+                about("Pod", "web-a-5d9c-x5b7z", "cannot pull image web:2"),
+                about("Pod", "web-a-b-5d9c-x5b7z", "somebody else's"),
+                about("Deployment", "web-a", "quota exceeded"),
+                about("ReplicaSet", "web-b-5d9c", "somebody else's"),
             ]
         };
         let found = troubles.news("shop", events());
@@ -303,6 +330,30 @@ mod tests {
         assert!(troubles.namespaces("").is_empty());
         add(&troubles, &key, "a", "shop", "web-a");
         assert_eq!(troubles.news("shop", events())[0].what, found[0].what);
+    }
+
+    #[test]
+    fn whatever_stands_in_a_warning_it_is_read() {
+        let far = "9999-12-31T23:59:59Z";
+        let read = |dates: Value| {
+            let mut object = json!({"type": "Warning", "reason": "Failed", "message": "m".repeat(10_000),
+                "involvedObject": {"kind": "Pod", "name": "web"}});
+            object.as_object_mut().expect("a map").extend(dates.as_object().expect("a map").clone());
+            let event = warning(&object).expect("a Warning");
+            assert_eq!(event.involved_object.name.as_deref(), Some("web"));
+            assert!(event.message.as_deref().is_some_and(|message| (1..1000).contains(&message.len())));
+            when(&event).map(|when| when.to_string())
+        };
+        assert_eq!(read(json!({"lastTimestamp": far, "eventTime": null, "series": 7})), None);
+        let good = "2026-11-22T18:00:00Z";
+        for dates in [
+            json!({"lastTimestamp": good, "eventTime": far}),
+            json!({"eventTime": "2026-11-22T18:00:00.000000Z"}),
+            json!({"lastTimestamp": 3, "series": {"lastObservedTime": good}}),
+        ] {
+            assert_eq!(read(dates).as_deref(), Some(good));
+        }
+        assert!(warning(&json!({"type": "Normal"})).is_none() && warning(&json!(null)).is_none());
     }
 
     #[test]
@@ -330,7 +381,7 @@ mod tests {
         let key = ObjectKey::new(0, "shop", "web");
         add(&troubles, &key, "a", "shop", "web-a");
         let at = |minutes: i64, message: &str| {
-            let mut event = warning("Deployment", "web-a", message);
+            let mut event = about("Deployment", "web-a", message);
             event.last_timestamp = Some(Time(NOW + SignedDuration::from_mins(minutes)));
             event
         };
@@ -375,7 +426,7 @@ mod tests {
         assert_eq!(troubles.watched.lock().len(), MAX_WATCHED);
         let many = (0..100).map(|index| {
             let letter = char::from(b'a' + index % 26).to_string().repeat(usize::from(index) + 1);
-            warning("Deployment", "web-1", &letter)
+            about("Deployment", "web-1", &letter)
         });
         assert_eq!(troubles.news("shop", many.collect()).len(), COPIED);
     }

@@ -3,30 +3,34 @@
 //! While the member is offline there is no watch. When it comes back everything is listed anew before anything is
 //! planned: what happened meanwhile (perhaps by a write of ours whose answer was lost) must be seen first.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use federation_core::answers;
 use federation_core::names::{MANAGED_LABEL, MAX_OBJECT_NAME, parse_source};
 use federation_core::types::FederatedType;
-use kube::Api;
+use kube::Resource as _;
 use kube::api::DynamicObject;
 use kube::runtime::watcher;
 use serde_json::Value;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
-use super::store::{Listing, MAX_BYTES, MAX_OBJECTS, Seen};
+use super::store::{Listing, MAX_BYTES, MAX_OBJECTS, MEMBER_BYTES, Seen};
 use super::{Member, chain};
 use crate::Shared;
-use crate::follow::{Change, FollowError, Limits, WatchTrouble, follow_as};
+use crate::follow::{Change, FollowError, Limits, Source, WatchTrouble, follow_as};
 use crate::hub::ObjectKey;
+use crate::reader::Reader;
+use crate::texts::MAX_TEXTS;
 use crate::types::Stage;
 
 /// How a member lists. With a path of half a second 10,000 objects take ten seconds. A page as slow as the limit says that the
 /// kind cannot be seen; a list of as many objects as may be kept has a second and a half for each page.
 const LISTS: Limits = Limits {
     size: 500,
-    least_size: 20,
+    least_size: 1,
     page: Duration::from_secs(30),
     list: Duration::from_secs(300),
     tolerated: TOLERATED_FAILURES,
@@ -41,6 +45,8 @@ const RECHECK_FULL: Duration = Duration::from_secs(300);
 const ASKING: Duration = Duration::from_secs(10);
 /// Versions of a group that are looked at.
 const MAX_VERSIONS: usize = 8;
+/// Of so many objects of a listing one asks whether there is room for what all members have.
+const LOOKS_EVERY: usize = 256;
 /// Failures in a row after which the kind counts as not seen.
 const TOLERATED_FAILURES: u32 = 3;
 
@@ -61,23 +67,34 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>, kind: usize) {
 async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of: &FederatedType) {
     let resource = of.target.resource();
     let mut epoch = member.epoch.subscribe();
+    let mut distrusted = member.distrusted.subscribe();
     loop {
         let now = *epoch.borrow_and_update();
+        let times = |all: &HashMap<usize, u64>| all.get(&kind).copied();
+        let before = times(&distrusted.borrow_and_update());
         if now.online {
-            let api: Api<DynamicObject> = Api::all_with(member.client.clone(), &resource);
+            let path = kube::core::Request::new(DynamicObject::url_path(&resource, None));
             let config =
                 watcher::Config::default().labels(&format!("{MANAGED_LABEL}=true")).timeout(WATCH_SECONDS);
             let mut bytes = 0;
+            let mut others = 0;
             let admit = |object: &Seen, before: usize| {
-                bytes = if before == 0 { 0 } else { bytes } + object.weight();
-                before < MAX_OBJECTS && bytes < MAX_BYTES
+                if before == 0 {
+                    bytes = 0;
+                    others = member.store.lock().bytes_beside(kind);
+                }
+                bytes += object.weight();
+                before < MAX_OBJECTS
+                    && bytes < MAX_BYTES
+                    && bytes + others < MEMBER_BYTES
+                    && (!before.is_multiple_of(LOOKS_EVERY) || shared.texts.has_room())
             };
             let mut missing = false;
+            let reader = member.reader.clone();
+            let source = Source { path, config, limits: Some(LISTS), reader };
             let watching = follow_as(
-                api,
-                config,
-                Some(LISTS),
-                |object| Seen::new(object, &shared.texts),
+                source,
+                |object| answers::dynamic(object).map(|object| Seen::new(object, &shared.texts)),
                 admit,
                 |change| take(member, shared, kind, of, change),
                 |trouble| {
@@ -87,7 +104,7 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
             );
             tokio::select! {
                 () = watching => if missing {
-                    let served = timeout(ASKING, served_versions(&member.client, of)).await.unwrap_or_default();
+                    let served = timeout(ASKING, served_versions(&member.reader, of)).await.unwrap_or_default();
                     if member.store.lock().set_listing(kind, Listing::NoSuchType(served)) {
                         debug!(kind = of.target.kind, "the member does not serve the type");
                         shared.enqueue_kind_in(kind, &member.name);
@@ -97,16 +114,26 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
                 } else {
                     // It holds more than may be kept.
                     warn!(kind = of.target.kind, "the member has too many managed objects, or too large ones");
-                    let message = format!(
-                        "the member has more than {MAX_OBJECTS} managed {}, or more than {} MiB of them",
-                        of.target.plural,
-                        MAX_BYTES >> 20
-                    );
+                    let message = if shared.texts.has_room() {
+                        format!(
+                            "the member has more than {MAX_OBJECTS} managed {}, or more than {} MiB of them, or more than \
+                             {} MiB of managed objects of all kinds",
+                            of.target.plural,
+                            MAX_BYTES >> 20,
+                            MEMBER_BYTES >> 20
+                        )
+                    } else {
+                        format!(
+                            "there are more than {} MiB of different managed objects in all members together",
+                            MAX_TEXTS >> 20
+                        )
+                    };
                     member.store.lock().set_listing(kind, Listing::Failing(message));
                     shared.enqueue_kind_in(kind, &member.name);
                     if timeout(RECHECK_FULL, epoch.changed()).await.is_ok_and(|changed| changed.is_err()) { return }
                 },
                 changed = epoch.changed() => if changed.is_err() { return },
+                alive = async { distrusted.wait_for(|all| times(all) != before).await.is_ok() } => if !alive { return },
             }
         } else if epoch.changed().await.is_err() {
             return;
@@ -149,19 +176,13 @@ fn take(member: &Member, shared: &Shared, kind: usize, of: &FederatedType, chang
 
 /// Whether the member says that it does not serve the type.
 fn is_missing(trouble: &WatchTrouble) -> bool {
-    match &trouble.error {
-        FollowError::Watch(
-            watcher::Error::InitialListFailed(kube::Error::Api(status))
-            | watcher::Error::WatchStartFailed(kube::Error::Api(status)),
-        ) => status.code == 404,
-        _ => false,
-    }
+    trouble.error.status().is_some_and(|status| status.code == 404)
 }
 
 /// Versions in which the member serves the kind, as far as it says so.
-async fn served_versions(client: &kube::Client, of: &FederatedType) -> Vec<String> {
+async fn served_versions(reader: &Reader, of: &FederatedType) -> Vec<String> {
     let ask = async |path: String| -> Option<Value> {
-        client.request(http::Request::get(path).body(Vec::new()).ok()?).await.ok()
+        reader.object(http::Request::get(path).body(Vec::new()).ok()?).await.ok()
     };
     let target = &of.target;
     let root = if target.group.is_empty() { "/api".to_owned() } else { format!("/apis/{}", target.group) };
@@ -185,7 +206,7 @@ async fn served_versions(client: &kube::Client, of: &FederatedType) -> Vec<Strin
 
 fn on_trouble(member: &Member, shared: &Shared, kind: usize, trouble: &WatchTrouble) -> bool {
     // What has been waited for as long as may be need not be waited for again.
-    let slow = !matches!(trouble.error, FollowError::Watch(_));
+    let slow = matches!(trouble.error, FollowError::SlowPage(_) | FollowError::SlowList(_));
     let listing = if slow || trouble.failures >= TOLERATED_FAILURES {
         Listing::Failing(chain(&trouble.error))
     } else {

@@ -1,14 +1,17 @@
 //! Carries writes out in a member.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use federation_core::api::DeleteOptions;
 use federation_core::drift::{Refusal, admit};
 use federation_core::names::{FIELD_MANAGER, HUB_ANNOTATION, MANAGED_LABEL};
 use federation_core::plan::{Action, Cause, WriteFailure};
-use k8s_openapi::api::core::v1::Namespace;
-use kube::Api;
-use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions, PropagationPolicy};
+use kube::ResourceExt as _;
+use kube::api::{
+    ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, Preconditions, PropagationPolicy,
+};
+use kube::core::{GroupVersionKind, Status};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tokio::time::{Instant, timeout};
@@ -18,8 +21,20 @@ use super::health::shortened;
 use super::store::{TargetKey, hash_of};
 use super::{Job, Member, chain};
 use crate::Shared;
-use crate::follow::lighten;
 use crate::metrics::{Outcome, Verb, WriteLabels};
+use crate::reader::ReadError;
+
+/// Longest time to find out what became of a write: reading asks no webhook.
+const SETTLING: Duration = Duration::from_secs(5);
+
+/// How long a write took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Took {
+    /// As writes do.
+    Time,
+    /// Longer than it may.
+    TooLong,
+}
 
 /// Why a write came to nothing.
 #[derive(Debug, Error)]
@@ -28,6 +43,9 @@ enum WriteError {
     Refused(#[from] Refusal),
     #[error("the member answers {code} {reason}: {message}")]
     Answered { code: u16, reason: String, message: String },
+    /// It was taken, and what it led to cannot be read.
+    #[error("{0}")]
+    Unreadable(String),
     #[error("{0}")]
     Lost(String),
     #[error("no answer within {0:.0} s")]
@@ -51,12 +69,14 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
         let begun = member.store.lock().begin(lease.key());
         if let Some(job) = begun {
             let span = debug_span!("write", object = %lease.key().name, namespace = %lease.key().namespace);
-            carry_out(&member, &shared, lease.key(), job).instrument(span).await;
+            if carry_out(&member, &shared, lease.key(), job).instrument(span).await == Took::TooLong {
+                lease.hung();
+            }
         }
     }
 }
 
-async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Job) {
+async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Job) -> Took {
     let limit = shared.options.request_timeout;
     let action = &job.write.action;
     let done = match timeout(limit, perform(member, shared, target, &job)).await {
@@ -68,6 +88,7 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
     let labels = WriteLabels { cluster: member.name.to_string(), verb, outcome };
     shared.metrics.writes.get_or_create(&labels).inc();
     let (succeeded, failed) = verb.event();
+    let mut took = Took::Time;
     match done {
         Ok(answer) => {
             debug!(?verb, "written");
@@ -78,14 +99,17 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
         Err(error) => {
             debug!(?verb, %error, "a write failed");
             let uncertain = matches!(error, WriteError::Lost(_) | WriteError::TimedOut(_));
+            if matches!(error, WriteError::TimedOut(_)) {
+                took = Took::TooLong;
+            }
             let failure = failure(verb, action, &error);
             let note = format!("{} in {}: {}", target.name, member.name, failure.message);
-            let (wait, news) = member.store.lock().failed(target, failure, rand::random(), Instant::now());
+            // It may have been carried out. The object is looked at anew before anything is concluded.
             if uncertain {
-                // It may have been carried out. What is known is looked at anew before anything is concluded.
-                member.distrust();
+                settle(member, shared, target).await;
                 member.nudge();
             }
+            let (wait, news) = member.store.lock().failed(target, failure, rand::random(), Instant::now());
             if news {
                 shared.events.warning(&job.about, failed, note);
             }
@@ -99,6 +123,25 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
     // only waited for this write.
     let overtaken = shared.state.read().generation(&job.source) != job.generation;
     shared.queue.add_after(job.source, if overtaken { crate::OVERTAKEN } else { crate::SETTLE });
+    took
+}
+
+/// Finds out how an object is after a write of which nobody knows what became of it. Where that cannot be found out either, its
+/// kind is listed anew; of everything else in the member as much is known as before.
+async fn settle(member: &Member, shared: &Shared, target: &TargetKey) {
+    let Some(of) = shared.types.get(target.kind) else { return };
+    let api = member.objects(&of, &target.namespace);
+    let known = member.store.lock().version(target);
+    match timeout(SETTLING, api.get_opt(&target.name)).await {
+        Ok(Ok(found)) => {
+            // What the hub does not follow is not kept.
+            let found = found.filter(|found| found.labels().contains_key(MANAGED_LABEL));
+            member.store.lock().settled(target, known.as_deref(), found);
+        }
+        // It is there, and none that can be read: a listing would not show it either.
+        Ok(Err(ReadError::Unreadable(_))) => {}
+        Ok(Err(_)) | Err(_) => member.distrust_kind(target.kind),
+    }
 }
 
 /// Does it; gives back the object, or `None` when it is gone.
@@ -111,19 +154,14 @@ async fn perform(
     let Some(of) = shared.types.get(target.kind) else {
         return Err(WriteError::Lost("the type is federated no more".into()));
     };
-    let resource = of.target.resource();
-    let api: Api<DynamicObject> = if of.target.namespaced {
-        Api::namespaced_with(member.client.clone(), &target.namespace, &resource)
-    } else {
-        Api::all_with(member.client.clone(), &resource)
-    };
+    let api = member.objects(&of, &target.namespace);
     let name = target.name.as_ref();
     match &job.write.action {
         Action::Apply { desired, adopt, exists, remove_annotations, remove_labels, .. } => {
             let mut exists = *exists;
             if !exists {
                 // Unseen is not absent: objects without the hub's label are not watched.
-                if let Some(found) = optional(api.get_opt(name).await)? {
+                if let Some(found) = api.get_opt(name).await? {
                     let source = federation_core::names::source(&of.plural, &job.source.name);
                     admit(&plain(found)?, &source, shared.hub_id(), *adopt)?;
                     exists = true;
@@ -135,11 +173,11 @@ async fn perform(
             let first = api.patch(name, &params, &Patch::Apply(desired)).await;
             let mut answer = match first {
                 // Mostly the namespace is there: it is made when it turns out not to be.
-                Err(kube::Error::Api(status)) if status.code == 404 && of.target.namespaced => {
+                Err(error) if code(&error) == Some(404) && of.target.namespaced => {
                     ensure_namespace(member, shared.hub_id(), &target.namespace).await?;
-                    answered(api.patch(name, &params, &Patch::Apply(desired)).await)?
+                    api.patch(name, &params, &Patch::Apply(desired)).await?
                 }
-                first => answered(first)?,
+                first => first?,
             };
             if !remove_annotations.is_empty() || !remove_labels.is_empty() {
                 let nulls = |keys: &[String]| -> Map<String, Value> {
@@ -151,35 +189,32 @@ async fn perform(
                 }});
                 let params =
                     PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
-                answer = answered(api.patch(name, &params, &Patch::Merge(patch)).await)?;
+                answer = api.patch(name, &params, &Patch::Merge(patch)).await?;
             }
             Ok(Some(answer))
         }
         Action::Delete { uid, options } => {
             match api.delete(name, &delete_params(uid.clone(), options)).await {
-                Ok(answer) => match answer.left() {
-                    // With finalizers it stays for a while; a server also gives back what it has just removed.
-                    Some(_) => match optional(api.get_opt(name).await)? {
-                        Some(found) if found.metadata.uid == *uid => Ok(Some(found)),
+                Ok(false) => Ok(None),
+                Ok(true) => match api.get_opt(name).await? {
+                    Some(found) if found.metadata.uid == *uid => Ok(Some(found)),
+                    _ => Ok(None),
+                },
+                Err(error) => match code(&error) {
+                    Some(404) => Ok(None),
+                    // Another object of the same name: not the one that was meant.
+                    Some(409) => match api.get_opt(name).await? {
+                        Some(found) if found.metadata.uid == *uid => Err(error.into()),
                         _ => Ok(None),
                     },
-                    None => Ok(None),
+                    _ => Err(error.into()),
                 },
-                Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
-                // Another object of the same name: not the one that was meant.
-                Err(kube::Error::Api(status)) if status.code == 409 => {
-                    match optional(api.get_opt(name).await)? {
-                        Some(found) if found.metadata.uid == *uid => Err(from_status(*status)),
-                        _ => Ok(None),
-                    }
-                }
-                Err(error) => Err(from_error(error)),
             }
         }
         Action::Orphan { uid } => match member.release(&api, name, uid.as_deref()).await {
             Ok(_) => Ok(None),
-            Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
-            Err(error) => Err(from_error(error)),
+            Err(error) if code(&error) == Some(404) => Ok(None),
+            Err(error) => Err(error.into()),
         },
     }
 }
@@ -201,13 +236,14 @@ pub(crate) fn delete_params(uid: Option<String>, options: &DeleteOptions) -> Del
 /// Makes the namespace when it is not there. One that is there is left as it is. It says which hub it is from, or any other
 /// hub would take it for its own.
 async fn ensure_namespace(member: &Member, hub: &str, name: &str) -> Result<(), WriteError> {
-    let api: Api<Namespace> = Api::all(member.client.clone());
+    let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("", "v1", "Namespace"));
+    let api = member.reader.objects(&resource, None);
     match api.get_opt(name).await {
         Ok(Some(_)) => return Ok(()),
         // Whoever may not look may be allowed to write all the same; the write will tell.
-        Err(kube::Error::Api(status)) if status.code == 403 => return Ok(()),
+        Err(error) if code(&error) == Some(403) => return Ok(()),
         Ok(None) => {}
-        Err(error) => return Err(from_error(error)),
+        Err(error) => return Err(error.into()),
     }
     let mut namespace = json!({
         "apiVersion": "v1",
@@ -217,7 +253,8 @@ async fn ensure_namespace(member: &Member, hub: &str, name: &str) -> Result<(), 
     if !hub.is_empty() {
         namespace["metadata"]["annotations"] = json!({HUB_ANNOTATION: hub});
     }
-    answered(api.patch(name, &PatchParams::apply(FIELD_MANAGER), &Patch::Apply(namespace)).await).map(drop)
+    api.patch(name, &PatchParams::apply(FIELD_MANAGER), &Patch::Apply(namespace)).await?;
+    Ok(())
 }
 
 fn verb(action: &Action) -> Verb {
@@ -237,7 +274,7 @@ fn failure(verb: Verb, action: &Action, error: &WriteError) -> WriteFailure {
         WriteError::Answered { code: 409, .. } if matches!(action, Action::Apply { exists: false, .. }) => {
             "AlreadyExists"
         }
-        WriteError::Answered { .. } | WriteError::Lost(_) => failed,
+        WriteError::Answered { .. } | WriteError::Unreadable(_) | WriteError::Lost(_) => failed,
         WriteError::TimedOut(_) => timed_out,
     };
     let message = shortened(error.to_string());
@@ -245,26 +282,27 @@ fn failure(verb: Verb, action: &Action, error: &WriteError) -> WriteFailure {
     WriteFailure { hash: hash_of(action), reason: reason.into(), message, conflict }
 }
 
-fn plain(mut object: DynamicObject) -> Result<Value, WriteError> {
-    lighten(&mut object);
+fn plain(object: DynamicObject) -> Result<Value, WriteError> {
     serde_json::to_value(object).map_err(|error| WriteError::Lost(error.to_string()))
 }
 
-fn answered<T>(result: Result<T, kube::Error>) -> Result<T, WriteError> {
-    result.map_err(from_error)
+/// The HTTP status of a refusal.
+fn code(error: &ReadError) -> Option<u16> {
+    error.status().map(|status| status.code)
 }
 
-fn optional<T>(result: Result<Option<T>, kube::Error>) -> Result<Option<T>, WriteError> {
-    result.map_err(from_error)
-}
+// === impl WriteError ===
 
-fn from_error(error: kube::Error) -> WriteError {
-    match error {
-        kube::Error::Api(status) => from_status(*status),
-        error => WriteError::Lost(chain(&error)),
+impl From<ReadError> for WriteError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Client(kube::Error::Api(status)) => {
+                let Status { code, reason, message, .. } = *status;
+                Self::Answered { code, reason, message }
+            }
+            error @ (ReadError::Client(_) | ReadError::BrokeOff(_)) => Self::Lost(chain(&error)),
+            // The status of the answer was a good one.
+            error => Self::Unreadable(chain(&error)),
+        }
     }
-}
-
-fn from_status(status: kube::core::Status) -> WriteError {
-    WriteError::Answered { code: status.code, reason: status.reason, message: status.message }
 }

@@ -11,8 +11,10 @@ mod ours;
 mod placement;
 mod policies;
 mod simulated;
+mod steps;
 mod stock;
 mod tenants;
+mod troubles;
 mod world;
 
 use tokio::sync::Semaphore;
@@ -38,10 +40,7 @@ macro_rules! stories {
             $(
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 async fn $story() {
-                    let assets = match test_support::tools::kubebuilder_assets() {
-                        Ok(assets) => assets,
-                        Err(missing) => return eprintln!("not run on stock servers: {missing}"),
-                    };
+                    let assets = test_support::require!(test_support::tools::kubebuilder_assets());
                     super::logs();
                     let _turn = super::STOCK.acquire().await.expect("never closed");
                     super::$module::$story(super::World::start(super::stock::start(&assets).await).await).await;
@@ -59,7 +58,11 @@ stories! {
     placement::config_maps_by_selector_and_nothing_written_in_vain,
     policies::jobs_ingresses_and_replica_sets_go_too,
     policies::plain_objects_go_where_a_policy_says,
+    steps::a_cell_moves_and_nothing_is_missing_meanwhile,
+    steps::a_definition_of_the_members_is_enabled_while_running,
+    steps::a_release_by_mask_with_second_thoughts,
     tenants::a_tenant_sees_and_reaches_its_own_and_nothing_else,
+    troubles::what_fails_in_members_is_told_at_the_hub,
 }
 
 fn logs() {

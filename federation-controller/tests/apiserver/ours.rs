@@ -60,6 +60,8 @@ async fn serve(
     let bound = ApiServer::bind(config).await.expect("bound");
     let kubeconfig = bound.admin_kubeconfig();
     let stop = stop.clone();
-    tasks.push(AbortOnDropHandle::new(tokio::spawn(async move { bound.run(stop).await })));
+    tasks.push(AbortOnDropHandle::new(tokio::spawn(async move {
+        bound.run(stop).await.expect("no part ends by itself")
+    })));
     kubeconfig
 }

@@ -101,6 +101,7 @@ impl World {
             conversion,
             visibility: ours,
             room_interval: Duration::from_millis(500),
+            warning_interval: Duration::from_millis(500),
             ..Options::default()
         };
         // With the rights that it has in a hub, and no more.

@@ -45,7 +45,12 @@ async fn world(others: usize, away: usize) -> World {
         world.hub.put(CONFIG_MAPS, "shop", name, Some(map));
     }
     let minute = Duration::from_secs(60);
-    world.run(Options { probe_interval: minute, resync: 60 * minute, ..options() });
+    world.run(Options {
+        probe_interval: minute,
+        places_interval: 60 * minute,
+        resync: 60 * minute,
+        ..options()
+    });
     let done = |name: &String| {
         let object = world.hub.get(CONFIG_MAPS, "shop", name);
         object.is_some_and(|object| condition(&object, "Ready") == Some("True"))

@@ -35,6 +35,8 @@ pub(crate) struct FakeApi {
     pub(crate) mute: Mutex<Vec<String>>,
     /// Resources whose lists never end.
     pub(crate) endless: Mutex<BTreeMap<String, Endless>>,
+    /// Namespaces in which writes get no answer.
+    pub(crate) stuck: Mutex<Vec<String>>,
     /// Answers to writes of objects by name: a status code and a message.
     pub(crate) refuses: Mutex<BTreeMap<String, (u16, String)>>,
     /// Bearer tokens that are taken; without any, everybody is.
@@ -115,6 +117,7 @@ impl FakeApi {
             blind: Mutex::default(),
             mute: Mutex::default(),
             endless: Mutex::default(),
+            stuck: Mutex::default(),
             refuses: Mutex::default(),
             expired: AtomicUsize::new(0),
             cut: watch::Sender::new(0),
@@ -245,6 +248,10 @@ impl FakeApi {
                 return answer(Err((StatusCode::INTERNAL_SERVER_ERROR, "InternalError", why)));
             }
             return self.watch(&route);
+        }
+        let stuck = route.namespace.as_ref().is_some_and(|namespace| self.stuck.lock().contains(namespace));
+        if stuck && request.method() != Method::GET {
+            std::future::pending::<()>().await;
         }
         let lists = request.method() == Method::GET && route.name.is_none();
         let endless = self.endless.lock().get(&route.resource).copied().filter(|_| lists);

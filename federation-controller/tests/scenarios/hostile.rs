@@ -143,7 +143,7 @@ async fn many_objects_with_one_mark_cost_the_others_nothing() {
         found["message"].as_str().map(str::to_owned)
     };
     let message = world.until("it is told", || told(&world)).await;
-    assert!(message.contains(" in y)"), "{message}");
+    assert!(message.contains(", in y:"), "{message}");
     let (looks, left) = (world.counted("reconcile_total"), world.member("y").names("/configmaps").len());
     sleep(REST).await;
     // They go, a few at a time: a look at most each time that answers have been gathered, and that of a few objects only.

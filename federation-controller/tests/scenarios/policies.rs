@@ -339,34 +339,3 @@ async fn a_restart_at_rest_writes_no_policys_status() {
     policy_says(&world, "web", 4, "True").await;
     world.stop().await;
 }
-
-#[tokio::test(start_paused = true)]
-async fn companions_of_the_version_before_go_with_their_objects() {
-    let mut world = start().await;
-    for name in ["settings", "copied"] {
-        config_map(&world, name, json!({}), "v");
-    }
-    policy(&world, "shop", "web", json!({}), &["a"]);
-    for name in ["settings", "copied"] {
-        holds(&world, "x", name, Some("v")).await;
-    }
-    world.stop().await;
-    // As they were: they name their policy, not what they are made from. Of a copy that somebody made somebody else is said to
-    // have written it.
-    for (name, manager) in [("settings", "cellway-policy"), ("copied", "kubectl-create")] {
-        world.edit_config_map(name, |object| {
-            object["metadata"]["annotations"].as_object_mut().expect("a map").remove("cellway.io/made-from");
-            object["metadata"]["managedFields"] = json!([{"manager": manager, "operation": "Update",
-                "apiVersion": "types.kubefed.io/v1beta2", "fieldsType": "FieldsV1", "fieldsV1": {}}]);
-        });
-        world.hub.put("/configmaps", "shop", name, None);
-    }
-    world.run(options());
-    holds(&world, "x", "settings", None).await;
-    world.until("it is gone", || companion(&world, "settings").is_none().then_some(())).await;
-    sleep(MINUTE).await;
-    let copied = companion(&world, "copied").expect("it stays");
-    assert!(copied["metadata"]["deletionTimestamp"].is_null(), "{copied}");
-    holds(&world, "x", "copied", Some("v")).await;
-    world.stop().await;
-}

@@ -43,6 +43,19 @@ async fn rights_come_and_go_with_the_tenant() {
         .await;
     world.until("jo sees", || world.hub.get(CLUSTER_BINDINGS, "", "cellway:tenant:red")).await;
 
+    // What somebody else takes away, or widens, is put right at once.
+    world.hub.put(BINDINGS, "bank", "cellway:tenant-admin", None);
+    world.hub.edit(CLUSTER_BINDINGS, "", "cellway:tenant:red", |binding| {
+        let eve = json!([{"kind": "User", "name": "eve", "apiGroup": "rbac.authorization.k8s.io"}]);
+        binding["subjects"] = eve;
+    });
+    world.until("it is back", || world.hub.get(BINDINGS, "bank", "cellway:tenant-admin")).await;
+    let narrow = || {
+        let binding = world.hub.get(CLUSTER_BINDINGS, "", "cellway:tenant:red")?;
+        (binding["subjects"][0]["name"] == "jo").then_some(())
+    };
+    world.until("it is as it was", narrow).await;
+
     // A cell without a tenant is its cluster's, and follows it.
     let set = |tenant: Value| {
         world.hub.edit(CLUSTERS, "kube-federation-system", "y", |cluster| {

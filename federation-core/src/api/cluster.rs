@@ -70,6 +70,12 @@ pub struct KubeFedClusterStatus {
     /// The member's version, as its `/version` says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kubernetes_version: Option<String>,
+    /// The zones that its nodes lie in, by their label `topology.kubernetes.io/zone`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zones: Option<Vec<String>>,
+    /// The region that its nodes lie in, by their label `topology.kubernetes.io/region`: what the first one says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region: Option<String>,
     /// How far its evacuation, or the return from it, is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failover: Option<FailoverStatus>,

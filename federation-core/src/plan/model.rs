@@ -44,6 +44,8 @@ pub struct PlanInput<'a> {
     pub adopt: bool,
     /// The present moment (RFC 3339), for conditions that change.
     pub now: &'a str,
+    /// Since when whoever plans has been there (RFC 3339): before that it has waited for nobody, whatever an earlier one did.
+    pub since: &'a str,
 }
 
 /// Where a namespace is federated to.
@@ -273,7 +275,6 @@ pub enum Action {
     Delete {
         /// The uid that was seen.
         uid: Option<String>,
-        /// How.
         options: DeleteOptions,
     },
     /// Leave it in place and take the hub's marks off.

@@ -169,7 +169,9 @@ impl<'a> Planner<'a> {
                 known.type_ == REPLICAS_UNPLACED && known.status == "True" && waits(&known.reason)
             });
         let Some(known) = known else { return FIRST_DIVISION.try_into().ok() };
-        let since = known.last_transition_time.as_ref()?.parse::<Timestamp>().ok()?;
+        let told = known.last_transition_time.as_ref()?.parse::<Timestamp>().ok()?;
+        // Who has just begun has all members to list, and most of them come in a moment.
+        let since = self.input.since.parse::<Timestamp>().map_or(told, |since| since.max(told));
         let waited = self.input.now.parse::<Timestamp>().ok()?.duration_since(since);
         // A moment to come is none to wait from.
         let left = FIRST_DIVISION.checked_sub(waited).filter(|_| !waited.is_negative())?;

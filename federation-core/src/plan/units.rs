@@ -337,11 +337,9 @@ impl<'a> Planner<'a> {
             if right {
                 draft.status.revision = Some(target.clone());
                 draft.status.overrides_by_label.retain(|revision, _| *revision == target);
-                if target == current || draft.allowed {
-                    say(Phase::Synced, None, None);
-                } else {
-                    say(Phase::Masked, None, None);
-                }
+                let phase = if target == current || draft.allowed { Phase::Synced } else { Phase::Masked };
+                let (reason, message) = live.and_then(|live| status::failure(input.of, &live.value)).unzip();
+                say(phase, reason.as_deref(), message);
                 continue;
             }
             if draft.status.revision.as_ref() != Some(&target) {

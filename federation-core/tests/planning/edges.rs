@@ -1,5 +1,4 @@
-//! Edge cases by name: what people and machines do at the worst moment. [`EDGES`] says of each where it is tested, here or
-//! elsewhere, and a test says that the list is true.
+//! Edge cases: what people and machines do at the worst moment.
 
 use std::sync::Arc;
 
@@ -8,93 +7,6 @@ use federation_core::api::{CellSpec, Phase, Placement, PlacementMask, TopologyTy
 use federation_core::plan::{Action, Cause, LiveObject, MemberState, MemberView};
 use federation_core::topology::Topology;
 use serde_json::{Value, json};
-
-/// Files with tests of edge cases.
-const HERE: &str = include_str!("edges.rs");
-const FAILOVER: &str = include_str!("failover.rs");
-const MASKS: &str = include_str!("masks.rs");
-const REPLICAS: &str = include_str!("replicas.rs");
-const STORIES: &str = include_str!("stories.rs");
-const CONTROLLER: &str = include_str!("../../../federation-controller/tests/scenarios/main.rs");
-const CREDENTIALS: &str = include_str!("../../../federation-controller/tests/scenarios/credentials.rs");
-const LOSS: &str = include_str!("../../../federation-controller/tests/scenarios/loss.rs");
-
-/// What may happen, and the test of it with the file that it is in.
-const EDGES: [(&str, &str, &str); 46] = [
-    ("mask naming an unknown unit", MASKS, "an_unknown_unit_in_the_mask_is_reported"),
-    ("mask emptied mid-way", HERE, "the_mask_is_emptied_in_the_middle_of_a_move"),
-    ("masked unit removed", HERE, "a_masked_unit_is_taken_out"),
-    ("new unit under a mask", MASKS, "a_new_unit_starts_only_when_the_mask_names_it"),
-    (
-        "template changed twice before the first unit is done",
-        HERE,
-        "the_template_changes_twice_before_the_first_unit_is_done",
-    ),
-    ("scale under a mask", HERE, "a_scale_under_a_mask_reaches_nobody_else"),
-    ("rollback while a member is down", HERE, "a_rollback_while_a_member_is_down"),
-    ("member deletes the object", HERE, "a_member_deletes_the_object"),
-    ("member edits a spec field", HERE, "a_member_edits_a_spec_field"),
-    ("member lacks the type", STORIES, "a_member_without_the_type_is_one_units_condition"),
-    ("member has another version", STORIES, "another_version_of_a_type_is_named"),
-    ("two hubs claiming one member", HERE, "two_hubs_claim_one_member"),
-    ("member restored from an old backup", HERE, "a_member_restored_from_an_old_backup"),
-    ("AlreadyExists without adoption", CONTROLLER, "what_the_hub_did_not_create_is_left_alone"),
-    ("AlreadyExists with adoption", STORIES, "adoption_is_the_objects_to_allow"),
-    ("Secret in a template", STORIES, "a_secrets_texts_are_applied_as_data"),
-    ("object larger than 1 MiB", HERE, "an_object_larger_than_a_mebibyte_is_one_plan_like_any_other"),
-    ("names that collide by suffix", HERE, "names_that_collide_by_suffix"),
-    ("a cell that changes tenant", HERE, "a_cell_that_changes_tenant"),
-    (
-        "tunnel flapping every 5 s for 5 minutes",
-        LOSS,
-        "a_tunnel_that_flaps_every_five_seconds_for_five_minutes",
-    ),
-    ("watch resumed after compaction", CONTROLLER, "a_watch_is_resumed_after_compaction_and_misses_nothing"),
-    // Beyond those that were asked for.
-    ("two hubs told apart", HERE, "two_hubs_are_told_apart_at_once"),
-    ("member restored empty", HERE, "a_member_that_is_restored_empty"),
-    ("restart while everything is at rest", HERE, "a_restart_while_everything_is_at_rest_says_nothing_new"),
-    ("objects from before hubs had ids", HERE, "objects_from_before_hubs_had_ids_are_kept_and_marked"),
-    ("mask lifted while a member is down", HERE, "the_mask_is_lifted_while_a_member_is_down"),
-    ("object deleted while a write is under way", HERE, "an_object_is_deleted_while_a_write_is_under_way"),
-    ("cell replaced by one of another name", HERE, "a_cell_is_replaced_by_one_of_another_name"),
-    ("object made anew under the same name", HERE, "an_object_is_made_anew_under_the_same_name"),
-    ("scaled to nothing and back", HERE, "a_workload_is_scaled_to_nothing_and_back"),
-    ("cell that begins to match under an empty mask", HERE, "a_cell_begins_to_match_under_an_empty_mask"),
-    ("cell that moves while the mask holds it", HERE, "a_cell_moves_while_the_mask_holds_it"),
-    ("cell without a cluster", STORIES, "a_missing_cell_or_cluster_takes_nothing_away"),
-    ("snapshot of a masked unit lost", MASKS, "a_lost_snapshot_leaves_the_unit_alone"),
-    ("status lost", MASKS, "a_lost_status_is_found_again_in_the_member"),
-    ("two writers of one field", CONTROLLER, "a_fight_over_a_field_is_given_up"),
-    ("member that hangs", CONTROLLER, "a_hanging_member_slows_nobody"),
-    ("lost tunnel with replicas by room", REPLICAS, "a_lost_tunnel_moves_no_replicas_that_go_by_room"),
-    ("rolling update of a full cell", REPLICAS, "a_rolling_update_shrinks_no_full_cell"),
-    ("room given twice", FAILOVER, "the_same_room_is_not_given_twice"),
-    ("cell deleted after its evacuation", FAILOVER, "the_cell_of_an_evacuated_unit_is_deleted"),
-    ("stand-in given up itself", FAILOVER, "a_unit_that_stands_in_is_given_up_itself"),
-    (
-        "lost member that comes back evacuated",
-        FAILOVER,
-        "a_lost_member_is_replaced_and_has_nothing_twice_when_it_is_back",
-    ),
-    ("a voter that lies alone", LOSS, "a_lost_tunnel_alone_and_a_voter_alone_give_nothing_up"),
-    (
-        "wrong Secret while the tunnel is lost",
-        CREDENTIALS,
-        "a_wrong_secret_is_not_taken_because_the_tunnel_is_lost",
-    ),
-    ("Secret deleted in use", CREDENTIALS, "a_secret_that_is_deleted_or_not_named_any_more_is_not_used"),
-];
-
-#[test]
-fn every_edge_case_is_tested_where_the_list_says() {
-    let names: std::collections::BTreeSet<_> = EDGES.iter().map(|(name, ..)| name).collect();
-    assert_eq!(names.len(), EDGES.len());
-    for (name, file, test) in EDGES {
-        let plain = file.contains(&format!("#[test]\nfn {test}() {{"));
-        assert!(plain || file.contains(&format!("\nasync fn {test}() {{")), "{name}: no test {test}");
-    }
-}
 
 fn image(world: &World, cluster: &str, name: &str) -> Value {
     world.live(cluster, name)["spec"]["template"]["spec"]["containers"][0]["image"].clone()

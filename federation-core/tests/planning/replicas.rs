@@ -186,6 +186,17 @@ fn the_first_division_is_put_off_for_two_minutes_at_most() {
         let there = world.members["y"].objects.values();
         assert!(there.into_iter().all(|live| live.value["spec"]["replicas"] == 0));
     }
+    // Whoever has only begun has waited for nobody yet.
+    let mut anew = world(Division::Weight, 6, false);
+    anew.members.get_mut("y").expect("y").state = MemberState::Syncing;
+    anew.settle();
+    (anew.since, anew.now) = ("2026-11-21T00:01:50Z", "2026-11-21T00:02:10Z");
+    let plan = anew.settle();
+    assert!(anew.names("x").is_empty(), "the others took what was its share");
+    assert_eq!(plan.look_again, Some(Duration::from_secs(100)));
+    anew.now = "2026-11-21T00:03:50Z";
+    anew.settle();
+    assert!(!anew.names("x").is_empty());
     // A date that lies ahead is none to wait from.
     let mut late = world(Division::Weight, 6, false);
     late.members.get_mut("y").expect("y").state = MemberState::Syncing;

@@ -33,6 +33,7 @@ pub(crate) struct World {
     pub(crate) namespace: NamespacePlacement,
     pub(crate) tenant: Option<String>,
     pub(crate) now: &'static str,
+    pub(crate) since: &'static str,
     pub(crate) hub: &'static str,
     pub(crate) held_stand_ins: Option<BTreeSet<String>>,
     pub(crate) adopt: bool,
@@ -58,6 +59,7 @@ impl World {
             namespace: NamespacePlacement::default(),
             tenant: None,
             now: "2026-11-21T00:00:00Z",
+            since: "2026-11-20T00:00:00Z",
             hub: "hub-one",
             held_stand_ins: Some(BTreeSet::new()),
             adopt: false,
@@ -120,6 +122,7 @@ impl World {
             held_stand_ins: self.held_stand_ins.as_ref(),
             adopt: self.adopt,
             now: self.now,
+            since: self.since,
         })
     }
 

@@ -20,7 +20,7 @@ use super::remote::{
     ACQUIRE_TIMEOUT, IDLE_TRANSACTION_SECONDS, LOCK_SECONDS, OPERATION_TIMEOUT, READERS, TRIES, hang_up,
 };
 use super::rows::{
-    PREVIOUS, end_of, event_of, key_of, lease_of, place_of, record_of, sql, state_of, unsigned,
+    PREVIOUS, end_of, event_of, key_of, lease_of, place_of, read, record_of, sql, state_of, unsigned,
 };
 use super::sql::{Dialect, SqlBackend};
 use super::{Leases, Part, REPLICA_SECONDS, State};
@@ -245,9 +245,8 @@ impl Dialect for MySqlDialect {
             .bind(range.start().as_ref())
             .bind(end_of(range))
             .bind(limit)
-            .fetch_all(connection)
-            .await?;
-        rows.iter().map(|row| Ok(record_of(row)?.event_key_value())).collect()
+            .fetch(connection);
+        read(rows, |row| Ok(record_of(row)?.event_key_value())).await
     }
 
     async fn count(
@@ -303,9 +302,8 @@ impl Dialect for MySqlDialect {
             .bind(range.start().as_ref())
             .bind(end_of(range))
             .bind(to)
-            .fetch_all(connection)
-            .await?;
-        rows.iter().map(event_of).collect()
+            .fetch(connection);
+        read(rows, event_of).await
     }
 
     async fn heads(

@@ -1,6 +1,7 @@
 //! Rows of the tables as values: the same columns in every database, so the same code for every driver's row type.
 
 use bytes::Bytes;
+use futures::{Stream, TryStreamExt as _};
 use sqlx::{ColumnIndex, Decode, Row, Type};
 
 use super::{EVENT_BYTES_PER_READ, EVENTS_PER_READ, State};
@@ -36,6 +37,20 @@ where
     fn flag(&self, column: &str) -> Result<bool, sqlx::Error> {
         self.try_get(column)
     }
+}
+
+/// What rows say, each of them read as it comes: all of them in the driver's form would take as much memory again as what they
+/// say, for a moment, and an allocator may keep it for longer.
+pub(super) async fn read<R, T>(
+    rows: impl Stream<Item = Result<R, sqlx::Error>>,
+    say: impl Fn(&R) -> Result<T, sqlx::Error>,
+) -> Result<Vec<T>, sqlx::Error> {
+    let mut rows = std::pin::pin!(rows);
+    let mut said = Vec::new();
+    while let Some(row) = rows.try_next().await? {
+        said.push(say(&row)?);
+    }
+    Ok(said)
 }
 
 /// A number that is never NULL and never negative.

@@ -19,7 +19,7 @@ use sqlx::sqlite::{
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Executor as _, Row as _, Sqlite};
 
 use super::rows::{
-    PREVIOUS, end_of, event_of, key_of, lease_of, place_of, record_of, sql, state_of, unsigned,
+    PREVIOUS, end_of, event_of, key_of, lease_of, place_of, read, record_of, sql, state_of, unsigned,
 };
 use super::sql::{Dialect, SqlBackend};
 use super::{Leases, Part, REPLICA_SECONDS, State};
@@ -270,9 +270,8 @@ impl Dialect for SqliteDialect {
             .bind(end_of(range))
             .bind(before)
             .bind(limit)
-            .fetch_all(connection)
-            .await?;
-        rows.iter().map(|row| Ok(record_of(row)?.event_key_value())).collect()
+            .fetch(connection);
+        read(rows, |row| Ok(record_of(row)?.event_key_value())).await
     }
 
     async fn count(
@@ -333,9 +332,8 @@ impl Dialect for SqliteDialect {
             .bind(range.start().as_ref())
             .bind(end_of(range))
             .bind(to)
-            .fetch_all(connection)
-            .await?;
-        rows.iter().map(event_of).collect()
+            .fetch(connection);
+        read(rows, event_of).await
     }
 
     async fn heads(

@@ -8,10 +8,11 @@ use federation_store::etcd::{self, EtcdConfig, EtcdServer, ListenUrl, Listener};
 use federation_store::{Compaction, Store, StoreConfig};
 use service::admin::Admin;
 use service::duration::GoDuration;
+use service::exit::{self, Failure};
 use service::flags::Parsed;
 use service::metrics::SharedRegistry;
 use service::ready::Readiness;
-use service::{drain, exit, flags, signals};
+use service::{drain, flags, signals};
 use tls::{ClientAuth, ServerTls, TlsVersions};
 use tokio::task::JoinSet;
 use tracing::Instrument as _;
@@ -93,23 +94,20 @@ enum CompactionMode {
 
 fn main() -> ExitCode {
     let Parsed { args, .. } = flags::parse::<Args>();
-    match run(args) {
-        Ok(code) => code,
-        Err(error) => {
-            tracing::error!("{}", service::error_chain(error.as_ref()));
-            ExitCode::from(exit::INIT)
-        }
-    }
+    exit::report("cellway-store", run(args))
 }
 
 #[tokio::main]
-async fn run(args: Args) -> Result<ExitCode, Box<dyn std::error::Error>> {
-    args.log.init()?;
+async fn run(args: Args) -> Result<ExitCode, Failure> {
+    args.log.init().map_err(Failure::usage)?;
     if args.watch_progress_notify_interval.0.is_zero() {
-        return Err(
-            "--watch-progress-notify-interval is how often; give a duration above 0, such as 5s".into()
-        );
+        return Err(Failure::usage(
+            "--watch-progress-notify-interval is how often; give a duration above 0, such as 5s",
+        ));
     }
+    let mut config = StoreConfig::from_url(&args.store).map_err(Failure::usage)?;
+    config.compaction =
+        compaction(args.auto_compaction_mode, &args.auto_compaction_retention).map_err(Failure::usage)?;
     let mut signals = signals::Signals::install()?;
     let tls = tls(&args)?;
     let mut client_listeners = Vec::new();
@@ -126,8 +124,6 @@ async fn run(args: Args) -> Result<ExitCode, Box<dyn std::error::Error>> {
     } else {
         args.advertise_client_urls.clone()
     };
-    let mut config = StoreConfig::from_url(&args.store)?;
-    config.compaction = compaction(args.auto_compaction_mode, &args.auto_compaction_retention)?;
     let store = Store::open(config).await?;
     let server = EtcdServer::new(
         store.clone(),
@@ -170,17 +166,21 @@ async fn run(args: Args) -> Result<ExitCode, Box<dyn std::error::Error>> {
 }
 
 /// The TLS configuration of the https URLs, if a certificate is given.
-fn tls(args: &Args) -> Result<Option<ServerTls>, Box<dyn std::error::Error>> {
+fn tls(args: &Args) -> Result<Option<ServerTls>, Failure> {
     let (certificate, key) = match (&args.cert_file, &args.key_file) {
         (Some(certificate), Some(key)) => (certificate, key),
         (None, None) if !args.client_cert_auth => return Ok(None),
-        (None, None) => return Err("--client-cert-auth needs --cert-file and --key-file".into()),
-        _ => return Err("--cert-file and --key-file go together: only one of them was given".into()),
+        (None, None) => {
+            return Err(Failure::usage("--client-cert-auth needs --cert-file and --key-file"));
+        }
+        _ => {
+            return Err(Failure::usage("--cert-file and --key-file go together: only one of them was given"));
+        }
     };
     let auth = match (args.client_cert_auth, &args.trusted_ca_file) {
         // As etcd: whoever names the clients' CA wants clients to be checked.
         (_, Some(_)) => ClientAuth::Required,
-        (true, None) => return Err("--client-cert-auth needs --trusted-ca-file".into()),
+        (true, None) => return Err(Failure::usage("--client-cert-auth needs --trusted-ca-file")),
         (false, None) => ClientAuth::None,
     };
     let tls = ServerTls::from_files(certificate, key, args.trusted_ca_file.clone(), auth)?;

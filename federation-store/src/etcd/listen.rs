@@ -61,7 +61,6 @@ pub enum ListenError {
     Bind {
         /// The URL.
         url: ListenUrl,
-        /// Why.
         #[source]
         source: io::Error,
     },

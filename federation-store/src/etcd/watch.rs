@@ -173,7 +173,8 @@ impl Session {
                     Err(error) if error.is_cancelled() => {}
                     // The client would wait for ever for what nobody follows any more.
                     Err(error) => {
-                        tracing::error!(%error, "a watch has failed; its stream ends, so that the client begins anew");
+                        let error = service::log::task_failure(error);
+                        tracing::error!(error, "a watch has failed; its stream ends, so that the client begins anew");
                         let _ = self.responses.send(Err(Status::unavailable("a watch has failed"))).await;
                         return;
                     }

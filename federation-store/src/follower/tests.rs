@@ -3,7 +3,9 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 
 use bytes::Bytes;
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
+use tokio::sync::Semaphore;
 
 use super::*;
 use crate::backend::sqlite::SqliteBackend;
@@ -15,7 +17,12 @@ struct Copies {
     copies: [SqliteBackend; 2],
     current: AtomicUsize,
     connections: AtomicU64,
+    /// Answers to questions for the counter take one each, and give it back.
+    answers: Semaphore,
 }
+
+/// As many answers as anybody asks for.
+const ANSWERS: usize = 100;
 
 impl Copies {
     fn now(&self) -> &SqliteBackend {
@@ -37,7 +44,11 @@ impl Backend for Copies {
     }
 
     fn state(&self) -> BoxFuture<'_, Result<State, Error>> {
-        self.now().state()
+        async {
+            let _answer = self.answers.acquire().await.unwrap();
+            self.now().state().await
+        }
+        .boxed()
     }
 
     fn get<'a>(
@@ -106,6 +117,11 @@ impl Backend for Copies {
         self.now().size()
     }
 
+    /// The connection for them is being made, and never is.
+    fn changes(&self) -> BoxFuture<'_, Result<Option<Box<dyn Changes>>, Error>> {
+        std::future::pending().boxed()
+    }
+
     fn close(&self) -> BoxFuture<'_, ()> {
         self.now().close()
     }
@@ -128,8 +144,12 @@ impl Failover {
     async fn new() -> Self {
         let copies = [SqliteBackend::in_memory().await.unwrap(), SqliteBackend::in_memory().await.unwrap()];
         let hub = Arc::new(Hub::new(Revision(1), Revision::ZERO, Revision::ZERO));
-        let backend =
-            Arc::new(Copies { copies, current: AtomicUsize::new(0), connections: AtomicU64::new(1) });
+        let backend = Arc::new(Copies {
+            copies,
+            current: AtomicUsize::new(0),
+            connections: AtomicU64::new(1),
+            answers: Semaphore::new(ANSWERS),
+        });
         let follower = Follower::begin(Arc::clone(&hub), Arc::clone(&backend) as Arc<dyn Backend>, 1);
         let follower = follower.await.unwrap();
         write(&backend.copies[1], "/a").await;
@@ -154,6 +174,15 @@ impl Failover {
     fn over(&self) {
         self.backend.current.store(1, Ordering::Relaxed);
         self.backend.connections.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Nobody hears how far the counter is until [`Self::answer`].
+    fn hold(&self) {
+        assert_eq!(self.backend.answers.forget_permits(ANSWERS), ANSWERS);
+    }
+
+    fn answer(&self) {
+        self.backend.answers.add_permits(ANSWERS);
     }
 
     /// Somebody else writes to the second copy.
@@ -283,4 +312,82 @@ async fn it_is_noticed_after_more_than_there_is_room_for() {
     failover.foreign("/last").await;
     failover.follower.catch_up().await.unwrap();
     failover.went_back(3 + RING_EVENTS as u64 + 11);
+}
+
+#[tokio::test]
+async fn a_commit_does_not_wait_for_who_looks_at_the_counter() {
+    let failover = Failover::new().await;
+    failover.hold();
+    let mut look = std::pin::pin!(failover.follower.catch_up());
+    assert!(futures::poll!(look.as_mut()).is_pending());
+    let published = tokio::time::timeout(Duration::from_secs(60), failover.own("/own")).await;
+    assert!(published.is_ok(), "the commit waits for the answer to another");
+    assert_eq!(failover.hub.revision(), Revision(4));
+    failover.answer();
+    assert_eq!(look.await.unwrap(), Revision(4));
+    assert_eq!((failover.hub.back().0, failover.hub.revision()), (0, Revision(4)));
+}
+
+#[tokio::test]
+async fn who_looked_before_it_was_noticed_does_not_notice_it_again() {
+    let failover = Failover::new().await;
+    failover.hold();
+    // Both have seen revision 3 when they ask.
+    let mut looks = [failover.follower.catch_up().boxed(), failover.follower.catch_up().boxed()];
+    for look in &mut looks {
+        assert!(futures::poll!(look).is_pending());
+    }
+    failover.over();
+    failover.answer();
+    for look in looks {
+        assert_eq!(look.await.unwrap(), Revision(2));
+    }
+    failover.went_back(2);
+}
+
+#[tokio::test]
+async fn commits_are_looks_at_the_counter() {
+    const WAIT: Duration = Duration::from_millis(40);
+    let failover = Failover::new().await;
+    let follower = &failover.follower;
+    let before = *follower.looked.lock();
+    failover.own("/own").await;
+    assert!(*follower.looked.lock() > before);
+    // No database is asked from here on.
+    tokio::time::pause();
+    let rested = async |commits: u32| {
+        let begun = tokio::time::Instant::now();
+        let commits = async {
+            for _ in 0..commits {
+                tokio::time::sleep(Duration::from_millis(30)).await;
+                *follower.looked.lock() = tokio::time::Instant::now();
+            }
+        };
+        let rest = async {
+            follower.rest(WAIT).await;
+            begun.elapsed()
+        };
+        tokio::join!(rest, commits).0
+    };
+    let about = |found: Duration, wanted: u64| {
+        let wanted = Duration::from_millis(wanted);
+        assert!((wanted..wanted + Duration::from_millis(5)).contains(&found), "{found:?}, not {wanted:?}");
+    };
+    about(rested(0).await, 40);
+    about(rested(3).await, 130);
+    // However long the commits go on.
+    about(rested(100).await, 1000);
+}
+
+/// For a machine that is busy: whoever waits for notifications waits for ever.
+const LONG: Duration = Duration::from_secs(60);
+
+#[tokio::test]
+async fn others_are_followed_while_the_connection_for_notifications_is_being_made() {
+    let Failover { backend, follower, hub } = Failover::new().await;
+    let mut shown = hub.subscribe();
+    let _following = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(Arc::new(follower).run()));
+    write(backend.now(), "/foreign").await;
+    let followed = tokio::time::timeout(LONG, shown.wait_for(|revision| *revision == Revision(4))).await;
+    followed.expect("it is followed").unwrap();
 }

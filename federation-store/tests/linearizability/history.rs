@@ -10,10 +10,14 @@
 //! - every watch saw the log from its beginning on, without a gap, a duplicate or a change of order.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
 use federation_store::{Event, EventKind};
 
 use crate::replica::{digest, number};
+
+/// Nanoseconds that belong to a disturbance after its end: replicas connect anew, and one that is new starts.
+const SETTLING: u64 = 1_000_000_000;
 
 /// What one process said.
 #[derive(Default)]
@@ -68,8 +72,47 @@ pub(crate) struct Summary {
     pub(crate) reads: usize,
     pub(crate) log: usize,
     pub(crate) events: usize,
-    /// Nanoseconds between the answer to a write and its event in another replica, sorted.
-    pub(crate) delays: Vec<u64>,
+    /// From the answer to a write to its event in another replica, where no disturbance fell into that time.
+    pub(crate) delays: Delays,
+    /// Of all others, from the end of the disturbance, or from the answer if that came later.
+    pub(crate) late: Delays,
+}
+
+/// Nanoseconds, sorted.
+#[derive(Default)]
+pub(crate) struct Delays(Vec<u64>);
+
+/// Something was killed, cut or started, from one time on until all was in its place.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Disturbance {
+    pub(crate) begun: u64,
+    pub(crate) over: u64,
+}
+
+// === impl Delays ===
+
+impl Delays {
+    fn of(mut nanos: Vec<u64>) -> Self {
+        nanos.sort_unstable();
+        Self(nanos)
+    }
+
+    pub(crate) fn number(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The one that so many per cent are not above; zero when there are none.
+    pub(crate) fn percentile(&self, percent: usize) -> Duration {
+        let at = (self.0.len() * percent / 100).min(self.0.len().saturating_sub(1));
+        Duration::from_nanos(self.0.get(at).copied().unwrap_or_default())
+    }
+}
+
+impl std::fmt::Debug for Delays {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [half, most, all] = [50, 99, 100].map(|percent| self.percentile(percent));
+        write!(f, "{} delays: {half:.1?} (p50), {most:.1?} (p99), {all:.1?} (longest)", self.number())
+    }
 }
 
 // === impl Process ===
@@ -136,13 +179,18 @@ impl Process {
         let _foreign = parsed.is_none();
     }
 
+    /// Whether its watch has begun.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.from.is_some()
+    }
+
     pub(crate) fn operations(&self) -> usize {
         self.writes.len() + self.reads.len() + self.lists.len()
     }
 }
 
-/// Checks everything against the log; panics with what is wrong.
-pub(crate) fn check(processes: &[Process], log: &[Event]) -> Summary {
+/// Checks everything against the log; panics with what is wrong. The disturbances are in the order of time.
+pub(crate) fn check(processes: &[Process], log: &[Event], disturbances: &[Disturbance]) -> Summary {
     let mut summary = Summary { log: log.len(), ..Summary::default() };
     let histories = check_log(log);
     let at = |key: u64, revision: u64| -> u64 {
@@ -248,17 +296,23 @@ pub(crate) fn check(processes: &[Process], log: &[Event]) -> Summary {
     }
     check_lists(processes, log);
     check_time(&points);
+    let (mut delays, mut late) = (Vec::new(), Vec::new());
     for (index, process) in processes.iter().enumerate() {
         summary.events += check_watch(index, process, log);
         for (time, revision, ..) in &process.events {
             if let Some((writer, end)) = answered.get(revision)
                 && *writer != index
             {
-                summary.delays.push(time.saturating_sub(*end));
+                // The last one that had begun when the event came: those before it were over earlier.
+                let begun = disturbances.partition_point(|disturbance| disturbance.begun <= *time);
+                match disturbances[..begun].last().filter(|disturbance| disturbance.over + SETTLING >= *end) {
+                    Some(disturbance) => late.push(time.saturating_sub(disturbance.over.max(*end))),
+                    None => delays.push(time.saturating_sub(*end)),
+                }
             }
         }
     }
-    summary.delays.sort_unstable();
+    (summary.delays, summary.late) = (Delays::of(delays), Delays::of(late));
     summary
 }
 

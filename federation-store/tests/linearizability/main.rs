@@ -2,8 +2,9 @@
 //! itself killed and restarted: nothing acknowledged is lost, nothing is done twice, every answer fits one order, and
 //! every watch is whole. `history` has the checker, `replica` what the processes do.
 //!
-//! `CELLWAY_LINEARIZABILITY_OPERATIONS=100000 cargo test -p federation-store --test linearizability -- --nocapture` is the
-//! long run.
+//! The long run: `CELLWAY_LINEARIZABILITY_OPERATIONS=100000 cargo test --release -p federation-store --test linearizability --
+//! --nocapture --test-threads=1`. It wants the machine for itself, as it also checks how soon events reach the other
+//! replicas; elsewhere that is printed.
 
 // The checks are in functions that the tests call. This thread is no worker of a runtime: between two kills it lets time
 // pass. What was checked is printed, for the long run.
@@ -22,7 +23,7 @@ use rand::Rng as _;
 use test_support::databases::{Kind, Server};
 use test_support::relay::{Impairment, Relay};
 
-use self::history::{Process, Summary};
+use self::history::{Disturbance, Process, Summary};
 
 const OPERATIONS: &str = "CELLWAY_LINEARIZABILITY_OPERATIONS";
 
@@ -33,6 +34,17 @@ const REPLICAS: usize = 3;
 
 /// A machine that is busy with everything else; whoever waits longer has found a hang.
 const LONG: Duration = Duration::from_secs(180);
+
+/// The promise: so soon 99 of 100 events are at the other replicas.
+const PROMPT: Duration = Duration::from_millis(100);
+
+/// The same of events that a kill or the start fell into, after it: a follower that failed looks again after a quarter of a
+/// second, and may have to connect anew.
+const PROMPT_AGAIN: Duration = Duration::from_secs(2);
+
+/// Half of the events come sooner than this on any machine, unless each waits for the slow timer that notifications have
+/// beside them.
+const NOT_BY_CHANCE: Duration = Duration::from_millis(500);
 
 /// The child: not a test of its own.
 #[test]
@@ -141,6 +153,10 @@ fn run(
     };
     let mut replicas: Vec<Replica> = (0..REPLICAS).map(|_| start()).collect();
     let begun = Instant::now();
+    // A replica that starts makes its connections while it writes and reads already.
+    let start_up = replica::now();
+    wait("the replicas to start", || replicas.iter().all(|replica| replica.see(Process::has_begun)));
+    let mut disturbances = vec![Disturbance { begun: start_up, over: replica::now() }];
     let mut turn = 0;
     let limit = LONG.max(Duration::from_millis(operations as u64 * 20));
     loop {
@@ -158,9 +174,11 @@ fn run(
         }
         turn += 1;
         let victim = rand::rng().random_range(0..REPLICAS);
+        let kill = replica::now();
         let fresh = start();
         processes.push(std::mem::replace(&mut replicas[victim], fresh).kill());
         disturb(turn);
+        disturbances.push(Disturbance { begun: kill, over: replica::now() });
     }
     let elapsed = begun.elapsed();
     for replica in &mut replicas {
@@ -174,15 +192,10 @@ fn run(
     }
     wait("the watchers to end", || replicas.iter().all(|replica| replica.see(|history| history.ended)));
     processes.extend(replicas.into_iter().map(Replica::finish));
-    let summary = history::check(&processes, &log);
-    let delay = |share: f64| {
-        let at = (summary.delays.len() as f64 * share) as usize;
-        Duration::from_nanos(summary.delays.get(at).copied().unwrap_or_default())
-    };
+    let summary = history::check(&processes, &log, &disturbances);
     println!(
         "{} operations in {elapsed:.0?} by {} processes, {} killed: {} applied, {} conflicts, {} failed, {} \
-         unanswered of which {} applied, {} reads; {} events in the log, {} seen; an event comes {:?} (p50), {:?} (p99) \
-         after the answer to another replica; no violation",
+         unanswered of which {} applied, {} reads; {} events in the log, {} seen; no violation",
         summary.operations,
         processes.len(),
         processes.len() - REPLICAS,
@@ -194,14 +207,31 @@ fn run(
         summary.reads,
         summary.log,
         summary.events,
-        delay(0.5),
-        delay(0.99),
     );
+    println!(
+        "  from an answer to its event in another replica, nothing killed or started meanwhile: {:?}",
+        summary.delays
+    );
+    println!("  of those that a kill or the start fell into, from its end: {:?}", summary.late);
     summary
 }
 
+/// How many operations somebody asked for who has the machine for it.
+fn asked() -> Option<usize> {
+    std::env::var(OPERATIONS).ok()?.parse().ok()
+}
+
 fn operations() -> usize {
-    std::env::var(OPERATIONS).ok().and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_OPERATIONS)
+    asked().unwrap_or(DEFAULT_OPERATIONS)
+}
+
+/// Events came in time, where nothing else wants the machine. A run that is killed all the time has few that no kill fell
+/// into: what is said of them is said of a hundred at least.
+fn in_time(summary: &Summary) {
+    for (delays, limit) in [(&summary.delays, PROMPT), (&summary.late, PROMPT_AGAIN)] {
+        let holds = delays.number() < 100 || delays.percentile(99) < limit;
+        assert!(asked().is_none() || holds, "the p99 is not below {limit:?}: {delays:?}");
+    }
 }
 
 fn runtime() -> tokio::runtime::Runtime {
@@ -213,6 +243,7 @@ fn checked(summary: &Summary) {
         summary.applied > 0 && summary.conflicts > 0 && summary.reads > 0 && summary.events > 0,
         "{summary:?}"
     );
+    in_time(summary);
 }
 
 fn on_server(kind: Kind) {
@@ -256,12 +287,15 @@ fn mysql_replicas_are_one_store() {
     on_server(Kind::MySql);
 }
 
-/// Writes at a modest pace, so that waiting for the machine is not what is measured. The promise is 100 ms; the test
-/// allows for a machine that is busy with others.
+/// Writes at a modest pace, so that waiting for the machine is not what is measured, and nothing is killed. On a machine
+/// that is busy with others a few may come late all the same: there the median has to do.
 fn prompt(runtime: &tokio::runtime::Runtime, url: &str) {
-    let summary = run(runtime, url, 600, 60, false, |_| {});
-    let p99 = summary.delays[summary.delays.len() * 99 / 100];
-    assert!(p99 < 1_000_000_000, "the p99 of the delay is {:?}", Duration::from_nanos(p99));
+    let summary =
+        run(runtime, url, asked().map_or(2_000, |asked| (asked / 20).max(2_000)), 60, false, |_| {});
+    assert!(summary.delays.number() > 100, "{:?}", summary.delays);
+    let median = summary.delays.percentile(50);
+    assert!(median < NOT_BY_CHANCE, "the median of the delay is {median:?}");
+    in_time(&summary);
 }
 
 fn prompt_on_server(kind: Kind) {

@@ -128,6 +128,11 @@ pub struct Statistics {
     pub memory_used: u64,
     #[prost(uint64, tag = "5")]
     pub memory_limit: u64,
+    /// Of the certificate that the agent would dial with now, in Unix time; 0: it has none, or does not tell.
+    #[prost(uint64, tag = "6")]
+    pub certificate_not_before: u64,
+    #[prost(uint64, tag = "7")]
+    pub certificate_not_after: u64,
 }
 /// QUIC carrier: what the server writes first on every stream that it opens, behind its length as a 32-bit integer in
 /// network byte order.

@@ -21,7 +21,6 @@ pub enum KubeconfigError {
     Parse {
         /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: serde_yaml_ng::Error,
     },

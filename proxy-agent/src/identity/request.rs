@@ -43,7 +43,6 @@ pub enum RequestError {
     Connect {
         /// The server.
         server: String,
-        /// Why.
         #[source]
         source: io::Error,
     },
@@ -52,7 +51,6 @@ pub enum RequestError {
     Egress {
         /// The server.
         server: String,
-        /// Why.
         #[source]
         source: EgressError,
     },
@@ -61,7 +59,6 @@ pub enum RequestError {
     Http {
         /// The server.
         server: String,
-        /// Why.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -90,7 +87,6 @@ pub enum RequestError {
     Answer {
         /// The server.
         server: String,
-        /// Why.
         #[source]
         source: serde_json::Error,
     },

@@ -47,9 +47,31 @@ async fn gateway(mut request: Request<Incoming>) -> Result<Response<Body>, Infal
                 .header("upgrade", "SPDY/3.1")
                 .body(Body::empty())
         }
+        "/flood" => {
+            let upgrade = hyper::upgrade::on(&mut request);
+            tokio::spawn(async move {
+                let mut io = TokioIo::new(upgrade.await.unwrap());
+                while io.write_all(&[1; 1024]).await.is_ok() {}
+            });
+            Response::builder()
+                .status(101)
+                .header("connection", "upgrade")
+                .header("upgrade", "SPDY/3.1")
+                .body(Body::empty())
+        }
         "/silent" => {
             let _ = request.collect().await;
             std::future::pending().await
+        }
+        "/unread" => std::future::pending().await,
+        "/slow" => {
+            // Several pieces are read at once.
+            for _ in 0..40 {
+                let _piece = request.frame().await.unwrap().unwrap();
+                tokio::time::sleep(Duration::from_secs(10)).await;
+            }
+            let _rest = request.collect().await.unwrap();
+            Response::builder().body(Body::empty())
         }
         "/redirect" => Response::builder().status(301).header("location", "/api/v1").body(Body::empty()),
         "/watch" => {
@@ -197,16 +219,14 @@ async fn errors_are_status_objects() {
 #[tokio::test(start_paused = true)]
 async fn a_timeout_blames_the_side_that_kept_silent() {
     let setup = start([]);
-    for (body, code, word) in [
-        (Body::from("{}"), 504, "timed-out"),
-        (Body::empty(), 504, "timed-out"),
-        (
-            Body::from_stream(futures::stream::pending::<Result<bytes::Bytes, Infallible>>()),
-            408,
-            "body-timeout",
-        ),
+    let pending = Body::from_stream(futures::stream::pending::<Result<bytes::Bytes, Infallible>>());
+    for (path, body, code, word) in [
+        ("/clusters/west/silent", Body::from("{}"), 504, "timed-out"),
+        ("/clusters/west/silent", Body::empty(), 504, "timed-out"),
+        ("/clusters/west/silent", pending, 408, "body-timeout"),
+        ("/clusters/west/unread", pieces(100, Duration::ZERO), 504, "timed-out"),
     ] {
-        let mut request = get("/clusters/west/silent");
+        let mut request = get(path);
         *request.method_mut() = Method::POST;
         *request.body_mut() = body;
         let (parts, _) = send(&setup, request).await;
@@ -214,6 +234,35 @@ async fn a_timeout_blames_the_side_that_kept_silent() {
             (parts.status.as_u16(), &parts.headers["cellway-error"]),
             (code, &HeaderValue::from_static(word))
         );
+    }
+}
+
+/// A body of so many pieces of 16 KiB, with a pause before each.
+fn pieces(number: usize, pause: Duration) -> Body {
+    Body::from_stream(futures::stream::unfold(0, move |sent| async move {
+        if sent == number {
+            return None;
+        }
+        tokio::time::sleep(pause).await;
+        Some((Ok::<_, Infallible>(bytes::Bytes::from(vec![b'x'; 16 << 10])), sent + 1))
+    }))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_moves_is_waited_for() {
+    let setup = start([]);
+    let minute = Duration::from_secs(60);
+    // Whoever is slow: the client, or the member that reads it.
+    for (path, body) in
+        [("/clusters/west/apis", pieces(10, minute)), ("/clusters/west/slow", pieces(100, Duration::ZERO))]
+    {
+        let began = Instant::now();
+        let mut request = get(path);
+        *request.method_mut() = Method::POST;
+        *request.body_mut() = body;
+        let (parts, answer) = send(&setup, request).await;
+        assert_eq!(parts.status, 200, "{path}: {answer}");
+        assert!(began.elapsed() > 5 * minute, "{path}");
     }
 }
 
@@ -245,9 +294,8 @@ async fn redirects_stay_in_the_member() {
     assert_eq!(parts.headers["location"], "/clusters/west/api/v1");
 }
 
-#[tokio::test]
-async fn upgrades_become_byte_streams() {
-    let setup = start([]);
+/// A client whose request was answered with an upgrade.
+async fn upgraded(setup: &Setup, path: &str) -> (tokio::net::TcpStream, Serving) {
     let router = setup.proxy.router().layer(axum::Extension(jane()));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
@@ -255,8 +303,9 @@ async fn upgrades_become_byte_streams() {
     let server =
         tokio::spawn(service::http::serve(listener, router, service::http::Limits::default(), watch));
     let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();
-    let request =
-        "GET /clusters/west/exec HTTP/1.1\r\nhost: h\r\nconnection: Upgrade\r\nupgrade: SPDY/3.1\r\n\r\n";
+    let request = format!(
+        "GET /clusters/west/{path} HTTP/1.1\r\nhost: h\r\nconnection: Upgrade\r\nupgrade: SPDY/3.1\r\n\r\n"
+    );
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -264,6 +313,15 @@ async fn upgrades_become_byte_streams() {
     }
     let head = String::from_utf8(head).unwrap().to_ascii_lowercase();
     assert!(head.starts_with("http/1.1 101") && head.contains("upgrade: spdy/3.1"), "{head}");
+    (stream, (signal, server))
+}
+
+type Serving = (service::drain::DrainSignal, tokio::task::JoinHandle<()>);
+
+#[tokio::test]
+async fn upgrades_become_byte_streams() {
+    let setup = start([]);
+    let (mut stream, (signal, server)) = upgraded(&setup, "exec").await;
     stream.write_all(b"echo").await.unwrap();
     stream.shutdown().await.unwrap();
     let mut answer = String::new();
@@ -273,4 +331,20 @@ async fn upgrades_become_byte_streams() {
     assert_eq!(send(&setup, get("/clusters/west/api")).await.0.status, 503, "drained");
     signal.drain().await;
     server.await.unwrap();
+}
+
+#[tokio::test]
+async fn an_upgraded_connection_ends_with_its_tunnel_though_its_client_does_not_read() {
+    let setup = start([]);
+    let (mut stream, serving) = upgraded(&setup, "flood").await;
+    assert_eq!(setup.proxy.0.registry.connection_count(), 1);
+    setup.tunnel.close();
+    // Its place is given back, and the client, which has not read, finds its connection ended.
+    tokio::time::timeout(Duration::from_secs(30), setup.proxy.drain()).await.expect("it ends by itself");
+    assert_eq!(setup.proxy.0.registry.connection_count(), 0);
+    let mut rest = Vec::new();
+    let ended = tokio::time::timeout(Duration::from_secs(30), stream.read_to_end(&mut rest)).await;
+    // With an end or a reset, after what had been sent.
+    drop(ended.expect("the client's connection ends"));
+    drop(serving);
 }

@@ -181,10 +181,12 @@ impl<T: Tunnel> ConnectFrontend<T> {
         let mut drained = pin!(drain.signaled());
         loop {
             tokio::select! {
+                biased;
                 () = &mut drained => break,
-                Some(_) = connections.join_next(), if !connections.is_empty() => {}
                 accepted = bound.listener.accept() => match accepted {
                     Ok(stream) => {
+                        // Those that have finished wait for the next one: each would wake this loop.
+                        while connections.try_join_next().is_some() {}
                         let frontend = self.clone();
                         let span = tracing::debug_span!("connect", client.addr = "unix");
                         connections.spawn(async move { frontend.handle_unix(stream).await }.instrument(span));
@@ -211,10 +213,11 @@ impl<T: Tunnel> ConnectFrontend<T> {
         let mut drained = pin!(drain.signaled());
         loop {
             tokio::select! {
+                biased;
                 () = &mut drained => break,
-                Some(_) = connections.join_next(), if !connections.is_empty() => {}
                 accepted = listener.accept() => match accepted {
                     Ok((stream, remote)) => {
+                        while connections.try_join_next().is_some() {}
                         let (frontend, tls, allowed) = (self.clone(), tls.clone(), allowed.clone());
                         let span = tracing::debug_span!("connect", client.addr = %remote);
                         connections.spawn(
@@ -299,9 +302,11 @@ impl<T: Tunnel> ConnectFrontend<T> {
                     COPY_BUFFER,
                 );
                 tokio::select! {
+                    // What has come is passed on first.
+                    biased;
                     copied = copied => copied,
                     // A client that does not read would hold its place until it does.
-                    () = cut => Err(std::io::Error::other("cut: nobody read what it held, and the memory was used up")),
+                    error = cut => Err(error),
                 }
             }
             Err(error) => Err(error),

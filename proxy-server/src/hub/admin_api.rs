@@ -2,7 +2,6 @@
 //! clock: revoking a cluster. JSON, for administrators.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -26,13 +25,16 @@ use crate::directory::Lookup;
 use crate::error::ProxyError;
 use crate::registry::{Entry, Registry};
 use crate::route::parse_cluster;
+use crate::rows::{
+    ApiPing, ClusterRow, ConnectionRow, Items, Listening, Ping, Revoked, Server, TunnelPing, TunnelRow,
+};
 use crate::server::Addresses;
 use crate::tables::{self, millis, rfc3339};
 use crate::user::User;
 use crate::{error, status};
 
 use super::external::Authorised;
-use super::revocations::{self, NoteError};
+use super::revocations::{self, MAX_AGENTS, NoteError, Revocations};
 use super::{FEDERATION_NAMESPACE, feed, tokens};
 
 /// Who may revoke.
@@ -86,9 +88,6 @@ pub struct AdminApi {
     pub client: kube::Client,
 }
 
-/// Agents of one cluster that are revoked one by one: their annotation stays far below what an object may carry.
-const MAX_REVOKED_AGENTS: usize = 500;
-
 /// How often a revocation is tried again that lost against another write to the cluster's object.
 const REVOCATIONS: usize = 8;
 
@@ -132,67 +131,64 @@ impl AdminApi {
     }
 
     /// `GET /cellway/v1/server`, also what `hub.json` holds.
-    pub fn server(&self) -> Value {
+    pub fn server(&self) -> Server {
         let bound = self.info.bound.read();
         let text = |addr: &Option<std::net::SocketAddr>| addr.map(|addr| addr.to_string());
-        let uds: Option<&PathBuf> = bound.addresses.connect_uds.as_ref();
-        json!({
-            "version": tunnel::VERSION,
-            "serverId": self.info.server_id,
-            "startedAt": rfc3339(self.info.started_at),
-            "trustDomain": self.info.trust_domain,
-            "caHash": self.info.ca_hash,
-            "addresses": {
-                "api": bound.api,
-                "agents": text(&bound.addresses.agents),
-                "agentsQuic": text(&bound.addresses.agents_quic),
-                "connect": text(&bound.addresses.connect),
-                "connectUds": uds,
-                "health": text(&bound.addresses.health),
-                "admin": text(&bound.addresses.admin),
+        Server {
+            version: tunnel::VERSION.to_owned(),
+            server_id: self.info.server_id.clone(),
+            started_at: rfc3339(self.info.started_at),
+            trust_domain: self.info.trust_domain.clone(),
+            ca_hash: self.info.ca_hash.clone(),
+            addresses: Listening {
+                api: bound.api.clone(),
+                agents: text(&bound.addresses.agents),
+                agents_quic: text(&bound.addresses.agents_quic),
+                connect: text(&bound.addresses.connect),
+                connect_uds: bound.addresses.connect_uds.clone(),
+                health: text(&bound.addresses.health),
+                admin: text(&bound.addresses.admin),
             },
-            "advertisedAgents": bound.advertised_agents,
-            "tunnels": self.registry.tunnel_count(),
-            "clusters": self.registry.connected_clusters().len(),
-            "connections": self.registry.connection_count(),
-        })
+            advertised_agents: bound.advertised_agents.clone(),
+            tunnels: self.registry.tunnel_count(),
+            clusters: self.registry.connected_clusters().len(),
+            connections: self.registry.connection_count(),
+        }
     }
 
-    fn clusters(&self) -> Value {
+    fn clusters(&self) -> Items<ClusterRow> {
         let snapshot = self.registry.directory().snapshot();
         let mut by_cluster: BTreeMap<String, Vec<Arc<Entry<ServerTunnel>>>> = BTreeMap::new();
         for entry in self.registry.tunnels() {
             by_cluster.entry(entry.member.cluster.clone()).or_default().push(entry);
         }
         let names: BTreeSet<&String> = snapshot.clusters.keys().chain(by_cluster.keys()).collect();
-        let rows: Vec<Value> = names
+        let items = names
             .into_iter()
             .map(|name| {
                 let entries = by_cluster.get(name).map(Vec::as_slice).unwrap_or_default();
                 let info = snapshot.clusters.get(name);
-                let carriers: BTreeSet<&str> = entries.iter().map(|entry| entry.member.carrier.as_str()).collect();
                 let rtt = entries.iter().filter_map(|entry| entry.tunnel.rtt()).min();
-                json!({
-                    "name": name,
-                    "known": info.is_some(),
-                    "revokedAt": info.and_then(|info| info.revoked_at).map(rfc3339),
-                    "revokedAgents": info.map(|info| {
-                        info.revoked_agents.iter().map(|(agent, at)| (agent, rfc3339(*at))).collect::<BTreeMap<_, _>>()
-                    }).unwrap_or_default(),
-                    "tunnels": entries.len(),
-                    "carriers": carriers,
-                    "connections": entries.iter().map(|entry| entry.tunnel.stats().connections).sum::<usize>(),
-                    "rttMillis": rtt.map(millis),
-                })
+                let revoked_agents = info.into_iter().flat_map(|info| &info.revoked_agents);
+                ClusterRow {
+                    name: name.clone(),
+                    known: info.is_some(),
+                    revoked_at: info.and_then(|info| info.revoked_at).map(rfc3339),
+                    revoked_agents: revoked_agents.map(|(agent, at)| (agent.clone(), rfc3339(*at))).collect(),
+                    tunnels: entries.len(),
+                    carriers: entries.iter().map(|entry| entry.member.carrier.as_str().to_owned()).collect(),
+                    connections: entries.iter().map(|entry| entry.tunnel.stats().connections).sum(),
+                    rtt_millis: rtt.map(millis),
+                }
             })
             .collect();
-        json!({ "items": rows })
+        Items { items }
     }
 
     /// Revokes what the cluster's agents hold: certificates by a record and by the annotation, which the directory reads,
     /// and tokens that nobody has redeemed yet. The time is this hub's, as that of certificates and of tokens is; an administrator's
     /// clock may say anything.
-    async fn revoke(&self, name: &str) -> Result<Value, RevokeError> {
+    async fn revoke(&self, name: &str) -> Result<Revoked, RevokeError> {
         parse_cluster(name).map_err(RevokeError::Proxy)?;
         let clusters: Api<KubeFedCluster> = Api::namespaced(self.client.clone(), FEDERATION_NAMESPACE);
         if clusters.get_opt(name).await.map_err(RevokeError::Api)?.is_none() {
@@ -212,12 +208,18 @@ impl AdminApi {
         let removed = removed.await.map_err(RevokeError::Api)?;
         tracing::info!(cluster = name, %revoked_at, tokens = removed, "cluster revoked");
         over(revoked_at).await;
-        Ok(json!({ "cluster": name, "revokedAt": revoked_at.to_string(), "tokensRemoved": removed }))
+        Ok(Revoked {
+            cluster: name.to_owned(),
+            agent: None,
+            revoked_at: revoked_at.to_string(),
+            tunnels: None,
+            tokens_removed: removed,
+        })
     }
 
     /// The same for one agent. The cluster's tokens go all the same: whoever has the agent's machine may have one that
     /// admits more agents.
-    async fn revoke_agent(&self, name: &str, agent: &str) -> Result<Value, RevokeError> {
+    async fn revoke_agent(&self, name: &str, agent: &str) -> Result<Revoked, RevokeError> {
         parse_cluster(name).map_err(RevokeError::Proxy)?;
         let agent = agent.parse::<tls::AgentId>().map_err(|error| RevokeError::Refused(error.to_string()))?;
         let tunnels = self.registry.tunnels_of(name);
@@ -227,14 +229,19 @@ impl AdminApi {
         let removed = removed.await.map_err(RevokeError::Api)?;
         tracing::info!(cluster = name, agent.id = %agent, %revoked_at, tunnels, tokens = removed, "agent revoked");
         over(revoked_at).await;
-        Ok(json!({ "cluster": name, "agent": agent.as_str(), "revokedAt": revoked_at.to_string(),
-                   "tunnels": tunnels, "tokensRemoved": removed }))
+        Ok(Revoked {
+            cluster: name.to_owned(),
+            agent: Some(agent.to_string()),
+            revoked_at: revoked_at.to_string(),
+            tunnels: Some(tunnels),
+            tokens_removed: removed,
+        })
     }
 
     /// Writes the revocation into the record, which stays whatever becomes of the object.
     async fn note(&self, name: &str, agent: Option<&str>, at: jiff::Timestamp) -> Result<(), RevokeError> {
-        let noted = revocations::note(self.client.clone(), name, agent, at.into(), MAX_REVOKED_AGENTS).await;
-        noted.map_err(|error| match error {
+        let revoked = Revocations::of(agent, at.into());
+        revocations::note(self.client.clone(), name, &revoked).await.map(drop).map_err(|error| match error {
             NoteError::Api(error) => RevokeError::Api(error),
             NoteError::Record { .. } => RevokeError::Refused(error.to_string()),
         })
@@ -257,9 +264,9 @@ impl AdminApi {
             })?;
             let revoked_at = noted.unwrap_or_else(this_second);
             agents.insert(agent.to_owned(), revoked_at.into());
-            if agents.len() > MAX_REVOKED_AGENTS {
+            if agents.len() > MAX_AGENTS {
                 return Err(RevokeError::Refused(format!(
-                    "{MAX_REVOKED_AGENTS} agents of cluster '{name}' are revoked already: revoke the cluster, or take \
+                    "{MAX_AGENTS} agents of cluster '{name}' are revoked already: revoke the cluster, or take \
                      those out of its annotation {} and of its Secret of revocations whose certificates have expired",
                     feed::REVOKED_AGENTS
                 )));
@@ -282,7 +289,7 @@ impl AdminApi {
         }
     }
 
-    async fn ping(&self, name: &str) -> Result<Value, ProxyError> {
+    async fn ping(&self, name: &str) -> Result<Ping, ProxyError> {
         let cluster = parse_cluster(name)?;
         match self.registry.directory().lookup(name, |_| ()) {
             Lookup::Known(()) => {}
@@ -306,15 +313,16 @@ impl AdminApi {
         let api = match answer {
             Ok((StatusCode::OK, body)) => {
                 let version: Value = serde_json::from_slice(&body).unwrap_or_default();
-                json!({ "ok": true, "millis": elapsed, "version": version["gitVersion"], "error": null })
+                let version = version["gitVersion"].as_str().map(str::to_owned);
+                ApiPing { ok: true, millis: Some(elapsed), version, error: None }
             }
             Ok((status, _)) => {
-                json!({ "ok": false, "millis": elapsed, "version": null,
-                        "error": format!("the member's API answered {status}") })
+                let error = Some(format!("the member's API answered {status}"));
+                ApiPing { ok: false, millis: Some(elapsed), version: None, error }
             }
-            Err(error) => json!({ "ok": false, "millis": null, "version": null, "error": error.to_string() }),
+            Err(error) => ApiPing { ok: false, millis: None, version: None, error: Some(error.to_string()) },
         };
-        Ok(json!({ "cluster": name, "tunnels": tunnels, "api": api }))
+        Ok(Ping { cluster: name.to_owned(), tunnels, api })
     }
 }
 
@@ -338,19 +346,19 @@ async fn over(revoked_at: jiff::Timestamp) {
     tokio::time::sleep(rest.min(Duration::from_secs(1))).await;
 }
 
-async fn ping_tunnel(entry: &Entry<ServerTunnel>) -> Value {
+async fn ping_tunnel(entry: &Entry<ServerTunnel>) -> TunnelPing {
     let (rtt, error) = match tokio::time::timeout(PING_TIMEOUT, entry.tunnel.ping()).await {
         Ok(Ok(rtt)) => (Some(millis(rtt)), None),
         Ok(Err(error)) => (None, Some(service::error_chain(&error))),
         Err(_) => (None, Some(format!("no answer within {PING_TIMEOUT:?}"))),
     };
-    json!({
-        "id": entry.id,
-        "agentId": entry.member.agent_id,
-        "carrier": entry.member.carrier.as_str(),
-        "rttMillis": rtt,
-        "error": error,
-    })
+    TunnelPing {
+        id: entry.id,
+        agent_id: entry.member.agent_id.clone(),
+        carrier: entry.member.carrier.as_str().to_owned(),
+        rtt_millis: rtt,
+        error,
+    }
 }
 
 async fn authorise(request: Request<Body>, next: Next) -> Response {
@@ -361,6 +369,7 @@ async fn authorise(request: Request<Body>, next: Next) -> Response {
             next.run(request).await
         }
         Some(user) => {
+            refused(&request);
             let message =
                 format!("user \"{}\" cannot read the admin API: it is for system:masters", user.name);
             status::response(StatusCode::FORBIDDEN, "Forbidden", &message)
@@ -369,19 +378,22 @@ async fn authorise(request: Request<Body>, next: Next) -> Response {
     }
 }
 
-async fn server(State(api): State<AdminApi>) -> Json<Value> {
+async fn server(State(api): State<AdminApi>) -> Json<Server> {
     Json(api.server())
 }
 
-async fn tunnels(State(api): State<AdminApi>, Query(query): Query<ClusterQuery>) -> Json<Value> {
+async fn tunnels(State(api): State<AdminApi>, Query(query): Query<ClusterQuery>) -> Json<Items<TunnelRow>> {
     Json(tables::tunnels(&api.registry, query.cluster.as_deref()))
 }
 
-async fn connections(State(api): State<AdminApi>, Query(query): Query<ClusterQuery>) -> Json<Value> {
+async fn connections(
+    State(api): State<AdminApi>,
+    Query(query): Query<ClusterQuery>,
+) -> Json<Items<ConnectionRow>> {
     Json(tables::connections(&api.registry, query.cluster.as_deref()))
 }
 
-async fn clusters(State(api): State<AdminApi>) -> Json<Value> {
+async fn clusters(State(api): State<AdminApi>) -> Json<Items<ClusterRow>> {
     Json(api.clusters())
 }
 
@@ -392,6 +404,14 @@ async fn ping(State(api): State<AdminApi>, Path(name): Path<String>) -> Response
     }
 }
 
+/// Says who tried to change something and may not.
+fn refused(request: &Request<Body>) {
+    if request.method() != http::Method::GET {
+        let user = request.extensions().get::<User>().map(|user| user.name.as_str()).unwrap_or_default();
+        tracing::warn!(user, path = request.uri().path(), "a request to the admin API was refused");
+    }
+}
+
 /// Reading is for more than one; this is not.
 async fn authorise_revoker(request: Request<Body>, next: Next) -> Response {
     let user = request.extensions().get::<User>();
@@ -399,16 +419,14 @@ async fn authorise_revoker(request: Request<Body>, next: Next) -> Response {
     if authorised || user.is_some_and(|user| user.groups.iter().any(|group| group == REVOKERS)) {
         let by = user.map(|user| user.name.clone()).unwrap_or_default();
         let path = request.uri().path().to_owned();
+        // A Kubernetes API of somebody else has no word of it in its audit log. Said before: what comes after is not reached for a
+        // client that goes away meanwhile, and the revocation stands all the same.
+        tracing::info!(user = by, path, "somebody asks for a revocation");
         let response = next.run(request).await;
-        // A Kubernetes API of somebody else has no word of it in its audit log.
-        tracing::info!(
-            user = by,
-            path,
-            status = response.status().as_u16(),
-            "somebody asked for a revocation"
-        );
+        tracing::info!(user = by, path, status = response.status().as_u16(), "the revocation was answered");
         return response;
     }
+    refused(&request);
     status::response(StatusCode::FORBIDDEN, "Forbidden", "only system:masters may revoke")
 }
 
@@ -420,7 +438,7 @@ async fn revoke_agent(State(api): State<AdminApi>, Path((name, agent)): Path<(St
     revoked(&name, api.revoke_agent(&name, &agent).await)
 }
 
-fn revoked(name: &str, outcome: Result<Value, RevokeError>) -> Response {
+fn revoked(name: &str, outcome: Result<Revoked, RevokeError>) -> Response {
     match outcome {
         Ok(report) => Json(report).into_response(),
         Err(RevokeError::Refused(why)) => status::response(StatusCode::BAD_REQUEST, "BadRequest", &why),

@@ -9,6 +9,7 @@ use axum::middleware::Next;
 use federation_apiserver::{ApiServer, Bound, Converter, Role, UserInfo};
 use federation_core::api::Conversion;
 use serde_json::json;
+use service::background::Ended;
 use service::metrics::SharedRegistry;
 use service::ready::Readiness;
 use tokio_util::sync::CancellationToken;
@@ -67,7 +68,7 @@ impl HubApi {
     pub(super) fn conversion(&self) -> Conversion {
         match self {
             Self::Own(_) => Conversion::InProcess,
-            Self::External(api) => api.conversion().clone(),
+            Self::External(api) => api.conversion(),
         }
     }
 
@@ -124,7 +125,10 @@ impl HubApi {
     }
 
     /// Serves until it is to stop, and lets requests end.
-    pub(super) async fn run(self, stop: CancellationToken) {
+    ///
+    /// # Errors
+    /// When a part that it cannot do without ends by itself.
+    pub(super) async fn run(self, stop: CancellationToken) -> Result<(), Ended> {
         match self {
             Self::Own(api) => api.run(stop).await,
             Self::External(api) => api.run(stop).await,

@@ -20,6 +20,7 @@ use kube::runtime::wait::{await_condition, conditions};
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 /// A stock server publishes a definition within a second or two; it may be busy with all of them.
@@ -67,6 +68,13 @@ pub enum DefinitionsError {
     NotEstablished,
 }
 
+/// The conversion that definitions are to name, and the one that all of them name.
+#[derive(Debug)]
+pub(super) struct Registration {
+    pub(super) wanted: watch::Sender<Conversion>,
+    pub(super) there: watch::Sender<Option<Conversion>>,
+}
+
 /// The definitions as they are to be, by name.
 #[derive(Clone)]
 pub(super) struct Definitions {
@@ -75,6 +83,19 @@ pub(super) struct Definitions {
     all: BTreeMap<String, Value>,
     /// What each federated one has at `spec.conversion`.
     conversion: CustomResourceConversion,
+}
+
+// === impl Registration ===
+
+impl Registration {
+    pub(super) fn new(wanted: Conversion) -> Self {
+        Self { wanted: watch::Sender::new(wanted), there: watch::Sender::new(None) }
+    }
+
+    /// Whether every definition names what is wanted now.
+    pub(super) fn is_done(&self) -> bool {
+        self.there.borrow().as_ref() == Some(&*self.wanted.borrow())
+    }
 }
 
 // === impl Definitions ===
@@ -142,24 +163,44 @@ impl Definitions {
         self.api.patch(name, &params, &Patch::Apply(wanted)).await.map(drop)
     }
 
-    /// Registers the webhook again wherever somebody takes it out; for ever. A definition for which that fails waits for its
-    /// next turn, and no other one waits for it.
-    pub(super) async fn keep(self) {
-        let watch = watcher(self.api.clone(), watcher::Config::default());
-        let mut changes = pin!(watch.default_backoff().applied_objects());
+    /// Registers the webhook again wherever somebody takes it out, and everywhere when it is to be another; for ever. A
+    /// definition for which that fails waits for its next turn, and no other one waits for it.
+    pub(super) async fn keep(mut self, registration: &Registration) {
+        let mut wanted = registration.wanted.subscribe();
+        loop {
+            let conversion = wanted.borrow_and_update().clone();
+            if let Some(others) = Self::new(self.api.clone().into_client(), &conversion) {
+                self = others;
+            }
+            tokio::select! {
+                () = self.keep_as(conversion, registration) => return,
+                changed = wanted.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+
+    async fn keep_as(&self, conversion: Conversion, registration: &Registration) {
+        let mut changes = pin!(watcher(self.api.clone(), watcher::Config::default()).default_backoff());
         let mut repaired: BTreeMap<String, Instant> = BTreeMap::new();
         // When each is to be looked at.
         let mut due: BTreeMap<String, Instant> = BTreeMap::new();
+        let mut listed = false;
         loop {
+            if listed && due.is_empty() && !registration.is_done() {
+                registration.there.send_replace(Some(conversion.clone()));
+            }
             let next = due.iter().min_by_key(|(_, at)| **at).map(|(name, at)| (name.clone(), *at));
             let (name, at) = next.unwrap_or_else(|| (String::new(), Instant::now()));
             tokio::select! {
                 change = changes.next() => match change {
-                    Some(Ok(found)) if self.is_converted(&found) && !self.is_registered(&found) => {
+                    Some(Ok(watcher::Event::InitApply(found) | watcher::Event::Apply(found)))
+                        if self.is_converted(&found) && !self.is_registered(&found) =>
+                    {
                         let name = found.name_any();
                         let at = repaired.get(&name).map_or_else(Instant::now, |last| *last + REPAIR_PACE);
                         due.entry(name).or_insert(at);
                     }
+                    Some(Ok(watcher::Event::InitDone)) => listed = true,
                     Some(Ok(_)) => {}
                     Some(Err(error)) => {
                         tracing::warn!(error = %service::error_chain(&error), "failed to watch the definitions");
@@ -187,8 +228,8 @@ impl Definitions {
                 tracing::warn!(
                     definition = name,
                     url = self.url,
-                    "the conversion webhook was registered otherwise, and is again what this hub serves: if another hub \
-                     uses this API, end one of them"
+                    "the conversion webhook was registered otherwise, and is now what this hub serves: if that was not this \
+                     hub with another authority, another one uses this API: end one of them"
                 );
                 return true;
             }
@@ -290,9 +331,12 @@ mod tests {
                 Ok::<_, std::io::Error>(http::Response::builder().status(status).body(body).unwrap())
             }
         });
-        let ours = Definitions::new(Client::new(service, "default"), &webhook("https://hub/convert", "CA"));
+        let registration = Registration::new(webhook("https://hub/convert", "CA"));
+        let ours = Definitions::new(Client::new(service, "default"), &registration.wanted.borrow());
         let begun = Instant::now();
-        let _keeping = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(ours.unwrap().keep()));
+        let _keeping = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(async move {
+            ours.unwrap().keep(&registration).await
+        }));
         let mut next = async || seen.recv().await.map(|(name, at)| (name, (at - begun).as_secs())).unwrap();
         assert_eq!(next().await, (REFUSED.to_owned(), 0));
         assert_eq!(next().await, ("federatedsecrets.types.kubefed.io".to_owned(), 0));
@@ -301,14 +345,92 @@ mod tests {
         assert_eq!(at, REPAIR_PACE.as_secs());
     }
 
-    #[tokio::test]
-    async fn what_is_registered_otherwise_is_noticed() {
-        let client = Client::new(
+    /// Another authority comes to all definitions, types that were enabled later among them, and it is told when it is there.
+    #[tokio::test(start_paused = true)]
+    async fn another_authority_is_registered_everywhere() {
+        const LATER: &str = "federatedwidgets.types.kubefed.io";
+        let first = webhook("https://hub/convert", "CA");
+        let crds: BTreeMap<String, Value> = federation_core::crds(&first)
+            .into_iter()
+            .find(|crd| crd.name_any() == "federatedconfigmaps.types.kubefed.io")
+            .into_iter()
+            .flat_map(|crd| {
+                let mut later = serde_json::to_value(&crd).unwrap();
+                later["metadata"]["name"] = LATER.into();
+                [(crd.name_any(), serde_json::to_value(crd).unwrap()), (LATER.to_owned(), later)]
+            })
+            .collect();
+        assert_eq!(crds.len(), 2);
+        let crds = std::sync::Arc::new(parking_lot::Mutex::new(crds));
+        let there = crds.clone();
+        let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
+            let crds = there.clone();
+            async move {
+                let name = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+                let watches = request.uri().query().is_some_and(|query| query.contains("watch=true"));
+                let patched = request.method() == http::Method::PATCH;
+                if watches {
+                    std::future::pending::<()>().await;
+                }
+                let body = request.into_body().collect_bytes().await.unwrap();
+                let mut crds = crds.lock();
+                let answer = match crds.get_mut(&name) {
+                    Some(crd) => {
+                        if patched {
+                            let patch: Value = serde_json::from_slice(&body).unwrap();
+                            crd["spec"]["conversion"] = patch["spec"]["conversion"].clone();
+                            federation_core::render::strip_nulls(crd);
+                        }
+                        crd.clone()
+                    }
+                    None => {
+                        json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinitionList",
+                        "metadata": {"resourceVersion": "1"}, "items": crds.values().collect::<Vec<_>>()})
+                    }
+                };
+                let body = kube::client::Body::from(answer.to_string().into_bytes());
+                Ok::<_, std::io::Error>(http::Response::new(body))
+            }
+        });
+        let registration = std::sync::Arc::new(Registration::new(first.clone()));
+        let ours = Definitions::new(Client::new(service, "default"), &first).unwrap();
+        let kept = registration.clone();
+        let _keeping =
+            tokio_util::task::AbortOnDropHandle::new(tokio::spawn(async move { ours.keep(&kept).await }));
+        let done = async |wanted: &Conversion| {
+            let mut there = registration.there.subscribe();
+            let _ = there.wait_for(|there| there.as_ref() == Some(wanted)).await.unwrap();
+        };
+        done(&first).await;
+        assert!(registration.is_done());
+        let second = webhook("https://hub/convert", "another CA");
+        registration.wanted.send_replace(second.clone());
+        assert!(!registration.is_done());
+        done(&second).await;
+        let crds: Vec<Value> = crds.lock().values().cloned().collect();
+        let bundle = |crd: &Value| crd["spec"]["conversion"]["webhook"]["clientConfig"]["caBundle"].clone();
+        assert!(
+            crds.iter().all(|crd| bundle(crd) == bundle(&crds[0]) && bundle(crd).is_string()),
+            "{crds:?}"
+        );
+        let found: Vec<CustomResourceDefinition> =
+            crds.into_iter().map(|crd| serde_json::from_value(crd).unwrap()).collect();
+        let wanted = Definitions::new(client_of_nobody(), &second).unwrap();
+        assert!(found.iter().all(|crd| wanted.is_registered(crd)));
+    }
+
+    fn client_of_nobody() -> Client {
+        Client::new(
             tower::service_fn(async |_: http::Request<kube::client::Body>| {
                 Err::<http::Response<kube::client::Body>, _>(std::io::Error::other("nobody is asked"))
             }),
             "default",
-        );
+        )
+    }
+
+    #[tokio::test]
+    async fn what_is_registered_otherwise_is_noticed() {
+        let client = client_of_nobody();
         let ours = Definitions::new(client.clone(), &webhook("https://hub:1/convert", "CA")).unwrap();
         let federated = |conversion: &Conversion| {
             federation_core::crds(conversion)

@@ -22,6 +22,7 @@ use http::{Request, Response, StatusCode};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Api, Client};
+use service::background::{Background, Ended};
 use service::duration::GoDuration;
 use service::http::Limits;
 use service::metrics::SharedRegistry;
@@ -85,9 +86,7 @@ pub enum ExternalError {
     /// The file.
     #[error("failed to use the kubeconfig {path}")]
     Kubeconfig {
-        /// Which.
         path: PathBuf,
-        /// Why.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -98,7 +97,6 @@ pub enum ExternalError {
         server: String,
         /// Of the kubeconfig.
         path: PathBuf,
-        /// Why.
         #[source]
         source: Box<kube::Error>,
     },
@@ -121,9 +119,7 @@ pub enum ExternalError {
     /// The port.
     #[error("failed to listen on {addr}: choose another --api-port")]
     Listen {
-        /// Where.
         addr: SocketAddr,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
@@ -215,12 +211,13 @@ impl External {
             host: advertised_host,
             folder: &data_dir.join("webhook-tls"),
             authority: certificates.authority().clone(),
+            pki: &config.pki(),
             certificate_ttl: args.external.webhook_certificate_ttl,
         })
         .await?;
-        let definitions = Definitions::new(client.clone(), webhook.conversion());
+        let definitions = Definitions::new(client.clone(), &webhook.conversion());
         if let Some(definitions) = &definitions {
-            definitions.install(&data_dir.join("pki").join("ca.crt").display().to_string()).await?;
+            definitions.install(&config.pki().join("ca.crt").display().to_string()).await?;
         }
         let elsewhere = format!(
             "this port serves /clusters/<cluster>/… and /cellway/v1/… only: the hub's objects are in the Kubernetes API \
@@ -266,7 +263,7 @@ impl External {
         &self.certificates
     }
 
-    pub(super) fn conversion(&self) -> &Conversion {
+    pub(super) fn conversion(&self) -> Conversion {
         self.webhook.conversion()
     }
 
@@ -303,7 +300,10 @@ impl External {
     }
 
     /// Serves until it is to stop, and lets requests end.
-    pub(super) async fn run(self, stop: CancellationToken) {
+    ///
+    /// # Errors
+    /// When a part that it cannot do without ends by itself.
+    pub(super) async fn run(self, stop: CancellationToken) -> Result<(), Ended> {
         let Self { client, listener, certificates, webhook, definitions, served, metrics, answers, .. } =
             self;
         let (signal, drain) = service::drain::channel();
@@ -319,24 +319,31 @@ impl External {
             https::serve(listener, tls, "api", router_for, limits, metrics.clone(), drain.clone())
                 .in_current_span(),
         );
+        let registration = webhook.registration().clone();
         serving.spawn(webhook.run(metrics, drain).instrument(tracing::info_span!("webhook")));
-        let mut background = JoinSet::new();
-        background.spawn(
-            async move { match certificates.keep().await {} }.instrument(tracing::info_span!("certificates")),
-        );
+        let mut background = Background::default();
+        let work = async move { match certificates.keep().await {} };
+        background.spawn("certificates", work.instrument(tracing::info_span!("certificates")));
         if let Some(definitions) = definitions {
-            background.spawn(definitions.keep().instrument(tracing::info_span!("definitions")));
+            let keeping = async move { definitions.keep(&registration).await };
+            background.spawn("definitions", keeping.instrument(tracing::info_span!("definitions")));
         }
-        background.spawn(look(client, answers).in_current_span());
+        background.spawn("look at the Kubernetes API", look(client, answers).in_current_span());
 
-        stop.cancelled().await;
+        let outcome = tokio::select! {
+            biased;
+            () = stop.cancelled() => Ok(()),
+            ended = background.failed() => Err(ended),
+            Some(ended) = serving.join_next() => Err(Ended::of("API port or webhook", ended)),
+        };
         signal.start();
         let ended = async { while serving.join_next().await.is_some() {} };
         if tokio::time::timeout(GRACE, ended).await.is_err() {
             tracing::debug!("requests at the API port were cut");
         }
         serving.shutdown().await;
-        background.shutdown().await;
+        background.abort().await;
+        outcome
     }
 }
 

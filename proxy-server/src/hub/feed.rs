@@ -43,6 +43,19 @@ enum Change {
 
 /// Watches for ever; ends when nobody reads the directory any more.
 pub(super) async fn run(client: Client, feed: watch::Sender<Arc<Snapshot>>) {
+    let (unnoted, to_note) = watch::channel(BTreeMap::new());
+    tokio::select! {
+        () = follow(client.clone(), feed, unnoted) => {}
+        () = revocations::keep(client, to_note) => {}
+    }
+}
+
+/// The same; what annotations say and no record does is told beside.
+async fn follow(
+    client: Client,
+    feed: watch::Sender<Arc<Snapshot>>,
+    unnoted: watch::Sender<BTreeMap<String, Revocations>>,
+) {
     let clusters: Api<KubeFedCluster> = Api::namespaced(client.clone(), FEDERATION_NAMESPACE);
     let records: Api<Secret> = Api::namespaced(client, SYSTEM_NAMESPACE);
     let of_type = watcher::Config::default().fields(&format!("type={}", revocations::SECRET_TYPE));
@@ -74,6 +87,14 @@ pub(super) async fn run(client: Client, feed: watch::Sender<Arc<Snapshot>>) {
             let synced = clusters.synced && records.synced;
             let known = if synced { merged(&clusters.known, &records.known) } else { BTreeMap::new() };
             feed.send_replace(Arc::new(Snapshot { synced, clusters: known }));
+            if synced {
+                let now = revocations::unnoted(&clusters.known, &records.known);
+                unnoted.send_if_modified(|before| {
+                    let news = *before != now;
+                    *before = now;
+                    news
+                });
+            }
         }
     }
 }
@@ -154,7 +175,9 @@ fn info_of(cluster: &KubeFedCluster) -> ClusterInfo {
         DestinationPolicy::default()
     });
     let created_at = cluster.creation_timestamp().map(|time| SystemTime::from(time.0));
-    ClusterInfo { created_at, revoked_at, revoked_agents, allowed, labels: cluster.labels().clone() }
+    // The controller writes it when the member has answered, and leaves it there.
+    let joined = cluster.status.as_ref().is_some_and(|status| status.kubernetes_version.is_some());
+    ClusterInfo { joined, created_at, revoked_at, revoked_agents, allowed, labels: cluster.labels().clone() }
 }
 
 /// The agents that were revoked, and when.

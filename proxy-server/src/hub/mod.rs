@@ -17,10 +17,11 @@ mod definitions;
 mod delegated;
 pub mod external;
 mod feed;
+mod issuing;
 mod members;
 pub mod revocations;
 mod room;
-mod tokens;
+pub mod tokens;
 mod webhook;
 
 use std::collections::BTreeSet;
@@ -31,11 +32,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use federation_controller::{Controller, Handle, LeaseOptions, Options};
+use federation_core::names::{FEDERATION_NAMESPACE, SYSTEM_NAMESPACE};
 use parking_lot::RwLock;
 use serde_json::json;
 use service::admin::Admin;
+use service::background::{Background, Ended};
 use service::drain::DrainWatch;
 use service::duration::GoDuration;
+use service::flags::Effective;
 use service::log::LogHandle;
 use service::metrics::SharedRegistry;
 use service::ready::{Readiness, ReadyGuard};
@@ -60,12 +64,6 @@ use crate::route::Strategy;
 use crate::server::{
     Addresses, AgentsConfig, BoundServer, Parts, ServerConfig, ServerError, TlsFrontend, UdsConfig,
 };
-
-/// Where enrolment tokens are kept.
-pub const SYSTEM_NAMESPACE: &str = "cellway-system";
-
-/// Where the members' hub objects are.
-pub const FEDERATION_NAMESPACE: &str = "kube-federation-system";
 
 /// Who may use the CONNECT frontend with a client certificate of the hub.
 const DIALERS: [&str; 2] = ["system:masters", "cellway:dialers"];
@@ -115,9 +113,9 @@ pub struct HubArgs {
     /// The Unix socket of HTTP CONNECT [default: connect.sock in the data folder].
     #[arg(long, value_name = "PATH")]
     pub uds_name: Option<PathBuf>,
-    /// Tunnels over HTTP/2 only.
-    #[arg(long)]
-    pub no_quic: bool,
+    /// Serve QUIC on the agents' port of UDP; false: tunnels over HTTP/2 only.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    pub quic: bool,
     /// Memory that all tunnels together may promise to agents as receive windows, in MiB; at the limit new connections
     /// are refused.
     #[arg(long, value_name = "MIB", default_value_t = crate::args::DEFAULT_MEMORY_MIB)]
@@ -140,9 +138,9 @@ pub struct HubArgs {
     /// Take over objects in members that the hub did not create, unless a federated object says otherwise.
     #[arg(long)]
     pub adopt: bool,
-    /// Leave out the log line that each connection and API request gets at its end.
-    #[arg(long)]
-    pub no_access_log: bool,
+    /// One log line for each connection and API request at its end.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    pub access_log: bool,
     /// Objects elsewhere.
     #[command(flatten)]
     pub external: ExternalArgs,
@@ -165,9 +163,7 @@ pub enum HubError {
     /// The folder.
     #[error("failed to use the data folder {path}")]
     DataDir {
-        /// Which.
         path: PathBuf,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
@@ -177,9 +173,7 @@ pub enum HubError {
     /// The lock.
     #[error("failed to lock {path}")]
     Lock {
-        /// Which file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
@@ -199,20 +193,28 @@ pub enum HubError {
     #[error("failed to use the Kubernetes API that --kubeconfig names")]
     External(#[from] ExternalError),
     /// A part ended while the hub should run.
-    #[error("the {0} ended unexpectedly: see the log")]
-    Ended(&'static str),
+    #[error(transparent)]
+    Ended(#[from] Ended),
     /// The client of the hub's own API.
     #[error("failed to make a client of the hub API from {path}")]
     Client {
         /// The hub's own kubeconfig.
         path: PathBuf,
-        /// Why.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The proxy server.
     #[error("failed to start the proxy server")]
     Server(#[from] ServerError),
+}
+
+// === impl HubError ===
+
+impl HubError {
+    /// Whether the one who wrote the command line has to change it.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::CertificateTtl(_) | Self::NoDataDir)
+    }
 }
 
 /// A hub that listens and does not serve yet.
@@ -234,12 +236,16 @@ pub struct Hub {
 // === impl Hub ===
 
 impl Hub {
-    /// Makes or loads keys, opens the store, binds every listener. Nothing is served yet. The admin pages can change the
-    /// filter of `log`.
+    /// Makes or loads keys, opens the store, binds every listener. Nothing is served yet. The admin pages show the flags as
+    /// `effective` has them, and can change the filter of `log`.
     ///
     /// # Errors
     /// Names what could not be made, read or bound.
-    pub async fn bind(args: HubArgs, log: Option<LogHandle>) -> Result<Self, HubError> {
+    pub async fn bind(
+        args: HubArgs,
+        mut effective: Effective,
+        log: Option<LogHandle>,
+    ) -> Result<Self, HubError> {
         let data_dir = args.data_dir.clone().ok_or(HubError::NoDataDir)?;
         if args.agent_certificate_ttl.0 < MIN_AGENT_CERTIFICATE_TTL {
             return Err(HubError::CertificateTtl(args.agent_certificate_ttl.0));
@@ -248,6 +254,7 @@ impl Hub {
         let unusable = |source| HubError::DataDir { path: data_dir.clone(), source };
         private_dir(&data_dir).map_err(unusable)?;
         let data_dir = data_dir.canonicalize().map_err(unusable)?;
+        effective.resolve("data-dir", data_dir.display().to_string());
         let lock = lock(&data_dir)?;
         let advertised_host = args.advertise_address.clone().unwrap_or_else(|| match args.bind_address {
             ip if ip.is_unspecified() => Ipv4Addr::LOCALHOST.to_string(),
@@ -319,7 +326,7 @@ impl Hub {
         };
         api.mount(parts.api_proxy.router(), pages.router(), parts.metrics.clone());
 
-        let mut admin = Admin::new(readiness, metrics).config(shown(&args, &data_dir));
+        let mut admin = Admin::new(readiness, metrics).config(effective);
         if let Some(log) = log {
             admin = admin.log(log);
         }
@@ -361,11 +368,6 @@ impl Hub {
         self.server.addresses()
     }
 
-    /// What `hub.json` will hold.
-    pub fn description(&self) -> serde_json::Value {
-        self.pages.server()
-    }
-
     /// Serves until the drain, and returns when everything has ended. Dropping the future cuts what is left.
     ///
     /// # Errors
@@ -385,22 +387,23 @@ impl Hub {
             ..
         } = self;
         let (registry, hub_file) = (pages.registry.clone(), data_dir.join(HUB_FILE));
-        let mut description = pages.server();
+        let mut description = json!(pages.server());
         api.describe(&mut description);
 
         let api_stop = CancellationToken::new();
         let mut api_task = JoinSet::new();
         api_task.spawn(api.run(api_stop.clone()).instrument(tracing::info_span!("api")));
-        let mut background = JoinSet::new();
-        background.spawn(tokens::keep_clean(client.clone()).instrument(tracing::info_span!("tokens")));
-        background.spawn(feed::run(client, feed).instrument(tracing::info_span!("directory")));
-        background.spawn(probe_on_change(registry.clone(), controller.handle()).in_current_span());
-        background.spawn(
-            async move {
-                match tls::reissue("the listeners' certificates", |now| issue(&certificates, now)).await {}
-            }
-            .in_current_span(),
-        );
+        let mut background = Background::default();
+        let work = tokens::keep_clean(client.clone()).instrument(tracing::info_span!("tokens"));
+        background.spawn("removal of enrolment tokens", work);
+        let work = feed::run(client, feed).instrument(tracing::info_span!("directory"));
+        background.spawn("watch of the hub's clusters", work);
+        let work = probe_on_change(registry.clone(), controller.handle()).in_current_span();
+        background.spawn("probes of members", work);
+        let work = async move {
+            match tls::reissue("the listeners' certificates", |now| issue(&certificates, now)).await {}
+        };
+        background.spawn("listeners' certificates", work.in_current_span());
         let mut controller_task = JoinSet::new();
         let controller_stop = drain.token();
         controller_task.spawn(
@@ -422,17 +425,21 @@ impl Hub {
             biased;
             () = drain.signaled() => Ok(()),
             failed = running => failed,
-            _ = api_task.join_next() => Err(HubError::Ended("hub API")),
-            _ = server_task.join_next() => Err(HubError::Ended("proxy server")),
-            _ = controller_task.join_next() => Err(HubError::Ended("federation controller")),
-            Some(_) = background.join_next() => Err(HubError::Ended("watch of the hub's clusters")),
+            Some(ended) = api_task.join_next() => Err(match ended {
+                Ok(Err(part)) => part.into(),
+                Ok(Ok(())) => Ended::of("hub API", Ok(())).into(),
+                Err(error) => Ended::of("hub API", Err(error)).into(),
+            }),
+            Some(ended) = server_task.join_next() => Err(Ended::of("proxy server", ended).into()),
+            Some(ended) = controller_task.join_next() => Err(Ended::of("federation controller", ended).into()),
+            ended = background.failed() => Err(ended.into()),
         };
         if outcome.is_ok() {
             while controller_task.join_next().await.is_some() {}
             while server_task.join_next().await.is_some() {}
         }
         // The watches end before what they watch does.
-        background.shutdown().await;
+        background.abort().await;
         api_stop.cancel();
         while api_task.join_next().await.is_some() {}
         // A file that stays behind says less than nothing, but the end is an end all the same.
@@ -477,7 +484,7 @@ fn server_config(
         advertised,
         agents: AgentsConfig {
             tcp: addr(args.agent_port),
-            quic: (!args.no_quic).then_some(addr(args.agent_port)),
+            quic: args.quic.then_some(addr(args.agent_port)),
             tls: agents_tls,
             rules: IdentityRules {
                 trust_domain: Some(args.trust_domain.clone()),
@@ -507,7 +514,7 @@ fn server_config(
             max_client_connections: client_share(args.tunnel_memory.saturating_mul(1 << 20)),
             ..ConnectLimits::default()
         },
-        access_log: !args.no_access_log,
+        access_log: args.access_log,
     })
 }
 
@@ -564,41 +571,6 @@ async fn probe_on_change(registry: Registry<ServerTunnel>, controller: Handle) {
             return;
         }
     }
-}
-
-/// The configuration in effect, for `/config`. None of the flags is a secret.
-fn shown(args: &HubArgs, data_dir: &Path) -> serde_json::Value {
-    json!({
-        "data-dir": data_dir,
-        "bind-address": args.bind_address,
-        "advertise-address": args.advertise_address,
-        "api-port": args.api_port,
-        "agent-port": args.agent_port,
-        "connect-port": args.connect_port,
-        "health-port": args.health_port,
-        "admin-port": args.admin_port,
-        "admin-bind-address": args.admin_bind_address,
-        "uds-name": args.uds_name,
-        "no-quic": args.no_quic,
-        "tunnel-memory": args.tunnel_memory,
-        "trust-domain": args.trust_domain.as_str(),
-        "agent-certificate-ttl": args.agent_certificate_ttl,
-        "backend-dial-timeout": args.backend_dial_timeout,
-        "graceful-shutdown-timeout": args.graceful_shutdown_timeout,
-        "kubeconfig": args.external.kubeconfig,
-        "webhook-port": args.external.webhook_port,
-        "webhook-url": args.external.webhook_url,
-        "webhook-certificate-ttl": args.external.webhook_certificate_ttl,
-        "token-auth-file": args.token_auth_file,
-        "tls-cert-file": args.api.tls_cert_file,
-        "tls-private-key-file": args.api.tls_private_key_file,
-        "client-ca-file": args.api.client_ca_file,
-        "encryption-provider-config": args.api.encryption_provider_config,
-        "audit-policy-file": args.api.audit_policy_file,
-        "audit-log-path": args.api.audit_log_path,
-        "oidc-issuer-url": args.api.oidc_issuer_url,
-        "no-access-log": args.no_access_log,
-    })
 }
 
 /// Issues the listeners' certificates anew.

@@ -1,14 +1,16 @@
 //! Revocations in records of their own, one Secret for each cluster. The annotations of the cluster's object say the same, for
 //! whoever looks there, but go when a tool replaces the object; a record is only ever added to, and `hub restore` carries it
-//! over from the data that it replaces. What either of the two says holds.
+//! over from the data that it replaces. What either of the two says holds, and what only an annotation says, as one that was
+//! written by hand, comes into the record too ([`keep`]).
 
 use std::collections::BTreeMap;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client, ResourceExt};
 use serde_json::json;
+use tokio::sync::watch;
 
 use super::{SYSTEM_NAMESPACE, feed};
 use crate::directory::ClusterInfo;
@@ -35,6 +37,12 @@ const AGENTS: &str = "revoked-agents";
 
 /// How often a write is tried again that lost against another one.
 const ATTEMPTS: usize = 8;
+
+/// Agents of one cluster that are revoked one by one: annotation and record stay far below what an object may carry.
+pub(super) const MAX_AGENTS: usize = 500;
+
+/// Pause before what could not be noted is tried again.
+const RETRY: Duration = Duration::from_secs(30);
 
 /// What was revoked of one cluster, and when.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -89,6 +97,38 @@ impl Revocations {
         })
     }
 
+    /// One agent, or without one all of the cluster's, revoked at a moment.
+    pub(super) fn of(agent: Option<&str>, at: SystemTime) -> Self {
+        match agent {
+            None => Self { all: Some(at), ..Self::default() },
+            Some(agent) => Self { agents: [(agent.to_owned(), at)].into(), ..Self::default() },
+        }
+    }
+
+    /// What the annotations of a cluster's object say. Such that cannot be read say nothing that lasts: they may be repaired.
+    fn annotated(info: &ClusterInfo) -> Self {
+        let all = info.revoked_at.filter(|at| *at != ClusterInfo::revoked_for_good());
+        Self { all, agents: info.revoked_agents.clone() }
+    }
+
+    /// What is revoked here and not in a record, or later.
+    fn beyond(mut self, record: &Self) -> Self {
+        self.all = self.all.filter(|at| Some(*at) > record.all);
+        // One that cannot be read refuses everything, and takes nothing in.
+        let refuses_all = record.all == Some(ClusterInfo::revoked_for_good());
+        self.agents
+            .retain(|agent, at| !refuses_all && record.agents.get(agent).is_none_or(|known| known < at));
+        self
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.all = self.all.max(other.all);
+        for (agent, at) in &other.agents {
+            let known = self.agents.entry(agent.clone()).or_insert(*at);
+            *known = (*known).max(*at);
+        }
+    }
+
     /// Adds what is revoked here to what the directory knows of the cluster.
     pub(super) fn apply(&self, info: &mut ClusterInfo) {
         info.revoked_at = info.revoked_at.max(self.all);
@@ -105,15 +145,56 @@ pub(super) fn cluster_of(secret: &Secret) -> String {
     name.strip_prefix(NAME).unwrap_or_default().to_owned()
 }
 
-/// Writes into the record of `cluster` that it, or its `agent`, was revoked at `at`, beside what is there; no more than
-/// `most` agents.
+/// What annotations say and no record does, by cluster.
+pub(super) fn unnoted(
+    clusters: &BTreeMap<String, ClusterInfo>,
+    records: &BTreeMap<String, Revocations>,
+) -> BTreeMap<String, Revocations> {
+    let none = Revocations::default();
+    let beyond = |(name, info): (&String, &ClusterInfo)| {
+        let beyond = Revocations::annotated(info).beyond(records.get(name).unwrap_or(&none));
+        (beyond != none).then(|| (name.clone(), beyond))
+    };
+    clusters.iter().filter_map(beyond).collect()
+}
+
+/// Writes into records what only annotations say, whenever there is something. Ends when nobody tells any more.
+pub(super) async fn keep(client: Client, mut unnoted: watch::Receiver<BTreeMap<String, Revocations>>) {
+    loop {
+        let missing = unnoted.borrow_and_update().clone();
+        let mut failed = false;
+        for (cluster, revocations) in missing {
+            match note(client.clone(), &cluster, &revocations).await {
+                Ok(true) => {
+                    tracing::info!(cluster, "what its annotations say is revoked is in its record too")
+                }
+                Ok(false) => {}
+                Err(error) => {
+                    failed = true;
+                    tracing::warn!(
+                        cluster,
+                        error = %service::error_chain(&error),
+                        "failed to note what its annotations say is revoked: a restore would not know of it; trying again"
+                    );
+                }
+            }
+        }
+        let told = tokio::select! {
+            told = unnoted.changed() => told,
+            () = tokio::time::sleep(RETRY), if failed => Ok(()),
+        };
+        if told.is_err() {
+            return;
+        }
+    }
+}
+
+/// Writes what was revoked into the record of `cluster`, beside what is there; whether it was not there already.
 pub(super) async fn note(
     client: Client,
     cluster: &str,
-    agent: Option<&str>,
-    at: SystemTime,
-    most: usize,
-) -> Result<(), NoteError> {
+    revocations: &Revocations,
+) -> Result<bool, NoteError> {
     let secrets: Api<Secret> = Api::namespaced(client, SYSTEM_NAMESPACE);
     let name = format!("{NAME}{cluster}");
     let record = |why: String| NoteError::Record { name: name.clone(), why };
@@ -125,17 +206,15 @@ pub(super) async fn note(
         }
         let revoked = found.as_ref().map(Revocations::read).transpose();
         let revoked = revoked.map_err(|error| record(format!("cannot be read, repair it first: {error}")))?;
-        let mut revoked = revoked.unwrap_or_default();
-        match agent {
-            None => revoked.all = revoked.all.max(Some(at)),
-            Some(agent) => {
-                let known = revoked.agents.entry(agent.to_owned()).or_insert(at);
-                *known = (*known).max(at);
-            }
+        let before = revoked.unwrap_or_default();
+        let mut revoked = before.clone();
+        revoked.add(revocations);
+        if revoked == before {
+            return Ok(false);
         }
-        if revoked.agents.len() > most {
+        if revoked.agents.len() > MAX_AGENTS {
             return Err(record(format!(
-                "it has {most} agents already: revoke the cluster, or take those out whose certificates have expired"
+                "it may have {MAX_AGENTS} agents: revoke the cluster, or take those out whose certificates have expired"
             )));
         }
         let mut fields = BTreeMap::new();
@@ -163,7 +242,7 @@ pub(super) async fn note(
             }
         };
         match written {
-            Ok(_) => return Ok(()),
+            Ok(_) => return Ok(true),
             Err(kube::Error::Api(status)) if status.code == 409 && attempts < ATTEMPTS => attempts += 1,
             Err(error) => return Err(error.into()),
         }
@@ -210,6 +289,34 @@ mod tests {
         for broken in [(ALL, "yesterday"), (AGENTS, "a1"), (AGENTS, r#"{"a1": 7}"#)] {
             let broken = Revocations::in_the_safe_sense(&secret(&[broken]));
             assert_eq!(broken.all, Some(ClusterInfo::revoked_for_good()), "until it is repaired");
+        }
+    }
+
+    #[test]
+    fn what_only_annotations_say_is_to_be_noted() {
+        let (early, late) = (at("2026-11-21T10:00:00Z"), at("2026-11-22T10:00:00Z"));
+        let info = |all: Option<SystemTime>, agents: &[(&str, SystemTime)]| ClusterInfo {
+            revoked_at: all,
+            revoked_agents: agents.iter().map(|(name, at)| ((*name).to_owned(), *at)).collect(),
+            ..ClusterInfo::default()
+        };
+        let for_good = ClusterInfo::revoked_for_good();
+        let known = Revocations { all: Some(early), agents: [("a1".to_owned(), early)].into() };
+        let all = |at| Revocations { all: Some(at), ..Revocations::default() };
+        for (info, record, wanted) in [
+            (info(None, &[]), Revocations::default(), None),
+            (info(Some(early), &[("a1", early)]), known.clone(), None),
+            (info(Some(early), &[]), Revocations::default(), Some(Revocations::of(None, early))),
+            (info(Some(late), &[("a1", early)]), known.clone(), Some(Revocations::of(None, late))),
+            (info(None, &[("a1", late)]), known.clone(), Some(Revocations::of(Some("a1"), late))),
+            (info(None, &[("a2", early)]), known.clone(), Some(Revocations::of(Some("a2"), early))),
+            // What cannot be read, here or there, is repaired and not noted.
+            (info(Some(for_good), &[]), Revocations::default(), None),
+            (info(Some(late), &[("a2", late)]), all(for_good), None),
+        ] {
+            let clusters = [("east".to_owned(), info)].into();
+            let found = unnoted(&clusters, &[("east".to_owned(), record)].into());
+            assert_eq!(found.get("east"), wanted.as_ref());
         }
     }
 

@@ -8,7 +8,9 @@
 use std::time::{Duration, SystemTime};
 
 use futures::future::BoxFuture;
+use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt};
 use serde_json::json;
@@ -20,7 +22,7 @@ use crate::enrol::{EnrolError, EnrolmentAuthority, EnrolmentToken, Grant};
 const SECRET_TYPE: &str = "cellway.io/enrolment-token";
 
 /// The most agents that one token admits: more nodes than one member has.
-const MAX_USES: u32 = 10_000;
+pub const MAX_USES: u32 = 10_000;
 
 /// The most agents that a token remembers having admitted: those that may still be waiting for their answer.
 const MAX_ADMITTED: usize = 256;
@@ -30,6 +32,33 @@ const CLEANING_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// How long an expired token stays, so that whoever comes late is told so rather than that there never was one.
 const KEPT_EXPIRED: Duration = Duration::from_secs(24 * 3600);
+
+/// A new token as it is kept at the hub: the Secret to create in [`SYSTEM_NAMESPACE`]. Who makes it needs the right to create
+/// Secrets there, and nothing else: the hub is not asked.
+pub fn record(
+    token: &EnrolmentToken,
+    cluster: &tls::ClusterName,
+    expires: jiff::Timestamp,
+    uses: u32,
+) -> Secret {
+    let data = [
+        ("cluster", cluster.to_string()),
+        ("token-hash", token.hash()),
+        ("expires-at", expires.to_string()),
+        ("uses", uses.to_string()),
+    ];
+    Secret {
+        metadata: ObjectMeta {
+            name: Some(secret_name(&token.id)),
+            namespace: Some(SYSTEM_NAMESPACE.to_owned()),
+            labels: Some([("cellway.io/cluster".to_owned(), cluster.to_string())].into()),
+            ..ObjectMeta::default()
+        },
+        type_: Some(SECRET_TYPE.to_owned()),
+        data: Some(data.map(|(key, text)| (key.to_owned(), ByteString(text.into_bytes()))).into()),
+        ..Secret::default()
+    }
+}
 
 /// Tokens in the hub API.
 pub(super) struct SecretTokens {
@@ -191,6 +220,23 @@ mod tests {
     use super::*;
     use base64::Engine;
     use std::time::Duration;
+
+    #[test]
+    fn what_is_recorded_is_granted() {
+        let token = EnrolmentToken::generate();
+        let expires: jiff::Timestamp = "2026-11-21T11:00:00Z".parse().unwrap();
+        let mut secret = record(&token, &"east".parse().unwrap(), expires, 3);
+        // What the API adds.
+        secret.metadata.resource_version = Some("7".to_owned());
+        let created = serde_json::from_value(serde_json::json!("2026-11-21T09:30:00Z")).unwrap();
+        secret.metadata.creation_timestamp = Some(created);
+        let shown: EnrolmentToken = token.reveal().parse().unwrap();
+        let grant = grant_of(&secret, &shown, expires.into()).unwrap_err();
+        assert_eq!(grant, EnrolError::Expired);
+        let before = SystemTime::from(expires) - Duration::from_secs(1);
+        let grant = grant_of(&secret, &shown, before).unwrap();
+        assert_eq!((grant.cluster.as_str(), grant.uses), ("east", 3));
+    }
 
     fn secret(token: &EnrolmentToken, kind: &str, cluster: &str, expires: &str) -> Secret {
         let base64 = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);

@@ -3,11 +3,14 @@
 //! It has a listener of its own, because whoever dials it is a kube-apiserver without a credential: it asks nobody who
 //! they are, is a function of what it is sent, and knows nothing. What it takes at one time is bounded, and a source that is
 //! silent or slow leaves room for others ([`Room`]). Its certificate is of the hub's own authority and is issued anew long
-//! before its end, without a restart and without an ended request.
+//! before its end, without a restart and without an ended request. When the files of that authority become another, the
+//! definitions name both first, and then it serves with one of the new authority.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use axum::Router;
@@ -19,7 +22,7 @@ use federation_core::api::Conversion;
 use federation_core::review::{self, ReviewLimits};
 use futures::StreamExt as _;
 use http::{HeaderValue, Request, Response, StatusCode, Uri, header};
-use http_body::Body as _;
+use http_body::{Body as _, Frame, SizeHint};
 use service::drain::DrainWatch;
 use service::duration::GoDuration;
 use service::http::Limits;
@@ -28,7 +31,10 @@ use tls::{
 };
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
+use super::definitions::Registration;
+use super::issuing::Issuing;
 use super::room::{Room, Share};
 use crate::https;
 use crate::metrics::ServerMetrics;
@@ -63,17 +69,30 @@ const REVIEW_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long it may be without a byte in between: it comes from a program that has all of it.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long a client may leave an answer unread.
+/// How long a client may take nothing of an answer.
 const UNREAD_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long all of it may take, from the request's beginning until the last byte has gone. Nobody waits for it longer.
+const WHOLE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What is handed on of an answer at once. Between two pieces it is looked at whether its time is over.
+const PIECE: usize = 64 << 10;
+
 /// kube-apiservers keep one connection each, or a few.
-const MAX_CONNECTIONS: usize = 1024;
+const MAX_CONNECTIONS: usize = 512;
 
 /// Reviews of one source at one time: fewer than connections, so that it cannot have all of them.
 const MAX_OF_ONE_SOURCE: usize = MAX_CONNECTIONS / 2;
 
-/// What a client may send on a connection before it is read, and the size of a request's head.
-const RECEIVE_WINDOW: u32 = 128 << 10;
+/// Reviews at one time on a connection; a client that has more opens another.
+const MAX_STREAMS: u32 = 16;
+
+/// What may come of a review before it is read. Reviews that wait for room are not read, and may be waited for by the one that
+/// goes on: the connection has a window for each of them, and one more.
+const RECEIVE_WINDOW: u32 = 64 << 10;
+const CONNECTION_WINDOW: u32 = (MAX_STREAMS + 1) * RECEIVE_WINDOW;
+
+/// The size of a request's head.
 const MAX_HEAD: usize = 16 << 10;
 
 /// Shortest life of its certificate: shorter ones would be renewed every second or two.
@@ -112,8 +131,8 @@ pub(super) struct Webhook {
     listener: TcpListener,
     addr: SocketAddr,
     tls: ServerTls,
-    certificate: ServedCertificate,
-    conversion: Conversion,
+    issuing: Issuing,
+    registration: Arc<Registration>,
 }
 
 /// What it is started with.
@@ -125,6 +144,8 @@ pub(super) struct WebhookConfig<'a> {
     /// Where it keeps its certificate.
     pub(super) folder: &'a Path,
     pub(super) authority: Arc<CertificateAuthority>,
+    /// The folder that the authority was taken from.
+    pub(super) pki: &'a Path,
     pub(super) certificate_ttl: GoDuration,
 }
 
@@ -149,15 +170,15 @@ impl Webhook {
         let mut seen = std::collections::BTreeSet::new();
         names.retain(|name| seen.insert(name.clone()));
 
-        let conversion =
-            Conversion::Webhook { url, ca_bundle: config.authority.certificate_pem().to_owned() };
-        let certificate =
-            ServedCertificate::new(config.authority, names, config.folder).living(config.certificate_ttl.0);
-        certificate.issue(SystemTime::now())?;
+        let ca_bundle = config.authority.certificate_pem().to_owned();
+        let registration = Arc::new(Registration::new(Conversion::Webhook { url: url.clone(), ca_bundle }));
+        let issuing =
+            Issuing::new(config.authority, config.pki, names, config.folder, config.certificate_ttl.0, url);
+        issuing.certificate().issue(SystemTime::now())?;
         let (file, key) = ServedCertificate::files(config.folder);
         let tls =
             ServerTls::from_files(file, key, None, ClientAuth::None)?.with_versions(TlsVersions::From12)?;
-        Ok(Self { listener, addr, tls, certificate, conversion })
+        Ok(Self { listener, addr, tls, issuing, registration })
     }
 
     /// Where it listens.
@@ -171,36 +192,31 @@ impl Webhook {
     }
 
     /// What definitions have to say.
-    pub(super) fn conversion(&self) -> &Conversion {
-        &self.conversion
+    pub(super) fn conversion(&self) -> Conversion {
+        self.registration.wanted.borrow().clone()
+    }
+
+    /// Where it says so when that changes, and whoever registers it says that it is done.
+    pub(super) fn registration(&self) -> &Arc<Registration> {
+        &self.registration
     }
 
     /// Answers until the drain, and lets what is under way finish.
     pub(super) async fn run(self, metrics: ServerMetrics, drain: DrainWatch) {
-        let Self { listener, tls, certificate, .. } = self;
+        let Self { listener, tls, issuing, registration, .. } = self;
         let limits = Limits {
             max_connections: MAX_CONNECTIONS,
             max_header_bytes: MAX_HEAD,
+            max_streams: MAX_STREAMS,
             receive_window: RECEIVE_WINDOW,
+            connection_window: CONNECTION_WINDOW,
             unread_timeout: UNREAD_TIMEOUT,
             ..Limits::default()
         };
         let router = router();
         let serving =
             https::serve(listener, tls.clone(), "webhook", move |_| router.clone(), limits, metrics, drain);
-        let renew = |now| {
-            certificate.issue(now)?;
-            // Connections that come from now on see it; a failure leaves the former one, which lives for long enough.
-            if let Err(error) = tls.reload() {
-                tracing::warn!(error = %service::error_chain(&error), "failed to take up the webhook's certificate");
-            }
-            Ok::<_, AuthorityError>(())
-        };
-        let renewing = tls::reissue_every(
-            certificate.interval(),
-            "certificate and key of the conversion webhook",
-            renew,
-        );
+        let renewing = issuing.keep(&tls, &registration);
         tokio::select! {
             () = serving => {}
             never = renewing => match never {},
@@ -210,7 +226,7 @@ impl Webhook {
 
 impl std::fmt::Debug for Webhook {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Webhook").field("addr", &self.addr).field("conversion", &self.conversion).finish()
+        f.debug_struct("Webhook").field("addr", &self.addr).field("conversion", &self.conversion()).finish()
     }
 }
 
@@ -237,10 +253,17 @@ struct Answer {
     _share: Share,
 }
 
+/// The rest of one on its way, which ends in time or breaks off.
+struct OnItsWay {
+    rest: Bytes,
+    until: Instant,
+}
+
 /// Why a review did not arrive.
 enum Lost {
     TooLarge,
     Silent,
+    TooSlow,
     BrokeOff,
 }
 
@@ -252,6 +275,7 @@ fn router() -> Router {
 }
 
 async fn convert(State(bounds): State<Bounds>, request: Request<Body>) -> Response<Body> {
+    let over = Instant::now() + WHOLE_TIMEOUT;
     // Every connection has one.
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
     let Some(mut share) = bounds.room.enter(peer.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))) else {
@@ -259,6 +283,7 @@ async fn convert(State(bounds): State<Bounds>, request: Request<Body>) -> Respon
     };
     let arriving = async {
         let review = arrive(request.into_body(), &mut share).await?;
+        share.arrived();
         // Nobody closes it.
         Ok((review, bounds.conversions.acquire_owned().await.ok()))
     };
@@ -274,7 +299,7 @@ async fn convert(State(bounds): State<Bounds>, request: Request<Body>) -> Respon
         Ok(Err(Lost::BrokeOff)) => {
             return refuse(StatusCode::BAD_REQUEST, "BadRequest", "the review broke off");
         }
-        Err(_) => return refuse(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable", "too many reviews"),
+        Ok(Err(Lost::TooSlow)) | Err(_) => return too_many(),
     };
     // A large one takes a while, which no tunnel should wait for.
     let converted = tokio::task::spawn_blocking(move || {
@@ -284,13 +309,18 @@ async fn convert(State(bounds): State<Bounds>, request: Request<Body>) -> Respon
         drop(review);
         answer.map(|mut bytes| {
             bytes.shrink_to_fit();
-            share.set(bytes.capacity());
-            Bytes::from_owner(Answer { bytes, _share: share })
+            (bytes, share)
         })
     });
     match converted.await {
-        Ok(Ok(answer)) => {
-            let mut response = Response::new(Body::from(answer));
+        Ok(Ok((bytes, mut share))) => {
+            // It may be longer than its review.
+            if tokio::time::timeout_at(over, share.grow(bytes.capacity())).await.is_err() {
+                return too_many();
+            }
+            let until = share.until().unwrap_or(over).min(over);
+            let rest = Bytes::from_owner(Answer { bytes, _share: share });
+            let mut response = Response::new(Body::new(OnItsWay { rest, until }));
             let json = HeaderValue::from_static("application/json");
             response.headers_mut().insert(header::CONTENT_TYPE, json);
             response
@@ -298,6 +328,10 @@ async fn convert(State(bounds): State<Bounds>, request: Request<Body>) -> Respon
         Ok(Err(error)) => refuse(StatusCode::BAD_REQUEST, "BadRequest", &service::error_chain(&error)),
         Err(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, "InternalError", "the conversion failed"),
     }
+}
+
+fn too_many() -> Response<Body> {
+    refuse(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable", "too many reviews")
 }
 
 /// Takes a review in, with room for what has come of it.
@@ -310,10 +344,13 @@ async fn arrive(body: Body, share: &mut Share) -> Result<Vec<u8>, Lost> {
     let mut body = body.into_data_stream();
     let mut review = Vec::new();
     loop {
-        let bytes: Bytes = match tokio::time::timeout(SILENCE_TIMEOUT, body.next()).await {
+        let silent = Instant::now() + SILENCE_TIMEOUT;
+        let until = share.until().unwrap_or(silent);
+        let bytes: Bytes = match tokio::time::timeout_at(silent.min(until), body.next()).await {
             Ok(Some(Ok(bytes))) => bytes,
             Ok(Some(Err(_))) => return Err(Lost::BrokeOff),
             Ok(None) => return Ok(review),
+            Err(_) if until < silent => return Err(Lost::TooSlow),
             Err(_) => return Err(Lost::Silent),
         };
         let length = review.len() + bytes.len();
@@ -326,6 +363,38 @@ async fn arrive(body: Body, share: &mut Share) -> Result<Vec<u8>, Lost> {
             review.reserve_exact(capacity - review.len());
         }
         review.extend_from_slice(&bytes);
+    }
+}
+
+// === impl OnItsWay ===
+
+impl http_body::Body for OnItsWay {
+    type Data = Bytes;
+    type Error = std::io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
+        if self.rest.is_empty() {
+            return Poll::Ready(None);
+        }
+        if Instant::now() >= self.until {
+            self.rest = Bytes::new();
+            let why = "the answer was not read in time";
+            return Poll::Ready(Some(Err(std::io::Error::new(std::io::ErrorKind::TimedOut, why))));
+        }
+        let length = self.rest.len().min(PIECE);
+        let piece = self.rest.split_to(length);
+        Poll::Ready(Some(Ok(Frame::data(piece))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.rest.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.rest.len() as u64)
     }
 }
 
@@ -532,6 +601,46 @@ mod tests {
         assert_eq!(ask().await.status(), StatusCode::OK);
     }
 
+    /// Two sources hold all of the room with answers that they read a piece of now and then; a third one is served beside them,
+    /// and soon they are rid of theirs.
+    #[tokio::test(start_paused = true)]
+    async fn who_reads_in_drops_keeps_nobody_out() {
+        let bounds =
+            Bounds { room: Room::new(2 << 20, 8), conversions: Arc::new(Semaphore::new(CONVERSIONS)) };
+        let large =
+            review(NEW, &[object("FederatedConfigMap", "a", &json!({"data": {"x": "y".repeat(300 << 10)}}))]);
+        let ask = async |source: u8| {
+            let mut request = Request::post(PATH).body(Body::from(large.clone())).expect("request");
+            request.extensions_mut().insert(ConnectInfo(SocketAddr::from(([192, 0, 2, source], 1))));
+            convert(State(bounds.clone()), request).await
+        };
+        let mut trickles = tokio::task::JoinSet::new();
+        for source in [1, 2, 1, 2, 1, 2] {
+            let begun = Instant::now();
+            let answer = ask(source).await;
+            if answer.status() != StatusCode::OK {
+                continue;
+            }
+            trickles.spawn(async move {
+                let mut body = answer.into_body().into_data_stream();
+                let mut pace = tokio::time::interval(UNREAD_TIMEOUT - Duration::from_secs(1));
+                while let Some(Ok(_)) = body.next().await {
+                    pace.tick().await;
+                }
+                begun.elapsed()
+            });
+        }
+        assert!(trickles.len() >= 4, "{} answers are on their way", trickles.len());
+        let before = Instant::now();
+        let answer = ask(3).await;
+        assert_eq!(answer.status(), StatusCode::OK);
+        assert!(before.elapsed() < REVIEW_TIMEOUT, "{:?}", before.elapsed());
+        assert!(to_bytes(answer.into_body(), 2 << 20).await.expect("whole").len() > 300 << 10);
+        for took in trickles.join_all().await {
+            assert!(took <= WHOLE_TIMEOUT + UNREAD_TIMEOUT, "{took:?}");
+        }
+    }
+
     #[test]
     fn addresses_that_kube_apiserver_takes() {
         assert_eq!(host_of("https://hub.example:9443/cellway/v1/convert").as_deref(), Some("hub.example"));
@@ -541,32 +650,53 @@ mod tests {
         }
     }
 
+    /// A webhook that serves, and who may dial it.
+    struct Serving {
+        addr: SocketAddr,
+        client: tls::ClientTls,
+        _folder: tempfile::TempDir,
+        _task: tokio_util::task::AbortOnDropHandle<()>,
+        _signal: service::drain::DrainSignal,
+    }
+
+    impl Serving {
+        async fn start() -> Self {
+            let folder = tempfile::tempdir().expect("a folder");
+            let authority = Arc::new(CertificateAuthority::create("test").expect("an authority"));
+            let client = tls::ClientTls::from_pem(authority.certificate_pem(), None).expect("TLS");
+            let webhook = Webhook::bind(WebhookConfig {
+                bind: SocketAddr::from(([127, 0, 0, 1], 0)),
+                url: None,
+                host: "127.0.0.1",
+                folder: &folder.path().join("webhook-tls"),
+                authority,
+                pki: &folder.path().join("pki"),
+                certificate_ttl: GoDuration(MIN_CERTIFICATE_TTL),
+            })
+            .await
+            .expect("a webhook");
+            let addr = webhook.local_addr();
+            let Conversion::Webhook { url, .. } = webhook.conversion() else { panic!("no webhook") };
+            assert_eq!(url, format!("https://{addr}{PATH}"));
+            let (signal, drain) = service::drain::channel();
+            let task = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(
+                webhook.run(ServerMetrics::default(), drain),
+            ));
+            Self { addr, client, _folder: folder, _task: task, _signal: signal }
+        }
+
+        async fn connect(&self, protocol: &'static [u8]) -> tls::TlsStream<tokio::net::TcpStream> {
+            let tcp = tokio::net::TcpStream::connect(self.addr).await.expect("connected");
+            let name = tls::ServerName::try_from("127.0.0.1").expect("a name");
+            self.client.connector(&[protocol]).connect(name, tcp).await.expect("trusted").into()
+        }
+    }
+
     #[tokio::test]
     async fn its_certificate_is_renewed_while_it_serves() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let authority = Arc::new(CertificateAuthority::create("test").expect("an authority"));
-        let client = tls::ClientTls::from_pem(authority.certificate_pem(), None).expect("TLS");
-        let webhook = Webhook::bind(WebhookConfig {
-            bind: SocketAddr::from(([127, 0, 0, 1], 0)),
-            url: None,
-            host: "127.0.0.1",
-            folder: &folder.path().join("webhook-tls"),
-            authority,
-            certificate_ttl: GoDuration(MIN_CERTIFICATE_TTL),
-        })
-        .await
-        .expect("a webhook");
-        let addr = webhook.local_addr();
-        let Conversion::Webhook { url, .. } = webhook.conversion() else { panic!("no webhook") };
-        assert_eq!(*url, format!("https://{addr}{PATH}"));
-        let (_signal, drain) = service::drain::channel();
-        let _serving = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(
-            webhook.run(ServerMetrics::default(), drain),
-        ));
+        let webhook = Serving::start().await;
         let served = async || {
-            let tcp = tokio::net::TcpStream::connect(addr).await.expect("connected");
-            let name = tls::ServerName::try_from("127.0.0.1").expect("a name");
-            let stream = client.connector(&[b"http/1.1"]).connect(name, tcp).await.expect("trusted");
+            let stream = webhook.connect(b"http/1.1").await;
             stream.get_ref().1.peer_certificates().expect("a certificate")[0].clone()
         };
         let first = served().await;
@@ -578,5 +708,45 @@ mod tests {
             }
         };
         tokio::time::timeout(4 * MIN_CERTIFICATE_TTL, renewed).await.expect("another certificate");
+    }
+
+    /// As a kube-apiserver lists pages of a large type for several clients: more than there is room for at one time, over the one
+    /// connection that it keeps.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn large_reviews_over_one_connection_are_all_answered() {
+        const REVIEWS: usize = 8;
+        let webhook = Serving::start().await;
+        let stream = webhook.connect(b"h2").await;
+        let (sender, connection) =
+            hyper::client::conn::http2::handshake::<_, _, http_body_util::Full<Bytes>>(
+                hyper_util::rt::TokioExecutor::new(),
+                hyper_util::rt::TokioIo::new(stream),
+            )
+            .await
+            .expect("HTTP/2");
+        let _driving = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(connection));
+        let text = "y".repeat(640 << 10);
+        let objects = vec![object("FederatedConfigMap", "a", &json!({"data": {"x": text}})); 4];
+        let page = Bytes::from(review(NEW, &objects));
+        // last-applied-configuration has it once more. A source may have half of the room.
+        assert!((5 << 20..MAX_REVIEW).contains(&page.len()), "{}", page.len());
+        assert!(REVIEWS * page.len() > MAX_TOGETHER / 2);
+        let mut reviews = tokio::task::JoinSet::new();
+        for _ in 0..REVIEWS {
+            let (mut sender, page) = (sender.clone(), page.clone());
+            reviews.spawn(async move {
+                let url = format!("https://127.0.0.1{PATH}");
+                let request = Request::post(url).body(http_body_util::Full::new(page)).expect("a request");
+                let response = sender.send_request(request).await.expect("an answer");
+                let status = response.status();
+                let body = http_body_util::BodyExt::collect(response.into_body()).await.expect("all of it");
+                (status, body.to_bytes().len())
+            });
+        }
+        while let Some(answered) = reviews.join_next().await {
+            let (status, length) = answered.expect("it ended");
+            assert_eq!(status, StatusCode::OK);
+            assert!(length > page.len() / 2, "{length}");
+        }
     }
 }

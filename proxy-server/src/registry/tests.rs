@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use tokio::io::DuplexStream;
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::directory::{ClusterInfo, Snapshot};
@@ -31,9 +32,12 @@ struct FakeState {
     ends: Mutex<VecDeque<DuplexStream>>,
     arrived: Notify,
     draining: AtomicBool,
+    /// What the agent says of its certificate.
+    certificate: Mutex<Option<(SystemTime, SystemTime)>>,
+    closed: CancellationToken,
 }
 
-pub(crate) struct FakeConnection(DuplexStream);
+pub(crate) struct FakeConnection(DuplexStream, CancellationToken);
 
 impl FakeTunnel {
     pub(crate) fn answering(answers: impl IntoIterator<Item = Answer>) -> Self {
@@ -44,6 +48,11 @@ impl FakeTunnel {
 
     pub(crate) fn dialled(&self) -> Vec<String> {
         self.0.dialled.lock().iter().map(ToString::to_string).collect()
+    }
+
+    /// Its connections are cut. What their ends hold stays there to be read.
+    pub(crate) fn close(&self) {
+        self.0.closed.cancel();
     }
 
     /// The member's end of the next connection.
@@ -69,7 +78,7 @@ impl Tunnel for FakeTunnel {
                 let (ours, theirs) = tokio::io::duplex(64 * 1024);
                 self.0.ends.lock().push_back(theirs);
                 self.0.arrived.notify_one();
-                Ok(FakeConnection(ours))
+                Ok(FakeConnection(ours, self.0.closed.clone()))
             }
             Answer::Fail(error) => Err(error),
             Answer::DieWhen(notify) => {
@@ -92,7 +101,8 @@ impl Tunnel for FakeTunnel {
     }
 
     fn agent_statistics(&self) -> Option<tunnel::AgentStatistics> {
-        Some(tunnel::AgentStatistics { dials: 3, memory_limit: 1 << 20, ..Default::default() })
+        let certificate = *self.0.certificate.lock();
+        Some(tunnel::AgentStatistics { dials: 3, memory_limit: 1 << 20, certificate, ..Default::default() })
     }
 
     fn rtt(&self) -> Option<Duration> {
@@ -118,8 +128,12 @@ impl Proxied for FakeConnection {
         }
     }
 
-    fn cut(&self) -> impl Future<Output = ()> + Send + 'static {
-        std::future::pending()
+    fn cut(&self) -> impl Future<Output = io::Error> + Send + 'static {
+        let closed = self.1.clone();
+        async move {
+            closed.cancelled().await;
+            io::ErrorKind::ConnectionAborted.into()
+        }
     }
 }
 
@@ -381,10 +395,10 @@ fn who_was_removed_or_revoked_is_not_missed() {
     let registry: Registry<FakeTunnel> = Registry::new(directory, Vec::new(), ServerMetrics::default());
     let mut shown = prometheus_client::registry::Registry::default();
     registry.metrics().register(&mut shown);
-    let series = || {
+    let series = |registry: &Registry<FakeTunnel>, shown: &prometheus_client::registry::Registry| {
         registry.sample();
         let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &shown).unwrap();
+        prometheus_client::encoding::text::encode(&mut text, shown).unwrap();
         let lines = text.lines().filter_map(|line| line.strip_prefix("cellway_server_tunnels{cluster=\""));
         let mut lines: Vec<_> = lines.map(|line| line.replace("\",carrier=\"h2\"}", "")).collect();
         lines.sort();
@@ -393,19 +407,29 @@ fn who_was_removed_or_revoked_is_not_missed() {
     clusters(&[("east", None), ("west", None), ("north", None)]);
     let held =
         ["east", "west", "north"].map(|name| registry.register(mk_member(name, "a"), FakeTunnel::default()));
-    assert_eq!(series(), "east 1, north 1, west 1");
+    assert_eq!(series(&registry, &shown), "east 1, north 1, west 1");
     drop(held);
-    assert_eq!(series(), "east 0, north 0, west 0", "all are missed");
+    assert_eq!(series(&registry, &shown), "east 0, north 0, west 0", "all are missed");
     let later = SystemTime::UNIX_EPOCH + Duration::from_secs(9);
     clusters(&[("east", None), ("north", Some(later))]);
-    assert_eq!(series(), "east 0");
+    assert_eq!(series(&registry, &shown), "east 0");
     // Enrolled again, and gone again.
     let mut anew = mk_member("north", "a");
     anew.not_before = later + Duration::from_secs(1);
     let held = registry.register(anew, FakeTunnel::default());
-    assert_eq!(series(), "east 0, north 1");
+    assert_eq!(series(&registry, &shown), "east 0, north 1");
     drop(held);
-    assert_eq!(series(), "east 0, north 0");
+    assert_eq!(series(&registry, &shown), "east 0, north 0");
+    // A hub that was started again knows from the objects who was there before it.
+    let registry: Registry<FakeTunnel> =
+        Registry::new(registry.directory().clone(), Vec::new(), ServerMetrics::default());
+    let mut shown = prometheus_client::registry::Registry::default();
+    registry.metrics().register(&mut shown);
+    let info = |joined, revoked_at| ClusterInfo { joined, revoked_at, ..ClusterInfo::default() };
+    let known = [("east", info(true, None)), ("west", info(false, None)), ("north", info(true, Some(later)))];
+    let known = known.map(|(name, info)| (name.to_owned(), info)).into();
+    feed.send_replace(Arc::new(Snapshot { synced: true, clusters: known }));
+    assert_eq!(series(&registry, &shown), "east 0", "west was never there, and north is revoked");
 }
 
 #[test]
@@ -424,4 +448,29 @@ fn the_first_certificate_that_ends_is_shown_with_its_lifetime() {
     let metrics = registry.metrics();
     assert_eq!(metrics.agent_certificate_expiry.get_or_create(&east).get(), 21 * 3600);
     assert_eq!(metrics.agent_certificate_lifetime.get_or_create(&east).get(), 3600);
+}
+
+/// A tunnel outlives the certificate that it was dialled with: what counts is the one that its agent has now.
+#[test]
+fn a_renewed_certificate_is_shown_while_the_tunnel_lasts() {
+    let registry = mk_registry();
+    let at = |hours: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(hours * 3600);
+    let mut member = mk_member("east", "a");
+    (member.not_before, member.not_after) = (at(1), Some(at(25)));
+    let tunnel = FakeTunnel::default();
+    let held = registry.register(member, tunnel.clone());
+    let east = ClusterLabels { cluster: "east".to_owned() };
+    let shown = || {
+        registry.sample();
+        let metrics = registry.metrics();
+        let figure = |family: &prometheus_client::metrics::family::Family<ClusterLabels, Gauge>| {
+            family.get_or_create(&east).get() / 3600
+        };
+        (figure(&metrics.agent_certificate_expiry), figure(&metrics.agent_certificate_lifetime))
+    };
+    assert_eq!(shown(), (25, 24), "it has not told yet");
+    *tunnel.0.certificate.lock() = Some((at(17), at(29)));
+    assert_eq!(shown(), (29, 12));
+    let row = crate::tables::tunnel_row(&held.entry);
+    assert_eq!(row.certificate_not_after.as_deref(), Some("1970-01-02T05:00:00Z"));
 }

@@ -15,6 +15,8 @@ use test_support::{
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
+/// How soon a member is back once its hub is.
+const RETURN_LIMIT: Duration = Duration::from_secs(15);
 /// Longer than the keep-alive needs to find a dead path.
 const CUT: Duration = Duration::from_secs(60);
 /// The hub's count of agents that it has turned away.
@@ -78,7 +80,7 @@ async fn a_killed_hub_comes_back_with_everything() -> Result<()> {
     // What was acknowledged is there, and the member dials again by itself with the certificate that it has.
     let kept = fleet.get(None, &["configmap", "kept"]).await?;
     ensure!(kept["data"]["a"] == "b");
-    fleet.wait_for_member("west", START_LIMIT).await?;
+    fleet.wait_for_member("west", RETURN_LIMIT).await?;
     fleet.kubectl_member("west", &["get", "nodes"], None).await?;
     Ok(())
 }

@@ -135,7 +135,7 @@ async fn helm(
 /// Compares with `golden/<name>`; writes it when `CELLWAY_WRITE_GOLDEN` is set.
 fn compare(name: &str, text: &str) -> Result<()> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name);
-    if std::env::var_os("CELLWAY_WRITE_GOLDEN").is_some_and(|value| !value.is_empty()) {
+    if tools::write_golden() {
         std::fs::write(&path, text)?;
         return Ok(());
     }

@@ -104,6 +104,7 @@ const TARGETS: &[(&str, Body)] = &[
     ("store_watch", federation_store::fuzzing::watch),
     ("store_listen_url", federation_store::fuzzing::listen_url),
     ("core_overrides", federation_core::fuzzing::patches),
+    ("core_answers", federation_core::fuzzing::answers),
     ("core_conversion_review", federation_core::fuzzing::conversion_review),
 ];
 

@@ -1,9 +1,8 @@
-//! The two programs `proxy-server` and `proxy-agent` with certificates from files, as a plain konnectivity pair:
+//! The two programs `proxy-server` and `proxy-agent` with certificates from files, as konnectivity's are set up:
 //! client → HTTP CONNECT on a Unix socket → server → tunnel → agent → target.
 
-#![allow(clippy::print_stdout)] // what was not run is said
-
 use std::{
+    collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
@@ -20,7 +19,7 @@ use test_support::{
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, UnixStream},
+    net::{TcpListener, TcpStream, UnixStream},
     process::Command,
     task::JoinSet,
 };
@@ -34,6 +33,7 @@ struct Pair {
     server: Process,
     uds: PathBuf,
     agents: SocketAddr,
+    admin: SocketAddr,
     agent_program: PathBuf,
     dir: TestDir,
 }
@@ -58,7 +58,7 @@ impl Pair {
         let (server_program, agent_program) = match programs {
             Ok(programs) => programs,
             Err(reason) => {
-                println!("not run: {reason}");
+                test_support::not_run(&reason);
                 return Ok(None);
             }
         };
@@ -91,7 +91,21 @@ impl Pair {
         .await
         .with_context(|| server.tail(30))?;
         let agents = addresses["agents"].as_str().context("no address for agents")?.parse()?;
-        Ok(Some(Self { server, uds, agents, agent_program, dir }))
+        let admin = addresses["admin"].as_str().context("no address of the admin pages")?.parse()?;
+        Ok(Some(Self { server, uds, agents, admin, agent_program, dir }))
+    }
+
+    /// The live connections of each agent, as the admin page tells them.
+    async fn connections(&self) -> Result<BTreeMap<String, u64>> {
+        let mut page = TcpStream::connect(self.admin).await?;
+        page.write_all(b"GET /debug/tunnels HTTP/1.0\r\n\r\n").await?;
+        let mut text = String::new();
+        page.read_to_string(&mut text).await?;
+        let (_, body) = text.split_once("\r\n\r\n").context("an answer without a body")?;
+        let table: Value = serde_json::from_str(body)?;
+        let rows = table["items"].as_array().with_context(|| format!("no rows in {table}"))?;
+        let row = |row: &Value| Some((row["agentId"].as_str()?.to_owned(), row["connections"].as_u64()?));
+        Ok(rows.iter().filter_map(row).collect())
     }
 
     fn agent(&self, name: &str, transport: &str) -> Result<Process> {
@@ -238,22 +252,24 @@ async fn another_agent_takes_over_when_one_is_killed() -> Result<()> {
     let mut first = pair.agent("agent-1", "h2")?;
     pair.connected(target).await?;
     let _second = pair.agent("agent-2", "h2")?;
-    // Both are in use when the least loaded one is chosen and one connection is held open on each.
-    let mut held = Vec::new();
     wait_until(
-        || {
-            let log = pair.server.lines();
-            let seen = log.iter().filter(|line| line.contains("agent-2")).count();
-            async move { if seen > 0 { Ok(()) } else { Err("only one agent so far") } }
+        || async {
+            let agents = pair.connections().await?;
+            ensure!(agents.len() == 2, "so far {agents:?}");
+            Ok(())
         },
         LIMIT,
         "the second agent to be connected",
     )
     .await
     .with_context(|| pair.server.tail(30))?;
+    // The least loaded one is chosen, so that connections held open are on both.
+    let mut held = Vec::new();
     for _ in 0..4 {
         held.push(pair.connected(target).await?);
     }
+    let used = pair.connections().await?;
+    ensure!(used.len() == 2 && used.values().all(|count| *count >= 1), "both are in use: {used:?}");
     first.kill().await?;
     // Not one dial fails from here on: those that meet the dead tunnel move on.
     for seed in 0..20 {

@@ -87,12 +87,31 @@ impl<E> NotRun for Result<(), E> {
 }
 
 /// Says why a test, or a part of it, is not run. Past the test harness, which keeps what a test prints to itself when the
-/// test passes.
+/// test passes; `cargo xtask test` lists it at its end.
+///
+/// # Panics
+/// When [`REQUIRE`] asks for what is not there, so that the test fails.
 pub fn not_run(reason: &dyn std::fmt::Display) {
     use std::io::Write as _;
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    let reason = reason.to_string();
     // Nobody may be listening.
     let _ = writeln!(std::io::stderr().lock(), "{test}: not run: {reason}");
+    let required = std::env::var(REQUIRE).unwrap_or_default();
+    assert!(!is_required(&required, &reason), "{REQUIRE}={required}, and it is not there: {reason}");
+}
+
+/// The variable that makes a failure of what a test lacks: `all`, or words of which one stands in the reason, such as
+/// `kubectl,helm,root`.
+pub const REQUIRE: &str = "CELLWAY_REQUIRE";
+
+fn is_required(required: &str, reason: &str) -> bool {
+    let words = |text: &str| -> Vec<String> {
+        let parts = text.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == '-'));
+        parts.filter(|part| !part.is_empty()).map(str::to_ascii_lowercase).collect()
+    };
+    let reason = words(reason);
+    words(required).iter().any(|wanted| wanted == "all" || reason.contains(wanted))
 }
 
 /// Ends the test early, and says why, when something it needs is not there: `let kubectl = require!(tools::kubectl());`
@@ -107,4 +126,27 @@ macro_rules! require {
             }
         }
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_required;
+
+    #[test]
+    fn what_is_required_is_named_by_words_of_the_reason() {
+        let reason = "no `kubectl` on the PATH: run `cargo xtask test`, which fetches it";
+        for (required, expected) in [
+            ("", false),
+            ("all", true),
+            ("kubectl", true),
+            ("helm, kubectl", true),
+            ("Kubectl", true),
+            ("helm,root", false),
+            ("kube", false),
+        ] {
+            assert_eq!(is_required(required, reason), expected, "{required:?}");
+        }
+        assert!(is_required("KUBEBUILDER_ASSETS", "KUBEBUILDER_ASSETS is not set"));
+        assert!(is_required("root", "network namespaces want root"));
+    }
 }

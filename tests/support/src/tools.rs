@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 pub struct Missing(String);
 
 impl Missing {
-    pub(crate) fn new(reason: impl Into<String>) -> Self {
+    /// For a test that looks for itself.
+    pub fn new(reason: impl Into<String>) -> Self {
         Self(reason.into())
     }
 }
@@ -97,6 +98,11 @@ pub fn program(name: &str) -> Result<PathBuf, Missing> {
     folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file()).ok_or_else(|| {
         Missing::new(format!("the program {name} is not built: run `cargo build --workspace` first"))
     })
+}
+
+/// Whether files that tests compare with are to be written instead: `CELLWAY_WRITE_GOLDEN` is set, to anything.
+pub fn write_golden() -> bool {
+    std::env::var_os("CELLWAY_WRITE_GOLDEN").is_some_and(|value| !value.is_empty())
 }
 
 /// Whether this is root, which network namespaces want.

@@ -14,8 +14,8 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio_rustls::TlsConnector;
 
 use super::{
-    Current, Reloading, Source, Sources, TlsError, TlsVersions, certificates, fingerprint, private_key,
-    provider, roots,
+    Current, Former, Loaded, Reloading, Source, Sources, TlsError, TlsVersions, certificates, fingerprint,
+    private_key, provider, roots,
 };
 use crate::certificate::CaHash;
 
@@ -138,7 +138,7 @@ impl Sources for ClientSources {
     type Config = ClientConfig;
     const OF: &'static str = "client";
 
-    fn load(&self, former: Option<[u8; 32]>) -> Result<Option<Current<ClientConfig>>, TlsError> {
+    fn load(&self, former: Option<&Former>) -> Result<Loaded<ClientConfig>, TlsError> {
         let ca = match &self.trust {
             TrustSource::Ca(source) => Some(source.read()?),
             TrustSource::Hash(_) => None,
@@ -149,8 +149,8 @@ impl Sources for ClientSources {
         };
         let (certificate, key) = identity.as_ref().map_or((None, None), |(c, k)| (Some(c), Some(k)));
         let fingerprint = fingerprint(&[ca.as_ref(), certificate, key]);
-        if former == Some(fingerprint) {
-            return Ok(None);
+        if former.is_some_and(|former| former.fingerprint == fingerprint) {
+            return Ok(Loaded::unchanged());
         }
         let provider = provider();
         let origin = || match &self.identity {
@@ -180,7 +180,7 @@ impl Sources for ClientSources {
             _ => (builder.with_no_client_auth(), None),
         };
         config.resumption = Resumption::disabled();
-        Ok(Some(Current::new(fingerprint, config, first)))
+        Ok(Loaded::new(Current::new(fingerprint, config, first)))
     }
 
     fn set_alpn(config: &mut ClientConfig, alpn: Vec<Vec<u8>>) {

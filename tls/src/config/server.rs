@@ -17,8 +17,8 @@ use rustls_pki_types::CertificateDer;
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    CertificateEnds, ClientAuth, Current, Reloading, Source, Sources, TlsError, TlsVersions, certificates,
-    fingerprint, private_key, provider, roots,
+    CertificateEnds, ClientAuth, Current, Former, Loaded, Reloading, Source, Sources, TlsError, TlsVersions,
+    certificates, client_cas, fingerprint, private_key, provider, roots,
 };
 use crate::certificate::validity;
 
@@ -151,7 +151,8 @@ impl ServerTls {
     /// Reads the sources again; `true` when there was something new, which is then in force.
     ///
     /// # Errors
-    /// When what is there now cannot be used; the former configuration stays in force.
+    /// When what is there now cannot be used; the former configuration stays in force. Of a clients' CA only the former
+    /// of that file does: what else is new is taken all the same.
     pub fn reload(&self) -> Result<bool, TlsError> {
         self.0.reload()
     }
@@ -177,21 +178,22 @@ impl Sources for ServerSources {
     type Config = ServerConfig;
     const OF: &'static str = "listener";
 
-    fn load(&self, former: Option<[u8; 32]>) -> Result<Option<Current<ServerConfig>>, TlsError> {
+    fn load(&self, former: Option<&Former>) -> Result<Loaded<ServerConfig>, TlsError> {
         let certificate = self.certificate.read()?;
         let key = self.key.read()?;
         let named = match &self.named {
             Some((_, certificate, key)) => Some((certificate.read()?, key.read()?)),
             None => None,
         };
-        let client_cas: Vec<_> = self.client_cas.iter().map(Source::read).collect::<Result<_, _>>()?;
+        // One that is broken keeps no renewed certificate out: without that one nobody gets in before long.
+        let (client_cas, problem) = client_cas(&self.client_cas, former)?;
         let mut contents = vec![Some(&certificate), Some(&key)];
         contents
             .extend([named.as_ref().map(|(certificate, _)| certificate), named.as_ref().map(|(_, key)| key)]);
         contents.extend(client_cas.iter().map(Some));
         let fingerprint = fingerprint(&contents);
-        if former == Some(fingerprint) {
-            return Ok(None);
+        if former.is_some_and(|former| former.fingerprint == fingerprint) {
+            return Ok(Loaded::unchanged().with_problem(problem));
         }
         let provider = provider();
         let builder = ServerConfig::builder_with_provider(provider.clone())
@@ -243,7 +245,8 @@ impl Sources for ServerSources {
         };
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        Ok(Some(Current::new(fingerprint, config, first).with_ends(ends)))
+        let current = Current::new(fingerprint, config, first).with_ends(ends).with_client_cas(client_cas);
+        Ok(Loaded::new(current).with_problem(problem))
     }
 
     fn set_alpn(config: &mut ServerConfig, alpn: Vec<Vec<u8>>) {

@@ -292,6 +292,21 @@ async fn a_name_has_a_certificate_of_its_own_and_clients_come_from_two_authoriti
     assert!(server.reload().unwrap());
     connect(&server, &client(&others, &others), "hub.example").await.unwrap_err();
     connect(&server, &client(&others, &own), "hub.example").await.unwrap();
+    // A CA that is broken or gone keeps no renewed certificate out, and stays itself as it was; it is said each time.
+    fs::write(at("own-ca"), "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap();
+    let renewed = others.issue_server(&hub_names(), HOUR).unwrap();
+    write("given", &renewed);
+    let failed = server.reload().unwrap_err();
+    assert!(failed.to_string().contains("own-ca"), "{failed}");
+    let served = crate::certificates_from_pem(renewed.certificate_pem.as_bytes()).unwrap();
+    assert_eq!(server.certificate().as_ref(), served.first());
+    connect(&server, &client(&others, &own), "hub.example").await.unwrap();
+    fs::remove_file(at("own-ca")).unwrap();
+    assert!(matches!(server.reload(), Err(TlsError::File(_))));
+    connect(&server, &client(&others, &own), "hub.example").await.unwrap();
+    connect(&server, &client(&others, &authority()), "hub.example").await.unwrap_err();
+    fs::write(at("own-ca"), own.certificate_pem()).unwrap();
+    assert!(!server.reload().unwrap(), "it is what is in force");
     // A certificate whose key is another's changes nothing.
     fs::write(at("own.key"), others.issue_server(&inner, HOUR).unwrap().key_pem).unwrap();
     assert!(matches!(server.reload(), Err(TlsError::Identity { .. })));

@@ -359,6 +359,19 @@ impl H2Connection {
         u64::from(self.stream.id)
     }
 
+    /// Returns when it is broken, to the task that reads it. What came in full is not.
+    pub(crate) fn cut(&self) -> impl Future<Output = io::Error> + Send + 'static {
+        let stream = self.stream.clone();
+        std::future::poll_fn(move |cx| {
+            stream.recv_waker.register(cx.waker());
+            let broken = stream.state() & (RESET | TUNNEL_CLOSED) != 0 && !stream.recv.lock().ended;
+            match stream.dead() {
+                Some(error) if broken => Poll::Ready(error),
+                _ => Poll::Pending,
+            }
+        })
+    }
+
     /// Answers a dial of the peer: connected.
     pub(crate) fn accept(&self) {
         self.link.answer_connected(self.stream.id);

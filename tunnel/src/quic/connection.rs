@@ -6,6 +6,7 @@ use std::{
     slice,
     sync::{Arc, atomic::Ordering},
     task::{Context, Poll, ready},
+    time::Instant,
 };
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -92,10 +93,28 @@ impl QuicConnection {
         }
     }
 
-    /// Returns when it has been cut, to the task that reads it.
-    pub(crate) fn cut(&self) -> impl Future<Output = ()> + Send + 'static {
-        let reader = self.reader.clone();
-        std::future::poll_fn(move |cx| if reader.poll_cut(cx) { Poll::Ready(()) } else { Poll::Pending })
+    /// Returns when it has been cut or its tunnel has closed, to the task that reads it.
+    pub(crate) fn cut(&self) -> impl Future<Output = io::Error> + Send + 'static {
+        let (reader, mut closed) = (self.reader.clone(), self.link.closed.subscribe());
+        async move {
+            let cut = std::future::poll_fn(|cx| match reader.poll_cut(cx) {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
+            });
+            let closed = async {
+                // Its sender is as good as closed when it is gone.
+                let _ = closed.wait_for(Option::is_some).await;
+                // Nobody knows whether the stream's end lies here, before somebody has read up to it.
+                let begun = Instant::now();
+                while let Some(left) = reader.reads_for(begun, Instant::now()) {
+                    tokio::time::sleep(left).await;
+                }
+            };
+            tokio::select! {
+                () = cut => cut_error(),
+                () = closed => io::Error::new(io::ErrorKind::ConnectionAborted, "the tunnel closed"),
+            }
+        }
     }
 
     /// Answers a dial with an error and ends the stream.

@@ -40,6 +40,10 @@ pub(super) const PATIENCE: Duration = Duration::from_millis(20);
 /// a second and more. A tunnel without room may have to wait for so long.
 const STOPPED: Duration = Duration::from_secs(2);
 
+/// It is said of nobody at the first look: in a process that did not run itself for so long (a full machine, one that was
+/// suspended) all readers seem to have stopped, and have a turn first.
+const SECOND_LOOK: Duration = Duration::from_millis(500);
+
 /// Fewer bytes than these in [`STOPPED`] are as good as none: whoever takes one a second holds a whole window all the same.
 const CRAWL: u64 = 16 * 1024;
 
@@ -78,6 +82,8 @@ struct Progress {
     mark: Instant,
     /// Bytes taken since then.
     taken: u64,
+    /// When it first seemed to have stopped, since then.
+    suspected: Option<Instant>,
 }
 
 /// What the sweep finds.
@@ -106,7 +112,7 @@ impl Reader {
             peeked: Bytes::new(),
             broken: false,
             behind: None,
-            progress: Progress { mark: Instant::now(), taken: 0 },
+            progress: Progress::new(Instant::now()),
             stalls: false,
             enlisted: false,
         };
@@ -265,6 +271,14 @@ impl Reader {
         self.inner.lock().stopped(now)
     }
 
+    /// How long it will be before one can say that it has stopped since `begun`, if it takes nothing; `None` when one can. Who
+    /// has kept up may not have been asked for anything for long.
+    pub(super) fn reads_for(&self, begun: Instant, now: Instant) -> Option<Duration> {
+        let mark = self.inner.lock().progress.mark.max(begun);
+        let left = STOPPED.saturating_sub(now.saturating_duration_since(mark));
+        (!left.is_zero()).then_some(left)
+    }
+
     /// Whether it fell behind too short a time ago to say of it that it reads.
     pub(super) fn is_unproven(&self, now: Instant) -> bool {
         let behind = self.inner.lock().behind;
@@ -281,7 +295,7 @@ impl Reader {
 
 impl Slow for Reader {
     fn stopped(&self, now: Instant) -> Option<Duration> {
-        let inner = self.inner.lock();
+        let mut inner = self.inner.lock();
         if inner.stalls && !self.is_cut() { inner.stopped(now) } else { None }
     }
 
@@ -306,7 +320,7 @@ impl Slow for Reader {
 // === impl Inner ===
 
 impl Inner {
-    fn stopped(&self, now: Instant) -> Option<Duration> {
+    fn stopped(&mut self, now: Instant) -> Option<Duration> {
         self.behind.and_then(|_| self.progress.stopped(now))
     }
 
@@ -320,7 +334,7 @@ impl Inner {
         if self.behind.is_none() {
             let now = Instant::now();
             self.behind = Some(now);
-            self.progress = Progress { mark: now, taken: 0 };
+            self.progress = Progress::new(now);
             link.behind.notify_one();
         }
     }
@@ -364,17 +378,25 @@ impl Inner {
 // === impl Progress ===
 
 impl Progress {
+    fn new(now: Instant) -> Self {
+        Self { mark: now, taken: 0, suspected: None }
+    }
+
     fn took(&mut self, bytes: usize, now: Instant) {
         self.taken += bytes as u64;
         if self.taken >= CRAWL {
-            *self = Self { mark: now, taken: 0 };
+            *self = Self::new(now);
         }
     }
 
     /// For how long less than [`CRAWL`] was taken, when that is long enough to say that its peer has stopped.
-    fn stopped(&self, now: Instant) -> Option<Duration> {
+    fn stopped(&mut self, now: Instant) -> Option<Duration> {
         let since = now.saturating_duration_since(self.mark);
-        (since >= STOPPED).then_some(since)
+        if since < STOPPED {
+            return None;
+        }
+        let suspected = *self.suspected.get_or_insert(now);
+        (now.saturating_duration_since(suspected) >= SECOND_LOOK).then_some(since)
     }
 }
 
@@ -423,20 +445,24 @@ mod tests {
     fn whoever_reads_has_not_stopped_and_whoever_did_read_much_may_have() {
         let began = Instant::now();
         let at = |millis| began + Duration::from_millis(millis);
-        let mut progress = Progress { mark: began, taken: 0 };
+        let mut progress = Progress::new(began);
         assert_eq!(progress.stopped(at(1_999)), None, "too early to tell");
-        assert_eq!(progress.stopped(at(2_000)), Some(STOPPED));
+        assert_eq!(progress.stopped(at(2_000)), None, "it has a turn first");
+        assert_eq!(progress.stopped(at(2_499)), None);
+        assert_eq!(progress.stopped(at(2_500)), Some(Duration::from_millis(2_500)));
         // 600 MB in a second are soon as long ago as anything else.
         progress.took(600_000_000, at(3_000));
         assert_eq!(progress.stopped(at(4_900)), None);
-        assert_eq!(progress.stopped(at(9_000)), Some(Duration::from_secs(6)));
+        assert_eq!(progress.stopped(at(9_000)), None, "nobody looked meanwhile: perhaps nothing ran");
+        assert_eq!(progress.stopped(at(9_500)), Some(Duration::from_millis(6_500)));
         // 64 KiB a second, in small pieces.
         for step in 0..1_000 {
             progress.took(1024, at(10_000 + step * 16));
             assert_eq!(progress.stopped(at(10_000 + step * 16)).filter(|_| step > 16), None);
         }
         // A kilobyte a second is as good as nothing.
-        let mut crawls = Progress { mark: began, taken: 0 };
+        let mut crawls = Progress::new(began);
+        assert_eq!(crawls.stopped(at(3_000)), None);
         (0..10).for_each(|second| crawls.took(1024, at(second * 1000)));
         assert_eq!(crawls.stopped(at(10_000)), Some(Duration::from_secs(10)));
     }

@@ -3,7 +3,7 @@
 // Each test file uses its part; a helper that fails fails the test.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tls::{AgentIdentity, CertificateAuthority, ClientAuth, ClientTls, ServerTls};
 use tokio::{
@@ -94,6 +94,24 @@ impl Pair {
 
     pub async fn with(carrier: CarrierChoice, limits: Limits) -> Self {
         Self::connect(carrier, limits, true, None).await.unwrap()
+    }
+
+    /// Over QUIC, with the server's memory from `budget`.
+    pub async fn within(budget: &Arc<Budget>) -> Self {
+        let identities = Identities::new();
+        let any: SocketAddr = ([127, 0, 0, 1], 0).into();
+        let config = ListenerConfig {
+            tcp: any,
+            quic: Some(any),
+            tls: identities.server.clone(),
+            limits: Limits::default(),
+            budget: budget.clone(),
+            reset_key: ResetKey::random(),
+        };
+        let mut listener = TunnelListener::bind(config).await.unwrap();
+        let options = options(&identities, listener.quic_addr().unwrap(), CarrierChoice::Quic);
+        let (agent, server) = tokio::join!(tunnel::connect(options), attach(&mut listener));
+        Self { server, agent: agent.unwrap(), listener }
     }
 
     pub async fn without_quic(carrier: CarrierChoice) -> Self {

@@ -376,8 +376,11 @@ impl Change {
     }
 
     fn weight(&self) -> usize {
-        // Twice for the text, which is made when somebody watches. The old object is that of an earlier change.
-        size_of::<Self>() + self.new.as_ref().map_or(0, |entry| 2 * entry.weight())
+        let of = |entry: &Option<Arc<Entry>>| entry.as_ref().map_or(0, |entry| entry.weight());
+        // The old object is that of an earlier change, which may be forgotten by now or was never here: then it is this
+        // one that keeps it. Besides, there is the text, which is made when somebody watches, of the old one where it went.
+        let text = if self.new.is_some() { of(&self.new) } else { of(&self.old) };
+        size_of::<Self>() + of(&self.old) + of(&self.new) + text
     }
 }
 

@@ -46,7 +46,7 @@ const PAGE: usize = 20_000;
 /// Pause after a failure of the store before following on.
 const RETRY: Duration = Duration::from_millis(500);
 /// How often values that could not be decrypted are tried again: a plug-in may be back, a key in its place.
-const REOPEN: Duration = Duration::from_secs(15);
+pub(crate) const REOPEN: Duration = Duration::from_secs(15);
 /// Of those so many at a time: a plug-in may take its time to answer.
 const REOPENED_AT_ONCE: usize = 16;
 /// How long a read waits for a revision to come, as kube-apiserver's watch cache.
@@ -274,7 +274,7 @@ impl Objects {
     }
 
     /// Tries once more what could not be decrypted. Nothing else waits for it or is disturbed.
-    async fn reopen(&self) {
+    pub(crate) async fn reopen(&self) {
         let hidden: Vec<Bytes> = self.hidden.lock().iter().cloned().collect();
         let find = |key: Bytes| {
             let kind = self.kinds.read().get(kind_prefix(&key)?).cloned()?;

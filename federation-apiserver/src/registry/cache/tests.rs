@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::kind::{Kind, Read};
-use super::kind_prefix;
+use super::{Entry, kind_prefix};
 use crate::config::Role;
 use crate::encryption::Encryption;
 use crate::encryption::store::StoreHandle;
@@ -440,6 +440,35 @@ fn changes_are_bounded_and_say_so() {
     kind.restart(Revision(50), BTreeMap::new());
     assert!(matches!(kind.read(position), Read::Gone));
     assert!(kind.position(Revision(49)).is_none() && kind.position(Revision(50)).is_some());
+}
+
+#[test]
+fn what_went_weighs_as_much_as_it_did() {
+    const MIB: usize = 1024 * 1024;
+    let kv = |n: usize, revision: u64, size: usize| KeyValue {
+        key: Bytes::from(format!("/registry/core/configmaps/default/{n:02}")),
+        value: Bytes::from(vec![b'x'; size]),
+        create_revision: Revision(1),
+        mod_revision: Revision(revision),
+        version: 1,
+        lease: 0,
+    };
+    let loaded = || (0..40).map(|n| (kv(n, 1, MIB).key, Arc::new(Entry::new(kv(n, 1, MIB))))).collect();
+    // Objects from before all changes that go, and such that shrink: the changes alone keep them.
+    for event in [EventKind::Delete, EventKind::Put] {
+        let kind = Kind::new(Revision(1), loaded());
+        for n in 0..40 {
+            let revision = 2 + n as u64;
+            kind.apply(&Event {
+                kind: event,
+                revision: Revision(revision),
+                kv: kv(n, revision, 1),
+                prev_kv: None,
+            });
+        }
+        let kept = (1..42).filter(|revision| kind.position(Revision(*revision)).is_some()).count();
+        assert!((2..=9).contains(&kept), "{event:?}: {kept} changes of a MiB each are kept within 8 MiB");
+    }
 }
 
 #[test]

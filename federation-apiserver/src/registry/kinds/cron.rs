@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{jobs, not_negative, some, texts};
+use crate::duration;
 use crate::status::FieldError;
 use crate::value::{self, at, str_at};
 
@@ -153,7 +154,7 @@ fn read_schedule(text: &str) -> Result<(), String> {
     if rest.starts_with('@') {
         if let Some(every) = rest.strip_prefix(EVERY) {
             let bad = |why| format!("failed to parse duration {rest}: {why}");
-            return read_duration(every).map_err(bad);
+            return duration::parse(every).map(drop).map_err(bad);
         }
         return match DESCRIPTORS.contains(&rest) {
             true => Ok(()),
@@ -233,38 +234,6 @@ fn read_number(text: &str, least: u64, names: &[&str]) -> Result<u64, String> {
     }
 }
 
-/// What is wrong with a duration of Go's (`1h15m30.5s`).
-fn read_duration(text: &str) -> Result<(), String> {
-    let invalid = || format!("time: invalid duration {text:?}");
-    let mut rest = text.strip_prefix(['-', '+']).unwrap_or(text);
-    if rest == "0" {
-        return Ok(());
-    }
-    if rest.is_empty() {
-        return Err(invalid());
-    }
-    while !rest.is_empty() {
-        let number = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
-        let (digits, after) = rest.split_at(number);
-        let whole = digits.split('.').next().unwrap_or_default();
-        if digits.matches('.').count() > 1
-            || !digits.bytes().any(|b| b.is_ascii_digit())
-            || (!whole.is_empty() && whole.parse::<i64>().is_err())
-        {
-            return Err(invalid());
-        }
-        let unit = after.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(after.len());
-        let (unit, after) = after.split_at(unit);
-        match unit {
-            "" => return Err(format!("time: missing unit in duration {text:?}")),
-            "ns" | "us" | "µs" | "μs" | "ms" | "s" | "m" | "h" => {}
-            _ => return Err(format!("time: unknown unit {unit:?} in duration {text:?}")),
-        }
-        rest = after;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -309,16 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn durations_and_zones() {
-        for good in ["0", "1h", "1.5s", "-.5m", "1h2m3s4ms5us6ns"] {
-            assert_eq!(read_duration(good), Ok(()), "{good}");
-        }
-        for (bad, why) in
-            [("", "invalid"), ("5", "missing unit"), ("5q", "unknown unit"), ("1.2.3s", "invalid")]
-        {
-            let error = read_duration(bad).expect_err(bad);
-            assert!(error.contains(why), "{error}");
-        }
+    fn zones() {
         assert!(zone_faults("Europe/Berlin").is_empty() && zone_faults("Etc/GMT+5").is_empty());
         assert_eq!(zone_faults("europe/berlin"), ["unknown time zone europe/berlin"]);
         assert_eq!(zone_faults("a//b"), ["unknown time zone a//b"]);
@@ -329,7 +289,6 @@ mod tests {
         #[test]
         fn reading_never_panics(text in ".{0,40}") {
             let _ = read_schedule(&text);
-            let _ = read_duration(&text);
             zone_faults(&text);
         }
     }

@@ -232,31 +232,6 @@ impl Registry {
             _ => Ok(()),
         }
     }
-
-    /// The namespace of a new object has to exist and to stay.
-    pub(super) async fn check_namespace(&self, target: &Target) -> Result<(), ApiError> {
-        if !target.resource.namespaced {
-            return Ok(());
-        }
-        let namespace = self.core("namespaces", "", &target.namespace)?;
-        let found = self.entry(&namespace, "").await?;
-        let resource = &namespace.resource;
-        if found.may_be_deleting() && meta::is_deleting(&found.object(resource, found.kv.mod_revision)?) {
-            let namespace = &target.namespace;
-            let why = format!(
-                "unable to create new content in namespace {namespace} because it is being terminated"
-            );
-            let (group, plural) = (&target.resource.group, &target.resource.plural);
-            // Controllers look for the cause, not for the words.
-            let cause = format!("namespace {namespace} is being terminated");
-            return Err(ApiError::forbidden(group, plural, &target.name, why).with_cause(
-                "NamespaceTerminating",
-                &cause,
-                "metadata.namespace",
-            ));
-        }
-        Ok(())
-    }
 }
 
 /// The name of an object stays.

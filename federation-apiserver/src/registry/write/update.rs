@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::super::{Registry, Target, strategy};
-use super::{Ownership, PATCH_ATTEMPTS, WriteOptions, Written, prepare_create};
+use super::{New, Ownership, PATCH_ATTEMPTS, WriteOptions, Written, prepare_create};
 use crate::rbac::Attributes;
 use crate::status::{ApiError, FieldError};
 use crate::value::{self, str_at};
@@ -84,10 +84,11 @@ impl Registry {
         if !uid.is_empty() {
             return Err(other_uid(target, uid, ""));
         }
-        self.check_namespace(target).await?;
+        let ground = self.ground(target).await?;
         value::remove(&mut object, &["metadata", "resourceVersion"]);
         prepare_create(&resource, &mut object);
-        self.write_new(target.clone(), object, options, (Ownership::Update, false)).await
+        let new = New { target: target.clone(), object, ground, generated: false };
+        self.write_new(new, options, Ownership::Update).await
     }
 }
 

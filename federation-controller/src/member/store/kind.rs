@@ -10,8 +10,8 @@ use kube::api::DynamicObject;
 use serde_json::Value;
 
 use super::Listing;
+use super::identity::{Uid, Version};
 use crate::follow::lighten;
-use crate::hub::is_older;
 use crate::texts::Texts;
 
 /// Most objects of one federated object that a look is shown for their mark alone, beside those with names of its units: what a
@@ -27,9 +27,11 @@ pub(super) type Marked = (Arc<str>, Arc<str>);
 #[derive(Debug, Default)]
 pub(super) struct Kind {
     pub(super) state: Listing,
-    pub(super) namespaces: HashMap<Arc<str>, HashMap<Arc<str>, Known>>,
-    /// Names of objects by namespace and source mark.
-    pub(super) sources: HashMap<Marked, Names>,
+    /// In boxes: a map has room for up to twice as many as it holds.
+    pub(super) namespaces: HashMap<Arc<str>, HashMap<Arc<str>, Box<Known>>>,
+    /// Names of objects by namespace and source mark, but for those that are named as the object that they come from: of
+    /// these the mark leads to the name, and most are.
+    sources: HashMap<Marked, Names>,
     pub(super) count: usize,
     pub(super) bytes: usize,
 }
@@ -47,8 +49,8 @@ pub(super) enum Names {
 #[derive(Debug)]
 pub(super) struct Known {
     pub(super) text: Arc<str>,
-    pub(super) uid: Option<Box<str>>,
-    pub(super) version: Option<String>,
+    pub(super) uid: Option<Uid>,
+    pub(super) version: Option<Version>,
     /// Its source mark.
     pub(super) mark: Option<Arc<str>>,
     pub(super) baseline: Option<Arc<Baseline>>,
@@ -59,7 +61,7 @@ pub(super) struct Known {
 pub(in crate::member) struct Seen {
     pub(super) namespace: Arc<str>,
     pub(super) name: Arc<str>,
-    pub(super) known: Known,
+    pub(super) known: Box<Known>,
 }
 
 // === impl Seen ===
@@ -80,13 +82,13 @@ impl Seen {
         let (namespace, name) = (text(&meta.namespace), text(&meta.name));
         // Made of maps with texts as keys, an object always serialises.
         let text = texts.share(&serde_json::to_string(&object).unwrap_or_default());
-        let known = Known { uid: uid.map(Into::into), version, mark, text, baseline: None };
-        Self { namespace, name, known }
+        let (uid, version) = (uid.as_deref().map(Uid::new), version.as_deref().map(Version::new));
+        Self { namespace, name, known: Box::new(Known { uid, version, mark, text, baseline: None }) }
     }
 
     /// Bytes that it takes.
     pub(in crate::member) fn weight(&self) -> usize {
-        self.known.text.len()
+        super::weight(self.known.text.len(), 1)
     }
 }
 
@@ -101,7 +103,7 @@ impl Known {
             meta.insert("uid".to_owned(), Value::String(uid.to_string()));
         }
         if let Some(version) = &self.version {
-            meta.insert("resourceVersion".to_owned(), Value::String(version.clone()));
+            meta.insert("resourceVersion".to_owned(), Value::String(version.to_string()));
         }
         Some(object)
     }
@@ -112,7 +114,7 @@ impl Known {
     }
 
     pub(super) fn is_older_than(&self, other: &Self) -> bool {
-        self.uid == other.uid && is_older(&self.version, &other.version)
+        self.uid == other.uid && Version::is_older(self.version.as_ref(), other.version.as_ref())
     }
 }
 
@@ -145,12 +147,43 @@ impl Names {
 
 impl Kind {
     pub(super) fn get(&self, namespace: &str, name: &str) -> Option<&Known> {
-        self.namespaces.get(namespace)?.get(name)
+        self.namespaces.get(namespace)?.get(name).map(|known| &**known)
     }
 
-    pub(super) fn insert(&mut self, namespace: Arc<str>, name: Arc<str>, known: Known) {
+    /// Takes everything out.
+    pub(super) fn take(&mut self) -> HashMap<Arc<str>, HashMap<Arc<str>, Box<Known>>> {
+        self.sources.clear();
+        (self.count, self.bytes) = (0, 0);
+        std::mem::take(&mut self.namespaces)
+    }
+
+    /// The object that carries a mark and is named as what it comes from.
+    fn namesake(&self, namespace: &str, mark: &str) -> Option<&Arc<str>> {
+        let (name, known) = self.namespaces.get(namespace)?.get_key_value(source_name(mark))?;
+        (known.mark.as_deref() == Some(mark)).then_some(name)
+    }
+
+    /// Whether anything in a namespace carries a mark.
+    pub(super) fn is_marked(&self, namespace: &str, mark: &str) -> bool {
+        self.namesake(namespace, mark).is_some()
+            || self.sources.contains_key(&(namespace.into(), mark.into()))
+    }
+
+    /// All marks, and the namespaces of what carries them.
+    pub(super) fn marks(&self) -> Vec<(Arc<str>, Arc<str>)> {
+        let namesakes = self.namespaces.iter().flat_map(|(namespace, objects)| {
+            let marked = objects.iter().filter_map(|(name, known)| Some((name, known.mark.as_ref()?)));
+            let namesakes = marked.filter(|(name, mark)| is_namesake(name, mark));
+            namesakes.map(move |(_, mark)| (Arc::clone(mark), Arc::clone(namespace)))
+        });
+        let others = self.sources.keys().filter(|(namespace, mark)| self.namesake(namespace, mark).is_none());
+        let others = others.map(|(namespace, mark)| (Arc::clone(mark), Arc::clone(namespace)));
+        namesakes.chain(others).collect()
+    }
+
+    pub(super) fn insert(&mut self, namespace: Arc<str>, name: Arc<str>, known: Box<Known>) {
         self.bytes += known.text.len();
-        if let Some(mark) = known.mark.clone() {
+        if let Some(mark) = known.mark.clone().filter(|mark| !is_namesake(&name, mark)) {
             match self.sources.entry((Arc::clone(&namespace), mark)) {
                 Entry::Vacant(vacant) => {
                     vacant.insert(Names::One(Arc::clone(&name)));
@@ -186,6 +219,7 @@ impl Kind {
 
     /// Adds to `names` those of objects that carry a mark, as many as a look may be shown; returns how many are left out.
     pub(super) fn strays(&self, home: &Arc<str>, mark: &str, names: &mut BTreeSet<Arc<str>>) -> usize {
+        names.extend(self.namesake(home, mark).cloned());
         let marked = match self.sources.get(&(Arc::clone(home), mark.into())) {
             None => return 0,
             Some(Names::One(name)) => {
@@ -223,6 +257,16 @@ impl Kind {
             }
         }
     }
+}
+
+/// The name that a source mark gives: it is `<plural>/<name>`.
+fn source_name(mark: &str) -> &str {
+    mark.rsplit_once('/').map_or(mark, |(_, name)| name)
+}
+
+/// Whether an object is named as what its mark says it comes from.
+fn is_namesake(name: &str, mark: &str) -> bool {
+    source_name(mark) == name
 }
 
 pub(super) fn marks<'a>(

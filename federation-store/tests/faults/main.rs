@@ -1,8 +1,11 @@
 //! What databases do to a store: no room, read-only, too small a packet, another server with the same data or with older
-//! data, a certificate that is not the right one. The store may be unavailable; it is never wrong.
+//! data, a certificate that is not the right one. The store may be unavailable; it is never wrong. `sqlite` has what a file
+//! system does to a file.
 
 // The checks are in functions that the tests call.
 #![allow(clippy::unwrap_used)]
+
+mod sqlite;
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
@@ -101,25 +104,6 @@ impl Drop for Small {
         // Lazily: a database may still be ending.
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
-}
-
-#[tokio::test]
-async fn sqlite_on_a_full_disk_keeps_what_it_acknowledged() {
-    let folder = tempfile::tempdir().unwrap();
-    let small = test_support::require!(Small::mount(&folder.path().join("small"), 24));
-    let url = format!("sqlite://{}", small.0.join("store.db").display());
-    let store = open(&url).await.unwrap();
-    let ballast = small.leave(4 << 20);
-    let (written, error) = fill(&store, "k", 20_000).await;
-    assert!(error.is_full(), "{error:?}");
-    assert!(!written.is_empty());
-    holds(&store, "/k/", &written, 0).await;
-    std::fs::remove_file(ballast).unwrap();
-    recovers(&store, "/again").await;
-    store.close().await;
-    let store = open(&url).await.unwrap();
-    holds(&store, "/k/", &written, 0).await;
-    store.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,0 +1,521 @@
+//! Reads what APIs answer, bounded in bytes while it comes and in memory as it is read.
+//!
+//! Nothing of an answer that cannot be read goes anywhere but into a sentence of ours: a page may hold Secrets. An answer is held as
+//! it came, once, and its objects are read out of it one by one ([`answers`]). What is held at a time is shared out: a member that
+//! sends much has its own answers refused, and asks itself for smaller pages; only then do members wait for each other.
+
+use std::error::Error;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use federation_core::answers::{self, Malformed, Page, Unreadable};
+use http::{HeaderValue, Request, Response, header};
+use http_body_util::BodyExt as _;
+use kube::Resource as _;
+use kube::api::{ApiResource, DeleteParams, DynamicObject, GetParams, ListParams, Patch, PatchParams};
+use kube::client::Body;
+use kube::core::Status;
+use prometheus_client::metrics::counter::Counter;
+use serde::Serialize;
+use serde_json::Value;
+use thiserror::Error;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+
+/// Longest answer of a member, and longest line of a watch: an object of the greatest size that etcd takes, were each byte of it
+/// written as six. What is too large for one page of a list is asked for in smaller ones.
+pub(crate) const MAX_ANSWER: usize = 16 << 20;
+/// Longest answer of the hub's own API, which bounds what it keeps: a page of 500 objects of the greatest size.
+const MAX_HUB_ANSWER: usize = 1 << 30;
+/// Most memory that one object may take once it is read. A definition of 1 MiB takes about half of it; a list of numbers that
+/// long would take a third.
+pub(crate) const MAX_OBJECT: usize = 64 << 20;
+/// Longest answer that says why something is refused.
+const MAX_REFUSAL: usize = 64 << 10;
+/// Bytes of one answer that are nobody's to give: the answers to most writes and probes fit in, and most lines of a watch.
+const FREE: usize = 64 << 10;
+/// Bytes of answers that are held at a time for one member: three of the longest.
+const MEMBER_SHARE: usize = 48 << 20;
+/// Bytes of answers that are held at a time for all members: five of them may do their worst, and the others list still.
+const ALL_SHARES: usize = 256 << 20;
+/// A page of a list that was too large is asked for again in so many pieces.
+pub(crate) const SMALLER: u32 = 5;
+/// What shares are counted in.
+const UNIT: usize = 1 << 10;
+
+/// Why an answer was not read.
+#[derive(Debug, Error)]
+pub(crate) enum ReadError {
+    /// The server refuses, or there is no way to it.
+    #[error(transparent)]
+    Client(#[from] kube::Error),
+    /// It began to come and did not end.
+    #[error("the answer broke off")]
+    BrokeOff(#[source] kube::Error),
+    /// It is longer than one may be.
+    #[error("the answer is longer than {} MiB", .0 >> 20)]
+    TooLong(usize),
+    /// So much is being read from the member already that there is no room for it.
+    #[error("the member's answers together are longer than {} MiB", MEMBER_SHARE >> 20)]
+    Busy,
+    /// It did not come in time.
+    #[error("no answer within {0:?}")]
+    Late(Duration),
+    /// It is something else than what was asked for.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    /// It is an object that cannot be read.
+    #[error(transparent)]
+    Unreadable(#[from] Unreadable),
+}
+
+/// Reads the answers of one API. Clones share what they may hold.
+#[derive(Clone)]
+pub(crate) struct Reader {
+    client: kube::Client,
+    longest: usize,
+    share: Option<Share>,
+    unreadable: Counter,
+}
+
+/// What is held of answers, of all members.
+#[derive(Debug, Clone)]
+pub(crate) struct Shares(Arc<Semaphore>);
+
+#[derive(Debug, Clone)]
+struct Share {
+    own: Arc<Semaphore>,
+    all: Arc<Semaphore>,
+}
+
+/// Room for an answer; given back when dropped.
+#[derive(Debug, Default)]
+struct Room {
+    share: Option<Share>,
+    taken: Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)>,
+}
+
+/// An answer as it came.
+#[derive(Debug)]
+struct Answer {
+    text: Vec<u8>,
+    _room: Room,
+}
+
+/// The lines of an answer that goes on for as long as somebody watches.
+pub(crate) struct Lines {
+    body: Body,
+    buffer: BytesMut,
+    /// So much of the buffer holds no line's end.
+    searched: usize,
+    /// The line that is coming is too long.
+    skips: bool,
+    longest: usize,
+    room: Room,
+}
+
+/// A line of a watch.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Line {
+    Text(Bytes),
+    /// One that is longer than a line may be.
+    TooLong,
+}
+
+/// Objects of one type, in one namespace where they have namespaces.
+pub(crate) struct Objects {
+    reader: Reader,
+    path: kube::core::Request,
+}
+
+// === impl ReadError ===
+
+impl ReadError {
+    /// What the server answered instead, if it did.
+    pub(crate) fn status(&self) -> Option<&Status> {
+        match self {
+            Self::Client(kube::Error::Api(status)) => Some(status),
+            _ => None,
+        }
+    }
+
+    /// Whether less may be answered if less is asked for.
+    pub(crate) fn is_too_large(&self) -> bool {
+        matches!(self, Self::TooLong(_) | Self::Busy)
+    }
+}
+
+impl From<kube::core::request::Error> for ReadError {
+    fn from(error: kube::core::request::Error) -> Self {
+        Self::Client(kube::Error::BuildRequest(error))
+    }
+}
+
+// === impl Shares ===
+
+impl Default for Shares {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(ALL_SHARES / UNIT)))
+    }
+}
+
+// === impl Reader ===
+
+impl Reader {
+    /// Of the hub's own API.
+    pub(crate) fn of_hub(client: kube::Client) -> Self {
+        Self { client, longest: MAX_HUB_ANSWER, share: None, unreadable: Counter::default() }
+    }
+
+    /// Of a member; `unreadable` counts its objects that cannot be read.
+    pub(crate) fn of_member(client: kube::Client, shares: &Shares, unreadable: Counter) -> Self {
+        let share = Share { own: Arc::new(Semaphore::new(MEMBER_SHARE / UNIT)), all: Arc::clone(&shares.0) };
+        Self { client, longest: MAX_ANSWER, share: Some(share), unreadable }
+    }
+
+    /// An object that is passed over is counted.
+    pub(crate) fn pass_over(&self) {
+        self.unreadable.inc();
+    }
+
+    /// Reads a page of a list; `take` as in [`answers::page`]. Until all of it has come none of it is read.
+    pub(crate) async fn page(
+        &self,
+        request: Request<Vec<u8>>,
+        take: impl FnMut(Result<Value, Unreadable>) -> bool,
+    ) -> Result<Page, ReadError> {
+        let answer = self.answer(request).await?;
+        Ok(answers::page(&answer.text, MAX_OBJECT, take)?)
+    }
+
+    /// Reads a list, as `ask` asks for its pages, in smaller pages where they are too large: no more than `most`, each of which is waited for until `late`.
+    /// What cannot be read is passed over; `take` says whether to go on.
+    pub(crate) async fn list(
+        &self,
+        ask: impl Fn(&ListParams) -> Result<Request<Vec<u8>>, kube::core::request::Error>,
+        mut params: ListParams,
+        (most, late): (usize, Duration),
+        mut take: impl FnMut(Value) -> bool,
+    ) -> Result<(), ReadError> {
+        for _ in 0..most {
+            let mut wanted = true;
+            let reading = self.page(ask(&params)?, |item| {
+                match item {
+                    Ok(object) => wanted = take(object),
+                    Err(_) => self.pass_over(),
+                }
+                wanted
+            });
+            let page = match timeout(late, reading).await.map_err(|_| ReadError::Late(late))? {
+                Err(error) if error.is_too_large() && params.limit > Some(1) => {
+                    params.limit = params.limit.map(|limit| (limit / SMALLER).max(1));
+                    continue;
+                }
+                page => page?,
+            };
+            if !wanted || page.more.is_empty() {
+                break;
+            }
+            params.continue_token = Some(page.more);
+        }
+        Ok(())
+    }
+
+    /// Reads one object.
+    pub(crate) async fn object(&self, request: Request<Vec<u8>>) -> Result<Value, ReadError> {
+        let answer = self.answer(request).await?;
+        Ok(answers::object(&answer.text, MAX_OBJECT).inspect_err(|_| self.pass_over())?)
+    }
+
+    /// Whether the answer is a good one, whatever it says.
+    pub(crate) async fn is_well(&self, request: Request<Vec<u8>>) -> Result<(), ReadError> {
+        self.answer(request).await.map(drop)
+    }
+
+    /// Begins a watch.
+    pub(crate) async fn lines(&self, mut request: Request<Vec<u8>>) -> Result<Lines, ReadError> {
+        // Each line of a compressed watch is compressed by itself, and clients read the first one only.
+        request.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        let body = self.begin(request).await?.into_body();
+        Ok(Lines {
+            body,
+            buffer: BytesMut::new(),
+            searched: 0,
+            skips: false,
+            longest: self.longest,
+            room: Room { share: self.share.clone(), taken: None },
+        })
+    }
+
+    /// The objects of a type.
+    pub(crate) fn objects(&self, of: &ApiResource, namespace: Option<&str>) -> Objects {
+        let path = kube::core::Request::new(DynamicObject::url_path(of, namespace));
+        Objects { reader: self.clone(), path }
+    }
+
+    async fn answer(&self, request: Request<Vec<u8>>) -> Result<Answer, ReadError> {
+        let mut body = self.begin(request).await?.into_body();
+        let mut room = Room { share: self.share.clone(), taken: None };
+        let mut text = Vec::new();
+        while let Some(frame) = body.frame().await {
+            let Ok(data) = frame.map_err(ReadError::BrokeOff)?.into_data() else { continue };
+            let length = text.len() + data.len();
+            if length > self.longest {
+                return Err(ReadError::TooLong(self.longest));
+            }
+            room.fit(length).await?;
+            text.extend_from_slice(&data);
+        }
+        Ok(Answer { text, _room: room })
+    }
+
+    /// Asks; a refusal is an error.
+    async fn begin(&self, request: Request<Vec<u8>>) -> Result<Response<Body>, ReadError> {
+        let response = self.client.send(request.map(Body::from)).await?;
+        let code = response.status();
+        if !(code.is_client_error() || code.is_server_error()) {
+            return Ok(response);
+        }
+        let mut body = response.into_body();
+        let mut text = Vec::new();
+        while let Some(frame) = body.frame().await {
+            let Ok(data) = frame.map_err(ReadError::BrokeOff)?.into_data() else { continue };
+            let left = MAX_REFUSAL - text.len();
+            text.extend_from_slice(&data[..data.len().min(left)]);
+            if data.len() >= left {
+                break;
+            }
+        }
+        let status = serde_json::from_slice::<Status>(&text).unwrap_or_else(|_| {
+            // A proxy on the way, or a path that is no object's.
+            let words = String::from_utf8_lossy(&text).trim().to_owned();
+            Status { code: code.as_u16(), message: words, ..Status::default() }
+        });
+        // What it says of itself is not what it is by.
+        Err(kube::Error::Api(Box::new(Status { code: code.as_u16(), ..status })).into())
+    }
+}
+
+// === impl Room ===
+
+impl Room {
+    /// Has room for so many bytes: as many as its member has left, when there is as much left for all.
+    async fn fit(&mut self, bytes: usize) -> Result<(), ReadError> {
+        let Some(share) = &self.share else { return Ok(()) };
+        let units = bytes.saturating_sub(FREE).div_ceil(UNIT);
+        let held = self.taken.as_ref().map_or(0, |(own, _)| own.num_permits());
+        if units < held {
+            if let Some((own, all)) = &mut self.taken {
+                drop((own.split(held - units), all.split(held - units)));
+            }
+        } else if units > held {
+            // Of answers that are bounded.
+            let more = u32::try_from(units - held).map_err(|_| ReadError::Busy)?;
+            let own = Arc::clone(&share.own).try_acquire_many_owned(more).map_err(|_| ReadError::Busy)?;
+            let all = Arc::clone(&share.all).acquire_many_owned(more).await.map_err(|_| ReadError::Busy)?;
+            match &mut self.taken {
+                Some((mine, ours)) => {
+                    mine.merge(own);
+                    ours.merge(all);
+                }
+                None => self.taken = Some((own, all)),
+            }
+        }
+        Ok(())
+    }
+}
+
+// === impl Lines ===
+
+impl Lines {
+    /// The next line; `None` at the end.
+    pub(crate) async fn next(&mut self) -> Result<Option<Line>, ReadError> {
+        loop {
+            let end = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n');
+            if let Some(end) = end {
+                let line = self.buffer.split_to(self.searched + end + 1).freeze();
+                self.searched = 0;
+                if std::mem::take(&mut self.skips) {
+                    return Ok(Some(Line::TooLong));
+                }
+                if !line.trim_ascii().is_empty() {
+                    return Ok(Some(Line::Text(line)));
+                }
+                continue;
+            }
+            if self.buffer.len() > self.longest {
+                self.skips = true;
+            }
+            if self.skips {
+                self.buffer = BytesMut::new();
+            }
+            self.searched = self.buffer.len();
+            self.room.fit(self.buffer.len()).await?;
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        self.room.fit(self.buffer.len() + data.len()).await?;
+                        self.buffer.extend_from_slice(&data);
+                    }
+                }
+                Some(Err(error)) if is_an_end(&error) => return Ok(None),
+                Some(Err(error)) => return Err(ReadError::BrokeOff(error)),
+            }
+        }
+    }
+}
+
+/// Whether a server that has been told to stop, or a proxy on the way, ended an answer in its way.
+fn is_an_end(error: &kube::Error) -> bool {
+    let mut next: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        let eof = |error: &io::Error| error.kind() == io::ErrorKind::UnexpectedEof;
+        if error.downcast_ref().is_some_and(eof) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
+// === impl Objects ===
+
+impl Objects {
+    /// An object, if it is there.
+    pub(crate) async fn get_opt(&self, name: &str) -> Result<Option<DynamicObject>, ReadError> {
+        match self.reader.object(self.path.get(name, &GetParams::default())?).await {
+            Ok(found) => Ok(Some(answers::dynamic(found)?)),
+            Err(error) if error.status().is_some_and(|status| status.code == 404) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Patches an object; gives it back as it is then.
+    pub(crate) async fn patch<P: Serialize>(
+        &self,
+        name: &str,
+        params: &PatchParams,
+        patch: &Patch<P>,
+    ) -> Result<DynamicObject, ReadError> {
+        Ok(answers::dynamic(self.reader.object(self.path.patch(name, params, patch)?).await?)?)
+    }
+
+    /// Deletes an object. Returns whether the server shows it still: with finalizers it stays for a while, and a server also
+    /// gives back what it has just removed.
+    pub(crate) async fn delete(&self, name: &str, params: &DeleteParams) -> Result<bool, ReadError> {
+        match self.reader.object(self.path.delete(name, params)?).await {
+            Ok(answer) => Ok(answer["kind"] != "Status"),
+            // It may.
+            Err(ReadError::Unreadable(_)) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::future::pending;
+
+    use http_body_util::StreamBody;
+    use hyper::body::Frame;
+
+    use super::*;
+
+    /// A reader of a member that answers everything with this status and these pieces, and then neither goes on nor ends if
+    /// `hangs`.
+    fn member(code: u16, pieces: Vec<Bytes>, hangs: bool, shares: &Shares) -> Reader {
+        let server = tower::service_fn(move |_: Request<Body>| {
+            let frames = pieces.clone().into_iter().map(|piece| Ok::<_, Infallible>(Frame::data(piece)));
+            async move {
+                let end = futures::stream::once(async move {
+                    if hangs {
+                        pending::<()>().await;
+                    }
+                    Ok(Frame::data(Bytes::new()))
+                });
+                let frames = futures::StreamExt::chain(futures::stream::iter(frames), end);
+                let mut response = Response::new(StreamBody::new(frames));
+                *response.status_mut() = http::StatusCode::from_u16(code).expect("a status");
+                Ok::<_, Infallible>(response)
+            }
+        });
+        Reader::of_member(kube::Client::new(server, "default"), shares, Counter::default())
+    }
+
+    fn ask() -> Request<Vec<u8>> {
+        Request::get("/version").body(Vec::new()).expect("a request")
+    }
+
+    fn pieces(count: usize) -> Vec<Bytes> {
+        vec![Bytes::from(vec![b'x'; 1 << 20]); count]
+    }
+
+    #[tokio::test]
+    async fn what_is_no_json_is_repeated_nowhere() {
+        let words = Bytes::from_static(b"hunter2\nWARN forged: line");
+        let reader = member(200, vec![words.clone()], false, &Shares::default());
+        let error = reader.object(ask()).await.expect_err("no object");
+        assert_eq!(crate::member::chain(&error), "an object cannot be read: it is not the JSON of an object");
+        // Of a refusal a beginning is told, and the code is that of the answer.
+        let long = vec![words, Bytes::from(vec![b'y'; 1 << 20])];
+        let refused = member(503, long, true, &Shares::default()).object(ask()).await.expect_err("refused");
+        let status = refused.status().expect("a status");
+        assert_eq!((status.code, status.message.len()), (503, MAX_REFUSAL));
+    }
+
+    #[tokio::test]
+    async fn an_answer_without_end_is_given_up() {
+        let shares = Shares::default();
+        let error = member(200, pieces(17), true, &shares).object(ask()).await.expect_err("too long");
+        assert!(matches!(error, ReadError::TooLong(MAX_ANSWER)), "{error}");
+        assert_eq!(shares.0.available_permits(), ALL_SHARES / UNIT, "nothing is held of it");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_member_cannot_hold_what_all_need() {
+        let shares = Shares::default();
+        let evil = member(200, pieces(15), true, &shares);
+        let mut reading = Vec::new();
+        let mut refused = 0;
+        for _ in 0..50 {
+            let mut one = Box::pin(evil.object(ask()));
+            match timeout(Duration::from_secs(1), &mut one).await {
+                Err(_) => reading.push(one),
+                Ok(Err(ReadError::Busy)) => refused += 1,
+                Ok(other) => panic!("{other:?}"),
+            }
+        }
+        assert_eq!((reading.len(), refused), (3, 47));
+        let left = shares.0.available_permits() * UNIT;
+        assert!(left >= ALL_SHARES - MEMBER_SHARE, "{left}");
+        // Another reads as if it were alone.
+        let text = format!("{{\"data\":\"{}\"}}", "z".repeat(8 << 20));
+        let honest = member(200, vec![Bytes::from(text)], false, &shares);
+        assert!(honest.object(ask()).await.is_ok());
+        drop(reading);
+        assert_eq!(shares.0.available_permits(), ALL_SHARES / UNIT);
+    }
+
+    #[tokio::test]
+    async fn a_watch_is_as_long_as_it_likes_and_its_lines_are_not() {
+        let shares = Shares::default();
+        let line = |text: &str| Bytes::from(format!("{text}\n"));
+        // A hundred megabytes of lines, one that is longer than any may be, and one behind it.
+        let mut all: Vec<Bytes> = (0..100).map(|_| line(&"a".repeat(1 << 20))).collect();
+        all.extend(pieces(17));
+        all.extend([line("end of it"), line(""), line("behind")]);
+        let mut lines = member(200, all, false, &shares).lines(ask()).await.expect("a watch");
+        for number in 0..100 {
+            let Some(Line::Text(text)) = lines.next().await.expect("a line") else { panic!("{number}") };
+            assert_eq!(text.len(), (1 << 20) + 1);
+        }
+        assert_eq!(lines.next().await.expect("a line"), Some(Line::TooLong));
+        assert_eq!(lines.next().await.expect("a line"), Some(Line::Text(line("behind"))));
+        assert_eq!(lines.next().await.expect("the end"), None);
+        assert_eq!(shares.0.available_permits(), ALL_SHARES / UNIT);
+    }
+}
