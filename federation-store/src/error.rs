@@ -190,9 +190,10 @@ impl Error {
                 let class = ["08", "57P", "40"].iter().any(|class| code.starts_with(class));
                 class || matches!(&*code, "55P03" | "53300" | "5") || {
                     let number = error.try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>();
-                    // Too many connections, shutting down, lock wait timeout, deadlock, query interrupted, killed.
+                    // Too many connections, shutting down, lock wait timeout, deadlock, query interrupted, killed. OceanBase: statement or
+                    // transaction timed out, not the leader any more, transaction rolled back.
                     number.is_some_and(|error| {
-                        matches!(error.number(), 1040 | 1053 | 1205 | 1213 | 1317 | 1927)
+                        matches!(error.number(), 1040 | 1053 | 1205 | 1213 | 1317 | 1927 | 4012 | 4038 | 6002)
                     })
                 }
             }

@@ -6,7 +6,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -27,6 +27,9 @@ const RESTORE_JUMP: u64 = 1_000_000_000;
 const ASIDE: &str = ".replaced-";
 /// What belongs to a database beside its file: the write-ahead log, and the index of it.
 const SIDE_FILES: [&str; 2] = ["-wal", "-shm"];
+
+/// Bytes of a mark that are read: more than one has.
+const MAX_MARK: u64 = 256;
 
 /// Why a file could not be looked after.
 #[derive(Debug, thiserror::Error)]
@@ -211,42 +214,82 @@ pub async fn restore(
     let carried_over = carried.map(|_| count);
     give(&to, &part)?;
     drop(to);
-    // Between two of the steps that follow there would be an empty hub, or one with another's write-ahead log.
-    match File::create_new(&mark).and_then(|file| file.sync_all()) {
-        // Left by a restore that was cut off, perhaps another user's.
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        made => made.map_err(io("make", &mark))?,
+    let suffix = free_suffix(target, now);
+    let kept = with_suffix(target, &suffix);
+    // Between two of the steps that follow there would be an empty hub, or one with another's write-ahead log. A mark that
+    // names where the former data is already stays as it is.
+    if aside.is_none() {
+        write_mark(&mark, &suffix, give)?;
+        sync_folder(target).map_err(io("write", folder))?;
     }
-    sync_folder(target).map_err(io("write", folder))?;
-    let kept = free_name(target, now);
     let mut replaced = aside;
     // The write-ahead log belongs to what is replaced, and goes with it.
     for suffix in std::iter::once("").chain(SIDE_FILES) {
         let old = with_suffix(target, suffix);
         if old.exists() {
             fs::rename(&old, with_suffix(&kept, suffix)).map_err(io("set aside", &old))?;
-            replaced = Some(kept.clone());
+            replaced.get_or_insert_with(|| kept.clone());
         }
     }
     settle(&part, target)?;
     fs::remove_file(&mark).map_err(io("remove", &mark))?;
+    // A mark that is back after a power cut would keep a hub from data that it has written to since.
+    sync_folder(target).map_err(io("write", folder))?;
     Ok(Restored { revision, replaced, carried_over })
+}
+
+/// Says that a restore is under way, and where the former data goes: whole or not at all, in the place of whatever is there.
+fn write_mark(
+    mark: &Path,
+    suffix: &str,
+    give: impl FnOnce(&File, &Path) -> Result<(), FileError>,
+) -> Result<(), FileError> {
+    let part = with_suffix(mark, ".part");
+    let io = |action| move |source| FileError::Io { action, path: mark.to_owned(), source };
+    let _ = fs::remove_file(&part);
+    let mut file = File::create_new(&part).map_err(io("make"))?;
+    give(&file, &part)?;
+    file.write_all(suffix.as_bytes()).and_then(|()| file.sync_all()).map_err(io("write"))?;
+    fs::rename(&part, mark).map_err(io("put in place"))
+}
+
+/// Where the mark of a restore that was cut off says that the former data goes.
+fn marked(target: &Path, mark: &Path) -> Result<Option<PathBuf>, FileError> {
+    let mut options = File::options();
+    // It says so itself, or not at all: whoever has the folder is asked by root.
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    std::os::unix::fs::OpenOptionsExt::custom_flags(options.read(true), flags.bits() as i32);
+    let mut suffix = String::new();
+    let read = options.open(mark).and_then(|file| file.take(MAX_MARK).read_to_string(&mut suffix));
+    match read {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // A link, or somebody else's bytes: `write_mark` makes neither.
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => {
+            return Ok(None);
+        }
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => return Ok(None),
+        Err(source) => return Err(FileError::Io { action: "read", path: mark.to_owned(), source }),
+    }
+    let of_ours = |rest: &str| rest.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    Ok(suffix.strip_prefix(ASIDE).is_some_and(of_ours).then(|| with_suffix(target, &suffix)))
 }
 
 /// The former data where a restore that was cut off has left it, whole: what of it was still in its place is brought there too.
 fn set_aside_before(target: &Path, mark: &Path) -> Result<Option<PathBuf>, FileError> {
-    if !mark.exists() || target.exists() {
-        return Ok(None);
-    }
-    let Some(kept) = newest_aside(target) else { return Ok(None) };
-    for suffix in SIDE_FILES {
-        let (old, new) = (with_suffix(target, suffix), with_suffix(&kept, suffix));
-        if old.exists() && !new.exists() {
-            fs::rename(&old, &new).map_err(|source| FileError::Io {
-                action: "set aside",
-                path: old,
-                source,
-            })?;
+    // Not there: nothing was moved yet, or there was nothing. What others have set aside is not meant.
+    let Some(kept) = marked(target, mark)?.filter(|kept| kept.exists()) else { return Ok(None) };
+    // Else what has come into its place is a backup that nobody has opened: the mark is there.
+    if !target.exists() {
+        for suffix in SIDE_FILES {
+            let (old, new) = (with_suffix(target, suffix), with_suffix(&kept, suffix));
+            if old.exists() && !new.exists() {
+                fs::rename(&old, &new).map_err(|source| FileError::Io {
+                    action: "set aside",
+                    path: old,
+                    source,
+                })?;
+            }
         }
     }
     Ok(Some(kept))
@@ -468,30 +511,16 @@ fn give_to(file: &File, owner: &fs::Metadata) -> io::Result<()> {
     }
 }
 
-/// A name for what is set aside that nothing has yet.
-fn free_name(target: &Path, now: SystemTime) -> PathBuf {
+/// What comes after the name of what is set aside, such that nothing has that name yet.
+fn free_suffix(target: &Path, now: SystemTime) -> String {
     let time = jiff::Timestamp::try_from(now).unwrap_or_default().strftime("%Y%m%dT%H%M%SZ").to_string();
-    let first = with_suffix(target, &format!("{ASIDE}{time}"));
-    let others = (2_u32..).map(|n| with_suffix(target, &format!("{ASIDE}{time}-{n}")));
-    let free = |name: &PathBuf| {
-        std::iter::once("").chain(SIDE_FILES).all(|suffix| !with_suffix(name, suffix).exists())
+    let first = format!("{ASIDE}{time}");
+    let others = (2_u32..).map(|n| format!("{ASIDE}{time}-{n}"));
+    let free = |suffix: &String| {
+        let name = with_suffix(target, suffix);
+        std::iter::once("").chain(SIDE_FILES).all(|side| !with_suffix(&name, side).exists())
     };
     std::iter::once(first.clone()).chain(others).find(free).unwrap_or(first)
-}
-
-/// What was set aside last, by the time in its name.
-fn newest_aside(target: &Path) -> Option<PathBuf> {
-    let name = with_suffix(Path::new(target.file_name()?), ASIDE).into_os_string().into_string().ok()?;
-    let order = |entry: fs::DirEntry| {
-        let file = entry.file_name().into_string().ok()?;
-        let rest = file.strip_prefix(&name)?;
-        let (time, number) = rest.split_once('-').unwrap_or((rest, "1"));
-        // Not what lies beside such a file.
-        let number: u32 = number.parse().ok()?;
-        Some((time.to_owned(), number, entry.path()))
-    };
-    let entries = fs::read_dir(folder_of(target)).ok()?;
-    entries.flatten().filter_map(order).max().map(|(_, _, path)| path)
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

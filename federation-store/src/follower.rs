@@ -153,9 +153,13 @@ impl Follower {
                 self.go_back(&mut seen, shown, state.revision);
             } else {
                 self.verify(&mut seen).await?;
+                if self.hub.back().0 != times {
+                    continue;
+                }
                 self.fill(state.revision).await?;
             }
-            self.hub.set_compacted(state.compacted, state.swept);
+            // Only who holds the lock has it go back.
+            self.hub.set_compacted(self.hub.back().0, state.compacted, state.swept);
             *self.looked.lock() = tokio::time::Instant::now();
             self.note(&mut seen).await?;
             return Ok(state.revision);

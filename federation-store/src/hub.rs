@@ -127,11 +127,14 @@ impl Hub {
         self.advance(revision);
     }
 
-    /// The database has less than was shown. Watchers fail; new ones begin at what there is.
+    /// The database has less than was shown. Watchers fail; new ones begin at what there is. How far that is compacted has to
+    /// be learnt anew: it may be older than the compaction.
     pub(crate) fn go_back(&self, revision: Revision) {
         {
             let mut back = self.back.lock();
             *back = (back.0 + 1, revision);
+            self.compacted.store(Revision::ZERO.0, Ordering::Release);
+            self.sweep.send_replace(Sweep { upto: Revision::ZERO, failed: None });
         }
         self.ring.lock().restart(revision);
         self.revision.send_replace(revision);
@@ -162,7 +165,13 @@ impl Hub {
         });
     }
 
-    pub(crate) fn set_compacted(&self, compacted: Revision, swept: Revision) {
+    /// What the database said of it. `times` is how often it had gone back ([`Self::back`]) before it was asked: what it said
+    /// before the last time holds no more.
+    pub(crate) fn set_compacted(&self, times: u64, compacted: Revision, swept: Revision) {
+        let back = self.back.lock();
+        if back.0 != times {
+            return;
+        }
         // Several tasks tell of it, not in order.
         self.compacted.fetch_max(compacted.0, Ordering::AcqRel);
         self.sweep.send_modify(|sweep| *sweep = Sweep { upto: sweep.upto.max(swept), failed: None });

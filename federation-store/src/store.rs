@@ -411,14 +411,19 @@ impl Store {
         answered.await.map_err(|_| Error::Closed)?
     }
 
-    /// Waits until the rows that the compaction of `revision` made unreachable are gone. Fails when their removal does;
-    /// it is tried again with the next write.
+    /// Waits until the rows that the compaction of `revision` made unreachable are gone. Fails when their removal does, which
+    /// is tried again with the next write, and when the database goes back to before the compaction.
     pub async fn swept(&self, revision: Revision) -> Result<(), Error> {
         let mut sweep = self.inner.hub.subscribe_sweep();
+        let (times, _) = self.inner.hub.back();
         loop {
             let now = sweep.borrow_and_update().clone();
             if now.upto >= revision {
                 return Ok(());
+            }
+            let (back, newest) = self.inner.hub.back();
+            if back != times {
+                return Err(Error::WentBack { revision: newest, seen: revision });
             }
             if let Some(error) = now.failed {
                 return Err(error);

@@ -292,8 +292,9 @@ impl Writer {
         if revision <= compacted {
             return Err(Error::Compacted { requested: revision, compacted });
         }
+        let (times, _) = self.hub.back();
         let State { compacted, swept, .. } = self.backend.mark_compacted(revision).await?;
-        self.hub.set_compacted(compacted, swept);
+        self.hub.set_compacted(times, compacted, swept);
         tracing::debug!(revision = compacted.0, "compacted");
         Ok(())
     }
@@ -302,7 +303,8 @@ impl Writer {
     async fn compact_when_due(&self) {
         let Compaction::Retain(retain) = self.compaction else { return };
         let newest = self.hub.revision().0;
-        let history = newest - self.hub.compacted().0;
+        // The database may go back between the two.
+        let history = newest.saturating_sub(self.hub.compacted().0);
         if history <= retain.saturating_add((retain / 2).max(1)) {
             return;
         }
@@ -331,9 +333,10 @@ impl Writer {
 
     /// One step; whether it succeeded.
     async fn sweep(&self) -> bool {
+        let (times, _) = self.hub.back();
         match self.backend.sweep().await {
             Ok(state) => {
-                self.hub.set_compacted(state.compacted, state.swept);
+                self.hub.set_compacted(times, state.compacted, state.swept);
                 true
             }
             Err(error) => {

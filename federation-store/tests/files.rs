@@ -194,15 +194,46 @@ async fn a_restore_that_was_cut_off_is_no_empty_hub() {
     let backup = folder.path().join("backup");
     files::backup(&path, &backup).await.unwrap();
     store.close().await;
-    // Killed between the old data's going and the new one's coming.
-    std::fs::write(folder.path().join("store.db.restoring"), "").unwrap();
+    // Killed between the old data's going and the new one's coming, where no old data was: what lies there from another
+    // time is not it.
+    std::fs::copy(&backup, folder.path().join("store.db.replaced-20200101T000000Z")).unwrap();
+    std::fs::write(folder.path().join("store.db.restoring"), ".replaced-20260102T030405Z").unwrap();
     std::fs::remove_file(&path).unwrap();
     let refused = Store::open(StoreConfig::new(&path)).await;
     assert!(matches!(refused, Err(OpenError::RestoreCutOff { .. })), "{refused:?}");
     assert!(!path.exists());
     let restored = files::restore(&backup, &path, SystemTime::now(), Exceptions::default()).await.unwrap();
-    assert_eq!(restored.replaced, None);
+    assert_eq!((restored.replaced, restored.carried_over.is_err()), (None, true));
     assert!(has(&path, "/kept").await);
+    // A mark says the name of a file beside it, and nothing else.
+    for mark in ["/../secret", ".replaced-x/../../secret", ".replaced-20200101T000000Z/"] {
+        let path = folder.path().join("other.db");
+        std::fs::write(folder.path().join("other.db.restoring"), mark).unwrap();
+        let restored =
+            files::restore(&backup, &path, SystemTime::now(), Exceptions::default()).await.unwrap();
+        assert_eq!(restored.replaced, None, "{mark}");
+        std::fs::remove_file(&path).unwrap();
+    }
+}
+
+/// All was in its place but for the mark, and another backup is put there: the data that the first one replaced counts.
+#[tokio::test]
+async fn a_restore_that_was_cut_off_at_its_end_is_done_again_over_the_former_data() {
+    let exceptions = Exceptions { carried_over: &["/revoked/"], left_out: &[] };
+    let folder = tempfile::tempdir().unwrap();
+    let (path, backup) = (folder.path().join("store.db"), folder.path().join("backup"));
+    let store = open(&path).await;
+    store.create("/kept", "1").await.unwrap();
+    files::backup(&path, &backup).await.unwrap();
+    store.create("/revoked/east", "1").await.unwrap();
+    store.close().await;
+    let none = Exceptions::default();
+    let first = files::restore(&backup, &path, SystemTime::now(), none).await.unwrap().replaced.unwrap();
+    let suffix = first.file_name().unwrap().to_str().unwrap().strip_prefix("store.db").unwrap();
+    std::fs::write(folder.path().join("store.db.restoring"), suffix).unwrap();
+    let restored = files::restore(&backup, &path, SystemTime::now(), exceptions).await.unwrap();
+    assert_eq!((restored.carried_over, restored.replaced), (Ok(1), Some(first.clone())));
+    assert!(has(&path, "/revoked/east").await && has(&first, "/revoked/east").await);
 }
 
 /// The former data was on its way out: some of it is aside, some is still in its place, or all of it is aside.
@@ -216,8 +247,12 @@ async fn a_restore_that_is_done_again_takes_over_what_the_first_would_have() {
         let store = open(&path).await;
         store.create("/kept", "1").await.unwrap();
         files::backup(&path, &backup).await.unwrap();
-        // Set aside in the years before: not what is meant.
-        for name in ["store.db.replaced-20200101T000000Z", "store.db.replaced-20200101T000000Z-12"] {
+        // Set aside in the years before, and when the clock was ahead: not what is meant.
+        for name in [
+            "store.db.replaced-20200101T000000Z",
+            "store.db.replaced-20200101T000000Z-12",
+            "store.db.replaced-20990101T000000Z",
+        ] {
             std::fs::copy(&backup, folder.path().join(name)).unwrap();
         }
         store.create("/revoked/east", "1").await.unwrap();
@@ -230,7 +265,7 @@ async fn a_restore_that_is_done_again_takes_over_what_the_first_would_have() {
         store.close().await;
         std::fs::write(&aside, data).unwrap();
         std::fs::write(beside(if log_is_aside { &aside } else { &path }), log).unwrap();
-        std::fs::write(folder.path().join("store.db.restoring"), "").unwrap();
+        std::fs::write(folder.path().join("store.db.restoring"), ".replaced-20260102T030405Z").unwrap();
         std::fs::remove_file(&path).unwrap();
         let restored = files::restore(&backup, &path, SystemTime::now(), exceptions).await.unwrap();
         assert_eq!((restored.carried_over, restored.replaced), (Ok(1), Some(aside.clone())));

@@ -112,6 +112,9 @@ const POOL_IDLE: Duration = Duration::from_secs(45);
 /// The server's number for an index that exists already.
 const ER_DUP_KEYNAME: u16 = 1061;
 
+/// The server's number for a variable that it does not have.
+const ER_UNKNOWN_SYSTEM_VARIABLE: u16 = 1193;
+
 /// The store's tables in one MySQL database.
 pub(crate) type MySqlBackend = SqlBackend<MySqlDialect>;
 
@@ -138,12 +141,17 @@ impl MySqlBackend {
         let made = Arc::new(AtomicU64::new(0));
         let pool = |connections: u32, isolation: &'static str| {
             let made = Arc::clone(&made);
-            let session = format!(
-                "SET SESSION wait_timeout = {WAIT_SECONDS}, innodb_lock_wait_timeout = {LOCK_SECONDS},
-                     sql_mode = 'STRICT_ALL_TABLES'"
-            );
-            let isolation = format!("SET SESSION TRANSACTION ISOLATION LEVEL {isolation}");
-            let silent = format!("SET SESSION idle_write_transaction_timeout = {IDLE_TRANSACTION_SECONDS}");
+            let every = [
+                format!("SET SESSION wait_timeout = {WAIT_SECONDS}, sql_mode = 'STRICT_ALL_TABLES'"),
+                format!("SET SESSION TRANSACTION ISOLATION LEVEL {isolation}"),
+            ];
+            let some = [
+                // MySQL and MariaDB, and in microseconds OceanBase.
+                format!("SET SESSION innodb_lock_wait_timeout = {LOCK_SECONDS}"),
+                format!("SET SESSION ob_trx_lock_timeout = {}", LOCK_SECONDS * 1_000_000),
+                // Only MariaDB; elsewhere `wait_timeout` does the same later.
+                format!("SET SESSION idle_write_transaction_timeout = {IDLE_TRANSACTION_SECONDS}"),
+            ];
             MySqlPoolOptions::new()
                 .max_connections(connections)
                 .acquire_timeout(ACQUIRE_TIMEOUT)
@@ -151,17 +159,21 @@ impl MySqlBackend {
                 // A dead connection shows itself in use, and the operation is tried again.
                 .test_before_acquire(false)
                 .after_connect(move |connection, _| {
-                    let (session, isolation, silent) = (session.clone(), isolation.clone(), silent.clone());
+                    let (every, some) = (every.clone(), some.clone());
                     made.fetch_add(1, Ordering::AcqRel);
                     async move {
-                        connection.execute(sqlx::raw_sql(AssertSqlSafe(session))).await?;
-                        connection.execute(sqlx::raw_sql(AssertSqlSafe(isolation))).await?;
-                        // Only MariaDB has it; elsewhere `wait_timeout` does the same later.
-                        let set = connection.execute(sqlx::raw_sql(AssertSqlSafe(silent))).await;
-                        match set {
-                            Err(sqlx::Error::Database(_)) | Ok(_) => Ok(()),
-                            Err(error) => Err(error),
+                        for set in every {
+                            connection.execute(sqlx::raw_sql(AssertSqlSafe(set))).await?;
                         }
+                        for set in some {
+                            let set = connection.execute(sqlx::raw_sql(AssertSqlSafe(set))).await;
+                            if let Err(error) = set
+                                && number(&error) != Some(ER_UNKNOWN_SYSTEM_VARIABLE)
+                            {
+                                return Err(error);
+                            }
+                        }
+                        Ok(())
                     }
                     .boxed()
                 })

@@ -78,7 +78,10 @@ async fn range_within(
     request: &RangeRequest,
     budget: &mut Budget,
 ) -> Result<RangeResponse, Status> {
+    let before = budget.0;
     loop {
+        // What an attempt took and did not answer is not the request's.
+        budget.0 = before;
         match range_once(store, request, budget).await {
             // Of several pages at the newest revision.
             Err(Fault::Stale) if requested(request.revision).is_none() => {}

@@ -214,6 +214,25 @@ async fn a_copy_that_is_behind_is_noticed_by_its_counter() {
 }
 
 #[tokio::test]
+async fn a_copy_from_before_the_compaction_is_not_taken_for_compacted() {
+    let failover = Failover::new().await;
+    failover.backend.mark_compacted(Revision(3)).await.unwrap();
+    failover.follower.catch_up().await.unwrap();
+    assert_eq!(failover.hub.compacted(), Revision(3));
+    failover.over();
+    failover.follower.catch_up().await.unwrap();
+    failover.went_back(2);
+    // A watch from the newest revision would be refused otherwise.
+    assert_eq!((failover.hub.compacted(), failover.hub.swept()), (Revision::ZERO, Revision::ZERO));
+    // Who asked before tells of it late.
+    failover.hub.set_compacted(0, Revision(3), Revision(3));
+    assert_eq!(failover.hub.compacted(), Revision::ZERO);
+    failover.backend.mark_compacted(Revision(2)).await.unwrap();
+    failover.follower.catch_up().await.unwrap();
+    assert_eq!(failover.hub.compacted(), Revision(2));
+}
+
+#[tokio::test]
 async fn a_write_that_gets_there_first_does_not_hide_it() {
     let failover = Failover::new().await;
     failover.over();

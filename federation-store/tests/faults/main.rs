@@ -7,7 +7,7 @@
 
 mod sqlite;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,7 +21,7 @@ use federation_store::{
 use test_support::databases::{Kind, Server, give};
 use test_support::relay::{Impairment, Relay};
 use test_support::tools::{self, Missing};
-use test_support::wait_until;
+use test_support::{wait_for, wait_until};
 
 /// A machine that is busy with everything else.
 const LONG: Duration = Duration::from_secs(180);
@@ -369,6 +369,62 @@ async fn large_values(kind: Kind) {
     assert!(matches!(newer, Err(OpenError::SchemaTooNew { found: 99, .. })), "{newer:?}");
 }
 
+/// A connection is cut in the middle of an answer of many rows: what is read is all of it, or an error.
+async fn cut_answers(kind: Kind) {
+    const KEYS: u64 = 2_000;
+    let server = test_support::require!(Server::start(kind).await.unwrap());
+    let url = server.database().await.unwrap();
+    let store = open(&url).await.unwrap();
+    let writes = (0..KEYS).map(|n| store.create(format!("/cut/{n:04}"), vec![7; 2_048]));
+    for outcome in futures::future::join_all(writes).await {
+        outcome.unwrap().applied().unwrap();
+    }
+    store.close().await;
+    // Slowly enough for an answer to have a middle: 4 MiB take a second.
+    let slow = Impairment { bandwidth: Some(4 << 20), ..Impairment::default() };
+    let relay = Relay::tcp(([127, 0, 0, 1], server.port()).into(), slow).await.unwrap();
+    // One that has nothing in memory.
+    let reader = open(&server.through(&url, relay.address().port())).await.unwrap();
+    let cut_after = async |chunks: u64| {
+        let begun = relay.passed();
+        wait_for(|| relay.passed() >= begun + chunks, LONG, "the answer to be under way").await.unwrap();
+        relay.cut();
+    };
+    for chunks in [2, 30, 90, 150] {
+        let request = ListRequest::prefix("/cut/");
+        let mut list = std::pin::pin!(reader.list(&request));
+        tokio::select! {
+            biased;
+            listed = &mut list => panic!("it was there before anything was cut: {:?}", listed.map(|list| list.items.len())),
+            () = cut_after(chunks) => {}
+        }
+        match list.await {
+            Ok(list) => assert_eq!(list.items.len() as u64, KEYS, "cut after {chunks} chunks"),
+            Err(error) => assert!(matches!(error, Error::Database { .. }), "{error:?}"),
+        }
+    }
+    let mut watcher = reader.watch(KeyRange::prefix("/cut/"), Revision(1)).unwrap();
+    let (mut last, mut keys) = (Revision::ZERO, BTreeSet::new());
+    let follow = async {
+        while keys.len() as u64 != KEYS {
+            match watcher.next().await {
+                Ok(event) => {
+                    assert!(event.revision > last, "{event:?} after {last:?}");
+                    last = event.revision;
+                    assert!(keys.insert(event.kv.key.clone()), "{event:?} comes twice");
+                }
+                Err(error) => assert!(matches!(error, Error::Database { .. }), "{error:?}"),
+            }
+        }
+    };
+    let cuts = async {
+        for _ in 0..4 {
+            cut_after(20).await;
+        }
+    };
+    tokio::time::timeout(LONG, async { tokio::join!(follow, cuts) }).await.unwrap();
+}
+
 async fn verified_tls(kind: Kind) {
     let folder = tempfile::tempdir().unwrap();
     std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -575,6 +631,11 @@ macro_rules! with_each_server {
             #[tokio::test]
             async fn large_values_and_newer_schemas() {
                 large_values($kind).await;
+            }
+
+            #[tokio::test]
+            async fn an_answer_that_is_cut_is_never_short() {
+                cut_answers($kind).await;
             }
 
             #[tokio::test]
