@@ -6,11 +6,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio_util::sync::CancellationToken;
 
 /// How often the file is looked at: what somebody took out of it is good for so much longer.
 const INTERVAL: Duration = Duration::from_secs(5);
+/// What is new is taken when it is still the same after so long. Somebody may be writing the file just now, and the first
+/// half of a list of tokens, of rules or of certificates is a list as well. Who writes a file in one go is done by then.
+const SETTLING: Duration = Duration::from_secs(1);
 
 /// What such a file says.
 pub(crate) trait FromFile: PartialEq + Send + Sync + Sized + 'static {
@@ -33,6 +36,18 @@ pub(crate) struct Followed<T> {
     /// `None`: there is no file, and nothing changes.
     path: Option<PathBuf>,
     current: RwLock<Arc<T>>,
+    /// What the last look has found for the first time.
+    noticed: Mutex<Option<T>>,
+}
+
+/// What a look at the file has found.
+#[derive(Debug, PartialEq, Eq)]
+enum Look {
+    Same,
+    /// Something new: the next look tells whether it stays.
+    New,
+    /// Something new that has stayed, and is in force.
+    Taken,
 }
 
 // === impl Followed ===
@@ -44,12 +59,12 @@ impl<T: FromFile> Followed<T> {
     /// When it cannot be used.
     pub(crate) fn open(path: PathBuf) -> Result<Arc<Self>, T::Error> {
         let current = RwLock::new(Arc::new(T::read(&path)?));
-        Ok(Arc::new(Self { path: Some(path), current }))
+        Ok(Arc::new(Self { path: Some(path), current, noticed: Mutex::default() }))
     }
 
     /// Something that is in no file.
     pub(crate) fn fixed(value: T) -> Arc<Self> {
-        Arc::new(Self { path: None, current: RwLock::new(Arc::new(value)) })
+        Arc::new(Self { path: None, current: RwLock::new(Arc::new(value)), noticed: Mutex::default() })
     }
 
     /// What holds now.
@@ -57,42 +72,48 @@ impl<T: FromFile> Followed<T> {
         self.current.read().clone()
     }
 
-    /// Reads the file again; `true` when there was something new, which is then in force. Only one caller at a time.
+    /// Reads the file again, all of it: its time and size may be those of before. Only one caller at a time.
     ///
     /// # Errors
     /// When it cannot be used; what it said before stays in force.
-    fn reload(&self) -> Result<bool, T::Error> {
-        let Some(path) = &self.path else { return Ok(false) };
-        let (new, former) = (T::read(path)?, self.current());
-        let changed = new != *former;
-        if changed {
-            // Before the rest of the former ends, so that nobody is let in by it any more.
-            let mut current = self.current.write();
-            *current = Arc::new(new.succeed(&former));
+    fn look(&self) -> Result<Look, T::Error> {
+        let Some(path) = &self.path else { return Ok(Look::Same) };
+        let read = T::read(path);
+        let noticed = self.noticed.lock().take();
+        let (new, former) = (read?, self.current());
+        if new == *former {
+            return Ok(Look::Same);
         }
-        Ok(changed)
+        if noticed.as_ref() != Some(&new) {
+            *self.noticed.lock() = Some(new);
+            return Ok(Look::New);
+        }
+        // Before the rest of the former ends, so that nobody is let in by it any more.
+        let mut current = self.current.write();
+        *current = Arc::new(new.succeed(&former));
+        Ok(Look::Taken)
     }
 
     /// Follows the file until `shutdown`. What cannot be used is warned of once.
     pub(crate) async fn follow(self: Arc<Self>, shutdown: CancellationToken) {
-        let mut ticks = tokio::time::interval(INTERVAL);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut pause = Duration::ZERO;
         let mut warned = None;
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                _ = ticks.tick() => {}
+                () = tokio::time::sleep(pause) => {}
             }
             let this = self.clone();
             // It may lie on a volume that hangs.
-            let reloading = tokio::task::spawn_blocking(move || this.reload());
+            let looking = tokio::task::spawn_blocking(move || this.look());
             let outcome = tokio::select! {
                 () = shutdown.cancelled() => return,
-                outcome = reloading => outcome,
+                outcome = looking => outcome,
             };
+            pause = if matches!(outcome, Ok(Ok(Look::New))) { SETTLING } else { INTERVAL };
             let error = match outcome {
-                Ok(Ok(changed)) => {
-                    if changed {
+                Ok(Ok(look)) => {
+                    if look == Look::Taken {
                         tracing::info!("the {} has changed, and is in force", T::WHAT);
                     }
                     None
@@ -127,18 +148,57 @@ mod tests {
         let tokens = Followed::<TokenFile>::open(file.path().to_owned()).expect("valid");
         let (_, jo) = tokens.current().user("one").expect("known");
         let (_, ann) = tokens.current().user("two").expect("known");
-        assert!(!tokens.reload().expect("the same"));
-        write("one,jo\n");
-        assert!(tokens.reload().is_err());
-        assert!(tokens.current().user("one").is_some() && !jo.is_cancelled());
+        let look = || tokens.look().expect("valid");
+        assert_eq!(look(), Look::Same);
+        for unusable in ["one,jo\n", "one,jo,1,\"readers,wri"] {
+            write(unusable);
+            assert!(tokens.look().is_err());
+            assert!(tokens.current().user("one").is_some() && !jo.is_cancelled());
+        }
         write("two,ann,2\nthree,eve,3\n");
-        assert!(tokens.reload().expect("valid"));
+        assert_eq!((look(), look()), (Look::New, Look::Taken));
         assert!(tokens.current().user("one").is_none() && jo.is_cancelled(), "taken out");
         assert!(tokens.current().user("two").is_some() && !ann.is_cancelled(), "stays");
         // The same token is somebody else's, or may do something else.
         write("two,ann,2,\"system:masters\"\n");
-        assert!(tokens.reload().expect("valid") && ann.is_cancelled());
+        assert_eq!((look(), look()), (Look::New, Look::Taken));
+        assert!(ann.is_cancelled());
         let (_, again) = tokens.current().user("two").expect("known");
         assert!(!again.is_cancelled());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_somebody_is_still_writing_is_not_taken() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let (two, three) = ("one,jo,1\ntwo,ann,2\n", "one,jo,1\ntwo,ann,2\nthree,eve,3\n");
+        let write = |text: &str| std::fs::write(file.path(), text).expect("written");
+        write(two);
+        let tokens = Followed::<TokenFile>::open(file.path().to_owned()).expect("valid");
+        let (_, ann) = tokens.current().user("two").expect("known");
+        // Looks may fall anywhere.
+        for cut in 0..three.len() {
+            write(&three[..cut]);
+            let _ = tokens.look();
+            assert!(tokens.current().user("two").is_some() && !ann.is_cancelled(), "{cut}");
+            write(two);
+            assert_eq!(tokens.look().expect("valid"), Look::Same);
+        }
+        write(three);
+        let modified = file.as_file().metadata().and_then(|m| m.modified()).expect("a time");
+        assert_eq!((tokens.look().expect("valid"), tokens.look().expect("valid")), (Look::New, Look::Taken));
+        assert!(tokens.current().user("three").is_some());
+        // Neither its time nor its size tells that it has changed; whoever follows it needs neither.
+        write(&three.replace("eve,3", "eva,3"));
+        file.as_file().set_modified(modified).expect("set");
+        let known = || tokens.current().user("three").is_some_and(|(user, _)| user.name == "eva");
+        let waiting = async {
+            while !known() {
+                tokio::time::sleep(SETTLING).await;
+            }
+        };
+        tokio::select! {
+            () = tokens.clone().follow(CancellationToken::new()) => unreachable!("it follows until it is told to stop"),
+            waited = tokio::time::timeout(INTERVAL + 2 * SETTLING, waiting) => waited.expect("in force"),
+        }
     }
 }

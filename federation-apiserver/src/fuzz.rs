@@ -4,10 +4,11 @@
 
 use std::sync::LazyLock;
 
+use futures::FutureExt as _;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Value, json};
 
-use crate::apply::{self, FieldSet, Writer};
+use crate::apply::{self, FieldSet, OneVersion, Writer};
 use crate::auth::tokens::TokenFile;
 use crate::auth::{Authenticator, UserInfo, impersonation};
 use crate::config::Role;
@@ -198,13 +199,17 @@ pub fn apply(input: &[u8]) {
     }
     let resource = kind_of(&live);
     let ty = resource.schema.as_ref();
-    let Ok(applied) = apply::apply(ty, &live, &config.value, &WRITER, true) else {
+    let apply = |live: &Value, force| {
+        let applied = apply::apply(ty, live, &config.value, &WRITER, force, &OneVersion);
+        applied.now_or_never().expect("there is nothing to wait for")
+    };
+    let Ok(applied) = apply(&live, true) else {
         panic!("a forced apply has no conflicts");
     };
     stores(resource, &applied);
-    let again = apply::apply(ty, &applied, &config.value, &WRITER, false);
+    let again = apply(&applied, false);
     assert!(again.is_ok_and(|again| equal(&again, &applied)), "to apply the same again changes nothing");
-    let _ = apply::apply(ty, &live, &config.value, &WRITER, false);
+    let _ = apply(&live, false);
 }
 
 /// Runs the second document through what an update of the first does to it.
@@ -241,7 +246,8 @@ fn admit(resource: &Resource, old: Option<&Value>, mut new: Value) {
     let set = FieldSet::of(ty, &new);
     assert_eq!(FieldSet::from_fields_v1(&set.to_fields_v1()), Some(set), "fieldsV1 says what it was made of");
     let _ = table::of_objects(resource, std::slice::from_ref(&new), "", true, None);
-    apply::on_update(ty, old.unwrap_or(&Value::Null), &mut new, &WRITER);
+    let kept = apply::on_update(ty, old.unwrap_or(&Value::Null), &mut new, &WRITER, &OneVersion);
+    kept.now_or_never().expect("there is nothing to wait for");
     stores(resource, &new);
 }
 

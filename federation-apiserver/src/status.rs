@@ -12,6 +12,10 @@ use serde_json::{Value, json};
 /// Characters of a patch that an error message shows.
 const MAX_SHOWN: usize = 2048;
 
+/// Wrong fields of one object that an answer tells: a body of empty items has a million, and their texts are a hundred times
+/// its size.
+const MAX_TOLD: usize = 1000;
+
 /// A failed request: HTTP code, Kubernetes reason, message and `details`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ApiError {
@@ -218,6 +222,7 @@ impl ApiError {
 
     /// 422: the object is well formed but not valid.
     pub fn invalid(group: &str, kind: &str, name: &str, errors: &[FieldError]) -> Self {
+        let errors = &errors[..errors.len().min(MAX_TOLD)];
         // Told once each, as Go's aggregate does; the causes are all there.
         let mut list: Vec<String> = Vec::new();
         for text in errors.iter().map(FieldError::to_string) {
@@ -514,6 +519,15 @@ fn brief(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn answers_are_bounded() {
+        let errors: Vec<FieldError> =
+            (0..50 * MAX_TOLD).map(|i| FieldError::required(format!("spec.items[{i}]"), "")).collect();
+        let error = ApiError::invalid("", "Pod", "p", &errors);
+        assert_eq!(error.to_status()["details"]["causes"].as_array().map(Vec::len), Some(MAX_TOLD));
+        assert!(error.message().len() < 100 * MAX_TOLD, "{}", error.message().len());
+    }
 
     #[test]
     fn messages_are_those_of_kube_apiserver() {

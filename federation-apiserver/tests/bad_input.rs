@@ -80,6 +80,10 @@ fn body_of(case: &Value) -> String {
         let close = part("repeat2", 4).repeat(n);
         return format!("{}{open}{}{close}{}", part("repeat2", 0), part("repeat2", 3), part("repeat2", 5));
     }
+    if case["keys"].is_array() {
+        let keys: Vec<String> = (0..times("keys")).map(|i| format!("\"k{i}\":\"\"")).collect();
+        return format!("{}{}{}", part("keys", 0), keys.join(","), part("keys", 1));
+    }
     text(case, "body").to_owned()
 }
 

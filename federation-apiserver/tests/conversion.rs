@@ -94,7 +94,9 @@ fn things(version: &str, plural: &str) -> String {
 async fn define(server: &Server, hook: &Webhook, plural: &str, kind: &str, path: &str) {
     let made = server.call("POST", CRDS, Some(&crd(plural, kind, &conversion(hook, path), "v1"))).await;
     assert_eq!(made.code, 201, "{}", made.text);
-    server.until(&things("v2", plural), "the kind is served", |a| a.code == 200).await;
+    let established = |answer: &common::Answer| answer.text.contains("InitialNamesAccepted");
+    server.until(&format!("{CRDS}/{plural}.conv.test"), "the kind is served", established).await;
+    assert_eq!(server.get(&things("v2", plural)).await.code, 200);
 }
 
 /// What of an answer is compared.
@@ -185,7 +187,7 @@ async fn every_version_sees_every_object_in_its_own_form() {
         assert_eq!(server.call("POST", &one, Some(&object)).await.code, 201);
         let (kind, seen) = new.next().await.expect("an event");
         assert_eq!((kind.as_str(), &seen["spec"]["hostPort"]), ("ADDED", &json!(format!("h:{i}"))));
-        // What a webhook has converted gets no defaults, as in kube-apiserver.
+        // What a webhook has converted gets no defaults, as in kube-apiserver: those of the stored version it has seen.
         assert_eq!((&seen["apiVersion"], seen["spec"].get("d")), (&json!("conv.test/v2"), None));
         let (_, seen) = old.next().await.expect("an event");
         assert_eq!(
@@ -245,6 +247,64 @@ async fn every_version_sees_every_object_in_its_own_form() {
     let hosts: Vec<&Value> =
         all.body["items"].as_array().expect("items").iter().map(|i| &i["spec"]["host"]).collect();
     assert_eq!(hosts, ["h", "h", "q", "n"]);
+    // Putting back what was read, in whichever version, writes it in the new one: once.
+    for (path, name) in [(&one, "l0"), (&two, "l2")] {
+        let path = format!("{path}/{name}");
+        let read = server.get(&path).await.body;
+        let put = server.call("PUT", &path, Some(&read)).await;
+        assert_eq!(put.code, 200, "{}", put.text);
+        assert_ne!(put.body["metadata"]["resourceVersion"], read["metadata"]["resourceVersion"], "{path}");
+        let again = server.call("PUT", &path, Some(&put.body)).await;
+        assert_eq!(again.body, put.body, "{}", again.text);
+        // It is read in that version without a webhook.
+        hook.take();
+        assert_eq!(server.get(&format!("{two}/{name}")).await.code, 200);
+        assert!(hook.take().is_empty(), "{name} is stored in v2");
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn webhooks_are_shown_and_tell_what_the_schemas_know() {
+    let server = Server::hub().await;
+    let hook = Webhook::start(|path, review| {
+        let (code, text) = convert(path, review);
+        let mut review: Value = serde_json::from_str(&text).expect("JSON");
+        for object in review["response"]["convertedObjects"].as_array_mut().expect("objects") {
+            object["spec"]["odd"] = json!(true);
+            object["odd"] = json!(true);
+        }
+        (code, review.to_string())
+    })
+    .await;
+    define(&server, &hook, "links", "Link", "/convert").await;
+    let (one, two) = (things("v1", "links"), things("v2", "links"));
+    let object = json!({"apiVersion": "conv.test/v1", "kind": "Link", "metadata": {"name": "l"}, "spec": {"host": "h", "port": "1"}});
+    assert_eq!(server.call("POST", &one, Some(&object)).await.code, 201);
+    // The stored version loses a field and gets a default.
+    let name = format!("{CRDS}/links.conv.test");
+    let mut definition = server.get(&name).await.body;
+    definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"] =
+        json!({"host": {"type": "string"}, "scheme": {"type": "string", "default": "https"}});
+    assert_eq!(server.call("PUT", &name, Some(&definition)).await.code, 200);
+    let now = json!({"host": "h", "scheme": "https"});
+    server.until(&format!("{one}/l"), "the new schema is in force", |a| a.body["spec"] == now).await;
+    hook.take();
+    let read = server.get(&format!("{two}/l")).await;
+    let seen = hook.take();
+    assert_eq!(seen[0].body["request"]["objects"][0]["spec"], now);
+    assert_eq!(
+        (&read.body["spec"], read.body.get("odd")),
+        (&json!({"hostPort": "h:0"}), None),
+        "{}",
+        read.text
+    );
+    assert_eq!(server.get(&two).await.body["items"][0]["spec"], read.body["spec"]);
+    // What is written is stored as the stored version knows it.
+    let other = json!({"apiVersion": "conv.test/v2", "kind": "Link", "metadata": {"name": "m"}, "spec": {"hostPort": "i:2"}});
+    let made = server.call("POST", &format!("{two}?fieldValidation=Strict"), Some(&other)).await;
+    assert_eq!(made.code, 201, "{}", made.text);
+    assert_eq!(server.get(&format!("{one}/m")).await.body["spec"], json!({"host": "i", "scheme": "https"}));
     server.stop().await;
 }
 
@@ -276,5 +336,94 @@ async fn a_converter_that_is_away_is_an_error_and_not_a_wrong_object() {
     let (kind, status) = watch.next().await.expect("an event");
     assert_eq!((kind.as_str(), &status["message"]), ("ERROR", &json!(why)));
     assert!(watch.next().await.is_none(), "it is over");
+    server.stop().await;
+}
+
+/// Managers with their versions.
+fn managers(object: &Value) -> Vec<String> {
+    let entries = object["metadata"]["managedFields"].as_array().into_iter().flatten();
+    let text = |entry: &Value, key: &str| entry[key].as_str().unwrap_or_default().to_owned();
+    let mut all: Vec<String> = entries
+        .map(|e| format!("{} {} {}", text(e, "manager"), text(e, "operation"), text(e, "apiVersion")))
+        .collect();
+    all.sort();
+    all
+}
+
+#[tokio::test]
+async fn who_applies_in_one_version_owns_the_fields_in_all() {
+    let server = Server::hub().await;
+    let hook = Webhook::start(convert).await;
+    define(&server, &hook, "links", "Link", "/convert").await;
+    let (one, two) = (things("v1", "links") + "/l", things("v2", "links") + "/l");
+    let object = |version: &str, spec: Value| json!({"apiVersion": format!("conv.test/{version}"), "kind": "Link", "metadata": {"name": "l"}, "spec": spec});
+    let both = object("v1", json!({"host": "h", "port": "1"}));
+    assert_eq!(server.apply(&one, "a", false, &both).await.code, 201);
+    // Where there is one version, nobody is asked.
+    hook.take();
+    assert_eq!(server.apply(&one, "b", false, &object("v1", json!({"port": "1"}))).await.code, 200);
+    assert!(hook.take().is_empty());
+    let other = object("v2", json!({"hostPort": "z:1"}));
+    let refused = server.apply(&two, "c", false, &other).await;
+    assert_eq!(
+        (refused.code, refused.body["message"].as_str()),
+        (409, Some("Apply failed with 1 conflict: conflict with \"a\": .spec.host")),
+        "{}",
+        refused.text
+    );
+    let forced = server.apply(&two, "c", true, &other).await;
+    assert_eq!(forced.body["spec"]["hostPort"], "z:1", "{}", forced.text);
+    assert_eq!(
+        managers(&forced.body),
+        ["a Apply conv.test/v1", "b Apply conv.test/v1", "c Apply conv.test/v2"],
+        "the port is what it was"
+    );
+    // An update takes fields away from whoever has them in whatever version.
+    let patched = server.call("PATCH", &one, Some(&json!({"spec": {"port": "2"}}))).await;
+    assert_eq!(managers(&patched.body), ["suite Update conv.test/v1"], "{}", patched.text);
+    let refused = server.apply(&two, "c", false, &other).await;
+    let told = refused.body["message"].as_str().unwrap_or_default();
+    assert!(
+        refused.code == 409
+            && told.contains("conflict with \"suite\" using conv.test/v1")
+            && told.ends_with(".spec.port"),
+        "{}",
+        refused.text
+    );
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_version_that_is_not_served_still_owns_fields_and_one_that_is_gone_does_not() {
+    let server = Server::hub().await;
+    let mut definition = crd("plains", "Plain", &json!({"strategy": "None"}), "v2");
+    let schema = json!({"type": "object", "properties": {"spec": {"type": "object", "properties": {
+        "size": {"type": "integer"}, "other": {"type": "integer"}}}}});
+    for version in definition["spec"]["versions"].as_array_mut().expect("versions") {
+        version["schema"]["openAPIV3Schema"] = schema.clone();
+    }
+    let made = server.call("POST", CRDS, Some(&definition)).await;
+    assert_eq!(made.code, 201, "{}", made.text);
+    let (one, two) = (things("v1", "plains"), things("v2", "plains"));
+    server.until(&two, "the kind is served", |a| a.code == 200).await;
+    let object = |version: &str, size: u64| {
+        json!({"apiVersion": format!("conv.test/{version}"), "kind": "Plain", "metadata": {"name": "p"},
+            "spec": {"size": size}})
+    };
+    assert_eq!(server.apply(&format!("{one}/p"), "a", false, &object("v1", 1)).await.code, 201);
+    let name = format!("{CRDS}/plains.conv.test");
+    let conflict = "Apply failed with 1 conflict: conflict with \"a\": .spec.size";
+    let mut definition = server.get(&name).await.body;
+    definition["spec"]["versions"][0]["served"] = json!(false);
+    assert_eq!(server.call("PUT", &name, Some(&definition)).await.code, 200);
+    server.until(&one, "v1 is not served", |a| a.code == 404).await;
+    let refused = server.apply(&format!("{two}/p"), "b", false, &object("v2", 2)).await;
+    assert_eq!((refused.code, refused.body["message"].as_str()), (409, Some(conflict)), "{}", refused.text);
+    let mut definition = server.get(&name).await.body;
+    definition["spec"]["versions"].as_array_mut().expect("versions").remove(0);
+    let changed = server.call("PUT", &name, Some(&definition)).await;
+    assert_eq!(changed.code, 200, "{}", changed.text);
+    let applied = server.apply(&format!("{two}/p"), "b", false, &object("v2", 2)).await;
+    assert_eq!(managers(&applied.body), ["b Apply conv.test/v2"], "{}", applied.text);
     server.stop().await;
 }

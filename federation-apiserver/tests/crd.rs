@@ -134,6 +134,15 @@ fn told(crd: &Value, condition: &str) -> Value {
     json!([found["status"], found["reason"], found["message"]])
 }
 
+/// Makes a definition, and waits until it says that its objects are served, as they then are at `path`.
+async fn establish(server: &Server, definition: &Value, path: &str) {
+    let made = server.call("POST", CRDS, Some(definition)).await;
+    assert_eq!(made.code, 201, "{}", made.text);
+    let name = format!("{CRDS}/{}", definition["metadata"]["name"].as_str().expect("a name"));
+    server.until(&name, "it is established", |a| told(&a.body, "Established")[0] == "True").await;
+    assert_eq!(server.get(path).await.code, 200);
+}
+
 #[tokio::test]
 async fn names_that_are_taken_are_waited_for() {
     let server = Server::hub().await;
@@ -173,6 +182,137 @@ async fn names_that_are_taken_are_waited_for() {
 }
 
 #[tokio::test]
+async fn what_a_schema_has_lost_is_pruned_when_it_is_read() {
+    let server = Server::hub().await;
+    let properties = |lost: &Value| {
+        let (mut spec, mut status) =
+            (json!({"size": {"type": "integer"}}), json!({"ready": {"type": "boolean"}}));
+        if !lost.is_null() {
+            (spec["mode"], status["phase"]) = (lost.clone(), json!({"type": "string"}));
+        }
+        json!({"spec": {"type": "object", "properties": spec}, "status": {"type": "object", "properties": status}})
+    };
+    let mut definition = crd("tools", "Tool", &json!({}));
+    let version = &mut definition["spec"]["versions"][0];
+    version["subresources"] = json!({"status": {}});
+    version["schema"]["openAPIV3Schema"]["properties"] =
+        properties(&json!({"type": "string", "default": "x"}));
+    let tools = "/apis/golden.test/v1/namespaces/default/tools";
+    establish(&server, &definition, tools).await;
+    let config = |size: u8| json!({"apiVersion": "golden.test/v1", "kind": "Tool", "metadata": {"name": "t"}, "spec": {"size": size}});
+    assert_eq!(
+        server.call("POST", tools, Some(&config(1))).await.body["spec"],
+        json!({"mode": "x", "size": 1})
+    );
+    let one = format!("{tools}/t");
+    let status = json!({"status": {"phase": "new", "ready": true}});
+    assert_eq!(server.call("PATCH", &format!("{one}/status"), Some(&status)).await.code, 200);
+    assert_eq!(server.get(tools).await.body["items"][0]["status"]["phase"], "new");
+
+    let path = format!("{CRDS}/tools.golden.test");
+    let mut definition = server.get(&path).await.body;
+    definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"] = properties(&Value::Null);
+    assert_eq!(server.call("PUT", &path, Some(&definition)).await.code, 200);
+    let read = server.until(&one, "the field goes", |a| a.body["spec"] == json!({"size": 1})).await;
+    assert_eq!(read.body["status"], json!({"ready": true}));
+    let item = server.get(tools).await.body["items"][0].clone();
+    assert_eq!((&item["spec"], &item["status"]), (&read.body["spec"], &read.body["status"]));
+    let (_, seen) = server.watch(&format!("{tools}?watch=true")).await.next().await.expect("an event");
+    assert_eq!((&seen["spec"], &seen["status"]), (&read.body["spec"], &read.body["status"]));
+    // `kubectl apply`, both kinds of it, and a status: nobody has to answer for what is not there any more.
+    let strict = "fieldValidation=Strict";
+    let merged = server.call("PATCH", &format!("{one}?{strict}"), Some(&json!({"spec": {"size": 2}}))).await;
+    assert_eq!((merged.code, &merged.body["spec"]), (200, &json!({"size": 2})), "{}", merged.text);
+    let applied = server
+        .patch(
+            &format!("{one}?fieldManager=a&force=true&{strict}"),
+            "application/apply-patch+yaml",
+            &config(3),
+        )
+        .await;
+    assert_eq!((applied.code, &applied.body["spec"]), (200, &json!({"size": 3})), "{}", applied.text);
+    let status = json!({"status": {"ready": false}});
+    let patched = server.call("PATCH", &format!("{one}/status?{strict}"), Some(&status)).await;
+    assert_eq!((patched.code, &patched.body["status"]), (200, &status["status"]), "{}", patched.text);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn putting_back_what_was_read_stores_what_the_schema_says() {
+    let server = Server::hub().await;
+    let properties = |more: Value| json!({"type": "object", "properties": more});
+    let definition =
+        crd("tools", "Tool", &properties(json!({"size": {"type": "integer"}, "old": {"type": "string"}})));
+    let tools = "/apis/golden.test/v1/namespaces/default/tools";
+    establish(&server, &definition, tools).await;
+    let tool = json!({"apiVersion": "golden.test/v1", "kind": "Tool", "metadata": {"name": "t"}, "spec": {"old": "x", "size": 1}});
+    assert_eq!(server.call("POST", tools, Some(&tool)).await.code, 201);
+    let (path, one) = (format!("{CRDS}/tools.golden.test"), format!("{tools}/t"));
+    let define = async |spec: Value| {
+        let mut definition = server.get(&path).await.body;
+        definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"] = spec;
+        assert_eq!(server.call("PUT", &path, Some(&definition)).await.code, 200);
+    };
+    let new = properties(json!({"size": {"type": "integer"}, "color": {"type": "string", "default": "red"}}));
+    define(new).await;
+    let now = json!({"color": "red", "size": 1});
+    let read = server.until(&one, "the new schema is in force", |a| a.body["spec"] == now).await.body;
+    let put = server.call("PUT", &one, Some(&read)).await;
+    assert_eq!((put.code, &put.body["spec"]), (200, &now), "{}", put.text);
+    assert_ne!(put.body["metadata"]["resourceVersion"], read["metadata"]["resourceVersion"]);
+    let again = server.call("PUT", &one, Some(&put.body)).await;
+    assert_eq!(again.body, put.body, "{}", again.text);
+    // What is gone is gone: the schema of before does not bring it back, and the default has come to stay.
+    let both = json!({"size": {"type": "integer"}, "old": {"type": "string"}, "color": {"type": "string"}, "mark": {"type": "string", "default": "m"}});
+    define(properties(both)).await;
+    let wanted = json!({"color": "red", "mark": "m", "size": 1});
+    server.until(&one, "the last schema is in force", |a| a.body["spec"] == wanted).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn versions_that_differ_by_name_are_pruned_by_their_own_schemas() {
+    let server = Server::hub().await;
+    let mut definition = crd("tools", "Tool", &json!({}));
+    let version = |name: &str, storage: bool, properties: Value| {
+        json!({"name": name, "served": true, "storage": storage, "schema": {"openAPIV3Schema": {"type": "object",
+            "properties": {"spec": {"type": "object", "properties": properties}}}}})
+    };
+    let text = json!({"type": "string"});
+    definition["spec"]["versions"] = json!([
+        version("v1", true, json!({"both": text, "first": text, "mark": {"type": "string", "default": "m"}})),
+        version(
+            "v2",
+            false,
+            json!({"both": text, "second": text, "other": {"type": "string", "default": "o"}})
+        )
+    ]);
+    let tools = |version: &str| format!("/apis/golden.test/{version}/namespaces/default/tools");
+    establish(&server, &definition, &tools("v2")).await;
+    let tool = |version: &str, spec: Value| json!({"apiVersion": format!("golden.test/{version}"), "kind": "Tool", "metadata": {"name": version}, "spec": spec});
+    // As kube-apiserver has it: stored and read by the schema of v1, which says what an object gets, then by one's own.
+    let made = server.call("POST", &tools("v1"), Some(&tool("v1", json!({"both": "b", "first": "f"})))).await;
+    assert_eq!(made.body["spec"], json!({"both": "b", "first": "f", "mark": "m"}), "{}", made.text);
+    let made =
+        server.call("POST", &tools("v2"), Some(&tool("v2", json!({"both": "b", "second": "s"})))).await;
+    assert_eq!(made.body["spec"], json!({"both": "b"}), "{}", made.text);
+    for (version, first, second) in [
+        ("v1", json!({"both": "b", "first": "f", "mark": "m"}), json!({"both": "b", "mark": "m"})),
+        ("v2", json!({"both": "b"}), json!({"both": "b"})),
+    ] {
+        let items = server.get(&tools(version)).await.body["items"].clone();
+        assert_eq!((&items[0]["spec"], &items[1]["spec"]), (&first, &second), "{version}");
+        // What is in one version is not held against who patches the other.
+        let label = json!({"metadata": {"labels": {"seen": version}}});
+        let patched = server
+            .call("PATCH", &format!("{}/v1?fieldValidation=Strict", tools(version)), Some(&label))
+            .await;
+        assert_eq!(patched.code, 200, "{}", patched.text);
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn a_definition_that_goes_says_so() {
     let server = Server::hub().await;
     assert_eq!(server.call("POST", CRDS, Some(&named("holds", "Hold", &[]))).await.code, 201);
@@ -194,4 +334,37 @@ async fn a_definition_that_goes_says_so() {
     assert_eq!(server.call("PATCH", &format!("{holds}/h"), Some(&free)).await.code, 200);
     server.until(&path, "it has gone", |a| a.code == 404).await;
     server.stop().await;
+}
+
+/// It would show objects without what its schema does not know, under their own resourceVersion: whoever wrote one back would take
+/// it away.
+#[tokio::test]
+async fn a_watch_does_not_outlive_its_schema() {
+    let server = Server::hub().await;
+    let size = json!({"type": "object", "properties": {"size": {"type": "integer"}}});
+    let definition = crd("gauges", "Gauge", &size);
+    let gauges = "/apis/golden.test/v1/namespaces/default/gauges";
+    establish(&server, &definition, gauges).await;
+    let one = format!("{gauges}/g");
+    let gauge = json!({"apiVersion": "golden.test/v1", "kind": "Gauge", "metadata": {"name": "g"}, "spec": {"size": 1}});
+    assert_eq!(server.call("POST", gauges, Some(&gauge)).await.code, 201);
+    let mut before = server.watch(&format!("{gauges}?watch=true")).await;
+    assert_eq!(before.next().await.expect("what is there").1["spec"], json!({"size": 1}));
+
+    let path = format!("{CRDS}/gauges.golden.test");
+    let mut definition = server.get(&path).await.body;
+    definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["color"] =
+        json!({"type": "string", "default": "red"});
+    assert_eq!(server.call("PUT", &path, Some(&definition)).await.code, 200);
+    server.until(&one, "the schema is in force", |a| a.body["spec"]["color"] == "red").await;
+    let patched = server.call("PATCH", &one, Some(&json!({"spec": {"color": "blue"}}))).await;
+    assert_eq!(patched.body["spec"]["color"], "blue", "{}", patched.text);
+    let ends = async {
+        while let Some((_, seen)) = before.next().await {
+            assert_eq!(seen["spec"]["color"], "blue", "{seen}");
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), ends).await.expect("the watch ends");
+    let mut after = server.watch(&format!("{gauges}?watch=true")).await;
+    assert_eq!(after.next().await.expect("what is there").1["spec"], json!({"color": "blue", "size": 1}));
 }

@@ -309,6 +309,42 @@ async fn nothing_of_a_secret_is_on_disk_and_keys_rotate() {
     );
 }
 
+#[tokio::test]
+async fn keys_rotate_by_putting_back_what_was_read() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = dir.path().join("encryption.yaml");
+    write(&config, &format!("{{aesgcm: {{keys: [{}]}}}}", key("one", 'A')));
+    let program = Program::start(dir.path(), &config).await;
+    create(&program.server, "a").await;
+    program.stop().await;
+    write(&config, &format!("{{aesgcm: {{keys: [{}, {}]}}}}", key("two", 'E'), key("one", 'A')));
+    let program = Program::start(dir.path(), &config).await;
+    let server = &program.server;
+    let path = format!("{SECRETS}/a");
+    let read = server.get(&path).await.body;
+    let mut watch = server.watch(&format!("{SECRETS}?watch=true")).await;
+    assert_eq!(watch.brief().await, ("ADDED".to_owned(), "a".to_owned()));
+    // Nothing is written to see what would be.
+    let tried = server.call("PUT", &format!("{path}?dryRun=All"), Some(&read)).await;
+    assert_eq!(tried.body, read, "{}", tried.text);
+    assert_eq!(server.get("/encryption").await.body["stale"], 1);
+    // `kubectl get secrets -o json | kubectl replace -f -`
+    let put = server.call("PUT", &path, Some(&read)).await;
+    assert_eq!(put.code, 200, "{}", put.text);
+    assert_ne!(put.body["metadata"]["resourceVersion"], read["metadata"]["resourceVersion"]);
+    assert_eq!(watch.brief().await, ("MODIFIED".to_owned(), "a".to_owned()));
+    assert_eq!(server.get("/encryption").await.body["stale"], 0);
+    // Once is enough.
+    let again = server.call("PUT", &path, Some(&put.body)).await;
+    assert_eq!(again.body, put.body, "{}", again.text);
+    // And the old key can go.
+    program.stop().await;
+    write(&config, &format!("{{aesgcm: {{keys: [{}]}}}}", key("two", 'E')));
+    let program = Program::start(dir.path(), &config).await;
+    readable(&program.server, "a").await;
+    program.stop().await;
+}
+
 async fn readable_alone(server: &Server, name: &str) {
     let answer = server.get(&format!("{SECRETS}/{name}")).await;
     assert_eq!(answer.code, 200, "{}", answer.text);

@@ -338,12 +338,12 @@ async fn custom_resources_come_and_go() {
     let created = server.call("POST", CRDS, Some(&crd())).await;
     assert_eq!(created.code, 201, "{}", created.text);
     server.until(WIDGETS, "the CRD is served", |a| a.code == 200).await;
-    let established = server.get(&format!("{CRDS}/widgets.example.com")).await.body;
-    assert!(
-        established["status"]["conditions"]
-            .as_array()
-            .is_some_and(|c| c.iter().any(|c| c["type"] == "Established" && c["status"] == "True"))
-    );
+    let is_established = |answer: &common::Answer| {
+        let conditions = answer.body["status"]["conditions"].as_array();
+        conditions.is_some_and(|c| c.iter().any(|c| c["type"] == "Established" && c["status"] == "True"))
+    };
+    let path = format!("{CRDS}/widgets.example.com");
+    let established = server.until(&path, "it says so", is_established).await.body;
     assert_eq!(established["status"]["storedVersions"], json!(["v1"]));
 
     let widget = |spec: Value| json!({"apiVersion": "example.com/v1", "kind": "Widget", "metadata": {"name": "w"}, "spec": spec});

@@ -18,7 +18,6 @@ use crate::apply::ManagedFields;
 use crate::auth::UserInfo;
 use crate::patch;
 use crate::registry::Registry;
-use crate::registry::resource::Resource;
 use crate::status::ApiError;
 use crate::value::{self, at};
 use crate::webhook::{self, CallError};
@@ -178,33 +177,14 @@ impl Registry {
                 }
                 Some(object) => {
                     let (from, to) = (request.resource, &invocation.resource);
-                    Some(Cow::Owned(self.in_version(from, to, object.clone()).await?))
+                    let shown = self.in_version(from, to, vec![object.clone()]).await?.pop();
+                    Some(Cow::Owned(shown.unwrap_or_default()))
                 }
                 None => None,
             };
         }
         let [object, old] = shown;
         Ok((object, old))
-    }
-
-    /// An object in another version of its kind.
-    async fn in_version(&self, from: &Resource, to: &Resource, mut object: Value) -> Result<Value, ApiError> {
-        if from.is_new_event() {
-            crate::registry::events::to_core(&mut object);
-        }
-        if to.is_new_event() {
-            crate::registry::events::to_new(&mut object);
-        }
-        let version = to.api_version();
-        if let Some(converter) = &to.converter {
-            object = converter.convert(object, &version).map_err(ApiError::internal)?;
-        }
-        if let Some(webhook) = &to.webhook {
-            let objects = self.cache.objects().await?;
-            object = webhook.convert(objects, vec![object], &version).await?.pop().unwrap_or_default();
-        }
-        value::set(&mut object, &["apiVersion"], Value::String(version));
-        Ok(object)
     }
 
     /// Asks one mutating webhook and carries its patch out. Says whether the object changed.
@@ -250,8 +230,8 @@ impl Registry {
             value::set(&mut new, &[key], shown.get(key).cloned().unwrap_or_default());
         }
         if !request.subresource_kind() && !request.is_in(&invocation.resource) {
-            let converted = self.in_version(&invocation.resource, request.resource, new).await;
-            new = converted.map_err(Failure::Other)?;
+            let converted = self.in_version(&invocation.resource, request.resource, vec![new]).await;
+            new = converted.map_err(Failure::Other)?.pop().unwrap_or_default();
         }
         keep_managed_fields(request, object, &mut new);
         decode(&mut new).map_err(|e| told(e.message().to_owned()))?;

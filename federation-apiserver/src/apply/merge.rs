@@ -107,6 +107,11 @@ fn merge_at(ty: TypeRef<'_>, live: &Value, config: &Value, depth: usize) -> Valu
             }
             _ => config.clone(),
         },
+        // Nothing said of what has parts leaves the parts as they are: each may be somebody's, and none is named.
+        (Value::Object(old), Value::Null) if !old.is_empty() && !ty.schema().atomic_map => live.clone(),
+        (Value::Array(old), Value::Null) if !old.is_empty() && list_elements(ty, old).is_some() => {
+            live.clone()
+        }
         _ => config.clone(),
     }
 }

@@ -8,6 +8,8 @@ pub mod fieldset;
 pub mod managed;
 pub mod merge;
 pub(crate) mod typed;
+mod versions;
 
 pub use fieldset::{FieldSet, PathElement};
-pub use managed::{ApplyConflict, ManagedFields, Writer, apply, on_update};
+pub use managed::{ApplyConflict, ApplyError, ManagedFields, Writer, apply, on_update};
+pub use versions::{OneVersion, Versions};

@@ -22,6 +22,8 @@ use tokens::TokenFile;
 pub const MASTERS: &str = "system:masters";
 /// Group that may act as others: the identity of agents in simulated members.
 pub const IMPERSONATORS: &str = "cellway:impersonators";
+/// Group of the hub's administrators in a member.
+pub const ADMINS: &str = "cellway:admins";
 /// Group of cellway's own controllers.
 pub const CONTROLLERS: &str = "system:cellway:controllers";
 pub(crate) const AUTHENTICATED: &str = "system:authenticated";

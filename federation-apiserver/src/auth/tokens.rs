@@ -76,7 +76,7 @@ impl TokenFile {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            let fields = split_csv(line);
+            let fields = split_csv(line).unwrap_or_default();
             let [token, user, uid, rest @ ..] = fields.as_slice() else {
                 return Err(TokenFileError::Line { line: i + 1 });
             };
@@ -116,7 +116,8 @@ impl fmt::Debug for TokenFile {
     }
 }
 
-fn split_csv(line: &str) -> Vec<String> {
+/// `None` where a quote is not closed: a line that was cut there would put its user into groups that nobody named.
+fn split_csv(line: &str) -> Option<Vec<String>> {
     let (mut fields, mut field, mut quoted) = (Vec::new(), String::new(), false);
     for c in line.chars() {
         match c {
@@ -126,5 +127,5 @@ fn split_csv(line: &str) -> Vec<String> {
         }
     }
     fields.push(field.trim().to_owned());
-    fields
+    (!quoted).then_some(fields)
 }

@@ -1,10 +1,14 @@
-//! Follows CRDs: accepts their names, sets their conditions, and serves what they define.
+//! Follows CRDs: accepts their names, serves what they define, and sets their conditions.
+//!
+//! `Established` is said of what is served here already, as whoever waits for it comes at once. Another replica serves it as
+//! soon as it hears of it, and whoever asks there meanwhile waits for that ([`keep_up`]) instead of being told that there is
+//! no such thing. kube-apiserver says it five seconds late where there are several.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use federation_store::KeyRange;
+use federation_store::{KeyRange, Revision};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
@@ -21,6 +25,8 @@ use crate::webhook::Client;
 
 /// Pause after a failure before starting over.
 const RETRY: Duration = Duration::from_secs(1);
+/// Longest wait of a request for what another replica has established.
+const MAX_BEHIND: Duration = Duration::from_secs(5);
 
 fn collection(registry: &Registry) -> Result<Target, ApiError> {
     registry.target(("apiextensions.k8s.io", "v1", "customresourcedefinitions"), "", "")
@@ -35,6 +41,10 @@ pub(crate) async fn run(registry: Arc<Registry>) {
         };
         if let Err(error) = result {
             tracing::warn!(%error, "serving of custom resources starts over");
+            // Nobody waits for what may fail again.
+            if let Ok(objects) = registry.cache.objects().await {
+                registry.catalog.note_followed(objects.applied());
+            }
         }
         tokio::select! {
             () = registry.shutdown.cancelled() => return,
@@ -61,6 +71,10 @@ async fn follow(registry: &Registry) -> Result<(), ApiError> {
 /// decrypted: what they made served goes on being served, and nothing more.
 pub(crate) async fn refresh(registry: &Registry) -> Result<Vec<String>, ApiError> {
     let target = collection(registry)?;
+    let objects = registry.cache.objects().await?;
+    objects.catch_up().await?;
+    // The list is of now or later.
+    let followed = objects.applied();
     let (mut crds, hidden) = registry.list_readable(&target).await?;
     // Who came first keeps its names.
     crds.sort_by_key(|c| {
@@ -84,15 +98,78 @@ pub(crate) async fn refresh(registry: &Registry) -> Result<Vec<String>, ApiError
         let accepted = used.accept(crd);
         let one = Target { name, ..target.clone() };
         let now = value::timestamp();
+        if !is_established(crd) {
+            let mut next = crd.clone();
+            update_status(&mut next, &accepted, &now);
+            if is_established(&next) {
+                // Before it says so, and before the others are done.
+                registry.catalog.add(compiled(registry, next).await?);
+            }
+        }
         let updated = registry.modify(&one, |object| update_status(object, &accepted, &now)).await?;
         if let Some(crd) = updated.filter(is_established) {
-            let converter = registry.converter.clone().filter(|_| is_converted(&crd));
-            let compiled = registry.compiled.resources(crd, registry.webhooks.clone()).await?.into_iter();
-            served.extend(compiled.map(|resource| Resource { converter: converter.clone(), ..resource }));
+            served.extend(compiled(registry, crd).await?);
         }
     }
     registry.catalog.replace(Catalog::new(served));
+    registry.catalog.note_followed(followed);
     Ok(hidden)
+}
+
+/// What a CRD makes served.
+async fn compiled(registry: &Registry, crd: Value) -> Result<Vec<Resource>, ApiError> {
+    let converter = registry.converter.clone().filter(|_| is_converted(&crd));
+    let resources = registry.compiled.resources(crd, registry.webhooks.clone()).await?;
+    Ok(resources.into_iter().map(|resource| Resource { converter: converter.clone(), ..resource }).collect())
+}
+
+/// Waits until all is served here that definitions, or the one of this name, say is served, as far as any replica has said so by
+/// now.
+pub(crate) async fn keep_up(registry: &Registry, name: Option<&str>) {
+    let mut followed = registry.catalog.followed();
+    let kept_up = async {
+        registry.cache.objects().await?.catch_up().await?;
+        loop {
+            let known = *followed.borrow_and_update();
+            if !is_behind(registry, name, known).await? || followed.changed().await.is_err() {
+                return Ok::<_, ApiError>(());
+            }
+        }
+    };
+    match tokio::time::timeout(MAX_BEHIND, kept_up).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "nobody can tell whether all definitions are served"),
+        Err(_) => tracing::debug!("a definition is not served in time"),
+    }
+}
+
+/// Is there a definition, changed since, that is established and not served?
+async fn is_behind(registry: &Registry, name: Option<&str>, followed: Revision) -> Result<bool, ApiError> {
+    let target = collection(registry)?;
+    let prefix = target.resource.prefix("");
+    let kind = registry.cache.objects().await?.kind(&prefix);
+    if kind.changed() <= followed {
+        return Ok(false);
+    }
+    let catalog = registry.catalog();
+    for entry in kind.snapshot(prefix.as_bytes(), None, None).entries {
+        let asked =
+            name.is_none_or(|name| entry.kv.key.rsplit(|byte| *byte == b'/').next() == Some(name.as_bytes()));
+        if !asked || entry.kv.mod_revision <= followed || !entry.is_readable() {
+            continue;
+        }
+        // There may be hundreds, and large ones.
+        tokio::task::yield_now().await;
+        let crd = entry.object(&target.resource, entry.kv.mod_revision)?;
+        let versions = at(&crd, &["spec", "versions"]).and_then(Value::as_array).into_iter().flatten();
+        let mut served = versions.filter(|version| version.get("served") == Some(&json!(true)));
+        let (group, plural) = (str_at(&crd, &["spec", "group"]), str_at(&crd, &["spec", "names", "plural"]));
+        let missing = |version: &Value| catalog.get(group, str_at(version, &["name"]), plural).is_none();
+        if is_established(&crd) && served.any(missing) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// What CRDs make served, kept from one refresh to the next: compiling rules and schemas is dear.
@@ -226,5 +303,97 @@ pub(crate) async fn ensure(registry: &Registry, crd: &Value) -> Result<(), ApiEr
             registry.update(&target, new, &options).await.map(drop)
         }
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use federation_store::{Store, StoreConfig};
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::config::Role;
+    use crate::encryption::store::StoreHandle;
+
+    async fn replicas<const N: usize>() -> [Registry; N] {
+        let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
+        [(); N].map(|()| {
+            Registry::new(
+                StoreHandle::new(store.clone(), Arc::default()),
+                Role::Hub,
+                CancellationToken::new(),
+            )
+        })
+    }
+
+    fn definition(plural: &str, versions: &[&str]) -> Value {
+        let versions = versions.iter().enumerate().map(|(i, name)| {
+            json!({"name": name, "served": true, "storage": i == 0, "schema": {"openAPIV3Schema": {"type": "object",
+                "properties": {"size": {"type": "integer", "x-kubernetes-validations": [{"rule": "self > 0"}]}}}}})
+        });
+        json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+            "metadata": {"name": format!("{plural}.example.com")},
+            "spec": {"group": "example.com", "scope": "Cluster", "versions": versions.collect::<Vec<_>>(),
+                "names": {"plural": plural, "kind": plural.to_uppercase()}}})
+    }
+
+    async fn define(registry: &Registry, plural: &str) {
+        let (crds, options) = (collection(registry).expect("served"), WriteOptions::by("test"));
+        registry.create(&crds, definition(plural, &["v1"]), &options).await.expect("created");
+    }
+
+    fn serves(registry: &Registry, version: &str, plural: &str) -> bool {
+        registry.catalog().get("example.com", version, plural).is_some()
+    }
+
+    #[tokio::test]
+    async fn a_definition_is_served_before_it_says_so() {
+        let [registry] = replicas().await;
+        let plurals = ["as", "bs", "cs", "ds"];
+        for plural in plurals {
+            define(&registry, plural).await;
+        }
+        let range = KeyRange::prefix(collection(&registry).expect("served").resource.prefix(""));
+        let mut watcher = registry.store.watch(range, registry.store.revision()).expect("a watch");
+        let listens = async {
+            for _ in plurals {
+                let event = watcher.next().await.expect("an event");
+                let crd: Value = serde_json::from_slice(&event.kv.value).expect("JSON");
+                let plural = str_at(&crd, &["spec", "names", "plural"]);
+                assert!(is_established(&crd) && serves(&registry, "v1", plural), "{plural}");
+            }
+        };
+        let (refreshed, ()) = tokio::join!(refresh(&registry), listens);
+        assert!(refreshed.expect("refreshed").is_empty());
+        assert!(plurals.iter().all(|plural| serves(&registry, "v1", plural)));
+    }
+
+    #[tokio::test]
+    async fn what_another_replica_has_established_is_waited_for() {
+        let [one, other] = replicas().await;
+        define(&one, "as").await;
+        // Nobody waits for what is not established.
+        let at_once = async || {
+            tokio::time::timeout(MAX_BEHIND / 2, keep_up(&other, None))
+                .await
+                .expect("there is nothing to wait for");
+        };
+        at_once().await;
+        refresh(&one).await.expect("refreshed");
+        assert!(!serves(&other, "v1", "as"));
+        let asks = async |version: &str| {
+            keep_up(&other, None).await;
+            serves(&other, version, "as")
+        };
+        let (served, refreshed) = tokio::join!(asks("v1"), refresh(&other));
+        assert!(served && refreshed.is_ok());
+        at_once().await;
+        // The same with a version that it gets.
+        let crd = Target { name: "as.example.com".to_owned(), ..collection(&one).expect("served") };
+        let mut new = one.get(&crd).await.expect("there").object;
+        new["spec"]["versions"] = definition("as", &["v1", "v2"])["spec"]["versions"].clone();
+        one.update(&crd, new, &WriteOptions::by("test")).await.expect("updated");
+        let (served, refreshed) = tokio::join!(asks("v2"), refresh(&other));
+        assert!(served && refreshed.is_ok());
     }
 }

@@ -14,6 +14,7 @@ use federation_store::{KeyValue, Revision};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
+use super::forms::Forms;
 use crate::registry::cache::{Change, Entry, Objects};
 use crate::registry::meta;
 use crate::registry::resource::{Resource, split_api_version};
@@ -40,6 +41,7 @@ pub(crate) const REVIEWS: [&str; 2] = ["v1", "v1beta1"];
 #[derive(Debug)]
 pub(crate) struct Webhook {
     client: Arc<Client>,
+    forms: Arc<Forms>,
     endpoint: Endpoint,
     review: &'static str,
     remembered: Mutex<Remembered>,
@@ -80,7 +82,7 @@ impl Remembered {
 
 impl Webhook {
     /// The webhook of a CRD; `None` when its versions differ by name only.
-    pub(crate) fn of(crd: &Value, client: &Arc<Client>) -> Option<Arc<Self>> {
+    pub(crate) fn of(crd: &Value, forms: &Arc<Forms>, client: &Arc<Client>) -> Option<Arc<Self>> {
         let conversion = at(crd, &["spec", "conversion"])?;
         if str_at(conversion, &["strategy"]) != "Webhook" {
             return None;
@@ -90,6 +92,7 @@ impl Webhook {
         let config = at(conversion, &["webhook", "clientConfig"]).unwrap_or(&Value::Null);
         Some(Arc::new(Self {
             client: client.clone(),
+            forms: forms.clone(),
             endpoint: Endpoint::of(config),
             // Validation asks for a version that is known.
             review: review.unwrap_or("v1"),
@@ -124,7 +127,9 @@ impl Webhook {
             rest = after;
             let stored: Result<Vec<Value>, _> =
                 batch.iter().map(|i| serde_json::from_slice(&entries[*i].kv.value)).collect();
-            let converted = self.convert(objects, stored.map_err(ApiError::internal)?, &to).await?;
+            let mut stored = stored.map_err(ApiError::internal)?;
+            stored.iter_mut().for_each(|object| self.forms.settle(object));
+            let converted = self.convert(objects, stored, &to).await?;
             for (i, object) in batch.iter().zip(converted) {
                 let kv = &entries[*i].kv;
                 let value = serde_json::to_vec(&object).map_err(ApiError::internal)?;
@@ -207,7 +212,9 @@ impl Webhook {
             let wrong = |why: String| failed(format!("returned invalid {why}"));
             let original = &objects[place];
             check(original, &new, to, i).map_err(wrong)?;
-            objects[place] = restore(original, new).map_err(|why| wrong(format!("metadata: {why}")))?;
+            let mut new = restore(original, new).map_err(|why| wrong(format!("metadata: {why}")))?;
+            self.forms.prune(&mut new);
+            objects[place] = new;
         }
         Ok(objects)
     }

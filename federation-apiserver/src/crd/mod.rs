@@ -4,11 +4,12 @@
 
 mod controller;
 pub(crate) mod conversion;
+pub(crate) mod forms;
 mod names;
 pub(crate) mod rules;
 mod validation;
 
-pub(crate) use controller::{Compiled, ensure, refresh, run, stored, tell_deletion, unserved};
+pub(crate) use controller::{Compiled, ensure, keep_up, refresh, run, stored, tell_deletion, unserved};
 pub(crate) use validation::validate_crd;
 
 use std::sync::Arc;
@@ -19,7 +20,6 @@ use names::Accepted;
 
 use crate::registry::meta;
 use crate::registry::resource::{CustomInfo, Origin, Resource, ScalePaths, api_version};
-use crate::schema::defaults;
 use crate::value::{self, at, str_at};
 use crate::webhook::Client;
 
@@ -66,7 +66,8 @@ fn stored_version(crd: &Value, client: &Arc<Client>) -> Option<Resource> {
 
 /// One resource for each version of a CRD that has this flag.
 fn versions(crd: &Value, client: &Arc<Client>, flag: &str) -> Vec<Resource> {
-    let webhook = conversion::Webhook::of(crd, client);
+    let forms = forms::Forms::of(crd);
+    let webhook = conversion::Webhook::of(crd, &forms, client);
     let text = |path: &[&str]| str_at(crd, path).to_owned();
     let list = |value: Option<&Value>| -> Vec<String> {
         let items = value.and_then(Value::as_array).into_iter().flatten();
@@ -108,8 +109,8 @@ fn versions(crd: &Value, client: &Arc<Client>, flag: &str) -> Vec<Resource> {
             warning,
             terminating: meta::is_deleting(crd),
             rules: schema.as_ref().and_then(rules::Validator::compile),
-            defaults: schema.as_ref().is_some_and(names_default),
-            schema: schema.clone(),
+            forms: forms.clone(),
+            schema,
         };
         let scale = at(version, &["subresources", "scale"]).and_then(|s| {
             Some(ScalePaths {
@@ -135,7 +136,7 @@ fn versions(crd: &Value, client: &Arc<Client>, flag: &str) -> Vec<Resource> {
             scale,
             pod: false,
             generation: true,
-            schema: defaults::custom_root(schema.as_ref()),
+            schema: forms.schema(&api_version(&group, name)),
             converter: None,
             webhook: webhook.clone(),
             origin: Origin::Custom(Arc::new(info)),
@@ -143,15 +144,6 @@ fn versions(crd: &Value, client: &Arc<Client>, flag: &str) -> Vec<Resource> {
         });
     }
     result
-}
-
-/// Does the word occur as a key anywhere? A property of that name counts as well, which costs a little speed.
-fn names_default(schema: &Value) -> bool {
-    match schema {
-        Value::Object(map) => map.contains_key("default") || map.values().any(names_default),
-        Value::Array(items) => items.iter().any(names_default),
-        _ => false,
-    }
 }
 
 /// Has the definition asked for conversion in this process?

@@ -4,6 +4,7 @@ use axum::body::Body;
 use http::{Response, StatusCode};
 use serde_json::{Value, json};
 
+use crate::config::Role;
 use crate::http::negotiate::{Accept, Encoding, Shape};
 use crate::http::response;
 use crate::registry::resource::{Catalog, Resource, api_version};
@@ -15,11 +16,20 @@ const AGGREGATED_V2BETA1: &str = "application/json;g=apidiscovery.k8s.io;v=v2bet
 /// The Kubernetes version whose API is followed.
 const MINOR: &str = "37";
 
-/// `/version`.
-pub(crate) fn version() -> Value {
+/// `/version`. A simulation says that it is one: the hub shows its members' versions.
+pub(crate) fn version(role: Role) -> Value {
     let platform = format!("{}/{}", std::env::consts::OS, std::env::consts::ARCH);
-    json!({"major": "1", "minor": MINOR, "gitVersion": format!("v1.{MINOR}.0-cellway.{}", env!("CARGO_PKG_VERSION")),
+    let simulation = match role {
+        Role::Hub => "",
+        Role::Member => "-simulation",
+    };
+    json!({"major": "1", "minor": MINOR, "gitVersion": format!("{}{simulation}", git_version()),
         "gitCommit": "", "gitTreeState": "", "buildDate": "", "goVersion": "", "compiler": "rustc", "platform": platform})
+}
+
+/// The version of Kubernetes with that of the program.
+pub(crate) fn git_version() -> String {
+    format!("v1.{MINOR}.0-cellway.{}", env!("CARGO_PKG_VERSION"))
 }
 
 /// Paths that `/` lists.
@@ -215,4 +225,16 @@ fn aggregated_resources(catalog: &Catalog, group: &str, version: &str) -> Vec<Va
             "verbs": ["create"]}));
     }
     list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_simulation_says_that_it_is_one() {
+        let of = |role| version(role)["gitVersion"].as_str().unwrap_or_default().to_owned();
+        assert_eq!(of(Role::Member), format!("{}-simulation", of(Role::Hub)));
+        assert!(of(Role::Hub).starts_with("v1.37.0-cellway."), "{}", of(Role::Hub));
+    }
 }

@@ -37,6 +37,9 @@ pub(crate) use rewrite::{rewrite, rewrite_all, status};
 pub(crate) const ENCRYPTED: &[u8] = b"k8s:enc:";
 /// How often the file and the plug-ins are looked at.
 const POLL: Duration = Duration::from_secs(10);
+/// A changed file is taken when it is still the same after so long. Somebody may be writing it just now: one that is cut off
+/// in a key may be valid with a shorter key, and nobody could read again what is written under that.
+const SETTLING: Duration = Duration::from_secs(1);
 
 /// Why a value could not be encrypted or decrypted.
 #[derive(Debug, thiserror::Error)]
@@ -96,13 +99,33 @@ impl Encryption {
 
     /// Takes a changed file; tells whether it changed. One that cannot be used leaves the former in force.
     pub(crate) fn reload(&self) -> Result<bool, ConfigError> {
-        let Some(path) = &self.path else { return Ok(false) };
-        let text =
-            tls::read_bounded(path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
-        let former = self.current.read().clone();
-        if text == former.text {
+        let Some(text) = self.changed()? else { return Ok(false) };
+        self.take(text)?;
+        Ok(true)
+    }
+
+    /// The same once it has settled: `noticed` is what the last look has found, and this one finds.
+    fn reload_settled(&self, noticed: &mut Option<Vec<u8>>) -> Result<bool, ConfigError> {
+        let before = noticed.take();
+        let Some(text) = self.changed()? else { return Ok(false) };
+        if before.as_ref() != Some(&text) {
+            *noticed = Some(text);
             return Ok(false);
         }
+        self.take(text)?;
+        Ok(true)
+    }
+
+    /// The file's text, if it is another one.
+    fn changed(&self) -> Result<Option<Vec<u8>>, ConfigError> {
+        let Some(path) = &self.path else { return Ok(None) };
+        let text =
+            tls::read_bounded(path).map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+        Ok((text != self.current.read().text).then_some(text))
+    }
+
+    fn take(&self, text: Vec<u8>) -> Result<(), ConfigError> {
+        let former = self.current.read().clone();
         let config = EncryptionConfig::parse(&text)?;
         // A plug-in that stays keeps its connection and its seeds.
         let kept: BTreeMap<String, Arc<KmsProvider>> = former
@@ -136,7 +159,7 @@ impl Encryption {
         self.metrics.keys(providers.keys());
         self.plugins_well.store(false, Ordering::Relaxed);
         *current = providers;
-        Ok(true)
+        Ok(())
     }
 
     /// Asks every plug-in how it is; the errors of those that are not well.
@@ -285,9 +308,9 @@ impl Encryption {
 
 /// Follows the file and the plug-ins until `shutdown`.
 pub(crate) async fn run(encryption: Arc<Encryption>, shutdown: tokio_util::sync::CancellationToken) {
-    let mut warned = Vec::new();
+    let (mut warned, mut noticed) = (Vec::new(), None);
     loop {
-        match encryption.reload() {
+        match encryption.reload_settled(&mut noticed) {
             Ok(true) => tracing::info!("the encryption configuration has changed and is in force"),
             Ok(false) => {}
             Err(error) => tracing::warn!(
@@ -307,7 +330,7 @@ pub(crate) async fn run(encryption: Arc<Encryption>, shutdown: tokio_util::sync:
         }
         tokio::select! {
             () = shutdown.cancelled() => return,
-            () = tokio::time::sleep(POLL) => {}
+            () = tokio::time::sleep(if noticed.is_some() { SETTLING } else { POLL }) => {}
         }
     }
 }
@@ -382,6 +405,34 @@ mod tests {
 
     fn gcm(name: &str, byte: char) -> String {
         format!("{{name: {name}, secret: {}=}}", byte.to_string().repeat(43))
+    }
+
+    #[test]
+    fn what_somebody_is_still_writing_is_not_taken() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = file(&dir, "{identity: {}}");
+        let encryption = Encryption::load(Some(path.clone())).expect("valid");
+        let head = "apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfiguration\nresources:\n- resources: [secrets]\n  providers:\n  - aesgcm:\n      keys:\n      - name: one\n        secret: ";
+        let whole = format!("{head}{}=\n", "A".repeat(43));
+        let cut = &whole[..head.len() + 32];
+        EncryptionConfig::parse(cut.as_bytes()).expect("a valid file with a shorter key");
+        let mut noticed = None;
+        let mut look = || encryption.reload_settled(&mut noticed);
+        std::fs::write(&path, cut).expect("written");
+        assert!(!look().expect("valid"));
+        std::fs::write(&path, &whole).expect("written");
+        assert!(!look().expect("valid"));
+        assert!(look().expect("valid") && !look().expect("the same"));
+        let length = |encryption: &Encryption| match encryption.current.read().entries[0].1.as_slice() {
+            [Transformer::Local(_, keys)] => keys[0].secret.len(),
+            _ => 0,
+        };
+        assert_eq!(length(&encryption), 32);
+        // What cannot be used leaves it in force, however long it stays.
+        std::fs::write(&path, &whole[..head.len()]).expect("written");
+        assert!(!look().expect("it may change"));
+        look().expect_err("it stays");
+        assert_eq!(length(&encryption), 32);
     }
 
     #[tokio::test]

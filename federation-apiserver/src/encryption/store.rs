@@ -170,6 +170,15 @@ impl StoreHandle {
         Ok(Some(self.readable(outcome).await?))
     }
 
+    /// Is what is stored under a key to be encrypted anew? Where nobody can tell it is, to be certain.
+    pub(crate) async fn is_stale(&self, key: &str) -> Result<bool, StoreFault> {
+        if !self.encryption.covers(key.as_bytes()) {
+            return Ok(false);
+        }
+        let (kv, _) = self.store.get(key, None).await?;
+        Ok(kv.is_some_and(|kv| self.encryption.is_stale(&kv.key, &kv.value) != Some(false)))
+    }
+
     pub(crate) fn watch(&self, range: KeyRange, from: Revision) -> Result<StoreWatcher, StoreFault> {
         let watcher = self.store.watch(range, from)?;
         Ok(StoreWatcher { watcher, encryption: self.encryption.clone(), pending: None, opening: None })
@@ -201,10 +210,31 @@ impl StoreHandle {
 impl StoreWatcher {
     /// The next event. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Result<Arc<Event>, StoreFault> {
+        loop {
+            if let Some(event) = self.next_unless(|_| false).await? {
+                return Ok(event);
+            }
+        }
+    }
+
+    /// The next event, or `None` once there is none up to a revision that is `enough`, which is then [`Self::progress`].
+    /// Cancel-safe.
+    pub(crate) async fn next_unless(
+        &mut self,
+        enough: impl Fn(Revision) -> bool,
+    ) -> Result<Option<Arc<Event>>, StoreFault> {
         let event = match &self.pending {
             Some(event) => event.clone(),
             None => {
-                let event = self.watcher.next().await?;
+                let position = self.watcher.position();
+                let mut next = std::pin::pin!(self.watcher.next());
+                let event = std::future::poll_fn(|cx| match next.as_mut().poll(cx) {
+                    Poll::Ready(event) => Poll::Ready(Some(event)),
+                    Poll::Pending if enough(position.get()) => Poll::Ready(None),
+                    Poll::Pending => Poll::Pending,
+                });
+                let Some(event) = event.await else { return Ok(None) };
+                let event = event?;
                 self.pending = Some(event.clone());
                 event
             }
@@ -217,7 +247,7 @@ impl StoreWatcher {
             event
         };
         self.pending = None;
-        Ok(event)
+        Ok(Some(event))
     }
 
     /// The event as it can be read. Cancel-safe.

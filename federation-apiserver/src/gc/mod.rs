@@ -130,9 +130,15 @@ pub(crate) async fn sweep_events(registry: &Registry, now: jiff::Timestamp) -> R
             namespace: str_at(&event, &["metadata", "namespace"]).to_owned(),
             ..events.clone()
         };
-        match registry.delete(&one, &DeleteOptions::default()).await {
-            Err(error) if !error.is_not_found() => return Err(error),
-            _ => count += 1,
+        // As it was read: one that its series renewed meanwhile stays.
+        let options = DeleteOptions {
+            resource_version: Some(str_at(&event, &["metadata", "resourceVersion"]).to_owned()),
+            ..DeleteOptions::default()
+        };
+        match registry.delete(&one, &options).await {
+            Ok(_) => count += 1,
+            Err(error) if error.is_not_found() || error.is_conflict() => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(count)

@@ -346,14 +346,22 @@ impl App {
         }
         let accept = accept?;
         if path == "/version" {
-            return Ok(response::value(StatusCode::OK, &discovery::version(), accept.encoding));
+            return Ok(response::value(
+                StatusCode::OK,
+                &discovery::version(self.registry.role),
+                accept.encoding,
+            ));
+        }
+        let core = path == "/api" || path.starts_with("/api/");
+        if path.is_empty() || path.starts_with("/apis") {
+            // Clients that were told of a definition look here for what it makes served.
+            crate::crd::keep_up(&self.registry, None).await;
         }
         let catalog = self.registry.catalog();
         if path.is_empty() {
             let paths: Vec<String> = discovery::paths(&catalog);
             return Ok(response::value(StatusCode::OK, &json!({ "paths": paths }), accept.encoding));
         }
-        let core = path == "/api" || path.starts_with("/api/");
         discovery::answer(&catalog, path, accept).ok_or_else(if core {
             ApiError::no_such_path
         } else {

@@ -9,7 +9,7 @@ use axum::body::Body;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
 use http::{HeaderValue, Response};
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use tokio::time::Instant;
 
@@ -23,7 +23,8 @@ use crate::rbac::Attributes;
 const AUDIT_ID: &str = "audit-id";
 
 /// The largest answer that is put into the audit log. Most are in memory when they get there; a list is written out as its
-/// client reads, and one of everything would have to be gathered, parsed and written again: three times its size.
+/// client reads, and one of everything would have to be gathered, parsed and written again: three times its size. What says
+/// itself that it is larger, such as a table of everything, goes to its client as it is.
 const MAX_TOLD: usize = 4 << 20;
 
 /// What is known of a request while it is handled.
@@ -100,8 +101,11 @@ impl Trace {
 }
 
 /// The beginning of a body, up to `limit` bytes and a piece; whether that is all of it; and the body with its beginning
-/// put back. One that breaks off does so for its reader, too.
+/// put back. One that breaks off does so for its reader, too. Nothing of one that is longer by its own account.
 async fn begin(mut body: Body, limit: usize) -> (Bytes, bool, Body) {
+    if body.size_hint().lower() > limit as u64 {
+        return (Bytes::new(), false, body);
+    }
     let mut begun = BytesMut::new();
     while begun.len() <= limit {
         match body.frame().await {
@@ -177,6 +181,18 @@ mod tests {
         assert!(!all && begun == whole[..20]);
         assert_eq!(taken.load(std::sync::atomic::Ordering::Relaxed), 2);
         assert_eq!(body.collect().await.unwrap().to_bytes(), whole);
+    }
+
+    #[tokio::test]
+    async fn a_long_body_in_memory_is_not_copied() {
+        let whole = Bytes::from(vec![b'a'; 100]);
+        let (begun, all, body) = begin(Body::from(whole.clone()), 99).await;
+        assert!(!all && begun.is_empty());
+        assert_eq!(body.size_hint().exact(), Some(100), "its length is still told");
+        let (_, all, _) = begin(Body::from(whole.clone()), 100).await;
+        assert!(all);
+        let passed = body.collect().await.unwrap().to_bytes();
+        assert_eq!(passed.as_ptr(), whole.as_ptr());
     }
 
     #[tokio::test]

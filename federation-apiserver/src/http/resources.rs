@@ -49,7 +49,12 @@ pub(super) async fn handle(
     path: ResourcePath,
     call: Call,
 ) -> Result<Response<Body>, ApiError> {
-    let catalog = app.registry.catalog();
+    let mut catalog = app.registry.catalog();
+    if catalog.get(&path.group, &path.version, &path.plural).is_none() && path.group.contains('.') {
+        let definition = format!("{}.{}", path.plural, path.group);
+        crate::crd::keep_up(&app.registry, Some(&definition)).await;
+        catalog = app.registry.catalog();
+    }
     // What only CustomResourceDefinitions could serve is no resource at all without one.
     let own = catalog.iter().any(|r| r.group == path.group && r.version == path.version && !r.is_custom());
     let unknown = if own || path.group.is_empty() { ApiError::no_such_path } else { ApiError::no_such_page };
@@ -509,21 +514,26 @@ async fn create(
 /// A body with an object of the target's kind in it.
 async fn whole_body(app: &Arc<App>, target: &Target, call: Call) -> Result<Decoded, ApiError> {
     let kind = &target.resource.kind;
-    let mut decoded = object_body(app, call, kind).await?;
-    if decoded.value.is_null() {
-        if decoded.empty {
-            return Err(ApiError::bad_request(format!(
-                "the object provided is unrecognized (must be of type {kind}): {NO_KIND}unexpected end of JSON input (<empty>)"
-            )));
-        }
-        decoded.value = json!({});
-    }
+    let decoded = something(object_body(app, call, kind).await?, kind)?;
     if target.resource.is_custom() && str_at(&decoded.value, &["kind"]).is_empty() {
         let text = decoded.value.to_string();
         return Err(ApiError::bad_request(format!(
             "the object provided is unrecognized (must be of type {kind}): Object 'Kind' is missing in '{text}' ({})",
             body::summary(text.as_bytes())
         )));
+    }
+    Ok(decoded)
+}
+
+/// Refuses no body at all, which is not an object without content.
+fn something(mut decoded: Decoded, kind: &str) -> Result<Decoded, ApiError> {
+    if decoded.empty {
+        return Err(ApiError::bad_request(format!(
+            "the object provided is unrecognized (must be of type {kind}): {NO_KIND}unexpected end of JSON input (<empty>)"
+        )));
+    }
+    if decoded.value.is_null() {
+        decoded.value = json!({});
     }
     Ok(decoded)
 }
@@ -603,7 +613,7 @@ async fn scale(
 ) -> Result<Response<Body>, ApiError> {
     let mut options = write_options(&call, "scale")?;
     let result = if call.method == Method::PUT {
-        let decoded = object_body(app, call, "Scale").await?;
+        let decoded = something(object_body(app, call, "Scale").await?, "Scale")?;
         app.registry.write_scale(target, None, &decoded.value, &options).await?
     } else {
         let (kind, decoded) = patch_body(app, call, &mut options).await?;
@@ -619,10 +629,8 @@ async fn finalize(
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
     let options = write_options(&call, "finalize")?;
-    let decoded = object_body(app, call, "Namespace").await?;
-    let finalizers =
-        crate::value::at(&decoded.value, &["spec", "finalizers"]).cloned().unwrap_or_else(|| json!([]));
-    let object = app.registry.finalize_namespace(target, &finalizers, &options).await?;
+    let decoded = something(object_body(app, call, "Namespace").await?, "Namespace")?;
+    let object = app.registry.finalize_namespace(target, decoded.value, &options).await?;
     Ok(response::value(StatusCode::OK, &object, accept.encoding))
 }
 

@@ -17,7 +17,7 @@ pub(super) fn document<'a>(documents: impl Iterator<Item = &'a Value>) -> Value 
         }
     }
     json!({"swagger": "2.0",
-        "info": {"title": "Kubernetes", "version": crate::discovery::version()["gitVersion"]},
+        "info": {"title": "Kubernetes", "version": crate::discovery::git_version()},
         "paths": paths, "definitions": definitions})
 }
 

@@ -31,7 +31,7 @@ pub(super) fn document(catalog: &Catalog, group: &str, version: &str) -> Value {
     close(&mut schemas);
     json!({
         "openapi": "3.0.0",
-        "info": {"title": "Kubernetes", "version": crate::discovery::version()["gitVersion"]},
+        "info": {"title": "Kubernetes", "version": crate::discovery::git_version()},
         "paths": paths,
         "components": {"schemas": schemas},
     })

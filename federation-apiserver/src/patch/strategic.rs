@@ -1,11 +1,13 @@
 //! Strategic merge patch: merge patch that merges lists by key where the type says so, with its `$` directives.
 
-use serde_json::{Map, Value};
+use std::collections::{HashMap, HashSet};
+
+use serde_json::{Map, Number, Value};
 
 use crate::schema::TypeRef;
 use crate::schema::defaults::MAX_DEPTH;
 use crate::status::ApiError;
-use crate::value::equal;
+use crate::value::canonical;
 
 const PATCH: &str = "$patch";
 const RETAIN_KEYS: &str = "$retainKeys";
@@ -24,6 +26,26 @@ pub fn strategic_merge(ty: TypeRef<'_>, object: &Value, patch: &Value) -> Result
 
 fn bad(detail: &str) -> ApiError {
     ApiError::bad_request(format!("invalid strategic merge patch: {detail}"))
+}
+
+/// Text that only values have that are equal, numbers by value. Items are found by it: a patch may name hundreds of
+/// thousands, and comparing each with each would take minutes.
+fn identity(value: &Value) -> String {
+    fn by_value(value: &mut Value) {
+        match value {
+            Value::Number(number) => {
+                if let Some(plain) = number.as_f64().and_then(Number::from_f64) {
+                    *number = plain;
+                }
+            }
+            Value::Array(items) => items.iter_mut().for_each(by_value),
+            Value::Object(map) => map.values_mut().for_each(by_value),
+            _ => {}
+        }
+    }
+    let mut value = value.clone();
+    by_value(&mut value);
+    canonical(&value)
 }
 
 fn merge_map(
@@ -48,7 +70,8 @@ fn merge_map(
     let mut merged = original.clone();
     if let Some(keys) = patch.get(RETAIN_KEYS) {
         let keys = keys.as_array().ok_or_else(|| bad("$retainKeys must be a list"))?;
-        merged.retain(|k, _| keys.iter().any(|r| r.as_str() == Some(k)));
+        let keys: HashSet<&str> = keys.iter().filter_map(Value::as_str).collect();
+        merged.retain(|k, _| keys.contains(k.as_str()));
     }
     for (key, value) in patch {
         if key == PATCH || key == RETAIN_KEYS || key.starts_with(SET_ORDER) {
@@ -57,7 +80,8 @@ fn merge_map(
         if let Some(field) = key.strip_prefix(DELETE_FROM) {
             let gone = value.as_array().ok_or_else(|| bad("$deleteFromPrimitiveList must be a list"))?;
             if let Some(Value::Array(items)) = merged.get_mut(field) {
-                items.retain(|i| !gone.iter().any(|g| equal(g, i)));
+                let gone: HashSet<String> = gone.iter().map(identity).collect();
+                items.retain(|i| !gone.contains(&identity(i)));
             }
             continue;
         }
@@ -115,12 +139,9 @@ fn merge_list(
     depth: usize,
 ) -> Result<Vec<Value>, ApiError> {
     let Some(merge_key) = merge_key else {
+        let mut there: HashSet<String> = original.iter().map(identity).collect();
         let mut merged = original.to_vec();
-        for item in patch {
-            if !merged.iter().any(|m| equal(m, item)) {
-                merged.push(item.clone());
-            }
-        }
+        merged.extend(patch.iter().filter(|item| there.insert(identity(item))).cloned());
         return Ok(match order {
             Some(order) => arrange(merged, original, order, None),
             None => merged,
@@ -131,26 +152,38 @@ fn merge_list(
         return Ok(patch.iter().filter(|i| directive(i) != "replace").cloned().collect());
     }
     let item_type = ty.items();
-    let mut merged = original.to_vec();
+    // By key: where the items with it are. There may be several, of which the first one counts.
+    let mut places: HashMap<String, Vec<usize>> = HashMap::new();
+    for (i, key) in original.iter().enumerate().filter_map(|(i, item)| Some((i, item.get(merge_key)?))) {
+        places.entry(identity(key)).or_default().push(i);
+    }
+    let mut merged: Vec<Option<Value>> = original.iter().cloned().map(Some).collect();
     for item in patch {
         let fields = item.as_object().ok_or_else(|| bad("items of a merged list must be objects"))?;
         let key = fields
             .get(merge_key)
             .ok_or_else(|| bad(&format!("map: {item} does not contain declared merge key: {merge_key}")))?;
-        let found = merged.iter().position(|m| m.get(merge_key).is_some_and(|k| equal(k, key)));
-        match (directive(item).as_str(), found) {
-            ("delete", _) => merged.retain(|m| !m.get(merge_key).is_some_and(|k| equal(k, key))),
-            (_, Some(i)) => {
-                let empty = Map::new();
-                let current = merged[i].as_object().unwrap_or(&empty);
-                merged[i] = Value::Object(merge_map(item_type, current, fields, depth + 1)?);
+        let key = identity(key);
+        if directive(item) == "delete" {
+            for i in places.remove(&key).into_iter().flatten() {
+                merged[i] = None;
             }
-            (_, None) => {
+            continue;
+        }
+        let empty = Map::new();
+        match places.get(&key).and_then(|places| places.first()) {
+            Some(&i) => {
+                let current = merged[i].as_ref().and_then(Value::as_object).unwrap_or(&empty);
+                merged[i] = Some(Value::Object(merge_map(item_type, current, fields, depth + 1)?));
+            }
+            None => {
+                places.entry(key).or_default().push(merged.len());
                 // Directives inside a new item mean nothing, but must not be stored.
-                merged.push(Value::Object(merge_map(item_type, &Map::new(), fields, depth + 1)?));
+                merged.push(Some(Value::Object(merge_map(item_type, &empty, fields, depth + 1)?)));
             }
         }
     }
+    let merged: Vec<Value> = merged.into_iter().flatten().collect();
     Ok(match order {
         Some(order) => arrange(merged, original, order, Some(merge_key)),
         None => merged,
@@ -159,11 +192,18 @@ fn merge_list(
 
 /// Puts items into the order of the patch; items that only the server has keep their place relative to it.
 fn arrange(items: Vec<Value>, server: &[Value], order: &[Value], merge_key: Option<&str>) -> Vec<Value> {
-    let key = |v: &Value| merge_key.and_then(|k| v.get(k)).unwrap_or(v).clone();
-    let position = |list: &[Value], k: &Value| list.iter().position(|o| equal(&key(o), k));
-    let (mut ordered, rest): (Vec<Value>, Vec<Value>) =
-        items.into_iter().partition(|i| position(order, &key(i)).is_some());
-    ordered.sort_by_key(|i| position(order, &key(i)));
+    let key = |v: &Value| identity(merge_key.and_then(|k| v.get(k)).unwrap_or(v));
+    let places = |list: &[Value]| {
+        let mut places: HashMap<String, usize> = HashMap::new();
+        for (i, item) in list.iter().enumerate() {
+            places.entry(key(item)).or_insert(i);
+        }
+        places
+    };
+    let (server, order) = (places(server), places(order));
+    let (mut ordered, rest): (Vec<_>, Vec<_>) =
+        items.into_iter().map(|item| (key(&item), item)).partition(|(key, _)| order.contains_key(key));
+    ordered.sort_by_key(|(key, _)| order.get(key).copied());
     let (mut left, mut right) = (ordered.into_iter().peekable(), rest.into_iter().peekable());
     let mut result = Vec::new();
     loop {
@@ -171,12 +211,12 @@ fn arrange(items: Vec<Value>, server: &[Value], order: &[Value], merge_key: Opti
             (None, None) => return result,
             (Some(_), None) => true,
             (None, Some(_)) => false,
-            (Some(l), Some(r)) => match (position(server, &key(l)), position(server, &key(r))) {
+            (Some((l, _)), Some((r, _))) => match (server.get(l), server.get(r)) {
                 (Some(l), Some(r)) => l < r,
                 _ => false,
             },
         };
-        result.extend(if take_left { left.next() } else { right.next() });
+        result.extend(if take_left { left.next() } else { right.next() }.map(|(_, item)| item));
     }
 }
 
@@ -247,6 +287,53 @@ mod tests {
             json!({"metadata": {"labels": {"a": null}}}),
             json!({"metadata": {"labels": {"b": "2"}}}),
         );
+    }
+
+    #[test]
+    fn items_are_equal_by_value() {
+        check(
+            json!({"spec": {"containers": [{"name": "a", "ports": [{"containerPort": 80}, {"containerPort": 81}]}]}}),
+            json!({"spec": {"containers": [{"name": "a", "ports": [
+                {"containerPort": 80.0, "name": "web"}, {"containerPort": 81, "$patch": "delete"}, {"containerPort": 82}]}]}}),
+            json!({"spec": {"containers": [{"name": "a", "ports": [{"containerPort": 80.0, "name": "web"}, {"containerPort": 82}]}]}}),
+        );
+        // Of several with one key the first is merged, and all are deleted.
+        let twice =
+            json!({"spec": {"containers": [{"name": "a"}, {"name": "b"}, {"name": "a", "image": "x"}]}});
+        check(
+            twice.clone(),
+            json!({"spec": {"containers": [{"name": "a", "image": "y"}]}}),
+            json!({"spec": {"containers": [{"name": "a", "image": "y"}, {"name": "b"}, {"name": "a", "image": "x"}]}}),
+        );
+        check(
+            twice,
+            json!({"spec": {"containers": [{"name": "a", "$patch": "delete"}, {"name": "a", "image": "z"}]}}),
+            json!({"spec": {"containers": [{"name": "b"}, {"name": "a", "image": "z"}]}}),
+        );
+    }
+
+    /// Compared each with each, these would take minutes.
+    #[test]
+    fn long_lists_take_no_product() {
+        const MANY: usize = 50_000;
+        let names = |from: usize| (from..from + MANY).map(|n| format!("x.io/{n}")).collect::<Vec<_>>();
+        let keyed =
+            |from: usize| (from..from + MANY).map(|n| json!({"name": n.to_string()})).collect::<Vec<_>>();
+        let turned = |mut list: Vec<Value>| {
+            list.reverse();
+            list
+        };
+        let object = json!({"metadata": {"finalizers": names(0)}, "spec": {"containers": keyed(0)}});
+        let patch = json!({"metadata": {"finalizers": names(MANY), "$deleteFromPrimitiveList/finalizers": names(0)},
+            "spec": {"containers": keyed(MANY), "$setElementOrder/containers": turned(keyed(MANY))}});
+        let merged = strategic_merge(pod().as_ref(), &object, &patch).expect("valid");
+        assert_eq!(merged["spec"]["containers"].as_array().map(Vec::len), Some(2 * MANY));
+        assert_eq!(merged["metadata"]["finalizers"].as_array().map(Vec::len), Some(MANY));
+        let gone: Vec<Value> =
+            (0..MANY).map(|n| json!({"name": n.to_string(), "$patch": "delete"})).collect();
+        let patch = json!({"spec": {"containers": gone}});
+        let merged = strategic_merge(pod().as_ref(), &merged, &patch).expect("valid");
+        assert_eq!(merged["spec"]["containers"].as_array().map(Vec::len), Some(MANY));
     }
 
     proptest! {

@@ -38,26 +38,37 @@ pub(crate) async fn run(registry: Arc<Registry>) {
 async fn follow(registry: &Registry) -> Result<(), ApiError> {
     let mut watcher =
         registry.store.watch(KeyRange::prefix(PREFIX), registry.store.revision()).map_err(store_error)?;
+    let mut warned = Vec::new();
     loop {
         // Every change may be of a role that others select; there are few, and a round without changes writes nothing.
-        if aggregate(registry).await? {
+        let hidden = aggregate(registry).await?;
+        if hidden.is_empty() {
+            watcher.next().await.map_err(store_error)?;
+        } else {
+            if hidden != warned {
+                tracing::warn!(
+                    roles = ?hidden,
+                    "these cluster roles cannot be decrypted: until they can be, or are deleted, no roles are aggregated here"
+                );
+            }
             tokio::select! {
                 event = watcher.next() => drop(event.map_err(store_error)?),
-                // It comes back without an event.
+                // They come back without an event.
                 () = tokio::time::sleep(REOPEN) => {}
             }
-            // A replica with other keys may sum up otherwise: they take their time over it.
-            tokio::time::sleep(RETRY).await;
-        } else {
-            watcher.next().await.map_err(store_error)?;
         }
+        warned = hidden;
     }
 }
 
-/// One round over all cluster roles; whether some could not be read, which add nothing.
-pub(crate) async fn aggregate(registry: &Registry) -> Result<bool, ApiError> {
+/// One round over all cluster roles. Which of them could not be read: while there is one, nothing is written, as a sum that
+/// lacks it would take the place of the whole one that a replica with the key has made, and that one's of it, without end.
+pub(crate) async fn aggregate(registry: &Registry) -> Result<Vec<String>, ApiError> {
     let all = registry.target((GROUP, "v1", "clusterroles"), "", "")?;
     let (mut roles, hidden) = registry.list_readable(&all).await?;
+    if !hidden.is_empty() {
+        return Ok(hidden);
+    }
     // Aggregates may select aggregates (admin selects edit): rounds until nothing changes, at most one per role.
     for _ in 0..roles.len() {
         let mut changed = false;
@@ -83,7 +94,7 @@ pub(crate) async fn aggregate(registry: &Registry) -> Result<bool, ApiError> {
             break;
         }
     }
-    Ok(!hidden.is_empty())
+    Ok(hidden)
 }
 
 /// The rules of the selected roles in the order of their names, each once; null when there are none.

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::rules::{self, Rule};
 use super::{GROUP, aggregation};
-use crate::auth::{CONTROLLERS, IMPERSONATORS, MASTERS};
+use crate::auth::{ADMINS, CONTROLLERS, IMPERSONATORS, MASTERS};
 use crate::config::Role;
 use crate::registry::write::WriteOptions;
 use crate::registry::{Registry, Target};
@@ -384,7 +384,7 @@ fn namespaced(kind: &str, namespace: &str, body: Value) -> Value {
     object
 }
 
-/// Of a simulated member: its agent, and what the hub's controller does through it.
+/// Of a simulated member: its agent, and what the hub's administrators and controller do through it.
 fn member() -> Vec<Value> {
     vec![
         cluster_role(
@@ -396,6 +396,7 @@ fn member() -> Vec<Value> {
             ]),
         ),
         cluster_binding("system:cellway:agent", "system:cellway:agent", &[group(IMPERSONATORS)]),
+        cluster_binding("cellway:admins", "cluster-admin", &[group(ADMINS)]),
         // Any kind can be federated, so the controller manages any; it may neither escalate, bind nor impersonate, and
         // what it is to give through roles it has to be given first.
         cluster_role(

@@ -6,12 +6,13 @@
 
 use serde_json::Value;
 
+use super::index::VISIBLE;
 use super::rules::{self, Rule, quoted};
 use super::{Attributes, GROUP, Index};
 use crate::auth::{MASTERS, UserInfo};
 use crate::registry::Target;
 use crate::status::ApiError;
-use crate::value::str_at;
+use crate::value::{at, str_at};
 
 /// Refuses a write of `new` over `old` that would give away more than `user` has.
 pub(crate) fn check(
@@ -27,7 +28,7 @@ pub(crate) fn check(
     let same = |key: &str| old.is_some_and(|old| old.get(key) == new.get(key));
     match target.resource.plural.as_str() {
         "roles" | "clusterroles" => {
-            if same("rules") && same("aggregationRule") {
+            if same("rules") && same("aggregationRule") && !old.is_some_and(|old| is_opened(old, new)) {
                 return Ok(());
             }
             check_role(index, user, target, old, new)
@@ -40,6 +41,13 @@ pub(crate) fn check(
         }
         _ => Ok(()),
     }
+}
+
+/// Does a role that spoke of some objects only speak of others now, or of all?
+fn is_opened(old: &Value, new: &Value) -> bool {
+    let visible = |role: &Value| at(role, &["metadata", "annotations", VISIBLE]).cloned();
+    let before = visible(old);
+    before.is_some() && before != visible(new)
 }
 
 fn check_role(
@@ -109,4 +117,44 @@ fn held(index: &Index, user: &UserInfo, target: &Target, wanted: &[Rule]) -> Res
 
 fn forbidden(target: &Target, why: &str) -> ApiError {
     ApiError::forbidden(&target.resource.group, &target.resource.plural, &target.name, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use federation_store::{Store, StoreConfig};
+    use serde_json::json;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::config::Role;
+    use crate::encryption::store::StoreHandle;
+    use crate::registry::Registry;
+    use crate::registry::write::{PatchKind, WriteOptions};
+
+    /// Whoever may write a role, and no more, would read everything by taking off what narrows it.
+    #[tokio::test]
+    async fn what_narrows_a_role_is_part_of_what_it_gives() {
+        let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
+        let handle = StoreHandle::new(store, Arc::default());
+        let registry = Registry::new(handle, Role::Hub, CancellationToken::new());
+        let roles = registry.target((GROUP, "v1", "clusterroles"), "", "").expect("served");
+        let role = json!({"metadata": {"name": "shown", "annotations": {VISIBLE: "tenant=red"}},
+            "rules": [{"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get"]}]});
+        registry.create(&roles, role, &WriteOptions::by("test")).await.expect("created");
+        let target = Target { name: "shown".to_owned(), ..roles };
+        let write = async |user: UserInfo, visible: Value, note: &str| {
+            let options = WriteOptions { user: Some(Arc::new(user)), ..WriteOptions::by("test") };
+            let patch = json!({"metadata": {"annotations": {VISIBLE: visible, "note": note}}});
+            registry.patch(&target, PatchKind::Merge, &patch, &options).await.map_err(|e| e.code()).map(drop)
+        };
+        let jo = || UserInfo::new("jo", []);
+        assert_eq!(write(jo(), Value::Null, "a").await, Err(403));
+        assert_eq!(write(jo(), json!("tenant=blue"), "a").await, Err(403));
+        assert_eq!(write(jo(), json!("tenant=red"), "a").await, Ok(()));
+        assert_eq!(write(UserInfo::system(), Value::Null, "b").await, Ok(()));
+        // To show less takes nothing.
+        assert_eq!(write(jo(), json!("tenant=red"), "c").await, Ok(()));
+    }
 }

@@ -33,7 +33,7 @@ use crate::encryption::store::{StoreFault, StoreHandle};
 use crate::status::ApiError;
 use crate::value;
 use cache::Cache;
-use resource::{CatalogHandle, Resource};
+use resource::{CatalogHandle, Origin, Resource};
 
 /// The store with what is served from it.
 #[derive(Debug)]
@@ -166,9 +166,9 @@ pub(crate) fn go_text(value: &Value) -> String {
     decode::go_text(value, 1024)
 }
 
-/// The API form of a stored value in the version of `resource`. Defaults are not for what a webhook converted: it may
-/// leave out what it means to.
-pub(crate) fn to_api(resource: &Resource, kv: &KeyValue, defaults: bool) -> Result<Value, ApiError> {
+/// The API form of a stored value in the version of `resource`. `settle`: custom objects are pruned and get defaults by the
+/// schema of the version that they are stored in. That is not for what a webhook converted: it may leave out what it means to.
+pub(crate) fn to_api(resource: &Resource, kv: &KeyValue, settle: bool) -> Result<Value, ApiError> {
     if kv.value.starts_with(crate::encryption::ENCRYPTED) {
         return Err(ApiError::internal(format_args!(
             "{} cannot be decrypted: see the warnings about encryption",
@@ -179,19 +179,31 @@ pub(crate) fn to_api(resource: &Resource, kv: &KeyValue, defaults: bool) -> Resu
     if resource.is_new_event() {
         events::to_new(&mut object);
     }
-    if let Some(converter) = &resource.converter {
-        object = converter.convert(object, &resource.api_version()).map_err(ApiError::internal)?;
+    let api_version = resource.api_version();
+    let forms = match &resource.origin {
+        Origin::Custom(info) => Some(&info.forms),
+        Origin::Builtin { .. } => None,
+    };
+    if let Some(forms) = forms.filter(|_| settle) {
+        forms.settle(&mut object);
     }
-    if resource.webhook.is_some() && value::str_at(&object, &["apiVersion"]) != resource.api_version() {
+    let other_version = value::str_at(&object, &["apiVersion"]) != api_version;
+    if let Some(converter) = &resource.converter {
+        object = converter.convert(object, &api_version).map_err(ApiError::internal)?;
+    }
+    if resource.webhook.is_some() && value::str_at(&object, &["apiVersion"]) != api_version {
         // Whoever read the entry has it converted first: an object in the wrong version is worse than none.
         return Err(ApiError::internal("an object was read before it was converted"));
     }
-    value::set(&mut object, &["apiVersion"], Value::String(resource.api_version()));
+    value::set(&mut object, &["apiVersion"], Value::String(api_version));
     value::set(&mut object, &["kind"], Value::String(resource.kind.clone()));
     value::set(&mut object, &["metadata", "resourceVersion"], Value::String(kv.mod_revision.0.to_string()));
-    if resource.is_custom() && defaults {
-        // The schema may have got defaults since the object was written.
-        crate::schema::defaults::apply_defaults(resource.schema.as_ref(), &mut object);
+    if let Some(forms) = forms.filter(|_| other_version) {
+        forms.prune(&mut object);
+        if resource.converter.is_some() {
+            // Ours know no defaults.
+            crate::schema::defaults::apply_defaults(resource.schema.as_ref(), &mut object);
+        }
     }
     Ok(object)
 }
@@ -237,7 +249,8 @@ impl Registry {
 }
 
 fn written_form(resource: &Resource, mut object: Value, kv: &KeyValue) -> Result<Value, ApiError> {
-    if resource.is_new_event() || resource.converter.is_some() {
+    let pruned = resource.is_custom() && !resource.is_stored_version();
+    if resource.is_new_event() || resource.converter.is_some() || pruned {
         return to_api(resource, kv, true);
     }
     value::set(&mut object, &["apiVersion"], Value::String(resource.api_version()));
@@ -262,12 +275,17 @@ pub(crate) fn to_stored(resource: &Resource, object: &Value) -> Result<Vec<u8>, 
         events::to_core(&mut object);
         serde_json::to_vec(&StoredForm { object: &object, version })
     } else if let Some(converter) = &resource.converter {
-        let object = converter
+        let mut object = converter
             .convert(object.clone(), version)
             .map_err(|reason| ApiError::unprocessable(format!("cannot be stored: {reason}")))?;
+        prune_stored(resource, &mut object);
         if !value::is_within(&object, MAX_STORED_DEPTH) {
             return Err(ApiError::unprocessable("the converted object is nested too deep"));
         }
+        serde_json::to_vec(&StoredForm { object: &object, version })
+    } else if resource.is_custom() && !resource.is_stored_version() && resource.webhook.is_none() {
+        let mut object = object.clone();
+        prune_stored(resource, &mut object);
         serde_json::to_vec(&StoredForm { object: &object, version })
     } else {
         serde_json::to_vec(&StoredForm { object, version })
@@ -279,6 +297,16 @@ pub(crate) fn to_stored(resource: &Resource, object: &Value) -> Result<Vec<u8>, 
     // They are kept in memory as they are, and grew by doubling. A copy, as allocators leave what shrinks by less than half in
     // its place.
     Ok(bytes.as_slice().to_vec())
+}
+
+/// Takes from a custom object what its definition does not know in the version that it is about to be stored in.
+fn prune_stored(resource: &Resource, object: &mut Value) {
+    if let Origin::Custom(info) = &resource.origin
+        && !resource.is_stored_version()
+    {
+        value::set(object, &["apiVersion"], Value::String(resource.storage_api_version.clone()));
+        info.forms.prune(object);
+    }
 }
 
 /// An object as it is written down: in the storage version and without its resourceVersion.

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use federation_store::Revision;
 use parking_lot::RwLock;
 use serde_json::Value;
+use tokio::sync::watch;
 
 use crate::config::Converter;
 use crate::schema::RootType;
@@ -55,8 +57,8 @@ pub struct CustomInfo {
     pub crd: String,
     /// `openAPIV3Schema` as written.
     pub schema: Option<Value>,
-    /// The schema may have defaults, which objects written before them get when they are read.
-    pub(crate) defaults: bool,
+    /// The schemas of all versions, which decide what is left of a stored object when it is read.
+    pub(crate) forms: Arc<crate::crd::forms::Forms>,
     /// `additionalPrinterColumns` as written.
     pub columns: Vec<Value>,
     /// JSON paths that may be used in field selectors, with the leading dot.
@@ -78,14 +80,18 @@ pub struct ScalePaths {
 }
 
 /// All that is served at one moment.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Catalog {
     resources: BTreeMap<(String, String, String), Arc<Resource>>,
 }
 
-/// The current catalog, replaced as a whole.
+/// The current catalog.
 #[derive(Debug, Default)]
-pub struct CatalogHandle(RwLock<Arc<Catalog>>);
+pub struct CatalogHandle {
+    current: RwLock<Arc<Catalog>>,
+    /// Definitions are served as they were at this revision, if not as they are since. Told whenever the catalog changes.
+    followed: watch::Sender<Revision>,
+}
 
 // === impl Resource ===
 
@@ -93,6 +99,14 @@ impl Resource {
     /// `apps/v1`, or `v1` in the core group.
     pub fn api_version(&self) -> String {
         api_version(&self.group, &self.version)
+    }
+
+    /// Tells the schemas apart that decide what is left of an object when it is read; 0 where none do.
+    pub(crate) fn forms_id(&self) -> u32 {
+        match &self.origin {
+            Origin::Custom(info) => info.forms.id(),
+            _ => 0,
+        }
     }
 
     /// Is it defined by a CRD?
@@ -106,7 +120,7 @@ impl Resource {
         if self.group.is_empty() || self.plural == "events" { "core" } else { &self.group }
     }
 
-    fn is_stored_version(&self) -> bool {
+    pub(crate) fn is_stored_version(&self) -> bool {
         self.storage_api_version == self.api_version()
     }
 
@@ -133,18 +147,15 @@ impl Resource {
         }
     }
 
-    /// Is what is stored with this apiVersion what clients get, but for the resourceVersion?
+    /// Is what is stored with this apiVersion what clients get, but for the resourceVersion and, of custom objects, for what
+    /// their schema says by now?
     pub(crate) fn is_verbatim(&self, stored: &[u8]) -> bool {
         let (group, version) = match stored.iter().position(|b| *b == b'/') {
             Some(slash) => (&stored[..slash], &stored[slash + 1..]),
             None => (&b""[..], stored),
         };
-        // Custom objects may get defaults when they are read. A converter leaves those of its own version as they are.
-        let as_written = match &self.origin {
-            Origin::Builtin { .. } => true,
-            Origin::Custom(info) => !info.defaults,
-        };
-        as_written && group == self.group.as_bytes() && version == self.version.as_bytes()
+        // A converter leaves those of its own version as they are.
+        group == self.group.as_bytes() && version == self.version.as_bytes()
     }
 
     /// Is this the events.k8s.io form of events, which are stored in the core form?
@@ -277,12 +288,42 @@ pub fn version_priority(version: &str) -> (u8, u32, u32) {
 impl CatalogHandle {
     /// What is served now.
     pub fn current(&self) -> Arc<Catalog> {
-        self.0.read().clone()
+        self.current.read().clone()
     }
 
     /// Serves something else from now on.
     pub fn replace(&self, catalog: Catalog) {
-        *self.0.write() = Arc::new(catalog);
+        let now = Arc::new(catalog);
+        let former = std::mem::replace(&mut *self.current.write(), now.clone());
+        for old in former.iter() {
+            let Origin::Custom(was) = &old.origin else { continue };
+            let Some(new) = now.get(&old.group, &old.version, &old.plural) else { continue };
+            // Names and conditions make it another state of the definition, too, by which the objects look as before.
+            if let Origin::Custom(is) = &new.origin
+                && is.forms.id() != was.forms.id()
+                && (is.schema != was.schema || new.storage_api_version != old.storage_api_version)
+            {
+                was.forms.supersede();
+            }
+        }
+        self.followed.send_modify(|_| ());
+    }
+
+    /// Serves these, too, or in the place of what was there by their names.
+    pub(crate) fn add(&self, resources: impl IntoIterator<Item = Resource>) {
+        let mut catalog = Catalog::clone(&self.current());
+        catalog.resources.extend(Catalog::new(resources).resources);
+        self.replace(catalog);
+    }
+
+    /// Nothing is missing that definitions made served up to this revision.
+    pub(crate) fn note_followed(&self, revision: Revision) {
+        self.followed.send_replace(revision);
+    }
+
+    /// The last such revision, and when there is news.
+    pub(crate) fn followed(&self) -> watch::Receiver<Revision> {
+        self.followed.subscribe()
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! A watcher is a position among the latest changes that the cache keeps of its kind, and holds nothing while its
 //! client does not read. One that starts, or falls, further behind than those reads the store's log until it has caught
-//! up; when even that is compacted the watch ends with 410 Gone and the client lists again.
+//! up, be there events for it or not; when even that is compacted the watch ends with 410 Gone and the client lists again.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -18,7 +18,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::cache::{Change, Entry, Kind, Objects, Read, Side, Stretch, Watching};
 use super::read::ListOptions;
-use super::resource::Resource;
+use super::resource::{Origin, Resource};
 use super::selectors::Filter;
 use super::{Registry, Target, parse_revision, store_error};
 use crate::encryption::store::{StoreFault, StoreWatcher};
@@ -73,6 +73,8 @@ pub struct Watch {
     source: Source,
     /// Everything up to this revision was given out or waits in `ready`.
     seen: Revision,
+    /// Memory, which may be a moment behind the log, has yet to get what came out of the log up to here; 0: it has it.
+    repeated: Revision,
     /// Changes that a webhook still has to convert.
     raw: VecDeque<Arc<Change>>,
     ready: VecDeque<Item>,
@@ -188,6 +190,7 @@ impl Registry {
             _watching: kind.watching(),
             source: Source::Memory(0),
             seen,
+            repeated: Revision::ZERO,
             raw: VecDeque::new(),
             ready,
             deadline,
@@ -244,6 +247,11 @@ impl Watch {
             if self.ended {
                 return false;
             }
+            // As in kube-apiserver: the client goes on from its revision, by the new schema.
+            if matches!(&self.resource.origin, Origin::Custom(info) if info.forms.is_superseded()) {
+                self.ended = true;
+                return false;
+            }
             if !self.ready.is_empty() {
                 return true;
             }
@@ -274,19 +282,29 @@ impl Watch {
                         Read::Changes(changes, next) => {
                             self.source = Source::Memory(next);
                             for change in changes {
-                                self.seen = self.seen.max(change.revision);
-                                self.take(change);
+                                if change.revision > self.repeated {
+                                    self.repeated = Revision::ZERO;
+                                    self.seen = self.seen.max(change.revision);
+                                    self.take(change);
+                                }
                             }
                         }
                         Read::Nothing { at_the_end } => {
                             // What came and was not told of yet is still to be given out.
                             if at_the_end {
-                                self.seen = self.seen.max(applied);
+                                self.see(applied);
                             }
                             tokio::select! {
                                 biased;
                                 told = self.news.changed() => self.ended |= told.is_err(),
-                                () = &mut self.timer => self.on_timer(),
+                                () = &mut self.timer => {
+                                    // Other kinds have changed since.
+                                    let applied = self.objects.applied();
+                                    if matches!(self.kind.read(at), Read::Nothing { at_the_end: true }) {
+                                        self.see(applied);
+                                    }
+                                    self.on_timer();
+                                }
                             }
                         }
                     }
@@ -298,8 +316,11 @@ impl Watch {
                             self.ended = true;
                             return false;
                         }
-                        event = watcher.next() => event,
+                        event = watcher.next_unless(|progress| {
+                            in_memory(&self.objects, self.epoch, &self.kind, progress).is_some()
+                        }) => event,
                         () = &mut self.timer => {
+                            self.seen = self.seen.max(watcher.progress());
                             self.on_timer();
                             continue;
                         }
@@ -307,9 +328,14 @@ impl Watch {
                     let progress = watcher.progress();
                     match event {
                         Ok(event) => {
-                            self.take(Arc::new(Change::of(&event)));
+                            if let Some(event) = event {
+                                self.take(Arc::new(Change::of(&event)));
+                            }
                             self.seen = self.seen.max(progress);
-                            if let Some(position) = self.kind.position(progress) {
+                            let applied = self.objects.applied();
+                            let position = in_memory(&self.objects, self.epoch, &self.kind, progress);
+                            if let Some(position) = position {
+                                self.repeated = if applied < progress { progress } else { Revision::ZERO };
                                 self.source = Source::Memory(position);
                             }
                         }
@@ -325,6 +351,9 @@ impl Watch {
     /// are none, or each has to be looked at.
     fn shared_text(&self, from: u64) -> Option<Arc<Stretch>> {
         if !self.as_text || self.single || !self.filter.is_empty() || self.resource.webhook.is_some() {
+            return None;
+        }
+        if self.repeated > Revision::ZERO {
             return None;
         }
         if let Some(made) = self.kind.stretch(from, &self.resource, &self.prefix) {
@@ -383,6 +412,14 @@ impl Watch {
                 self.ready.clear();
                 self.ready.push_back(Item::Error(store_error(error)));
             }
+        }
+    }
+
+    /// All that memory has up to here was given out.
+    fn see(&mut self, applied: Revision) {
+        self.seen = self.seen.max(applied);
+        if self.repeated <= applied {
+            self.repeated = Revision::ZERO;
         }
     }
 
@@ -578,6 +615,13 @@ impl Lines {
         }
         Some(text.into())
     }
+}
+
+/// Where memory goes on after `revision`; `None` when some of that is gone, or is of another state of the store.
+fn in_memory(objects: &Objects, epoch: u64, kind: &Kind, revision: Revision) -> Option<u64> {
+    // In this order: an epoch ends before the kinds are read anew.
+    let position = kind.position(revision)?;
+    (objects.epoch() == epoch).then_some(position)
 }
 
 /// What a change is to who sees all of it.

@@ -3,15 +3,18 @@
 mod checks;
 mod ground;
 mod update;
+pub(super) mod versions;
 
 use std::sync::Arc;
 
 use federation_store::{Expect, Revision, Write, WriteOutcome};
 use serde_json::{Value, json};
 
-use self::checks::{check_finalizers, check_name, nameless, restrict};
+pub(super) use self::checks::nameless;
+use self::checks::{check_finalizers, check_name, restrict};
 use self::ground::Ground;
-use self::update::other_uid;
+pub(super) use self::update::other_uid;
+use self::versions::KindVersions;
 use super::resource::{Resource, split_api_version};
 use super::{Registry, Stored, Target, decode, kinds, meta, services, store_error, strategy};
 use crate::admission::{self, Notes, Operation};
@@ -191,7 +194,8 @@ impl Registry {
             let api_version = resource.api_version();
             let writer = writer_of(resource, &api_version, options, &now);
             let live = strategy::blank(resource);
-            apply::on_update(resource.schema.as_ref(), &live, &mut object, &writer);
+            let versions = KindVersions { registry: self, resource };
+            apply::on_update(resource.schema.as_ref(), &live, &mut object, &writer, &versions).await;
         }
         let asked = self.asked(options.user.as_deref()).await?;
         if let (Some(asked), Some(user)) = (&asked, options.user.as_deref()) {
@@ -413,16 +417,20 @@ impl Registry {
         }
         value::remove(&mut config, &["metadata", "managedFields"]);
         if resource.status && options.subresource == "status" {
-            let identity = json!({"apiVersion": config["apiVersion"], "kind": config["kind"], "status": config["status"],
+            let mut of_status = json!({"apiVersion": config["apiVersion"], "kind": config["kind"],
                 "metadata": {"name": target.name}});
-            let version = at(&config, &["metadata", "resourceVersion"]).cloned();
-            let namespace = at(&config, &["metadata", "namespace"]).cloned();
-            config = identity;
-            for (key, v) in [("resourceVersion", version), ("namespace", namespace)] {
-                if let Some(v) = v {
-                    set(&mut config, &["metadata", key], v);
+            // No status is not an empty one: it says nothing of what others have put there.
+            for path in [
+                &["status"][..],
+                &["metadata", "resourceVersion"],
+                &["metadata", "namespace"],
+                &["metadata", "uid"],
+            ] {
+                if let Some(v) = at(&config, path) {
+                    set(&mut of_status, path, v.clone());
                 }
             }
+            config = of_status;
         } else if resource.status {
             value::remove(&mut config, &["status"]);
         }
@@ -433,6 +441,7 @@ impl Registry {
         let now = value::timestamp();
         let api_version = resource.api_version();
         let writer = writer_of(&resource, &api_version, options, &now);
+        let versions = KindVersions { registry: self, resource: &resource };
         for _ in 0..PATCH_ATTEMPTS {
             let ty = resource.schema.as_ref();
             let current = match self.get(target).await {
@@ -470,8 +479,8 @@ impl Registry {
                     if resource.namespaced {
                         set(&mut empty, &["metadata", "namespace"], json!(target.namespace));
                     }
-                    let mut new =
-                        apply::apply(ty, &empty, &config, &writer, options.force).map_err(conflict)?;
+                    let new = apply::apply(ty, &empty, &config, &writer, options.force, &versions).await;
+                    let mut new = new.map_err(apply_error)?;
                     value::remove(&mut new, &["metadata", "resourceVersion"]);
                     prepare_create(&resource, &mut new);
                     let new = New { target: target.clone(), object: new, ground, generated: false };
@@ -497,7 +506,8 @@ impl Registry {
             if resource.is_new_event() {
                 value::strip_nulls(&mut live);
             }
-            let new = apply::apply(ty, &live, &config, &writer, options.force).map_err(conflict)?;
+            let new = apply::apply(ty, &live, &config, &writer, options.force, &versions).await;
+            let new = new.map_err(apply_error)?;
             match self.replace(target, &current, new, options, Ownership::Applied).await? {
                 Some(mut written) => {
                     written.warnings.append(&mut warnings);
@@ -535,7 +545,8 @@ impl Registry {
             let now = value::timestamp();
             let api_version = resource.api_version();
             let writer = writer_of(resource, &api_version, options, &now);
-            apply::on_update(resource.schema.as_ref(), old, &mut new, &writer);
+            let versions = KindVersions { registry: self, resource };
+            apply::on_update(resource.schema.as_ref(), old, &mut new, &writer, &versions).await;
         }
         // Writes of other subresources were asked about in their own form.
         let asked = match options.subresource {
@@ -565,10 +576,7 @@ impl Registry {
             let request = options.admission(target, Operation::Update, user);
             self.validate_admission(asked, &request, Some(&new), Some(old)).await?;
         }
-        if value::equal(old, &new) {
-            return Ok(Some(Written { object: new, created: false, warnings }));
-        }
-        if options.dry_run {
+        if options.dry_run || value::equal(old, &new) && !self.is_outdated(target, &new).await? {
             return Ok(Some(Written { object: new, created: false, warnings }));
         }
         if gc::is_finished(resource, &new) {
@@ -587,6 +595,24 @@ impl Registry {
             Some(WriteOutcome::Conflict { current: None, .. }) => Err(target.not_found()),
             Some(WriteOutcome::Conflict { .. }) | None => Ok(None),
         }
+    }
+
+    /// Is an object kept otherwise than it would be written now: in another version than the storage version, with what is
+    /// pruned when it is read or without its defaults, or under an old encryption key? Then it is written although nothing of it changes, as kube-apiserver does with what is "stale": putting
+    /// back what was read is how storage versions are migrated and keys rotated.
+    async fn is_outdated(&self, target: &Target, object: &Value) -> Result<bool, ApiError> {
+        let key = target.key();
+        // What is gone is found out by the write.
+        let Some(entry) = self.cache.objects().await?.get(&key) else { return Ok(true) };
+        if entry.api_version().as_deref() != Some(target.resource.storage_api_version.as_str()) {
+            return Ok(true);
+        }
+        if !entry.is_settled(&target.resource)
+            && self.to_stored(&target.resource, object).await? != entry.kv.value
+        {
+            return Ok(true);
+        }
+        self.store.is_stale(&key).await.map_err(store_error)
     }
 
     /// Writes an object as the server's own controllers do: no validation of what did not change, no lost updates.
@@ -657,11 +683,14 @@ fn intent_changed(old: &Value, new: &Value, has_status: bool) -> bool {
     !value::equal(&intent(old), &intent(new))
 }
 
-fn conflict(conflict: apply::ApplyConflict) -> ApiError {
-    ApiError::apply_conflict(conflict.message, &conflict.causes)
+pub(super) fn apply_error(error: apply::ApplyError) -> ApiError {
+    match error {
+        apply::ApplyError::Conflict(conflict) => ApiError::apply_conflict(conflict.message, &conflict.causes),
+        apply::ApplyError::Conversion(error) => error,
+    }
 }
 
-fn writer_of<'a>(
+pub(super) fn writer_of<'a>(
     resource: &Resource,
     api_version: &'a str,
     options: &'a WriteOptions,
@@ -669,4 +698,53 @@ fn writer_of<'a>(
 ) -> Writer<'a> {
     let reset: &[&str] = if resource.status && options.subresource.is_empty() { &["status"] } else { &[] };
     Writer { manager: &options.manager, api_version, subresource: options.subresource, time, reset }
+}
+
+#[cfg(test)]
+mod tests {
+    use federation_store::{Store, StoreConfig};
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::config::Role;
+    use crate::encryption::store::StoreHandle;
+
+    #[tokio::test]
+    async fn an_applied_status_that_says_nothing_takes_nothing() {
+        let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
+        let handle = StoreHandle::new(store, Arc::default());
+        let registry = Registry::new(handle, Role::Hub, CancellationToken::new());
+        let make = async |collection: &Target, object: Value| {
+            registry.create(collection, object, &WriteOptions::by("maker")).await.expect("created");
+        };
+        let namespaces = registry.core("namespaces", "", "").expect("served");
+        make(&namespaces, json!({"metadata": {"name": "shop"}})).await;
+        let crds = ("apiextensions.k8s.io", "v1", "customresourcedefinitions");
+        let crds = registry.target(crds, "", "").expect("served");
+        let status = json!({"type": "object", "properties": {"ready": {"type": "boolean"}}});
+        let version = json!({"name": "v1", "served": true, "storage": true, "subresources": {"status": {}},
+            "schema": {"openAPIV3Schema": {"type": "object", "properties": {"status": status}}}});
+        let definition = json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+            "metadata": {"name": "widgets.example.com"}, "spec": {"group": "example.com", "scope": "Namespaced",
+                "names": {"plural": "widgets", "kind": "Widget"}, "versions": [version]}});
+        make(&crds, definition).await;
+        assert!(crate::crd::refresh(&registry).await.expect("refreshed").is_empty());
+        let widgets = registry.target(("example.com", "v1", "widgets"), "shop", "").expect("served");
+        let widget = json!({"apiVersion": "example.com/v1", "kind": "Widget", "metadata": {"name": "w"}});
+        make(&widgets, widget.clone()).await;
+        let target = Target { name: "w".to_owned(), ..widgets };
+        let apply = async |manager: &str, status: Option<Value>| {
+            let mut config = widget.clone();
+            if let Some(status) = status {
+                config["status"] = status;
+            }
+            let options = WriteOptions { subresource: "status", ..WriteOptions::by(manager) };
+            let written = registry.patch(&target, PatchKind::Apply, &config, &options).await;
+            written.map(|written| written.object["status"]["ready"].clone()).map_err(|error| error.code())
+        };
+        assert_eq!(apply("one", Some(json!({"ready": true}))).await, Ok(json!(true)));
+        assert_eq!(apply("two", None).await, Ok(json!(true)));
+        assert_eq!(apply("two", Some(Value::Null)).await, Ok(json!(true)));
+        assert_eq!(apply("one", None).await, Ok(Value::Null), "it was the only one's");
+    }
 }

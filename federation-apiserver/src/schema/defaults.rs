@@ -21,18 +21,7 @@ fn default_at(ty: TypeRef<'_>, value: &mut Value, depth: usize) {
     match value {
         Value::Object(map) => {
             for key in ty.schema().properties.keys() {
-                let child = ty.field(key);
-                let default = ty
-                    .property_node(key)
-                    .and_then(|node| node.default.as_ref())
-                    .or(child.schema().default.as_ref());
-                let Some(default) = default else { continue };
-                let absent = match map.get(key) {
-                    None => true,
-                    Some(Value::Null) => !child.schema().nullable,
-                    Some(_) => false,
-                };
-                if absent {
+                if let Some(default) = missing_default(ty, map, key) {
                     map.insert(key.clone(), default.clone());
                 }
             }
@@ -49,6 +38,56 @@ fn default_at(ty: TypeRef<'_>, value: &mut Value, depth: usize) {
     }
 }
 
+/// The default of a property that is absent.
+fn missing_default<'a>(ty: TypeRef<'a>, map: &Map<String, Value>, key: &str) -> Option<&'a Value> {
+    let child = ty.field(key);
+    let default =
+        ty.property_node(key).and_then(|node| node.default.as_ref()).or(child.schema().default.as_ref())?;
+    let absent = match map.get(key) {
+        None => true,
+        Some(Value::Null) => !child.schema().nullable,
+        Some(_) => false,
+    };
+    absent.then_some(default)
+}
+
+/// Are all properties there that have a default?
+pub fn has_defaults(ty: TypeRef<'_>, map: &Map<String, Value>) -> bool {
+    ty.schema().properties.keys().all(|key| missing_default(ty, map, key).is_none())
+}
+
+/// Would [`prune`], [`drop_nulls`] and [`apply_defaults`] leave a field and what is below it as they are?
+pub fn is_settled(ty: TypeRef<'_>, key: &str, value: &Value) -> bool {
+    is_settled_at(ty, key, value, 0)
+}
+
+fn is_settled_at(ty: TypeRef<'_>, key: &str, value: &Value, depth: usize) -> bool {
+    depth > MAX_DEPTH
+        || ty.keeps(key)
+            && (!value.is_null() || may_be_null(ty, key))
+            && is_value_settled(ty.field(key), value, depth + 1)
+}
+
+fn is_value_settled(ty: TypeRef<'_>, value: &Value, depth: usize) -> bool {
+    match value {
+        Value::Object(map) => {
+            has_defaults(ty, map) && map.iter().all(|(key, child)| is_settled_at(ty, key, child, depth))
+        }
+        Value::Array(items) if depth <= MAX_DEPTH => {
+            let item = ty.items();
+            items.iter().all(|child| is_value_settled(item, child, depth + 1))
+        }
+        Value::Number(_) => ty.name() != builtin::QUANTITY,
+        _ => true,
+    }
+}
+
+/// May there be a null in a field, for now or for good?
+fn may_be_null(ty: TypeRef<'_>, key: &str) -> bool {
+    let declared = ty.property(key);
+    declared.is_none_or(|p| p.schema().nullable || p.is_untyped() || p.schema().default.is_some())
+}
+
 /// Removes nulls of declared fields that may not be null and have no default, as Kubernetes does before it fills in
 /// defaults. Only for custom resources: typed ones lose all their nulls when they are decoded.
 pub fn drop_nulls(ty: TypeRef<'_>, value: &mut Value) {
@@ -61,10 +100,7 @@ fn drop_nulls_at(ty: TypeRef<'_>, value: &mut Value, depth: usize) {
     }
     match value {
         Value::Object(map) => {
-            map.retain(|key, v| {
-                let declared = ty.property(key).filter(|_| v.is_null());
-                declared.is_none_or(|p| p.schema().nullable || p.is_untyped() || p.schema().default.is_some())
-            });
+            map.retain(|key, v| !v.is_null() || may_be_null(ty, key));
             map.iter_mut().for_each(|(k, v)| drop_nulls_at(ty.field(k), v, depth + 1));
         }
         Value::Array(items) => {
@@ -209,6 +245,39 @@ mod tests {
         removed.sort();
         assert_eq!(removed, ["metadata.odd", "spec.no", "z"]);
         assert_eq!(value, json!({"metadata": {"name": "a"}, "spec": {"free": {"x": {"y": 1}}}}));
+    }
+
+    #[test]
+    fn what_is_settled_stays_as_it_is() {
+        let root = custom_root(Some(&json!({"type": "object", "properties": {
+            "free": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
+            "map": {"type": "object", "additionalProperties": {"type": "object",
+                "properties": {"p": {"type": "string", "default": "x"}}}},
+            "list": {"type": "array", "items": {"type": "object", "properties": {
+                "n": {"type": "integer", "nullable": true, "default": 1}}}}}})));
+        for (value, settled) in [
+            (json!({}), true),
+            (
+                json!({"free": {"any": [{"thing": null}]}, "map": {"k": {"p": "y"}}, "list": [{"n": null}]}),
+                true,
+            ),
+            (json!({"lost": 1}), false),
+            (json!({"map": {"k": {}}}), false),
+            (json!({"map": {"k": {"p": null}}}), false),
+            (json!({"free": {}, "list": null}), false),
+            (json!({"map": {"k": {"p": "y", "q": 1}}}), false),
+            (json!({"list": [{"n": 2}, {}]}), false),
+            (json!({"list": [{"n": 2}, {"n": 3, "m": 4}]}), false),
+        ] {
+            let mut changed = value.clone();
+            prune(root.as_ref(), &mut changed);
+            drop_nulls(root.as_ref(), &mut changed);
+            apply_defaults(root.as_ref(), &mut changed);
+            assert_eq!(changed == value, settled, "{value}");
+            let fields = value.as_object().expect("an object");
+            let told = fields.iter().all(|(key, child)| is_settled(root.as_ref(), key, child));
+            assert_eq!(told && has_defaults(root.as_ref(), fields), settled, "{value}");
+        }
     }
 
     #[test]

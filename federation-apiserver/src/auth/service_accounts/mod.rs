@@ -110,7 +110,7 @@ impl ServiceAccounts {
             return Err(TokenError::Claims);
         }
         let mut user = user(&namespace, &name, &uid);
-        self.exists("serviceaccounts", "service account", &namespace, &name, &uid).await?;
+        self.exists("serviceaccounts", "service account", &namespace, &name, &uid, LEEWAY).await?;
         for (claim, plural, namespaced) in
             [("pod", "pods", true), ("secret", "secrets", true), ("node", "nodes", false)]
         {
@@ -119,7 +119,7 @@ impl ServiceAccounts {
             // The node of a token that is bound to a pod only says where the pod was then.
             if claim != "node" || private.get("pod").is_none() {
                 let namespace = if namespaced { namespace.as_str() } else { "" };
-                self.exists(plural, claim, namespace, name, uid).await?;
+                self.exists(plural, claim, namespace, name, uid, LEEWAY).await?;
             }
             if claim != "secret" {
                 for (key, value) in [("name", name), ("uid", uid)] {
@@ -159,8 +159,8 @@ impl ServiceAccounts {
         if common.is_empty() {
             return Err(TokenError::Audience { found: self.audiences.clone(), wanted: audiences.to_vec() });
         }
-        self.exists("serviceaccounts", "service account", &namespace, &name, &uid).await?;
-        let holder = self.exists("secrets", "secret", &namespace, &secret, "").await?;
+        self.exists("serviceaccounts", "service account", &namespace, &name, &uid, 0).await?;
+        let holder = self.exists("secrets", "secret", &namespace, &secret, "", 0).await?;
         let held = base64::engine::general_purpose::STANDARD.decode(str_at(&holder, &["data", "token"]));
         if !held.is_ok_and(|held| bool::from(held.ct_eq(token.as_bytes()))) {
             return Err(TokenError::Gone { what: format!("secret {secret} with the token") });
@@ -168,6 +168,8 @@ impl ServiceAccounts {
         Ok(Verified { user: user(&namespace, &name, &uid), audiences: common })
     }
 
+    /// The object, if it is there and not on its way out, for longer than `leeway` seconds: finalizers may keep it for as
+    /// long as somebody likes.
     async fn exists(
         &self,
         plural: &str,
@@ -175,11 +177,15 @@ impl ServiceAccounts {
         namespace: &str,
         name: &str,
         uid: &str,
+        leeway: u64,
     ) -> Result<Value, TokenError> {
         let gone = || TokenError::Gone { what: format!("{what} {name}") };
         let target = self.registry.core(plural, namespace, name).map_err(|_| gone())?;
         match self.registry.get(&target).await {
-            Ok(found) if uid.is_empty() || str_at(&found.object, &["metadata", "uid"]) == uid => {
+            Ok(found)
+                if (uid.is_empty() || str_at(&found.object, &["metadata", "uid"]) == uid)
+                    && !is_going(&found.object, leeway, jiff::Timestamp::now()) =>
+            {
                 Ok(found.object)
             }
             Ok(_) => Err(gone()),
@@ -228,6 +234,17 @@ impl ServiceAccounts {
     }
 }
 
+/// Is the object being deleted, for longer than `leeway` seconds? A Pod is to have its tokens for as long as its grace.
+fn is_going(object: &Value, leeway: u64, now: jiff::Timestamp) -> bool {
+    let Some(when) = at(object, &["metadata", "deletionTimestamp"]).and_then(Value::as_str) else {
+        return false;
+    };
+    let leeway = i64::try_from(leeway).unwrap_or(i64::MAX);
+    // One that cannot be read is of an object that goes all the same.
+    let Ok(when) = when.parse::<jiff::Timestamp>() else { return true };
+    leeway == 0 || when.as_second().saturating_add(leeway) < now.as_second()
+}
+
 /// The user that a service account acts as.
 pub(crate) fn user(namespace: &str, name: &str, uid: &str) -> UserInfo {
     UserInfo {
@@ -250,4 +267,75 @@ pub(crate) fn strings(value: Option<&Value>) -> Vec<String> {
 /// Is the object a Secret for a token?
 pub(crate) fn is_token_secret(object: &Value) -> bool {
     at(object, &["type"]).and_then(Value::as_str) == Some(SECRET_TYPE)
+}
+
+#[cfg(test)]
+mod tests {
+    use federation_store::{Store, StoreConfig};
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::config::Role;
+    use crate::encryption::store::StoreHandle;
+    use crate::registry::Target;
+    use crate::registry::write::WriteOptions;
+
+    /// A finalizer keeps what a token is for; the token ends as if it were gone.
+    #[tokio::test]
+    async fn tokens_end_with_what_is_on_its_way_out() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
+        let handle = StoreHandle::new(store, Arc::default());
+        let registry = Arc::new(Registry::new(handle, Role::Hub, CancellationToken::new()));
+        let accounts = ServiceAccounts {
+            keys: Keys::load(&dir.path().join("key"), &[]).expect("made"),
+            issuers: vec!["https://hub".into()],
+            audiences: vec!["hub".into()],
+            max_expiration: None,
+            registry: registry.clone(),
+        };
+        let make = async |plural: &str, namespace: &str, object: Value| {
+            let collection = registry.core(plural, namespace, "").expect("served");
+            let made =
+                registry.create(&collection, object, &WriteOptions::by("test")).await.expect("created");
+            let name = str_at(&made.object, &["metadata", "name"]).to_owned();
+            (Target { name, ..collection }, str_at(&made.object, &["metadata", "uid"]).to_owned())
+        };
+        make("namespaces", "", json!({"metadata": {"name": "shop"}})).await;
+        let held = |name: &str| json!({"metadata": {"name": name, "finalizers": ["example.com/hold"]}});
+        let (account, uid) = make("serviceaccounts", "shop", held("robot")).await;
+        let (secret, _) = make("secrets", "shop", held("bound")).await;
+        let now = jiff::Timestamp::now();
+        let ask = async |bound: Value| {
+            let answer = accounts.request(&account, json!({"spec": {"boundObjectRef": bound}}), now).await;
+            str_at(&answer.expect("a token"), &["status", "token"]).to_owned()
+        };
+        let plain = ask(Value::Null).await;
+        let bound = ask(json!({"apiVersion": "v1", "kind": "Secret", "name": "bound"})).await;
+        let mut holder = json!({"metadata": {"name": "holder", "namespace": "shop",
+            "annotations": {controller::ACCOUNT_NAME: "robot"}}});
+        let legacy = accounts.legacy_token(&holder, &uid).expect("signed");
+        holder["data"] = json!({"token": base64::engine::general_purpose::STANDARD.encode(&legacy)});
+        make("secrets", "shop", holder).await;
+        let good = async |token: &str| accounts.verify(token, &[]).await.is_ok();
+        let goes = async |target: &Target, seconds: i64| {
+            let when = now.checked_sub(jiff::SignedDuration::from_secs(seconds)).expect("a time");
+            let when = when.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+            let change = |object: &mut Value| {
+                crate::value::set(object, &["metadata", "deletionTimestamp"], json!(when));
+                true
+            };
+            registry.modify(target, change).await.expect("written");
+        };
+        assert!(good(&plain).await && good(&bound).await && good(&legacy).await);
+        // Clocks may be apart by some seconds, and a Pod's grace lies ahead.
+        goes(&secret, -30).await;
+        assert!(good(&bound).await);
+        goes(&secret, 3600).await;
+        assert!(good(&plain).await && !good(&bound).await);
+        goes(&account, 0).await;
+        assert!(good(&plain).await && !good(&legacy).await);
+        goes(&account, 3600).await;
+        assert!(!good(&plain).await);
+    }
 }

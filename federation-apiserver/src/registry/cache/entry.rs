@@ -1,15 +1,17 @@
 //! One object in memory: its stored bytes, and where in them the API's form differs.
 //!
 //! What is stored and what clients get differ by the resourceVersion, which is not stored, and in the items of typed
-//! lists by their type, which is. Both are done by copying slices: no object is parsed to be read.
+//! lists by their type, which is. Both are done by copying slices: no object is parsed to be read, but custom ones once for
+//! each schema, as it may have lost fields or got defaults since they were written.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use federation_store::{KeyValue, Revision};
 use serde_json::Value;
 
-use crate::registry::resource::Resource;
+use crate::registry::resource::{Origin, Resource};
 use crate::registry::to_api;
 use crate::status::ApiError;
 
@@ -21,6 +23,10 @@ pub(crate) struct Entry {
     layout: Option<Layout>,
     /// A webhook has made it of what is stored.
     converted: bool,
+    /// [`Forms::id`] of the schemas by which it was last looked at, plus one when they leave it as it is; 0: not yet.
+    ///
+    /// [`Forms::id`]: crate::crd::forms::Forms::id
+    looked_at: AtomicU32,
 }
 
 /// Offsets into the value. Fields are stored in the order of their names, so these follow each other.
@@ -40,7 +46,7 @@ struct Layout {
 impl Entry {
     pub(crate) fn new(kv: KeyValue) -> Self {
         let layout = layout(&kv.value);
-        Self { kv, layout, converted: false }
+        Self { kv, layout, converted: false, looked_at: AtomicU32::new(0) }
     }
 
     /// What a webhook has made of a stored object.
@@ -60,7 +66,7 @@ impl Entry {
         let text = &self.kv.value;
         let slice = |(from, to): (u32, u32)| &text[from as usize..to as usize];
         match self.layout {
-            Some(at) if resource.is_verbatim(slice(at.api_version_text)) => {
+            Some(at) if resource.is_verbatim(slice(at.api_version_text)) && self.is_settled(resource) => {
                 if typed {
                     out.extend_from_slice(slice((0, at.metadata)));
                 } else {
@@ -87,7 +93,7 @@ impl Entry {
 
     /// The API's form as a tree.
     pub(crate) fn object(&self, resource: &Resource, revision: Revision) -> Result<Value, ApiError> {
-        let mut object = to_api(resource, &self.kv, !self.converted)?;
+        let mut object = to_api(resource, &self.kv, self.settled(resource) != Some(true))?;
         if revision != self.kv.mod_revision {
             crate::value::set(
                 &mut object,
@@ -96,6 +102,30 @@ impl Entry {
             );
         }
         Ok(object)
+    }
+
+    /// Do the schemas of its definition leave it as it is stored, with nothing to prune and no default to add? It is parsed to
+    /// find out, once for each state of the definition.
+    pub(crate) fn is_settled(&self, resource: &Resource) -> bool {
+        if let Some(known) = self.settled(resource) {
+            return known;
+        }
+        let Origin::Custom(info) = &resource.origin else { return true };
+        let object = serde_json::from_slice(&self.kv.value);
+        let settled = object.is_ok_and(|object| info.forms.is_settled(&object));
+        self.looked_at.store(info.forms.id() + u32::from(settled), Ordering::Relaxed);
+        settled
+    }
+
+    /// The same as far as it is known.
+    fn settled(&self, resource: &Resource) -> Option<bool> {
+        let Origin::Custom(info) = &resource.origin else { return Some(true) };
+        if self.converted {
+            // It was pruned then, and gets no defaults.
+            return Some(true);
+        }
+        let looked_at = self.looked_at.load(Ordering::Relaxed);
+        (looked_at & !1 == info.forms.id()).then_some(looked_at & 1 == 1)
     }
 
     /// Is the value an object, and not something that could not be decrypted?
@@ -300,23 +330,43 @@ mod tests {
                     "conditions": [{"type": "Established", "status": "True"}]}})
         };
         // Not in the order of a tree's text, so that it shows which way was taken.
-        let entry = entry(
-            r#"{"apiVersion":"example.com/v1","kind":"Widget","metadata":{"uid":"u","name":"a"},"z":1}"#,
-        );
-        for (schema, version, sliced) in [
-            (json!({"type": "integer"}), "v1", true),
-            (json!({"type": "integer"}), "v2", false),
-            (json!({"type": "integer", "default": 3}), "v1", false),
+        let stored = |rest: &str| {
+            entry(&format!(
+                r#"{{"apiVersion":"example.com/v1","kind":"Widget","metadata":{{"uid":"u","name":"a"}}{rest}}}"#
+            ))
+        };
+        let (plain, default) = (json!({"type": "integer"}), json!({"type": "integer", "default": 3}));
+        for (rest, schema, version, sliced, size) in [
+            (r#","size":1"#, &plain, "v1", true, json!(1)),
+            ("", &plain, "v1", true, Value::Null),
+            // There is something to prune, to add, or another name to say.
+            (r#","z":1"#, &plain, "v1", false, Value::Null),
+            ("", &default, "v1", false, json!(3)),
+            (r#","size":1"#, &default, "v1", true, json!(1)),
+            (r#","size":1"#, &plain, "v2", false, json!(1)),
         ] {
-            let resources = crate::crd::resources(&crd(schema), &Arc::default());
+            let resources = crate::crd::resources(&crd(schema.clone()), &Arc::default());
             let resource = resources.iter().find(|r| r.version == version).expect("served");
-            let mut text = Vec::new();
-            entry.encode(resource, Revision(7), true, &mut text).expect("encoded");
-            let text = String::from_utf8(text).expect("text");
-            assert_eq!(text.contains(r#""uid":"u","name":"a""#), sliced, "{version}: {text}");
-            let object: Value = serde_json::from_str(&text).expect("JSON");
-            assert_eq!(object["apiVersion"], format!("example.com/{version}"));
-            assert_eq!(object["size"], if sliced || version == "v2" { Value::Null } else { json!(3) });
+            let entry = stored(rest);
+            // The second time it is remembered.
+            for _ in 0..2 {
+                let mut text = Vec::new();
+                entry.encode(resource, Revision(7), true, &mut text).expect("encoded");
+                let text = String::from_utf8(text).expect("text");
+                assert_eq!(text.contains(r#""uid":"u","name":"a""#), sliced, "{rest} {version}: {text}");
+                let object: Value = serde_json::from_str(&text).expect("JSON");
+                assert_eq!(object["apiVersion"], format!("example.com/{version}"));
+                assert_eq!((&object["size"], object.get("z")), (&size, None));
+            }
+        }
+        // What was right by one schema is looked at again by the next.
+        let entry = stored(r#","size":1"#);
+        for (property, kept) in [("size", true), ("weight", false), ("size", true)] {
+            let text = crd(plain.clone()).to_string().replace("\"size\"", &format!("{property:?}"));
+            let crd = serde_json::from_str(&text).expect("JSON");
+            let resources = crate::crd::resources(&crd, &Arc::default());
+            let object = entry.object(&resources[0], Revision(7)).expect("an object");
+            assert_eq!((object.get("size").is_some(), entry.is_settled(&resources[0])), (kept, kept));
         }
     }
 

@@ -60,6 +60,9 @@ struct Inner {
     weight: usize,
 }
 
+/// In which form something was made of an object: the schemas, and `<group>/<version>`.
+type Form = (u32, String);
+
 /// One change of an object.
 #[derive(Debug)]
 pub(crate) struct Change {
@@ -67,9 +70,9 @@ pub(crate) struct Change {
     pub(crate) old: Option<Arc<Entry>>,
     /// `None`: deleted.
     pub(crate) new: Option<Arc<Entry>>,
-    line: OnceLock<(String, Bytes)>,
+    line: OnceLock<(Form, Bytes)>,
     /// What selectors ask of both objects.
-    parts: [OnceLock<(String, Value)>; 2],
+    parts: [OnceLock<(Form, Value)>; 2],
 }
 
 /// Which of a change's two objects is meant.
@@ -384,22 +387,25 @@ impl Change {
     }
 }
 
-/// What the cell has for the version of `resource`; another version than the first that asked is made anew each time.
+/// What the cell has for the version of `resource`, and for the schemas that decide what is left of an object; for others than
+/// those of the first that asked it is made anew each time.
 fn once<T, R>(
-    cell: &OnceLock<(String, T)>,
+    cell: &OnceLock<(Form, T)>,
     resource: &Resource,
     make: impl FnOnce() -> Result<T, ApiError>,
     look: impl FnOnce(&T) -> R,
 ) -> Result<R, ApiError> {
-    let version = &resource.version;
-    let group = &resource.group;
-    let same =
-        |made: &str| made.strip_prefix(group.as_str()).and_then(|v| v.strip_prefix('/')) == Some(version);
+    let forms = resource.forms_id();
+    let same = |(of, made): &Form| {
+        let version = made.strip_prefix(resource.group.as_str()).and_then(|made| made.strip_prefix('/'));
+        *of == forms && version == Some(&resource.version)
+    };
     match cell.get() {
-        Some((made, value)) if same(made) => Ok(look(value)),
+        Some((of, value)) if same(of) => Ok(look(value)),
         Some(_) => make().map(|value| look(&value)),
         None => {
-            let made = (format!("{group}/{version}"), make()?);
+            let of = (forms, format!("{}/{}", resource.group, resource.version));
+            let made = (of, make()?);
             let (_, value) = cell.get_or_init(|| made);
             Ok(look(value))
         }

@@ -102,6 +102,97 @@ async fn a_watch_from_before_the_cache_reads_the_log_and_then_memory() {
     assert!(watch.next().await.is_none());
 }
 
+/// Collections in which nothing is written here.
+fn quiet(registry: &Registry) -> [Target; 4] {
+    let place = [("secrets", "default"), ("services", ""), ("leases", "default"), ("configmaps", "quiet")];
+    place.map(|(plural, namespace)| {
+        let group = if plural == "leases" { "coordination.k8s.io" } else { "" };
+        registry.target((group, "v1", plural), namespace, "").expect("served")
+    })
+}
+
+#[tokio::test]
+async fn quiet_watches_from_before_a_restart_leave_the_log_once_they_have_caught_up() {
+    const WATCHES: usize = 40;
+    let dir = tempfile::tempdir().expect("a directory");
+    let open = async || {
+        let config =
+            StoreConfig { compaction: Compaction::Manual, ..StoreConfig::new(dir.path().join("hub.db")) };
+        Store::open(config).await.expect("a store")
+    };
+    let before = open().await;
+    let first = registry(&before).await;
+    let start = before.revision();
+    for i in 0..20 {
+        create(&first, &format!("a{i}"), json!({})).await;
+    }
+    drop(first);
+    before.close().await;
+    // Nothing of it is in memory any more.
+    let store = open().await;
+    let second = registry(&store).await;
+    // The cache follows the log when it has seen a write.
+    create(&second, "own", json!({})).await;
+    second.get(&maps(&second, "own")).await.expect("there");
+    let others = store.metrics().watchers;
+    let targets = quiet(&second);
+    let mut watches = Vec::new();
+    for i in 0..WATCHES {
+        let options = WatchOptions { bookmarks: true, ..at(start.0) };
+        watches.push(second.watch(&targets[i % targets.len()], options).await.expect("a watch"));
+    }
+    assert_eq!(store.metrics().watchers, others + WATCHES, "each begins with the log");
+    let mut events: Vec<_> = watches.iter_mut().map(|watch| Box::pin(watch.next())).collect();
+    let caught_up = async {
+        while store.metrics().watchers > others {
+            for event in &mut events {
+                assert!(futures::poll!(event).is_pending(), "there is nothing to tell");
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    let in_time = tokio::time::timeout(LIMIT, caught_up).await;
+    assert!(in_time.is_ok(), "{} streams of the store are left", store.metrics().watchers - others);
+    // What comes now is told once, and nothing else.
+    let secret = json!({"metadata": {"name": "late"}});
+    second.create(&targets[0], secret, &WriteOptions::by("test")).await.expect("created");
+    for (i, event) in events.into_iter().enumerate().filter(|(i, _)| i % targets.len() == 0) {
+        let event = tokio::time::timeout(LIMIT, event).await.expect("in time");
+        assert!(matches!(event, Some(WatchEvent::Added(_))), "{i}: {event:?}");
+    }
+}
+
+#[tokio::test]
+async fn bookmarks_of_a_quiet_watch_tell_how_far_the_others_have_come() {
+    let store = store().await;
+    let first = registry(&store).await;
+    let start = store.revision();
+    create(&first, "a0", json!({})).await;
+    let second = registry(&store).await;
+    second.get(&maps(&second, "a0")).await.expect("there");
+    // One from before the cache, and one from its own time.
+    let target = &quiet(&second)[0];
+    let mut watches = Vec::new();
+    for from in [start, store.revision()] {
+        let options = WatchOptions { bookmarks: true, ..at(from.0) };
+        watches.push(second.watch(target, options).await.expect("a watch"));
+    }
+    for name in ["b0", "b1"] {
+        for watch in &mut watches {
+            assert!(futures::poll!(Box::pin(watch.next())).is_pending(), "there is nothing to tell");
+        }
+        create(&second, name, json!({})).await;
+        second.get(&maps(&second, name)).await.expect("in memory");
+        tokio::time::pause();
+        for watch in &mut watches {
+            let event = watch.next().await;
+            let Some(WatchEvent::Bookmark(bookmark)) = &event else { panic!("{event:?}") };
+            assert_eq!(version(bookmark), store.revision().0, "after {name}");
+        }
+        tokio::time::resume();
+    }
+}
+
 #[tokio::test]
 async fn pages_are_of_one_revision_until_it_is_compacted() {
     let store = store().await;

@@ -15,7 +15,7 @@ use crate::value::{self, at, set, str_at};
 
 impl Registry {
     /// Checks apiVersion, kind, name and namespace of a body against the request, and fills in what it leaves out.
-    pub(super) fn identify(&self, target: &Target, object: &mut Value) -> Result<(), ApiError> {
+    pub(in crate::registry) fn identify(&self, target: &Target, object: &mut Value) -> Result<(), ApiError> {
         let resource = &target.resource;
         if !object.is_object() {
             return Err(ApiError::bad_request("the body of the request must be an object"));
@@ -309,7 +309,7 @@ pub(super) fn restrict_content(target: &Target, old: &Value, new: Value, subreso
 }
 
 /// The error for a body without the name that is on the path.
-pub(super) fn nameless(target: &Target) -> ApiError {
+pub(in crate::registry) fn nameless(target: &Target) -> ApiError {
     ApiError::bad_request(format!(
         "the name of the object ({} based on URL) was undeterminable: name must be provided",
         target.name
@@ -321,7 +321,7 @@ pub(super) fn check_finalizers(target: &Target, old: &Value, new: &Value) -> Res
         let found = at(o, &["metadata", "finalizers"]).and_then(Value::as_array);
         found.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
     };
-    let before = list(old);
+    let before: std::collections::HashSet<String> = list(old).into_iter().collect();
     let added: Vec<String> = list(new).into_iter().filter(|f| !before.contains(f)).collect();
     if added.is_empty() {
         return Ok(());

@@ -93,7 +93,7 @@ impl Registry {
 }
 
 /// The error for an update of another object than the one that is there.
-pub(super) fn other_uid(target: &Target, wanted: &str, found: &str) -> ApiError {
+pub(in crate::registry) fn other_uid(target: &Target, wanted: &str, found: &str) -> ApiError {
     let why = format!(
         "StorageError: invalid object, Code: 4, Key: {}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: UID in precondition: {wanted}, UID in object meta: {found}",
         target.public_key()
