@@ -81,7 +81,18 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 fn tally(shared: &Shared, places: &BTreeMap<Place, GivenUp>) -> BTreeMap<Place, Option<FailoverStatus>> {
     let mut sums: BTreeMap<&Place, (FailoverStatus, bool)> = BTreeMap::new();
     let has_replicas = |kind| shared.types.get(kind).is_some_and(|of| of.has_replicas());
-    let objects = shared.state.read().objects(has_replicas);
+    let (objects, unknown) = {
+        let state = shared.state.read();
+        (state.objects(has_replicas), state.unknown(has_replicas))
+    };
+    for key in unknown {
+        // It may be anywhere.
+        for (place, _) in places.iter().filter(|(_, of)| of.spec.is_some()) {
+            let (sum, under_way) = sums.entry(place).or_default();
+            *under_way = true;
+            sum.waiting.push(format!("{}/{}: it cannot be read", key.namespace, key.name));
+        }
+    }
     for (key, object) in objects {
         let status = &object.data["status"];
         let excused = status["conditions"]

@@ -1,6 +1,7 @@
 //! Watches of the hub and of members as the controller follows them: listings, changes, gaps and failures.
 //!
-//! Every object is read by itself ([`crate::reader`]): one that cannot be read is passed over and counted, and hides no other.
+//! Every object is read by itself ([`crate::reader`]): one that cannot be read hides no other. What it is itself from then on is for
+//! whoever follows to say ([`Unread`]), as nothing may be taken for gone because it cannot be read.
 
 use std::fmt::Debug;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use kube::{Api, Resource};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{debug, warn};
 
 use crate::pace::{doubling, watch_delay};
@@ -28,14 +29,17 @@ const FIRST_AGAIN: Duration = Duration::from_secs(10);
 /// Longest such wait; a watch that went well for as long is not held to what was before.
 const LONGEST_AGAIN: Duration = Duration::from_secs(600);
 /// A watch that was there for so long has not failed, whatever ends it: a quiet kind has nothing to say, and what lies between may
-/// end a connection that says nothing. What came meanwhile comes with the next one.
+/// end a connection that says nothing. What came meanwhile comes with the next one. Also the longest time between watches that
+/// end sooner.
 const STEADY: Duration = Duration::from_secs(10);
+/// So many watches in a row that end sooner than that, in good order and without a word, have failed: changes may never come.
+const EARLY_ENDS: u32 = 8;
 /// A watch is begun again after this many seconds where nothing else is said.
 const WATCH_SECONDS: u32 = 290;
 /// A watch that its server does not end in time is dead.
 const WATCH_GRACE: Duration = Duration::from_secs(5);
-/// From the beginning of a watch to that of the next: a server may end each at once.
-const WATCH_PACE: Duration = Duration::from_millis(100);
+/// First wait after a watch that ended at once: a server may end each so.
+const FIRST_PACE: Duration = Duration::from_millis(100);
 
 /// What a watch brings: everything at first and after a gap, then single changes.
 #[derive(Debug)]
@@ -43,6 +47,19 @@ pub(crate) enum Change<K> {
     Replace(Vec<K>),
     Apply(K),
     Delete(K),
+}
+
+/// An object, or what is known of one that cannot be read.
+pub(crate) type Read<K> = Result<K, Unreadable>;
+
+/// What becomes of objects that cannot be read.
+pub(crate) enum Unread<T> {
+    /// What was known of them stays, and a list with one fails: there may be no knowing what their absence would open or take away.
+    Refused,
+    /// They are left out and counted: a stranger's, of which nothing but themselves depends on them.
+    PassedOver,
+    /// They are handed on in this form, where whoever wrote one must not stop everybody else.
+    Kept(fn(Unreadable) -> T),
 }
 
 /// What a failed watch says, and how often in a row it has failed.
@@ -60,6 +77,9 @@ pub(crate) enum FollowError {
     /// No watch, or not any more.
     #[error("cannot watch")]
     Watch(#[source] ReadError),
+    /// Watches end at once, and say nothing.
+    #[error("cannot watch: the last {0} watches ended at once")]
+    EndsAtOnce(u32),
     /// [`Limits::page`] has passed.
     #[error("listing: no page came within {0:?}")]
     SlowPage(Duration),
@@ -99,6 +119,10 @@ pub(crate) struct Source {
 enum Ended {
     /// Another one goes on where it was.
     Well,
+    /// So does another one, in a while: this one ended at once. `told`: it said something of objects.
+    Early { told: bool },
+    /// Something is gone, and it cannot be read what.
+    Unclear,
     /// Nobody wants to know more.
     Unwanted,
 }
@@ -110,12 +134,14 @@ struct Follower {
     size: u32,
     /// Pages in a row that came well.
     good: u32,
-    /// When something was heard of the present watch.
-    heard: Instant,
+    /// Since when there has been a watch, if there is one.
+    watches: Option<Instant>,
 }
 
 /// Follows one sort of the hub's objects for ever: lists, watches, lists again after a gap. It ends when `admit` refuses an object
 /// of a listing (of which it is told the number of those before it), or when one of the others returns false.
+///
+/// For what only the platform writes: while one cannot be read, the list fails.
 pub(crate) async fn follow<K>(
     api: Api<K>,
     config: watcher::Config,
@@ -125,13 +151,28 @@ pub(crate) async fn follow<K>(
 ) where
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    follow_as(Source::of_hub(api, config), answers::typed, admit, on_change, on_trouble).await;
+    let source = Source::of_hub(api, config);
+    follow_as(source, (answers::typed, Unread::Refused), admit, on_change, on_trouble).await;
+}
+
+/// As [`follow`], for what tenants write: one that cannot be read is handed on by its name.
+pub(crate) async fn follow_each<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    on_change: impl FnMut(Change<Read<K>>) -> bool,
+    on_trouble: impl FnMut(WatchTrouble) -> bool,
+) where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    let source = Source::of_hub(api, config);
+    let keep = |object| answers::typed(object).map(Ok);
+    follow_as(source, (keep, Unread::Kept(Err)), admit_all, on_change, on_trouble).await;
 }
 
 /// As [`follow`], for objects that are kept in another form: a whole listing is held in that form only.
 pub(crate) async fn follow_as<T>(
     source: Source,
-    keep: impl Fn(Value) -> Result<T, Unreadable>,
+    (keep, unread): (impl Fn(Value) -> Result<T, Unreadable>, Unread<T>),
     mut admit: impl FnMut(&T, usize) -> bool,
     mut on_change: impl FnMut(Change<T>) -> bool,
     mut on_trouble: impl FnMut(WatchTrouble) -> bool,
@@ -139,6 +180,8 @@ pub(crate) async fn follow_as<T>(
     let limits = source.limits;
     let mut follower = Follower::new(source);
     let mut failures = 0u32;
+    // Watches in a row that ended at once.
+    let mut early = 0u32;
     // When it was listed last, and how often because it could not be watched.
     let mut listed = Instant::now();
     let mut again = 0u32;
@@ -146,9 +189,9 @@ pub(crate) async fn follow_as<T>(
     let mut from: Option<String> = None;
     loop {
         let error = match &mut from {
-            None => match follower.list(&keep, &mut admit).await {
+            None => match follower.list(&keep, &unread, &mut admit).await {
                 Ok(Some((all, version))) => {
-                    failures = 0;
+                    (failures, early) = (0, 0);
                     listed = Instant::now();
                     debug!(resource = %follower.source.path.url_path, count = all.len(), "listed");
                     if !on_change(Change::Replace(all)) {
@@ -165,20 +208,37 @@ pub(crate) async fn follow_as<T>(
                     failures = 0;
                     on_change(change)
                 };
-                match follower.watch(version, &keep, told).await {
-                    Ok(Ended::Well) => continue,
+                match follower.watch(version, &keep, &unread, told).await {
+                    Ok(Ended::Well) => {
+                        (failures, early) = (0, 0);
+                        continue;
+                    }
+                    Ok(Ended::Early { told }) => {
+                        early = if told { 1 } else { early.saturating_add(1) };
+                        if early < EARLY_ENDS {
+                            sleep(doubling(FIRST_PACE, STEADY, early, rand::random())).await;
+                            continue;
+                        }
+                        FollowError::EndsAtOnce(early)
+                    }
+                    Ok(Ended::Unclear) => {
+                        from = None;
+                        continue;
+                    }
                     Ok(Ended::Unwanted) => return,
                     Err(error) => FollowError::Watch(error),
                 }
             }
         };
         let watching = from.is_some();
-        let broke_off = matches!(error, FollowError::Watch(ReadError::BrokeOff(_)));
-        if broke_off && follower.heard.elapsed() >= STEADY {
+        if watching && follower.has_stood() && !matches!(error, FollowError::Watch(ReadError::Malformed(_))) {
             failures = 0;
         }
         failures = failures.saturating_add(1);
         let mut wait = watch_delay(failures, rand::random());
+        if matches!(error, FollowError::EndsAtOnce(_)) {
+            wait = wait.max(doubling(FIRST_PACE, STEADY, early, rand::random()));
+        }
         debug!(resource = %follower.source.path.url_path, %error, failures, "watch failed");
         if error.status().is_some_and(|status| status.code == 410) {
             // What lies between is forgotten.
@@ -202,7 +262,7 @@ impl FollowError {
     pub(crate) fn status(&self) -> Option<&Status> {
         match self {
             Self::List(error) | Self::Watch(error) => error.status(),
-            Self::SlowPage(_) | Self::SlowList(_) => None,
+            Self::EndsAtOnce(_) | Self::SlowPage(_) | Self::SlowList(_) => None,
         }
     }
 }
@@ -222,19 +282,25 @@ impl Source {
 impl Follower {
     fn new(source: Source) -> Self {
         let size = source.limits.map_or(HUB_PAGE, |limits| limits.size);
-        Self { source, size, good: 0, heard: Instant::now() }
+        Self { source, size, good: 0, watches: None }
+    }
+
+    /// Whether the last watch was there for a while.
+    fn has_stood(&self) -> bool {
+        self.watches.is_some_and(|since| since.elapsed() >= STEADY)
     }
 
     /// Everything, and its revision; `None` when something was not admitted.
     async fn list<T>(
         &mut self,
         keep: &impl Fn(Value) -> Result<T, Unreadable>,
+        unread: &Unread<T>,
         admit: &mut impl FnMut(&T, usize) -> bool,
     ) -> Result<Option<(Vec<T>, String)>, FollowError> {
         let limits = self.source.limits;
         let end = limits.map(|limits| Instant::now() + limits.list);
         let mut all = Vec::new();
-        let (mut passed_over, mut example) = (0u32, None);
+        let (mut unreadable, mut example) = (0u32, None);
         let mut more = String::new();
         loop {
             let config = &self.source.config;
@@ -246,19 +312,29 @@ impl Follower {
                 ..ListParams::default()
             };
             let request = self.source.path.list(&params).map_err(|error| FollowError::List(error.into()))?;
-            let mut refused = false;
-            let reading = self.source.reader.page(request, |item| match item.and_then(keep) {
-                Ok(object) => {
-                    refused = !admit(&object, all.len());
-                    all.push(object);
-                    !refused
-                }
-                Err(unreadable) => {
-                    self.source.reader.pass_over();
-                    passed_over += 1;
-                    example.get_or_insert(unreadable);
-                    true
-                }
+            let (mut refused, mut failed) = (false, None);
+            let reading = self.source.reader.page(request, |item| {
+                let object = match item.and_then(keep) {
+                    Ok(object) => object,
+                    Err(error) => {
+                        unreadable += 1;
+                        example.get_or_insert_with(|| error.clone());
+                        match unread {
+                            Unread::Kept(as_known) if !error.name.is_empty() => as_known(error),
+                            Unread::PassedOver => {
+                                self.source.reader.pass_over();
+                                return true;
+                            }
+                            Unread::Refused | Unread::Kept(_) => {
+                                failed = Some(error);
+                                return false;
+                            }
+                        }
+                    }
+                };
+                refused = !admit(&object, all.len());
+                all.push(object);
+                !refused
             });
             let answer = match limits.zip(end) {
                 None => reading.await,
@@ -283,13 +359,16 @@ impl Follower {
                 Err(error) if error.is_too_large() && self.shrink() => continue,
                 answer => answer.map_err(FollowError::List)?,
             };
+            if let Some(error) = failed {
+                return Err(FollowError::List(error.into()));
+            }
             if refused {
                 return Ok(None);
             }
             self.grow();
             if page.more.is_empty() {
                 if let Some(example) = example {
-                    warn!(resource = %self.source.path.url_path, passed_over, %example, "objects are passed over");
+                    warn!(resource = %self.source.path.url_path, unreadable, %example, "objects cannot be read");
                 }
                 return Ok(Some((all, page.version)));
             }
@@ -302,13 +381,14 @@ impl Follower {
         &mut self,
         version: &mut String,
         keep: &impl Fn(Value) -> Result<T, Unreadable>,
+        unread: &Unread<T>,
         mut on_change: impl FnMut(Change<T>) -> bool,
     ) -> Result<Ended, ReadError> {
         let config = &self.source.config;
         let seconds = config.timeout.unwrap_or(WATCH_SECONDS);
-        let began = Instant::now();
-        let end = began + Duration::from_secs(seconds.into()) + WATCH_GRACE;
-        self.heard = began;
+        let longest = Duration::from_secs(seconds.into()) + WATCH_GRACE;
+        let end = Instant::now() + longest;
+        self.watches = None;
         let params = WatchParams {
             label_selector: config.label_selector.clone(),
             field_selector: config.field_selector.clone(),
@@ -317,14 +397,12 @@ impl Follower {
             ..WatchParams::default()
         };
         let request = self.source.path.watch(&params, version)?;
-        let Ok(lines) = timeout_at(end, self.source.reader.lines(request)).await else {
-            return Ok(Ended::Well);
-        };
-        let mut lines = lines?;
-        self.heard = Instant::now();
+        let beginning = timeout_at(end, self.source.reader.lines(request)).await;
+        let mut lines = beginning.map_err(|_| ReadError::Late(longest))??;
+        self.watches = Some(Instant::now());
+        let mut told = false;
         while let Ok(line) = timeout_at(end, lines.next()).await {
             let Some(line) = line? else { break };
-            self.heard = Instant::now();
             let text = match line {
                 Line::Text(text) => text,
                 Line::TooLong => {
@@ -352,24 +430,34 @@ impl Follower {
                 }
                 keep(object)
             });
-            match read {
-                Ok(object) => {
-                    let change = if gone { Change::Delete(object) } else { Change::Apply(object) };
-                    if !on_change(change) {
-                        return Ok(Ended::Unwanted);
-                    }
-                }
+            let object = match read {
+                Ok(object) => object,
                 Err(unreadable) => {
-                    self.source.reader.pass_over();
-                    debug!(resource = %self.source.path.url_path, %unreadable, "a change is passed over");
                     if !unreadable.version.is_empty() {
-                        *version = unreadable.version;
+                        version.clone_from(&unreadable.version);
+                    }
+                    let resource = &self.source.path.url_path;
+                    if let Unread::PassedOver = unread {
+                        self.source.reader.pass_over();
+                        debug!(%resource, %unreadable, "a change is passed over");
+                        continue;
+                    }
+                    warn!(%resource, %unreadable, "a change cannot be read: what was known stays");
+                    match unread {
+                        Unread::Kept(as_known) if !unreadable.name.is_empty() => as_known(unreadable),
+                        // A list shows what there is.
+                        _ if gone => return Ok(Ended::Unclear),
+                        _ => continue,
                     }
                 }
+            };
+            let change = if gone { Change::Delete(object) } else { Change::Apply(object) };
+            told = true;
+            if !on_change(change) {
+                return Ok(Ended::Unwanted);
             }
         }
-        sleep_until(began + WATCH_PACE).await;
-        Ok(Ended::Well)
+        Ok(if self.has_stood() { Ended::Well } else { Ended::Early { told } })
     }
 
     /// Asks for less at a time from now on; returns whether it can.
@@ -461,7 +549,7 @@ mod tests {
         let mut errors = Vec::new();
         follow_as(
             member(kube::Client::new(server, "default"), Counter::default()),
-            answers::typed::<ConfigMap>,
+            (answers::typed::<ConfigMap>, Unread::PassedOver),
             admit_all,
             |_| false,
             |trouble| {
@@ -478,39 +566,70 @@ mod tests {
         (asked, errors)
     }
 
-    /// What the watches of a server do: when the answer begins, when it ends, and what is in it.
+    /// What the watches of a server do: when the answer begins, when it ends, what is in it at first and at last, and how it ends.
     #[derive(Clone, Copy)]
     struct Watches {
         begin: Option<Duration>,
         live: Duration,
         tell: &'static str,
+        last: &'static str,
+        resets: bool,
     }
 
-    /// Follows a server whose lists are answered at once, until it has been listed twice or a watch has ended `times` times; returns
-    /// how often each time it had failed in a row, and how long it took.
-    async fn watches(times: usize, watches: Watches) -> (Vec<u32>, bool, Duration) {
-        let server = tower::service_fn(move |request: Request<Body>| async move {
-            if !request.uri().query().is_some_and(|query| query.contains("watch=true")) {
-                let list = Full::new(bytes::Bytes::from(page("1", "", 0)));
-                return Ok(Response::new(list.map_err(|never| match never {}).boxed_unsync()));
+    /// What became of following such a server.
+    struct Followed {
+        /// How often each time it had failed in a row.
+        failures: Vec<u32>,
+        errors: Vec<String>,
+        listed_again: bool,
+        watches: usize,
+        took: Duration,
+    }
+
+    const SECOND: Duration = Duration::from_secs(1);
+    const HOUR: Duration = Duration::from_secs(3600);
+    const QUIET: Watches = Watches {
+        begin: Some(Duration::ZERO),
+        live: Duration::from_secs(90),
+        tell: "",
+        last: "",
+        resets: true,
+    };
+    const BOOKMARK: &str = "{\"type\":\"BOOKMARK\",\"object\":{\"metadata\":{\"resourceVersion\":\"2\"}}}\n";
+
+    /// Follows a server whose lists are answered at once, until it has been listed twice or a watch has failed `times` times, or
+    /// for so long.
+    async fn watches(times: usize, longest: Duration, watches: Watches) -> Followed {
+        let asked = Arc::new(Mutex::new(0));
+        let at = Arc::clone(&asked);
+        let server = tower::service_fn(move |request: Request<Body>| {
+            let asked = Arc::clone(&at);
+            async move {
+                if !request.uri().query().is_some_and(|query| query.contains("watch=true")) {
+                    let list = Full::new(bytes::Bytes::from(page("1", "", 0)));
+                    return Ok(Response::new(list.map_err(|never| match never {}).boxed_unsync()));
+                }
+                *asked.lock() += 1;
+                let Some(begin) = watches.begin else {
+                    tokio::time::sleep(watches.live).await;
+                    return Err(io::Error::other("it did not begin to answer"));
+                };
+                tokio::time::sleep(begin).await;
+                let text = |text: &'static str| Ok(Frame::data(bytes::Bytes::from_static(text.as_bytes())));
+                let first = futures::stream::iter([text(watches.tell)]);
+                let last = futures::stream::once(async move {
+                    tokio::time::sleep(watches.live).await;
+                    text(watches.last)
+                });
+                let reset = Err(io::Error::from(io::ErrorKind::ConnectionReset));
+                let end = futures::stream::iter(watches.resets.then_some(reset));
+                Ok(Response::new(StreamBody::new(first.chain(last).chain(end)).boxed_unsync()))
             }
-            let Some(begin) = watches.begin else {
-                tokio::time::sleep(watches.live).await;
-                return Err(io::Error::other("it did not begin to answer"));
-            };
-            tokio::time::sleep(begin).await;
-            let told =
-                futures::stream::iter([Ok(Frame::data(bytes::Bytes::from_static(watches.tell.as_bytes())))]);
-            let end = futures::stream::once(async move {
-                tokio::time::sleep(watches.live).await;
-                Err(io::Error::from(io::ErrorKind::ConnectionReset))
-            });
-            Ok(Response::new(StreamBody::new(told.chain(end)).boxed_unsync()))
         });
-        let (mut failures, mut lists, began) = (Vec::new(), 0, Instant::now());
-        follow_as(
+        let (mut failures, mut errors, mut lists, began) = (Vec::new(), Vec::new(), 0, Instant::now());
+        let following = follow_as(
             member(kube::Client::new(server, "default"), Counter::default()),
-            answers::typed::<ConfigMap>,
+            (answers::typed::<ConfigMap>, Unread::PassedOver),
             admit_all,
             |change| {
                 lists += u32::from(matches!(change, Change::Replace(_)));
@@ -518,33 +637,61 @@ mod tests {
             },
             |trouble| {
                 failures.push(trouble.failures);
+                errors.push(crate::member::chain(&trouble.error));
                 failures.len() < times
             },
-        )
-        .await;
-        (failures, lists > 1, began.elapsed())
+        );
+        let _done_or_late = tokio::time::timeout(longest, following).await;
+        let watches = *asked.lock();
+        Followed { failures, errors, listed_again: lists > 1, watches, took: began.elapsed() }
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_quiet_kind_whose_watches_are_reset_is_seen_all_the_time() {
-        let quiet = Watches { begin: Some(Duration::ZERO), live: Duration::from_secs(90), tell: "" };
-        let (failures, listed_again, took) = watches(20, quiet).await;
-        assert_eq!((failures, listed_again), (vec![1; 20], false));
-        assert!(took < 20 * Duration::from_secs(91), "the next one begins at once: {took:?}");
+        // Whatever the server says last, and however long ago.
+        for last in ["", BOOKMARK] {
+            let seen = watches(20, HOUR, Watches { last, ..QUIET }).await;
+            assert_eq!((seen.failures, seen.listed_again), (vec![1; 20], false));
+            assert!(seen.took < 20 * Duration::from_secs(91), "the next one begins at once: {:?}", seen.took);
+        }
     }
 
     #[tokio::test(start_paused = true)]
     async fn watches_that_tell_nothing_are_failures_and_everything_is_listed_again() {
-        let never = Watches { begin: None, live: Duration::from_secs(60), tell: "" };
-        let gone_at_once = Watches { begin: Some(Duration::ZERO), live: Duration::from_secs(1), tell: "" };
-        let unreadable =
-            Watches { begin: Some(Duration::from_secs(30)), live: Duration::from_secs(90), tell: "what?\n" };
-        for (what, watching) in
-            [("no answer", never), ("gone at once", gone_at_once), ("an answer that is none", unreadable)]
-        {
-            let (failures, listed_again, _) = watches(20, watching).await;
-            assert_eq!((failures, listed_again), (vec![1, 2, 3], true), "{what}");
+        let never = Watches { begin: None, live: Duration::from_secs(60), ..QUIET };
+        let gone_at_once = Watches { live: SECOND, ..QUIET };
+        let bookmarks = Watches { live: SECOND, tell: BOOKMARK, ..QUIET };
+        let unreadable = Watches { begin: Some(Duration::from_secs(30)), tell: "what?\n", ..QUIET };
+        for (what, watching) in [
+            ("no answer", never),
+            ("gone at once", gone_at_once),
+            ("nothing of objects", bookmarks),
+            ("an answer that is none", unreadable),
+        ] {
+            let seen = watches(20, HOUR, watching).await;
+            assert_eq!((seen.failures, seen.listed_again), (vec![1, 2, 3], true), "{what}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn watches_that_end_at_once_are_begun_ever_more_rarely_and_are_failures_in_the_end() {
+        for tell in ["", BOOKMARK] {
+            let ends = Watches { live: Duration::ZERO, resets: false, tell, ..QUIET };
+            let seen = watches(20, HOUR, ends).await;
+            assert_eq!((seen.failures, seen.listed_again), (vec![1, 2, 3], true));
+            assert_eq!(seen.errors[0], "cannot watch: the last 8 watches ended at once");
+            assert_eq!(seen.watches, 10, "before it was listed again");
+            assert!(seen.took > STEADY, "{:?}", seen.took);
+        }
+        // One that brings something is begun again soon: what comes next is awaited.
+        let change = "{\"type\":\"MODIFIED\",\"object\":{\"metadata\":{\"name\":\"web\",\"resourceVersion\":\"3\"}}}\n";
+        let ends = Watches { live: Duration::ZERO, resets: false, tell: change, ..QUIET };
+        let seen = watches(20, 10 * SECOND, ends).await;
+        assert!(seen.failures.is_empty() && (50..=200).contains(&seen.watches), "{}", seen.watches);
+        // One that ends as it should is not begun again any later than it was.
+        let ends = Watches { live: Duration::from_secs(240), resets: false, ..QUIET };
+        let seen = watches(20, HOUR, ends).await;
+        assert!(seen.failures.is_empty() && (15..=16).contains(&seen.watches), "{}", seen.watches);
     }
 
     fn page(version: &str, more: &str, padding: usize) -> String {
@@ -612,7 +759,7 @@ mod tests {
         let mut names = Vec::new();
         follow_as(
             member(kube::Client::new(server, "default"), unreadable.clone()),
-            answers::typed::<ConfigMap>,
+            (answers::typed::<ConfigMap>, Unread::PassedOver),
             admit_all,
             |change| {
                 let (how, object) = match change {
@@ -652,6 +799,66 @@ mod tests {
         assert_eq!(unreadable, 2);
     }
 
+    /// A hub whose first two lists hold one object that cannot be read, and what its watch says.
+    fn unsure(watch: Vec<Value>) -> kube::Client {
+        let lists = Arc::new(Mutex::new(0));
+        let server = tower::service_fn(move |request: Request<Body>| {
+            let text = if request.uri().query().is_some_and(|query| query.contains("watch=true")) {
+                watch.iter().map(|line| format!("{line}\n")).collect()
+            } else {
+                *lists.lock() += 1;
+                let labels = if *lists.lock() < 3 { json!("none") } else { json!({}) };
+                json!({"metadata": {"resourceVersion": "1"}, "items": [{"metadata": {"name": "a"}},
+                    {"metadata": {"name": "b", "labels": labels}}, {"metadata": {"name": "c"}}]})
+                .to_string()
+            };
+            async move { Ok::<_, Infallible>(Response::new(Full::new(bytes::Bytes::from(text)))) }
+        });
+        kube::Client::new(server, "default")
+    }
+
+    fn named(how: &str, object: &Read<ConfigMap>) -> String {
+        match object {
+            Ok(object) => format!("{how} {}", object.metadata.name.as_deref().unwrap_or_default()),
+            Err(unreadable) => format!("{how} {}?", unreadable.name),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_gone_from_the_hub_because_it_cannot_be_read() {
+        let odd =
+            |how: &str, name: &str| json!({"type": how, "object": {"metadata": {"name": name, "labels": 7}}});
+        let watch = vec![odd("MODIFIED", "a"), odd("DELETED", "c")];
+        // What only the platform writes: the list fails, what is known stays, and what may have gone is listed.
+        let (mut told, mut errors) = (Vec::new(), Vec::new());
+        let change = |change: Change<ConfigMap>| {
+            let Change::Replace(all) = change else { panic!("{change:?}") };
+            told.push(all.into_iter().filter_map(|one| one.metadata.name).collect::<Vec<_>>());
+            told.len() < 2
+        };
+        let trouble = |trouble: WatchTrouble| {
+            errors.push(crate::member::chain(&trouble.error));
+            true
+        };
+        follow(Api::all(unsure(watch.clone())), watcher::Config::default(), admit_all, change, trouble).await;
+        assert_eq!(told, [["a", "b", "c"], ["a", "b", "c"]]);
+        let error = "cannot list: the object \"b\" cannot be read: it does not have the form of its type";
+        assert_eq!(errors, [error; 2]);
+        // What tenants write: it is told by its name.
+        let mut told = Vec::new();
+        let change = |change: Change<Read<ConfigMap>>| {
+            match change {
+                Change::Replace(all) => told.extend(all.iter().map(|one| named("is", one))),
+                Change::Apply(one) => told.push(named("has become", &one)),
+                Change::Delete(one) => told.push(named("was", &one)),
+            }
+            told.len() < 5
+        };
+        let trouble = |trouble: WatchTrouble| panic!("{}", trouble.error);
+        follow_each(Api::all(unsure(watch)), watcher::Config::default(), change, trouble).await;
+        assert_eq!(told, ["is a", "is b?", "is c", "has become a?", "was c?"]);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_list_is_read_without_what_cannot_be() {
         let text = json!({"metadata": {"resourceVersion": "1"}, "items": [
@@ -666,7 +873,7 @@ mod tests {
         let unreadable = Counter::default();
         follow_as(
             member(kube::Client::new(server, "default"), unreadable.clone()),
-            answers::typed::<ConfigMap>,
+            (answers::typed::<ConfigMap>, Unread::PassedOver),
             admit_all,
             |change| {
                 if let Change::Replace(objects) = change {

@@ -22,7 +22,7 @@ use kube::{Api, Resource, ResourceExt as _};
 
 use crate::credentials::{Sealed, Way, missing};
 use crate::failover::{GivenUp, Place};
-use crate::follow::Change;
+use crate::follow::{Change, Read};
 use crate::loss::Watched;
 use crate::queue::Sharer;
 
@@ -42,14 +42,16 @@ pub(crate) struct ObjectKey {
 pub(crate) struct HubState {
     /// In the order of their types, namespaces and names: what lies beside an object is found without a look at the others.
     objects: BTreeMap<ObjectKey, Kept>,
+    /// Of them, those of which nothing has been read.
+    unknown: BTreeSet<ObjectKey>,
     /// What of the objects stands in for others.
     stand_ins: StandIns,
     cells: BTreeMap<String, Cell>,
     clusters: BTreeMap<String, Arc<KubeFedCluster>>,
     configs: BTreeMap<String, PropagationConfig>,
     type_configs: BTreeMap<String, FederatedTypeConfig>,
-    /// By namespace and name.
-    preferences: HashMap<(String, String), Arc<ReplicaSchedulingPreference>>,
+    /// By namespace and name; `None`: nothing has been read of it.
+    preferences: HashMap<(String, String), Option<Arc<ReplicaSchedulingPreference>>>,
     /// By namespace and source mark, then by name.
     revisions: HashMap<(String, String), BTreeMap<String, Arc<FederatedRevision>>>,
     tombstones: BTreeMap<String, Arc<Tombstone>>,
@@ -300,26 +302,43 @@ impl HubState {
         of: &FederatedType,
         key: &ObjectKey,
     ) -> Option<Arc<ReplicaSchedulingPreference>> {
-        let found = self.preferences.get(&(key.namespace.to_string(), key.name.to_string()))?;
+        let found = self.preferences.get(&(key.namespace.to_string(), key.name.to_string()))?.as_ref()?;
         (found.spec.target_kind == of.kind).then(|| Arc::clone(found))
+    }
+
+    /// Whether something that decides about an object is there, and it cannot be read what it is: the object itself, what is asked
+    /// for about its replicas, or where its namespace goes (`namespaces`: the slot of their type). Nothing may be concluded from
+    /// what it does not say.
+    pub(crate) fn lacks(&self, of: &FederatedType, key: &ObjectKey, namespaces: Option<usize>) -> bool {
+        let place = || (key.namespace.to_string(), key.name.to_string());
+        let namespace =
+            |kind| ObjectKey { kind, namespace: key.namespace.clone(), name: key.namespace.clone() };
+        self.is_unread(key)
+            || of.has_replicas() && self.preferences.get(&place()).is_some_and(Option::is_none)
+            || namespaces.is_some_and(|kind| self.is_unknown(&namespace(kind)))
     }
 
     /// Takes preferences in; returns namespaces and names of those that are concerned.
     pub(crate) fn change_preferences(
         &mut self,
-        change: Change<ReplicaSchedulingPreference>,
+        change: Change<Read<ReplicaSchedulingPreference>>,
     ) -> Vec<(String, String)> {
-        let place = |of: &ReplicaSchedulingPreference| (of.namespace().unwrap_or_default(), of.name_any());
         match change {
             Change::Replace(all) => {
                 self.unlisted.remove(PREFERENCES);
                 let before = std::mem::take(&mut self.preferences);
-                self.preferences = all.into_iter().map(|of| (place(&of), Arc::new(of))).collect();
+                let known = |of: Read<ReplicaSchedulingPreference>| {
+                    let place = place(&of);
+                    let known = of.ok().map(Arc::new).or_else(|| before.get(&place).cloned().flatten());
+                    (place, known)
+                };
+                self.preferences = all.into_iter().map(known).collect();
                 before.into_keys().chain(self.preferences.keys().cloned()).collect()
             }
             Change::Apply(of) => {
                 let place = place(&of);
-                self.preferences.insert(place.clone(), Arc::new(of));
+                let before = self.preferences.remove(&place).flatten();
+                self.preferences.insert(place.clone(), of.ok().map(Arc::new).or(before));
                 vec![place]
             }
             Change::Delete(of) => {
@@ -411,16 +430,27 @@ impl HubState {
         changed
     }
 
-    /// Takes revisions in.
-    pub(crate) fn change_revisions(&mut self, change: Change<FederatedRevision>) {
+    /// Takes revisions in. One that cannot be read stays as it was known: a revision never says anything else than at first. Without
+    /// it what is at it is left as it is.
+    pub(crate) fn change_revisions(&mut self, change: Change<Read<FederatedRevision>>) {
         match change {
             Change::Replace(all) => {
                 self.unlisted.remove(REVISIONS);
-                self.revisions.clear();
-                all.into_iter().for_each(|revision| self.add_revision(revision));
+                let unread: BTreeSet<_> = all.iter().filter(|of| of.is_err()).map(place).collect();
+                self.revisions.retain(|(namespace, _), of| {
+                    of.retain(|name, _| unread.contains(&(namespace.clone(), name.clone())));
+                    !of.is_empty()
+                });
+                all.into_iter().flatten().for_each(|revision| self.add_revision(revision));
             }
-            Change::Apply(revision) => self.add_revision(revision),
-            Change::Delete(revision) => {
+            Change::Apply(revision) => revision.into_iter().for_each(|revision| self.add_revision(revision)),
+            Change::Delete(Err(unread)) => self.revisions.retain(|(namespace, _), of| {
+                if *namespace == unread.namespace {
+                    of.remove(&unread.name);
+                }
+                !of.is_empty()
+            }),
+            Change::Delete(Ok(revision)) => {
                 let owner = (revision.namespace().unwrap_or_default(), revision.spec.object.clone());
                 if let Some(of) = self.revisions.get_mut(&owner) {
                     let name = revision.name_any();
@@ -464,6 +494,14 @@ fn differs_in_status_only(one: &KubeFedCluster, other: &KubeFedCluster) -> bool 
         && before.deletion_timestamp == after.deletion_timestamp
 }
 
+/// Namespace and name of what may not have been read.
+fn place<K: Resource>(of: &Read<K>) -> (String, String) {
+    match of {
+        Ok(of) => (of.namespace().unwrap_or_default(), of.name_any()),
+        Err(unread) => (unread.namespace.clone(), unread.name.clone()),
+    }
+}
+
 fn change_map<K: Resource>(
     map: &mut BTreeMap<String, K>,
     change: Change<K>,
@@ -499,7 +537,11 @@ pub(crate) fn clusters(client: kube::Client) -> Api<KubeFedCluster> {
 
 #[cfg(test)]
 mod tests {
-    use federation_core::api::{CellSpec, KubeFedClusterSpec, KubeFedClusterStatus};
+    use federation_core::answers::{Unreadable, Why};
+    use federation_core::api::{
+        CellSpec, FederatedRevisionSpec, KubeFedClusterSpec, KubeFedClusterStatus,
+        ReplicaSchedulingPreferenceSpec, Snapshot,
+    };
     use federation_core::types;
     use kube::api::DynamicObject;
     use serde_json::Value;
@@ -582,6 +624,57 @@ mod tests {
         assert_eq!(state.standing_in().len(), 3);
         state.set_followed(false);
         assert!(state.held_stand_ins(maps, &map).is_none(), "a type that is not followed may need it");
+    }
+
+    #[test]
+    fn what_decides_about_an_object_is_not_gone_because_it_cannot_be_read() {
+        let types = types::builtin();
+        let workloads = types.iter().find(|of| of.has_replicas()).expect("a type");
+        let maps = types.iter().find(|of| of.target.kind == "ConfigMap").expect("a type");
+        let unread = |namespace: &str, name: &str| Unreadable {
+            namespace: namespace.into(),
+            name: name.into(),
+            version: "7".into(),
+            why: Why::Form,
+        };
+        let web = ObjectKey::new(0, "shop", "web");
+        let mut state = HubState::new();
+        let spec =
+            ReplicaSchedulingPreferenceSpec { target_kind: workloads.kind.clone(), ..Default::default() };
+        let mut preference = ReplicaSchedulingPreference::new("web", spec);
+        preference.metadata.namespace = Some("shop".into());
+        state.change_preferences(Change::Apply(Err(unread("shop", "web"))));
+        assert!(state.lacks(workloads, &web, None) && !state.lacks(maps, &web, None));
+        assert_eq!(state.change_preferences(Change::Apply(Ok(preference))).len(), 1);
+        // As it was known.
+        for change in
+            [Change::Apply(Err(unread("shop", "web"))), Change::Replace(vec![Err(unread("shop", "web"))])]
+        {
+            state.change_preferences(change);
+            assert!(!state.lacks(workloads, &web, None) && state.preference(workloads, &web).is_some());
+        }
+        state.change_preferences(Change::Delete(Err(unread("shop", "web"))));
+        assert!(!state.lacks(workloads, &web, None) && state.preference(workloads, &web).is_none());
+        // Where its namespace goes, and it itself.
+        state.change_objects(1, Change::Apply(Kept::unread(unread("shop", "shop"))));
+        assert!(
+            state.lacks(maps, &web, Some(1)) && !state.lacks(maps, &ObjectKey::new(0, "bank", "a"), Some(1))
+        );
+        state.change_objects(0, Change::Apply(Kept::unread(unread("bank", "a"))));
+        assert!(state.lacks(maps, &ObjectKey::new(0, "bank", "a"), Some(1)));
+        // Revisions.
+        let object = "federatedconfigmaps/web".to_owned();
+        let spec = FederatedRevisionSpec { object, number: 1, snapshot: Snapshot::default() };
+        let mut revision = FederatedRevision::new("web-1", spec);
+        revision.metadata.namespace = Some("shop".into());
+        state.add_revision(revision);
+        let known = |state: &HubState| state.revisions("shop", "federatedconfigmaps/web").len();
+        state.change_revisions(Change::Replace(vec![Err(unread("shop", "web-1"))]));
+        assert_eq!(known(&state), 1);
+        state.change_revisions(Change::Delete(Err(unread("bank", "web-1"))));
+        assert_eq!(known(&state), 1);
+        state.change_revisions(Change::Delete(Err(unread("shop", "web-1"))));
+        assert_eq!(known(&state), 0);
     }
 
     #[test]

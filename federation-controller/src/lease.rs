@@ -1,8 +1,9 @@
 //! Leader election over a `Lease`: of several controllers one acts.
 //!
 //! A lease counts from the moment at which a candidate *saw* it renewed, by the candidate's own clock, so clocks need not
-//! agree. Each process has a name of its own there: one that died is waited for as any other is, and of two that run on copies of
-//! one data folder one leads. The holder stops by itself before anybody else may take over: it gives up when it could not renew for
+//! agree. The holder counts from before it sent what took or renewed it: that may have been stored at once, however late the
+//! answer comes. Each process has a name of its own there: one that died is waited for as any other is, and of two that run
+//! on copies of one data folder one leads. The holder stops by itself before anybody else may take over: it gives up when it could not renew for
 //! [`LeaseOptions::give_up`], which is less than [`LeaseOptions::duration`].
 //!
 //! ```text
@@ -18,7 +19,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::Api;
 use kube::api::{Patch, PatchParams, PostParams};
 use serde_json::json;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, info, warn};
 
 use federation_core::names::{FEDERATION_NAMESPACE, FIELD_MANAGER};
@@ -47,6 +48,8 @@ pub(crate) struct Held {
     options: LeaseOptions,
     version: Option<String>,
     transitions: i32,
+    /// Before what took or renewed it last was sent.
+    renewed: Instant,
 }
 
 /// What a candidate has seen.
@@ -108,6 +111,11 @@ pub(crate) async fn acquire(client: kube::Client, options: &LeaseOptions) -> Hel
     let mut told = false;
     loop {
         match timeout(options.duration, try_acquire(&api, options, &mut seen)).await {
+            // It is ours, and anybody's soon: it is taken anew at once.
+            Ok(Ok(Some(held))) if held.renewed.elapsed() >= options.give_up() => {
+                debug!("the hub's answer about the lease came too late to act on it");
+                continue;
+            }
             Ok(Ok(Some(held))) => {
                 info!(identity = options.holder(), "this controller leads");
                 return held;
@@ -136,8 +144,9 @@ async fn try_acquire(
             "spec": spec(options, 0, true),
         }))
         .map_err(kube::Error::SerdeError)?;
+        let began = Instant::now();
         return match api.create(&PostParams::default(), &lease).await {
-            Ok(lease) => Ok(Some(held(api, options, lease))),
+            Ok(lease) => Ok(Some(held(api, options, lease, began))),
             Err(kube::Error::Api(status)) if status.code == 409 => Ok(None),
             Err(error) => Err(error),
         };
@@ -148,8 +157,9 @@ async fn try_acquire(
     let transitions =
         lease.spec.as_ref().and_then(|spec| spec.lease_transitions).unwrap_or(0).saturating_add(1);
     let version = lease.metadata.resource_version;
+    let began = Instant::now();
     match write(api, options, version, spec(options, transitions, true)).await {
-        Ok(lease) => Ok(Some(held(api, options, lease))),
+        Ok(lease) => Ok(Some(held(api, options, lease, began))),
         // Another was faster.
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(None),
         Err(error) => Err(error),
@@ -161,20 +171,25 @@ async fn try_acquire(
 impl Held {
     /// Renews the lease until it is lost; comes back before anybody else may act.
     pub(crate) async fn keep(&mut self) {
-        let mut renewed = Instant::now();
+        let mut began = self.renewed;
         loop {
-            tokio::time::sleep(self.options.renew).await;
-            let left = self.options.give_up().saturating_sub(renewed.elapsed());
+            // What had to be waited for is not waited for once more.
+            let ends = self.renewed + self.options.give_up();
+            tokio::time::sleep_until(ends.min(began + self.options.renew)).await;
+            if Instant::now() >= ends {
+                warn!("the lease could not be renewed in time; this controller stops acting");
+                return;
+            }
             let wanted = spec(&self.options, self.transitions, false);
-            let began = Instant::now();
-            match timeout(left, write(&self.api, &self.options, self.version.clone(), wanted)).await {
+            began = Instant::now();
+            match timeout_at(ends, write(&self.api, &self.options, self.version.clone(), wanted)).await {
                 Ok(Ok(lease)) => {
                     self.version = lease.metadata.resource_version;
-                    renewed = began;
+                    self.renewed = began;
                 }
                 Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {
                     // Our own write whose answer was lost, or another's.
-                    match timeout(left, self.api.get_opt(&self.options.name)).await {
+                    match timeout_at(ends, self.api.get_opt(&self.options.name)).await {
                         Ok(Ok(Some(lease))) if is_held_by(&lease, &self.options.holder()) => {
                             self.version = lease.metadata.resource_version;
                         }
@@ -187,10 +202,6 @@ impl Held {
                 }
                 Ok(Err(error)) => debug!(error = chain(&error), "cannot renew the lease"),
                 Err(_) => {}
-            }
-            if renewed.elapsed() >= self.options.give_up() {
-                warn!("the lease could not be renewed in time; this controller stops acting");
-                return;
             }
         }
     }
@@ -209,12 +220,13 @@ impl Held {
     }
 }
 
-fn held(api: &Api<Lease>, options: &LeaseOptions, lease: Lease) -> Held {
+fn held(api: &Api<Lease>, options: &LeaseOptions, lease: Lease, began: Instant) -> Held {
     Held {
         api: api.clone(),
         options: options.clone(),
         transitions: lease.spec.and_then(|spec| spec.lease_transitions).unwrap_or(0),
         version: lease.metadata.resource_version,
+        renewed: began,
     }
 }
 
@@ -249,12 +261,70 @@ async fn write(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use parking_lot::Mutex;
+
     use super::*;
 
     fn lease(holder: &str, version: &str) -> Lease {
         serde_json::from_value(json!({"metadata": {"name": "l", "resourceVersion": version},
             "spec": {"holderIdentity": holder}}))
         .expect("lease")
+    }
+
+    /// A hub that stores what it is sent at once, and answers the first write after `slow`; the others it
+    /// refuses.
+    fn hub(stored: Arc<Mutex<Vec<Instant>>>, slow: Duration) -> kube::Client {
+        let hub = tower::service_fn(move |request: http::Request<kube::client::Body>| {
+            let stored = Arc::clone(&stored);
+            async move {
+                let (mut code, mut answer) = (200, lease("me", "1"));
+                if *request.method() == http::Method::GET {
+                    answer = lease("", "1");
+                } else {
+                    let first = {
+                        let mut stored = stored.lock();
+                        stored.push(Instant::now());
+                        stored.len() == 1
+                    };
+                    if !first {
+                        code = 500;
+                    }
+                    tokio::time::sleep(if first { slow } else { Duration::ZERO }).await;
+                }
+                let body = kube::client::Body::from(serde_json::to_vec(&answer).expect("json"));
+                let answer = http::Response::builder().status(code).body(body).expect("an answer");
+                Ok::<_, std::convert::Infallible>(answer)
+            }
+        });
+        kube::Client::new(hub, "default")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_holder_counts_from_before_it_asked() {
+        let options = LeaseOptions::new("me");
+        for slow in [0.0, 1.0, 2.5] {
+            let stored = Arc::new(Mutex::default());
+            let client = hub(Arc::clone(&stored), Duration::from_secs_f64(slow));
+            let mut held = acquire(client, &options).await;
+            // Nothing renews it from here on.
+            held.keep().await;
+            let stored = std::mem::take(&mut *stored.lock());
+            let (acted, attempts) = (stored[0].elapsed(), stored.len() - 1);
+            assert!(acted <= options.give_up() + Duration::from_millis(10), "{slow}: {acted:?}");
+            assert!((1..=3).contains(&attempts), "{slow}: {attempts}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_whose_answer_came_too_late_is_taken_anew() {
+        let options = LeaseOptions::new("me");
+        let stored = Arc::new(Mutex::default());
+        let client = hub(Arc::clone(&stored), Duration::from_secs_f64(3.5));
+        let acquiring = timeout(Duration::from_secs(10), acquire(client, &options)).await;
+        assert!(acquiring.is_err(), "it may be another's half a second later");
+        assert!(stored.lock().len() > 1, "it tries on");
     }
 
     #[test]

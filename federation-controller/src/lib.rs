@@ -12,6 +12,8 @@
 //!
 //! - Nothing is decided before every sort of hub object has been listed, and nothing is done in a member before the
 //!   member is reachable and its objects have been listed.
+//! - Nothing of the hub's counts as gone because it cannot be read: what was known of it stays, and where nothing was, what
+//!   depends on it waits. Where only the platform writes it, that is everything; else one tenant's.
 //! - The status at the hub is written before a unit is moved: a controller that dies at any moment knows afterwards where
 //!   each unit may be. The first status of an object comes after its first writes; until then the members know.
 //! - Members do not wait for each other: each has its own connection pool, queue, workers, rate and time limits.
@@ -71,7 +73,7 @@ use tracing::{Instrument as _, debug, error, info, info_span, warn};
 pub use self::client::{Identity, IdentityError, member_client};
 pub use self::connector::{BoxedIo, ConnectError, Connector, Destination, Io, To, Trust, connector};
 use self::events::Events;
-use self::follow::{Change, WatchTrouble, admit_all, follow};
+use self::follow::{Change, WatchTrouble, admit_all, follow, follow_each};
 use self::hub::{HubState, ObjectKey};
 pub use self::lease::LeaseOptions;
 use self::member::{Member, chain};
@@ -439,10 +441,9 @@ impl Controller {
         let at = shared();
         let revisions: Api<FederatedRevision> = Api::all(hub.clone());
         tasks.spawn(
-            follow(
+            follow_each(
                 revisions,
                 config(),
-                admit_all,
                 move |change| {
                     let listed = matches!(change, Change::Replace(_));
                     at.state.write().change_revisions(change);
@@ -477,10 +478,9 @@ impl Controller {
         let at = shared();
         let preferences: Api<ReplicaSchedulingPreference> = Api::all(hub.clone());
         tasks.spawn(
-            follow(
+            follow_each(
                 preferences,
                 config(),
-                admit_all,
                 move |change| {
                     let listed = matches!(change, Change::Replace(_));
                     let touched = at.state.write().change_preferences(change);
@@ -615,13 +615,13 @@ impl Shared {
         change: impl FnOnce(&mut HubState) -> T,
     ) -> T {
         let mut state = self.state.write();
-        let before = state.namespace_placement(kind, namespace);
-        let changed = change(&mut state);
-        let inside = if state.namespace_placement(kind, namespace) == before {
-            Vec::new()
-        } else {
-            state.keys_in(namespace)
+        let of = |state: &HubState| {
+            let is_unknown = state.is_unknown(&ObjectKey::new(kind, namespace, namespace));
+            (is_unknown, state.namespace_placement(kind, namespace))
         };
+        let before = of(&state);
+        let changed = change(&mut state);
+        let inside = if of(&state) == before { Vec::new() } else { state.keys_in(namespace) };
         drop(state);
         inside.into_iter().for_each(|key| self.queue.add(key));
         changed

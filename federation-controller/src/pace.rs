@@ -1,8 +1,10 @@
 //! Paces: how often a failed thing is tried again, how often a member is written to, and when a fight is given up.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
+use federation_core::drift::Baseline;
 use tokio::time::Instant;
 
 /// First wait after a failure.
@@ -10,10 +12,15 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// Longest wait after a failure: a person who repaired a member should not have to wait longer.
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
 
-/// So many drifts of one object within [`FIGHT_WINDOW`] are a fight with another writer, not an accident.
+/// So many repetitions of one content within [`FIGHT_WINDOW`] are a fight with another writer, not an accident.
 const FIGHT_ROUNDS: usize = 6;
-/// Also how long the object is left alone.
+/// So many show after a rest that it goes on: the first one may only put right what the rest left wrong.
+const FIGHT_ROUNDS_AGAIN: usize = 2;
+/// Also how long the object is left alone at first.
 const FIGHT_WINDOW: Duration = Duration::from_secs(60);
+/// Longest time that it is left alone: a member that keeps no mark of ours at all has ten thousand objects written twenty times
+/// a second then, of the three hundred that it is given.
+const LONGEST_REST: Duration = Duration::from_secs(16 * 60);
 
 /// The wait after the given number of failures in a row: it doubles, and half of it is chance, so that objects which
 /// failed together do not come back together. `chance` is in `0..1`.
@@ -43,11 +50,18 @@ pub(crate) struct Bucket {
     at: Instant,
 }
 
-/// Remembers how often an object was changed back.
+/// Remembers how often one content of an object had to be written again.
 #[derive(Debug, Default)]
 pub(crate) struct FightGuard {
+    /// The content's hash.
+    hash: String,
     rounds: VecDeque<Instant>,
+    /// When the last rest ends or ended.
     until: Option<Instant>,
+    /// Rests with no peace between them.
+    rests: u32,
+    /// What the member answered to the last write of an object that has gone from it since, and when that was.
+    lost: Option<(Arc<Baseline>, Instant)>,
 }
 
 // === impl Bucket ===
@@ -88,34 +102,57 @@ impl Bucket {
 // === impl FightGuard ===
 
 impl FightGuard {
-    /// Notes that the object had to be changed back.
-    pub(crate) fn healed(&mut self, now: Instant) {
+    /// Notes that the object was written, and whether that `repeats` what was written before.
+    pub(crate) fn wrote(&mut self, hash: &str, repeats: bool, now: Instant) {
+        if self.hash != hash {
+            // What is new begins with nothing.
+            *self = Self { hash: hash.to_owned(), ..Self::default() };
+        }
         self.forget(now);
+        self.lost = None;
+        if !repeats {
+            return;
+        }
         self.rounds.push_back(now);
-        if self.rounds.len() >= FIGHT_ROUNDS {
-            self.until = Some(now + FIGHT_WINDOW);
+        let enough = if self.rests == 0 { FIGHT_ROUNDS } else { FIGHT_ROUNDS_AGAIN };
+        if self.rounds.len() >= enough {
+            self.rests = self.rests.saturating_add(1);
+            self.until = Some(now + doubling(FIGHT_WINDOW, LONGEST_REST, self.rests, 1.0));
             self.rounds.clear();
         }
     }
 
-    /// How long the object is still to be left alone, if it is.
-    pub(crate) fn rest(&mut self, now: Instant) -> Option<Duration> {
+    /// Notes that the object has gone, as it was when it was last written.
+    pub(crate) fn lost(&mut self, baseline: Arc<Baseline>, now: Instant) {
+        self.lost = Some((baseline, now));
+    }
+
+    /// Whether the object has gone a short while ago that was written with this content.
+    pub(crate) fn has_lost(&self, hash: &str) -> bool {
+        self.lost.as_ref().is_some_and(|(baseline, _)| baseline.is_of(hash))
+    }
+
+    /// The content that is to be left alone still, and how long.
+    pub(crate) fn rest(&mut self, now: Instant) -> Option<(&str, Duration)> {
         self.forget(now);
-        self.until.map(|until| until - now)
+        let until = self.until.filter(|until| *until > now)?;
+        Some((&self.hash, until - now))
     }
 
     /// Whether there is nothing left to remember.
     pub(crate) fn is_idle(&mut self, now: Instant) -> bool {
         self.forget(now);
-        self.until.is_none() && self.rounds.is_empty()
+        self.until.is_none() && self.rounds.is_empty() && self.lost.is_none()
     }
 
     fn forget(&mut self, now: Instant) {
-        while self.rounds.front().is_some_and(|at| now.saturating_duration_since(*at) > FIGHT_WINDOW) {
+        let is_over = |at: Instant| now.saturating_duration_since(at) > FIGHT_WINDOW;
+        while self.rounds.front().is_some_and(|at| is_over(*at)) {
             self.rounds.pop_front();
         }
-        if self.until.is_some_and(|until| until <= now) {
-            self.until = None;
+        self.lost.take_if(|(_, at)| is_over(*at));
+        if self.rounds.is_empty() && self.until.is_some_and(is_over) {
+            (self.until, self.rests) = (None, 0);
         }
     }
 }
@@ -123,8 +160,9 @@ impl FightGuard {
 /// What a contended unit's status says.
 pub(crate) fn fight_message(object: &str) -> String {
     format!(
-        "something in the member changed {object} back {FIGHT_ROUNDS} times within {} s; it is left alone for as long: \
-         find the other writer, or give it the field",
+        "something in the member changes {object} back whenever it is written ({FIGHT_ROUNDS} times within {} s), or takes the \
+         hub's annotations off; it is left alone for as long, later for longer: find the other writer or the webhook, or give it \
+         the field",
         FIGHT_WINDOW.as_secs()
     )
 }
@@ -160,18 +198,45 @@ mod tests {
     fn a_fight_is_given_up_for_a_while() {
         let start = Instant::now();
         let mut guard = FightGuard::default();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let rest = |guard: &mut FightGuard, seconds| guard.rest(at(seconds)).map(|(_, left)| left.as_secs());
         for round in 0..5 {
-            guard.healed(start + Duration::from_secs(round));
+            guard.wrote("one", true, at(round));
         }
-        assert_eq!(guard.rest(start + Duration::from_secs(5)), None);
+        assert_eq!(rest(&mut guard, 5), None);
         // Slowly is no fight.
-        guard.healed(start + Duration::from_secs(63));
-        assert_eq!(guard.rest(start + Duration::from_secs(63)), None);
-        for _ in 0..6 {
-            guard.healed(start + Duration::from_secs(64));
+        guard.wrote("one", true, at(63));
+        assert_eq!(rest(&mut guard, 63), None);
+        // Whatever is left alone is not written.
+        while rest(&mut guard, 64).is_none() {
+            guard.wrote("one", true, at(64));
         }
-        assert_eq!(guard.rest(start + Duration::from_secs(64)).map(|left| left.as_secs()), Some(60));
-        assert!(guard.rest(start + Duration::from_secs(200)).is_none());
-        assert!(guard.is_idle(start + Duration::from_secs(200)));
+        assert_eq!(rest(&mut guard, 64), Some(60));
+        assert!(rest(&mut guard, 200).is_none());
+        assert!(guard.is_idle(at(200)));
+    }
+
+    #[test]
+    fn a_fight_that_goes_on_is_given_up_sooner_and_for_longer() {
+        let start = Instant::now();
+        let mut guard = FightGuard::default();
+        for _ in 0..FIGHT_ROUNDS {
+            guard.wrote("one", true, start);
+        }
+        let (mut now, mut rests) = (start, Vec::new());
+        for _ in 0..6 {
+            let (_, left) = guard.rest(now).expect("it is left alone");
+            rests.push(left.as_secs());
+            now += left;
+            assert!(guard.rest(now).is_none());
+            // To put right what the rest left wrong is no fight yet.
+            guard.wrote("one", true, now);
+            assert!(guard.rest(now).is_none());
+            guard.wrote("one", true, now);
+        }
+        assert_eq!(rests, [60, 120, 240, 480, 960, 960]);
+        // What is new begins with nothing, and peace ends it.
+        guard.wrote("two", false, now);
+        assert!(guard.rest(now).is_none() && guard.is_idle(now));
     }
 }

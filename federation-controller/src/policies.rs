@@ -24,8 +24,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
-use federation_core::answers;
+use federation_core::answers::{self, Unreadable};
 use federation_core::api::PropagationPolicy;
+use federation_core::names::FEDERATION_NAMESPACE;
 use federation_core::policy::{
     choose, companion, correction, full_name, handed_on, is_companion, is_right, native_name, speaks_of,
 };
@@ -43,7 +44,7 @@ use tokio::time::timeout;
 use tracing::{Instrument as _, debug, info, info_span, warn};
 
 use self::report::report;
-use crate::follow::{Change, Source, WatchTrouble, admit_all, follow, follow_as};
+use crate::follow::{Change, Read, Source, Unread, WatchTrouble, admit_all, follow_as, follow_each};
 use crate::hub::{Kept, ObjectKey};
 use crate::member::chain;
 use crate::pace::retry_delay;
@@ -71,8 +72,12 @@ pub(crate) struct Policies {
 struct State {
     /// By `namespace/name`, once listed.
     policies: Option<BTreeMap<String, Arc<PropagationPolicy>>>,
+    /// Namespaces and names of policies of which nothing has been read.
+    unknown: BTreeSet<(String, String)>,
     /// By slot, while a policy speaks of the kind.
     natives: HashMap<usize, Natives>,
+    /// Slots whose federated objects have been listed, as far as whoever keeps companions has heard of it.
+    listed: BTreeSet<usize>,
     outcomes: HashMap<ObjectKey, Outcome>,
     /// What objects that are gone said last about their companion's end.
     farewells: HashMap<ObjectKey, Map<String, Value>>,
@@ -149,7 +154,9 @@ impl Policies {
 
     /// The federated objects of a kind have been listed.
     pub(crate) fn listed(&self, kind: usize) {
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        // Under one lock with what follows: whoever sees that they are listed sees that there is something to go through.
+        state.listed.insert(kind);
         let objects = state.natives.get(&kind).and_then(|natives| natives.objects.as_ref());
         objects.into_iter().flat_map(HashMap::keys).for_each(|key| self.queue.add(key.clone()));
         self.counted.notify_one();
@@ -160,8 +167,10 @@ impl Policies {
         self.changed.notify_one();
     }
 
-    fn change_policies(&self, change: Change<PropagationPolicy>) {
-        let mut state = self.state.lock();
+    fn change_policies(&self, change: Change<Read<PropagationPolicy>>) {
+        let state = &mut *self.state.lock();
+        let name = |of: &Unreadable| (of.namespace.clone(), of.name.clone());
+        let full = |of: &Unreadable| format!("{}/{}", of.namespace, of.name);
         // A status of ours is no change.
         let asks = |all: &BTreeMap<String, Arc<PropagationPolicy>>| -> Vec<_> {
             let ask = |policy: &PropagationPolicy| {
@@ -170,20 +179,42 @@ impl Policies {
             };
             all.iter().map(|(key, policy)| (key.clone(), ask(policy))).collect()
         };
-        let before = state.policies.as_ref().map(asks);
-        let policies = state.policies.get_or_insert_default();
+        let before = (state.policies.as_ref().map(asks), state.unknown.clone());
+        let State { policies, unknown, .. } = state;
+        let policies = policies.get_or_insert_default();
         match change {
             Change::Replace(all) => {
-                *policies = all.into_iter().map(|policy| (full_name(&policy), Arc::new(policy))).collect();
+                let known = std::mem::take(policies);
+                unknown.clear();
+                for policy in all {
+                    match policy.map_err(|unread| (known.get(&full(&unread)), unread)) {
+                        Ok(policy) => drop(policies.insert(full_name(&policy), Arc::new(policy))),
+                        Err((Some(policy), unread)) => {
+                            drop(policies.insert(full(&unread), Arc::clone(policy)))
+                        }
+                        Err((None, unread)) => drop(unknown.insert(name(&unread))),
+                    }
+                }
             }
-            Change::Apply(policy) => {
+            Change::Apply(Ok(policy)) => {
+                unknown.remove(&(policy.namespace().unwrap_or_default(), policy.name_any()));
                 policies.insert(full_name(&policy), Arc::new(policy));
             }
+            Change::Apply(Err(unread)) => {
+                if !policies.contains_key(&full(&unread)) {
+                    unknown.insert(name(&unread));
+                }
+            }
             Change::Delete(policy) => {
-                policies.remove(&full_name(&policy));
+                let (name, full) = match policy {
+                    Ok(of) => ((of.namespace().unwrap_or_default(), of.name_any()), full_name(&of)),
+                    Err(unread) => (name(&unread), full(&unread)),
+                };
+                unknown.remove(&name);
+                policies.remove(&full);
             }
         }
-        if before != Some(asks(policies)) {
+        if before != (Some(asks(policies)), unknown.clone()) {
             self.changed.notify_one();
         }
     }
@@ -204,13 +235,14 @@ impl Policies {
         };
         let touched: BTreeSet<ObjectKey> = match change {
             Change::Replace(all) => {
-                let before = natives.objects.take().unwrap_or_default();
-                let now: HashMap<_, _> =
-                    all.into_iter().map(|native| (native.home(kind, of), native)).collect();
-                before
-                    .iter()
-                    .filter(|(key, _)| !now.contains_key(*key))
-                    .for_each(|(key, last)| gone(key, last));
+                let mut before = natives.objects.take().unwrap_or_default();
+                let mut now = HashMap::new();
+                for native in all {
+                    let key = native.home(kind, of);
+                    let native = native.after(before.remove(&key));
+                    now.insert(key, native);
+                }
+                before.iter().for_each(|(key, last)| gone(key, last));
                 let touched = before.into_keys().chain(now.keys().cloned()).collect();
                 natives.objects = Some(now);
                 self.counted.notify_one();
@@ -219,13 +251,15 @@ impl Policies {
             Change::Apply(native) => {
                 let key = native.home(kind, of);
                 farewells.remove(&key);
-                natives.objects.get_or_insert_default().insert(key.clone(), native);
+                let objects = natives.objects.get_or_insert_default();
+                let native = native.after(objects.remove(&key));
+                objects.insert(key.clone(), native);
                 [key].into()
             }
             Change::Delete(native) => {
                 let key = native.home(kind, of);
+                let native = native.after(natives.objects.get_or_insert_default().remove(&key));
                 gone(&key, &native);
-                natives.objects.get_or_insert_default().remove(&key);
                 [key].into()
             }
         };
@@ -253,12 +287,25 @@ impl Policies {
     fn wanted(&self, key: &ObjectKey, of: &FederatedType) -> Wanted {
         let state = self.state.lock();
         let Some(policies) = &state.policies else { return Wanted::Unknown };
+        let speaks_here = |(namespace, _): &(String, String)| {
+            *namespace == *key.namespace || namespace == FEDERATION_NAMESPACE
+        };
+        if state.unknown.iter().any(speaks_here) {
+            // It may go by that one.
+            return Wanted::Unknown;
+        }
         let native = match state.natives.get(&key.kind) {
             // A policy that speaks of the kind may have come a moment ago.
             None if is_spoken_of(policies, of) => return Wanted::Unknown,
             None => None,
             Some(Natives { objects: None, .. }) => return Wanted::Unknown,
-            Some(Natives { objects: Some(objects), .. }) => objects.get(key).and_then(Kept::parsed),
+            Some(Natives { objects: Some(objects), .. }) => {
+                let native = objects.get(key);
+                if native.is_some_and(Kept::is_unread) {
+                    return Wanted::Unknown;
+                }
+                native.and_then(Kept::parsed)
+            }
         };
         let Some(native) = native else {
             return Wanted::None(state.farewells.get(key).cloned().unwrap_or_default());
@@ -314,10 +361,9 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     let at = Arc::clone(&shared);
     let policies: Api<PropagationPolicy> = Api::all(shared.hub.clone());
     tasks.spawn(
-        follow(
+        follow_each(
             policies,
             watcher::Config::default(),
-            admit_all,
             move |change| {
                 at.policies.change_policies(change);
                 true
@@ -342,7 +388,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         let live = shared.types.live();
         let wanted: BTreeMap<usize, Arc<FederatedType>> = {
             let mut state = shared.policies.state.lock();
-            let State { policies: Some(policies), natives, outcomes, farewells, failures, conflicts } =
+            let State { policies: Some(policies), natives, outcomes, farewells, failures, conflicts, .. } =
                 &mut *state
             else {
                 continue;
@@ -414,7 +460,7 @@ async fn watch(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>) {
     };
     let source = Source::of_hub(api, watcher::Config::default());
     let keep = |object| answers::dynamic(object).map(Kept::new);
-    follow_as(source, keep, admit_all, change, trouble).instrument(span).await;
+    follow_as(source, (keep, Unread::Kept(Kept::unread)), admit_all, change, trouble).instrument(span).await;
 }
 
 async fn work(shared: Arc<Shared>) {
@@ -470,8 +516,8 @@ async fn keep(shared: &Shared, key: &ObjectKey) -> Result<(), kube::Error> {
     let Some(of) = shared.types.get(key.kind) else { return Ok(()) };
     let found = {
         let state = shared.state.read();
-        if !state.is_listed(key.kind) {
-            // Everything is looked at once they are listed.
+        if !state.is_listed(key.kind) || state.is_unread(key) {
+            // Everything is looked at once they are listed, and what cannot be read when it can.
             return Ok(());
         }
         state.object(key)

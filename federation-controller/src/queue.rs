@@ -83,8 +83,8 @@ struct State<K> {
 /// Who holds how many of the workers.
 #[derive(Debug, Default)]
 struct Places {
-    /// Most that one sharer holds, and all slow ones together; `None`: as many as there are.
-    most: Option<usize>,
+    /// How many there are to be shared out; `None`: nothing is.
+    workers: Option<usize>,
     held: HashMap<Sharer, usize>,
     /// Whose work has hung, until when that counts. One at a time of each is worked on.
     slow: HashMap<Sharer, Instant>,
@@ -196,11 +196,12 @@ impl<K: Eq + Hash + Clone + Ord> WorkQueue<K> {
         Self { inner: Arc::new(Shared { state: Mutex::new(state), wake: Notify::new() }) }
     }
 
-    /// A queue of work that may hang, for so many workers: no sharer holds more than half of them, nor do those together whose
-    /// work has hung of late. Of a single worker there is nothing to share.
+    /// A queue of work that may hang, for so many workers: one is always left to the others, whoever holds the rest, and those
+    /// whose work has hung of late have one each, half of them together, and never the last that is free. Of a single worker
+    /// there is nothing to share.
     pub(crate) fn shared_out(workers: usize) -> Self {
         let queue = Self::new();
-        queue.inner.state.lock().places.most = Some((workers / 2).max(1));
+        queue.inner.state.lock().places.workers = Some(workers).filter(|workers| *workers > 1);
         queue
     }
 
@@ -334,19 +335,22 @@ impl<K: Eq + Hash + Clone + Ord> State<K> {
 // === impl Places ===
 
 impl Places {
-    /// Whether a sharer may have one more worker.
+    /// Whether a sharer may have one more worker. That its work does not hang is known of nobody before it is done: even one
+    /// who is alone leaves a worker to whoever may come meanwhile.
     fn may(&self, sharer: &Sharer) -> bool {
-        let Some(most) = self.most else { return true };
+        let Some(workers) = self.workers else { return true };
         let held = |sharer: &Sharer| self.held.get(sharer).copied().unwrap_or(0);
         if self.slow.contains_key(sharer) {
-            held(sharer) == 0 && self.slow.keys().map(held).sum::<usize>() < most
+            held(sharer) == 0
+                && self.slow.keys().map(held).sum::<usize>() < workers / 2
+                && self.held.values().sum::<usize>() + 1 < workers
         } else {
-            held(sharer) < most
+            held(sharer) + 1 < workers
         }
     }
 
     fn take(&mut self, sharer: &Sharer) {
-        if self.most.is_some() {
+        if self.workers.is_some() {
             *self.held.entry(Arc::clone(sharer)).or_default() += 1;
         }
     }
@@ -424,7 +428,7 @@ impl<K: Eq + Hash + Clone + Ord> Drop for Lease<K> {
     fn drop(&mut self) {
         let mut state = self.inner.state.lock();
         let again = state.active.remove(&self.key).flatten();
-        let wakes = again.is_some() || state.places.most.is_some();
+        let wakes = again.is_some() || state.places.workers.is_some();
         if let Some((lane, sharer)) = again {
             state.push(self.key.clone(), lane, sharer);
         }
@@ -568,45 +572,84 @@ mod tests {
         assert!(queue.inner.state.lock().first.keys.is_empty(), "nothing is kept of who has nothing");
     }
 
+    fn tenant(name: &str) -> Sharer {
+        name.into()
+    }
+
+    /// Has so many workers that hold nothing take what they may.
+    fn work(queue: &WorkQueue<u32>, workers: usize) -> Vec<Lease<u32>> {
+        std::iter::from_fn(|| take(queue)).take(workers).collect()
+    }
+
+    fn held(leases: &[Lease<u32>], keys: std::ops::Range<u32>) -> usize {
+        leases.iter().filter(|lease| keys.contains(lease.key())).count()
+    }
+
+    #[tokio::test]
+    async fn whoever_is_alone_has_all_workers_but_one() {
+        for (workers, alone) in [(1, 1), (2, 1), (3, 2), (4, 3), (8, 7)] {
+            let queue: WorkQueue<u32> = WorkQueue::shared_out(workers);
+            (0..10).for_each(|key| queue.add(key, tenant("red")));
+            let mut all = work(&queue, workers);
+            assert_eq!(all.len(), alone, "of {workers}");
+            if workers == 1 {
+                continue;
+            }
+            // Who waits for a place is woken when there is one.
+            let mut next = Box::pin(queue.next());
+            assert!((&mut next).now_or_never().is_none());
+            all.pop();
+            all.push((&mut next).now_or_never().expect("woken"));
+            // What is left is for whoever comes.
+            (10..20).for_each(|key| queue.add(key, tenant("blue")));
+            all.extend(work(&queue, workers - alone));
+            assert_eq!((held(&all, 0..10), held(&all, 10..20)), (alone, workers - alone), "of {workers}");
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn work_that_hangs_leaves_workers_to_the_others() {
-        let queue: WorkQueue<u32> = WorkQueue::shared_out(4);
-        let tenant = |name: &str| -> Sharer { name.into() };
+        const WORKERS: usize = 4;
+        let queue: WorkQueue<u32> = WorkQueue::shared_out(WORKERS);
         (0..10).for_each(|key| queue.add(key, tenant("red")));
         (10..20).for_each(|key| queue.add(key, tenant("blue")));
-        let held: Vec<_> = std::iter::from_fn(|| take(&queue)).collect();
-        let of = |held: &[Lease<u32>], keys: std::ops::Range<u32>| {
-            held.iter().filter(|lease| keys.contains(lease.key())).count()
-        };
-        assert_eq!((of(&held, 0..10), of(&held, 10..20)), (2, 2), "one has half of them at most");
+        let all = work(&queue, WORKERS);
+        assert_eq!((held(&all, 0..10), held(&all, 10..20)), (2, 2), "they take turns");
         // Both hang: now they share one half, one worker each.
-        held.iter().for_each(Lease::hung);
-        drop(held);
-        (20..30).for_each(|key| queue.add(key, tenant("green")));
-        let mut held: Vec<_> = std::iter::from_fn(|| take(&queue)).collect();
-        assert_eq!((of(&held, 0..10), of(&held, 10..20), of(&held, 20..30)), (1, 1, 2));
+        all.iter().for_each(Lease::hung);
+        drop(all);
+        let slow = work(&queue, WORKERS);
+        assert_eq!((held(&slow, 0..10), held(&slow, 10..20)), (1, 1));
         // However many hang.
-        (30..40).for_each(|key| queue.add(key, tenant("pink")));
-        held.retain(|lease| *lease.key() < 20);
-        let pink: Vec<_> = std::iter::from_fn(|| take(&queue)).collect();
-        pink.iter().filter(|lease| *lease.key() >= 30).for_each(Lease::hung);
+        queue.add(30, tenant("pink"));
+        let pink = take(&queue).expect("a key");
+        pink.hung();
         drop(pink);
-        let others: Vec<_> = std::iter::from_fn(|| take(&queue)).collect();
-        assert!(others.iter().all(|lease| (20..30).contains(lease.key())), "the slow half is taken");
-        drop((held, others));
+        queue.add(31, tenant("pink"));
+        assert!(take(&queue).is_none(), "the slow half is taken");
+        drop(slow);
         // In a while it is forgotten.
         tokio::time::advance(SLOW_FOR).await;
-        let held: Vec<_> = std::iter::from_fn(|| take(&queue)).collect();
-        assert!(of(&held, 0..10) == 2 || of(&held, 10..20) == 2, "{held:?}");
-        // Who waited for a place is woken when there is one.
+        let all = work(&queue, WORKERS);
+        assert!(held(&all, 0..20) == 3 && held(&all, 30..40) == 1, "{all:?}");
+    }
+
+    #[tokio::test]
+    async fn the_last_worker_is_not_for_work_that_hangs() {
         let queue: WorkQueue<u32> = WorkQueue::shared_out(4);
-        (0..3).for_each(|key| queue.add(key, tenant("red")));
-        let mut held: Vec<_> = std::iter::from_fn(|| take(&queue)).collect();
-        assert_eq!(held.len(), 2);
-        let mut next = Box::pin(queue.next());
-        assert!((&mut next).now_or_never().is_none());
-        held.pop();
-        assert_eq!(*(&mut next).now_or_never().expect("woken").key(), 2);
+        queue.add(0, tenant("red"));
+        take(&queue).expect("a key").hung();
+        (10..20).for_each(|key| queue.add(key, tenant("green")));
+        let mut all = work(&queue, 3);
+        assert_eq!(held(&all, 10..20), 3);
+        queue.add(1, tenant("red"));
+        assert!(take(&queue).is_none(), "one is free");
+        // It has its turn when another one is.
+        for _ in 0..2 {
+            all.remove(0);
+            all.extend(take(&queue));
+        }
+        assert_eq!(held(&all, 0..10), 1);
     }
 
     #[test]

@@ -3,6 +3,10 @@
 //! Nothing of an answer that cannot be read goes anywhere but into a sentence of ours: a page may hold Secrets. An answer is held as
 //! it came, once, and its objects are read out of it one by one ([`answers`]). What is held at a time is shared out: a member that
 //! sends much has its own answers refused, and asks itself for smaller pages; only then do members wait for each other.
+//!
+//! Who waits holds what has come of its answer already, so all could come to wait for all. Therefore the last of the room,
+//! enough for one answer of any length, is given to one answer at a time, whole: that one waits for nobody, ends within its time
+//! limit, and what it held is for the next.
 
 use std::error::Error;
 use std::io;
@@ -82,19 +86,29 @@ pub(crate) struct Reader {
 
 /// What is held of answers, of all members.
 #[derive(Debug, Clone)]
-pub(crate) struct Shares(Arc<Semaphore>);
+pub(crate) struct Shares {
+    /// Room for whoever comes.
+    all: Arc<Semaphore>,
+    /// [`MAX_ANSWER`] more, for one that would have to wait.
+    last: Arc<Semaphore>,
+}
 
 #[derive(Debug, Clone)]
 struct Share {
     own: Arc<Semaphore>,
-    all: Arc<Semaphore>,
+    shares: Shares,
 }
 
 /// Room for an answer; given back when dropped.
 #[derive(Debug, Default)]
 struct Room {
     share: Option<Share>,
-    taken: Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)>,
+    /// Of its member's.
+    own: Option<OwnedSemaphorePermit>,
+    /// Of that for all. Less than of its member's while it has the last.
+    all: Option<OwnedSemaphorePermit>,
+    /// The last, which is enough for all that is still to come.
+    last: Option<OwnedSemaphorePermit>,
 }
 
 /// An answer as it came.
@@ -157,7 +171,16 @@ impl From<kube::core::request::Error> for ReadError {
 
 impl Default for Shares {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(ALL_SHARES / UNIT)))
+        let all = Arc::new(Semaphore::new((ALL_SHARES - MAX_ANSWER) / UNIT));
+        Self { all, last: Arc::new(Semaphore::new(1)) }
+    }
+}
+
+#[cfg(test)]
+impl Shares {
+    /// Bytes that are given to nobody.
+    fn left(&self) -> usize {
+        self.all.available_permits() * UNIT + self.last.available_permits() * MAX_ANSWER
     }
 }
 
@@ -171,7 +194,7 @@ impl Reader {
 
     /// Of a member; `unreadable` counts its objects that cannot be read.
     pub(crate) fn of_member(client: kube::Client, shares: &Shares, unreadable: Counter) -> Self {
-        let share = Share { own: Arc::new(Semaphore::new(MEMBER_SHARE / UNIT)), all: Arc::clone(&shares.0) };
+        let share = Share { own: Arc::new(Semaphore::new(MEMBER_SHARE / UNIT)), shares: shares.clone() };
         Self { client, longest: MAX_ANSWER, share: Some(share), unreadable }
     }
 
@@ -245,7 +268,7 @@ impl Reader {
             searched: 0,
             skips: false,
             longest: self.longest,
-            room: Room { share: self.share.clone(), taken: None },
+            room: Room { share: self.share.clone(), ..Room::default() },
         })
     }
 
@@ -257,7 +280,7 @@ impl Reader {
 
     async fn answer(&self, request: Request<Vec<u8>>) -> Result<Answer, ReadError> {
         let mut body = self.begin(request).await?.into_body();
-        let mut room = Room { share: self.share.clone(), taken: None };
+        let mut room = Room { share: self.share.clone(), ..Room::default() };
         let mut text = Vec::new();
         while let Some(frame) = body.frame().await {
             let Ok(data) = frame.map_err(ReadError::BrokeOff)?.into_data() else { continue };
@@ -301,29 +324,54 @@ impl Reader {
 // === impl Room ===
 
 impl Room {
-    /// Has room for so many bytes: as many as its member has left, when there is as much left for all.
+    /// Has room for so many bytes, no more than [`MAX_ANSWER`]: as many as its member has left, when there is as much left for all.
+    /// Cancel-safe.
     async fn fit(&mut self, bytes: usize) -> Result<(), ReadError> {
-        let Some(share) = &self.share else { return Ok(()) };
+        let Some(Share { own, shares }) = &self.share else { return Ok(()) };
         let units = bytes.saturating_sub(FREE).div_ceil(UNIT);
-        let held = self.taken.as_ref().map_or(0, |(own, _)| own.num_permits());
-        if units < held {
-            if let Some((own, all)) = &mut self.taken {
-                drop((own.split(held - units), all.split(held - units)));
-            }
-        } else if units > held {
-            // Of answers that are bounded.
-            let more = u32::try_from(units - held).map_err(|_| ReadError::Busy)?;
-            let own = Arc::clone(&share.own).try_acquire_many_owned(more).map_err(|_| ReadError::Busy)?;
-            let all = Arc::clone(&share.all).acquire_many_owned(more).await.map_err(|_| ReadError::Busy)?;
-            match &mut self.taken {
-                Some((mine, ours)) => {
-                    mine.merge(own);
-                    ours.merge(all);
+        shrink(&mut self.own, units);
+        shrink(&mut self.all, units);
+        if units == held(&self.all) {
+            self.last = None;
+        }
+        // Of answers that are bounded.
+        let lacks = |room| u32::try_from(units - held(room)).map_err(|_| ReadError::Busy);
+        let (own_lacks, lacks) = (lacks(&self.own)?, lacks(&self.all)?);
+        if own_lacks > 0 {
+            let more = Arc::clone(own).try_acquire_many_owned(own_lacks);
+            merge(&mut self.own, more.map_err(|_| ReadError::Busy)?);
+        }
+        if lacks > 0 && self.last.is_none() {
+            tokio::select! {
+                biased;
+                more = Arc::clone(&shares.all).acquire_many_owned(lacks) => {
+                    merge(&mut self.all, more.map_err(|_| ReadError::Busy)?);
                 }
-                None => self.taken = Some((own, all)),
+                last = Arc::clone(&shares.last).acquire_owned() => {
+                    self.last = Some(last.map_err(|_| ReadError::Busy)?);
+                }
             }
         }
         Ok(())
+    }
+}
+
+fn held(room: &Option<OwnedSemaphorePermit>) -> usize {
+    room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits)
+}
+
+/// Gives back what is beyond so many units.
+fn shrink(room: &mut Option<OwnedSemaphorePermit>, units: usize) {
+    let beyond = held(room).saturating_sub(units);
+    if beyond > 0 {
+        drop(room.as_mut().and_then(|room| room.split(beyond)));
+    }
+}
+
+fn merge(room: &mut Option<OwnedSemaphorePermit>, more: OwnedSemaphorePermit) {
+    match room {
+        Some(room) => room.merge(more),
+        None => *room = Some(more),
     }
 }
 
@@ -337,6 +385,10 @@ impl Lines {
             if let Some(end) = end {
                 let line = self.buffer.split_to(self.searched + end + 1).freeze();
                 self.searched = 0;
+                if line.len() > FREE {
+                    // What comes next would use the line's memory again, all of it, for as long as the watch goes on.
+                    self.buffer = BytesMut::from(&self.buffer[..]);
+                }
                 if std::mem::take(&mut self.skips) {
                     return Ok(Some(Line::TooLong));
                 }
@@ -422,6 +474,7 @@ mod tests {
 
     use http_body_util::StreamBody;
     use hyper::body::Frame;
+    use tokio::sync::Barrier;
 
     use super::*;
 
@@ -472,7 +525,7 @@ mod tests {
         let shares = Shares::default();
         let error = member(200, pieces(17), true, &shares).object(ask()).await.expect_err("too long");
         assert!(matches!(error, ReadError::TooLong(MAX_ANSWER)), "{error}");
-        assert_eq!(shares.0.available_permits(), ALL_SHARES / UNIT, "nothing is held of it");
+        assert_eq!(shares.left(), ALL_SHARES, "nothing is held of it");
     }
 
     #[tokio::test(start_paused = true)]
@@ -490,14 +543,84 @@ mod tests {
             }
         }
         assert_eq!((reading.len(), refused), (3, 47));
-        let left = shares.0.available_permits() * UNIT;
+        let left = shares.left();
         assert!(left >= ALL_SHARES - MEMBER_SHARE, "{left}");
         // Another reads as if it were alone.
         let text = format!("{{\"data\":\"{}\"}}", "z".repeat(8 << 20));
         let honest = member(200, vec![Bytes::from(text)], false, &shares);
         assert!(honest.object(ask()).await.is_ok());
         drop(reading);
-        assert_eq!(shares.0.available_permits(), ALL_SHARES / UNIT);
+        assert_eq!(shares.left(), ALL_SHARES);
+    }
+
+    /// An answer of two halves, of which the second one comes when everybody has the first one.
+    async fn in_halves(half: usize, meet: Arc<Barrier>, shares: Shares) -> Result<Value, ReadError> {
+        let server = tower::service_fn(move |_: Request<Body>| {
+            let meet = Arc::clone(&meet);
+            async move {
+                let first = futures::stream::once(async move { Ok(text(b'{', b' ', half)) });
+                let second = futures::stream::once(async move {
+                    meet.wait().await;
+                    Ok::<_, Infallible>(text(b' ', b'}', half))
+                });
+                let frames = futures::StreamExt::chain(first, second);
+                Ok::<_, Infallible>(Response::new(StreamBody::new(frames)))
+            }
+        });
+        let client = kube::Client::new(server, "default");
+        Reader::of_member(client, &shares, Counter::default()).object(ask()).await
+    }
+
+    fn text(first: u8, last: u8, length: usize) -> Frame<Bytes> {
+        let mut text = vec![b' '; length];
+        (text[0], text[length - 1]) = (first, last);
+        Frame::data(Bytes::from(text))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn members_that_hold_all_the_room_do_not_wait_for_each_other_without_end() {
+        const HALF: usize = MAX_ANSWER / 2;
+        // With all the first halves there is no room for a single second one.
+        const MEMBERS: usize = (ALL_SHARES - MAX_ANSWER) / HALF;
+        let shares = Shares::default();
+        let meet = Arc::new(Barrier::new(MEMBERS));
+        let all = (0..MEMBERS).map(|_| in_halves(HALF, Arc::clone(&meet), shares.clone()));
+        let all =
+            timeout(Duration::from_secs(1), futures::future::join_all(all)).await.expect("they are read");
+        all.into_iter().for_each(|one| drop(one.expect("an object")));
+        assert_eq!(shares.left(), ALL_SHARES);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_last_room_goes_to_one_after_another() {
+        let shares = Shares::default();
+        let taken = shares.all.available_permits();
+        let _all = Arc::clone(&shares.all).try_acquire_many_owned(u32::try_from(taken).expect("a number"));
+        let room = || {
+            let own = Arc::new(Semaphore::new(MEMBER_SHARE / UNIT));
+            Room { share: Some(Share { own, shares: shares.clone() }), ..Room::default() }
+        };
+        let (mut one, mut other) = (room(), room());
+        one.fit(MAX_ANSWER / 2).await.expect("room");
+        assert!(timeout(Duration::from_secs(1), other.fit(2 * FREE)).await.is_err(), "it is taken");
+        other.fit(FREE).await.expect("what is free is free");
+        one.fit(MAX_ANSWER).await.expect("whoever has it has all of it");
+        one.fit(0).await.expect("no more is needed");
+        other.fit(MAX_ANSWER).await.expect("the next");
+        drop((one, other));
+        assert_eq!(shares.left(), MAX_ANSWER, "and is given back");
+    }
+
+    #[tokio::test]
+    async fn a_long_line_leaves_no_room_behind() {
+        let line = |length: usize| Bytes::from(format!("{}\n", "a".repeat(length)));
+        // Of the short ones more than is left behind the long one.
+        let mut all = vec![line(MAX_ANSWER - 1)];
+        all.extend((0..MAX_ANSWER / FREE).map(|_| line(FREE - 1)));
+        let mut lines = member(200, all, false, &Shares::default()).lines(ask()).await.expect("a watch");
+        while lines.next().await.expect("a line").is_some() {
+            assert!(lines.buffer.capacity() <= 4 * FREE, "{}", lines.buffer.capacity());
+        }
     }
 
     #[tokio::test]
@@ -516,6 +639,6 @@ mod tests {
         assert_eq!(lines.next().await.expect("a line"), Some(Line::TooLong));
         assert_eq!(lines.next().await.expect("a line"), Some(Line::Text(line("behind"))));
         assert_eq!(lines.next().await.expect("the end"), None);
-        assert_eq!(shares.0.available_permits(), ALL_SHARES / UNIT);
+        assert_eq!(shares.left(), ALL_SHARES);
     }
 }

@@ -104,6 +104,10 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
             // Everything is looked at once everything is listed.
             return Ok(Progress::Waiting);
         }
+        if state.lacks(of, key, namespaces) {
+            // It is looked at again when that can be read.
+            return Ok(Progress::Whole);
+        }
         let Some(object) = state.object(key) else {
             shared.settle(key);
             drop(state);

@@ -36,7 +36,7 @@ use tracing::{Instrument as _, debug, info, info_span};
 
 use crate::Shared;
 use crate::events::Events;
-use crate::follow::{Change, Source, admit_all, follow_as};
+use crate::follow::{Change, Source, Unread, admit_all, follow_as};
 use crate::member::chain;
 use crate::reader::{ReadError, Reader};
 
@@ -153,7 +153,8 @@ async fn watch(shared: Arc<Shared>, kind: &'static str, touched: Arc<AtomicBool>
         true
     };
     let trouble = crate::hub_trouble("generated rights");
-    follow_as(Source::of_hub(api, config), |_| Ok(()), admit_all, change, trouble).await;
+    let keep = (|_| Ok(()), Unread::Kept(drop));
+    follow_as(Source::of_hub(api, config), keep, admit_all, change, trouble).await;
 }
 
 /// Namespaces in which there is something to write and that do not exist, or are going: a write there would fail.

@@ -11,13 +11,16 @@ use parking_lot::Mutex;
 const SWEEP_FROM: usize = 1024;
 const SWEEP_BYTES_FROM: usize = 16 << 20;
 
-/// Most bytes of different texts that are kept of all members together. Of a hub with 10,000 objects of 10 KiB, each different
-/// in each of ten members, it is all.
+/// So many bytes of different texts are kept of all members together, whosever they are. Of a hub with 10,000 objects of 10 KiB,
+/// each different in each of ten members, it is all. Beyond it a member may still have an equal part of as much again: what few
+/// members fill is refused to them, and not to the others. So there is never more than twice this.
 pub(crate) const MAX_TEXTS: usize = 1 << 30;
 
 /// Texts in use, and what members answered to writes.
 #[derive(Debug)]
 pub(crate) struct Texts {
+    /// As [`MAX_TEXTS`].
+    most: usize,
     texts: Mutex<Pool<str>>,
     baselines: Mutex<Pool<Baseline>>,
 }
@@ -38,7 +41,11 @@ struct Pool<T: ?Sized> {
 
 impl Texts {
     pub(crate) fn new() -> Self {
-        Self { texts: Mutex::new(Pool::new()), baselines: Mutex::new(Pool::new()) }
+        Self::of(MAX_TEXTS)
+    }
+
+    fn of(most: usize) -> Self {
+        Self { most, texts: Mutex::new(Pool::new()), baselines: Mutex::new(Pool::new()) }
     }
 
     /// The one copy of a text.
@@ -52,13 +59,21 @@ impl Texts {
         self.baselines.lock().share(&baseline, || Arc::clone(&baseline))
     }
 
-    /// Whether there is room for more of them.
-    pub(crate) fn has_room(&self) -> bool {
+    /// Whether there is room for more texts of a member that has so many bytes of them (`own`), of so many members.
+    pub(crate) fn has_room(&self, own: usize, members: usize) -> bool {
+        if own <= self.part(members) {
+            return true;
+        }
         let mut texts = self.texts.lock();
-        if texts.bytes >= MAX_TEXTS {
+        if texts.bytes >= self.most {
             texts.sweep();
         }
-        texts.bytes < MAX_TEXTS
+        texts.bytes < self.most
+    }
+
+    /// Bytes that each of so many members may have, whatever the others have.
+    pub(crate) fn part(&self, members: usize) -> usize {
+        self.most / members.max(1)
     }
 
     /// Lets go of what nobody has any more.
@@ -124,6 +139,24 @@ mod tests {
         assert_eq!(len(&texts), 1, "what is in use stays");
         assert_eq!(texts.texts.lock().bytes, "kept".len());
         assert!(Arc::ptr_eq(&kept, &texts.share("kept")));
+    }
+
+    #[test]
+    fn what_few_members_fill_is_refused_to_them_only() {
+        const MOST: usize = 1 << 20;
+        const MEMBERS: usize = 10;
+        let texts = Texts::of(MOST);
+        let (small, large) = (texts.part(MEMBERS), texts.part(MEMBERS) + 1);
+        let fill = || -> Vec<_> {
+            let each = (0..MEMBERS).map(|number| texts.share(&number.to_string().repeat(MOST / MEMBERS + 1)));
+            each.collect()
+        };
+        assert!(texts.has_room(large, MEMBERS), "nobody needs it");
+        drop(fill());
+        assert!(texts.has_room(large, MEMBERS), "nobody has it any more");
+        let _full = fill();
+        assert!(!texts.has_room(large, MEMBERS));
+        assert!(texts.has_room(small, MEMBERS) && texts.has_room(0, MEMBERS));
     }
 
     #[test]

@@ -166,15 +166,23 @@ async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Resul
         None => return Ok(Erased::NotYet),
     }
     let target = &stone.target;
-    let of = FederatedType::of(
-        &target.group,
-        &target.version,
-        &target.kind,
-        &target.plural_name,
-        !stone.namespace.is_empty(),
-    );
-    let api = member.objects(&of, &stone.namespace);
-    let Some(found) = api.get_opt(&stone.name).await? else { return Ok(Erased::Done) };
+    let in_version = |version: &str| {
+        let namespaced = !stone.namespace.is_empty();
+        FederatedType::of(&target.group, version, &target.kind, &target.plural_name, namespaced)
+    };
+    let of = in_version(&target.version);
+    let mut api = member.objects(&of, &stone.namespace);
+    let mut found = api.get_opt(&stone.name).await?;
+    if found.is_none() {
+        // A member that has been upgraded meanwhile answers the same of an object that is there.
+        let served = member.served_versions(&of).await?;
+        let other = served.first().filter(|_| !served.contains(&target.version));
+        if let Some(other) = other {
+            api = member.objects(&in_version(other), &stone.namespace);
+            found = api.get_opt(&stone.name).await?;
+        }
+    }
+    let Some(found) = found else { return Ok(Erased::Done) };
     let value = serde_json::to_value(&found).unwrap_or_default();
     if !belongs_to(&value, &stone.source, shared.hub_id()) {
         return Ok(Erased::Done);

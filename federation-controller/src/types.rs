@@ -32,7 +32,7 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{Instrument as _, info, info_span, warn};
 
-use crate::follow::{Change, Source, WatchTrouble, admit_all, follow, follow_as};
+use crate::follow::{Change, Source, Unread, WatchTrouble, admit_all, follow, follow_as};
 use crate::hub::Kept;
 use crate::member::chain;
 use crate::reader::{ReadError, Reader};
@@ -369,7 +369,11 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>,
             Change::Apply(object) | Change::Delete(object) => Some(object.key(kind)),
             Change::Replace(_) => None,
         };
-        let before = one.as_ref().and_then(|key| at.state.read().asks(key));
+        let (before, was_unknown) = {
+            let state = at.state.read();
+            let one = one.as_ref();
+            (one.and_then(|key| state.asks(key)), one.is_some_and(|key| state.is_unknown(key)))
+        };
         let touched = match one.filter(|_| of.is_namespace()) {
             Some(key) => at.with_namespace(kind, &key.namespace, |state| state.change_objects(kind, change)),
             None => at.state.write().change_objects(kind, change),
@@ -393,6 +397,10 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>,
                 at.queue.add(key);
             }
         }
+        if was_unknown {
+            at.enqueue_stand_ins();
+            at.failover_due.notify_one();
+        }
         if listed && of.is_namespace() {
             at.enqueue_all();
         } else if listed {
@@ -408,7 +416,9 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>,
     };
     let source = Source::of_hub(objects, watcher::Config::default());
     let keep = |object| answers::dynamic(object).map(Kept::new);
-    follow_as(source, keep, admit_all, on_change, trouble).instrument(span).await;
+    follow_as(source, (keep, Unread::Kept(Kept::unread)), admit_all, on_change, trouble)
+        .instrument(span)
+        .await;
 }
 
 /// A configuration, and the type that it makes or a reason and message why it makes none.

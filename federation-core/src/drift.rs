@@ -122,7 +122,7 @@ pub fn up_to_date(
         return false;
     }
     match baseline {
-        Some(baseline) if baseline.hash == digest(&Value::from(hash)) => {
+        Some(baseline) if baseline.is_of(hash) => {
             let mut found = asked_for(live, desired);
             if retain_replicas && found["spec"].is_object() && !baseline.replicas.is_null() {
                 found["spec"]["replicas"] = baseline.replicas.clone();
@@ -130,6 +130,15 @@ pub fn up_to_date(
             digest(&found) == baseline.answer
         }
         _ => content(desired).all(|(key, wanted)| covers(&live[key], wanted)),
+    }
+}
+
+// === impl Baseline ===
+
+impl Baseline {
+    /// Whether it is of the content with this hash.
+    pub fn is_of(&self, hash: &str) -> bool {
+        self.hash == digest(&Value::from(hash))
     }
 }
 

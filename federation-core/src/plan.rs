@@ -23,6 +23,13 @@
 //! revision: `status.units[].overridesByLabel` says which ones a unit got, and a unit that is held keeps them when it is
 //! relabelled.
 //!
+//! ## What a record is worth
+//!
+//! Whoever may write an object may write its status as well. A record of a cluster that has nothing for the object's tenant counts
+//! only while something is seen there, or was before the cluster was lost from sight: it could be a question whether the cluster
+//! exists. What is really there is found again by its marks, and told and kept or removed as the record would have it; where the
+//! object is deleted first, a tombstone remembers to look.
+//!
 //! ## What is never done
 //!
 //! Nothing is written or deleted in a member that is not seen whole (reachable, with its objects listed). A unit whose
@@ -53,8 +60,8 @@ use crate::status::{
 use crate::topology::{Placed, Unit};
 
 pub use self::model::{
-    Action, Cause, LiveObject, MemberState, MemberView, NamespacePlacement, Plan, PlanInput, RevisionWrite,
-    Write, WriteFailure,
+    Action, Cause, Contention, LiveObject, MemberState, MemberView, NamespacePlacement, Plan, PlanInput,
+    Replicas, RevisionWrite, Write, WriteFailure,
 };
 
 /// What is said of a unit where an object has something and may place nothing any more.
@@ -312,8 +319,24 @@ impl<'a> Planner<'a> {
             // A record without a cluster is of a name that never was a unit of ours.
             let had = !record.stand_in && !record.cluster.is_empty();
             had && self.input.topology.is_closed(spec.topology_type, &record.name, placement)
+                && !self.is_doubtful(record)
         };
         self.before.units.iter().filter(closed)
+    }
+
+    /// Whether a record may be no more than somebody's question whether its cluster exists.
+    fn is_doubtful(&self, record: &UnitStatus) -> bool {
+        let input = self.input;
+        if record.cluster.is_empty() || input.topology.sees_of(&record.cluster) {
+            return false;
+        }
+        let Some(view) = input.members.get(&record.cluster) else {
+            return !input.topology.has_cluster(&record.cluster);
+        };
+        let is_there =
+            || view.objects.values().any(|live| drift::belongs_to(&live.value, &self.source, input.hub));
+        // What is being listed will be seen in a moment.
+        view.state != MemberState::Syncing && view.in_flight.is_empty() && !is_there()
     }
 
     fn check_mask(&mut self, placed: &Placed<'_>) {
@@ -495,7 +518,10 @@ fn recorded(input: &PlanInput<'_>) -> FederatedStatus {
     /// Of an object that was made and deleted and never changed: API servers count both.
     const UNCHANGED: i64 = 2;
     let mut before = input.object.status.clone().unwrap_or_default();
-    if before.observed_generation.is_some() {
+    let is_stored = before.observed_generation.is_some();
+    let name = input.object.metadata.name.as_deref().unwrap_or_default();
+    let source = names::source(&input.of.plural, name);
+    if is_stored && !is_there_unrecorded(input, &source, &before) {
         return before;
     }
     let record = |unit: &Unit| UnitStatus {
@@ -518,8 +544,6 @@ fn recorded(input: &PlanInput<'_>) -> FederatedStatus {
         before.units = units.into_values().map(record).collect();
     } else {
         let spec = &input.object.spec;
-        let name = input.object.metadata.name.as_deref().unwrap_or_default();
-        let source = names::source(&input.of.plural, name);
         let is_there = |unit: &&Unit| {
             let Some(view) = input.members.get(&unit.cluster) else { return false };
             names_of(input, name, unit).iter().any(|object| {
@@ -530,7 +554,21 @@ fn recorded(input: &PlanInput<'_>) -> FederatedStatus {
         };
         let placement = (!goes_anywhere(input)).then_some(&spec.placement);
         let closed = input.topology.closed(spec.topology_type, placement);
-        before.units.extend(closed.filter(is_there).map(record));
+        let known: BTreeSet<(String, String)> =
+            before.units.iter().map(|record| (record.name.clone(), record.cluster.clone())).collect();
+        let is_new = |unit: &&Unit| !known.contains(&(unit.name.clone(), unit.cluster.clone()));
+        before.units.extend(closed.filter(is_there).filter(is_new).map(record));
     }
     before
+}
+
+/// Whether there is anything of the object that no record is about, as after one that was doubtful while its cluster was away.
+fn is_there_unrecorded(input: &PlanInput<'_>, source: &str, status: &FederatedStatus) -> bool {
+    input.object.metadata.deletion_timestamp.is_none()
+        && input.members.iter().filter(|(cluster, _)| !input.topology.sees_of(cluster)).any(
+            |(cluster, view)| {
+                view.objects.values().any(|live| drift::belongs_to(&live.value, source, input.hub))
+                    && status.units.iter().all(|record| record.cluster != *cluster)
+            },
+        )
 }

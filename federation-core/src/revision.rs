@@ -131,16 +131,43 @@ pub fn may_be_held(snapshot: &Snapshot) -> bool {
     serde_json::to_vec(snapshot).is_ok_and(|text| text.len() <= MAX_HELD)
 }
 
-/// Names of revisions that may go: the oldest of those that nothing uses, beyond `limit`.
+/// Whether two snapshots ask for the same, and only their replicas are divided otherwise. That a preference decides anew
+/// whatever the object goes back to, so to the history they are one.
+pub fn is_divided_otherwise(one: &Snapshot, other: &Snapshot) -> bool {
+    let Snapshot { template, labels, annotations, overrides, naming, retain_replicas, replicas } = one;
+    *replicas != other.replicas
+        && *template == other.template
+        && *labels == other.labels
+        && *annotations == other.annotations
+        && *overrides == other.overrides
+        && *naming == other.naming
+        && *retain_replicas == other.retain_replicas
+}
+
+/// Names of revisions that may go: of those that nothing uses the oldest, beyond `limit`, and those that a newer one divides
+/// otherwise.
 pub fn surplus(existing: &[&FederatedRevision], in_use: &BTreeSet<String>, limit: usize) -> Vec<String> {
-    let mut unused: Vec<(i64, &str)> = existing
+    let mut unused: Vec<(i64, &str, bool)> = existing
         .iter()
-        .filter_map(|revision| Some((revision.spec.number, revision.metadata.name.as_deref()?)))
-        .filter(|(_, name)| !in_use.contains(*name))
+        .filter_map(|revision| {
+            let name = revision.metadata.name.as_deref()?;
+            let repeated = existing.iter().any(|newer| {
+                newer.spec.number > revision.spec.number
+                    && is_divided_otherwise(&newer.spec.snapshot, &revision.spec.snapshot)
+            });
+            Some((revision.spec.number, name, repeated))
+        })
+        .filter(|(_, name, _)| !in_use.contains(*name))
         .collect();
     unused.sort_unstable();
-    let surplus = unused.len().saturating_sub(limit);
-    unused.into_iter().take(surplus).map(|(_, name)| name.to_owned()).collect()
+    let kept = unused.iter().filter(|(_, _, repeated)| !repeated).count();
+    let mut beyond = kept.saturating_sub(limit);
+    unused.retain(|(_, _, repeated)| {
+        let goes = *repeated || beyond > 0;
+        beyond -= usize::from(goes && !repeated);
+        goes
+    });
+    unused.into_iter().map(|(_, name, _)| name.to_owned()).collect()
 }
 
 /// A SHA-256 digest.
@@ -298,6 +325,25 @@ mod tests {
         assert_eq!(surplus(&revisions, &in_use, 1), ["web-2", "web-3"]);
         assert_eq!(surplus(&revisions, &in_use, 10), Vec::<String>::new());
         assert_eq!(surplus(&revisions, &in_use, 0), ["web-2", "web-3", "web-4"]);
+    }
+
+    #[test]
+    fn revisions_that_only_divide_otherwise_are_one() {
+        let revisions: Vec<_> = [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("a", 3), ("c", 1), ("c", 2)]
+            .into_iter()
+            .zip(1..)
+            .map(|((template, replicas), number)| {
+                let mut revision = stored(&current(json!({"spec": {"a": template}}), &[]));
+                revision.spec.snapshot.replicas = [("x".to_owned(), replicas)].into();
+                revision.spec.number = number;
+                revision.metadata.name = Some(format!("web-{number}"));
+                revision
+            })
+            .collect();
+        let revisions: Vec<_> = revisions.iter().collect();
+        let in_use = ["web-1".to_owned(), "web-7".to_owned()].into();
+        assert_eq!(surplus(&revisions, &in_use, 2), ["web-2", "web-3", "web-6"]);
+        assert_eq!(surplus(&revisions, &in_use, 1), ["web-2", "web-3", "web-4", "web-6"]);
     }
 
     #[test]

@@ -124,6 +124,12 @@ impl Topology {
         self.registered.contains(name)
     }
 
+    /// Whether anything of a cluster is in this part: whoever sees no more than that need not know that there is one.
+    pub fn sees_of(&self, cluster: &str) -> bool {
+        let has_cells = || self.by_cluster.get(cluster).is_some_and(|cells| !cells.is_empty());
+        self.whole.is_none() || self.clusters.contains_key(cluster) || has_cells()
+    }
+
     /// The part of it that belongs to a tenant: nothing else has a name or a label there. That a cluster is registered is
     /// known all the same, as a tenant's cells may lie in one that is nobody's. Nobody's name is empty.
     pub fn of_tenant(self: &Arc<Self>, tenant: &str) -> Self {

@@ -4,6 +4,7 @@ use federation_core::api::{FederatedObject, FederatedRevision, PropagationConfig
 use federation_core::metadata::PropagationRules;
 use federation_core::names::POLICY_ANNOTATION;
 use federation_core::policy::{is_companion, native_name};
+use federation_core::revision::is_divided_otherwise;
 use federation_core::types::FederatedType;
 use kube::api::{ListParams, PostParams};
 use kube::{Api, ResourceExt as _};
@@ -14,6 +15,7 @@ use super::object::{Found, ObjectArgs, pick};
 use super::preview::{moves, print_moves};
 use crate::error::{Error, Result};
 use crate::hub::{Items, explain};
+use crate::lists::for_people;
 use crate::output::{self, Cell, OutputArgs, Paint, Table, age, text_out, visible_lines};
 
 /// Lines of each side that are compared; of longer texts the rest is shown as replaced.
@@ -39,6 +41,8 @@ pub(crate) struct DiffArgs {
     /// The later revision [default: the current one].
     #[arg(long, value_name = "REVISION")]
     pub(crate) to: Option<String>,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -51,6 +55,8 @@ pub(crate) struct RollbackArgs {
     /// Show what would change in each unit, and change nothing.
     #[arg(long)]
     pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 }
 
 #[derive(Debug, Serialize)]
@@ -106,8 +112,13 @@ pub(crate) async fn diff(args: DiffArgs) -> Result<()> {
         Some(wanted) => pick(&revisions, wanted)?,
         None => before(&revisions, to)?,
     };
-    let (old, new) =
-        (yaml(&snapshot_value(&from.spec.snapshot)?)?, yaml(&snapshot_value(&to.spec.snapshot)?)?);
+    let (old, new) = (snapshot_value(&from.spec.snapshot)?, snapshot_value(&to.spec.snapshot)?);
+    if !for_people(args.output.output) {
+        let side = |revision: &FederatedRevision, snapshot: &Value| json!({"name": revision.name_any(), "number": revision.spec.number, "snapshot": snapshot});
+        let both = json!({"from": side(from, &old), "to": side(to, &new)});
+        return output::print(args.output.output, &both, |_| Table::default());
+    }
+    let (old, new) = (yaml(&old)?, yaml(&new)?);
     let head = format!(
         "--- {} ({})\n+++ {} ({})\n",
         from.name_any(),
@@ -131,15 +142,36 @@ pub(crate) async fn rollback(args: RollbackArgs) -> Result<()> {
     if to.name_any() == now.name_any() {
         return Err(Error::failed(tried, format!("{} is the current revision", to.name_any())));
     }
+    if is_divided_otherwise(&to.spec.snapshot, &now.spec.snapshot) {
+        let happened = format!(
+            "{} and the current revision differ only in how replicas are divided, and that is decided anew",
+            to.name_any()
+        );
+        return Err(Error::failed(tried, happened).remedy("change its ReplicaSchedulingPreference"));
+    }
     if args.dry_run {
+        let divided = now.spec.snapshot.replicas.clone();
+        let name = to.name_any();
+        let mut revisions = revisions.clone();
+        // How the replicas are divided does not go back.
+        for revision in revisions.iter_mut().filter(|revision| revision.name_any() == name) {
+            revision.spec.snapshot.replicas.clone_from(&divided);
+        }
         let mask = found.object.spec.placement_mask.clone();
-        let moves = moves(&found, &revisions, &to.name_any(), mask.as_ref(), true).await?;
-        return print_moves(&moves);
+        let moves = moves(&found, &revisions, &name, mask.as_ref(), true).await?;
+        return match args.output.output {
+            format if for_people(format) => print_moves(&moves),
+            format => output::print(format, &Items { items: moves }, |_| Table::default()),
+        };
     }
     let mut object = found.raw.clone();
     let spec = &mut object.data["spec"];
     restore(spec, &to.spec.snapshot, &found.object, &rules(&found).await?)?;
-    found.api.replace(&found.name, &PostParams::default(), &object).await.map_err(explain(&tried))?;
+    let replaced = found.api.replace(&found.name, &PostParams::default(), &object).await;
+    let replaced = replaced.map_err(explain(&tried))?;
+    if !for_people(args.output.output) {
+        return output::print(args.output.output, &replaced, |_| Table::default());
+    }
     let mask = match &found.object.spec.placement_mask {
         Some(_) => " where the mask lets it",
         None => "",
@@ -179,9 +211,13 @@ pub(super) fn current<'a>(
     })
 }
 
-/// The revision before another.
+/// The revision before another. One that only divides the replicas otherwise is the same.
 fn before<'a>(revisions: &'a [FederatedRevision], to: &FederatedRevision) -> Result<&'a FederatedRevision> {
-    revisions.iter().rev().find(|revision| revision.spec.number < to.spec.number).ok_or_else(|| {
+    let is_before = |revision: &&FederatedRevision| {
+        revision.spec.number < to.spec.number
+            && !is_divided_otherwise(&revision.spec.snapshot, &to.spec.snapshot)
+    };
+    revisions.iter().rev().find(is_before).ok_or_else(|| {
         Error::not_found("find the revision before", format!("{} is the oldest that is kept", to.name_any()))
     })
 }
@@ -306,6 +342,8 @@ fn compare<'a>(old: &[&'a str], new: &[&'a str]) -> Vec<(char, &'a str)> {
 
 #[cfg(test)]
 mod tests {
+    use federation_core::api::FederatedRevisionSpec;
+
     use super::*;
 
     #[test]
@@ -332,6 +370,27 @@ mod tests {
         object.metadata.annotations = map("cellway.io/made-from", "ConfigMap shop/settings");
         let refused = check(&object).unwrap_err().to_string();
         assert!(refused.contains("change ConfigMap shop/settings itself"), "{refused}");
+    }
+
+    #[test]
+    fn how_replicas_are_divided_is_no_revision_of_its_own() {
+        let revisions: Vec<_> = [("web:1", 6), ("web:2", 6), ("web:2", 8), ("web:2", 10)]
+            .into_iter()
+            .zip(1..)
+            .map(|((image, replicas), number)| {
+                let snapshot = Snapshot {
+                    template: json!({"spec": {"image": image}}),
+                    replicas: [("a".to_owned(), replicas)].into(),
+                    ..Snapshot::default()
+                };
+                let spec = FederatedRevisionSpec { object: "x/web".into(), number, snapshot };
+                FederatedRevision::new(&format!("web-{number}"), spec)
+            })
+            .collect();
+        for to in &revisions[1..] {
+            assert_eq!(before(&revisions, to).unwrap().spec.number, 1);
+        }
+        assert!(before(&revisions, &revisions[0]).is_err());
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! The federated objects of the hub, as they are kept and found.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 
+use federation_core::answers::Unreadable;
 use federation_core::names;
 use federation_core::types::FederatedType;
 use kube::ResourceExt as _;
@@ -28,7 +29,10 @@ pub(crate) struct Kept {
     /// It may be made of a native object; only a look into it tells.
     may_be_companion: bool,
     stand_ins: Box<[StandIn]>,
-    text: Packed,
+    /// `None`: nothing has been read of it.
+    text: Option<Packed>,
+    /// What it is now cannot be read. Everything else is as it was when it could.
+    is_unread: bool,
 }
 
 // === impl Kept ===
@@ -57,8 +61,38 @@ impl Kept {
             may_be_companion: object.labels().contains_key(names::POLICY_LABEL),
             stand_ins: stand_ins::of_status(status),
             // Made of maps with texts as keys, an object always serialises.
-            text: Packed::new(&serde_json::to_vec(&object).unwrap_or_default()),
+            text: Some(Packed::new(&serde_json::to_vec(&object).unwrap_or_default())),
+            is_unread: false,
         }
+    }
+
+    /// One that cannot be read, by its name.
+    pub(crate) fn unread(of: Unreadable) -> Self {
+        Self {
+            key: (of.namespace.into(), of.name.into()),
+            uid: None,
+            version: Some(of.version).filter(|version| !version.is_empty()),
+            generation: None,
+            asks: None,
+            behind: false,
+            may_be_companion: false,
+            stand_ins: Box::default(),
+            text: None,
+            is_unread: true,
+        }
+    }
+
+    /// What is known of an object after `self` has come, of which `before` is what was known so far.
+    pub(crate) fn after(self, before: Option<Self>) -> Self {
+        match before.filter(|_| self.is_unread) {
+            Some(before) => Self { is_unread: true, version: self.version.or(before.version), ..before },
+            None => self,
+        }
+    }
+
+    /// Whether it cannot be read what it is now.
+    pub(crate) fn is_unread(&self) -> bool {
+        self.is_unread
     }
 
     pub(crate) fn key(&self, kind: usize) -> ObjectKey {
@@ -77,9 +111,9 @@ impl Kept {
         self.version.as_deref()
     }
 
-    /// The object again.
+    /// The object again, if anything has been read of it.
     pub(crate) fn parsed(&self) -> Option<DynamicObject> {
-        serde_json::from_slice(&self.text.unpacked()?).ok()
+        serde_json::from_slice(&self.text.as_ref()?.unpacked()?).ok()
     }
 }
 
@@ -105,6 +139,9 @@ impl HubState {
             return None;
         }
         let inside = of.target.namespaced || of.is_namespace();
+        if self.unknown.iter().any(|key| !inside || key.namespace == own.namespace) {
+            return None;
+        }
         let mine = self.objects.get(own).map(|object| &*object.stand_ins).unwrap_or_default();
         Some(self.stand_ins.beside(inside.then_some(&*own.namespace), mine, of.is_namespace()))
     }
@@ -128,6 +165,21 @@ impl HubState {
     /// writes; `None` where that cannot be told.
     pub(crate) fn asks(&self, key: &ObjectKey) -> Option<u64> {
         self.objects.get(key)?.asks
+    }
+
+    /// Whether it cannot be read what an object is now.
+    pub(crate) fn is_unread(&self, key: &ObjectKey) -> bool {
+        self.objects.get(key).is_some_and(Kept::is_unread)
+    }
+
+    /// Objects of the types that are wanted of which nothing has been read.
+    pub(crate) fn unknown(&self, wanted: impl Fn(usize) -> bool) -> Vec<ObjectKey> {
+        self.unknown.iter().filter(|key| wanted(key.kind)).cloned().collect()
+    }
+
+    /// Whether nothing has been read of an object that is there.
+    pub(crate) fn is_unknown(&self, key: &ObjectKey) -> bool {
+        self.unknown.contains(key)
     }
 
     /// Whether an object is at the hub.
@@ -186,10 +238,12 @@ impl HubState {
             Change::Replace(all) => {
                 self.unlisted_kinds.remove(&kind);
                 let mut touched: BTreeSet<_> = self.keys_of(kind).cloned().collect();
-                self.remove_kind(kind);
+                let mut before: BTreeMap<_, _> =
+                    touched.iter().filter_map(|key| Some((key.clone(), self.remove(key)?))).collect();
                 for object in all {
                     let key = object.key(kind);
                     touched.insert(key.clone());
+                    let object = object.after(before.remove(&key));
                     self.insert(key, object);
                 }
                 touched.into_iter().collect()
@@ -204,7 +258,7 @@ impl HubState {
             Change::Delete(object) => {
                 let key = object.key(kind);
                 // A later object of the same name may be known already, from a write's answer.
-                if self.objects.get(&key).is_some_and(|known| known.uid == object.uid) {
+                if self.objects.get(&key).is_some_and(|known| object.is_unread || known.uid == object.uid) {
                     self.remove(&key);
                 }
                 vec![key]
@@ -225,39 +279,49 @@ impl HubState {
     /// Stores an object unless a newer state of it is known.
     fn keep_newer(&mut self, key: &ObjectKey, object: Kept) -> bool {
         if let Some(known) = self.objects.get(key)
-            && known.uid == object.uid
+            && (object.is_unread || known.uid == object.uid)
             && (is_older(&object.version, &known.version)
                 // The answer to a write of ours was faster than the watch.
-                || object.version.is_some() && object.version == known.version)
+                || object.version.is_some() && object.version == known.version && !known.is_unread)
         {
             return false;
         }
+        let object = object.after(self.remove(key));
         self.insert(key.clone(), object);
         true
     }
 
     fn insert(&mut self, key: ObjectKey, object: Kept) {
         self.stand_ins.add(&key.namespace, &object.stand_ins);
+        if object.text.is_none() {
+            self.unknown.insert(key.clone());
+        } else {
+            self.unknown.remove(&key);
+        }
         let namespace = Arc::clone(&key.namespace);
         if let Some(before) = self.objects.insert(key, object) {
             self.stand_ins.remove(&namespace, &before.stand_ins);
         }
     }
 
-    fn remove(&mut self, key: &ObjectKey) {
-        if let Some(before) = self.objects.remove(key) {
-            self.stand_ins.remove(&key.namespace, &before.stand_ins);
-        }
+    fn remove(&mut self, key: &ObjectKey) -> Option<Kept> {
+        let before = self.objects.remove(key)?;
+        self.stand_ins.remove(&key.namespace, &before.stand_ins);
+        self.unknown.remove(key);
+        Some(before)
     }
 
     pub(super) fn remove_kind(&mut self, kind: usize) {
         let all: Vec<_> = self.keys_of(kind).cloned().collect();
-        all.iter().for_each(|key| self.remove(key));
+        for key in &all {
+            self.remove(key);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use federation_core::answers::Why;
     use federation_core::types;
 
     use super::*;
@@ -299,6 +363,45 @@ mod tests {
         let touched = state.change_objects(0, Change::Replace(vec![object("b", "2", "2")]));
         assert_eq!(touched.len(), 2);
         assert_eq!(state.keys().len(), 1);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_known_as_it_was_and_is_not_gone() {
+        let unread = |name: &str, version: &str| {
+            Kept::unread(Unreadable {
+                namespace: "shop".into(),
+                name: name.into(),
+                version: version.into(),
+                why: Why::Form,
+            })
+        };
+        let [web, new] = ["web", "new"].map(|name| ObjectKey::new(0, "shop", name));
+        let runs = || {
+            let mut object = dynamic("web", "u", "10");
+            object.data = serde_json::json!({"status": {"units": [{"cluster": "x", "extra": 1}]}});
+            Kept::new(object)
+        };
+        let relisted = Change::Replace(vec![unread("web", "11"), unread("new", "12")]);
+        for change in [relisted, Change::Apply(unread("web", "11"))] {
+            let mut state = HubState::new();
+            state.change_objects(0, Change::Replace(vec![runs()]));
+            let listed = matches!(change, Change::Replace(_));
+            assert_eq!(state.change_objects(0, change).len(), 1 + usize::from(listed));
+            assert!(state.is_unread(&web) && !state.is_unknown(&web));
+            assert_eq!(state.stand_ins.beside(Some("shop"), &[], false).len(), 1, "it runs what it ran");
+            let known = state.object(&web).expect("as it was");
+            assert_eq!(known.metadata.resource_version.as_deref(), Some("10"));
+            assert_eq!(
+                (state.is_unknown(&new), state.knows(&new), state.object(&new)),
+                (listed, listed, None)
+            );
+            // It is read again, or goes.
+            state.change_objects(0, Change::Apply(object("web", "u", "13")));
+            assert!(!state.is_unread(&web));
+            state.change_objects(0, Change::Delete(unread("new", "14")));
+            state.change_objects(0, Change::Delete(unread("web", "15")));
+            assert!(state.keys().is_empty() && state.unknown.is_empty());
+        }
     }
 
     #[test]

@@ -201,6 +201,11 @@ impl Member {
         self.reader.objects(&of.target.resource(), of.target.namespaced.then_some(namespace))
     }
 
+    /// Versions in which it serves a type's target.
+    pub(crate) async fn served_versions(&self, of: &FederatedType) -> Result<Vec<String>, ReadError> {
+        watch::served_versions(&self.reader, of).await
+    }
+
     /// Takes the hub's marks off an object, if it is still the one that was meant.
     pub(crate) async fn release(
         &self,

@@ -7,7 +7,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use federation_core::plan::{Action, Cause, LiveObject, MemberState, MemberView, WriteFailure};
+use federation_core::plan::{Action, Cause, Contention, LiveObject, MemberState, MemberView, WriteFailure};
 use kube::api::DynamicObject;
 use tokio::time::Instant;
 
@@ -73,6 +73,13 @@ pub(super) enum Listing {
 /// Bytes that so many objects take with texts of so many bytes.
 fn weight(texts: usize, objects: usize) -> usize {
     texts + objects * BESIDE_TEXT
+}
+
+/// An object by its uid, and a state of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct State {
+    uid: Option<Uid>,
+    version: Option<Version>,
 }
 
 /// A write under way.
@@ -187,8 +194,10 @@ impl Store {
                 .collect(),
             contended: targets()
                 .filter_map(|target| {
-                    self.fights.get_mut(&target)?.rest(now)?;
-                    Some((target.name.to_string(), fight_message(&target.name)))
+                    let (hash, left) = self.fights.get_mut(&target)?.rest(now)?;
+                    let contention =
+                        Contention { hash: hash.to_owned(), left, message: fight_message(&target.name) };
+                    Some((target.name.to_string(), contention))
                 })
                 .collect(),
             ..MemberView::default()
@@ -212,9 +221,9 @@ impl Store {
         self.fights.values_mut().filter_map(|guard| guard.rest(now)).count()
     }
 
-    /// When an object may be written again, if it is contended.
-    pub(super) fn rest(&mut self, target: &TargetKey, now: Instant) -> Option<Duration> {
-        self.fights.get_mut(target)?.rest(now)
+    #[cfg(test)]
+    fn rest(&mut self, target: &TargetKey, now: Instant) -> Option<Duration> {
+        self.fights.get_mut(target)?.rest(now).map(|(_, left)| left)
     }
 
     /// Takes objects in; returns the marks and namespaces of federated objects that are to be looked at.
@@ -255,6 +264,10 @@ impl Store {
                 let before = of.get(&namespace, &name);
                 if before.is_some_and(|before| before.uid != known.uid) {
                     return Vec::new();
+                }
+                // It may be made again only to go again.
+                if let Some(baseline) = before.and_then(|before| before.baseline.clone()) {
+                    self.fights.entry(target).or_default().lost(baseline, Instant::now());
                 }
                 let marks = marks(&namespace, [Some(&*known), before]);
                 of.remove(&namespace, &name);
@@ -390,15 +403,24 @@ impl Store {
                 // Against what it began from: the watch may have brought our own write already.
                 let Seen { known: mut answered, .. } = Seen::new(answer, &self.texts);
                 let version = answered.version.clone();
-                if *cause == Cause::Heal && began != version {
-                    self.fights.entry(target.clone()).or_default().healed(now);
-                }
-                // Written, seen, and gone again before the answer came: there is nothing to remember.
-                if gone.is_some_and(|gone| !Version::is_older(gone.as_ref(), version.as_ref())) {
-                    return;
+                // What was written before and is written again did not stay, whatever has become of the marks that would say so. A
+                // first write that changed nothing only shows how the server spells it.
+                let last = before.and_then(|before| before.baseline.as_ref());
+                let repeats = last.is_some_and(|last| last.is_of(hash))
+                    || self.fights.get(target).is_some_and(|guard| guard.has_lost(hash))
+                    || (*cause == Cause::Heal && began != version);
+                if repeats || self.fights.contains_key(target) {
+                    self.fights.entry(target.clone()).or_default().wrote(hash, repeats, now);
                 }
                 let baseline = federation_core::drift::baseline(&given, desired, hash);
                 let baseline = Some(self.texts.share_baseline(baseline));
+                // Written, seen, and gone again before the answer came.
+                if gone.is_some_and(|gone| !Version::is_older(gone.as_ref(), version.as_ref())) {
+                    if let Some(baseline) = baseline {
+                        self.fights.entry(target.clone()).or_default().lost(baseline, now);
+                    }
+                    return;
+                }
                 // Should the watch have been faster with something newer, that stays, and is compared with the answer.
                 if before.is_some_and(|before| answered.is_older_than(before)) {
                     of.set_baseline(&target.namespace, &target.name, baseline);
@@ -422,32 +444,46 @@ impl Store {
         }
     }
 
-    /// Which state of an object is known.
-    pub(super) fn version(&self, target: &TargetKey) -> Option<String> {
+    /// Which object is known under a name, and which state of it.
+    pub(super) fn state(&self, target: &TargetKey) -> Option<State> {
         let of = self.kinds.get(target.kind)?;
-        of.get(&target.namespace, &target.name)?.version.as_ref().map(ToString::to_string)
+        let known = of.get(&target.namespace, &target.name)?;
+        Some(State { uid: known.uid.clone(), version: known.version.clone() })
     }
 
-    /// Takes in how an object is after a write of which nobody knows what became of it; `None`: it is not there. `known`: the
-    /// state of it that was known when it was asked for.
-    pub(super) fn settled(&mut self, target: &TargetKey, known: Option<&str>, found: Option<DynamicObject>) {
-        let told_since = self.version(target).as_deref() != known;
+    /// Takes in how an object is after a write of which nobody knows what became of it; `None`: it is not there. `known`: what
+    /// was known under the name when it was asked for.
+    ///
+    /// What the watch has told since counts, unless what was found is newer than that for certain: it may be the object that has
+    /// gone meanwhile, and another one of the name may be there. What is taken for it wrongly nobody would put right.
+    pub(super) fn settled(
+        &mut self,
+        target: &TargetKey,
+        known: &Option<State>,
+        found: Option<DynamicObject>,
+    ) {
+        let gone = self.in_flight.get(target).and_then(|begun| begun.gone.clone());
+        let told_since = self.state(target) != *known;
         let Some(of) = self.kinds.get_mut(target.kind) else { return };
         let before = of.get(&target.namespace, &target.name);
         let Some(found) = found else {
-            // What the watch has told since is newer.
             if !told_since {
                 of.remove(&target.namespace, &target.name);
             }
             return;
         };
-        let Seen { mut known, .. } = Seen::new(found, &self.texts);
-        if before.is_some_and(|before| known.is_older_than(before) || known.is_same_as(before)) {
+        let Seen { known: mut found, .. } = Seen::new(found, &self.texts);
+        let is_taken = match before.map(|before| before.version.clone()).or(gone) {
+            None => !told_since,
+            Some(told) if told_since => Version::is_older(told.as_ref(), found.version.as_ref()),
+            Some(told) => told != found.version && !Version::is_older(found.version.as_ref(), told.as_ref()),
+        };
+        if !is_taken {
             return;
         }
-        known.baseline =
-            before.filter(|before| before.uid == known.uid).and_then(|before| before.baseline.clone());
-        of.insert(Arc::clone(&target.namespace), Arc::clone(&target.name), known);
+        found.baseline =
+            before.filter(|before| before.uid == found.uid).and_then(|before| before.baseline.clone());
+        of.insert(Arc::clone(&target.namespace), Arc::clone(&target.name), found);
     }
 
     /// Ends a write that failed; returns the wait before the next try and whether this failure is news.
@@ -489,7 +525,7 @@ pub(super) fn hash_of(action: &Action) -> String {
 #[cfg(test)]
 mod tests {
     use federation_core::names::SOURCE_ANNOTATION;
-    use federation_core::plan::Write;
+    use federation_core::plan::{Replicas, Write};
     use k8s_openapi::api::core::v1::ObjectReference;
     use serde_json::{Value, json};
 
@@ -525,6 +561,7 @@ mod tests {
             cause,
             adopt: false,
             exists: cause != Cause::Create,
+            replicas: Replicas::Asked,
             remove_annotations: vec![],
             remove_labels: vec![],
         }
@@ -715,6 +752,46 @@ mod tests {
     }
 
     #[test]
+    fn what_is_found_after_a_lost_answer_counts_unless_the_watch_knows_better() {
+        let target = TargetKey { kind: 0, namespace: "shop".into(), name: "web-a".into() };
+        let was = |uid: &str, version: u64| Change::Delete(seen("web-a", uid, version));
+        let is = |uid: &str, version: u64| Change::Apply(seen("web-a", uid, version));
+        let cases = [
+            ("nothing was told", vec![], Some(("a", 7)), Some(("a", "7"))),
+            ("it is as it was known", vec![], Some(("a", 5)), Some(("a", "5"))),
+            ("it is gone", vec![], None, None),
+            ("another one took its place unheard", vec![], Some(("b", 7)), Some(("b", "7"))),
+            ("it was changed after that", vec![is("a", 8)], Some(("a", 7)), Some(("a", "8"))),
+            ("it came after it was looked for", vec![is("a", 8)], None, Some(("a", "8"))),
+            ("it is gone since", vec![was("a", 8)], Some(("a", 7)), None),
+            ("another one is there since", vec![was("a", 8), is("b", 9)], Some(("a", 7)), Some(("b", "9"))),
+            ("another one is there unheard", vec![was("a", 8)], Some(("b", 9)), Some(("b", "9"))),
+            ("and it has changed", vec![was("a", 8), is("b", 9)], Some(("b", 10)), Some(("b", "10"))),
+            ("it is in the list no more", vec![Change::Replace(vec![])], Some(("a", 7)), None),
+        ];
+        for (what, told, found, expect) in cases {
+            let mut store = store();
+            let now = Instant::now();
+            store.change(0, Change::Replace(vec![]));
+            let first = store.submit(job("zero"), now).expect("taken");
+            store.begin(&first).expect("begun");
+            store.succeeded(&first, &apply("zero", Cause::Create), Some(live("web-a", "a", 5)), now);
+            store.submit(job("one"), now).expect("taken");
+            store.begin(&target).expect("begun");
+            let known = store.state(&target);
+            told.into_iter().for_each(|change| drop(store.change(0, change)));
+            store.settled(&target, &known, found.map(|(uid, version)| live("web-a", uid, version)));
+            let shown = view(&mut store).objects.remove("web-a");
+            let meta = shown.as_ref().map(|shown| &shown.value["metadata"]);
+            let text = |field: &str| meta.and_then(|meta| meta[field].as_str());
+            assert_eq!(text("uid").zip(text("resourceVersion")), expect, "{what}");
+            // What the member answered about one object says nothing of another.
+            let baseline = shown.as_ref().is_some_and(|shown| shown.baseline.is_some());
+            assert_eq!(baseline, expect.is_some_and(|(uid, _)| uid == "a"), "{what}");
+        }
+    }
+
+    #[test]
     fn objects_are_counted_and_weighed() {
         let mut store = store();
         store.change(0, Change::Replace(vec![seen("a", "1", 1), seen("b", "2", 2)]));
@@ -746,6 +823,58 @@ mod tests {
         let target = TargetKey { kind: 0, namespace: "shop".into(), name: "web-a".into() };
         assert!(view(&mut store).contended.contains_key("web-a"));
         assert_eq!(store.rest(&target, now), Some(Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn what_is_written_again_counts_whatever_it_is_called() {
+        let at = Instant::now();
+        let target = TargetKey { kind: 0, namespace: "shop".into(), name: "web-a".into() };
+        let write = |store: &mut Store, hash: &str, cause: Cause, version: u64| {
+            let target = store.submit(job(hash), at).expect("taken");
+            store.begin(&target).expect("begun");
+            store.succeeded(&target, &apply(hash, cause), Some(live("web-a", "1", version)), at);
+        };
+        // A webhook takes the annotations off, and the write changes nothing: each one looks like the first.
+        let mut store = store();
+        view(&mut store);
+        for _ in 0..=6 {
+            assert_eq!(store.rest(&target, at), None);
+            write(&mut store, "one", Cause::Update, 10);
+        }
+        assert_eq!(view(&mut store).contended["web-a"].hash, "one");
+        // What is new goes out, and begins with nothing.
+        write(&mut store, "two", Cause::Update, 11);
+        assert_eq!(store.rest(&target, at), None);
+        // Different ones by turns are what somebody asks for.
+        for round in 0..20 {
+            write(&mut store, ["one", "two"][round % 2], Cause::Update, 12);
+        }
+        assert_eq!(store.rest(&target, at), None);
+    }
+
+    #[test]
+    fn what_goes_whenever_it_is_made_is_a_fight() {
+        let at = Instant::now();
+        for (goes_first, mut store) in [(false, store()), (true, store())] {
+            view(&mut store);
+            let target = TargetKey { kind: 0, namespace: "shop".into(), name: "web-a".into() };
+            for round in 0..=6u64 {
+                assert_eq!(store.rest(&target, at), None);
+                let (uid, version) = (format!("uid-{round}"), 10 + 2 * round);
+                store.submit(job("one"), at).expect("taken");
+                store.begin(&target).expect("begun");
+                let gone = Change::Delete(seen("web-a", &uid, version + 1));
+                let answer = Some(live("web-a", &uid, version));
+                if goes_first {
+                    store.change(0, gone);
+                    store.succeeded(&target, &apply("one", Cause::Create), answer, at);
+                } else {
+                    store.succeeded(&target, &apply("one", Cause::Create), answer, at);
+                    store.change(0, gone);
+                }
+            }
+            assert!(store.rest(&target, at).is_some(), "{goes_first}");
+        }
     }
 
     #[test]

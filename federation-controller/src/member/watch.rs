@@ -20,9 +20,9 @@ use tracing::{debug, warn};
 use super::store::{Listing, MAX_BYTES, MAX_OBJECTS, MEMBER_BYTES, Seen};
 use super::{Member, chain};
 use crate::Shared;
-use crate::follow::{Change, FollowError, Limits, Source, WatchTrouble, follow_as};
+use crate::follow::{Change, FollowError, Limits, Source, Unread, WatchTrouble, follow_as};
 use crate::hub::ObjectKey;
-use crate::reader::Reader;
+use crate::reader::{ReadError, Reader};
 use crate::texts::MAX_TEXTS;
 use crate::types::Stage;
 
@@ -87,14 +87,15 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
                 before < MAX_OBJECTS
                     && bytes < MAX_BYTES
                     && bytes + others < MEMBER_BYTES
-                    && (!before.is_multiple_of(LOOKS_EVERY) || shared.texts.has_room())
+                    && (!before.is_multiple_of(LOOKS_EVERY) || shared.has_room(bytes + others))
             };
             let mut missing = false;
             let reader = member.reader.clone();
+            let keep = |object| answers::dynamic(object).map(|object| Seen::new(object, &shared.texts));
             let source = Source { path, config, limits: Some(LISTS), reader };
             let watching = follow_as(
                 source,
-                |object| answers::dynamic(object).map(|object| Seen::new(object, &shared.texts)),
+                (keep, Unread::PassedOver),
                 admit,
                 |change| take(member, shared, kind, of, change),
                 |trouble| {
@@ -104,8 +105,13 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
             );
             tokio::select! {
                 () = watching => if missing {
-                    let served = timeout(ASKING, served_versions(&member.reader, of)).await.unwrap_or_default();
-                    if member.store.lock().set_listing(kind, Listing::NoSuchType(served)) {
+                    let listing = match timeout(ASKING, served_versions(&member.reader, of)).await {
+                        Ok(Ok(served)) => Listing::NoSuchType(served),
+                        // A type that is not served has no objects, so that has to be certain.
+                        Ok(Err(error)) => Listing::Failing(chain(&error)),
+                        Err(_) => Listing::Failing("the member does not say what it serves".into()),
+                    };
+                    if member.store.lock().set_listing(kind, listing) {
                         debug!(kind = of.target.kind, "the member does not serve the type");
                         shared.enqueue_kind_in(kind, &member.name);
                     }
@@ -114,7 +120,7 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
                 } else {
                     // It holds more than may be kept.
                     warn!(kind = of.target.kind, "the member has too many managed objects, or too large ones");
-                    let message = if shared.texts.has_room() {
+                    let message = if shared.has_room(bytes + others) {
                         format!(
                             "the member has more than {MAX_OBJECTS} managed {}, or more than {} MiB of them, or more than \
                              {} MiB of managed objects of all kinds",
@@ -124,8 +130,10 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
                         )
                     } else {
                         format!(
-                            "there are more than {} MiB of different managed objects in all members together",
-                            MAX_TEXTS >> 20
+                            "there are more than {} MiB of different managed objects in all members together, and more \
+                             than this member's part of that in it, which is {} MiB",
+                            MAX_TEXTS >> 20,
+                            shared.texts.part(shared.members.read().len()) >> 20
                         )
                     };
                     member.store.lock().set_listing(kind, Listing::Failing(message));
@@ -138,6 +146,16 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
         } else if epoch.changed().await.is_err() {
             return;
         }
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    /// Whether there is room for more objects of a member that has so many bytes of them.
+    fn has_room(&self, own: usize) -> bool {
+        let members = self.members.read().len();
+        self.texts.has_room(own, members)
     }
 }
 
@@ -179,18 +197,29 @@ fn is_missing(trouble: &WatchTrouble) -> bool {
     trouble.error.status().is_some_and(|status| status.code == 404)
 }
 
-/// Versions in which the member serves the kind, as far as it says so.
-async fn served_versions(reader: &Reader, of: &FederatedType) -> Vec<String> {
-    let ask = async |path: String| -> Option<Value> {
-        reader.object(http::Request::get(path).body(Vec::new()).ok()?).await.ok()
+/// Versions in which the member serves the kind.
+pub(super) async fn served_versions(reader: &Reader, of: &FederatedType) -> Result<Vec<String>, ReadError> {
+    let ask = async |path: String| -> Result<Option<Value>, ReadError> {
+        // What is no path is not served either.
+        let Ok(request) = http::Request::get(path).body(Vec::new()) else { return Ok(None) };
+        match reader.object(request).await {
+            Err(error) if error.status().is_some_and(|status| status.code == 404) => Ok(None),
+            answer => Ok(Some(answer?)),
+        }
     };
     let target = &of.target;
     let root = if target.group.is_empty() { "/api".to_owned() } else { format!("/apis/{}", target.group) };
-    let Some(group) = ask(root.clone()).await else { return Vec::new() };
-    let mut served = Vec::new();
+    let Some(group) = ask(root.clone()).await? else { return Ok(Vec::new()) };
+    let (mut served, mut failed) = (Vec::new(), None);
     for version in group["versions"].as_array().into_iter().flatten().take(MAX_VERSIONS) {
         let Some(version) = version["version"].as_str().or(version.as_str()) else { continue };
-        let Some(found) = ask(format!("{root}/{version}")).await else { continue };
+        let found = match ask(format!("{root}/{version}")).await {
+            Ok(found) => found.unwrap_or_default(),
+            Err(error) => {
+                failed = Some(error);
+                continue;
+            }
+        };
         let has = found["resources"]
             .as_array()
             .into_iter()
@@ -201,7 +230,11 @@ async fn served_versions(reader: &Reader, of: &FederatedType) -> Vec<String> {
             served.push(version.to_owned());
         }
     }
-    served
+    match failed {
+        // That it is served nowhere is not known.
+        Some(error) if served.is_empty() => Err(error),
+        _ => Ok(served),
+    }
 }
 
 fn on_trouble(member: &Member, shared: &Shared, kind: usize, trouble: &WatchTrouble) -> bool {

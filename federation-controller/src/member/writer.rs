@@ -1,12 +1,13 @@
 //! Carries writes out in a member.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
 use federation_core::api::DeleteOptions;
 use federation_core::drift::{Refusal, admit};
 use federation_core::names::{FIELD_MANAGER, HUB_ANNOTATION, MANAGED_LABEL};
-use federation_core::plan::{Action, Cause, WriteFailure};
+use federation_core::plan::{Action, Cause, Replicas, WriteFailure};
 use kube::ResourceExt as _;
 use kube::api::{
     ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, Preconditions, PropagationPolicy,
@@ -26,6 +27,9 @@ use crate::reader::ReadError;
 
 /// Longest time to find out what became of a write: reading asks no webhook.
 const SETTLING: Duration = Duration::from_secs(5);
+/// An object whose replicas are the member's is looked at so often during a write: while it is rolled out its status changes
+/// several times a second. Then it is planned anew.
+const MOST_LOOKS: usize = 4;
 
 /// How long a write took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,9 +120,6 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
             shared.queue.add_after(job.source.clone(), wait);
         }
     }
-    if let Some(wait) = member.store.lock().rest(target, Instant::now()) {
-        shared.queue.add_after(job.source.clone(), wait);
-    }
     // Other members are about to be done too: one look, and one status, for all of them. But what was asked for meanwhile has
     // only waited for this write.
     let overtaken = shared.state.read().generation(&job.source) != job.generation;
@@ -131,12 +132,12 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
 async fn settle(member: &Member, shared: &Shared, target: &TargetKey) {
     let Some(of) = shared.types.get(target.kind) else { return };
     let api = member.objects(&of, &target.namespace);
-    let known = member.store.lock().version(target);
+    let known = member.store.lock().state(target);
     match timeout(SETTLING, api.get_opt(&target.name)).await {
         Ok(Ok(found)) => {
             // What the hub does not follow is not kept.
             let found = found.filter(|found| found.labels().contains_key(MANAGED_LABEL));
-            member.store.lock().settled(target, known.as_deref(), found);
+            member.store.lock().settled(target, &known, found);
         }
         // It is there, and none that can be read: a listing would not show it either.
         Ok(Err(ReadError::Unreadable(_))) => {}
@@ -157,25 +158,48 @@ async fn perform(
     let api = member.objects(&of, &target.namespace);
     let name = target.name.as_ref();
     match &job.write.action {
-        Action::Apply { desired, adopt, exists, remove_annotations, remove_labels, .. } => {
+        Action::Apply { desired, adopt, exists, replicas, remove_annotations, remove_labels, .. } => {
             let mut exists = *exists;
+            // As it is there, if it may be written.
+            let look = async || -> Result<Option<Value>, WriteError> {
+                let Some(found) = api.get_opt(name).await? else { return Ok(None) };
+                let (found, source) =
+                    (plain(found)?, federation_core::names::source(&of.plural, &job.source.name));
+                admit(&found, &source, shared.hub_id(), *adopt)?;
+                Ok(Some(found))
+            };
+            let mut wanted = Cow::Borrowed(desired);
+            if let Replicas::Retained { version: Some(version) } = replicas {
+                wanted.to_mut()["metadata"]["resourceVersion"] = version.as_str().into();
+            }
             if !exists {
                 // Unseen is not absent: objects without the hub's label are not watched.
-                if let Some(found) = api.get_opt(name).await? {
-                    let source = federation_core::names::source(&of.plural, &job.source.name);
-                    admit(&plain(found)?, &source, shared.hub_id(), *adopt)?;
+                if let Some(found) = look().await? {
+                    if *replicas != Replicas::Asked {
+                        wanted = Cow::Owned(retaining(desired, &found));
+                    }
                     exists = true;
                 }
             }
             let mut params = PatchParams::apply(FIELD_MANAGER);
             // Force only over what is ours: an object that appeared this very moment makes a conflict instead.
             params.force = exists;
-            let first = api.patch(name, &params, &Patch::Apply(desired)).await;
+            let mut first = api.patch(name, &params, &Patch::Apply(&wanted)).await;
+            for _ in 0..MOST_LOOKS {
+                match &first {
+                    // It is another state by now, perhaps with other replicas.
+                    Err(error) if code(error) == Some(409) && exists && *replicas != Replicas::Asked => {}
+                    _ => break,
+                }
+                let Some(found) = look().await? else { break };
+                wanted = Cow::Owned(retaining(desired, &found));
+                first = api.patch(name, &params, &Patch::Apply(&wanted)).await;
+            }
             let mut answer = match first {
                 // Mostly the namespace is there: it is made when it turns out not to be.
                 Err(error) if code(&error) == Some(404) && of.target.namespaced => {
                     ensure_namespace(member, shared.hub_id(), &target.namespace).await?;
-                    api.patch(name, &params, &Patch::Apply(desired)).await?
+                    api.patch(name, &params, &Patch::Apply(&wanted)).await?
                 }
                 first => first?,
             };
@@ -217,6 +241,16 @@ async fn perform(
             Err(error) => Err(error.into()),
         },
     }
+}
+
+/// What is asked for, with the member's replicas: it is refused if the object is not as it was found any more.
+fn retaining(desired: &Value, found: &Value) -> Value {
+    let mut wanted = desired.clone();
+    if let Some(replicas) = found["spec"].get("replicas") {
+        wanted["spec"]["replicas"] = replicas.clone();
+        wanted["metadata"]["resourceVersion"] = found["metadata"]["resourceVersion"].clone();
+    }
+    wanted
 }
 
 /// How an object is deleted, should it be the one with this uid.
@@ -300,9 +334,26 @@ impl From<ReadError> for WriteError {
                 let Status { code, reason, message, .. } = *status;
                 Self::Answered { code, reason, message }
             }
-            error @ (ReadError::Client(_) | ReadError::BrokeOff(_)) => Self::Lost(chain(&error)),
+            // An answer for which there was no room says as little of what became of the write as one that did not come, and
+            // nothing is wrong with the object: it is asked for.
+            error @ (ReadError::Client(_) | ReadError::BrokeOff(_) | ReadError::Busy) => {
+                Self::Lost(chain(&error))
+            }
             // The status of the answer was a good one.
             error => Self::Unreadable(chain(&error)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_without_room_says_nothing_of_the_write() {
+        let lost = |error: ReadError| matches!(WriteError::from(error), WriteError::Lost(_));
+        assert!(lost(ReadError::Busy), "it is asked for what became of it");
+        assert!(lost(ReadError::Client(kube::Error::Service("reset".into()))));
+        assert!(!lost(ReadError::TooLong(1)), "it was taken, and is as long when it is asked for");
     }
 }

@@ -19,23 +19,41 @@ use crate::member::chain;
 
 /// Statuses of policies are gathered for so long.
 const GATHER: Duration = Duration::from_millis(500);
-/// A policy whose objects are still being gone through is told of after so many looks all the same.
+/// A policy whose objects are not all listed and gone through is told of after so many looks all the same.
 const LOOKS: u32 = 20;
+/// While they are being listed only after so many (five minutes, as long as a list may take), if its status speaks of the policy as
+/// it is: after a restart nothing has changed by that, however long the hub takes to list.
+const LISTING_LOOKS: u32 = 600;
 /// Objects that a policy's condition names.
 const NAMED: usize = 3;
 
+/// How often in a row a policy was looked at and not told of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Waits {
+    /// While not everything was listed.
+    listing: u32,
+    /// While everything was, and was gone through.
+    busy: u32,
+}
+
+/// How far what a policy is told of is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    Partly,
+    /// Everything is listed, and not everything has been gone through.
+    Listed,
+    Whole,
+}
+
 /// Writes the policies' statuses as they change.
 pub(super) async fn report(shared: Arc<Shared>) {
-    let mut looks = 0;
+    let mut waits = HashMap::new();
     loop {
         shared.policies.counted.notified().await;
         tokio::time::sleep(GATHER).await;
-        looks += 1;
-        let (due, later) = statuses(&shared, looks >= LOOKS);
-        if later {
+        let due = statuses(&shared, &mut waits);
+        if !waits.is_empty() {
             shared.policies.counted.notify_one();
-        } else {
-            looks = 0;
         }
         for (policy, status) in due {
             let api: Api<PropagationPolicy> =
@@ -60,16 +78,14 @@ pub(super) async fn report(shared: Arc<Shared>) {
     }
 }
 
-/// The statuses that are to be written, and whether there are some to be looked at again soon: a policy is told of
-/// once its objects have been gone through (`all`: or not).
-fn statuses(shared: &Shared, all: bool) -> (Vec<(Arc<PropagationPolicy>, PropagationPolicyStatus)>, bool) {
+/// The statuses that are to be written: a policy is told of once its objects have been gone through. Those that are to be looked at
+/// again soon are in `waits`.
+fn statuses(
+    shared: &Shared,
+    waits: &mut HashMap<String, Waits>,
+) -> Vec<(Arc<PropagationPolicy>, PropagationPolicyStatus)> {
     let types = shared.types.live();
-    let (types_known, unlisted) = {
-        let state = shared.state.read();
-        let unlisted: Vec<usize> =
-            types.iter().map(|(kind, _)| *kind).filter(|kind| !state.is_listed(*kind)).collect();
-        (state.types_known(), unlisted)
-    };
+    let types_known = shared.state.read().types_known();
     let state = shared.policies.state.lock();
     // Objects come to the queue before anybody can see that they are known.
     let idle = shared.policies.queue.is_idle();
@@ -85,22 +101,36 @@ fn statuses(shared: &Shared, all: bool) -> (Vec<(Arc<PropagationPolicy>, Propaga
             counts.entry(overruled).or_default().overruled.push(line);
         }
     }
-    let mut later = false;
+    let before = std::mem::take(waits);
     let mut due = Vec::new();
     for (name, policy) in state.policies.iter().flatten() {
         let mut tally = counts.remove(name.as_str()).unwrap_or_default();
         for (kind, of) in &types {
             let spoken_of = policy.spec.resources.iter().any(|selector| speaks_of(selector, of));
-            if let Some(natives) = state.natives.get(kind).filter(|_| spoken_of) {
-                tally.see(natives, of);
-                if unlisted.contains(kind) {
-                    tally.unlisted.push(format!("{} is being listed", of.kind));
-                }
+            if !spoken_of {
+                continue;
+            }
+            match state.natives.get(kind) {
+                Some(natives) => tally.see(natives, of),
+                // That the type is federated is known here, and not there yet.
+                None => tally.see(&Natives::default(), of),
+            }
+            if !state.listed.contains(kind) {
+                tally.unlisted.push(format!("{} is being listed", of.kind));
             }
         }
         // After a restart the status says already what comes out in the end: what is known halfway there is no news.
-        if !(all || idle && types_known && tally.unlisted.is_empty()) {
-            later = true;
+        let known = match (types_known && tally.unlisted.is_empty(), idle) {
+            (false, _) => Known::Partly,
+            (true, false) => Known::Listed,
+            (true, true) => Known::Whole,
+        };
+        let told = policy.status.as_ref().is_some_and(|status| {
+            status.observed_generation.is_some() && status.observed_generation == policy.metadata.generation
+        });
+        let waited = before.get(name).copied().unwrap_or_default();
+        if let Some(waited) = waited.on(known, told) {
+            waits.insert(name.clone(), waited);
             continue;
         }
         let of: Vec<&FederatedType> = types.iter().map(|(_, of)| of.as_ref()).collect();
@@ -110,7 +140,7 @@ fn statuses(shared: &Shared, all: bool) -> (Vec<(Arc<PropagationPolicy>, Propaga
             due.push((Arc::clone(policy), status));
         }
     }
-    (due, later)
+    due
 }
 
 /// What is to be told of one policy.
@@ -123,6 +153,22 @@ struct Tally {
     unlisted: Vec<String>,
     troubles: Vec<String>,
     overruled: Vec<String>,
+}
+
+// === impl Waits ===
+
+impl Waits {
+    /// One look more; `None`: it is waited no longer. `told`: the status speaks of the policy as it is.
+    fn on(self, known: Known, told: bool) -> Option<Self> {
+        let waits = match known {
+            Known::Partly => Self { listing: self.listing + 1, busy: 0 },
+            // Only from here on is it gone through.
+            Known::Listed => Self { listing: 0, busy: self.busy + 1 },
+            Known::Whole => return None,
+        };
+        let listing = if told { LISTING_LOOKS } else { LOOKS };
+        (waits.listing < listing && waits.busy < LOOKS).then_some(waits)
+    }
 }
 
 // === impl Tally ===
@@ -193,4 +239,37 @@ fn named(mut lines: Vec<String>) -> String {
         text.push_str(&format!("; and {more} more"));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goes through looks until a policy is told of, and says at which one it is; `told`: it was before.
+    fn look(told: bool, known: impl Fn(u32) -> Known) -> Option<u32> {
+        let mut waits = Waits::default();
+        (1..10 * LISTING_LOOKS).find(|look| match waits.on(known(*look), told) {
+            Some(more) => {
+                waits = more;
+                false
+            }
+            None => true,
+        })
+    }
+
+    #[test]
+    fn what_is_being_listed_is_no_news_for_long() {
+        for told in [false, true] {
+            assert_eq!(look(told, |_| Known::Whole), Some(1));
+            assert_eq!(look(told, |_| Known::Listed), Some(LOOKS));
+        }
+        assert_eq!(look(false, |_| Known::Partly), Some(LOOKS), "it has no status yet");
+        assert_eq!(look(true, |_| Known::Partly), Some(LISTING_LOOKS));
+        // However long it was listed, it is gone through before it is told of.
+        let at = LISTING_LOOKS / 2;
+        let busy = |number| if number < at { Known::Partly } else { Known::Listed };
+        assert_eq!(look(true, busy), Some(at + LOOKS - 1));
+        let whole = |number| if number > at { Known::Whole } else { busy(number) };
+        assert_eq!(look(true, whole), Some(at + 1));
+    }
 }

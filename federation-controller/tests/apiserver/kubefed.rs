@@ -118,6 +118,32 @@ pub(crate) async fn kubefed_manifests_unmodified(world: World) {
     world.end().await;
 }
 
+/// A manifest moves from KubeFed's version to the newer one, and who owns what moves along.
+pub(crate) async fn a_manifest_moves_to_the_other_version(world: World) {
+    let (kind, plural) = ("FederatedConfigMap", "federatedconfigmaps");
+    let apply = async |version: &str, manager: &str, spec: Value| {
+        let object = json!({"apiVersion": format!("types.kubefed.io/{version}"), "kind": kind,
+            "metadata": {"name": "settings", "namespace": "shop"}, "spec": spec});
+        let api = in_version(&world.hub, version, kind, plural);
+        api.patch("settings", &PatchParams::apply(manager), &Patch::Apply(&object)).await
+    };
+    let template = json!({"data": {"k": "v"}});
+    let west = json!({"template": template, "placement": {"clusters": [{"name": "west"}]}});
+    apply("v1beta1", "a-team", west).await.expect("applied");
+    let east = json!({"placement": {"units": [{"name": "east"}]}});
+    let refused = apply("v1beta2", "others", east).await.expect_err("it is another's");
+    let kube::Error::Api(status) = &refused else { panic!("{refused:?}") };
+    assert_eq!(
+        (status.code, status.message.as_str()),
+        (409, "Apply failed with 1 conflict: conflict with \"a-team\": .spec.placement.clusters")
+    );
+    let selector = json!({"unitSelector": {"matchLabels": {"place": "west"}}});
+    let moved = json!({"template": template, "placement": selector});
+    let moved = apply("v1beta2", "a-team", moved).await.expect("applied");
+    assert_eq!((&moved.data["spec"]["placement"], &moved.data["spec"]["template"]), (&selector, &template));
+    world.end().await;
+}
+
 async fn is_masked(world: &World) -> bool {
     let (status, _) = world.status(0).await.expect("status");
     status.units.iter().any(|unit| unit.phase == Phase::Masked)
@@ -125,6 +151,10 @@ async fn is_masked(world: &World) -> bool {
 
 /// Objects in KubeFed's version.
 fn old(hub: &Client, kind: &str, plural: &str) -> Api<DynamicObject> {
-    let gvk = kube::core::GroupVersionKind::gvk("types.kubefed.io", "v1beta1", kind);
+    in_version(hub, "v1beta1", kind, plural)
+}
+
+fn in_version(hub: &Client, version: &str, kind: &str, plural: &str) -> Api<DynamicObject> {
+    let gvk = kube::core::GroupVersionKind::gvk("types.kubefed.io", version, kind);
     Api::namespaced_with(hub.clone(), "shop", &kube::core::ApiResource::from_gvk_with_plural(&gvk, plural))
 }

@@ -52,6 +52,7 @@ macro_rules! stories {
 
 stories! {
     failover::a_cell_is_evacuated_to_where_there_is_room,
+    kubefed::a_manifest_moves_to_the_other_version,
     kubefed::kubefed_manifests_unmodified,
     large::an_object_of_more_than_a_mebibyte,
     placement::an_application_by_cell_from_birth_to_death,

@@ -29,6 +29,8 @@ pub(crate) struct FakeApi {
     pub(crate) takes: Mutex<Duration>,
     /// Resources that are not served.
     pub(crate) unserved: Mutex<Vec<String>>,
+    /// Resources that are served in one other version only: which one, and of which kind they are.
+    pub(crate) upgraded: Mutex<BTreeMap<String, (&'static str, &'static str)>>,
     /// Resources that cannot be watched.
     pub(crate) blind: Mutex<Vec<String>>,
     /// Resources whose watches have no answer.
@@ -39,6 +41,8 @@ pub(crate) struct FakeApi {
     pub(crate) stuck: Mutex<Vec<String>>,
     /// Answers to writes of objects by name: a status code and a message.
     pub(crate) refuses: Mutex<BTreeMap<String, (u16, String)>>,
+    /// Annotations that a webhook takes off whatever is applied.
+    pub(crate) strips: Mutex<Vec<String>>,
     /// Bearer tokens that are taken; without any, everybody is.
     pub(crate) tokens: Mutex<Vec<String>>,
     /// Watches that were refused because what they began from was gone.
@@ -114,11 +118,13 @@ impl FakeApi {
             hangs: AtomicBool::new(false),
             takes: Mutex::default(),
             unserved: Mutex::default(),
+            upgraded: Mutex::default(),
             blind: Mutex::default(),
             mute: Mutex::default(),
             endless: Mutex::default(),
             stuck: Mutex::default(),
             refuses: Mutex::default(),
+            strips: Mutex::default(),
             expired: AtomicUsize::new(0),
             cut: watch::Sender::new(0),
             tokens: Mutex::default(),
@@ -228,10 +234,16 @@ impl FakeApi {
         let watches = request.uri().query().is_some_and(|query| query.contains("watch=true"));
         let method = if watches { "WATCH" } else { request.method().as_str() };
         self.state.lock().asked.push(format!("{method} {}", request.uri().path()));
+        if let Some(found) = self.discovery(request.uri().path()) {
+            return answer(Ok(found));
+        }
         let Some(route) = route(request.uri()) else {
             return answer(Err((StatusCode::NOT_FOUND, "NotFound", "no such path".into())));
         };
-        if self.unserved.lock().contains(&route.resource) {
+        let asked = request.uri().path().split('/').nth(3);
+        let upgraded = self.upgraded.lock().get(&route.resource).copied();
+        let is_older = upgraded.is_some_and(|(version, _)| asked != Some(version));
+        if is_older || self.unserved.lock().contains(&route.resource) {
             return answer(Err((
                 StatusCode::NOT_FOUND,
                 "NotFound",
@@ -271,6 +283,27 @@ impl FakeApi {
         let kind =
             headers.get(http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
         answer(self.verb(request.method(), &route, kind, request.body()))
+    }
+
+    /// What is served of a group, as far as it has been upgraded.
+    fn discovery(&self, path: &str) -> Option<Value> {
+        let path: Vec<&str> = path.trim_matches('/').split('/').collect();
+        let upgraded = self.upgraded.lock();
+        let of_group = |group: &str| {
+            let found = upgraded.iter().find(|(resource, _)| resource.split('/').next() == Some(group));
+            found.map(|(_, found)| *found)
+        };
+        match path.as_slice() {
+            ["apis", group] => {
+                let (version, _) = of_group(group)?;
+                Some(json!({"kind": "APIGroup", "versions": [{"version": version}]}))
+            }
+            ["apis", group, version] => {
+                let (_, kind) = of_group(group).filter(|(served, _)| served == version)?;
+                Some(json!({"kind": "APIResourceList", "resources": [{"kind": kind}]}))
+            }
+            _ => None,
+        }
     }
 
     fn verb(&self, method: &Method, route: &Route, content: &str, body: &Bytes) -> Answer {
@@ -367,10 +400,23 @@ impl FakeApi {
                     return Err((StatusCode::NOT_FOUND, "NotFound", message));
                 }
                 let mut next = known.clone().unwrap_or_else(|| json!({}));
+                let wanted = &sent["metadata"]["resourceVersion"];
+                if !wanted.is_null() && *wanted != next["metadata"]["resourceVersion"] {
+                    return Err((StatusCode::CONFLICT, "Conflict", "the object has been modified".into()));
+                }
+                let mut sent = sent;
+                if let Some(metadata) = sent["metadata"].as_object_mut() {
+                    metadata.remove("resourceVersion");
+                }
                 if let Some(old) = state.applied.get(&place) {
                     give_up(&mut next, old, &sent);
                 }
                 overlay(&mut next, &sent);
+                if let Some(annotations) =
+                    next.pointer_mut("/metadata/annotations").and_then(Value::as_object_mut)
+                {
+                    self.strips.lock().iter().for_each(|key| drop(annotations.remove(key)));
+                }
                 state.applied.insert(place.clone(), sent);
                 next
             }

@@ -485,6 +485,24 @@ async fn a_fight_over_the_hubs_label_is_given_up() {
     .await;
 }
 
+/// A webhook that lets through no annotation that it does not know, or another hub that sets its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_keeps_no_mark_is_not_written_to_without_end() {
+    let world = World::start().await;
+    world.member("x").strips.lock().push("cellway.io/rendered".into());
+    let object = federated("FederatedDeployment", &["a"], template("web:1", 2));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    fight(&world, || {}).await;
+    assert_eq!(world.counted("contended_objects"), 1.0);
+    // A new revision goes out all the same.
+    world.edit(|object| object["spec"]["template"] = template("web:2", 2));
+    world.until("a has moved", || (image(&world.deployment("x", "web-a")?) == "web:2").then_some(())).await;
+    // Where the marks stay again, nothing is wrong any more.
+    world.member("x").strips.lock().clear();
+    world.edit(|object| object["spec"]["template"] = template("web:3", 2));
+    world.settled(DEPLOYMENTS, "it is as it should be", |status| is_true(status, "Ready")).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn config_maps_are_shared_by_the_cells_of_a_cluster() {
     let world = World::start().await;

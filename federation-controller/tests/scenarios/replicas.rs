@@ -19,6 +19,35 @@ fn replicas(world: &World) -> Option<[i64; 2]> {
     Some([of("x", "web-a")?, of("y", "web-c")?])
 }
 
+/// An autoscaler is at work all the time, and what is heard of it comes late.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_autoscaler_does_meanwhile_is_not_undone() {
+    let world = World::start().await;
+    let mut object = federated("FederatedDeployment", &["a"], template("web:1", 2));
+    object["spec"]["retainReplicas"] = true.into();
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    let scale = |replicas: u32| {
+        world
+            .member("x")
+            .edit("apps/deployments", "shop", "web-a", |object| object["spec"]["replicas"] = replicas.into());
+    };
+    let found = |image: &str| {
+        let live = world.deployment("x", "web-a")?;
+        let containers = &live["spec"]["template"]["spec"]["containers"];
+        (containers[0]["image"] == image).then(|| live["spec"]["replicas"].clone())
+    };
+    // From now on the hub hears nothing of the member.
+    world.member("x").mute.lock().push("apps/deployments".into());
+    world.member("x").cut();
+    scale(10);
+    world.edit(|object| object["spec"]["template"] = template("web:2", 2));
+    assert_eq!(world.until("the image is new", || found("web:2")).await, 10);
+    // Nor does what is scaled by nobody but the hub fall back to what a server takes where nothing is said.
+    world.edit(|object| object["spec"]["template"] = template("web:3", 2));
+    assert_eq!(world.until("the image is new", || found("web:3")).await, 10);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replicas_follow_the_room_of_the_nodes() {
     let mut world = World::stopped();

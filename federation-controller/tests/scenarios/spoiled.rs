@@ -10,6 +10,10 @@ use crate::world::{CONFIG_MAPS, World, condition, federated, options};
 
 /// A date that Go writes and this program's calendar does not have.
 const FAR: &str = "9999-12-31T23:59:59Z";
+const TENANTS: &str = "policy.cellway.io/tenants";
+const CELLS: &str = "topology.cellway.io/cells";
+const NAMESPACES: &str = "types.kubefed.io/federatednamespaces";
+const MINUTE: Duration = Duration::from_secs(60);
 const REVISIONS: &str = "types.kubefed.io/federatedrevisions";
 const PREFERENCES: &str = "scheduling.kubefed.io/replicaschedulingpreferences";
 
@@ -67,6 +71,78 @@ async fn an_object_that_cannot_be_read_hides_no_other() {
         world.until("it is told", ready).await;
     }
     assert!(world.counted("member_unreadable_objects_total") >= 1.0, "it is counted");
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_read_at_the_hub_opens_nothing_and_takes_nothing_away() {
+    let mut world = World::stopped();
+    let tenant = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "Tenant",
+        "metadata": {"name": "red"}, "spec": {"namespaces": ["shop"]}});
+    world.hub.put(TENANTS, "", "red", Some(tenant));
+    // `a`, in `x`, is the tenant's. `c`, in `y`, is nobody's, and open to whoever is nobody's.
+    world.hub.edit(CELLS, "", "a", |cell| cell["metadata"]["labels"] = json!({"cellway.io/tenant": "red"}));
+    // Another namespace goes nowhere.
+    let namespace = json!({"apiVersion": "types.kubefed.io/v1beta2", "kind": "FederatedNamespace",
+        "metadata": {"name": "bank", "namespace": "bank"},
+        "spec": {"topologyType": "cluster", "placement": {"units": []}, "template": {}}});
+    world.hub.put(NAMESPACES, "bank", "bank", Some(namespace));
+    for namespace in ["shop", "bank", "other"] {
+        put_map(&world, namespace, "map", "0");
+    }
+    world.run(options());
+    let in_x = |value: &str| {
+        let map = world.member("x").get("/configmaps", "shop", "map");
+        map.is_some_and(|map| map["data"]["k"] == value)
+    };
+    let strayed = || {
+        let is_in = |member: &str, namespace: &str| {
+            world.member(member).get("/configmaps", namespace, "map").is_some()
+        };
+        is_in("y", "shop") || is_in("x", "bank") || is_in("y", "bank")
+    };
+    let all_have = |value: &str| in_x(value) && in_y(&world, "other", "map", value);
+    world.until("they are there", || all_have("0").then_some(())).await;
+    let spoil = || {
+        // As what was stored past its definition.
+        world.hub.edit(TENANTS, "", "red", |tenant| tenant["spec"]["namespaces"] = 7.into());
+        world.hub.edit(NAMESPACES, "bank", "bank", |namespace| namespace["metadata"]["labels"] = 7.into());
+    };
+    let repair = || {
+        world.hub.edit(TENANTS, "", "red", |tenant| tenant["spec"]["namespaces"] = json!(["shop"]));
+        world.hub.edit(NAMESPACES, "bank", "bank", |namespace| namespace["metadata"]["labels"] = json!({}));
+    };
+    let change = |value: &'static str| {
+        for namespace in ["shop", "bank", "other"] {
+            world.hub.edit(CONFIG_MAPS, namespace, "map", |map| {
+                map["spec"]["template"]["data"]["k"] = value.into();
+            });
+        }
+    };
+    spoil();
+    world.hub.compact(|_| {});
+    change("1");
+    sleep(MINUTE).await;
+    assert!(all_have("1") && !strayed(), "they are known as they were");
+    repair();
+    change("2");
+    // A list that failed for a minute is asked for again within another.
+    sleep(2 * MINUTE).await;
+    assert!(all_have("2") && !strayed());
+    spoil();
+    world.stop().await;
+    world.run(options());
+    world.hub.edit(CONFIG_MAPS, "shop", "map", |map| map["spec"]["template"]["data"]["k"] = "3".into());
+    sleep(MINUTE).await;
+    let map = |member: &str, namespace: &str| world.member(member).get("/configmaps", namespace, "map");
+    let is_in_y = |namespace: &str| map("y", namespace).is_some();
+    assert!(!is_in_y("shop") && !is_in_y("bank"), "nothing is decided without the tenant");
+    assert_eq!(map("x", "shop").expect("it stays")["data"]["k"], "2");
+    // With the tenant, and without the namespace's object.
+    world.hub.edit(TENANTS, "", "red", |tenant| tenant["spec"]["namespaces"] = json!(["shop"]));
+    sleep(2 * MINUTE).await;
+    assert_eq!(map("x", "shop").expect("it stays")["data"]["k"], "3");
+    assert!(!is_in_y("shop") && !is_in_y("bank"), "nothing is decided without its namespace");
     world.stop().await;
 }
 

@@ -61,6 +61,14 @@ async fn a_tombstone_is_carried_out_when_the_member_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tombstone_is_carried_out_in_a_member_that_was_upgraded() {
+    let world = buried(json!({})).await;
+    world.member("y").upgraded.lock().insert("apps/deployments".into(), ("v2", "Deployment"));
+    world.tunnel("y", true);
+    carried_out(&world).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tombstone_deletes_as_its_object_said() {
     let said = r#"{"propagationPolicy": "Orphan", "gracePeriodSeconds": 7}"#;
     let world = buried(json!({"kubefed.io/deleteoption": said})).await;

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -108,8 +109,8 @@ pub struct MemberView {
     pub in_flight: BTreeSet<String>,
     /// What became of the last write to an object, when it failed.
     pub failures: BTreeMap<String, WriteFailure>,
-    /// Objects that something else keeps changing back, with a sentence; they are left alone for a while.
-    pub contended: BTreeMap<String, String>,
+    /// Objects that something else keeps changing back; they are left alone for a while.
+    pub contended: BTreeMap<String, Contention>,
     /// When it last answered (RFC 3339), if that is known.
     pub last_heard: Option<String>,
     /// What its nodes have left, without what is claimed of it, for objects whose replicas are divided by that.
@@ -160,6 +161,17 @@ pub struct WriteFailure {
     pub message: String,
     /// Whether the object is somebody else's, rather than something having gone wrong.
     pub conflict: bool,
+}
+
+/// A content that does not stay in a member, however often it is written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Contention {
+    /// The hash of the content. Anything else is written all the same.
+    pub hash: String,
+    /// For how long it is left alone yet.
+    pub left: Duration,
+    /// A sentence for people.
+    pub message: String,
 }
 
 /// What is to be done, in this order: revisions and status, writes, surplus.
@@ -266,6 +278,8 @@ pub enum Action {
         adopt: bool,
         /// Whether it has been seen. What has not been seen may still be there, unmarked, and somebody else's.
         exists: bool,
+        /// Whose `spec.replicas` it carries.
+        replicas: Replicas,
         /// Annotations that are the hub's and are not asked for.
         remove_annotations: Vec<String>,
         /// Labels that are the hub's and are not asked for.
@@ -281,6 +295,22 @@ pub enum Action {
     Orphan {
         /// The uid that was seen.
         uid: Option<String>,
+    },
+}
+
+/// Whose `spec.replicas` an object is applied with.
+///
+/// Where the member decides about them they are named all the same, with the value that was seen: whoever applies a field and
+/// names it no more takes it out, unless somebody else has changed it meanwhile. That value may be old when it arrives, so it
+/// goes with the state that it was seen in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Replicas {
+    /// The hub's.
+    Asked,
+    /// The member's, should the object be there.
+    Retained {
+        /// The resource version that they were seen in, if they were seen.
+        version: Option<String>,
     },
 }
 

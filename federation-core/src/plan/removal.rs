@@ -9,6 +9,9 @@ use crate::drift;
 use crate::names::{DELETE_OPTION_ANNOTATION, ORPHAN_ANNOTATION, UNREACHABLE_ANNOTATION};
 use crate::status::OVERRIDES_INVALID;
 
+/// Most records that may be nothing but made up, and have tombstones made for them all the same.
+const MOST_DOUBTFUL: usize = 16;
+
 // === impl Planner ===
 
 impl Planner<'_> {
@@ -69,12 +72,23 @@ impl Planner<'_> {
         }
 
         let mut buried = Vec::new();
+        let mut doubtful = 0;
         let present: BTreeSet<(String, String)> =
             units.iter().map(|unit| (unit.name.clone(), unit.cluster.clone())).collect();
         for record in &self.before.units {
             if present.contains(&(record.name.clone(), record.cluster.clone()))
                 || !input.topology.has_cluster(&record.cluster)
             {
+                continue;
+            }
+            if self.is_doubtful(record) {
+                // That nothing is seen there is no proof that nothing is, where nothing can be seen.
+                let unseen =
+                    input.members.get(&record.cluster).is_some_and(|view| view.state != MemberState::Synced);
+                if self.deleting && unseen && doubtful < MOST_DOUBTFUL {
+                    doubtful += 1;
+                    buried.push(UnitStatus { object: None, ..record.clone() });
+                }
                 continue;
             }
             let mut record = record.clone();
@@ -86,7 +100,15 @@ impl Planner<'_> {
                 continue;
             }
             let (reason, message) = match input.members.get(&record.cluster).map(|view| (view, &view.state)) {
-                Some((_, MemberState::NoSuchType { .. })) => continue,
+                // With the type its objects went; where it never was served, nothing was made.
+                // An object that was written has a revision; a unit that was only ever in conflict names somebody else's.
+                Some((_, MemberState::NoSuchType { served }))
+                    if served.is_empty()
+                        || record.object.is_none()
+                        || (record.revision.is_none() && record.pending_revision.is_none()) =>
+                {
+                    continue;
+                }
                 Some((view, MemberState::Synced)) => {
                     let own = [self.name.to_owned(), format!("{}-{}", self.name, record.name)];
                     let left = leftovers
@@ -99,9 +121,23 @@ impl Planner<'_> {
                         None => ("WaitingForRemoval".into(), format!("{object} is being removed")),
                     }
                 }
-                Some((_, MemberState::Unreachable { .. })) if self.deleting && self.leaves_tombstones() => {
+                Some((_, MemberState::Unreachable { .. } | MemberState::NoSuchType { .. }))
+                    if self.deleting && self.leaves_tombstones() =>
+                {
                     buried.push(record);
                     continue;
+                }
+                // The object is there, and cannot be seen in the version that is asked for.
+                Some((_, MemberState::NoSuchType { served })) => {
+                    let target = &input.of.target;
+                    let message = format!(
+                        "the member has {} in {} and not in {}: its object is removed when its type is federated in a version \
+                         that is served, or, should all of it be deleted, with the annotation {UNREACHABLE_ANNOTATION}: Tombstone",
+                        target.kind,
+                        served.join(", "),
+                        target.version
+                    );
+                    ("VersionNotServed".into(), message)
                 }
                 Some((_, MemberState::Unreachable { reason, message })) => {
                     let message = format!(

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Action, Cause, Draft, MemberState, Planner, Write};
+use super::{Action, Cause, Draft, MemberState, Planner, Replicas, Write};
 use crate::api::{Phase, Snapshot, UnitStatus};
 use crate::names::{HUB_ANNOTATION, REVISION_ANNOTATION};
 use crate::render::{RenderError, Rendered, render_as};
@@ -261,10 +261,14 @@ impl<'a> Planner<'a> {
         if !input.hub.is_empty() {
             desired["metadata"]["annotations"][HUB_ANNOTATION] = input.hub.into();
         }
-        if let (true, Some(live)) = (rendered.retain_replicas, live)
-            && let Some(replicas) = live.value["spec"].get("replicas")
-        {
-            desired["spec"]["replicas"] = replicas.clone();
+        let mut replicas = Replicas::Asked;
+        if rendered.retain_replicas {
+            let seen = live.and_then(|live| Some((live, live.value["spec"].get("replicas")?)));
+            let version = seen.and_then(|(live, _)| live.value["metadata"]["resourceVersion"].as_str());
+            replicas = Replicas::Retained { version: version.map(str::to_owned) };
+            if let Some((_, seen)) = seen {
+                desired["spec"]["replicas"] = seen.clone();
+            }
         }
         // What stands in goes again one day: it must not take along what a member had by itself.
         let adopt = self.adopt && units.iter().any(|index| !drafts[*index].status.stand_in);
@@ -302,8 +306,13 @@ impl<'a> Planner<'a> {
                 if same { Cause::Heal } else { Cause::Update }
             }
         };
-        // What is new goes out all the same: only putting right over and over again is a fight.
-        let contended = view.contended.get(object).filter(|_| cause == Cause::Heal);
+        // What is new goes out all the same: only the same over and over again is a fight. The member may have taken the marks
+        // that tell one from the other.
+        let contended = view.contended.get(object).filter(|contention| contention.hash == rendered.hash);
+        if let (false, Some(contention)) = (right, contended) {
+            // Nothing else may happen that has it looked at.
+            self.look_again_in(contention.left);
+        }
 
         for index in units {
             let draft = &mut drafts[*index];
@@ -346,7 +355,9 @@ impl<'a> Planner<'a> {
                 draft.status.pending_revision = Some(target);
             }
             match (contended, failure) {
-                (Some(message), _) => say(Phase::Failed, Some("Contended"), Some(message.clone())),
+                (Some(contention), _) => {
+                    say(Phase::Failed, Some("Contended"), Some(contention.message.clone()));
+                }
                 (None, Some(failure)) => {
                     let phase = if failure.conflict { Phase::Conflict } else { Phase::Failed };
                     say(phase, Some(&failure.reason), Some(failure.message.clone()));
@@ -363,8 +374,16 @@ impl<'a> Planner<'a> {
         if verdict.is_ok() && !right && !going && contended.is_none() {
             let hash = rendered.hash.clone();
             let exists = live.is_some();
-            let action =
-                Action::Apply { desired, hash, cause, adopt, exists, remove_annotations, remove_labels };
+            let action = Action::Apply {
+                desired,
+                hash,
+                cause,
+                adopt,
+                exists,
+                replicas,
+                remove_annotations,
+                remove_labels,
+            };
             self.writes.push(Write { cluster: cluster.to_owned(), object: object.to_owned(), action });
         }
     }

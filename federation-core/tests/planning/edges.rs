@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::world::{World, deployment, unreachable};
-use federation_core::api::{CellSpec, Phase, Placement, PlacementMask, TopologyType};
+use federation_core::api::{CellSpec, Phase, Placement, PlacementMask, TopologyType, UnitStatus};
 use federation_core::plan::{Action, Cause, LiveObject, MemberState, MemberView};
 use federation_core::topology::Topology;
 use serde_json::{Value, json};
@@ -147,8 +147,7 @@ fn two_hubs_claim_one_member() {
     }
     // The guard gives up what is put right over and over again, and says so.
     world.live_mut("x", "web-a")["spec"]["replicas"] = 40.into();
-    let view = world.members.get_mut("x").expect("x");
-    view.contended.insert("web-a".into(), "somebody changes it back".into());
+    world.contend("x", "web-a");
     let plan = world.plan();
     assert!(plan.writes.is_empty());
     assert_eq!(plan.status.units[0].reason.as_deref(), Some("Contended"));
@@ -203,6 +202,93 @@ fn a_cell_that_changes_tenant() {
     // Letting go of it takes it away: it is still ours to remove.
     world.place(&["b"]).settle();
     assert_eq!(world.names("x"), ["web-b"].into());
+}
+
+#[test]
+fn a_status_that_somebody_wrote_tells_nothing_of_other_tenants_clusters() {
+    for gone in [unreachable(), MemberState::NoSuchType { served: vec!["v2".into()] }, MemberState::Synced] {
+        let mut world = World::deployment();
+        for (cell, tenant) in world.cells.iter_mut().zip(["red", "red", "blue"]) {
+            cell.metadata.labels.get_or_insert_default().insert("cellway.io/tenant".into(), tenant.into());
+        }
+        world.tenant = Some("red".into());
+        world.place(&["a"]).settle();
+        world.members.get_mut("y").expect("y").state = gone;
+        // Of a cluster that is there, and of one that is not; as what is to go, as what is another's, as what has moved.
+        for (unit, placed) in
+            [("z", vec!["a"]), ("c", vec!["a", "c"]), ("a", vec!["a"]), ("y", vec!["a", "y"])]
+        {
+            world.place(&placed);
+            let answers = ["y", "nosuch"].map(|cluster| {
+                let before = world.object.status.clone();
+                let record = UnitStatus {
+                    name: unit.into(),
+                    cluster: cluster.into(),
+                    object: Some("web".into()),
+                    revision: before.as_ref().and_then(|status| status.current_revision.clone()),
+                    ..UnitStatus::default()
+                };
+                world.object.status.as_mut().expect("status").units.push(record);
+                let told = world.plan().status;
+                world.object.metadata.deletion_timestamp =
+                    Some(serde_json::from_value(json!("2026-11-21T00:00:00Z")).expect("time"));
+                let deleted = world.plan().status;
+                world.object.metadata.deletion_timestamp = None;
+                world.object.status = before;
+                [told, deleted].map(|mut status| {
+                    // The cluster's name is the one that was written there.
+                    let named = status.units.iter_mut().filter(|record| record.cluster == cluster);
+                    named.for_each(|record| record.cluster = "one".into());
+                    status
+                })
+            });
+            assert_eq!(answers[0], answers[1], "{unit}");
+        }
+    }
+}
+
+#[test]
+fn what_a_lost_record_was_of_is_kept_and_removed_as_before() {
+    for (keeps, by_name) in [(true, true), (true, false), (false, true), (false, false)] {
+        let mut world = World::deployment();
+        world.tenant = Some("red".into());
+        for cell in &mut world.cells {
+            cell.metadata.labels.get_or_insert_default().insert("cellway.io/tenant".into(), "red".into());
+        }
+        if by_name {
+            world.place(&["a", "c"]);
+        } else {
+            world.object.spec.placement.unit_selector = Some(Default::default());
+        }
+        world.settle();
+        // A controller that has just begun knows nothing of a member that is away, and the cell is another's by now.
+        let there = std::mem::take(&mut world.members.get_mut("y").expect("y").objects);
+        world.members.get_mut("y").expect("y").state = unreachable();
+        let labels = world.cells[2].metadata.labels.as_mut().expect("labels");
+        labels.insert("cellway.io/tenant".into(), "blue".into());
+        world.settle();
+        let told = world.status().units.iter().find(|unit| unit.name == "c");
+        let told = told.and_then(|unit| unit.reason.as_deref());
+        assert_eq!(told, by_name.then_some("UnitMissing"), "as if it never had been");
+        if keeps {
+            world.members.get_mut("y").expect("y").objects = there;
+            world.members.get_mut("y").expect("y").state = MemberState::Synced;
+            world.settle();
+            assert_eq!(world.unit("c").reason.as_deref(), Some("UnitClosed"));
+            assert_eq!(world.names("y"), ["web-c"].into());
+            world.place(&["a"]).settle();
+            assert!(world.names("y").is_empty(), "let go of");
+        } else {
+            let units = &mut world.object.status.as_mut().expect("status").units;
+            units.retain(|unit| unit.name != "c");
+            units.push(UnitStatus { name: "c".into(), cluster: "y".into(), ..UnitStatus::default() });
+            world.object.metadata.deletion_timestamp =
+                Some(serde_json::from_value(json!("2026-11-21T00:00:00Z")).expect("time"));
+            let plan = world.plan();
+            let buried: Vec<_> = plan.tombstones.iter().map(|stone| stone.name.as_str()).collect();
+            assert_eq!(buried, ["web", "web-c"]);
+        }
+    }
 }
 
 #[test]

@@ -74,6 +74,44 @@ fn deletion_waits_for_every_member() {
 }
 
 #[test]
+fn deletion_waits_where_only_another_version_is_served() {
+    let mut world = World::deployment();
+    world.place(&["a", "c"]).settle();
+    let upgraded = MemberState::NoSuchType { served: vec!["v2".into()] };
+    world.members.get_mut("y").expect("y").state = upgraded.clone();
+    world.settle();
+    let delete = |world: &mut World| {
+        world.object.metadata.deletion_timestamp =
+            Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+        world.settle()
+    };
+    let plan = delete(&mut world);
+    assert!(!plan.finished && plan.tombstones.is_empty());
+    assert!(world.names("x").is_empty());
+    assert_eq!(
+        (world.unit("c").phase, world.unit("c").reason.as_deref()),
+        (Phase::Removing, Some("VersionNotServed"))
+    );
+    // With the type its objects went.
+    world.members.get_mut("y").expect("y").state = MemberState::NoSuchType { served: vec![] };
+    assert!(world.plan().finished);
+    // The tombstone finds the version that is served.
+    world.members.get_mut("y").expect("y").state = upgraded.clone();
+    world.object.metadata.annotations =
+        Some([("cellway.io/unreachable".to_owned(), "Tombstone".to_owned())].into());
+    let plan = world.plan();
+    let buried: Vec<_> =
+        plan.tombstones.iter().map(|stone| (stone.cluster.as_str(), stone.name.as_str())).collect();
+    assert_eq!((plan.finished, buried), (true, vec![("y", "web-c")]));
+
+    // What was never there is not waited for.
+    let mut world = World::deployment();
+    world.members.get_mut("y").expect("y").state = upgraded;
+    world.place(&["a", "c"]).settle();
+    assert!(delete(&mut world).finished);
+}
+
+#[test]
 fn orphaning_takes_the_marks_off() {
     let mut world = World::deployment();
     world.place(&["a"]).settle();

@@ -9,7 +9,7 @@ use federation_core::plan::MemberState;
 use federation_core::revision;
 use serde_json::json;
 
-use crate::world::{World, unreachable};
+use crate::world::{World, deployment, unreachable};
 
 fn preference(total: i64, divide_by: Division, rebalance: bool) -> ReplicaSchedulingPreferenceSpec {
     ReplicaSchedulingPreferenceSpec {
@@ -66,6 +66,31 @@ fn give_up(world: &mut World, name: &str, available: i64) {
     live["status"]["availableReplicas"] = available.into();
     live["status"]["conditions"] =
         json!([{"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}]);
+}
+
+#[test]
+fn a_total_that_changes_often_leaves_the_history_alone() {
+    let mut world = World::deployment();
+    let total = |world: &mut World, replicas: i64| {
+        world.preference = Some(preference(replicas, Division::default(), false));
+        world.settle();
+    };
+    world.place(&["a", "c"]);
+    total(&mut world, 6);
+    let first = world.status().current_revision.clone();
+    world.object.spec.template = deployment("web:2", 2);
+    (7..=30).for_each(|replicas| total(&mut world, replicas));
+    let mut images: Vec<_> = world
+        .revisions
+        .iter()
+        .map(|revision| {
+            let template = &revision.spec.snapshot.template;
+            let image = template["spec"]["template"]["spec"]["containers"][0]["image"].to_string();
+            (image, revision.metadata.name == first)
+        })
+        .collect();
+    images.sort();
+    assert_eq!(images, [("\"web:1\"".to_owned(), true), ("\"web:2\"".to_owned(), false)]);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Planning, as stories: each test changes the world, lets plans be carried out, and looks at members and status.
 
+use std::time::Duration;
+
 use std::sync::Arc;
 
 use crate::world::{World, deployment, replicas, unreachable};
@@ -7,7 +9,7 @@ use federation_core::api::{
     KeyClass, KeyRule, NamespaceRule, Naming, Override, Phase, PropagationConfig, PropagationConfigSpec,
     ReplicaSchedulingPreferenceSpec, UnitPreference,
 };
-use federation_core::plan::{Action, LiveObject, MemberState, NamespacePlacement, WriteFailure};
+use federation_core::plan::{Action, LiveObject, MemberState, NamespacePlacement, Replicas, WriteFailure};
 use serde_json::json;
 
 #[test]
@@ -283,15 +285,20 @@ fn a_contended_object_is_left_alone_for_a_while() {
     let mut world = World::deployment();
     world.place(&["a"]).settle();
     world.live_mut("x", "web-a")["spec"]["replicas"] = 50.into();
-    world
-        .members
-        .get_mut("x")
-        .expect("x")
-        .contended
-        .insert("web-a".into(), "somebody changes it back".into());
+    world.contend("x", "web-a");
     let plan = world.plan();
     assert!(plan.writes.is_empty());
     assert_eq!(plan.status.units[0].reason.as_deref(), Some("Contended"));
+    assert_eq!(plan.look_again, Some(Duration::from_secs(60)), "by itself, when the rest ends");
+    // Whatever has become of the marks: a webhook may take them off, another hub may set its own.
+    for marks in
+        [json!({}), json!({"cellway.io/source": "federateddeployments/web", "cellway.io/rendered": "theirs"})]
+    {
+        world.live_mut("x", "web-a")["metadata"]["annotations"] = marks;
+        let plan = world.plan();
+        assert!(plan.writes.is_empty());
+        assert_eq!(plan.status.units[0].reason.as_deref(), Some("Contended"));
+    }
     // Something new goes out all the same.
     world.object.spec.template = deployment("web:2", 2);
     assert_eq!(world.plan().writes.len(), 1);
@@ -438,6 +445,18 @@ fn the_member_keeps_its_replicas_unless_they_are_overridden() {
     let count = |world: &World, name: &str| world.live("x", name)["spec"]["replicas"].clone();
     assert_eq!([count(&world, "web-a"), count(&world, "web-b")], [7, 4]);
     world.object.spec.template["spec"]["template"]["spec"]["containers"][0]["image"] = "web:2".into();
+    // What is the member's goes with the state that it was seen in: it may be another by the time it arrives.
+    world.live_mut("x", "web-a")["metadata"]["resourceVersion"] = "41".into();
+    let plan = world.plan();
+    let whose = |object: &str| {
+        let write = plan.writes.iter().find(|write| write.object == object).expect("a write");
+        let Action::Apply { replicas, .. } = &write.action else { panic!("{write:?}") };
+        replicas.clone()
+    };
+    assert_eq!(
+        (whose("web-a"), whose("web-b")),
+        (Replicas::Retained { version: Some("41".into()) }, Replicas::Asked)
+    );
     world.settle();
     assert_eq!(count(&world, "web-a"), 7);
     assert_eq!(world.live("x", "web-a")["spec"]["template"]["spec"]["containers"][0]["image"], "web:2");

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use federation_core::api::{
     Cell, CellSpec, FederatedObject, FederatedRevision, FederatedSpec, FederatedStatus, KubeFedCluster,
@@ -11,8 +12,9 @@ use federation_core::api::{
 };
 use federation_core::drift;
 use federation_core::metadata::PropagationRules;
+use federation_core::names::RENDERED_ANNOTATION;
 use federation_core::plan::{
-    Action, LiveObject, MemberState, MemberView, NamespacePlacement, Plan, PlanInput, plan,
+    Action, Contention, LiveObject, MemberState, MemberView, NamespacePlacement, Plan, PlanInput, plan,
 };
 use federation_core::topology::Topology;
 use federation_core::types::{self, FederatedType};
@@ -181,6 +183,17 @@ impl World {
                 value["metadata"]["labels"] = json!({});
             }
         }
+    }
+
+    /// Somebody changes an object back whenever it is written.
+    pub(crate) fn contend(&mut self, cluster: &str, name: &str) {
+        let found = self.live(cluster, name)["metadata"]["annotations"][RENDERED_ANNOTATION].as_str();
+        let contention = Contention {
+            hash: found.expect("the hash of what was written").to_owned(),
+            left: Duration::from_secs(60),
+            message: "somebody changes it back".into(),
+        };
+        self.members.get_mut(cluster).expect("member").contended.insert(name.into(), contention);
     }
 
     pub(crate) fn live(&self, cluster: &str, name: &str) -> &Value {
