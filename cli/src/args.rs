@@ -168,6 +168,8 @@ pub(crate) struct BackupArgs {
     pub(crate) file: PathBuf,
     #[command(flatten)]
     pub(crate) of: StoreArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -176,6 +178,8 @@ pub(crate) struct RestoreArgs {
     pub(crate) file: PathBuf,
     #[command(flatten)]
     pub(crate) of: StoreArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -261,6 +265,9 @@ pub(crate) struct CrdsArgs {
     /// The certificates that it trusts for that.
     #[arg(long, requires = "webhook_url", value_name = "FILE")]
     pub(crate) webhook_ca: Option<PathBuf>,
+    /// How to print them: JSON is one list; a table is YAML here.
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -318,9 +325,9 @@ pub(crate) struct RevokeArgs {
 pub(crate) struct PingArgs {
     /// The member.
     pub(crate) cluster: String,
-    /// How many times.
-    #[arg(short, long, default_value_t = 1, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub(crate) count: u32,
+    /// How many times. With -o json or yaml the answers are in one list then, and printed at the end.
+    #[arg(short, long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) count: Option<u32>,
     #[command(flatten)]
     pub(crate) hub: HubRef,
     #[command(flatten)]

@@ -44,11 +44,7 @@ async fn status(args: HubQueryArgs) -> Result<()> {
     let hub = Hub::open(&args.hub).await?;
     let request = http::Request::get("/encryption").body(Vec::new()).map_err(|e| Error::usage(TRIED, e))?;
     let status: Status = hub.with_store(TRIED)?.request(request).await.map_err(explain(TRIED))?;
-    output::print(args.output.output, &status, table)?;
-    for problem in &status.problems {
-        tracing::warn!(problem, "a KMS plug-in is not well");
-    }
-    Ok(())
+    output::print(args.output.output, &status, table)
 }
 
 fn table(status: &Status) -> Table {
@@ -64,6 +60,15 @@ fn table(status: &Status) -> Table {
             Cell::new(&group.key),
             Cell::new(group.objects),
             Cell::new(stale).paint(paint),
+        ]);
+    }
+    for problem in &status.problems {
+        let none = Cell::option::<u64>;
+        table.row(vec![
+            Cell::new("a KMS plug-in is not well").paint(Paint::Bad),
+            Cell::new(problem).paint(Paint::Bad),
+            none(None),
+            none(None),
         ]);
     }
     table
@@ -88,4 +93,21 @@ async fn rewrite(args: HubQueryArgs) -> Result<()> {
     }
     let text = format!("{} objects rewritten under the current key; {}", done.rewritten, upkeep::room(&done));
     upkeep::print(&args, &done, &text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plug_in_that_is_not_well_is_in_the_table() {
+        let status: Status = serde_json::from_value(serde_json::json!({
+            "configured": true, "stale": null, "problems": ["KMS provider vault: connection refused"],
+            "objects": [{"resource": "secrets", "key": "kms/vault/1", "objects": 3, "stale": null}],
+        }))
+        .unwrap();
+        let text = table(&status).render(false, false);
+        assert!(text.contains("secrets") && text.contains("unknown"), "{text}");
+        assert!(text.contains("not well   KMS provider vault: connection refused"), "{text}");
+    }
 }

@@ -143,7 +143,21 @@ pub(crate) fn clusters_table(clusters: &[Cluster]) -> Table {
 pub(crate) async fn tunnels(args: FilteredListArgs) -> Result<()> {
     let hub = Hub::open(&args.hub).await?;
     let tunnels = hub.tunnels(args.cluster.as_deref()).await?;
+    if tunnels.items.is_empty() {
+        known(&hub, args.cluster.as_deref(), "list the tunnels").await?;
+    }
     output::print(args.output.output, &tunnels, |tunnels| tunnels_table(&tunnels.items))
+}
+
+/// Whoever has nothing may be nobody: a name that was not meant.
+async fn known(hub: &Hub, cluster: Option<&str>, what: &str) -> Result<()> {
+    let Some(name) = cluster else { return Ok(()) };
+    let api = hub.objects(Kind::KubeFedCluster, Some(FEDERATION_NAMESPACE));
+    if api.get_opt(name).await.map_err(explain(format!("look for the cluster {name}")))?.is_some() {
+        return Ok(());
+    }
+    Err(Error::not_found(format!("{what} of {name}"), "the hub knows no such member")
+        .remedy("`cellway clusters` lists those that it knows"))
 }
 
 pub(crate) fn tunnels_table(tunnels: &[TunnelRow]) -> Table {
@@ -196,6 +210,9 @@ pub(crate) fn tunnels_table(tunnels: &[TunnelRow]) -> Table {
 pub(crate) async fn connections(args: FilteredListArgs) -> Result<()> {
     let hub = Hub::open(&args.hub).await?;
     let connections = hub.connections(args.cluster.as_deref()).await?;
+    if connections.items.is_empty() {
+        known(&hub, args.cluster.as_deref(), "list the connections").await?;
+    }
     output::print(args.output.output, &connections, |connections| connections_table(&connections.items))
 }
 
@@ -223,15 +240,30 @@ fn connections_table(connections: &[ConnectionRow]) -> Table {
 
 pub(crate) async fn ping(args: PingArgs) -> Result<()> {
     let hub = Hub::open(&args.hub).await?;
-    let mut last = None;
-    for _ in 0..args.count {
-        let answer = hub.ping(&args.cluster).await?;
-        output::print(args.output.output, &answer, ping_table)?;
-        last = Some(answer);
+    let format = args.output.output;
+    // One document, also when a later one of several fails.
+    let listed = args.count.is_some() && !for_people(format);
+    let mut answers = Items { items: Vec::new() };
+    let mut asked = Ok(());
+    for _ in 0..args.count.unwrap_or(1) {
+        match hub.ping(&args.cluster).await {
+            Ok(answer) => {
+                if !listed {
+                    output::print(format, &answer, ping_table)?;
+                }
+                answers.items.push(answer);
+            }
+            Err(error) => {
+                asked = Err(error);
+                break;
+            }
+        }
     }
-    // `count` is at least one.
-    let Some(answer) = last else { return Ok(()) };
-    if let Some(error) = failure(&answer) {
+    if listed && !answers.items.is_empty() {
+        output::print(format, &answers, |_| Table::new(""))?;
+    }
+    asked?;
+    if let Some(error) = answers.items.last().and_then(failure) {
         return Err(Error::unreachable(format!("ping {}", args.cluster), error)
             .remedy("`cellway tunnels -o wide` and the agent's log say more"));
     }

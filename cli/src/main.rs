@@ -7,6 +7,7 @@ mod error;
 mod failover;
 mod federate;
 mod fleet;
+mod folder;
 mod hub;
 mod kubeconfig;
 mod lists;
@@ -69,7 +70,7 @@ async fn run(command: Command, effective: Effective) -> Result<ExitCode> {
             Some(HubAction::Encryption(command)) => encryption::run(command).await,
         },
         Command::Dev(DevCommand::Member(args)) => return run_member::run(*args).await,
-        Command::Up(args) => up::run(args).await,
+        Command::Up(args) => return up::run(args).await,
         Command::Clusters(args) => lists::clusters(args).await,
         Command::Cluster(ClusterCommand::Add(args)) => membership::add(args).await,
         Command::Cluster(ClusterCommand::Revoke(args)) => membership::revoke(args).await,

@@ -8,6 +8,7 @@ use service::{flags::Effective, signals::Signals};
 use crate::{
     args::HubCommand,
     error::{Error, Result, chain},
+    folder,
     kubeconfig::default_data_dir,
     parent,
 };
@@ -15,9 +16,9 @@ use crate::{
 pub(crate) async fn run(mut command: HubCommand, effective: Effective) -> Result<ExitCode> {
     let log = command.log.init().map_err(|error| Error::usage("set up the log", chain(&error)))?;
     let mut signals = Signals::install().map_err(|error| Error::failed("listen for signals", error))?;
-    if command.hub.data_dir.is_none() {
-        command.hub.data_dir = Some(default_data_dir()?);
-    }
+    let data_dir = command.hub.data_dir.take().map_or_else(default_data_dir, Ok)?;
+    folder::keep(&data_dir, command.child.until_input_closes)?;
+    command.hub.data_dir = Some(data_dir);
     let hub = Hub::bind(command.hub, effective, Some(log)).await.map_err(|error| match error.is_usage() {
         true => Error::usage("start the hub", chain(&error)),
         false => Error::failed("start the hub", chain(&error)),

@@ -114,8 +114,6 @@ fn agent_flags(args: &MemberArgs, data: &Path, kubeconfig: &Path) -> Option<Vec<
         format!("--server={}", args.hub.join(",")),
         format!("--data-dir={}", data.join("agent").display()),
         format!("--kubeconfig={}", kubeconfig.display()),
-        // The administrator of the hub is one of a simulated member as well.
-        "--gateway-allow-masters".to_owned(),
         format!("--transport={}", args.transport),
         "--health-server-host=127.0.0.1".to_owned(),
         format!("--health-server-port={}", args.health_port),

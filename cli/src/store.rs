@@ -10,11 +10,12 @@ use federation_store::{
     files::{self, Checked, Exceptions, FileError, Restored},
 };
 use proxy_server::hub::revocations;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     args::{CheckArgs, StoreArgs, StoreCommand},
     error::{Error, Result, chain},
+    folder,
     kubeconfig::{default_data_dir, variable},
     output::{self, Format, text_out},
 };
@@ -26,20 +27,29 @@ pub(crate) async fn run(command: StoreCommand) -> Result<()> {
             let checked = files::backup(&store, &args.file)
                 .await
                 .map_err(|error| failed(format!("back up {}", store.display()), &error))?;
-            text_out(&format!(
+            let text = format!(
                 "{} keys at revision {} are in {}\n",
                 checked.keys,
                 checked.revision,
                 args.file.display()
-            ))
+            );
+            let value = json!({"file": args.file.display().to_string(), "keys": checked.keys, "revision": checked.revision.0});
+            say(args.output.output, &value, &text)
         }
         StoreCommand::Restore(args) => {
             let store = args.of.file()?;
+            folder::keep(store.parent().unwrap_or(Path::new(".")), false)?;
             let exceptions =
                 Exceptions { carried_over: revocations::CARRIED_OVER, left_out: revocations::LEFT_OUT };
             let restored = files::restore(&args.file, &store, SystemTime::now(), exceptions).await;
             let Restored { revision, replaced, carried_over } =
                 restored.map_err(|error| failed(format!("restore {}", store.display()), &error))?;
+            let value = json!({
+                "store": store.display().to_string(), "revision": revision.0,
+                "replaced": replaced.as_ref().map(|path| path.display().to_string()),
+                "revocationsCarriedOver": carried_over.as_ref().ok(),
+                "revocationsUnknown": carried_over.as_ref().err(),
+            });
             let replaced = match replaced {
                 Some(path) => format!("what was there is in {}", path.display()),
                 None => "nothing was there before".to_owned(),
@@ -51,12 +61,22 @@ pub(crate) async fn run(command: StoreCommand) -> Result<()> {
                      revoked since (`cellway cluster revoke`), before anything else"
                 ),
             };
-            text_out(&format!(
+            let text = format!(
                 "{} goes on at revision {revision}; {replaced}\n{revoked}\nenrolment tokens of the backup are left out: make new ones\n",
                 store.display()
-            ))
+            );
+            say(args.output.output, &value, &text)
         }
         StoreCommand::Check(args) => check(&args).await,
+    }
+}
+
+/// The result for programs, or the text for people.
+fn say(format: Format, value: &Value, text: &str) -> Result<()> {
+    match format {
+        Format::Json => text_out(&output::json(value)?),
+        Format::Yaml => text_out(&output::yaml(value)?),
+        Format::Table | Format::Wide => text_out(text),
     }
 }
 
@@ -66,19 +86,13 @@ async fn check(args: &CheckArgs) -> Result<()> {
     let checked = files::check_at(&store).await.map_err(|error| failed(&tried, &error))?;
     let store = store.sqlite_path().map_or_else(|| store.to_string(), |path| path.display().to_string());
     let Checked { revision, compacted, keys, rows, faults } = &checked;
-    match args.output.output {
-        Format::Json | Format::Yaml => {
-            let value = json!({
-                "store": store, "revision": revision.0, "compactedRevision": compacted.0, "keys": keys,
-                "rows": rows, "faults": faults,
-            });
-            let json = args.output.output == Format::Json;
-            text_out(&if json { output::json(&value)? } else { output::yaml(&value)? })?;
-        }
-        _ => text_out(&format!(
-            "{keys} keys in {rows} rows at revision {revision}, history from revision {compacted}\n"
-        ))?,
-    }
+    let value = json!({
+        "store": store, "revision": revision.0, "compactedRevision": compacted.0, "keys": keys,
+        "rows": rows, "faults": faults,
+    });
+    let text =
+        format!("{keys} keys in {rows} rows at revision {revision}, history from revision {compacted}\n");
+    say(args.output.output, &value, &text)?;
     if faults.is_empty() {
         return Ok(());
     }

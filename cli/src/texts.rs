@@ -3,13 +3,15 @@
 use clap::CommandFactory as _;
 use clap_complete::Shell;
 use federation_core::api::Conversion;
+use serde::Deserialize as _;
+use serde_json::{Value, json};
 
 use crate::{
     args::{Args, CrdsArgs, KubeconfigArgs},
     error::{Error, Result},
     kubeconfig::through_hub,
     membership::cluster_name,
-    output::{Format, text_out},
+    output::{self, Format, text_out},
 };
 
 pub(crate) fn kubeconfig(args: &KubeconfigArgs) -> Result<()> {
@@ -44,7 +46,13 @@ pub(crate) fn crds(args: &CrdsArgs) -> Result<()> {
     };
     let text =
         federation_core::crds_yaml(&conversion).map_err(|error| Error::failed("print the CRDs", error))?;
-    text_out(&text)
+    if args.output.output != Format::Json {
+        return text_out(&text);
+    }
+    let items: Result<Vec<Value>, _> =
+        serde_yaml_ng::Deserializer::from_str(&text).map(Value::deserialize).collect();
+    let items = items.map_err(|error| Error::failed("print the CRDs", error))?;
+    text_out(&output::json(&json!({"apiVersion": "v1", "kind": "List", "items": items}))?)
 }
 
 pub(crate) fn completion(shell: Shell) -> Result<()> {

@@ -45,6 +45,7 @@ fn a_wrong_command_line_is_2_and_says_why() {
         &["dial", "east", "no-port"],
         &["clusters", "--kubeconfig", "/a", "--data-dir", "/b"],
         &["hub", "--agent-certificate-ttl", "1s", "--data-dir", "/nonexistent/hub"],
+        &["hub", "--agent-certificate-ttl", "2161h", "--data-dir", "/nonexistent/hub"],
         &["hub", "--log", "[[[", "--data-dir", "/nonexistent/hub"],
     ] {
         let output = cellway(args);
@@ -150,6 +151,10 @@ fn completion_and_crds_print_to_standard_output() {
         text.contains("kind: CustomResourceDefinition") && text.contains("federateddeployments"),
         "{text}"
     );
+    let listed = cellway(&["crds", "-o", "json"]);
+    let listed: serde_json::Value = serde_json::from_slice(&listed.stdout).unwrap();
+    let documents = text.matches("kind: CustomResourceDefinition").count();
+    assert_eq!((&listed["kind"], listed["items"].as_array().unwrap().len()), (&"List".into(), documents));
 }
 
 #[test]
@@ -185,6 +190,10 @@ async fn a_hubs_data_is_backed_up_checked_and_restored() {
     store.create("/lost", "1").await.unwrap();
     store.close().await;
 
+    let second = folder.path().join("second");
+    let output = cellway(&["hub", "backup", second.to_str().unwrap(), "--data-dir", path, "-o", "json"]);
+    let backup: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&backup["keys"], &backup["file"]), (&2.into(), &second.to_str().unwrap().into()));
     let output = cellway(&["hub", "restore", copy, "--data-dir", path]);
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -196,6 +205,9 @@ async fn a_hubs_data_is_backed_up_checked_and_restored() {
     let store = federation_store::Store::open(config()).await.unwrap();
     assert!(store.get("/lost", None).await.unwrap().0.is_none());
     store.close().await;
+    let output = cellway(&["hub", "restore", copy, "--data-dir", path, "-o", "yaml"]);
+    let restored: serde_json::Value = serde_yaml_ng::from_slice(&output.stdout).unwrap();
+    assert!(restored["revision"].is_u64() && restored["replaced"].is_string(), "{restored}");
     std::fs::write(copy, "no database at all").unwrap();
     let damaged = cellway(&["hub", "check", "--store", copy]);
     assert_eq!(code(&damaged), 1, "{}", stderr(&damaged));
@@ -300,6 +312,219 @@ impl Hub {
     }
 }
 
+/// Whatever the folder was before, and whether the hub runs or not.
+#[tokio::test]
+async fn a_demo_never_takes_the_place_of_a_hub() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let mark = data.join("cellway-demo");
+    std::fs::create_dir(&data).unwrap();
+    std::fs::write(&mark, "").unwrap();
+    let demo = || {
+        let output = cellway(&["up", "--demo", "--once", "--data-dir", data.to_str().unwrap()]);
+        assert_eq!(code(&output), 2, "{}", stderr(&output));
+        stderr(&output)
+    };
+    // A demo that runs is not disturbed, either.
+    let running = std::fs::File::open(&mark).unwrap();
+    running.lock().unwrap();
+    let refused = cellway(&["hub", "--data-dir", data.to_str().unwrap()]);
+    assert_eq!(code(&refused), 2, "{}", stderr(&refused));
+    assert!(stderr(&refused).contains("a demo is running"), "{}", stderr(&refused));
+    drop(running);
+
+    let hub = Hub::start(&data).await;
+    let store = |data: &std::path::Path| {
+        std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(data.join("store.db")).unwrap())
+    };
+    let before = store(&data);
+    assert!(!mark.exists(), "the folder is the hub's from now on");
+    assert!(demo().contains("not a demo's"));
+    // As a hub of an earlier version leaves it.
+    std::fs::write(&mark, "").unwrap();
+    assert!(demo().contains("a hub is running"));
+    drop(hub);
+    std::fs::remove_file(&mark).unwrap();
+    assert!(demo().contains("not a demo's"));
+    assert_eq!(store(&data), before);
+}
+
+/// An agent of `member` in this process, whose kube-apiserver is where `flags` say; it ends with the handle.
+async fn agent(
+    data: &std::path::Path,
+    member: &str,
+    flags: &[&str],
+) -> tokio_util::task::AbortOnDropHandle<()> {
+    let added = cellway(&["cluster", "add", member, "-o", "json", "--data-dir", data.to_str().unwrap()]);
+    assert_eq!(code(&added), 0, "{}", stderr(&added));
+    let added: serde_json::Value = serde_json::from_slice(&added.stdout).unwrap();
+    let text = |key: &str| added[key].as_str().unwrap();
+    let own = data.with_extension(member);
+    let flags = [
+        "proxy-agent",
+        &format!("--cluster-name={member}"),
+        &format!("--server={}", text("hub")),
+        &format!("--enrolment-token={}", text("token")),
+        &format!("--ca-hash={}", text("caHash")),
+        &format!("--data-dir={}", own.display()),
+        "--transport=h2",
+        "--health-server-host=127.0.0.1",
+        "--health-server-port=0",
+        "--admin-server-port=0",
+    ]
+    .into_iter()
+    .chain(flags.iter().copied())
+    .map(str::to_owned)
+    .collect::<Vec<_>>();
+    let parsed = service::flags::try_parse::<proxy_agent::Args>(flags).unwrap();
+    let config = proxy_agent::Config::try_from(parsed.args).unwrap();
+    let bound = proxy_agent::App::new(config).effective(parsed.effective).bind().await.unwrap();
+    tokio_util::task::AbortOnDropHandle::new(tokio::spawn(async move {
+        let (_signal, watch) = service::drain::channel();
+        bound.run(watch).await.unwrap();
+    }))
+}
+
+/// The five ways in which a member's API is not reached, each with its own status and word: all of them happen here, none is
+/// played.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_five_errors_differ_at_a_members_api() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let _hub = Hub::start(&data).await;
+    let admin = std::fs::read_to_string(data.join("admin.kubeconfig")).unwrap();
+    let kubeconfig = kube::config::Kubeconfig::from_yaml(&admin).unwrap();
+    let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default()).await.unwrap();
+    // A 503 is what is asked for.
+    config.default_retry = false;
+    let client = kube::Client::try_from(config).unwrap();
+    let ask = async |member: &str| {
+        let request = http::Request::get(format!("/clusters/{member}/api"));
+        let answer = client.send(request.body(kube::client::Body::empty()).unwrap()).await.unwrap();
+        let word = answer.headers().get("cellway-error").map(|word| word.to_str().unwrap().to_owned());
+        let code = answer.status().as_u16();
+        let body = answer.into_body().collect_bytes().await.unwrap();
+        let status: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
+        assert_eq!((&status["kind"], &status["code"]), (&"Status".into(), &code.into()), "{status}");
+        (code, word.unwrap_or_default())
+    };
+    // A kube-apiserver that refuses connections, and one that takes them and says nothing.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let leads_to = |name: &str, at: std::net::SocketAddr| {
+        let mut kubeconfig: serde_yaml_ng::Value = serde_yaml_ng::from_str(&admin).unwrap();
+        kubeconfig["clusters"][0]["cluster"]["server"] = format!("https://{at}").into();
+        let path = folder.path().join(name);
+        std::fs::write(&path, serde_yaml_ng::to_string(&kubeconfig).unwrap()).unwrap();
+        format!("--kubeconfig={}", path.display())
+    };
+    let refused = leads_to("refused", "127.0.0.1:1".parse().unwrap());
+    let timed_out = leads_to("timed-out", silent.local_addr().unwrap());
+    let _agents = [
+        agent(&data, "refused", &[&refused]).await,
+        agent(&data, "timed-out", &[&timed_out]).await,
+        agent(&data, "forbidden", &["--gateway=off"]).await,
+    ];
+    let at = |args: &[&str]| cellway(&[args, &["--data-dir", data.to_str().unwrap()]].concat());
+    let added = at(&["cluster", "add", "alone"]);
+    assert_eq!(code(&added), 0, "{}", stderr(&added));
+    // A member with nothing is not one that is not there.
+    for list in ["tunnels", "connections"] {
+        for (member, expected) in [("alone", 0), ("nobody", 3)] {
+            let listed = at(&[list, member, "-o", "json"]);
+            assert_eq!(code(&listed), expected, "{list} {member}: {}", stderr(&listed));
+            assert_eq!(listed.stdout.is_empty(), expected != 0, "{list} {member}");
+        }
+    }
+    for (member, expected) in [
+        ("nobody", (404, "unknown-cluster")),
+        ("alone", (503, "no-tunnel")),
+        ("refused", (502, "refused")),
+        ("timed-out", (504, "timed-out")),
+        ("forbidden", (403, "not-allowed")),
+    ] {
+        let settled = async || match ask(member).await {
+            (404, _) if member != "nobody" => Err("not known yet"),
+            (503, _) if member != "alone" => Err("no tunnel yet"),
+            answer => Ok(answer),
+        };
+        let limit = std::time::Duration::from_secs(60);
+        let (code, word) = test_support::wait_until(settled, limit, member).await.unwrap();
+        assert_eq!((code, word.as_str()), expected, "{member}");
+    }
+    // Several answers are one document; the tunnel is well and the API is not.
+    for format in ["json", "yaml"] {
+        let pinged = at(&["ping", "refused", "-c", "2", "-o", format]);
+        assert_eq!(code(&pinged), 4, "{}", stderr(&pinged));
+        let parsed: serde_json::Value = serde_yaml_ng::from_slice(&pinged.stdout).unwrap();
+        if format == "json" {
+            assert_eq!(parsed, serde_json::from_slice::<serde_json::Value>(&pinged.stdout).unwrap());
+        }
+        assert_eq!(parsed["items"].as_array().unwrap().len(), 2, "{parsed}");
+        let alone = at(&["ping", "refused", "-o", format]);
+        let parsed: serde_json::Value = serde_yaml_ng::from_slice(&alone.stdout).unwrap();
+        assert_eq!(parsed["cluster"], "refused", "{parsed}");
+    }
+}
+
+/// What `up` has started when it is told to stop ends with it, at once when it is told twice.
+#[tokio::test]
+async fn up_tells_how_it_ended() {
+    use rustix::process::{Pid, Signal, kill_process};
+    let limit = std::time::Duration::from_secs(60);
+    for (twice, expected) in [(false, 0), (true, 5)] {
+        let folder = test_support::TestDir::new("up").unwrap();
+        let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_cellway"));
+        command.args(["up", "--demo", "--data-dir"]).arg(folder.join("data"));
+        let mut up = test_support::process::Process::spawn("up", command, &folder.join("up.log")).unwrap();
+        let pid = up.pid().unwrap();
+        // Of whichever of the runtime's threads.
+        let hub = async || {
+            let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+            let mut lists = tasks.flat_map(|task| std::fs::read_to_string(task.path().join("children")));
+            let first = lists.find_map(|text| text.split_whitespace().next()?.parse().ok());
+            first.and_then(Pid::from_raw).ok_or("no child")
+        };
+        let hub = test_support::wait_until(hub, limit, "the hub's process").await.unwrap();
+        if twice {
+            // It does not hear the farewell.
+            kill_process(hub, Signal::STOP).unwrap();
+        }
+        up.interrupt().unwrap();
+        up.wait_for_line("starting the hub", limit).await.unwrap();
+        if twice {
+            up.interrupt().unwrap();
+        }
+        assert_eq!(up.wait(limit).await.unwrap().code(), Some(expected), "{}", up.tail(20));
+        assert!(rustix::process::test_kill_process(hub).is_err(), "its hub has ended as well");
+    }
+}
+
+/// Deletes a cluster's object, not before `when`; gives the time of which the hub's record of it is.
+async fn remove(data: &std::path::Path, cluster: &str, when: jiff::Timestamp) -> String {
+    use k8s_openapi::api::core::v1::Secret;
+    let kubeconfig = kube::config::Kubeconfig::read_from(data.join("admin.kubeconfig")).unwrap();
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default()).await.unwrap();
+    let client = kube::Client::try_from(config).unwrap();
+    let secrets: kube::Api<Secret> = kube::Api::namespaced(client.clone(), "cellway-system");
+    let clusters: kube::Api<federation_core::api::KubeFedCluster> =
+        kube::Api::namespaced(client, "kube-federation-system");
+    let name = format!("revocations-{cluster}");
+    let recorded = async {
+        let mut tick = tokio::time::interval(std::time::Duration::from_millis(50));
+        while jiff::Timestamp::now() < when {
+            tick.tick().await;
+        }
+        clusters.delete(cluster, &kube::api::DeleteParams::default()).await.unwrap();
+        loop {
+            tick.tick().await;
+            if let Some(record) = secrets.get_opt(&name).await.unwrap() {
+                return String::from_utf8(record.data.unwrap()["removed-at"].0.clone()).unwrap();
+            }
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), recorded).await.expect("a record of the removal")
+}
+
 /// A stolen node's certificate must not come back with the hub's data of yesterday.
 #[tokio::test]
 async fn a_backup_of_before_brings_nothing_revoked_back() {
@@ -316,12 +541,13 @@ async fn a_backup_of_before_brings_nothing_revoked_back() {
         let rows = clusters["items"].as_array().unwrap().iter();
         let of =
             |name: &str, field: &str| rows.clone().find(|row| row["name"] == name).unwrap()[field].clone();
-        (of("east", "revokedAt"), of("west", "revokedAgents"))
+        (of("east", "revokedAt"), of("west", "revokedAgents"), of("north", "revokedAt"))
     };
     let hub = Hub::start(&data).await;
-    for cluster in ["east", "west"] {
+    for cluster in ["east", "west", "north"] {
         run(&["cluster", "add", cluster]);
     }
+    let added = jiff::Timestamp::now();
     let copy = folder.path().join("copy");
     let copy = copy.to_str().unwrap();
     run(&["hub", "backup", copy]);
@@ -329,14 +555,22 @@ async fn a_backup_of_before_brings_nothing_revoked_back() {
     run(&["cluster", "revoke", "west", "--agent", "node-1.example"]);
     let before = revoked();
     assert!(before.0.is_string() && before.1["node-1.example"].is_string(), "{before:?}");
+    assert!(before.2.is_null(), "{before:?}");
+    // Ten seconds are left to clocks: what is removed sooner is taken for an object that was made since.
+    let removed = remove(&data, "north", added + jiff::SignedDuration::from_secs(12)).await;
     drop(hub);
     std::fs::remove_file(data.join("hub.json")).unwrap();
 
     let text = run(&["hub", "restore", copy]);
-    assert!(text.contains("revocations taken over from there: 2"), "{text}");
+    // The three records, each with its entry.
+    assert!(text.contains("revocations taken over from there: 6"), "{text}");
     assert!(text.contains("enrolment tokens of the backup are left out"), "{text}");
     let hub = Hub::start(&data).await;
-    assert_eq!(revoked(), before);
+    assert_eq!(
+        revoked(),
+        (before.0, before.1, removed.into()),
+        "and nobody of the removed one is let in either"
+    );
     drop(hub);
     std::fs::remove_file(data.join("hub.json")).unwrap();
 

@@ -281,7 +281,13 @@ async fn revisions_and_masks(fleet: &Fleet) -> Result<()> {
     };
     ensure!(line('-', "1") && line('+', "2"), "{shown}");
 
+    let sides: Value = serde_json::from_str(&fleet.cellway(&with("diff", &["-o", "json"])).await?)?;
+    ensure!((&sides["from"]["number"], &sides["to"]["number"]) == (&json!(1), &json!(2)), "{sides}");
+    ensure!(sides["to"]["snapshot"]["template"].is_object(), "{sides}");
+
     let before = get(&fleet.hub, &path).await?;
+    let moves = fleet.items(&with("rollback", &["--dry-run"])).await?;
+    ensure!(actions(&moves).contains(&("west-a", "move")), "{moves:?}");
     let shown = fleet.cellway(&with("rollback", &["--dry-run"])).await?;
     ensure!(shown.contains("west-a") && shown.contains("move"), "{shown}");
     let after = get(&fleet.hub, &path).await?;
@@ -310,6 +316,13 @@ async fn looking_into_members(fleet: &Fleet) -> Result<()> {
     for line in ["west-a in west: Synced, ready", "east-a in east: Synced, ready", "Deployment web-west-b"] {
         ensure!(shown.contains(line), "{line:?} is not in {shown}");
     }
+    let told = fleet.cellway(&["describe", "deployment/web", "-n", "shop", "-o", "yaml"]).await?;
+    let told: Value = serde_yaml_ng::from_str(&told)?;
+    ensure!(told["object"]["metadata"]["name"] == "web", "{told}");
+    let unit = told["units"].as_array().into_iter().flatten().find(|unit| unit["status"]["name"] == "east-a");
+    let unit = unit.with_context(|| format!("no east-a in {told}"))?;
+    ensure!(unit["object"]["kind"] == "Deployment", "{unit}");
+    ensure!(unit["pods"].as_array().is_some_and(|pods| !pods.is_empty()), "{unit}");
     let shown = fleet.cellway(&["describe", "deployment/web", "-n", "shop", "--hub-only"]).await?;
     ensure!(shown.contains("west-a in west") && !shown.contains("Pod "), "{shown}");
     let (code, said) = fleet.fails(&["describe", "deployment/none", "-n", "shop"]).await?;

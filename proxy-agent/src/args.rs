@@ -136,7 +136,8 @@ pub struct Args {
     /// The token to use at the kube-apiserver, read again as it is replaced.
     #[arg(long, value_name = "FILE")]
     pub gateway_token_file: Option<PathBuf>,
-    /// Lets the hub impersonate system:masters, which RBAC never refuses anything.
+    /// Lets the hub impersonate system:masters, which RBAC never refuses anything. Without it the hub's administrators
+    /// are the group cellway:admins here.
     #[arg(long)]
     pub gateway_allow_masters: bool,
 
@@ -334,6 +335,13 @@ pub enum ConfigError {
          --agent-key and --ca-cert"
     )]
     NoIdentity,
+    /// What upstream's agent may do with, and this one not.
+    #[error(
+        "the agent has no certificate: konnectivity's service account tokens (--service-account-token-path) identify \
+         nobody here. Give --agent-cert and --agent-key besides --ca-cert, of the authority that the server has as \
+         --cluster-ca-cert, or --data-dir with --enrolment-token and --ca-hash to enrol at a hub"
+    )]
+    NoCertificate,
     /// Files and enrolment at once.
     #[error(
         "--agent-cert and --agent-key exclude --enrolment-token: the agent either has certificates or gets them"
@@ -469,7 +477,9 @@ fn identity(args: &Args) -> Result<IdentityConfig, ConfigError> {
         });
     }
     let Some(data_dir) = args.data_dir.clone() else {
-        return Err(ConfigError::NoIdentity);
+        let as_upstream =
+            !args.ca_cert.is_empty() || !args.without_effect.service_account_token_path.is_empty();
+        return Err(if as_upstream { ConfigError::NoCertificate } else { ConfigError::NoIdentity });
     };
     let ca_hash = args.ca_hash.as_deref().filter(|hash| !hash.is_empty());
     let ca_hash = ca_hash.map(|hash| hash.parse::<CaHash>().map_err(ConfigError::CaHash)).transpose()?;
@@ -661,6 +671,24 @@ mod tests {
         assert_eq!(config.backoff.cap, Duration::from_secs(30));
         assert!(config.keepalive_interval <= Duration::from_secs(10));
         assert!(config.gateway.is_none());
+    }
+
+    #[test]
+    fn an_agent_with_a_token_and_no_certificate_is_told_what_to_do() {
+        // The arguments of Kubernetes' own konnectivity-agent add-on.
+        let flags = [
+            "--logtostderr=true",
+            "--ca-cert=/var/run/secrets/kubernetes.io/serviceaccount/ca.crt",
+            "--proxy-server-host=35.225.206.7",
+            "--proxy-server-port=8132",
+            "--admin-server-port=8133",
+            "--health-server-port=8134",
+            "--service-account-token-path=/var/run/secrets/tokens/konnectivity-agent-token",
+        ];
+        let error = config(&flags).unwrap_err().to_string();
+        for part in ["--service-account-token-path", "--agent-cert and --agent-key", "--enrolment-token"] {
+            assert!(error.contains(part), "{error}");
+        }
     }
 
     #[test]

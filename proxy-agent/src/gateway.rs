@@ -7,11 +7,14 @@
 //!
 //! What it guarantees:
 //! - No request goes out under the agent's own name: without `Impersonate-User` it is refused.
-//! - `system:masters`, which RBAC never refuses anything, is not impersonated unless the agent's own flags allow it.
+//! - `system:masters`, which RBAC never refuses anything, is not impersonated unless the agent's own flags allow it: the
+//!   hub's administrators are the group `cellway:admins` here, and may do what this member's RBAC gives that group.
 //! - Credentials and identity headers in the request (`Authorization`, `X-Remote-*`) go no further.
 //! - Bodies stream both ways without being gathered, for as long as they last (watch, `logs -f`), and so do upgraded
 //!   connections (exec, attach, port-forward). A client that goes away ends its request at the kube-apiserver.
-//! - An error of the gateway itself is a Kubernetes `Status` and says that it comes from the gateway.
+//! - An error of the gateway itself is a Kubernetes `Status` and says that it comes from the gateway. Where its
+//!   kube-apiserver could not be asked, the header `cellway-error` says why, as for any other dial; nobody behind the
+//!   gateway can set it.
 
 pub(crate) mod fuzz;
 mod kubeconfig;
@@ -35,6 +38,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument;
+use tunnel::DialError;
 
 pub use kubeconfig::KubeconfigError;
 pub use upstream::{Pem, Token, Upstream, UpstreamConfig, UpstreamError};
@@ -55,14 +59,26 @@ const MAX_HEAD: usize = 256 << 10;
 /// The group that authorisation never refuses.
 const MASTERS: &str = "system:masters";
 
+/// What the hub's [`MASTERS`] are here.
+const ADMINS: &str = "cellway:admins";
+
+/// What kubectl prints above the kube-apiserver's refusal, which names the user only (RFC 7234, 5.5).
+const UNBOUND: &str = "299 - \"the hub's administrators are the group cellway:admins in this cluster: bind it to a \
+                       ClusterRole here to let them do this\"";
+
 /// Names the gateway to whoever reads an error.
 const SOURCE: &str = "cellway agent's API gateway";
 
 const IMPERSONATE_USER: HeaderName = HeaderName::from_static("impersonate-user");
 const IMPERSONATE_GROUP: HeaderName = HeaderName::from_static("impersonate-group");
 
-/// Headers that belong to one hop (RFC 9110, 7.6.1), or that carry an identity which is not this agent's to pass on.
-const NOT_FORWARDED: [HeaderName; 10] = [
+/// Why the kube-apiserver could not be asked, as for any other dial.
+const ERROR_HEADER: HeaderName = HeaderName::from_static("cellway-error");
+
+/// Headers that belong to one hop (RFC 9110, 7.6.1), or that carry an identity which is not this agent's to pass on, or
+/// that are the gateway's own to say.
+const NOT_FORWARDED: [HeaderName; 11] = [
+    ERROR_HEADER,
     header::CONNECTION,
     header::PROXY_AUTHENTICATE,
     header::PROXY_AUTHORIZATION,
@@ -107,8 +123,7 @@ enum Refusal {
     #[error("the request names no user: exactly one non-empty Impersonate-User header is needed")]
     NoUser,
     #[error(
-        "the group system:masters is not impersonated: grant what is needed through RBAC, or start the agent with \
-         --gateway-allow-masters"
+        "system:masters stands in a list of groups: each group needs an Impersonate-Group header of its own"
     )]
     Masters,
     #[error("CONNECT is not served here")]
@@ -181,9 +196,16 @@ impl Gateway {
 // === impl Serving ===
 
 impl Serving {
-    async fn handle(&self, request: Request<Incoming>) -> Response<Body> {
+    async fn handle(&self, mut request: Request<Incoming>) -> Response<Body> {
         let response = match self.check(&request) {
-            Ok(()) => self.forward(request).await,
+            Ok(()) => {
+                let demoted = !self.gateway.0.allow_masters && demote(request.headers_mut());
+                let mut response = self.forward(request).await;
+                if demoted && response.status() == StatusCode::FORBIDDEN {
+                    response.headers_mut().append(header::WARNING, HeaderValue::from_static(UNBOUND));
+                }
+                response
+            }
             Err(refusal) => {
                 tracing::info!(method = %request.method(), path = request.uri().path(), %refusal, "refused");
                 status_response(StatusCode::FORBIDDEN, "Forbidden", &refusal.to_string())
@@ -215,11 +237,7 @@ impl Serving {
             Err(error) => {
                 tracing::warn!(error = %service::error_chain(&error), "the kube-apiserver cannot be reached");
                 // What is inside this member's network stays in its log; the kind of failure is told.
-                let (code, reason) = match &error {
-                    UpstreamError::TimedOut => (StatusCode::GATEWAY_TIMEOUT, "Timeout"),
-                    _ => (StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable"),
-                };
-                return status_response(code, reason, &error.to_string());
+                return unreachable_response(&error);
             }
         };
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
@@ -301,11 +319,22 @@ fn check_request(method: &Method, headers: &HeaderMap, allow_masters: bool) -> R
         (Some(user), None) if !user.as_bytes().trim_ascii().is_empty() => {}
         _ => return Err(Refusal::NoUser),
     }
-    let masters = headers.get_all(IMPERSONATE_GROUP).iter().any(|group| {
+    let hidden = headers.get_all(IMPERSONATE_GROUP).iter().filter(|group| *group != MASTERS).any(|group| {
         // Each header is one group for Kubernetes; a comma would hide one from a stricter reading of HTTP, so both.
         group.as_bytes().split(|byte| *byte == b',').any(|group| group.trim_ascii() == MASTERS.as_bytes())
     });
-    if masters && !allow_masters { Err(Refusal::Masters) } else { Ok(()) }
+    if hidden && !allow_masters { Err(Refusal::Masters) } else { Ok(()) }
+}
+
+/// Makes the hub's administrators those of this member; tells whether the request is one of theirs.
+fn demote(headers: &mut HeaderMap) -> bool {
+    let Entry::Occupied(mut groups) = headers.entry(IMPERSONATE_GROUP) else { return false };
+    let mut demoted = false;
+    for group in groups.iter_mut().filter(|group| **group == *MASTERS) {
+        *group = HeaderValue::from_static(ADMINS);
+        demoted = true;
+    }
+    demoted
 }
 
 /// Whether a request's answer goes on until somebody ends it.
@@ -366,6 +395,20 @@ pub(crate) fn status_response(code: StatusCode, reason: &str, message: &str) -> 
     let mut response = Response::new(body);
     *response.status_mut() = code;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// What became of the dial to the kube-apiserver, as the hub tells it of any other destination: not 503, which says that
+/// the tunnel is not there.
+fn unreachable_response(error: &UpstreamError) -> Response<Body> {
+    let dial = error.dial_error();
+    let (code, reason) = match dial {
+        DialError::TimedOut => (StatusCode::GATEWAY_TIMEOUT, "Timeout"),
+        // Kubernetes has no word for a bad gateway; clients act on the code.
+        _ => (StatusCode::BAD_GATEWAY, "InternalError"),
+    };
+    let mut response = status_response(code, reason, &format!("{error}: {dial}"));
+    response.headers_mut().insert(ERROR_HEADER, HeaderValue::from_static(dial.code()));
     response
 }
 

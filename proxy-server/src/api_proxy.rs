@@ -42,7 +42,7 @@ use tower::Service;
 use tracing::Instrument;
 use tunnel::{ServerTunnel, Target};
 
-use crate::error::ProxyError;
+use crate::error::{ERROR_HEADER, ProxyError};
 use crate::limit::{ClientPlace, ConcurrencyLimiter};
 use crate::metrics::DialLabels;
 use crate::registry::{DialRequest, Dialed, Frontend, LiveConnection, Proxied as _, Registry, Tunnel, Turn};
@@ -209,6 +209,11 @@ impl<T: Tunnel> ApiProxy<T> {
         let member_side = switching.then(|| hyper::upgrade::on(&mut response));
         let agreed = if switching { upgrade_protocol(response.headers()) } else { None };
         strip_hop_by_hop(response.headers_mut());
+        // Only the gateway speaks of a dial: an agent of before it did passed on what came from behind it.
+        let of_a_dial = matches!(response.status(), StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT);
+        if !of_a_dial || refused_dial(response.headers()).is_none() {
+            response.headers_mut().remove(ERROR_HEADER);
+        }
         if let Some(protocol) = agreed {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
             response.headers_mut().insert(header::UPGRADE, protocol);
@@ -430,7 +435,9 @@ async fn handle<T: Tunnel>(State(proxy): State<ApiProxy<T>>, request: Request<Bo
         Err(error) => Err(error),
     };
     let (label, response) = match outcome {
-        Ok(response) => (status_class(response.status()), response),
+        Ok(response) => {
+            (refused_dial(response.headers()).unwrap_or_else(|| status_class(response.status())), response)
+        }
         Err(error) => {
             tracing::debug!(cluster = %name, code = error.code(), %error, "API request failed");
             (error.code(), status::of_error(&error))
@@ -581,6 +588,13 @@ fn rewrite_location(headers: &mut HeaderMap, cluster: &ClusterName) {
     if local && let Ok(value) = HeaderValue::from_str(&format!("{PREFIX}{cluster}{location}")) {
         headers.insert(header::LOCATION, value);
     }
+}
+
+/// What the member's gateway says of its own dial to the kube-apiserver.
+fn refused_dial(headers: &HeaderMap) -> Option<&'static str> {
+    let word = headers.get(ERROR_HEADER)?.to_str().ok()?;
+    let known = tunnel::DialError::from_code(word).code();
+    (known == word).then_some(known)
 }
 
 fn status_class(status: StatusCode) -> &'static str {

@@ -20,6 +20,8 @@ pub struct ClusterInfo {
     pub revoked_at: Option<SystemTime>,
     /// The same for single agents, by their names.
     pub revoked_agents: BTreeMap<String, SystemTime>,
+    /// When somebody was there who was enrolled after [`Self::revoked_at`], if it is later and somebody has noted it.
+    pub returned_at: Option<SystemTime>,
     /// What may be dialled besides the member's own API.
     pub allowed: DestinationPolicy,
     /// The hub object's labels.
@@ -67,7 +69,7 @@ pub enum Admission {
 }
 
 /// How far the clocks of the hub's replicas may be apart: one makes the object, another issues for it.
-const CLOCK_SKEW: Duration = Duration::from_secs(10);
+pub(crate) const CLOCK_SKEW: Duration = Duration::from_secs(10);
 
 /// 9999-12-30T22:00:00Z.
 const LAST_SECOND: Duration = Duration::from_secs(253_402_207_200);

@@ -107,6 +107,10 @@ pub struct ServerMetrics {
     pub agent_certificate_lifetime: Family<ClusterLabels, Gauge>,
     /// When one of the listeners' certificates expires, in Unix time.
     pub certificate_expiry: Family<CertificateLabels, Gauge>,
+    /// Failures to watch which members there are and what is revoked.
+    pub directory_failures: Counter,
+    /// Members of which everything is refused, as what says what is revoked of them cannot be read.
+    pub unreadable_revocations: Gauge,
 }
 
 // === impl TunnelLabels ===
@@ -141,6 +145,8 @@ impl Default for ServerMetrics {
             agent_certificate_expiry: Family::default(),
             agent_certificate_lifetime: Family::default(),
             certificate_expiry: Family::default(),
+            directory_failures: Counter::default(),
+            unreadable_revocations: Gauge::default(),
         }
     }
 }
@@ -228,6 +234,16 @@ impl ServerMetrics {
             "When a certificate of a listener, or the authority of its clients, expires, in Unix time",
             Unit::Seconds,
             self.certificate_expiry.clone(),
+        );
+        r.register(
+            "directory_failures",
+            "Failures to watch the hub's clusters or its records of revocations, as while a Secret of cellway-system cannot be read",
+            self.directory_failures.clone(),
+        );
+        r.register(
+            "unreadable_revocations",
+            "Members of which everything is refused, as an annotation or a record of their revocations cannot be read",
+            self.unreadable_revocations.clone(),
         );
     }
 

@@ -34,7 +34,7 @@ use tunnel::{
     TunnelStats, UnixSocket,
 };
 
-use crate::directory::{Admission, ClusterDirectory, Lookup};
+use crate::directory::{Admission, ClusterDirectory, ClusterInfo, Lookup};
 use crate::error::ProxyError;
 use crate::metrics::{ByteLabels, ClusterLabels, DialLabels, ServerMetrics, TunnelLabels};
 use crate::route::{Identifiers, Route, Strategy};
@@ -344,6 +344,21 @@ impl<T: Tunnel> Registry<T> {
         if member { cluster.to_owned() } else { String::new() }
     }
 
+    /// Members that were revoked as a whole, and when, with a tunnel of somebody enrolled since, as nobody has noted yet.
+    pub(crate) fn returned(&self) -> BTreeMap<String, SystemTime> {
+        let returned = |entry: Arc<Entry<T>>| {
+            let (cluster, enrolled) = (&entry.member.cluster, entry.member.not_before);
+            let revoked = self.0.directory.lookup(cluster, |info| {
+                info.revoked_at.filter(|at| enrolled > *at && info.returned_at <= Some(*at))
+            });
+            match revoked {
+                Lookup::Known(Some(at)) => Some((cluster.clone(), at)),
+                _ => None,
+            }
+        };
+        self.tunnels().into_iter().filter_map(returned).collect()
+    }
+
     /// How many tunnels there are.
     pub fn tunnel_count(&self) -> usize {
         self.0.tunnels.read().values().map(Vec::len).sum()
@@ -399,6 +414,10 @@ impl<T: Tunnel> Registry<T> {
             metrics.agent_certificate_lifetime.get_or_create(&labels).set(life);
         }
         self.count_tunnels();
+        let for_good = Some(ClusterInfo::revoked_for_good());
+        let snapshot = self.0.directory.snapshot();
+        let unreadable = snapshot.clusters.values().filter(|info| info.revoked_at == for_good).count();
+        self.0.metrics.unreadable_revocations.set(i64::try_from(unreadable).unwrap_or(i64::MAX));
     }
 
     /// Shows how many tunnels each member has; none, where a member is missed.
@@ -418,8 +437,9 @@ impl<T: Tunnel> Registry<T> {
                     || matches!(admitted(), Lookup::Known(Admission::Good) | Lookup::NotSynced))
         });
         let snapshot = self.0.directory.snapshot();
-        // Whose certificates were all revoked is missed if somebody was there since, which only this process knows.
-        let joined = snapshot.clusters.iter().filter(|(_, info)| info.joined && info.revoked_at.is_none());
+        // Whose certificates were all revoked is missed if somebody was there since.
+        let there = |info: &ClusterInfo| info.revoked_at.is_none_or(|at| info.returned_at > Some(at));
+        let joined = snapshot.clusters.iter().filter(|(_, info)| info.joined && there(info));
         let missed = left.keys().chain(joined.map(|(cluster, _)| cluster));
         for cluster in missed.filter(|cluster| !tunnels.contains_key(*cluster)) {
             let labels = TunnelLabels { cluster: cluster.clone(), carrier: Carrier::H2.as_str() };
@@ -510,6 +530,10 @@ impl<T: Tunnel> Registry<T> {
             ours || info.allows(target)
         });
         match allowed {
+            // Without a hub API members are those whose agents have been here, whatever a client may dial.
+            Lookup::Known(_) if !self.has_been_here(cluster.as_str()) => {
+                Err(ProxyError::UnknownCluster { cluster: cluster.to_string() })
+            }
             Lookup::Known(true) => Ok(()),
             Lookup::Known(false) => {
                 Err(ProxyError::NotAllowedAtHub { cluster: cluster.to_string(), target: target.to_string() })
@@ -517,6 +541,12 @@ impl<T: Tunnel> Registry<T> {
             Lookup::Unknown => Err(ProxyError::UnknownCluster { cluster: cluster.to_string() }),
             Lookup::NotSynced => Err(ProxyError::Starting),
         }
+    }
+
+    /// Whether the member has a tunnel or has had one; where a hub API says who is a member, that is enough.
+    fn has_been_here(&self, cluster: &str) -> bool {
+        let open = matches!(self.0.directory, ClusterDirectory::Open(_));
+        !open || self.0.tunnels.read().contains_key(cluster) || self.0.left.lock().contains_key(cluster)
     }
 
     /// The least loaded tunnel that was not tried yet; those that drain or have gone silent come last.

@@ -1,4 +1,7 @@
 //! What the admin pages and the hub's admin API (`/cellway/v1/…`) say, as types: written by the server, read by the command.
+//!
+//! The two need not be of one version. What names a row has to be there; whatever else is missing is nothing, so that a table
+//! is shown with what the other one knows. What is added here gets a default, too.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -69,34 +72,47 @@ pub struct TunnelRow {
     /// Which agent's.
     pub agent_id: String,
     /// One start of the agent.
+    #[serde(default)]
     pub instance: String,
     /// Of the agent's program.
+    #[serde(default)]
     pub version: String,
     /// h2 or quic.
+    #[serde(default)]
     pub carrier: String,
     /// Where the agent dialled from, as the server sees it.
+    #[serde(default)]
     pub remote_addr: String,
     /// When.
+    #[serde(default)]
     pub connected_at: String,
     /// The last round trip, once there was one.
     pub rtt_millis: Option<f64>,
     /// Live ones.
+    #[serde(default)]
     pub connections: usize,
     /// From the member, without framing.
+    #[serde(default)]
     pub bytes_received: u64,
     /// To the member, without framing.
+    #[serde(default)]
     pub bytes_sent: u64,
     /// Dials so far.
+    #[serde(default)]
     pub dials: u64,
     /// Those that failed.
+    #[serde(default)]
     pub dial_failures: u64,
     /// Bytes that wait for somebody to read them.
+    #[serde(default)]
     pub buffered: u64,
     /// No new dials: one of the two ends.
+    #[serde(default)]
     pub draining: bool,
     /// The end of the certificate that the agent has now.
     pub certificate_not_after: Option<String>,
     /// What the agent was labelled with.
+    #[serde(default)]
     pub labels: BTreeMap<String, String>,
     /// The agent's own words, at most one keep-alive interval old.
     pub agent: Option<AgentRow>,
@@ -107,14 +123,19 @@ pub struct TunnelRow {
 #[serde(rename_all = "camelCase")]
 pub struct AgentRow {
     /// Live ones.
+    #[serde(default)]
     pub connections: u64,
     /// Dials so far.
+    #[serde(default)]
     pub dials: u64,
     /// Those that failed.
+    #[serde(default)]
     pub dial_failures: u64,
     /// Of the budget for what is under way.
+    #[serde(default)]
     pub memory_used: u64,
     /// The budget.
+    #[serde(default)]
     pub memory_limit: u64,
 }
 
@@ -125,22 +146,30 @@ pub struct ConnectionRow {
     /// Of this server.
     pub id: u64,
     /// The tunnel that carries it.
+    #[serde(default)]
     pub tunnel_id: u64,
     /// Where it leads.
     pub cluster: String,
     /// Through which agent.
+    #[serde(default)]
     pub agent_id: String,
     /// host:port inside the member.
+    #[serde(default)]
     pub target: String,
     /// By which of the server's doors it came.
+    #[serde(default)]
     pub frontend: String,
     /// Who holds it.
+    #[serde(default)]
     pub client: String,
     /// When it began.
+    #[serde(default)]
     pub started_at: String,
     /// From the member.
+    #[serde(default)]
     pub bytes_received: u64,
     /// To the member.
+    #[serde(default)]
     pub bytes_sent: u64,
 }
 
@@ -151,16 +180,21 @@ pub struct ClusterRow {
     /// Its name.
     pub name: String,
     /// Whether it has an object at the hub.
+    #[serde(default)]
     pub known: bool,
     /// Certificates and tokens of before are refused.
     pub revoked_at: Option<String>,
     /// The same of single agents.
+    #[serde(default)]
     pub revoked_agents: BTreeMap<String, String>,
     /// Live ones.
+    #[serde(default)]
     pub tunnels: usize,
     /// What carries them.
+    #[serde(default)]
     pub carriers: BTreeSet<String>,
     /// Live ones.
+    #[serde(default)]
     pub connections: usize,
     /// The shortest of its tunnels.
     pub rtt_millis: Option<f64>,
@@ -186,6 +220,7 @@ pub struct TunnelPing {
     /// Whose end answered.
     pub agent_id: String,
     /// h2 or quic.
+    #[serde(default)]
     pub carrier: String,
     /// How long it took, if it answered.
     pub rtt_millis: Option<f64>,
@@ -222,4 +257,28 @@ pub struct Revoked {
     pub tunnels: Option<usize>,
     /// Enrolment tokens that nobody had used yet.
     pub tokens_removed: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A table of another version is shown: with less than this one knows, or more.
+    #[test]
+    fn rows_of_other_versions_are_read() {
+        fn read<T: serde::de::DeserializeOwned>(row: serde_json::Value) -> T {
+            let mut items: Items<T> = serde_json::from_value(serde_json::json!({ "items": [row] })).unwrap();
+            items.items.remove(0)
+        }
+        let tunnel: TunnelRow = read(serde_json::json!({
+            "id": 7, "cluster": "east", "agentId": "a1", "agent": { "dials": 3 }, "ofAnotherVersion": true,
+        }));
+        assert_eq!((tunnel.id, tunnel.dials, tunnel.agent.map(|agent| agent.dials)), (7, 0, Some(3)));
+        let connection: ConnectionRow = read(serde_json::json!({ "id": 8, "cluster": "east" }));
+        assert_eq!((connection.id, connection.target.as_str()), (8, ""));
+        let cluster: ClusterRow = read(serde_json::json!({ "name": "east", "tunnels": 2 }));
+        assert!(cluster.tunnels == 2 && cluster.revoked_agents.is_empty() && cluster.carriers.is_empty());
+        let nameless = serde_json::from_str::<ClusterRow>(r#"{"tunnels": 2}"#);
+        assert!(nameless.is_err(), "a row of nobody says nothing");
+    }
 }

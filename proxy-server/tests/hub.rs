@@ -46,14 +46,19 @@ struct Enrolled {
 }
 
 async fn start() -> Setup {
+    start_in(tempfile::tempdir().unwrap(), None).await
+}
+
+/// In a folder where one may have been before.
+async fn start_in(dir: tempfile::TempDir, flag: Option<String>) -> Setup {
     if let Ok(filter) = std::env::var("CELLWAY_LOG") {
         let _ = service::log::LogArgs { filter: Some(filter), ..Default::default() }.init();
     }
-    let dir = tempfile::tempdir().unwrap();
     let data_dir = dir.path().join("hub");
     let mut argv = vec!["hub".to_owned(), "--bind-address=127.0.0.1".to_owned()];
     argv.push(format!("--data-dir={}", data_dir.display()));
     argv.extend(["api", "agent", "connect", "health", "admin"].map(|name| format!("--{name}-port=0")));
+    argv.extend(flag);
     let hub = Hub::bind(Args::parse_from(argv).hub, Effective::default(), None).await.unwrap();
     let (signal, drain) = service::drain::channel();
     let hub = AbortOnDropHandle::new(tokio::spawn(async move { hub.run(drain).await.unwrap() }));
@@ -87,6 +92,33 @@ async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl FnMut
 impl Setup {
     async fn get(&self, path: &str) -> Result<Value, kube::Error> {
         self.client.request(Request::get(path).body(Vec::new()).unwrap()).await
+    }
+
+    /// A field of the record of a cluster's revocations.
+    async fn recorded(&self, cluster: &str, field: &str) -> Option<String> {
+        let record = format!("/api/v1/namespaces/cellway-system/secrets/revocations-{cluster}");
+        let record = self.get(&record).await.ok()?;
+        let text = base64::engine::general_purpose::STANDARD.decode(record["data"][field].as_str()?).unwrap();
+        Some(String::from_utf8(text).unwrap())
+    }
+
+    /// What the hub shows at its port for probes and metrics.
+    async fn metrics(&self) -> String {
+        let health: std::net::SocketAddr =
+            self.server["addresses"]["health"].as_str().unwrap().parse().unwrap();
+        let mut stream = TcpStream::connect(health).await.unwrap();
+        let request = b"GET /metrics HTTP/1.1\r\nHost: hub\r\nConnection: close\r\n\r\n";
+        tokio::io::AsyncWriteExt::write_all(&mut stream, request).await.unwrap();
+        let mut shown = String::new();
+        tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut shown).await.unwrap();
+        shown
+    }
+
+    /// Ends it; the folder is left.
+    async fn end(self) -> tempfile::TempDir {
+        tokio::time::timeout(LIMIT, self.signal.drain()).await.unwrap();
+        tokio::time::timeout(LIMIT, self.hub).await.unwrap().unwrap();
+        self.dir
     }
 
     async fn status(&self, path: &str) -> (u16, String) {
@@ -302,7 +334,11 @@ async fn from_token_to_revocation() {
     assert!(setup.request_certificate(&other, "w1").await.is_ok());
     // What is made after the answer works.
     let fresh = setup.add_token("east", 600).await;
-    assert!(setup.request_certificate(&fresh, "a4").await.is_ok());
+    let fresh = setup.request_certificate(&fresh, "a4").await.map_err(|(_, body)| body).unwrap();
+    // And a member that is back after its revocation is missed when it goes again, also by a hub that is started later.
+    assert_eq!(setup.recorded("east", "returned-at").await, None);
+    let (_back, _task) = setup.agent(&fresh, "east", "a4").await;
+    until("a note of it", || setup.recorded("east", "returned-at")).await;
 
     // Deleted and added again: another member of the same name, whatever its former self was issued.
     let unused = setup.add_token("west", 600).await;
@@ -314,6 +350,8 @@ async fn from_token_to_revocation() {
     setup.client.request::<Value>(deleted).await.unwrap();
     tokio::time::timeout(LIMIT, handle.closed()).await.unwrap();
     let issued = jiff::Timestamp::now().as_second();
+    // A restore may bring the former object back, and nobody of it.
+    until("a record of the removal", || setup.recorded("west", "removed-at")).await;
     // Ten seconds are left to the clocks of replicas.
     let apart = || async move { (jiff::Timestamp::now().as_second() > issued + 10).then_some(()) };
     until("the end of the tolerance", apart).await;
@@ -348,9 +386,8 @@ async fn from_token_to_revocation() {
         "{answers:?}"
     );
 
-    tokio::time::timeout(LIMIT, setup.signal.drain()).await.unwrap();
-    tokio::time::timeout(LIMIT, setup.hub).await.unwrap().unwrap();
-    assert!(!setup.dir.path().join("hub").join("hub.json").exists());
+    let dir = setup.end().await;
+    assert!(!dir.path().join("hub").join("hub.json").exists());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -417,19 +454,17 @@ async fn one_agent_is_revoked_and_the_others_stay() {
     assert_eq!(setup.renew(&stolen, "node-1.example").await.err().unwrap().0, 403);
 
     // One that was revoked by hand, in the object alone, comes into the record, which restores know.
-    let by_hand = r#"{"node-9.example": "2026-01-02T03:04:05Z"}"#;
+    let by_hand_at = revoked["revokedAt"].as_str().unwrap();
+    let by_hand = json!({ "node-9.example": by_hand_at }).to_string();
     let patch = json!({ "metadata": { "annotations": { "cellway.io/revoked-agents": by_hand } } });
     let annotate = Request::patch(path).header("content-type", "application/merge-patch+json");
     let _: Value =
         setup.client.request(annotate.body(patch.to_string().into_bytes()).unwrap()).await.unwrap();
     until("the record of it", || async {
-        let path = "/api/v1/namespaces/cellway-system/secrets/revocations-east";
-        let record: Value = setup.client.request(Request::get(path).body(Vec::new()).unwrap()).await.unwrap();
-        let agents = record["data"]["revoked-agents"].as_str().unwrap();
-        let agents = base64::engine::general_purpose::STANDARD.decode(agents).unwrap();
-        let agents: Value = serde_json::from_slice(&agents).unwrap();
+        let agents = setup.recorded("east", "revoked-agents").await.unwrap();
+        let agents: Value = serde_json::from_str(&agents).unwrap();
         assert_eq!(agents["node-1.example"], revoked["revokedAt"], "what was there stays");
-        (agents["node-9.example"] == "2026-01-02T03:04:05Z").then_some(())
+        (agents["node-9.example"] == by_hand_at).then_some(())
     })
     .await;
 
@@ -443,8 +478,65 @@ async fn one_agent_is_revoked_and_the_others_stay() {
 
     until("its tunnel", || async { (tunnels().await.len() == 1).then_some(()) }).await;
     alerts_are_about_what_is_measured(&setup).await;
-    tokio::time::timeout(LIMIT, setup.signal.drain()).await.unwrap();
-    tokio::time::timeout(LIMIT, setup.hub).await.unwrap().unwrap();
+    setup.end().await;
+}
+
+/// A Secret whose key is lost concerns nobody but those whose it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_secret_that_cannot_be_read_keeps_nobody_else_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("encryption.yaml");
+    let providers = |providers: &str| {
+        let text = format!(
+            "apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfiguration\nresources:\n\
+             - resources: [secrets]\n  providers: [{providers}]\n"
+        );
+        std::fs::write(&config, text).unwrap();
+        Some(format!("--encryption-provider-config={}", config.display()))
+    };
+    let key = base64::engine::general_purpose::STANDARD.encode([7; 32]);
+    let flag =
+        providers(&format!("{{secretbox: {{keys: [{{name: lost, secret: {key}}}]}}}}, {{identity: {{}}}}"));
+    let setup = start_in(dir, flag).await;
+    let enrol = async |setup: &Setup, cluster: &str, agent: &str| {
+        let token = setup.add_token(cluster, 600).await;
+        setup.request_certificate(&token, agent).await.map_err(|(_, body)| body).unwrap()
+    };
+    for cluster in ["east", "west"] {
+        setup.add_cluster(cluster).await;
+    }
+    let east = enrol(&setup, "east", "a1").await;
+    let path = "/cellway/v1/clusters/west/revoke";
+    setup.client.request::<Value>(Request::post(path).body(Vec::new()).unwrap()).await.unwrap();
+    let west = enrol(&setup, "west", "w1").await;
+    let lost = setup.add_token("east", 600).await;
+    let dir = setup.end().await;
+
+    let flag = providers("{identity: {}}");
+    let setup = start_in(dir, flag).await;
+    let secrets = "/api/v1/namespaces/cellway-system/secrets";
+    assert_eq!(setup.status(secrets).await.0, 500, "they cannot be listed");
+    let (held, _task) = setup.agent(&east, "east", "a1").await;
+    assert!(setup.renew(&east, "a1").await.is_ok());
+    // What is revoked of this one nobody can say, and that is told.
+    let refused = setup.connect(&west, "west", "w1").await.err().unwrap().to_string();
+    assert!(refused.contains("revoked"), "{refused}");
+    let shown = setup.metrics().await;
+    assert!(shown.contains("cellway_server_unreadable_revocations 1\n"), "{shown}");
+    assert!(!shown.contains("cellway_server_directory_failures_total 0\n"), "{shown}");
+    // A token that cannot be read is of no use, and others are.
+    assert_eq!(setup.request_certificate(&lost, "a2").await.err().unwrap().0, 503);
+    setup.add_cluster("south").await;
+    let south = enrol(&setup, "south", "s1").await;
+    let (_south, _task) = setup.agent(&south, "south", "s1").await;
+    // An agent is revoked all the same; what could not be done is said.
+    let path = "/cellway/v1/clusters/east/agents/a1/revoke";
+    let revoked = setup.client.request::<Value>(Request::post(path).body(Vec::new()).unwrap()).await;
+    let Err(kube::Error::Api(said)) = revoked else { panic!("{revoked:?}") };
+    assert!(said.message.contains("the agent is revoked") && said.message.contains("tokens"), "{said:?}");
+    tokio::time::timeout(LIMIT, held.closed()).await.unwrap();
+    assert!(setup.connect(&east, "east", "a1").await.is_err());
+    setup.end().await;
 }
 
 /// The names of what is measured in a rule file.
@@ -460,12 +552,7 @@ fn measured(rules: &str) -> std::collections::BTreeSet<String> {
 
 /// Every alert of the chart is about something that this hub shows.
 async fn alerts_are_about_what_is_measured(setup: &Setup) {
-    let health: std::net::SocketAddr = setup.server["addresses"]["health"].as_str().unwrap().parse().unwrap();
-    let mut stream = TcpStream::connect(health).await.unwrap();
-    let request = b"GET /metrics HTTP/1.1\r\nHost: hub\r\nConnection: close\r\n\r\n";
-    tokio::io::AsyncWriteExt::write_all(&mut stream, request).await.unwrap();
-    let mut shown = String::new();
-    tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut shown).await.unwrap();
+    let mut shown = setup.metrics().await;
     for certificate in ["agents", "agents-ca", "connect", "connect-ca"] {
         let series =
             format!("cellway_server_certificate_expiry_timestamp_seconds{{certificate=\"{certificate}\"}}");

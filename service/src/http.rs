@@ -96,6 +96,11 @@ impl Default for Limits {
 #[derive(Debug, Clone, Copy)]
 pub struct Unhurried;
 
+/// An extension of answers that have to be gone by then, since what they hold is wanted elsewhere: they end there, within a
+/// quarter of [`Limits::unread_timeout`], also where a slow line takes something of them.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadline(pub tokio::time::Instant);
+
 /// Lets connections in, and keeps those that ask for nothing from standing in the way of those that do.
 #[derive(Debug)]
 pub struct Gate {
@@ -209,7 +214,8 @@ pub async fn serve_handler<I, H, F>(
             let Some((answer, under_way)) = answer else { return Ok::<_, Infallible>(full()) };
             let response = answer.await;
             let unhurried = response.extensions().get::<Unhurried>().is_some();
-            Ok(response.map(|body| answers.track(body, under_way, unhurried)))
+            let until = response.extensions().get::<Deadline>().map(|Deadline(until)| *until);
+            Ok(response.map(|body| answers.track(body, under_way, unhurried, until)))
         }
     });
     let mut builder = auto::Builder::new(StreamTasks);
@@ -362,10 +368,7 @@ async fn unread<I>(
             return std::future::pending().await;
         }
         tokio::time::sleep(limit / 4).await;
-        if line.is_slow(limit) {
-            continue;
-        }
-        match answers.look(limit) {
+        match answers.look(limit, line.is_slow(limit)) {
             Verdict::Fine => {}
             Verdict::StreamsEnded(streams) => {
                 tracing::debug!(streams, "ended: their client does not read the answers");

@@ -9,7 +9,8 @@
 //! An answer stands still when there is something of it to send and nothing of it has gone for a while: the client does
 //! not read, or never opens its stream's window. One that has nothing to send does not: a watch without news, or what a
 //! member sends slowly. Nor is a client to blame for a slow line: while the line takes something, and less than there is,
-//! nobody's answer is dropped, however many share it.
+//! nobody's answer is dropped, however many share it. One that has a time of its own ([`crate::http::Deadline`]) ends with that,
+//! whatever the line does: what it holds is wanted elsewhere.
 
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
@@ -70,6 +71,8 @@ struct State {
     since: Instant,
     /// Its stream was ended.
     ended: bool,
+    /// By when all of it has to have gone.
+    until: Option<Instant>,
 }
 
 /// A body that is watched.
@@ -97,9 +100,10 @@ impl<H: Send + Sync + 'static> Answers<H> {
         Self(Mutex::new(Listed { answers: Vec::new(), sweep_at: 16 }))
     }
 
-    /// Watches an answer in the task of its stream. An `unhurried` one may stand still for ever.
-    pub(crate) fn track(&self, body: Body, held: H, unhurried: bool) -> Body {
-        let state = State { pieces: 0, owed: true, since: Instant::now(), ended: false };
+    /// Watches an answer in the task of its stream. An `unhurried` one may stand still for ever; one with a time, if it has
+    /// `until`, ends then in any case.
+    pub(crate) fn track(&self, body: Body, held: H, unhurried: bool, until: Option<Instant>) -> Body {
+        let state = State { pieces: 0, owed: true, since: Instant::now(), ended: false, until };
         let stream = STREAM.try_with(Clone::clone).ok();
         let answer = Arc::new(Answer { state: Mutex::new(state), stream, _held: held });
         if !unhurried {
@@ -113,14 +117,18 @@ impl<H: Send + Sync + 'static> Answers<H> {
         Body::new(Tracked { body, rest: Bytes::new(), answer })
     }
 
-    /// Looks for answers that have stood still for as long as `limit`. Not to be asked while the line is slow.
-    pub(crate) fn look(&self, limit: Duration) -> Verdict {
+    /// Looks for answers whose time is over, and, unless the line is `slow`, for those that have stood still for as long as
+    /// `limit`.
+    pub(crate) fn look(&self, limit: Duration, slow: bool) -> Verdict {
         let mut ended = 0;
         // Not under the lock: the last one to hold an answer gives back what is held with it.
         let answers: Vec<_> = self.0.lock().answers.iter().filter_map(Weak::upgrade).collect();
         for answer in answers {
             let mut state = answer.state.lock();
-            if !(state.owed || state.pieces > 0) || state.since.elapsed() < limit {
+            let still = !slow && state.since.elapsed() >= limit;
+            // What its stream has left in the connection's queue has the ordinary time to go.
+            let over = !state.ended && state.until.is_some_and(|until| Instant::now() >= until);
+            if !(state.owed || state.pieces > 0) || !(still || over) {
                 continue;
             }
             match &answer.stream {
@@ -248,43 +256,69 @@ mod tests {
     async fn an_answer_that_moves_does_not_stand_still() {
         let held = Arc::new(());
         let answers = Answers::new();
-        let mut body = answers.track(Body::from(vec![7; 3 * PIECE + 1]), held.clone(), false);
+        let mut body = answers.track(Body::from(vec![7; 3 * PIECE + 1]), held.clone(), false, None);
         assert_eq!(body.size_hint().exact(), Some(3 * PIECE as u64 + 1));
         for (size, left) in [(PIECE, 2 * PIECE + 1), (PIECE, PIECE + 1), (PIECE, 1), (1, 0)] {
             tokio::time::advance(LIMIT / 2).await;
             let piece = frame(&mut body).await.expect("a piece");
             assert_eq!((piece.len(), body.size_hint().exact()), (size, Some(left as u64)));
             tokio::time::advance(LIMIT - Duration::from_millis(1)).await;
-            assert_eq!(answers.look(LIMIT), Verdict::Fine);
+            assert_eq!(answers.look(LIMIT, false), Verdict::Fine);
         }
         assert!(body.is_end_stream());
         drop(body);
         assert_eq!(Arc::strong_count(&held), 1, "the last byte has gone");
         tokio::time::advance(10 * LIMIT).await;
-        assert_eq!(answers.look(LIMIT), Verdict::Fine);
+        assert_eq!(answers.look(LIMIT, false), Verdict::Fine);
     }
 
     #[tokio::test(start_paused = true)]
     async fn an_answer_that_is_not_taken_stands_still() {
         let never_asked = Answers::new();
-        let _body = never_asked.track(Body::from("x"), (), false);
+        let _body = never_asked.track(Body::from("x"), (), false, None);
         let unhurried = Answers::new();
-        let _paused = unhurried.track(Body::from("x"), (), true);
+        let _paused = unhurried.track(Body::from("x"), (), true, None);
         let unwritten = Answers::new();
-        let mut body = unwritten.track(Body::from("x"), (), false);
+        let mut body = unwritten.track(Body::from("x"), (), false, None);
         let piece = frame(&mut body).await;
         drop(body);
         let no_news = Answers::new();
-        let mut watch = no_news.track(silent(), (), false);
+        let mut watch = no_news.track(silent(), (), false, None);
         let polled = poll_fn(|cx| Poll::Ready(Pin::new(&mut watch).poll_frame(cx).is_pending())).await;
         assert!(polled);
         tokio::time::advance(LIMIT).await;
-        assert_eq!(never_asked.look(LIMIT), Verdict::Stuck);
-        assert_eq!(unwritten.look(LIMIT), Verdict::Stuck, "the connection has it, and its client does not");
-        assert_eq!(unhurried.look(LIMIT), Verdict::Fine);
-        assert_eq!(no_news.look(LIMIT), Verdict::Fine);
+        assert_eq!(never_asked.look(LIMIT, false), Verdict::Stuck);
+        assert_eq!(
+            unwritten.look(LIMIT, false),
+            Verdict::Stuck,
+            "the connection has it, and its client does not"
+        );
+        assert_eq!(unhurried.look(LIMIT, false), Verdict::Fine);
+        assert_eq!(no_news.look(LIMIT, false), Verdict::Fine);
         drop(piece);
-        assert_eq!(unwritten.look(LIMIT), Verdict::Fine);
+        assert_eq!(unwritten.look(LIMIT, false), Verdict::Fine);
+    }
+
+    /// A line that takes one byte after another keeps nobody's room.
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_ends_with_its_time_whatever_the_line_does() {
+        let answers = Answers::new();
+        let (first, second) = (CancellationToken::new(), CancellationToken::new());
+        let soon = Some(Instant::now() + LIMIT / 4);
+        let mut body = STREAM.sync_scope(first.clone(), || answers.track(Body::from("x"), (), false, soon));
+        let _patient = STREAM.sync_scope(second.clone(), || answers.track(Body::from("x"), (), false, None));
+        let piece = frame(&mut body).await;
+        assert_eq!(answers.look(LIMIT, true), Verdict::Fine);
+        tokio::time::advance(LIMIT / 4).await;
+        assert_eq!(answers.look(LIMIT, true), Verdict::StreamsEnded(1));
+        assert!(first.is_cancelled() && !second.is_cancelled());
+        assert_eq!(answers.look(LIMIT, true), Verdict::Fine, "it was ended");
+        drop((body, piece));
+        let gone = answers.track(Body::empty(), (), false, soon);
+        drop(gone);
+        assert_eq!(answers.look(LIMIT, true), Verdict::Fine, "nothing of it is left");
+        let _alone = answers.track(Body::from("x"), (), false, soon);
+        assert_eq!(answers.look(LIMIT, true), Verdict::Stuck, "only the connection's end ends this one");
     }
 
     /// A body that never has anything.
@@ -308,7 +342,7 @@ mod tests {
     async fn what_has_ended_is_forgotten() {
         let answers = Answers::new();
         for _ in 0..10_000 {
-            drop(answers.track(Body::empty(), (), false));
+            drop(answers.track(Body::empty(), (), false, None));
         }
         assert!(answers.0.lock().answers.len() <= 16);
     }

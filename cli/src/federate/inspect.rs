@@ -3,10 +3,12 @@
 use std::io::Write as _;
 
 use federation_core::api::{Phase, UnitStatus};
+use federation_core::types::FederatedType;
 use futures::{AsyncBufReadExt as _, StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::api::{DynamicObject, ListParams, LogParams};
 use kube::{Api, Client, ResourceExt as _};
+use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -14,7 +16,8 @@ use tokio::task::JoinSet;
 use super::object::{Found, ObjectArgs};
 use crate::error::{Error, Result};
 use crate::hub::explain;
-use crate::output::{Paint, age, colours, text_out, visible};
+use crate::lists::for_people;
+use crate::output::{self, OutputArgs, Paint, Table, age, colours, text_out, visible};
 
 /// Events shown of one object.
 const MAX_EVENTS: usize = 5;
@@ -32,6 +35,8 @@ pub(crate) struct DescribeArgs {
     /// Look at the hub only, not into members.
     #[arg(long)]
     pub(crate) hub_only: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -69,13 +74,164 @@ impl Tree {
     }
 
     /// What happened and what to do about it, a line each.
-    fn error(&mut self, depth: usize, error: &Error) {
-        error.to_string().lines().for_each(|line| self.line(depth, line.trim_start(), Paint::Bad));
+    fn error(&mut self, depth: usize, error: &str) {
+        error.lines().for_each(|line| self.line(depth, line.trim_start(), Paint::Bad));
+    }
+
+    fn events(&mut self, depth: usize, events: &[String]) {
+        events.iter().for_each(|event| self.line(depth, event, Paint::Faint));
+    }
+
+    fn unit(&mut self, unit: &UnitStatus) {
+        let paint = match unit.phase {
+            Phase::Synced if unit.ready != Some(false) => Paint::Good,
+            Phase::Synced | Phase::Masked | Phase::Pending | Phase::Removing => Paint::Warn,
+            _ => Paint::Bad,
+        };
+        let revision = unit.revision.as_deref().unwrap_or("no revision");
+        let ready = match unit.ready {
+            Some(true) => ", ready",
+            Some(false) => ", not ready",
+            None => "",
+        };
+        self.line(
+            1,
+            &format!("{} in {}: {:?}{ready}, at {revision}", unit.name, unit.cluster, unit.phase),
+            paint,
+        );
+        if let Some(message) = &unit.message {
+            self.line(2, message, Paint::Bad);
+        }
     }
 }
 
 pub(crate) async fn describe(args: DescribeArgs) -> Result<()> {
     let found = Found::open(&args.object).await?;
+    let status = found.object.status.clone().unwrap_or_default();
+    let mut asking = JoinSet::new();
+    for (index, unit) in status.units.iter().enumerate() {
+        let member = if args.hub_only || matches!(unit.phase, Phase::Unreachable | Phase::Missing) {
+            None
+        } else {
+            Some(found.hub.member(&unit.cluster).await?)
+        };
+        let (unit, of) = (unit.clone(), found.of.clone());
+        let namespace = of.target_namespace(&found.namespace).to_owned();
+        // Members are asked side by side: one that hangs holds up only its own lines.
+        asking.spawn(async move {
+            let inside = match (member, &unit.object) {
+                (Some(client), Some(object)) => Some(look(&client, &of, &namespace, object).await),
+                _ => None,
+            };
+            (index, Unit { status: unit, inside })
+        });
+    }
+    let mut units = asking.join_all().await;
+    units.sort_by_key(|(index, _)| *index);
+    let described = Described {
+        events: events(found.hub.client(), &found.namespace, found.raw.metadata.uid.as_deref()).await,
+        object: found.raw.clone(),
+        units: units.into_iter().map(|(_, unit)| unit).collect(),
+    };
+    match args.output.output {
+        format if for_people(format) => text_out(&tree_of(&found, &described)),
+        format => output::print(format, &described, |_| Table::default()),
+    }
+}
+
+/// A federated object with what its members say.
+#[derive(Serialize)]
+struct Described {
+    object: DynamicObject,
+    events: Vec<String>,
+    units: Vec<Unit>,
+}
+
+#[derive(Serialize)]
+struct Unit {
+    status: UnitStatus,
+    /// Where the member was asked.
+    #[serde(flatten)]
+    inside: Option<Inside>,
+}
+
+/// A unit's object in its member, or why it could not be read.
+#[derive(Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Inside {
+    kind: String,
+    object: Option<DynamicObject>,
+    error: Option<String>,
+    events: Vec<String>,
+    pods: Vec<Seen>,
+    pods_error: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Seen {
+    name: String,
+    node: Option<String>,
+    ready: bool,
+    state: String,
+    /// Of one that is not ready.
+    events: Vec<String>,
+}
+
+async fn look(client: &Client, of: &FederatedType, namespace: &str, object: &str) -> Inside {
+    let api: Api<DynamicObject> = if of.target.namespaced {
+        Api::namespaced_with(client.clone(), namespace, &of.target.resource())
+    } else {
+        Api::all_with(client.clone(), &of.target.resource())
+    };
+    let mut inside = Inside { kind: of.target.kind.clone(), ..Inside::default() };
+    let live = match api.get(object).await {
+        Ok(live) => live,
+        Err(error) => {
+            inside.error = Some(Error::of_kube(format!("read {object}"), &error).to_string());
+            return inside;
+        }
+    };
+    inside.events = events(client, namespace, live.metadata.uid.as_deref()).await;
+    if let Some(selector) = selector(&live.data) {
+        match pods(client, namespace, &selector).await {
+            Ok(pods) => inside.pods = pods,
+            Err(error) => inside.pods_error = Some(error.to_string()),
+        }
+    }
+    inside.object = Some(live);
+    inside
+}
+
+async fn pods(client: &Client, namespace: &str, selector: &str) -> Result<Vec<Seen>> {
+    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let listed = pods.list(&ListParams::default().labels(selector).limit(MAX_PODS)).await;
+    let mut seen = Vec::new();
+    for pod in listed.map_err(explain("list its pods"))? {
+        let status = pod.status.clone().unwrap_or_default();
+        let ready = status
+            .conditions
+            .iter()
+            .flatten()
+            .any(|condition| condition.type_ == "Ready" && condition.status == "True");
+        let waiting = status
+            .container_statuses
+            .iter()
+            .flatten()
+            .find_map(|container| container.state.as_ref()?.waiting.as_ref()?.reason.clone());
+        let events =
+            if ready { Vec::new() } else { events(client, namespace, pod.metadata.uid.as_deref()).await };
+        seen.push(Seen {
+            name: pod.name_any(),
+            node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
+            ready,
+            state: waiting.or(status.phase).unwrap_or_default(),
+            events,
+        });
+    }
+    Ok(seen)
+}
+
+fn tree_of(found: &Found, described: &Described) -> String {
     let status = found.object.status.clone().unwrap_or_default();
     let mut tree =
         Tree { text: String::new(), colours: colours(std::io::IsTerminal::is_terminal(&std::io::stdout())) };
@@ -91,105 +247,28 @@ pub(crate) async fn describe(args: DescribeArgs) -> Result<()> {
             paint,
         );
     }
-    for event in events(found.hub.client(), &found.namespace, found.raw.metadata.uid.as_deref()).await {
-        tree.line(1, &event, Paint::Faint);
-    }
-    // Members are asked side by side: one that hangs holds up only its own lines.
-    let mut asking = JoinSet::new();
-    for (index, unit) in status.units.iter().enumerate() {
-        let member = if args.hub_only || matches!(unit.phase, Phase::Unreachable | Phase::Missing) {
-            None
-        } else {
-            Some(found.hub.member(&unit.cluster).await?)
-        };
-        let (unit, of) = (unit.clone(), found.of.clone());
-        let namespace = of.target_namespace(&found.namespace).to_owned();
-        let colours = tree.colours;
-        asking.spawn(async move {
-            let mut tree = Tree { text: String::new(), colours };
-            describe_unit(&mut tree, &unit);
-            if let (Some(client), Some(object)) = (member, &unit.object) {
-                let api: Api<DynamicObject> = if of.target.namespaced {
-                    Api::namespaced_with(client.clone(), &namespace, &of.target.resource())
-                } else {
-                    Api::all_with(client.clone(), &of.target.resource())
-                };
-                match api.get(object).await {
-                    Ok(live) => {
-                        tree.line(2, &format!("{} {object}", of.target.kind), Paint::Plain);
-                        for event in events(&client, &namespace, live.metadata.uid.as_deref()).await {
-                            tree.line(3, &event, Paint::Faint);
-                        }
-                        describe_pods(&mut tree, &client, &namespace, &live).await;
-                    }
-                    Err(error) => {
-                        tree.error(2, &Error::of_kube(format!("read {object}"), &error));
-                    }
-                }
-            }
-            (index, tree.text)
-        });
-    }
-    let mut parts = asking.join_all().await;
-    parts.sort_by_key(|(index, _)| *index);
-    parts.into_iter().for_each(|(_, text)| tree.text.push_str(&text));
-    text_out(&tree.text)
-}
-
-fn describe_unit(tree: &mut Tree, unit: &UnitStatus) {
-    let paint = match unit.phase {
-        Phase::Synced if unit.ready != Some(false) => Paint::Good,
-        Phase::Synced | Phase::Masked | Phase::Pending | Phase::Removing => Paint::Warn,
-        _ => Paint::Bad,
-    };
-    let revision = unit.revision.as_deref().unwrap_or("no revision");
-    let ready = match unit.ready {
-        Some(true) => ", ready",
-        Some(false) => ", not ready",
-        None => "",
-    };
-    tree.line(
-        1,
-        &format!("{} in {}: {:?}{ready}, at {revision}", unit.name, unit.cluster, unit.phase),
-        paint,
-    );
-    if let Some(message) = &unit.message {
-        tree.line(2, message, Paint::Bad);
-    }
-}
-
-async fn describe_pods(tree: &mut Tree, client: &Client, namespace: &str, live: &DynamicObject) {
-    let Some(selector) = selector(&live.data) else { return };
-    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
-    let pods = match pods.list(&ListParams::default().labels(&selector).limit(MAX_PODS)).await {
-        Ok(pods) => pods,
-        Err(error) => {
-            return tree.error(3, &Error::of_kube("list its pods", &error));
+    tree.events(1, &described.events);
+    for Unit { status, inside } in &described.units {
+        tree.unit(status);
+        let Some(inside) = inside else { continue };
+        if let Some(error) = &inside.error {
+            tree.error(2, error);
+            continue;
         }
-    };
-    for pod in pods {
-        let status = pod.status.clone().unwrap_or_default();
-        let ready = status
-            .conditions
-            .iter()
-            .flatten()
-            .any(|condition| condition.type_ == "Ready" && condition.status == "True");
-        let waiting = status
-            .container_statuses
-            .iter()
-            .flatten()
-            .find_map(|container| container.state.as_ref()?.waiting.as_ref()?.reason.clone());
-        let node =
-            pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_else(|| "no node".into());
-        let word = waiting.or(status.phase).unwrap_or_default();
-        let paint = if ready { Paint::Good } else { Paint::Bad };
-        tree.line(3, &format!("Pod {} on {node}: {word}", pod.name_any()), paint);
-        if !ready {
-            for event in events(client, namespace, pod.metadata.uid.as_deref()).await {
-                tree.line(4, &event, Paint::Faint);
-            }
+        let object = status.object.as_deref().unwrap_or_default();
+        tree.line(2, &format!("{} {object}", inside.kind), Paint::Plain);
+        tree.events(3, &inside.events);
+        if let Some(error) = &inside.pods_error {
+            tree.error(3, error);
+        }
+        for pod in &inside.pods {
+            let paint = if pod.ready { Paint::Good } else { Paint::Bad };
+            let node = pod.node.as_deref().unwrap_or("no node");
+            tree.line(3, &format!("Pod {} on {node}: {}", pod.name, pod.state), paint);
+            tree.events(4, &pod.events);
         }
     }
+    tree.text
 }
 
 /// The last events about an object; none when they cannot be read.

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use service::signals::Signals;
+use service::signals::{Ending, Signals};
 use tokio::process::{Child, ChildStdin, Command};
 
 use crate::error::{Error, Result};
@@ -119,21 +119,22 @@ impl Children {
 
     /// Ends them all, the last started first: members leave while the hub is still there. A signal while this waits
     /// kills what is left at once.
-    pub(super) async fn stop(&mut self, signals: &mut Signals) {
-        let mut hurry = false;
+    pub(super) async fn stop(&mut self, signals: &mut Signals) -> Ending {
+        let mut ending = Ending::Drained;
         while let Some(mut running) = self.running.pop() {
             // The farewell: it drains and ends. A signal besides would count as the second one, which cuts.
             drop(running.input.take());
-            if !hurry {
+            if ending != Ending::Forced {
                 tokio::select! {
                     _ = running.child.wait() => continue,
-                    () = tokio::time::sleep(STOP_LIMIT) => {}
-                    _ = signals.recv() => hurry = true,
+                    () = tokio::time::sleep(STOP_LIMIT) => ending = Ending::DeadlinePassed,
+                    _ = signals.recv() => ending = Ending::Forced,
                 }
             }
             // It was asked and has not gone.
             let _ = running.child.kill().await;
         }
+        ending
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
     fs,
     io::{self, IsTerminal as _},
     path::{Path, PathBuf},
+    process::ExitCode,
     time::Duration,
 };
 
@@ -23,6 +24,7 @@ use self::{
 use crate::{
     args::UpArgs,
     error::{Error, Result},
+    folder,
     hub::Hub,
     kubeconfig::{default_data_dir, default_demo_dir},
     output::{own_command, text_out},
@@ -32,8 +34,6 @@ use crate::{
 const START_LIMIT: Duration = Duration::from_secs(90);
 /// How often something that has no event to wait for is looked at.
 const POLL: Duration = Duration::from_millis(150);
-/// In the data folder of a demo: it may be thrown away and made anew.
-const DEMO_MARK: &str = "cellway-demo";
 
 /// What the programs write when they are ready, as far as it is needed here.
 #[derive(Debug, Deserialize, Serialize)]
@@ -42,35 +42,41 @@ pub(crate) struct HubFile {
     pub(crate) server: Server,
 }
 
-pub(crate) async fn run(args: UpArgs) -> Result<()> {
+pub(crate) async fn run(args: UpArgs) -> Result<ExitCode> {
     let mut signals = Signals::install().map_err(|error| Error::failed("listen for Ctrl-C", error))?;
     let folder = match (&args.data_dir, args.demo) {
         (Some(folder), _) => folder.clone(),
         (None, true) => default_demo_dir()?,
         (None, false) => default_data_dir()?,
     };
-    let _ours = prepare(&folder, args.demo)?;
-    let folder =
-        folder.canonicalize().map_err(|error| Error::failed(format!("use {}", folder.display()), error))?;
+    let _ours = match args.demo {
+        true => Some(folder::begin_demo(&folder)?),
+        false => folder::keep(&folder, false).map(|()| None)?,
+    };
+    let made = folder::make(&folder.join("logs")).and_then(|()| folder.canonicalize());
+    let folder = made.map_err(|error| Error::failed(format!("use {}", folder.display()), error))?;
     let mut children = Children::new(folder.join("logs"));
     let result = tokio::select! {
-        result = story(&args, &folder, &mut children) => result,
-        signal = signals.recv() => Err(Error::failed("go on", format!("{signal} came"))),
+        result = story(&args, &folder, &mut children) => result.map(Some),
+        signal = signals.recv() => match args.once {
+            true => Err(Error::failed("run the demo to its end", format!("{signal} came"))),
+            false => Ok(None),
+        },
     };
     let mut progress = Progress::new();
     let result = match result {
-        Ok(_) if args.once => Ok(()),
-        Ok(hub) => tokio::select! {
+        Ok(Some(hub)) if !args.once => tokio::select! {
             result = live::run(&hub, &mut children, args.demo) => result,
             _ = signals.recv() => Ok(()),
         },
+        // It has run to its end, or was told to stop before it was up.
+        Ok(_) => Ok(()),
         Err(error) => Err(error.remedy(format!("the logs are in {}", folder.join("logs").display()))),
     };
-    progress.step("ending the processes").finish(&{
-        children.stop(&mut signals).await;
-        "every process has ended".to_owned()
-    });
-    result
+    let step = progress.step("ending the processes");
+    let ending = children.stop(&mut signals).await;
+    step.finish("every process has ended");
+    result.map(|()| ending.into())
 }
 
 async fn story(args: &UpArgs, folder: &Path, children: &mut Children) -> Result<Hub> {
@@ -95,38 +101,6 @@ async fn story(args: &UpArgs, folder: &Path, children: &mut Children) -> Result<
 /// The flag that makes other commands find this hub, when they would not by themselves.
 fn data_dir_flag(args: &UpArgs, folder: &Path) -> String {
     if args.data_dir.is_some() { format!(" --data-dir {}", folder.display()) } else { String::new() }
-}
-
-/// Makes the data folder. A demo begins afresh; nothing but a former demo that has ended is ever removed. The file keeps
-/// others out for as long as it is held.
-fn prepare(folder: &Path, demo: bool) -> Result<Option<fs::File>> {
-    let tried = format!("use the data folder {}", folder.display());
-    let failed = |error: io::Error| Error::failed(&tried, error);
-    let mark = folder.join(DEMO_MARK);
-    if demo && folder.exists() {
-        let empty = fs::read_dir(folder).map_err(failed)?.next().is_none();
-        if mark.is_file() {
-            let former = fs::File::open(&mark).map_err(failed)?;
-            if former.try_lock().is_err() {
-                return Err(Error::usage(&tried, "a demo is running in it")
-                    .remedy("end that one, or name another folder with --data-dir"));
-            }
-            fs::remove_dir_all(folder).map_err(failed)?;
-        } else if !empty {
-            return Err(Error::usage(&tried, "it holds something that is not a demo's")
-                .remedy("name an empty folder with --data-dir"));
-        }
-    }
-    fs::create_dir_all(folder.join("logs")).map_err(failed)?;
-    if !demo {
-        return Ok(None);
-    }
-    fs::write(&mark, "Written by `cellway up --demo`, which removes this folder when it starts.\n")
-        .map_err(failed)?;
-    let ours = fs::File::open(&mark).map_err(failed)?;
-    // Where locks are not to be had, the demo works all the same.
-    let _ = ours.try_lock();
-    Ok(Some(ours))
 }
 
 async fn start_hub(

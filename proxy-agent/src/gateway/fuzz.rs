@@ -16,6 +16,7 @@ pub fn gateway_request(input: &[u8]) {
     if check_request(&Method::GET, &headers, false).is_err() {
         return;
     }
+    demote(&mut headers);
     let asked = upgrade_of(&headers);
     strip(&mut headers);
     if let Some(protocol) = &asked {

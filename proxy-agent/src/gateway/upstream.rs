@@ -30,6 +30,7 @@ use tokio::{
     net::TcpStream,
     time::Instant,
 };
+use tunnel::DialError;
 
 use super::{Body, KubeconfigError, absolute, kubeconfig};
 
@@ -277,6 +278,21 @@ impl fmt::Debug for Upstream {
     }
 }
 
+// === impl UpstreamError ===
+
+impl UpstreamError {
+    /// What it means to the one who asked. That the connection ended later than it was made is not a refused dial.
+    pub(super) fn dial_error(&self) -> DialError {
+        match self {
+            Self::TimedOut => DialError::TimedOut,
+            Self::Unreachable(error) if error.is_connect() => {
+                io_cause(error).map_or(DialError::Failed, DialError::from)
+            }
+            _ => DialError::Failed,
+        }
+    }
+}
+
 fn client_tls(config: &UpstreamConfig) -> Result<ClientTls, UpstreamError> {
     let tls = match (&config.ca, &config.identity) {
         (None, _) => return Err(UpstreamError::NoCa),
@@ -293,18 +309,20 @@ fn client_tls(config: &UpstreamConfig) -> Result<ClientTls, UpstreamError> {
     Ok(tls.with_versions(TlsVersions::From12)?)
 }
 
-/// Whether somewhere below there is a timeout of [`Connector`].
-fn is_timeout(error: &legacy::Error) -> bool {
+/// What [`Connector`], or the socket later, said.
+fn io_cause(error: &legacy::Error) -> Option<&io::Error> {
     let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = source {
-        if let Some(error) = error.downcast_ref::<io::Error>()
-            && error.kind() == io::ErrorKind::TimedOut
-        {
-            return true;
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            return Some(error);
         }
         source = error.source();
     }
-    false
+    None
+}
+
+fn is_timeout(error: &legacy::Error) -> bool {
+    io_cause(error).is_some_and(|error| error.kind() == io::ErrorKind::TimedOut)
 }
 
 // === impl TokenSource ===

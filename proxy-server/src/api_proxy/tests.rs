@@ -73,6 +73,8 @@ async fn gateway(mut request: Request<Incoming>) -> Result<Response<Body>, Infal
             let _rest = request.collect().await.unwrap();
             Response::builder().body(Body::empty())
         }
+        "/refused" => Response::builder().status(502).header("cellway-error", "refused").body(Body::empty()),
+        "/lying" => Response::builder().status(503).header("cellway-error", "no-tunnel").body(Body::empty()),
         "/redirect" => Response::builder().status(301).header("location", "/api/v1").body(Body::empty()),
         "/watch" => {
             // Never ends by itself.
@@ -214,6 +216,20 @@ async fn errors_are_status_objects() {
         assert_eq!((status["kind"].as_str(), status["code"].as_u64()), (Some("Status"), Some(code.into())));
     }
     assert_eq!(send(&setup, get("/clusters/")).await.0.status, 404);
+}
+
+#[tokio::test]
+async fn what_the_gateway_says_of_its_dial_is_passed_on_and_nothing_else() {
+    let setup = start([]);
+    let (parts, _) = send(&setup, get("/clusters/west/refused")).await;
+    assert_eq!((parts.status.as_u16(), &parts.headers["cellway-error"]), (502, &"refused".parse().unwrap()));
+    let (parts, _) = send(&setup, get("/clusters/west/lying")).await;
+    assert_eq!((parts.status.as_u16(), parts.headers.get("cellway-error")), (503, None));
+    let metrics = setup.proxy.0.registry.metrics();
+    for outcome in ["refused", "5xx"] {
+        let labels = DialLabels { cluster: "west".to_owned(), outcome };
+        assert_eq!(metrics.api_requests.get_or_create(&labels).get(), 1, "{outcome}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -35,7 +35,7 @@ use crate::{error, status};
 
 use super::external::Authorised;
 use super::revocations::{self, MAX_AGENTS, NoteError, Revocations};
-use super::{FEDERATION_NAMESPACE, feed, tokens};
+use super::{FEDERATION_NAMESPACE, SYSTEM_NAMESPACE, feed, tokens};
 
 /// Who may revoke.
 const REVOKERS: &str = "system:masters";
@@ -95,6 +95,8 @@ const REVOCATIONS: usize = 8;
 enum RevokeError {
     Proxy(ProxyError),
     Api(kube::Error),
+    /// The agent is revoked, and the tokens that its cluster had are still there.
+    Tokens(kube::Error),
     /// What the administrator asked for, or what stands in the object, cannot be.
     Refused(String),
 }
@@ -205,7 +207,14 @@ impl AdminApi {
             Err(error) => return Err(RevokeError::Api(error)),
         }
         let removed = tokens::remove_of(self.client.clone(), name, revoked_at.into());
-        let removed = removed.await.map_err(RevokeError::Api)?;
+        let removed = match removed.await {
+            // They are refused all the same, by their age.
+            Err(error) if revocations::cannot_list(&error) => {
+                tracing::warn!(cluster = name, error = %service::error_chain(&error), "unused enrolment tokens of the cluster were not removed");
+                0
+            }
+            removed => removed.map_err(RevokeError::Api)?,
+        };
         tracing::info!(cluster = name, %revoked_at, tokens = removed, "cluster revoked");
         over(revoked_at).await;
         Ok(Revoked {
@@ -226,7 +235,10 @@ impl AdminApi {
         let tunnels = tunnels.iter().filter(|entry| entry.member.agent_id == agent.as_str()).count();
         let revoked_at = self.note_revoked_agent(name, agent.as_str()).await?;
         let removed = tokens::remove_of(self.client.clone(), name, revoked_at.into());
-        let removed = removed.await.map_err(RevokeError::Api)?;
+        let removed = removed.await.map_err(|error| match error {
+            error if revocations::cannot_list(&error) => RevokeError::Tokens(error),
+            error => RevokeError::Api(error),
+        })?;
         tracing::info!(cluster = name, agent.id = %agent, %revoked_at, tunnels, tokens = removed, "agent revoked");
         over(revoked_at).await;
         Ok(Revoked {
@@ -263,11 +275,11 @@ impl AdminApi {
                 ))
             })?;
             let revoked_at = noted.unwrap_or_else(this_second);
+            agents.retain(|_, at| revocations::in_force(*at, SystemTime::now()));
             agents.insert(agent.to_owned(), revoked_at.into());
             if agents.len() > MAX_AGENTS {
                 return Err(RevokeError::Refused(format!(
-                    "{MAX_AGENTS} agents of cluster '{name}' are revoked already: revoke the cluster, or take \
-                     those out of its annotation {} and of its Secret of revocations whose certificates have expired",
+                    "{MAX_AGENTS} agents of cluster '{name}' are revoked already, as its annotation {} says: revoke the cluster",
                     feed::REVOKED_AGENTS
                 )));
             }
@@ -333,7 +345,7 @@ impl std::fmt::Debug for AdminApi {
 }
 
 /// In whole seconds, as in certificates.
-fn this_second() -> jiff::Timestamp {
+pub(super) fn this_second() -> jiff::Timestamp {
     let now = jiff::Timestamp::now();
     jiff::Timestamp::from_second(now.as_second()).unwrap_or(now)
 }
@@ -443,6 +455,14 @@ fn revoked(name: &str, outcome: Result<Revoked, RevokeError>) -> Response {
         Ok(report) => Json(report).into_response(),
         Err(RevokeError::Refused(why)) => status::response(StatusCode::BAD_REQUEST, "BadRequest", &why),
         Err(RevokeError::Proxy(error)) => error_response(&error),
+        Err(RevokeError::Tokens(error)) => {
+            tracing::warn!(cluster = name, error = %service::error_chain(&error), "the unused enrolment tokens of a revoked agent's cluster were not removed");
+            let message = format!(
+                "the agent is revoked; the unused enrolment tokens of '{name}' are not removed, as the Secrets of {SYSTEM_NAMESPACE} \
+                 cannot be listed: try again; if one of them cannot be decrypted, bring its key back or delete it first: {error}"
+            );
+            status::response(StatusCode::INTERNAL_SERVER_ERROR, "InternalError", &message)
+        }
         Err(RevokeError::Api(error)) => {
             tracing::warn!(cluster = name, error = %service::error_chain(&error), "a revocation failed");
             let message = format!("the revocation may not be complete; try again: {error}");

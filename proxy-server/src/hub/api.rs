@@ -19,6 +19,13 @@ use super::{FEDERATION_NAMESPACE, HubArgs, HubError, SYSTEM_NAMESPACE};
 use crate::metrics::ServerMetrics;
 use crate::user::User;
 
+/// What names of service accounts begin with, at the hub and as a member is told of them.
+const ACCOUNT: &str = "system:serviceaccount:";
+const ACCOUNT_IN_MEMBERS: &str = "cellway:hub:serviceaccount:";
+/// The same of their groups: of all of them, or with `:` and a namespace.
+const ACCOUNTS: &str = "system:serviceaccounts";
+const ACCOUNTS_IN_MEMBERS: &str = "cellway:hub:serviceaccounts";
+
 /// Bound, not serving yet.
 pub(super) enum HubApi {
     Own(Box<Bound>),
@@ -110,8 +117,8 @@ impl HubApi {
     pub(super) fn mount(&mut self, members: Router, pages: Router, metrics: ServerMetrics) {
         match self {
             Self::Own(api) => {
-                api.mount("/clusters", with_user(members));
-                api.mount("/cellway/v1", with_user(pages));
+                api.mount("/clusters", with_user(members, in_members));
+                api.mount("/cellway/v1", with_user(pages, |user| user));
             }
             Self::External(api) => api.mount(members, pages, metrics),
         }
@@ -177,11 +184,56 @@ async fn own_client(api: &Bound, data_dir: &Path) -> Result<kube::Client, HubErr
 }
 
 /// Translates the hub API's user for our routers.
-fn with_user(router: Router) -> Router {
-    router.layer(axum::middleware::from_fn(async |mut request: Request, next: Next| {
+fn with_user(router: Router, known_as: fn(User) -> User) -> Router {
+    router.layer(axum::middleware::from_fn(move |mut request: Request, next: Next| async move {
         if let Some(UserInfo { name, uid, groups, extra }) = request.extensions().get::<UserInfo>().cloned() {
-            request.extensions_mut().insert(User { name, uid, groups, extra });
+            request.extensions_mut().insert(known_as(User { name, uid, groups, extra }));
         }
         next.run(request).await
     }))
+}
+
+/// Who a user of the hub is to a member. A service account of the hub is not the member's own of that name: whoever may make
+/// accounts in a namespace of the hub would act as those of every member. Members bind roles to it under a name of its own.
+pub(super) fn in_members(mut user: User) -> User {
+    let Some(account) = user.name.strip_prefix(ACCOUNT) else { return user };
+    user.name = format!("{ACCOUNT_IN_MEMBERS}{account}");
+    user.uid.clear();
+    for group in &mut user.groups {
+        if let Some(namespace) = group.strip_prefix(ACCOUNTS) {
+            *group = format!("{ACCOUNTS_IN_MEMBERS}{namespace}");
+        }
+    }
+    // Of the hub's token, and of its pods.
+    user.extra.retain(|key, _| !key.starts_with("authentication.kubernetes.io/"));
+    user
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn service_accounts_of_the_hub_are_not_the_members_own() {
+        let account = User {
+            name: "system:serviceaccount:shop:ci".to_owned(),
+            uid: "u-1".to_owned(),
+            groups: ["system:serviceaccounts", "system:serviceaccounts:shop", "system:authenticated"]
+                .map(str::to_owned)
+                .to_vec(),
+            extra: [("authentication.kubernetes.io/credential-id", "JTI=1"), ("example.com/team", "a")]
+                .map(|(key, value)| (key.to_owned(), vec![value.to_owned()]))
+                .into(),
+        };
+        let known = in_members(account);
+        assert_eq!(known.name, "cellway:hub:serviceaccount:shop:ci");
+        assert_eq!(known.uid, "");
+        let groups =
+            ["cellway:hub:serviceaccounts", "cellway:hub:serviceaccounts:shop", "system:authenticated"];
+        assert_eq!(known.groups, groups);
+        assert_eq!(known.extra.keys().collect::<Vec<_>>(), ["example.com/team"]);
+        // People are the same everywhere.
+        let alice = User { name: "alice".to_owned(), groups: vec!["dev".to_owned()], ..User::default() };
+        assert_eq!(in_members(alice.clone()), alice);
+    }
 }

@@ -431,6 +431,7 @@ async fn answer(State(served): State<Served>, mut request: Request<Body>) -> Res
         return status::response(StatusCode::NOT_FOUND, "NotFound", &served.elsewhere);
     };
     request.headers_mut().remove(http::header::AUTHORIZATION);
+    let user = if under("/clusters") { super::api::in_members(user) } else { user };
     request.extensions_mut().insert(user);
     request.extensions_mut().insert(Authorised);
     match router.oneshot(request).await {

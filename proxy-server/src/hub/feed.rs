@@ -1,6 +1,6 @@
 //! Feeds the directory from watches of the hub's `KubeFedCluster` objects and of the records of revocations.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -16,9 +16,11 @@ use kube::{Api, Client, ResourceExt};
 use tokio::sync::watch;
 use tunnel::policy::DestinationPolicy;
 
+use super::admin_api::this_second;
 use super::revocations::{self, Revocations};
 use super::{FEDERATION_NAMESPACE, SYSTEM_NAMESPACE};
 use crate::directory::{ClusterInfo, Snapshot};
+use crate::metrics::ServerMetrics;
 use crate::tables::rfc3339;
 
 /// The same for single agents: a JSON object of RFC 3339 times by the agents' names.
@@ -41,54 +43,65 @@ enum Change {
     Record(Event<Secret>),
 }
 
+/// Which of the two watches has failed, and why.
+enum Failed {
+    Cluster(watcher::Error),
+    Record(watcher::Error),
+}
+
+/// What both watches have told so far.
+struct Followed {
+    clusters: Watched<ClusterInfo>,
+    /// Records and entries, by the names of their Secrets.
+    records: Watched<Revocations>,
+    /// While Secrets cannot be listed: the clusters whose records were read one by one.
+    singly: Option<BTreeSet<String>>,
+    /// Clusters that are gone and whose records do not say so yet.
+    removed: BTreeMap<String, SystemTime>,
+}
+
 /// Watches for ever; ends when nobody reads the directory any more.
-pub(super) async fn run(client: Client, feed: watch::Sender<Arc<Snapshot>>) {
+pub(super) async fn run(client: Client, feed: watch::Sender<Arc<Snapshot>>, metrics: ServerMetrics) {
     let (unnoted, to_note) = watch::channel(BTreeMap::new());
     tokio::select! {
-        () = follow(client.clone(), feed, unnoted) => {}
+        () = follow(client.clone(), feed, unnoted, metrics) => {}
         () = revocations::keep(client, to_note) => {}
     }
 }
 
-/// The same; what annotations say and no record does is told beside.
+/// The same; what is to be noted is told beside.
 async fn follow(
     client: Client,
     feed: watch::Sender<Arc<Snapshot>>,
     unnoted: watch::Sender<BTreeMap<String, Revocations>>,
+    metrics: ServerMetrics,
 ) {
     let clusters: Api<KubeFedCluster> = Api::namespaced(client.clone(), FEDERATION_NAMESPACE);
-    let records: Api<Secret> = Api::namespaced(client, SYSTEM_NAMESPACE);
+    let records: Api<Secret> = Api::namespaced(client.clone(), SYSTEM_NAMESPACE);
     let of_type = watcher::Config::default().fields(&format!("type={}", revocations::SECRET_TYPE));
     let clusters = watcher::watcher(clusters, watcher::Config::default()).default_backoff();
     let records = watcher::watcher(records, of_type).default_backoff();
-    let mut changes =
-        pin!(futures::stream::select(clusters.map_ok(Change::Cluster), records.map_ok(Change::Record)));
-    let (mut clusters, mut records) = (Watched::<ClusterInfo>::new(), Watched::<Revocations>::new());
+    let mut changes = pin!(futures::stream::select(
+        clusters.map_ok(Change::Cluster).map_err(Failed::Cluster),
+        records.map_ok(Change::Record).map_err(Failed::Record),
+    ));
+    let mut followed = Followed::new();
     while let Some(change) = changes.next().await {
-        let complete = match change {
-            Ok(Change::Cluster(event)) => clusters.take(event, |it| (it.name_any(), info_of(it))),
-            Ok(Change::Record(event)) => {
-                records.take(event, |it| (revocations::cluster_of(it), Revocations::in_the_safe_sense(it)))
-            }
-            Err(error) => {
-                // What is known stays in force; the watch goes on after a pause.
-                tracing::warn!(
-                    error = %service::error_chain(&error),
-                    "failed to watch the hub's clusters or the records of revocations"
-                );
-                false
+        let mut complete = match change {
+            Ok(change) => followed.take(change, SystemTime::from(this_second())),
+            Err(failed) => {
+                metrics.directory_failures.inc();
+                followed.failed(&client, failed).await
             }
         };
+        complete |= followed.read_singly(&client, false).await;
         if feed.is_closed() {
             return;
         }
         if complete {
-            // Without the records nobody knows what is revoked.
-            let synced = clusters.synced && records.synced;
-            let known = if synced { merged(&clusters.known, &records.known) } else { BTreeMap::new() };
-            feed.send_replace(Arc::new(Snapshot { synced, clusters: known }));
-            if synced {
-                let now = revocations::unnoted(&clusters.known, &records.known);
+            feed.send_replace(Arc::new(followed.snapshot()));
+            if followed.synced() {
+                let now = followed.unnoted(SystemTime::now());
                 unnoted.send_if_modified(|before| {
                     let news = *before != now;
                     *before = now;
@@ -99,18 +112,134 @@ async fn follow(
     }
 }
 
-/// The clusters with what their records add.
-fn merged(
-    clusters: &BTreeMap<String, ClusterInfo>,
-    records: &BTreeMap<String, Revocations>,
-) -> BTreeMap<String, ClusterInfo> {
-    let mut merged = clusters.clone();
-    for (cluster, record) in records {
-        if let Some(info) = merged.get_mut(cluster) {
-            record.apply(info);
+// === impl Followed ===
+
+impl Followed {
+    fn new() -> Self {
+        Self { clusters: Watched::new(), records: Watched::new(), singly: None, removed: BTreeMap::new() }
+    }
+
+    /// Takes an event in; false while it is part of a list that is not complete.
+    fn take(&mut self, change: Change, now: SystemTime) -> bool {
+        match change {
+            Change::Cluster(event) => {
+                let Some(gone) = self.clusters.take(event, |it| (it.name_any(), info_of(it))) else {
+                    return false;
+                };
+                self.removed.extend(gone.into_iter().map(|name| (name, now)));
+            }
+            Change::Record(event) => {
+                let listed = matches!(event, Event::InitDone);
+                let read = |it: &Secret| (it.name_any(), Revocations::in_the_safe_sense(it));
+                if self.records.take(event, read).is_none() {
+                    return false;
+                }
+                if listed {
+                    self.singly = None;
+                }
+            }
+        }
+        true
+    }
+
+    /// What is known stays in force, and the watch goes on after a pause. Where Secrets cannot be listed, as when one of them
+    /// cannot be decrypted, the records are read one by one: whatever that one is, it must not keep every agent out.
+    async fn failed(&mut self, client: &Client, failed: Failed) -> bool {
+        let (what, error) = match &failed {
+            Failed::Cluster(error) => ("the hub's clusters", error),
+            Failed::Record(error) => ("the records of revocations", error),
+        };
+        tracing::warn!(error = %service::error_chain(error), "failed to watch {what}");
+        if let Failed::Record(watcher::Error::InitialListFailed(error)) = &failed
+            && revocations::cannot_list(error)
+        {
+            if !self.records.synced {
+                // As soon as it is known whose there may be.
+                self.singly.get_or_insert_default();
+            }
+            // All of them again: nothing else tells what has changed in them.
+            return self.read_singly(client, true).await;
+        }
+        false
+    }
+
+    /// Reads the records that have to be read one by one: those that were not yet, or all `again`. Whether anything has come
+    /// of it.
+    async fn read_singly(&mut self, client: &Client, again: bool) -> bool {
+        if !self.clusters.synced || (self.singly.is_none() && !again) {
+            return false;
+        }
+        let read = self.singly.as_ref().filter(|_| !again);
+        let is_read = |name: &String| read.is_some_and(|read| read.contains(name));
+        let missing: BTreeSet<_> =
+            self.clusters.known.keys().filter(|name| !is_read(name)).cloned().collect();
+        if missing.is_empty() && self.records.synced {
+            return false;
+        }
+        match revocations::read_each(client, missing.clone()).await {
+            Ok(found) => {
+                tracing::warn!(
+                    records = found.len(),
+                    "the Secrets of {SYSTEM_NAMESPACE} cannot be listed, perhaps as one of them cannot be decrypted: the records of \
+                     revocations were read one by one"
+                );
+                for (name, says) in found {
+                    // What was known of one that cannot be read now stays in force, as while nothing can be.
+                    let known = self.records.known.get(&name).is_some_and(|known| !known.unreadable);
+                    if !(says.unreadable && known) {
+                        self.records.known.insert(name, says);
+                    }
+                }
+                self.records.synced = true;
+                self.singly.get_or_insert_default().extend(missing);
+                true
+            }
+            Err(error) => {
+                tracing::warn!(error = %service::error_chain(&error), "failed to read the records of revocations");
+                false
+            }
         }
     }
-    merged
+
+    fn synced(&self) -> bool {
+        // Without the records nobody knows what is revoked.
+        self.clusters.synced && self.records.synced
+    }
+
+    /// The clusters with what their records add.
+    fn snapshot(&self) -> Snapshot {
+        if !self.synced() {
+            return Snapshot::default();
+        }
+        let mut clusters = self.clusters.known.clone();
+        for (cluster, record) in revocations::by_cluster(&self.records.known) {
+            if let Some(info) = clusters.get_mut(&cluster) {
+                record.apply(info);
+            }
+        }
+        // Nobody knows what is revoked of one whose record could not be read yet.
+        for (name, info) in &mut clusters {
+            if self.singly.as_ref().is_some_and(|read| !read.contains(name)) {
+                info.revoked_at = Some(ClusterInfo::revoked_for_good());
+            }
+        }
+        Snapshot { synced: true, clusters }
+    }
+
+    /// What is to be noted.
+    fn unnoted(&mut self, now: SystemTime) -> BTreeMap<String, Revocations> {
+        for (name, at) in &mut self.removed {
+            // Removed before it was made again, whatever the watch made of the time.
+            if let Some(created) = self.clusters.known.get(name).and_then(|info| info.created_at) {
+                *at = created.min(*at);
+            }
+        }
+        let records = &self.records.known;
+        self.removed.retain(|name, at| {
+            records.get(&revocations::name_of(name)).is_none_or(|record| record.removed < Some(*at))
+        });
+        revocations::unnoted(&self.clusters.known, records, &self.removed, now)
+    }
 }
 
 impl<T> Watched<T> {
@@ -118,25 +247,30 @@ impl<T> Watched<T> {
         Self { known: BTreeMap::new(), listing: BTreeMap::new(), synced: false }
     }
 
-    /// Takes an event in; false while it is part of a list that is not complete.
-    fn take<K>(&mut self, event: Event<K>, read: impl Fn(&K) -> (String, T)) -> bool {
+    /// Takes an event in and gives the names of what is gone; nothing while it is part of a list that is not complete.
+    fn take<K>(&mut self, event: Event<K>, read: impl Fn(&K) -> (String, T)) -> Option<Vec<String>> {
         match event {
             Event::Init => {
                 self.listing.clear();
-                return false;
+                return None;
             }
             Event::InitApply(object) => {
                 self.listing.extend([read(&object)]);
-                return false;
+                return None;
             }
             Event::InitDone => {
-                self.known = std::mem::take(&mut self.listing);
+                let before = std::mem::replace(&mut self.known, std::mem::take(&mut self.listing));
                 self.synced = true;
+                return Some(before.into_keys().filter(|name| !self.known.contains_key(name)).collect());
             }
             Event::Apply(object) => self.known.extend([read(&object)]),
-            Event::Delete(object) => drop(self.known.remove(&read(&object).0)),
+            Event::Delete(object) => {
+                let name = read(&object).0;
+                self.known.remove(&name);
+                return Some(vec![name]);
+            }
         }
-        true
+        Some(Vec::new())
     }
 }
 
@@ -177,7 +311,8 @@ fn info_of(cluster: &KubeFedCluster) -> ClusterInfo {
     let created_at = cluster.creation_timestamp().map(|time| SystemTime::from(time.0));
     // The controller writes it when the member has answered, and leaves it there.
     let joined = cluster.status.as_ref().is_some_and(|status| status.kubernetes_version.is_some());
-    ClusterInfo { joined, created_at, revoked_at, revoked_agents, allowed, labels: cluster.labels().clone() }
+    let labels = cluster.labels().clone();
+    ClusterInfo { joined, created_at, revoked_at, revoked_agents, returned_at: None, allowed, labels }
 }
 
 /// The agents that were revoked, and when.

@@ -71,11 +71,14 @@ const DIALERS: [&str; 2] = ["system:masters", "cellway:dialers"];
 /// The shortest life of an agent's certificate. It is renewed at two thirds; below this agents do little else.
 const MIN_AGENT_CERTIFICATE_TTL: Duration = Duration::from_secs(5);
 
+/// The longest. So long is remembered which agents were revoked: what was issued before has expired by then.
+pub(crate) const MAX_AGENT_CERTIFICATE_TTL: Duration = Duration::from_secs(90 * 24 * 3600);
+
 /// Bytes of the secret that stateless resets are made with.
 const RESET_SECRET: usize = 32;
 
-/// Keeps a second hub out of the data folder, whatever its store is.
-const LOCK_FILE: &str = "hub.lock";
+/// Keeps a second hub out of the data folder, whatever its store is. Locked by the hub that runs there.
+pub const LOCK_FILE: &str = "hub.lock";
 
 /// The description of a running hub, in its data folder.
 const HUB_FILE: &str = "hub.json";
@@ -123,7 +126,7 @@ pub struct HubArgs {
     /// The trust domain of agents' identities.
     #[arg(long, default_value = "cellway.local", value_name = "DOMAIN")]
     pub trust_domain: TrustDomain,
-    /// How long an agent's certificate lives; agents renew it at two thirds.
+    /// How long an agent's certificate lives, 90 days at most; agents renew it at two thirds.
     #[arg(long, default_value = "24h", value_name = "DURATION")]
     pub agent_certificate_ttl: GoDuration,
     /// A dial's whole time, retries on other agents included.
@@ -157,6 +160,9 @@ pub enum HubError {
         "--agent-certificate-ttl is {0:?}: agents need at least {MIN_AGENT_CERTIFICATE_TTL:?} to use and renew a certificate"
     )]
     CertificateTtl(Duration),
+    /// They would outlive what is remembered of revocations.
+    #[error("--agent-certificate-ttl is {0:?}: at most {MAX_AGENT_CERTIFICATE_TTL:?}, which is 90 days")]
+    LongCertificateTtl(Duration),
     /// The flag is missing.
     #[error("--data-dir is needed: name the folder that the hub keeps its data in")]
     NoDataDir,
@@ -213,7 +219,7 @@ pub enum HubError {
 impl HubError {
     /// Whether the one who wrote the command line has to change it.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::CertificateTtl(_) | Self::NoDataDir)
+        matches!(self, Self::CertificateTtl(_) | Self::LongCertificateTtl(_) | Self::NoDataDir)
     }
 }
 
@@ -249,6 +255,9 @@ impl Hub {
         let data_dir = args.data_dir.clone().ok_or(HubError::NoDataDir)?;
         if args.agent_certificate_ttl.0 < MIN_AGENT_CERTIFICATE_TTL {
             return Err(HubError::CertificateTtl(args.agent_certificate_ttl.0));
+        }
+        if args.agent_certificate_ttl.0 > MAX_AGENT_CERTIFICATE_TTL {
+            return Err(HubError::LongCertificateTtl(args.agent_certificate_ttl.0));
         }
         // It may be named relative to a folder that the process leaves later.
         let unusable = |source| HubError::DataDir { path: data_dir.clone(), source };
@@ -396,8 +405,13 @@ impl Hub {
         let mut background = Background::default();
         let work = tokens::keep_clean(client.clone()).instrument(tracing::info_span!("tokens"));
         background.spawn("removal of enrolment tokens", work);
-        let work = feed::run(client, feed).instrument(tracing::info_span!("directory"));
-        background.spawn("watch of the hub's clusters", work);
+        let work = revocations::keep_clean(client.clone()).instrument(tracing::info_span!("revocations"));
+        background.spawn("removal of old revocations", work);
+        let work = revocations::keep_returns(client.clone(), registry.clone());
+        background
+            .spawn("notes of members that are back", work.instrument(tracing::info_span!("revocations")));
+        let work = feed::run(client, feed, registry.metrics().clone());
+        background.spawn("watch of the hub's clusters", work.instrument(tracing::info_span!("directory")));
         let work = probe_on_change(registry.clone(), controller.handle()).in_current_span();
         background.spawn("probes of members", work);
         let work = async move {

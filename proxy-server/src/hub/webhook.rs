@@ -25,7 +25,7 @@ use http::{HeaderValue, Request, Response, StatusCode, Uri, header};
 use http_body::{Body as _, Frame, SizeHint};
 use service::drain::DrainWatch;
 use service::duration::GoDuration;
-use service::http::Limits;
+use service::http::{Deadline, Limits};
 use tls::{
     AuthorityError, CertificateAuthority, ClientAuth, ServedCertificate, ServerTls, TlsError, TlsVersions,
 };
@@ -321,6 +321,8 @@ async fn convert(State(bounds): State<Bounds>, request: Request<Body>) -> Respon
             let until = share.until().unwrap_or(over).min(over);
             let rest = Bytes::from_owner(Answer { bytes, _share: share });
             let mut response = Response::new(Body::new(OnItsWay { rest, until }));
+            // Who reads nothing is asked for no more, and looks at no time.
+            response.extensions_mut().insert(Deadline(until));
             let json = HeaderValue::from_static("application/json");
             response.headers_mut().insert(header::CONTENT_TYPE, json);
             response
@@ -595,6 +597,9 @@ mod tests {
         };
         let unread = [ask().await, ask().await];
         assert!(unread.iter().all(|answer| answer.status() == StatusCode::OK));
+        // Not for longer than their time, also where nobody asks for more of them.
+        let ends = |answer: &Response<Body>| answer.extensions().get::<Deadline>().is_some();
+        assert!(unread.iter().all(ends));
         assert_eq!(ask().await.status(), StatusCode::SERVICE_UNAVAILABLE, "two of this source are unread");
         let [first, _second] = unread;
         to_bytes(first.into_body(), 1 << 20).await.expect("read");

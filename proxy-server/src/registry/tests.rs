@@ -360,15 +360,32 @@ async fn names_that_clients_make_up_are_no_labels() {
     let registry: Registry<FakeTunnel> = Registry::new(directory, Vec::new(), ServerMetrics::default());
     let _held = registry.register(mk_member("east", "a"), FakeTunnel::default());
     for n in 0..100 {
-        assert_eq!(dial(&registry, Some(&format!("made-up-{n}")), "db:1").await, Err("no-tunnel"));
+        assert_eq!(dial(&registry, Some(&format!("made-up-{n}")), "db:1").await, Err("unknown-cluster"));
     }
     assert_eq!(dial(&registry, Some("east"), &Target::api_gateway().to_string()).await, Err("not-allowed"));
     let count = |cluster: &str, outcome| {
         let labels = DialLabels { cluster: cluster.to_owned(), outcome };
         registry.metrics().dials.get_or_create(&labels).get()
     };
-    assert_eq!((count("", "no-tunnel"), count("east", "not-allowed")), (100, 1));
+    assert_eq!((count("", "unknown-cluster"), count("east", "not-allowed")), (100, 1));
     assert_eq!(registry.label_of("made-up-1"), "");
+}
+
+/// Without a hub API a member is one whose agent has been here.
+#[tokio::test]
+async fn a_member_that_has_left_is_not_unknown() {
+    let directory = ClusterDirectory::open(Default::default());
+    let registry: Registry<FakeTunnel> = Registry::new(directory, Vec::new(), ServerMetrics::default());
+    assert_eq!(dial(&registry, Some("east"), "db:1").await, Err("unknown-cluster"));
+    let held = registry.register(mk_member("east", "a"), FakeTunnel::default());
+    assert_eq!(dial(&registry, Some("east"), "db:1").await, Err("not-allowed"));
+    drop(held);
+    assert_eq!(dial(&registry, Some("east"), "db:1").await, Err("not-allowed"));
+    let everything = ClusterDirectory::open("*".parse().unwrap());
+    let registry: Registry<FakeTunnel> = Registry::new(everything, Vec::new(), ServerMetrics::default());
+    drop(registry.register(mk_member("east", "a"), FakeTunnel::default()));
+    assert_eq!(dial(&registry, Some("east"), "db:1").await, Err("no-tunnel"));
+    assert_eq!(dial(&registry, Some("west"), "db:1").await, Err("unknown-cluster"));
 }
 
 #[test]
@@ -430,6 +447,41 @@ fn who_was_removed_or_revoked_is_not_missed() {
     let known = known.map(|(name, info)| (name.to_owned(), info)).into();
     feed.send_replace(Arc::new(Snapshot { synced: true, clusters: known }));
     assert_eq!(series(&registry, &shown), "east 0", "west was never there, and north is revoked");
+    // And from a note of it, that north came back after that.
+    let returned = |at| {
+        let north = ClusterInfo { returned_at: Some(at), ..info(true, Some(later)) };
+        feed.send_replace(Arc::new(Snapshot {
+            synced: true,
+            clusters: [("north".to_owned(), north)].into(),
+        }));
+    };
+    returned(later);
+    assert_eq!(series(&registry, &shown), "", "revoked again since");
+    returned(later + Duration::from_secs(1));
+    assert_eq!(series(&registry, &shown), "north 0");
+}
+
+#[test]
+fn a_revoked_member_is_back_with_the_first_that_was_enrolled_since() {
+    let revoked = SystemTime::UNIX_EPOCH + Duration::from_secs(9);
+    let (feed, directory) = ClusterDirectory::fed();
+    let north = |returned_at| {
+        let info = ClusterInfo { revoked_at: Some(revoked), returned_at, ..ClusterInfo::default() };
+        feed.send_replace(Arc::new(Snapshot { synced: true, clusters: [("north".to_owned(), info)].into() }));
+    };
+    let registry: Registry<FakeTunnel> = Registry::new(directory, Vec::new(), ServerMetrics::default());
+    north(None);
+    let enrolled = |seconds: u64| {
+        let mut member = mk_member("north", "a");
+        member.not_before = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        registry.register(member, FakeTunnel::default())
+    };
+    let _before = enrolled(9);
+    assert!(registry.returned().is_empty(), "its tunnel is about to end");
+    let _since = enrolled(10);
+    assert_eq!(registry.returned(), [("north".to_owned(), revoked)].into());
+    north(Some(revoked + Duration::from_secs(1)));
+    assert!(registry.returned().is_empty(), "it is noted");
 }
 
 #[test]

@@ -161,7 +161,7 @@ async fn start(fleet: &Fleet, assets: &Path) -> Result<Stock> {
 
     let added = fleet.cellway_json(&["cluster", "add", "stock"]).await?;
     let mut command = inside.command(&fleet.needs.proxy_agent);
-    command.args(["--cluster-name=stock", &format!("--server={HUB}:8091"), "--gateway-allow-masters"]);
+    command.args(["--cluster-name=stock", &format!("--server={HUB}:8091")]);
     command.args(["--admin-server-port=0", "--health-server-port=0"]);
     command.args(["--enrolment-token", added["token"].as_str().context("no token")?]);
     command.args(["--ca-hash", added["caHash"].as_str().context("no hash")?]);
