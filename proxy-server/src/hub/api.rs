@@ -14,6 +14,7 @@ use service::metrics::SharedRegistry;
 use service::ready::Readiness;
 use tokio_util::sync::CancellationToken;
 
+use super::delegated::OF_CREDENTIAL;
 use super::external::External;
 use super::{FEDERATION_NAMESPACE, HubArgs, HubError, SYSTEM_NAMESPACE};
 use crate::metrics::ServerMetrics;
@@ -205,7 +206,7 @@ pub(super) fn in_members(mut user: User) -> User {
         }
     }
     // Of the hub's token, and of its pods.
-    user.extra.retain(|key, _| !key.starts_with("authentication.kubernetes.io/"));
+    user.extra.retain(|key, _| !key.starts_with(OF_CREDENTIAL));
     user
 }
 

@@ -55,7 +55,7 @@ const AUTHENTICATED: &str = "system:authenticated";
 
 /// What an API says of a token beside its user: which one it was, and of which pod. It means nothing to a member, whose agent
 /// would need a right to each to pass it on.
-const OF_CREDENTIAL: &str = "authentication.kubernetes.io/";
+pub(super) const OF_CREDENTIAL: &str = "authentication.kubernetes.io/";
 
 /// The path that stands for all of a member's API, with the cluster's name in between.
 const MEMBERS: &str = "/clusters/";
