@@ -7,21 +7,13 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Arc;
 
 use base64::Engine as _;
-use bytes::{BufMut as _, Bytes, BytesMut};
 use common::Server;
-use http_body_util::{BodyExt as _, StreamBody};
-use hyper::body::Frame;
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use parking_lot::Mutex;
-use prost::Message;
-use proto::kms::v2::{DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, StatusResponse};
 use serde_json::{Value, json};
 use test_support::databases::{Kind, Server as Database};
+use test_support::kms::KmsPlugin;
 use tokio::process::{Child, Command};
-use tokio::task::JoinSet;
 
 const SECRETS: &str = "/api/v1/namespaces/default/secrets";
 const MAPS: &str = "/api/v1/namespaces/default/configmaps";
@@ -82,18 +74,7 @@ impl Program {
 
 /// Every file below a folder that holds one of the words.
 fn found_in(dir: &Path, words: &[String]) -> BTreeSet<PathBuf> {
-    let mut found = BTreeSet::new();
-    for entry in std::fs::read_dir(dir).expect("a folder") {
-        let path = entry.expect("an entry").path();
-        if path.is_dir() {
-            found.extend(found_in(&path, words));
-        } else if let Ok(bytes) = std::fs::read(&path)
-            && words.iter().any(|word| memchr::memmem::find(&bytes, word.as_bytes()).is_some())
-        {
-            found.insert(path);
-        }
-    }
-    found
+    test_support::files_with(&[dir], words).expect("files that can be read")
 }
 
 fn words() -> Vec<String> {
@@ -350,108 +331,12 @@ async fn readable_alone(server: &Server, name: &str) {
     assert_eq!(answer.code, 200, "{}", answer.text);
 }
 
-/// A plug-in whose key is a number: XOR with it, which is no encryption and serves here.
-#[derive(Default)]
-struct Plugin {
-    key: u8,
-    healthy: bool,
-    calls: Vec<&'static str>,
-}
-
-impl Plugin {
-    fn answer(&mut self, path: &str, body: &[u8]) -> Result<Vec<u8>, String> {
-        let message = body.get(5..).unwrap_or_default();
-        match path {
-            "/v2.KeyManagementService/Status" => {
-                let healthz = if self.healthy { "ok" } else { "out of order" };
-                Ok(StatusResponse {
-                    version: "v2".into(),
-                    healthz: healthz.into(),
-                    key_id: format!("key-{}", self.key),
-                }
-                .encode_to_vec())
-            }
-            "/v2.KeyManagementService/Encrypt" => {
-                self.calls.push("Encrypt");
-                let request = EncryptRequest::decode(message).map_err(|e| e.to_string())?;
-                let ciphertext: Vec<u8> = request.plaintext.iter().map(|b| b ^ self.key).collect();
-                Ok(EncryptResponse {
-                    ciphertext: ciphertext.into(),
-                    key_id: format!("key-{}", self.key),
-                    annotations: [("note.test".to_owned(), Bytes::from(vec![self.key]))].into(),
-                }
-                .encode_to_vec())
-            }
-            "/v2.KeyManagementService/Decrypt" => {
-                self.calls.push("Decrypt");
-                let request = DecryptRequest::decode(message).map_err(|e| e.to_string())?;
-                let key = request.annotations.get("note.test").and_then(|a| a.first()).copied();
-                let key = key.filter(|k| request.key_id == format!("key-{k}")).ok_or("wrong annotations")?;
-                let plaintext: Vec<u8> = request.ciphertext.iter().map(|b| b ^ key).collect();
-                Ok(DecryptResponse { plaintext: plaintext.into() }.encode_to_vec())
-            }
-            other => Err(format!("no such call: {other}")),
-        }
-    }
-}
-
-/// Serves a plug-in at a socket until dropped.
-fn serve(socket: &Path, plugin: Arc<Mutex<Plugin>>) -> JoinSet<()> {
-    let listener = tokio::net::UnixListener::bind(socket).expect("a socket");
-    let mut tasks = JoinSet::new();
-    tasks.spawn(async move {
-        let mut connections = JoinSet::new();
-        loop {
-            let (stream, _) = listener.accept().await.expect("a connection");
-            let plugin = plugin.clone();
-            let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
-                let plugin = plugin.clone();
-                async move {
-                    let path = request.uri().path().to_owned();
-                    let body = request.into_body().collect().await.expect("a body").to_bytes();
-                    let answer = plugin.lock().answer(&path, &body);
-                    let mut trailers = http::HeaderMap::new();
-                    let mut frames = Vec::new();
-                    match answer {
-                        Ok(message) => {
-                            let mut data = BytesMut::new();
-                            data.put_u8(0);
-                            data.put_u32(u32::try_from(message.len()).expect("short"));
-                            data.extend_from_slice(&message);
-                            frames.push(Frame::data(data.freeze()));
-                            trailers.insert("grpc-status", "0".parse().expect("a value"));
-                        }
-                        Err(why) => {
-                            trailers.insert("grpc-status", "2".parse().expect("a value"));
-                            trailers.insert("grpc-message", why.parse().expect("a value"));
-                        }
-                    }
-                    frames.push(Frame::trailers(trailers));
-                    let frames = frames.into_iter().map(Ok::<_, std::convert::Infallible>);
-                    let body = StreamBody::new(futures::stream::iter(frames));
-                    Ok::<_, std::convert::Infallible>(
-                        http::Response::builder()
-                            .header("content-type", "application/grpc")
-                            .body(body)
-                            .expect("an answer"),
-                    )
-                }
-            });
-            connections.spawn(async move {
-                let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-                drop(builder.serve_connection(TokioIo::new(stream), service).await);
-            });
-        }
-    });
-    tasks
-}
-
 #[tokio::test]
 async fn a_kms_plugin_holds_the_key() {
     let dir = tempfile::tempdir().expect("a directory");
     let socket = dir.path().join("kms.sock");
-    let plugin = Arc::new(Mutex::new(Plugin { key: 1, healthy: true, calls: Vec::new() }));
-    let running = serve(&socket, plugin.clone());
+    let plugin = KmsPlugin::default();
+    let running = plugin.serve(&socket).expect("a socket");
     let config = dir.path().join("encryption.yaml");
     write(
         &config,
@@ -465,18 +350,18 @@ async fn a_kms_plugin_holds_the_key() {
         create(&program.server, &format!("s{i}")).await;
     }
     readable(&program.server, "s3").await;
-    assert_eq!(plugin.lock().calls, ["Encrypt"], "one seed serves many objects");
+    assert_eq!(plugin.calls(), ["Encrypt"], "one seed serves many objects");
     assert_eq!(found_in(dir.path(), &words()), BTreeSet::new());
     // After a restart the seed is asked for once.
     program.stop().await;
-    plugin.lock().calls.clear();
+    plugin.forget_calls();
     let program = Program::start(dir.path(), &config).await;
     readable(&program.server, "s3").await;
     readable(&program.server, "s19").await;
-    let calls = plugin.lock().calls.clone();
+    let calls = plugin.calls();
     assert_eq!(calls.iter().filter(|c| **c == "Decrypt").count(), 1, "{calls:?}");
     // The plug-in rotates its key: what is written from then on, and rewritten, is under the new one.
-    plugin.lock().key = 2;
+    plugin.turn_key(2);
     let rewritten = rewrite(&program.server).await;
     assert!(rewritten["rewritten"].as_u64().is_some_and(|n| n >= 20), "{rewritten}");
     let status = program.server.get("/encryption").await.body;
@@ -497,7 +382,7 @@ async fn a_kms_plugin_holds_the_key() {
     }
     assert_eq!(program.server.get("/readyz/kms-providers").await.text, "ok");
     // Out of order: said, and what needs it fails, the rest goes on.
-    plugin.lock().healthy = false;
+    plugin.set_healthy(false);
     let status = program.server.get("/encryption").await.body;
     assert!(status["problems"][0].as_str().is_some_and(|p| p.contains("out of order")), "{status}");
     readable(&program.server, "s3").await;
@@ -518,7 +403,6 @@ async fn a_kms_plugin_holds_the_key() {
     assert!(metrics.contains("encryption_kms_healthy{provider_name=\"vault\"} 0"), "{metrics}");
     program.stop().await;
     drop(running);
-    let _ = std::fs::remove_file(&socket);
     let program = Program::start(dir.path(), &config).await;
     assert_eq!(program.server.get(&format!("{SECRETS}/s3")).await.code, 500);
     // Which key it would use now, nobody knows: it is not said that nothing is under an old one.
@@ -555,8 +439,8 @@ async fn dependent(server: &Server, name: &str, owner: &Value) {
 async fn nothing_is_lost_while_a_plugin_is_away() {
     let dir = tempfile::tempdir().expect("a directory");
     let socket = dir.path().join("kms.sock");
-    let plugin = Arc::new(Mutex::new(Plugin { key: 1, healthy: true, calls: Vec::new() }));
-    let running = serve(&socket, plugin.clone());
+    let plugin = KmsPlugin::default();
+    let running = plugin.serve(&socket).expect("a socket");
     let config = dir.path().join("encryption.yaml");
     let kms = format!(
         "{{kms: {{apiVersion: v2, name: vault, endpoint: 'unix://{}', timeout: 5s}}}}",
@@ -572,7 +456,6 @@ async fn nothing_is_lost_while_a_plugin_is_away() {
     program.stop().await;
     // It starts without the plug-in: the owner cannot be read, and is not gone for that.
     drop(running);
-    std::fs::remove_file(&socket).expect("the socket goes");
     let program = Program::start(dir.path(), &config).await;
     let server = &program.server;
     assert_eq!(server.get(&format!("{SECRETS}/owner")).await.code, 500);
@@ -607,7 +490,7 @@ async fn nothing_is_lost_while_a_plugin_is_away() {
     assert_eq!(gone.code, 200, "{}", gone.text);
     assert_eq!(server.get(&spoilt).await.code, 404);
     // With the plug-in everything is there again, also for objects that are made then.
-    let _running = serve(&socket, plugin);
+    let _running = plugin.serve(&socket).expect("a socket");
     server.until(&format!("{SECRETS}/owner"), "the Secret can be read", |a| a.code == 200).await;
     dependent(server, "after", &owner).await;
     settled(server, "third-mark").await;
@@ -667,6 +550,8 @@ async fn a_servers_files(kind: Kind) {
     let tables = database.data().join(match kind {
         Kind::Postgres => "base",
         Kind::MariaDb | Kind::MySql => "test_0",
+        // Its files are of all tables.
+        Kind::OceanBase => "store",
     });
     assert!(tables.is_dir());
     assert_eq!(found_in(&tables, &words_of(BEFORE)), BTreeSet::new());

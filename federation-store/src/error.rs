@@ -170,8 +170,8 @@ impl Error {
         let Self::Database { source, .. } = self else { return false };
         let sqlx::Error::Database(error) = &**source else { return false };
         let number = error.try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>().map(|error| error.number());
-        // SQLite: database or disk is full. PostgreSQL: disk full. MySQL: disk full, table full.
-        matches!(error.code().as_deref(), Some("13" | "53100")) || matches!(number, Some(1021 | 1114))
+        // SQLite: database or disk is full. PostgreSQL and OceanBase: disk full.
+        matches!(error.code().as_deref(), Some("13" | "53100")) || number.is_some_and(mysql_is_full)
     }
 
     /// Whether it may well have passed when the same is tried again in a moment, by the store itself.
@@ -190,11 +190,7 @@ impl Error {
                 let class = ["08", "57P", "40"].iter().any(|class| code.starts_with(class));
                 class || matches!(&*code, "55P03" | "53300" | "5") || {
                     let number = error.try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>();
-                    // Too many connections, shutting down, lock wait timeout, deadlock, query interrupted, killed. OceanBase: statement or
-                    // transaction timed out, not the leader any more, transaction rolled back.
-                    number.is_some_and(|error| {
-                        matches!(error.number(), 1040 | 1053 | 1205 | 1213 | 1317 | 1927 | 4012 | 4038 | 6002)
-                    })
+                    number.is_some_and(|error| mysql_passes(error.number()))
                 }
             }
             _ => false,
@@ -206,6 +202,44 @@ impl Error {
         match self {
             Self::Database { backend, source, .. } => Self::Unresolved { backend, source },
             error => error,
+        }
+    }
+}
+
+/// By the number of a MySQL server, or of one of its kin: whether it may well have passed in a moment.
+fn mysql_passes(number: u16) -> bool {
+    // Too many connections, shutting down, lock wait timeout, deadlock, query interrupted, killed.
+    let mysql = matches!(number, 1040 | 1053 | 1205 | 1213 | 1317 | 1927);
+    // A statement or transaction timed out, no memory for it (4013, 4030), "try again", "need retry", not the leader any more,
+    // its session was killed, its snapshot is too old, no leader, a leader that is changing, no timestamps yet, rolled back,
+    // cannot be serialized.
+    let oceanbase = matches!(
+        number,
+        4012 | 4013 | 4023 | 4030 | 4036 | 4038 | 4064 | 4138 | 4209 | 4260 | 4283 | 6002 | 6235
+    );
+    mysql || oceanbase
+}
+
+/// The same: whether there is no room left.
+fn mysql_is_full(number: u16) -> bool {
+    // MySQL: disk full, table full. OceanBase: no room for the log, none on the disk, a disk that is nearly full.
+    matches!(number, 1021 | 1114 | 4264 | 4290 | 6330)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_without_room_is_not_asked_again_at_once() {
+        for number in [1021, 1114, 4264, 4290, 6330] {
+            assert!(mysql_is_full(number) && !mysql_passes(number), "{number}");
+        }
+        // A transaction that OceanBase gave up, a lock that nobody gave; a duplicate key, a misspelt statement, a server that is
+        // read-only.
+        let others = [(6002, true), (4012, true), (1205, true), (1062, false), (1064, false), (1290, false)];
+        for (number, passes) in others {
+            assert_eq!(mysql_passes(number), passes, "{number}");
         }
     }
 }

@@ -195,6 +195,7 @@ pub async fn restore(
         |file: &File, path: &Path| give_to(file, &owner).map_err(io("give to the owner of the data", path));
     give(&alone, &sqlite::lock_path(target))?;
     let mark = sqlite::restoring(target);
+    let unsaid = unsaid(target, &mark);
     let aside = set_aside_before(target, &mark)?;
     // What is replaced may be damaged: that is what backups are for.
     let carried = match aside.as_deref().or_else(|| target.exists().then_some(target)) {
@@ -211,7 +212,10 @@ pub async fn restore(
     io::copy(&mut from, &mut to).map_err(io("copy", backup))?;
     let (revision, count) =
         jump_ahead(&part, carried.as_deref().unwrap_or_default(), exceptions.left_out).await?;
-    let carried_over = carried.map(|_| count);
+    let carried_over = match unsaid {
+        Some(why) => Err(why),
+        None => carried.map(|_| count),
+    };
     give(&to, &part)?;
     drop(to);
     let suffix = free_suffix(target, now);
@@ -273,6 +277,25 @@ fn marked(target: &Path, mark: &Path) -> Result<Option<PathBuf>, FileError> {
     }
     let of_ours = |rest: &str| rest.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
     Ok(suffix.strip_prefix(ASIDE).is_some_and(of_ours).then(|| with_suffix(target, &suffix)))
+}
+
+/// Why nobody can tell which file is the former data: a restore of an older release, which left its mark empty, was cut off where
+/// something is set aside.
+fn unsaid(target: &Path, mark: &Path) -> Option<String> {
+    let empty = fs::symlink_metadata(mark).is_ok_and(|mark| mark.is_file() && mark.len() == 0);
+    let name = with_suffix(Path::new(target.file_name()?), ASIDE);
+    let is_aside = |entry: fs::DirEntry| {
+        entry.file_name().as_encoded_bytes().starts_with(name.as_os_str().as_encoded_bytes())
+    };
+    let aside = empty && fs::read_dir(folder_of(target)).is_ok_and(|files| files.flatten().any(is_aside));
+    aside.then(|| {
+        format!(
+            "a restore by an older release was cut off, and its mark {} does not say where it left the former data: it may be \
+             one of {}*",
+            mark.display(),
+            with_suffix(target, ASIDE).display()
+        )
+    })
 }
 
 /// The former data where a restore that was cut off has left it, whole: what of it was still in its place is brought there too.

@@ -201,6 +201,7 @@ async fn look<D: Dialect>(
         let text = format!("no connection within {CONNECT_TIMEOUT:?}");
         sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, text))
     })??;
+    D::before_look(&mut connection).await?;
     let (found, known) = (check::schema::<D>(&mut connection).await?, D::SCHEMA);
     let looked = if found == known {
         Looked::Checked(check::check::<D>(&mut connection).await?)

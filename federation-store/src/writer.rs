@@ -44,7 +44,7 @@ const GATHER_FROM: Duration = Duration::from_millis(2);
 const TRY_FOR: Duration = Duration::from_secs(10);
 
 /// How long the outcome of a commit is looked for. Longer than the database keeps a transaction whose client is gone.
-const RESOLVE_FOR: Duration = Duration::from_secs(30);
+pub(crate) const RESOLVE_FOR: Duration = Duration::from_secs(30);
 
 /// Waits between tries, doubling from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);

@@ -216,6 +216,32 @@ async fn a_restore_that_was_cut_off_is_no_empty_hub() {
     }
 }
 
+/// A mark of an older release is empty: what it set aside cannot be told from what others did.
+#[tokio::test]
+async fn a_mark_that_says_nothing_is_told() {
+    let exceptions = Exceptions { carried_over: &["/revoked/"], left_out: &[] };
+    let folder = tempfile::tempdir().unwrap();
+    let (path, backup) = (folder.path().join("store.db"), folder.path().join("backup"));
+    let store = open(&path).await;
+    store.create("/kept", "1").await.unwrap();
+    files::backup(&path, &backup).await.unwrap();
+    store.create("/revoked/east", "1").await.unwrap();
+    store.close().await;
+    let mark = folder.path().join("store.db.restoring");
+    // Nothing is aside: it was cut off before it began.
+    std::fs::write(&mark, "").unwrap();
+    let restored = files::restore(&backup, &path, SystemTime::now(), exceptions).await.unwrap();
+    assert_eq!(restored.carried_over, Ok(1));
+    let aside = restored.replaced.expect("it was there");
+    // Now what is in its place may be a backup, or the former data.
+    std::fs::write(&mark, "").unwrap();
+    let restored = files::restore(&backup, &path, SystemTime::now(), exceptions).await.unwrap();
+    let why = restored.carried_over.unwrap_err();
+    assert!(why.contains("store.db.restoring") && why.contains("store.db.replaced-*"), "{why}");
+    assert!(aside.exists() && !mark.exists());
+    assert!(has(&path, "/revoked/east").await, "what is known is taken over all the same");
+}
+
 /// All was in its place but for the mark, and another backup is put there: the data that the first one replaced counts.
 #[tokio::test]
 async fn a_restore_that_was_cut_off_at_its_end_is_done_again_over_the_former_data() {

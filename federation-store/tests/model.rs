@@ -465,3 +465,8 @@ fn store_in_mariadb_follows_the_model() {
 fn store_in_mysql_follows_the_model() {
     check_server(Kind::MySql, 8);
 }
+
+#[test]
+fn store_in_oceanbase_follows_the_model() {
+    check_server(Kind::OceanBase, 8);
+}

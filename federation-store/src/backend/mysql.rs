@@ -27,6 +27,7 @@ use super::{Leases, Part, REPLICA_SECONDS, State};
 use crate::batch::{Decision, Place, Record};
 use crate::error::OpenError;
 use crate::types::{Event, KeyRange, KeyValue, Lease, MAX_KEY_BYTES, MAX_VALUE_BYTES};
+use crate::writer::RESOLVE_FOR;
 
 /// Schema steps in order; the version is the position, counted from 1. Released steps never change. Every statement may
 /// be repeated: a definition commits at once, and several replicas may start together.
@@ -107,7 +108,11 @@ const MIN_PACKET: u64 = (MAX_VALUE_BYTES + MAX_STATEMENT_BYTES + MAX_ROWS * MAX_
 /// Idle connections are closed by the server after so long, and by the pool before that. MySQL has no limit of its own
 /// for a transaction whose client has gone silent, and such a transaction may hold the counter.
 const WAIT_SECONDS: u32 = 60;
-const POOL_IDLE: Duration = Duration::from_secs(45);
+/// The pool looks for them so often only, so that one may be twice as old when it goes.
+const POOL_IDLE: Duration = Duration::from_secs(25);
+
+/// How long a look at everything there is may take in all, in OceanBase: hours for none, and not for ever.
+const LOOK_SECONDS: u32 = 3600;
 
 /// The server's number for an index that exists already.
 const ER_DUP_KEYNAME: u16 = 1061;
@@ -146,11 +151,12 @@ impl MySqlBackend {
                 format!("SET SESSION TRANSACTION ISOLATION LEVEL {isolation}"),
             ];
             let some = [
-                // MySQL and MariaDB, and in microseconds OceanBase.
+                // MySQL and MariaDB; OceanBase takes it and has its own.
                 format!("SET SESSION innodb_lock_wait_timeout = {LOCK_SECONDS}"),
-                format!("SET SESSION ob_trx_lock_timeout = {}", LOCK_SECONDS * 1_000_000),
-                // Only MariaDB; elsewhere `wait_timeout` does the same later.
-                format!("SET SESSION idle_write_transaction_timeout = {IDLE_TRANSACTION_SECONDS}"),
+                oceanbase(),
+                // Only MariaDB, and of every transaction: one that has only locked the counter is none that writes for
+                // `idle_write_transaction_timeout`. In MySQL `wait_timeout` does the same later.
+                format!("SET SESSION idle_transaction_timeout = {IDLE_TRANSACTION_SECONDS}"),
             ];
             MySqlPoolOptions::new()
                 .max_connections(connections)
@@ -166,12 +172,7 @@ impl MySqlBackend {
                             connection.execute(sqlx::raw_sql(AssertSqlSafe(set))).await?;
                         }
                         for set in some {
-                            let set = connection.execute(sqlx::raw_sql(AssertSqlSafe(set))).await;
-                            if let Err(error) = set
-                                && number(&error) != Some(ER_UNKNOWN_SYSTEM_VARIABLE)
-                            {
-                                return Err(error);
-                            }
+                            set_if_known(connection, set).await?;
                         }
                         Ok(())
                     }
@@ -198,6 +199,12 @@ impl Dialect for MySqlDialect {
     const LIMIT: Option<Duration> = Some(OPERATION_TIMEOUT);
     const TRIES: u32 = TRIES;
     const REVISIONS_PER_SWEEP: u64 = 500;
+
+    async fn before_look(connection: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+        // A snapshot is one at this level only, and not every server begins with it.
+        Self::run(connection, "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ").await?;
+        set_if_known(connection, oceanbase_limits(LOOK_SECONDS, LOOK_SECONDS)).await
+    }
 
     async fn run(connection: &mut MySqlConnection, statement: &'static str) -> Result<(), sqlx::Error> {
         connection.execute(statement).await.map(drop)
@@ -496,6 +503,40 @@ impl Dialect for MySqlDialect {
     }
 }
 
+/// OceanBase's limits.
+///
+/// It ends a statement after 10 seconds unless told otherwise, which a list of a large store may take; and it keeps a
+/// transaction whose client has gone silent for a day, idle limit or not (seekdb does not heed that one), so the limit on
+/// the whole transaction has to be the one that frees the counter. Nothing of ours takes longer but a commit, and one
+/// that is cut off is looked up.
+fn oceanbase() -> String {
+    let whole = u32::try_from(OPERATION_TIMEOUT.as_secs()).unwrap_or(u32::MAX);
+    oceanbase_limits(whole, IDLE_TRANSACTION_SECONDS)
+}
+
+/// In seconds, for a whole transaction as for one statement of it, and for a silent client. OceanBase counts microseconds. One
+/// statement for all of them, which other servers refuse as a whole.
+fn oceanbase_limits(whole: u32, idle: u32) -> String {
+    let [whole, idle, lock] = [whole, idle, LOCK_SECONDS].map(|seconds| u64::from(seconds) * 1_000_000);
+    format!(
+        "SET SESSION ob_query_timeout = {whole}, ob_trx_timeout = {whole}, ob_trx_idle_timeout = {idle}, \
+         ob_trx_lock_timeout = {lock}"
+    )
+}
+
+/// Sets what not every server has.
+async fn set_if_known(connection: &mut MySqlConnection, set: String) -> Result<(), sqlx::Error> {
+    match connection.execute(sqlx::raw_sql(AssertSqlSafe(set))).await {
+        Err(error) if number(&error) != Some(ER_UNKNOWN_SYSTEM_VARIABLE) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// A statement that waits for the counter fails by itself, and a lost transaction has ended while it is still looked for.
+const _: () = assert!(
+    OPERATION_TIMEOUT.as_secs() > LOCK_SECONDS as u64 && OPERATION_TIMEOUT.as_secs() < RESOLVE_FOR.as_secs()
+);
+
 /// Connection options out of a URL.
 pub(crate) fn options(url: &str) -> Result<MySqlConnectOptions, sqlx::Error> {
     MySqlConnectOptions::from_str(url)
@@ -643,4 +684,49 @@ async fn move_heads(connection: &mut MySqlConnection, heads: &[&Record]) -> Resu
         query.execute(&mut *connection).await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use test_support::databases::{Kind, Server};
+
+    use super::*;
+    use crate::backend::Backend as _;
+
+    /// A process that was cut off in the middle of a transaction, as the database sees it: the connection is there and nothing
+    /// comes. Others get the counter while they still look for it.
+    async fn silenced(kind: Kind) {
+        let server = test_support::require!(Server::start(kind).await.unwrap());
+        let options = options(&server.database().await.unwrap()).unwrap();
+        let silent = MySqlBackend::open(&options, "silent").await.unwrap();
+        let other = MySqlBackend::open(&options, "other").await.unwrap();
+        let mut held = silent.writer.acquire().await.unwrap();
+        MySqlDialect::run(&mut held, MySqlDialect::WRITE).await.unwrap();
+        MySqlDialect::state(&mut held, true).await.unwrap();
+        let look = async || other.committed(1).await.map_err(|error| format!("{error:?}"));
+        let committed = test_support::wait_until(look, RESOLVE_FOR, "the counter to be free").await.unwrap();
+        assert!(!committed);
+        // What it wrote is gone for good.
+        let late = MySqlDialect::run(&mut held, "COMMIT").await;
+        assert!(late.is_err(), "{late:?}");
+    }
+
+    #[tokio::test]
+    async fn a_silent_client_does_not_keep_the_counter_of_oceanbase() {
+        silenced(Kind::OceanBase).await;
+    }
+
+    #[tokio::test]
+    async fn a_silent_client_does_not_keep_the_counter_of_mariadb() {
+        silenced(Kind::MariaDb).await;
+    }
+
+    #[test]
+    fn oceanbase_waits_as_long_as_the_store_does() {
+        assert_eq!(
+            oceanbase(),
+            "SET SESSION ob_query_timeout = 20000000, ob_trx_timeout = 20000000, ob_trx_idle_timeout = 10000000, \
+             ob_trx_lock_timeout = 8000000"
+        );
+    }
 }

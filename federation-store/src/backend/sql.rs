@@ -61,6 +61,13 @@ pub(crate) trait Dialect: Sized + Send + Sync + 'static {
     /// Revisions looked at in one step of the sweep, which holds the counter: writes get in between.
     const REVISIONS_PER_SWEEP: u64;
 
+    /// What a connection needs that only looks at everything there is, for as long as that takes.
+    fn before_look(
+        _connection: &mut Connection<Self>,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send {
+        std::future::ready(Ok(()))
+    }
+
     /// A statement without parameters and rows.
     fn run(
         connection: &mut Connection<Self>,

@@ -129,12 +129,13 @@ impl lease_server::Lease for Lease {
         let store = &self.0.store;
         let row = self.0.row(id).await?;
         let header = Some(self.0.identity.header(store.revision()));
+        let at = self.0.notice(now());
         // One that has ended and is about to be removed is no more.
-        let Some(row) = row.filter(|row| self.0.end_of(row) > now()) else {
+        let Some(row) = row.filter(|row| self.0.end_of(row) > at) else {
             return Ok(Response::new(LeaseTimeToLiveResponse { header, id, ttl: -1, ..Default::default() }));
         };
         let keys = if keys { store.leased(id).await.map_err(errors::from_store)? } else { Vec::new() };
-        let left = (self.0.end_of(&row) - now()).max(0) / 1000;
+        let left = (self.0.end_of(&row) - at) / 1000;
         Ok(Response::new(LeaseTimeToLiveResponse { header, id, ttl: left, granted_ttl: row.ttl, keys }))
     }
 
@@ -183,7 +184,8 @@ impl Shared {
 
     async fn keep_alive(&self, id: i64) -> Result<LeaseKeepAliveResponse, Status> {
         let row = self.row(id).await?;
-        let ttl = match row.filter(|row| self.end_of(row) > now()) {
+        let at = self.notice(now());
+        let ttl = match row.filter(|row| self.end_of(row) > at) {
             Some(row) => {
                 let change = LeaseChange::KeepAlive { id, expires_at: end(row.ttl) };
                 match self.change_lease(change).await {
@@ -200,10 +202,8 @@ impl Shared {
 
     /// Revokes leases that have ended, for ever.
     pub(crate) async fn end_leases(&self) {
-        // The end of the last look; at first, when nobody knows whether any server was there for the clients.
-        let mut looked = None;
         loop {
-            let wait = match self.end_leases_once(&mut looked).await {
+            let wait = match self.end_leases_once().await {
                 Ok(wait) => wait,
                 Err(status) => {
                     tracing::warn!(%status, "failed to look for leases that have ended, will try again");
@@ -215,16 +215,15 @@ impl Shared {
     }
 
     /// How long until it is worth looking again.
-    async fn end_leases_once(&self, looked: &mut Option<i64>) -> Result<Duration, Status> {
+    async fn end_leases_once(&self) -> Result<Duration, Status> {
         // No lease is shorter than a look is apart from the next, so that those which are granted meanwhile are seen in
         // time.
         const { assert!(LOOK.as_secs() <= MIN_TTL as u64) };
         let next = now().saturating_add(milliseconds(LOOK));
         let rows = self.store.leases_ending_by(next).await.map_err(errors::from_store)?;
-        let at = now();
-        if looked.is_none_or(|looked| at - looked > milliseconds(LOOK + SILENCE)) {
-            self.recovered.store(at, Ordering::Relaxed);
-        }
+        let at = self.notice(now());
+        // Said before the leases are ended as after it: however long that takes, it is no silence.
+        self.looked.store(at, Ordering::Relaxed);
         let (ended, living): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| self.end_of(row) <= at);
         let next = living.iter().map(|row| self.end_of(row)).fold(next, i64::min);
         let revocations = ended.into_iter().map(|row| async move {
@@ -239,7 +238,7 @@ impl Shared {
         let outcomes: Vec<_> =
             futures::stream::iter(revocations).buffer_unordered(REVOCATIONS).collect().await;
         outcomes.into_iter().collect::<Result<(), Status>>()?;
-        *looked = Some(now());
+        self.looked.store(now(), Ordering::Relaxed);
         let wait = u64::try_from(next - at).unwrap_or(0);
         Ok(Duration::from_millis(wait).max(MIN_LOOK))
     }
@@ -262,6 +261,17 @@ impl Shared {
 
     async fn row(&self, id: i64) -> Result<Option<Row>, Status> {
         self.store.lease(id).await.map_err(errors::from_store)
+    }
+
+    /// Asked before it is decided whether a lease has ended, at this time, by the look for them as by a client who may come
+    /// before it: has so much time passed since the last look that nobody could keep a lease alive? A clock that was set
+    /// back makes what lies ahead of it no reason to let leases live on.
+    fn notice(&self, at: i64) -> i64 {
+        let away = at.saturating_sub(self.looked.load(Ordering::Relaxed)) > milliseconds(LOOK + SILENCE);
+        if away || at < self.recovered.load(Ordering::Relaxed) {
+            self.recovered.store(at, Ordering::Relaxed);
+        }
+        at
     }
 
     /// When a lease ends. After a time in which nobody could keep it alive it has its full life again, as etcd gives it
@@ -297,30 +307,71 @@ mod tests {
     use super::*;
     use crate::store::{Store, StoreConfig};
 
-    #[tokio::test]
-    async fn who_could_not_keep_a_lease_alive_gets_its_whole_life_again() {
-        let store = Store::open(StoreConfig::in_memory()).await.unwrap();
-        let shared = Shared {
-            store,
+    async fn shared() -> Shared {
+        Shared {
+            store: Store::open(StoreConfig::in_memory()).await.unwrap(),
             config: EtcdConfig::default(),
             identity: Identity::new(String::new(), Vec::new()),
             transactions: Transactions::default(),
             recovered: AtomicI64::new(0),
-        };
+            looked: AtomicI64::new(i64::MIN),
+        }
+    }
+
+    fn silence() -> i64 {
+        now() - milliseconds(LOOK + SILENCE) - 1
+    }
+
+    #[tokio::test]
+    async fn who_could_not_keep_a_lease_alive_gets_its_whole_life_again() {
+        let shared = shared().await;
         let row = Row { id: 7, ttl: 60, expires_at: now() - 1000 };
         assert!(shared.change_lease(LeaseChange::Grant(row)).await.is_ok());
         let alive = async || shared.store.lease(7).await.unwrap().is_some();
         // The first look, and one after a silence.
-        for mut looked in [None, Some(now() - milliseconds(LOOK + SILENCE) - 1)] {
+        for looked in [i64::MIN, silence()] {
             shared.recovered.store(0, Ordering::Relaxed);
-            shared.end_leases_once(&mut looked).await.unwrap();
-            assert!(alive().await && looked.is_some());
+            shared.looked.store(looked, Ordering::Relaxed);
+            shared.end_leases_once().await.unwrap();
+            assert!(alive().await && shared.looked.load(Ordering::Relaxed) > looked);
             let left = shared.end_of(&row) - now();
             assert!((50_000..=60_000).contains(&left), "{left}");
         }
         // Without one it ends.
         shared.recovered.store(0, Ordering::Relaxed);
-        shared.end_leases_once(&mut Some(now())).await.unwrap();
+        shared.looked.store(now(), Ordering::Relaxed);
+        shared.end_leases_once().await.unwrap();
         assert!(!alive().await);
+    }
+
+    #[tokio::test]
+    async fn who_comes_before_the_look_after_a_silence_keeps_its_lease() {
+        let shared = shared().await;
+        let row = Row { id: 7, ttl: 60, expires_at: now() - 1000 };
+        assert!(shared.change_lease(LeaseChange::Grant(row)).await.is_ok());
+        // A machine that was stopped, or whose clock was set forward: the client is back before the look is.
+        shared.looked.store(silence(), Ordering::Relaxed);
+        assert_eq!(shared.keep_alive(7).await.unwrap().ttl, 60);
+        assert!(shared.store.lease(7).await.unwrap().unwrap().expires_at > now() + 50_000);
+        // Nobody was away: the lease has ended, although it is still there.
+        let row = Row { id: 8, ..row };
+        assert!(shared.change_lease(LeaseChange::Grant(row)).await.is_ok());
+        shared.recovered.store(0, Ordering::Relaxed);
+        shared.looked.store(now(), Ordering::Relaxed);
+        assert_eq!(shared.keep_alive(8).await.unwrap().ttl, 0);
+    }
+
+    #[tokio::test]
+    async fn a_clock_that_was_set_back_does_not_keep_leases_alive() {
+        let shared = shared().await;
+        let hour = 3_600_000;
+        let row = Row { id: 7, ttl: 60, expires_at: now() + 60_000 };
+        for recovered in [now(), now() + hour] {
+            shared.recovered.store(recovered, Ordering::Relaxed);
+            shared.looked.store(recovered, Ordering::Relaxed);
+            let at = shared.notice(now());
+            let left = shared.end_of(&row) - at;
+            assert!((50_000..=60_000).contains(&left), "{left}");
+        }
     }
 }

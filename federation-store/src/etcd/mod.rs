@@ -94,6 +94,9 @@ pub(crate) struct Shared {
     transactions: Transactions,
     /// Since when leases can be kept alive again, in milliseconds since 1970.
     recovered: AtomicI64,
+    /// The end of the last look at leases that have ended, in the same; before the first one nobody knows whether any server
+    /// was there for the clients, and it is [`i64::MIN`].
+    looked: AtomicI64,
 }
 
 // === impl EtcdConfig ===
@@ -122,6 +125,7 @@ impl EtcdServer {
             identity,
             transactions: Transactions::default(),
             recovered: AtomicI64::new(lease::now()),
+            looked: AtomicI64::new(i64::MIN),
         });
         let leases = Arc::clone(&shared);
         let task = async move { leases.end_leases().await };

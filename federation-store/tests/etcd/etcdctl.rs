@@ -3,12 +3,15 @@
 use std::path::PathBuf;
 use std::process::Stdio;
 
+use federation_store::etcd::EtcdConfig;
 use serde_json::Value;
-use test_support::{require, tools};
+use test_support::process::Process;
+use test_support::{TestDir, require, tools, wait_until};
+use tls::{CertificateAuthority, ClientAuth, ServerTls};
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 
-use super::support::{Server, etcd, ours};
+use super::support::{DAY, LONG, Server, etcd, ours, ours_behind};
 
 /// One command a line; what stands behind `<` goes to its input, with `;` for the ends of lines.
 const SCRIPT: &str = r#"
@@ -167,13 +170,19 @@ fn words(line: &str) -> Vec<String> {
 
 /// What it prints, and its complaint.
 async fn run(etcdctl: &PathBuf, server: &Server, line: &str) -> String {
+    run_at(etcdctl, &["--endpoints".to_owned(), server.address().to_string()], line).await
+}
+
+/// The same with other flags that say where the server is.
+async fn run_at(etcdctl: &PathBuf, place: &[String], line: &str) -> String {
     let (line, input) = match line.split_once(" < ") {
         Some((line, input)) => (line, Some(input.replace(';', "\n"))),
         None => (line.trim_end_matches(" <"), line.ends_with(" <").then(String::new)),
     };
     let mut child = Command::new(etcdctl)
         .env("ETCDCTL_API", "3")
-        .args(["--endpoints", &server.address().to_string(), "-w", "json"])
+        .args(place)
+        .args(["-w", "json"])
         .args(words(line))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -258,4 +267,72 @@ async fn etcdctl_finds_the_endpoint_healthy() {
         let text = run(&etcdctl, &server, command).await;
         assert!(text.contains(part), "etcdctl {command}: {text}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn etcdctl_works_with_a_certificate_and_with_no_other() {
+    let etcdctl = require!(etcdctl());
+    let dir = TestDir::new("etcdctl-tls").unwrap();
+    let authority = CertificateAuthority::create("clients").unwrap();
+    let serving = authority.issue_server(&["127.0.0.1".to_owned()], DAY).unwrap();
+    let ca = authority.certificate_pem();
+    let server_tls =
+        ServerTls::from_pem(&serving.certificate_pem, &serving.key_pem, Some(ca), ClientAuth::Required)
+            .unwrap();
+    let server = ours_behind(EtcdConfig::default(), Some(&server_tls)).await;
+    let file = |name: &str, text: &str| {
+        let path = dir.join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let ca = file("ca.crt", ca);
+    let place = |rest: &[String]| {
+        let mut place = vec!["--endpoints".to_owned(), server.url.clone(), "--cacert".to_owned(), ca.clone()];
+        place.extend_from_slice(rest);
+        place
+    };
+    let known_by = |authority: &CertificateAuthority, name: &str| {
+        let issued = authority.issue_client(name, &[], DAY).unwrap();
+        let certificate = file(&format!("{name}.crt"), &issued.certificate_pem);
+        let key = file(&format!("{name}.key"), &issued.key_pem);
+        place(&["--cert".to_owned(), certificate, "--key".to_owned(), key])
+    };
+    let known = known_by(&authority, "operator");
+
+    // From the first write on, whenever it begins.
+    let mut watch = Command::new(&etcdctl);
+    watch.env("ETCDCTL_API", "3").args(&known).args(["watch", "w/", "--prefix", "--rev", "2"]);
+    let watch = Process::spawn("etcdctl watch", watch, &dir.join("watch.log")).unwrap();
+    for (command, part) in [
+        ("put w/1 one", "\"revision\":2"),
+        ("put w/1 two --prev-kv", "\"value\":\"b25l\""),
+        ("txn < mod(\"w/1\") = \"3\";;del w/1;;get w/1;;", "\"succeeded\":true"),
+        ("txn < mod(\"w/1\") = \"3\";;put w/1 no;;get w/1;;", "\"header\""),
+        ("lease grant 100", "\"TTL\":100"),
+        ("lease list", "{"),
+        ("endpoint status", "\"version\":\"3."),
+        ("endpoint health", "\"health\":true"),
+    ] {
+        let text = run_at(&etcdctl, &known, command).await;
+        assert!(text.contains(part) && !text.contains("Error:"), "etcdctl {command}: {text}");
+    }
+    let told = ["PUT", "w/1", "one", "PUT", "w/1", "two", "DELETE", "w/1"];
+    let seen = async || {
+        // The value of a key that is gone is an empty line.
+        let lines: Vec<String> = watch.lines().into_iter().filter(|line| !line.is_empty()).collect();
+        if lines == told { Ok(()) } else { Err(format!("{lines:?}")) }
+    };
+    wait_until(seen, LONG, "the watch to tell all").await.unwrap();
+    let text = run_at(&etcdctl, &known, "compaction 2").await;
+    assert!(text.contains("compacted revision 2"), "{text}");
+
+    let revision = server.store.as_ref().unwrap().revision();
+    let strangers = CertificateAuthority::create("others").unwrap();
+    for unknown in [place(&[]), known_by(&strangers, "stranger")] {
+        let text = run_at(&etcdctl, &unknown, "--command-timeout=2s put w/2 no").await;
+        assert!(text.contains("Error"), "{text}");
+    }
+    assert_eq!(server.store.as_ref().unwrap().revision(), revision);
+    let text = run_at(&etcdctl, &known, "get w/ --prefix").await;
+    assert!(text.contains("\"header\"") && !text.contains("Error:"), "{text}");
 }

@@ -199,6 +199,11 @@ async fn a_stock_kube_apiserver_runs_on_mysql() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_stock_kube_apiserver_runs_on_oceanbase() {
+    runs_on(Kind::OceanBase).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stock_kube_apiserver_runs_on_postgresql() {
     runs_on(Kind::Postgres).await;
 }

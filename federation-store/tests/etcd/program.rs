@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Output;
-use std::time::Duration;
 
 use proto::etcd::etcdserverpb::{PutRequest, RangeRequest, kv_client::KvClient};
 use test_support::process::Process;
@@ -14,9 +13,7 @@ use tokio::net::TcpStream;
 use tokio::process::Command;
 use tonic::transport::Endpoint;
 
-use super::support::LONG;
-
-const DAY: Duration = Duration::from_secs(86_400);
+use super::support::{DAY, LONG};
 
 fn program(dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cellway-store"));

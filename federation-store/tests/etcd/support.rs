@@ -15,11 +15,15 @@ use proto::etcd::mvccpb;
 use service::drain::{self, DrainSignal};
 use test_support::process::Process;
 use test_support::{TestDir, free_port, tools, wait_until};
+use tls::ServerTls;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
+
+/// How long a certificate of a test is good.
+pub(crate) const DAY: Duration = Duration::from_secs(86_400);
 
 /// Long enough for a loaded machine; a test that gets here has failed.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
@@ -62,13 +66,19 @@ pub(crate) async fn ours() -> Server {
 }
 
 pub(crate) async fn ours_with(config: EtcdConfig) -> Server {
+    ours_behind(config, None).await
+}
+
+/// Our server, with `tls` on an https URL.
+pub(crate) async fn ours_behind(config: EtcdConfig, tls: Option<&ServerTls>) -> Server {
     let dir = TestDir::new("etcd").unwrap();
     let config_of_store =
         StoreConfig { compaction: Compaction::Manual, ..StoreConfig::new(dir.join("store.db")) };
     let store = Store::open(config_of_store).await.unwrap();
     let server = EtcdServer::new(store.clone(), config);
-    let url: ListenUrl = "http://127.0.0.1:0".parse().unwrap();
-    let listener = Listener::bind(&url, None).await.unwrap();
+    let url = if tls.is_some() { "https://127.0.0.1:0" } else { "http://127.0.0.1:0" };
+    let url: ListenUrl = url.parse().unwrap();
+    let listener = Listener::bind(&url, tls).await.unwrap();
     let url = listener.url();
     let (drain, watch) = drain::channel();
     let mut tasks = JoinSet::new();

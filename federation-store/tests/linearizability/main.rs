@@ -287,6 +287,11 @@ fn mysql_replicas_are_one_store() {
     on_server(Kind::MySql);
 }
 
+#[test]
+fn oceanbase_replicas_are_one_store() {
+    on_server(Kind::OceanBase);
+}
+
 /// Writes at a modest pace, so that waiting for the machine is not what is measured, and nothing is killed. On a machine
 /// that is busy with others a few may come late all the same: there the median has to do.
 fn prompt(runtime: &tokio::runtime::Runtime, url: &str) {
@@ -323,4 +328,9 @@ fn events_reach_other_replicas_promptly_on_mariadb() {
 #[test]
 fn events_reach_other_replicas_promptly_on_mysql() {
     prompt_on_server(Kind::MySql);
+}
+
+#[test]
+fn events_reach_other_replicas_promptly_on_oceanbase() {
+    prompt_on_server(Kind::OceanBase);
 }

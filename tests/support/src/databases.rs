@@ -2,7 +2,8 @@
 //! test that owns them.
 //!
 //! What is missing is installed with apt when the test is root on a Debian system; else the reason names the package.
-//! Debian's releases have no MySQL: one joins where `CELLWAY_MYSQLD` names its server program.
+//! Debian's releases have neither MySQL nor OceanBase: they join where `CELLWAY_MYSQLD` and `CELLWAY_SEEKDB` name their server
+//! programs. seekdb is OceanBase's SQL and storage in one process without a cluster, as the Python package `pylibseekdb` has it.
 
 use std::fs::{File, Permissions};
 use std::os::unix::fs::{PermissionsExt as _, chown};
@@ -25,6 +26,15 @@ const START: Duration = Duration::from_secs(120);
 /// Names the `mysqld` to test with.
 const MYSQLD: &str = "CELLWAY_MYSQLD";
 
+/// Names the `seekdb` to test with.
+const SEEKDB: &str = "CELLWAY_SEEKDB";
+
+/// What gives the stores their user in MySQL and its kin.
+const ACCESS: [&str; 2] = [
+    "CREATE USER IF NOT EXISTS 'cellway'@'%' IDENTIFIED BY 'secret'",
+    "GRANT ALL ON `test\\_%`.* TO 'cellway'@'%'",
+];
+
 /// Which server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -32,6 +42,8 @@ pub enum Kind {
     MariaDb,
     /// MySQL 8.4 or newer, for `mysql://`.
     MySql,
+    /// OceanBase's seekdb, for `mysql://`.
+    OceanBase,
     /// PostgreSQL, for `postgres://`.
     Postgres,
 }
@@ -43,7 +55,7 @@ pub struct Server {
     /// Where its data is; elsewhere than in `folder` when the test said so.
     data: PathBuf,
     port: u16,
-    /// The folder of its programs; for MySQL the one program.
+    /// The folder of its programs; for MySQL and OceanBase the one program.
     programs: PathBuf,
     user: Option<u32>,
     arguments: Vec<String>,
@@ -72,6 +84,11 @@ impl Server {
         };
         let folder = TestDir::new("database")?;
         let data = data.map_or_else(|| folder.join("data"), Path::to_owned);
+        // OceanBase, when it starts again, takes a log with this anywhere in its path, as `tempfile::tempdir` has it, for
+        // rubbish to remove, and fails.
+        if kind == Kind::OceanBase && data.display().to_string().contains(".tmp") {
+            bail!("OceanBase does not start on data under a name with .tmp: {}", data.display());
+        }
         std::fs::create_dir_all(&data).with_context(|| format!("cannot make {}", data.display()))?;
         // PostgreSQL refuses to run as root.
         let root = rustix::process::geteuid().is_root();
@@ -102,7 +119,7 @@ impl Server {
     pub async fn database(&self) -> Result<String> {
         let name = format!("test_{}", self.databases.fetch_add(1, Ordering::Relaxed));
         match self.kind {
-            Kind::MariaDb | Kind::MySql => {
+            Kind::MariaDb | Kind::MySql | Kind::OceanBase => {
                 self.run(&format!("CREATE DATABASE {name}")).await?;
                 Ok(self.url_through(&name, self.port))
             }
@@ -132,7 +149,7 @@ impl Server {
     /// Runs one statement as the administrator.
     pub async fn run(&self, statement: &str) -> Result<String> {
         let mut command = match self.kind {
-            Kind::MariaDb | Kind::MySql => {
+            Kind::MariaDb | Kind::MySql | Kind::OceanBase => {
                 let mut command = Command::new("mariadb");
                 command.args([
                     "--no-defaults",
@@ -142,7 +159,7 @@ impl Server {
                     "-e",
                     statement,
                 ]);
-                command.arg(format!("--socket={}", self.folder.join("socket").display()));
+                command.arg(format!("--socket={}", self.socket().display()));
                 command
             }
             Kind::Postgres => {
@@ -177,7 +194,7 @@ impl Server {
     pub async fn stop(&mut self) -> Result<()> {
         if let Some(mut process) = self.process.take() {
             match self.kind {
-                Kind::MariaDb | Kind::MySql => process.terminate()?,
+                Kind::MariaDb | Kind::MySql | Kind::OceanBase => process.terminate()?,
                 // "Fast": SIGTERM would wait for the clients to go.
                 Kind::Postgres => process.interrupt()?,
             }
@@ -194,11 +211,18 @@ impl Server {
         loop {
             let (command, ready) = self.command()?;
             let mut process = Process::spawn("database", command, &log)?;
+            let this = &*self;
             let serves = wait_until(
                 || {
-                    let serves = process.lines().iter().any(|line| line.contains(ready));
+                    let said = ready.map(|ready| process.lines().iter().any(|line| line.contains(ready)));
                     let ended = process.ended().is_ok_and(|status| status.is_some());
-                    async move { if serves || ended { Ok(serves) } else { Err("it is still starting") } }
+                    async move {
+                        let serves = match said {
+                            Some(said) => said,
+                            None => !ended && this.lets_the_stores_in().await,
+                        };
+                        if serves || ended { Ok(serves) } else { Err("it is still starting") }
+                    }
                 },
                 START,
                 format_args!("the database server to start, see {}", log.display()),
@@ -215,17 +239,31 @@ impl Server {
         }
     }
 
-    /// How the server is started, and what it prints when it serves.
-    fn command(&self) -> Result<(Command, &'static str)> {
+    /// Whether a server that takes no file of statements for its start has taken those.
+    async fn lets_the_stores_in(&self) -> bool {
+        for statement in ACCESS {
+            if self.run(statement).await.is_err() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Where its administrator connects to MySQL and its kin.
+    fn socket(&self) -> PathBuf {
+        match self.kind {
+            Kind::OceanBase => self.data.join("run/sql.sock"),
+            Kind::MariaDb | Kind::MySql | Kind::Postgres => self.folder.join("socket"),
+        }
+    }
+
+    /// How the server is started, and what it prints when it serves; `None` when it says nothing.
+    fn command(&self) -> Result<(Command, Option<&'static str>)> {
         let data = self.data.display();
         let (mut command, ready) = match self.kind {
             Kind::MariaDb | Kind::MySql => {
                 let init = self.folder.join("init.sql");
-                std::fs::write(
-                    &init,
-                    "CREATE USER IF NOT EXISTS 'cellway'@'%' IDENTIFIED BY 'secret';\n\
-                     GRANT ALL ON `test\\_%`.* TO 'cellway'@'%';\n",
-                )?;
+                std::fs::write(&init, format!("{};\n", ACCESS.join(";\n")))?;
                 let mysql = self.kind == Kind::MySql;
                 let program = if mysql { self.programs.clone() } else { self.programs.join("mariadbd") };
                 let mut command = Command::new(program);
@@ -244,7 +282,7 @@ impl Server {
                 ]);
                 command.arg(format!("--datadir={data}"));
                 command.arg(format!("--port={}", self.port));
-                command.arg(format!("--socket={}", self.folder.join("socket").display()));
+                command.arg(format!("--socket={}", self.socket().display()));
                 command.arg(format!("--pid-file={}", self.folder.join("pid").display()));
                 command.arg(format!("--init-file={}", init.display()));
                 if mysql {
@@ -254,14 +292,25 @@ impl Server {
                 if rustix::process::geteuid().is_root() {
                     command.arg("--user=root");
                 }
-                (command, "ready for connections")
+                (command, Some("ready for connections"))
+            }
+            Kind::OceanBase => {
+                let mut command = Command::new(&self.programs);
+                command.args(["--nodaemon", "--log-level=WARN"]);
+                command.arg(format!("--base-dir={data}"));
+                command.arg(format!("--port={}", self.port));
+                // Otherwise it takes for itself what the machine has.
+                for parameter in ["datafile_size=512M", "log_disk_size=2G", "cpu_count=2"] {
+                    command.args(["--parameter", parameter]);
+                }
+                (command, None)
             }
             Kind::Postgres => {
                 let mut command = Command::new(self.programs.join("postgres"));
                 command.arg("-D").arg(&self.data).arg("-p").arg(self.port.to_string());
                 command.args(["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]);
                 command.args(["-c", "max_connections=200"]);
-                (command, "ready to accept connections")
+                (command, Some("ready to accept connections"))
             }
         };
         command.args(&self.arguments);
@@ -298,6 +347,8 @@ impl Server {
                 }
                 command
             }
+            // It does that itself when it finds nothing.
+            Kind::OceanBase => return Ok(()),
             Kind::Postgres => {
                 let password = self.folder.join("password");
                 std::fs::write(&password, "secret\n")?;
@@ -328,7 +379,9 @@ impl Server {
 
     fn url_through(&self, name: &str, port: u16) -> String {
         match self.kind {
-            Kind::MariaDb | Kind::MySql => format!("mysql://cellway:secret@127.0.0.1:{port}/{name}"),
+            Kind::MariaDb | Kind::MySql | Kind::OceanBase => {
+                format!("mysql://cellway:secret@127.0.0.1:{port}/{name}")
+            }
             Kind::Postgres => {
                 format!("postgres://cellway:secret@127.0.0.1:{port}/postgres?options=-csearch_path%3D{name}")
             }
@@ -375,6 +428,14 @@ fn programs(kind: Kind) -> Result<PathBuf, Missing> {
             programs(Kind::MariaDb)?;
             return std::env::var_os(MYSQLD).map(PathBuf::from).ok_or_else(|| {
                 Missing::new(format!("{MYSQLD} does not name a MySQL server program (mysqld 8.4 or newer)"))
+            });
+        }
+        Kind::OceanBase => {
+            programs(Kind::MariaDb)?;
+            return std::env::var_os(SEEKDB).map(PathBuf::from).ok_or_else(|| {
+                Missing::new(format!(
+                    "{SEEKDB} does not name an OceanBase server program (the seekdb in the Python package pylibseekdb)"
+                ))
             });
         }
         Kind::Postgres => ("postgresql", "postgresql-client", postgres),

@@ -1,12 +1,15 @@
 //! What tests share: waiting on a predicate, child programs that never outlive their test, network namespaces, a relay
-//! that impairs what passes through it, stock servers, and finding the tools that a test drives.
+//! that impairs what passes through it, an egress proxy, a KMS plug-in, stock servers, searching files, and finding the tools that a test drives.
 //!
 //! Nothing here knows cellway's protocols, so that every crate's tests can use it.
 
 pub mod databases;
+pub mod egress;
+pub mod kms;
 pub mod netns;
 pub mod process;
 pub mod relay;
+mod search;
 pub mod stock;
 pub mod stream;
 pub mod tools;
@@ -18,6 +21,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use self::search::files_with;
 pub use self::wait::{TimedOut, wait_for, wait_until};
 
 /// A port of the loopback that was free for TCP and UDP a moment ago. Prefer binding port 0 and reading the port back;
