@@ -57,7 +57,7 @@ pub struct Config {
     pub store: Option<Location>,
     /// When the store's history goes.
     pub compaction: Compaction,
-    /// How long events are kept after they were last seen.
+    /// How long events are kept after their last write.
     pub event_ttl: std::time::Duration,
     /// Keep the data in memory only; certificates are still written.
     pub in_memory: bool,

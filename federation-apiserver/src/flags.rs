@@ -25,7 +25,7 @@ pub struct ApiFlags {
     /// kube-apiserver's name, --etcd-compaction-interval.
     #[arg(long, value_name = "DURATION", alias = "etcd-compaction-interval")]
     pub store_compaction_interval: Option<GoDuration>,
-    /// How long events are kept after they were last seen.
+    /// How long events are kept after their last write.
     #[arg(long, value_name = "DURATION", default_value = "1h")]
     pub event_ttl: GoDuration,
     /// How long to go on serving, but not ready, after being told to stop: until load balancers have noticed.

@@ -1,4 +1,5 @@
-//! Bodies of fuzz targets for what clients of the API send: each asserts what must hold for any input.
+//! Bodies of fuzz targets for what clients of the API send, and for what webhooks, key plug-ins and an OpenID Connect issuer
+//! answer: each asserts what must hold for any input.
 //!
 //! A target that needs two documents takes the first line of its input as one and the rest as the other.
 
@@ -6,20 +7,26 @@ use std::sync::LazyLock;
 
 use futures::FutureExt as _;
 use http::{HeaderMap, HeaderName, HeaderValue};
+use proto::kms::v2::{DecryptResponse, EncryptResponse, StatusResponse};
 use serde_json::{Value, json};
 
+use crate::admission::review;
 use crate::apply::{self, FieldSet, OneVersion, Writer};
+use crate::auth::oidc::{self, OidcConfig};
 use crate::auth::tokens::TokenFile;
 use crate::auth::{Authenticator, UserInfo, impersonation};
 use crate::config::Role;
+use crate::crd::conversion;
+use crate::encryption::{grpc, kms};
 use crate::http::{body, negotiate, path};
 use crate::rbac::Index;
 use crate::registry::resource::Resource;
 use crate::registry::selectors::{FieldSelector, LabelSelector};
-use crate::registry::{builtin, meta, read, strategy, to_stored};
+use crate::registry::{builtin, cache, meta, read, strategy, to_stored};
 use crate::schema::{defaults, validate};
 use crate::value::{equal, str_at};
-use crate::{crd, patch, table};
+use crate::webhook::{Bound, client};
+use crate::{crd, gc, patch, table};
 
 /// The kinds of a member, which are those of a hub and workloads.
 static KINDS: LazyLock<Vec<Resource>> = LazyLock::new(|| builtin::resources(Role::Member));
@@ -74,6 +81,35 @@ pub fn url(input: &[u8]) {
     if let Ok(query) = path::Query::parse(query) {
         let _ = (query.flag("watch"), query.number("limit"), query.all("fieldSelector"));
     }
+}
+
+/// Reads `input` as a key of the store, and its first line as a path: the key of an object says where it belongs, whatever the
+/// object and its namespace are called.
+pub fn storage_key(input: &[u8]) {
+    if let Some((group, plural, _, name)) = gc::split_key(input) {
+        let prefix = format!("/registry/{group}/{plural}/");
+        assert_eq!(cache::kind_prefix(input), Some(prefix.as_bytes()));
+        assert!(!name.contains('/'), "{name:?}");
+    }
+    let (own, _) = two(input);
+    let own = std::str::from_utf8(own).ok().and_then(|own| path::parse(own).ok());
+    let Some(path::Path::Resource(own)) =
+        own.filter(|own| matches!(own, path::Path::Resource(own) if !own.name.is_empty()))
+    else {
+        return;
+    };
+    let resource = Resource {
+        group: own.group.clone(),
+        plural: own.plural.clone(),
+        namespaced: !own.namespace.is_empty(),
+        ..kind_of(&Value::Null).clone()
+    };
+    let key = resource.key(&own.namespace, &own.name);
+    assert!(key.starts_with(&resource.prefix(&own.namespace)), "{key}");
+    assert_eq!(cache::kind_prefix(key.as_bytes()), Some(resource.prefix("").as_bytes()), "{key}");
+    let (group, plural, namespace, name) = gc::split_key(key.as_bytes()).expect("a key of ours");
+    assert_eq!((&plural, &namespace, &name), (&own.plural, &own.namespace, &own.name), "{key}");
+    assert!(group == own.group || group == "core", "{key}");
 }
 
 /// Reads the lines of `input` as header fields: nobody becomes a user without the token, or somebody else without
@@ -281,5 +317,135 @@ pub fn jsonpath(input: &[u8]) {
         let table = table::of_objects(&resource, std::slice::from_ref(&object), "", true, None);
         let cells = table["rows"][0]["cells"].as_array().map(Vec::len);
         assert_eq!(cells, table["columnDefinitions"].as_array().map(Vec::len));
+    }
+}
+
+/// Reads the first line of `input` as a token, the second as the issuer's discovery document and the rest as its keys:
+/// whoever the token is of has the issuer's mark, and without keys it is nobody's.
+pub fn id_token(input: &[u8]) {
+    const ISSUER: &str = "https://issuer.test";
+    static RULES: LazyLock<Option<oidc::Rules>> = LazyLock::new(|| {
+        oidc::Rules::new(OidcConfig {
+            issuer_url: ISSUER.into(),
+            client_id: "hub".into(),
+            groups_claim: "groups".into(),
+            groups_prefix: "oidc:".into(),
+            signing_algs: vec!["RS256".into(), "ES256".into()],
+            ..OidcConfig::default()
+        })
+        .ok()
+    });
+
+    let rules = RULES.as_ref().expect("the flags above can be used");
+    let (token, answers) = two(input);
+    let (document, keys) = two(answers);
+    let _ = oidc::keys_url(ISSUER, document);
+    let Ok(token) = std::str::from_utf8(token) else { return };
+    let keys = oidc::keys(keys).unwrap_or_default();
+    let header = rules.header(token);
+    // Nobody asks about tokens of others.
+    if !rules.claims(token) {
+        return;
+    }
+    let Ok(header) = header else { return };
+    let Some(key) = oidc::find_key(&header, &keys) else { return };
+    assert!(!keys.keys.is_empty());
+    if let Ok(user) = rules.verify(token, &header, &key) {
+        assert!(
+            user.name.len() > ISSUER.len() + 1 && user.name.starts_with("https://issuer.test#"),
+            "{user:?}"
+        );
+        assert!(user.groups.iter().all(|group| group.starts_with("oidc:")), "{user:?}");
+    }
+}
+
+/// Reads the first line of `input` as the code of an admission webhook's answer and the rest as its body: it is an answer to
+/// what was asked, a refusal is one to the client too, and a patch leaves an object that can be stored.
+pub fn admission_answer(input: &[u8]) {
+    const UID: &str = "705ab4f5-6393-11e8-b7cc-42010a800002";
+
+    let (code, body) = two(input);
+    let code = std::str::from_utf8(code).ok().and_then(|code| code.parse().ok()).unwrap_or(200);
+    let answer = match client::answer(code, body, Bound::VERDICT) {
+        Ok(answer) => answer,
+        Err(error) => {
+            assert!(error.to_string().len() <= 32 * (body.len() + 64), "an error tells the start only");
+            return;
+        }
+    };
+    let object = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "a", "namespace": "b"},
+        "data": {"k": "v"}});
+    for (version, mutating) in [("v1", true), ("v1", false), ("v1beta1", true), ("v1beta1", false)] {
+        if review::check_version(&answer, version).is_err() {
+            continue;
+        }
+        let Ok(found) = review::verify(&answer, version, UID, mutating) else { continue };
+        if version == "v1" {
+            assert_eq!(str_at(&answer, &["response", "uid"]), UID, "an answer to another question");
+            assert!(mutating || found.patch.is_empty(), "who validates may not change");
+        }
+        if !found.allowed {
+            let denial = review::denial("hook.example.com", &found.status);
+            assert!(denial.code() >= 400 && denial.message().contains("hook.example.com"), "{denial:?}");
+        }
+        if let Some(changes) = json_of(&found.patch)
+            && let Ok(patched) = patch::json_patch(&object, &changes)
+            && patched.is_object()
+        {
+            stores(kind_of(&object), &patched);
+        }
+    }
+}
+
+/// Reads `input` as what a conversion webhook answers for two objects: they are the same objects afterwards, in the version
+/// that was asked for.
+pub fn conversion_answer(input: &[u8]) {
+    const UID: &str = "705ab4f5-6393-11e8-b7cc-42010a800002";
+
+    let Ok(answer) = client::answer(200, input, Bound::OBJECTS) else { return };
+    let object = |version: &str, name: &str| {
+        json!({"apiVersion": format!("example.com/{version}"), "kind": "Shop", "spec": {"size": 1},
+            "metadata": {"name": name, "namespace": "b", "uid": "u", "generation": 3, "labels": {"k": "v"}}})
+    };
+    let sent = [object("v1", "one"), object("v2", "two"), object("v1", "three")];
+    for review in conversion::REVIEWS {
+        let mut objects = sent.clone();
+        let adopted = conversion::adopt(&answer, (review, UID), &mut objects, &[0, 2], "example.com/v2");
+        assert_eq!(objects[1], sent[1], "nobody asked about this one");
+        if adopted.is_err() {
+            continue;
+        }
+        for (mut new, mut old) in objects.into_iter().zip(sent.clone()) {
+            assert_eq!((&new["apiVersion"], &new["kind"]), (&json!("example.com/v2"), &json!("Shop")));
+            assert!(serde_json::to_vec(&new).is_ok());
+            for metadata in [&mut new["metadata"], &mut old["metadata"]] {
+                let fields = metadata.as_object_mut().expect("metadata is an object");
+                fields.remove("labels");
+                fields.remove("annotations");
+            }
+            assert_eq!(new["metadata"], old["metadata"], "labels and annotations may change");
+        }
+    }
+}
+
+/// Reads `input` as each answer of a KMS plug-in: what is stored beside every object stays small, and is not the seed.
+pub fn kms_answer(input: &[u8]) {
+    const SEED: [u8; 32] = [7; 32];
+
+    if let Ok(answer) = grpc::message_of::<StatusResponse>(input)
+        && kms::check_key_id(&answer.key_id).is_ok()
+    {
+        assert!((1..=1024).contains(&answer.key_id.len()));
+    }
+    if let Ok(answer) = grpc::message_of::<EncryptResponse>(input)
+        && kms::check_sealed(&answer, &SEED).is_ok()
+    {
+        assert!((1..=1024).contains(&answer.key_id.len()));
+        assert!((1..=32 << 10).contains(&answer.ciphertext.len()) && answer.ciphertext != SEED[..]);
+    }
+    if let Ok(answer) = grpc::message_of::<DecryptResponse>(input)
+        && let Ok(seed) = kms::opened(&answer)
+    {
+        assert_eq!(answer.plaintext, seed[..]);
     }
 }

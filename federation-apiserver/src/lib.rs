@@ -30,7 +30,6 @@ mod client;
 mod config;
 mod crd;
 mod discovery;
-mod duration;
 mod encryption;
 mod fairness;
 mod flags;
@@ -72,7 +71,7 @@ pub use server::{ApiServer, BindError, Bound};
 #[doc(hidden)]
 pub mod fuzzing {
     pub use crate::fuzz::{
-        apply, continue_token, crd, headers, json, json_patch, jsonpath, merge_patch, object, protobuf,
-        selectors, url, yaml,
+        admission_answer, apply, continue_token, conversion_answer, crd, headers, id_token, json, json_patch,
+        jsonpath, kms_answer, merge_patch, object, protobuf, selectors, storage_key, url, yaml,
     };
 }

@@ -33,7 +33,7 @@ use crate::fairness::{Places, Room};
 use crate::followed::Followed;
 use crate::health::{self, Database};
 use crate::http::metrics::Metrics;
-use crate::http::{App, ClientAddr};
+use crate::http::{App, ClientAddr, Mount};
 use crate::registry::resource::split_api_version;
 use crate::registry::write::WriteOptions;
 use crate::registry::{Registry, services};
@@ -110,7 +110,7 @@ pub struct Bound {
     authenticator: Authenticator,
     audit: Option<Audit>,
     audit_writer: Option<AuditWriter>,
-    mounts: Vec<(String, Router)>,
+    mounts: Vec<Mount>,
 }
 
 // === impl ApiServer ===
@@ -163,7 +163,11 @@ impl ApiServer {
                 (Some(Audit { policy, sink }), Some(writer))
             }
         };
-        let mounts = vec![(upkeep::PATH.to_owned(), upkeep::router(registry.clone()))];
+        let mounts = vec![Mount {
+            prefix: upkeep::PATH.to_owned(),
+            router: upkeep::router(registry.clone()),
+            right_to: None,
+        }];
         Ok(Bound {
             listener,
             address,
@@ -222,8 +226,18 @@ impl Bound {
     /// impersonated, with the user as [`crate::UserInfo`] in their extensions and without credentials; the router
     /// decides itself what the user may do. Paths are not stripped.
     pub fn mount(&mut self, prefix: &str, router: Router) {
-        self.mounts.push((prefix.trim_end_matches('/').to_owned(), router));
-        self.mounts.sort_by_key(|(p, _)| std::cmp::Reverse(p.len()));
+        self.mount_as(prefix, router, None);
+    }
+
+    /// As [`Bound::mount`], for those who may: whoever sends a request needs the right (RBAC's `nonResourceURLs`) to the path
+    /// that `right_to` makes of the request's, with its method as the verb. Others are refused before the router has it.
+    pub fn mount_guarded(&mut self, prefix: &str, router: Router, right_to: fn(&str) -> String) {
+        self.mount_as(prefix, router, Some(right_to));
+    }
+
+    fn mount_as(&mut self, prefix: &str, router: Router, right_to: Option<fn(&str) -> String>) {
+        self.mounts.push(Mount { prefix: prefix.trim_end_matches('/').to_owned(), router, right_to });
+        self.mounts.sort_by_key(|mount| std::cmp::Reverse(mount.prefix.len()));
     }
 
     /// An in-process client with the server's own rights.

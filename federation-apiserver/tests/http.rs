@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Server, identity};
-use federation_apiserver::{Config, Role, UserInfo};
+use federation_apiserver::{Bound, Config, Role, UserInfo};
 use serde_json::{Value, json};
 
 const CM: &str = "/api/v1/namespaces/default/configmaps";
@@ -503,6 +503,47 @@ async fn mounted_routers_see_the_user_and_no_credentials() {
     let answer = server.send("GET", "/cellway/v1/whoami", &headers, String::new()).await;
     assert_eq!(answer.text, "jo false");
     assert_eq!(server.anonymous("GET", "/cellway/v1/whoami", &[]).await.code, 401);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_guarded_router_is_reached_with_the_right_to_it_only() {
+    const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1";
+    let right_to = |path: &str| format!("/doors/{}/", path.split('/').nth(2).unwrap_or_default());
+    // It would answer everybody, whatever is asked for.
+    let router = axum::Router::new().fallback(|| async { "open" });
+    let mount = |bound: &mut Bound| bound.mount_guarded("/doors", router, right_to);
+    let server = Server::start(Role::Hub, |_| {}, mount).await;
+    let jo = async |method: &str, path: &str| {
+        server.send(method, path, &[("impersonate-user", "jo")], String::new()).await
+    };
+    for path in ["/doors/one/x", "/doors/two", "/doors", "/doors/"] {
+        assert_eq!(jo("GET", path).await.code, 403, "{path}");
+        assert_eq!(server.get(path).await.text, "open", "{path}");
+    }
+    assert_eq!(
+        jo("DELETE", "/doors/one/x?y=z").await.body["message"],
+        "forbidden: User \"jo\" cannot delete path \"/doors/one/\""
+    );
+    assert_eq!(server.anonymous("GET", "/doors/one", &[]).await.code, 401);
+
+    let rules = json!([{"nonResourceURLs": ["/doors/one/*"], "verbs": ["get"]}]);
+    let role = json!({"metadata": {"name": "one"}, "rules": rules});
+    let bound = json!({"metadata": {"name": "one"}, "roleRef": {"kind": "ClusterRole", "name": "one"},
+        "subjects": [{"kind": "User", "name": "jo"}]});
+    for (kind, object) in [("clusterroles", role), ("clusterrolebindings", bound)] {
+        assert_eq!(server.call("POST", &format!("{RBAC}/{kind}"), Some(&object)).await.code, 201);
+    }
+    let deadline = tokio::time::Instant::now() + common::LIMIT;
+    // The index of roles follows the store.
+    while jo("GET", "/doors/one/x").await.text != "open" {
+        assert!(tokio::time::Instant::now() < deadline);
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(jo("GET", "/doors/one").await.text, "open", "all of it is one right");
+    for (method, path) in [("GET", "/doors/ones/x"), ("GET", "/doors/two/x"), ("POST", "/doors/one/x")] {
+        assert_eq!(jo(method, path).await.code, 403, "{method} {path}");
+    }
     server.stop().await;
 }
 

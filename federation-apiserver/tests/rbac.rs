@@ -31,8 +31,12 @@ async fn made(server: &Server, path: &str, body: Value) {
 
 /// Asks whether jo may, until the answer is the expected one: the index follows the store.
 async fn until_allowed(server: &Server, verb: &str, group: &str, resource: &str, namespace: &str) {
-    let review = json!({"spec": {"user": "jo", "groups": ["dev"], "resourceAttributes":
-        {"verb": verb, "group": group, "resource": resource, "namespace": namespace}}});
+    let asked = json!({"verb": verb, "group": group, "resource": resource, "namespace": namespace});
+    until_allowed_so(server, asked).await;
+}
+
+async fn until_allowed_so(server: &Server, asked: Value) {
+    let review = json!({"spec": {"user": "jo", "groups": ["dev"], "resourceAttributes": asked}});
     let deadline = tokio::time::Instant::now() + common::LIMIT;
     loop {
         let answer = server.call("POST", &format!("{SAR}/subjectaccessreviews"), Some(&review)).await;
@@ -280,7 +284,10 @@ async fn a_labelled_role_shows_its_own_and_gives_nothing_else_away() {
     red["metadata"]["labels"] = json!({"rbac.authorization.k8s.io/aggregate-to-view": "true"});
     made(&server, &format!("{RBAC}/clusterroles"), red).await;
     made(&server, &format!("{RBAC}/clusterrolebindings"), binding("red", "ClusterRole", "red")).await;
-    until_allowed(&server, "list", "", "configmaps", "default").await;
+    let labels = json!({"requirements": [{"key": "tenant", "operator": "In", "values": ["red"]}]});
+    let asked =
+        json!({"verb": "list", "resource": "configmaps", "namespace": "default", "labelSelector": labels});
+    until_allowed_so(&server, asked).await;
 
     let names = |answer: &Answer| -> Vec<String> {
         let items = answer.body["items"].as_array().cloned().unwrap_or_default();

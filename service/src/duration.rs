@@ -1,4 +1,5 @@
-//! Go's duration syntax (`1h0m0s`, `1.5h`, `300ms`), because Kubernetes' flags are written in it.
+//! Go's duration syntax (`1h0m0s`, `1.5h`, `300ms`), because Kubernetes' flags, and values in its objects, are written in it.
+//! Source: Go, package `time`, `ParseDuration`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -22,60 +23,121 @@ pub enum DurationError {
     Range(String),
 }
 
-/// Reads a Go duration.
+/// Why a text is not a duration, in the words of Go's `time.ParseDuration`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum GoError {
+    /// Not a sequence of numbers with units.
+    #[error("time: invalid duration {}", quoted(.0))]
+    Invalid(String),
+    /// More than a Go duration can hold.
+    #[error("time: invalid duration {}", quoted(.0))]
+    Overflow(String),
+    /// A number without a unit.
+    #[error("time: missing unit in duration {}", quoted(.0))]
+    MissingUnit(String),
+    /// A unit that there is not.
+    #[error("time: unknown unit {} in duration {}", quoted(.unit), quoted(.text))]
+    UnknownUnit {
+        /// The unit.
+        unit: String,
+        /// The whole text.
+        text: String,
+    },
+}
+
+/// Reads the duration of a flag: in a Go duration's syntax, and not negative.
 ///
 /// # Errors
 /// When the text is not one, is negative, or overflows 63 bits of nanoseconds as it would in Go.
 pub fn parse(text: &str) -> Result<Duration, DurationError> {
     let whole = text.trim();
-    let mut rest = whole.strip_prefix('+').unwrap_or(whole);
-    if rest.starts_with('-') {
+    if whole.starts_with('-') {
         return Err(DurationError::Range(whole.to_owned()));
     }
+    let nanos = nanoseconds(whole).map_err(|error| match error {
+        GoError::Invalid(text) => DurationError::Syntax(text),
+        GoError::Overflow(text) => DurationError::Range(text),
+        GoError::MissingUnit(text) | GoError::UnknownUnit { text, .. } => DurationError::Unit(text),
+    })?;
+    Ok(Duration::from_nanos(nanos.unsigned_abs()))
+}
+
+/// Reads a Go duration, which may be negative, as `time.ParseDuration` does.
+///
+/// # Errors
+/// When the text is not one, or overflows 64 bits of nanoseconds.
+pub fn nanoseconds(text: &str) -> Result<i64, GoError> {
+    let invalid = || GoError::Invalid(text.to_owned());
+    let overflow = || GoError::Overflow(text.to_owned());
+    let (negative, mut rest) = match text.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, text.strip_prefix('+').unwrap_or(text)),
+    };
     if rest == "0" {
-        return Ok(Duration::ZERO);
+        return Ok(0);
     }
     if rest.is_empty() {
-        return Err(DurationError::Syntax(whole.to_owned()));
+        return Err(invalid());
     }
-    let mut nanos: u128 = 0;
+    let digits = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
+    let mut total: i128 = 0;
     while !rest.is_empty() {
-        let number_len = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
-        let (number, after) = rest.split_at(number_len);
-        let unit_len = after.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(after.len());
-        let (unit, next) = after.split_at(unit_len);
-        let scale: u128 = match unit {
-            "ns" => 1,
-            "us" | "µs" | "μs" => 1_000,
-            "ms" => 1_000_000,
-            "s" => 1_000_000_000,
-            "m" => 60_000_000_000,
-            "h" => 3_600_000_000_000,
-            _ => return Err(DurationError::Unit(whole.to_owned())),
+        let (whole, after) = rest.split_at(digits(rest));
+        let (fraction, after) = match after.strip_prefix('.') {
+            Some(after) => after.split_at(digits(after)),
+            None => ("", after),
         };
-        let (integer, fraction) = number.split_once('.').unwrap_or((number, ""));
-        if (integer.is_empty() && fraction.is_empty()) || fraction.contains('.') {
-            return Err(DurationError::Syntax(whole.to_owned()));
+        if whole.is_empty() && fraction.is_empty() {
+            return Err(invalid());
         }
-        // 20 digits hold every 63-bit count of anything; longer ones only waste time before they overflow.
-        if integer.len() > 20 {
-            return Err(DurationError::Range(whole.to_owned()));
+        // No number that is too long for this is a duration.
+        let value: u64 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| overflow())? };
+        let (name, after) =
+            after.split_at(after.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(after.len()));
+        if name.is_empty() {
+            return Err(GoError::MissingUnit(text.to_owned()));
         }
-        let integer: u128 = if integer.is_empty() {
-            0
-        } else {
-            integer.parse().map_err(|_| DurationError::Syntax(whole.to_owned()))?
-        };
-        nanos = nanos.saturating_add(integer.saturating_mul(scale));
-        let mut place = scale;
-        for digit in fraction.bytes().take(20) {
-            place /= 10;
-            nanos = nanos.saturating_add(u128::from(digit - b'0') * place);
+        let unit = unit(name)
+            .ok_or_else(|| GoError::UnknownUnit { unit: name.to_owned(), text: text.to_owned() })?;
+        total += i128::from(value) * unit;
+        let mut scale = unit;
+        for digit in fraction.bytes() {
+            scale /= 10;
+            total += scale * i128::from(digit - b'0');
         }
-        rest = next;
+        // Within the loop, so that no sum of many leaves its type.
+        if total > i128::from(i64::MAX) + i128::from(negative) {
+            return Err(overflow());
+        }
+        rest = after;
     }
-    let nanos = u64::try_from(nanos).ok().filter(|n| i64::try_from(*n).is_ok());
-    nanos.map(Duration::from_nanos).ok_or_else(|| DurationError::Range(whole.to_owned()))
+    i64::try_from(if negative { -total } else { total }).map_err(|_| overflow())
+}
+
+/// Nanoseconds of a unit.
+fn unit(name: &str) -> Option<i128> {
+    Some(match name {
+        "ns" => 1,
+        "us" | "µs" | "μs" => 1_000,
+        "ms" => 1_000_000,
+        "s" => 1_000_000_000,
+        "m" => 60_000_000_000,
+        "h" => 3_600_000_000_000,
+        _ => return None,
+    })
+}
+
+/// In quotes, with whatever is not plain ASCII as its bytes.
+fn quoted(text: &str) -> String {
+    let mut out = String::from('"');
+    for byte in text.bytes() {
+        match byte {
+            b'"' | b'\\' => out.extend(['\\', char::from(byte)]),
+            b' '..=0x7f => out.push(char::from(byte)),
+            _ => out += &format!("\\x{byte:02x}"),
+        }
+    }
+    out + "\""
 }
 
 // === impl GoDuration ===
@@ -177,6 +239,76 @@ mod tests {
     fn refuses_the_rest() {
         for text in ["", "5", "-1s", "s", ".s", "1.2.3s", "1d", "9999999999h", "1h foo", "١s"] {
             assert!(parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_flag_is_told_to_people() {
+        let text = |text: &str| parse(text).unwrap_err().to_string();
+        for syntax in ["", "s", ".s", "soon"] {
+            assert!(text(syntax).contains("is not a duration"), "{}", text(syntax));
+        }
+        for unit in ["5", "1d", " 1h foo "] {
+            assert!(text(unit).contains("needs a unit"), "{}", text(unit));
+        }
+        for range in ["-1s", "-x", "9999999999h", "9999999999999999999999s"] {
+            assert!(text(range).contains("is out of range"), "{}", text(range));
+        }
+        assert!(text(" 1h foo ").starts_with("'1h foo'"));
+    }
+
+    #[test]
+    fn nanoseconds_are_those_of_go() {
+        for (text, nanos) in [
+            ("0", 0),
+            ("+0", 0),
+            ("1h30m", 5_400_000_000_000),
+            ("-1.5s", -1_500_000_000),
+            ("-.5m", -30_000_000_000),
+            ("1.s", 1_000_000_000),
+            ("1us", 1_000),
+            ("1µs", 1_000),
+            ("1h2m3s4ms5us6ns", 3_723_004_005_006),
+            ("9223372036854775807ns", i64::MAX),
+            ("-9223372036854775808ns", i64::MIN),
+        ] {
+            assert_eq!(nanoseconds(text), Ok(nanos), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_in_gos_words() {
+        for (text, why) in [
+            ("", "time: invalid duration \"\""),
+            ("-", "time: invalid duration \"-\""),
+            ("soon", "time: invalid duration \"soon\""),
+            ("s", "time: invalid duration \"s\""),
+            (".s", "time: invalid duration \".s\""),
+            ("5", "time: missing unit in duration \"5\""),
+            ("1.2.3s", "time: missing unit in duration \"1.2.3s\""),
+            ("5q", "time: unknown unit \"q\" in duration \"5q\""),
+            ("1 s", "time: unknown unit \" s\" in duration \"1 s\""),
+            ("1\u{e9}", "time: unknown unit \"\\xc3\\xa9\" in duration \"1\\xc3\\xa9\""),
+            ("99999999999h", "time: invalid duration \"99999999999h\""),
+            ("9999999999999999999s", "time: invalid duration \"9999999999999999999s\""),
+        ] {
+            assert_eq!(nanoseconds(text).map_err(|error| error.to_string()), Err(why.to_owned()), "{text}");
+        }
+    }
+
+    #[test]
+    fn nothing_that_is_short_panics() {
+        const PARTS: [&str; 10] = ["+", "-", "0", "9999999999", ".", "s", "ms", "h", "µ", "\u{661}"];
+        let mut texts = vec![String::new()];
+        for _ in 0..4 {
+            texts = texts
+                .iter()
+                .flat_map(|text| PARTS.iter().map(move |part| format!("{text}{part}")))
+                .chain(std::iter::once(String::new()))
+                .collect();
+        }
+        for text in &texts {
+            assert_eq!(parse(text).is_ok(), !text.starts_with('-') && nanoseconds(text).is_ok(), "{text}");
         }
     }
 

@@ -14,7 +14,7 @@ mod dispatch;
 mod hooks;
 mod metrics;
 mod notes;
-mod review;
+pub(crate) mod review;
 pub(crate) mod validation;
 
 use serde_json::Value;

@@ -11,15 +11,15 @@ use crate::value::{at, str_at};
 
 /// An answer that passed the checks of form.
 #[derive(Debug)]
-pub(super) struct Answer {
-    pub(super) allowed: bool,
-    pub(super) patch: Vec<u8>,
+pub(crate) struct Answer {
+    pub(crate) allowed: bool,
+    pub(crate) patch: Vec<u8>,
     /// "" when there is no patch.
-    pub(super) patch_type: String,
+    pub(crate) patch_type: String,
     /// A `Status`.
-    pub(super) status: Value,
-    pub(super) warnings: Vec<String>,
-    pub(super) annotations: Vec<(String, String)>,
+    pub(crate) status: Value,
+    pub(crate) warnings: Vec<String>,
+    pub(crate) annotations: Vec<(String, String)>,
 }
 
 /// The question, in the version of reviews that the webhook knows. `asked` is the resource in the version of the rule that
@@ -61,7 +61,7 @@ pub(super) fn question(
 const GROUP: &str = "admission.k8s.io";
 
 /// Is the answer a review of another version that is known, which nobody asked for?
-pub(super) fn check_version(answer: &Value, review: &str) -> Result<(), String> {
+pub(crate) fn check_version(answer: &Value, review: &str) -> Result<(), String> {
     let other = if review == "v1" { "v1beta1" } else { "v1" };
     if str_at(answer, &["kind"]) == "AdmissionReview"
         && str_at(answer, &["apiVersion"]) == format!("{GROUP}/{other}")
@@ -74,7 +74,7 @@ pub(super) fn check_version(answer: &Value, review: &str) -> Result<(), String> 
 }
 
 /// Checks the form of an answer. The error says what is wrong with it.
-pub(super) fn verify(answer: &Value, review: &str, uid: &str, mutating: bool) -> Result<Answer, String> {
+pub(crate) fn verify(answer: &Value, review: &str, uid: &str, mutating: bool) -> Result<Answer, String> {
     let response = answer.get("response").filter(|r| r.is_object()).ok_or("webhook response was absent")?;
     let (api_version, kind) = (str_at(answer, &["apiVersion"]), str_at(answer, &["kind"]));
     if review == "v1" {
@@ -129,7 +129,7 @@ pub(super) fn verify(answer: &Value, review: &str, uid: &str, mutating: bool) ->
 }
 
 /// The refusal of a request by a webhook, with what the webhook says about it.
-pub(super) fn denial(webhook: &str, status: &Value) -> ApiError {
+pub(crate) fn denial(webhook: &str, status: &Value) -> ApiError {
     let by = format!("admission webhook {webhook:?} denied the request");
     let mut status = if status.is_object() { status.clone() } else { json!({}) };
     let code = at(&status, &["code"]).and_then(Value::as_i64).unwrap_or(0);

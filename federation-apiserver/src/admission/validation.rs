@@ -9,7 +9,7 @@ use super::conditions::Condition;
 use crate::registry::meta;
 use crate::registry::resource::Resource;
 use crate::schema::names::{dns1035_label, label_value, qualified_name};
-use crate::status::FieldError;
+use crate::status::{self, FieldError};
 use crate::value::{i64_at, str_at};
 use crate::webhook::validation::client_config;
 
@@ -33,6 +33,9 @@ pub(crate) fn validate(resource: &Resource, new: &Value) -> Vec<FieldError> {
     let mutating = resource.plural == "mutatingwebhookconfigurations";
     let mut names = HashSet::new();
     for (i, webhook) in new.get("webhooks").and_then(Value::as_array).into_iter().flatten().enumerate() {
+        if status::is_enough(&errors) {
+            break;
+        }
         let path = format!("webhooks[{i}]");
         one(webhook, &path, mutating, &mut errors);
         versions(
@@ -51,6 +54,9 @@ pub(crate) fn validate(resource: &Resource, new: &Value) -> Vec<FieldError> {
 fn one(webhook: &Value, path: &str, mutating: bool, errors: &mut Vec<FieldError>) {
     hook_name(str_at(webhook, &["name"]), &format!("{path}.name"), errors);
     for (i, r) in webhook.get("rules").and_then(Value::as_array).into_iter().flatten().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         rule(r, &format!("{path}.rules[{i}]"), true, errors);
     }
     choice(webhook, path, "failurePolicy", &["Fail", "Ignore"], errors);
@@ -114,6 +120,9 @@ fn rule(rule: &Value, path: &str, with_operations: bool, errors: &mut Vec<FieldE
         }
         let known = ["*", "CONNECT", "CREATE", "DELETE", "UPDATE"];
         for (i, operation) in operations.iter().enumerate() {
+            if status::is_enough(errors) {
+                break;
+            }
             if !known.iter().any(|k| operation == k) {
                 let allowed = known.map(|k| json!(k));
                 errors.push(FieldError::not_supported(format!("{at}[{i}]"), operation, &allowed));
@@ -132,6 +141,9 @@ fn rule(rule: &Value, path: &str, with_operations: bool, errors: &mut Vec<FieldE
         }
         if field == "apiVersions" {
             for (i, _) in list.iter().enumerate().filter(|(_, v)| *v == "") {
+                if status::is_enough(errors) {
+                    break;
+                }
                 errors.push(FieldError::required(format!("{at}[{i}]"), ""));
             }
         }
@@ -151,6 +163,9 @@ fn resources(list: &[Value], path: &str, errors: &mut Vec<FieldError>) {
     let (mut all_of, mut each) = (HashSet::new(), HashSet::new());
     let (mut double, mut single, mut plain) = (false, false, false);
     for (i, resource) in list.iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let text = resource.as_str().unwrap_or_default();
         let at = format!("{path}[{i}]");
         if text.is_empty() {
@@ -196,6 +211,9 @@ fn versions(list: Option<&Value>, path: &str, errors: &mut Vec<FieldError>) {
     }
     let mut seen = HashSet::new();
     for (i, version) in list.iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let text = version.as_str().unwrap_or_default();
         let at = format!("{path}[{i}]");
         if !seen.insert(text) {
@@ -244,6 +262,9 @@ fn conditions(list: Option<&Value>, path: &str, errors: &mut Vec<FieldError>) {
 pub(crate) fn label_selector(selector: &Value, path: &str, errors: &mut Vec<FieldError>) {
     errors.extend(meta::label_errors(selector.get("matchLabels"), &format!("{path}.matchLabels")));
     for (i, e) in items(selector, "matchExpressions").iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let at = |field: &str| format!("{path}.matchExpressions[{i}].{field}");
         let values = items(e, "values");
         match str_at(e, &["operator"]) {
@@ -272,6 +293,9 @@ pub(crate) fn label_selector(selector: &Value, path: &str, errors: &mut Vec<Fiel
             errors.push(FieldError::invalid(at("key"), &json!(key), why));
         }
         for (v, text) in values.iter().enumerate() {
+            if status::is_enough(errors) {
+                break;
+            }
             for why in label_value(text.as_str().unwrap_or_default()) {
                 errors.push(FieldError::invalid(format!("{}[{v}]", at("values")), text, why));
             }

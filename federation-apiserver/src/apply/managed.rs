@@ -290,7 +290,7 @@ impl ManagedFields {
 /// list that is not understood means "as it was", one empty entry means "forget all".
 ///
 /// Where the object cannot be had in the version of an entry, that entry stays as it is: an update is not refused because
-/// a webhook is away.
+/// a webhook is away. After the first failure nobody is asked any more: what is away for one version is away for the next.
 pub async fn on_update(
     ty: TypeRef<'_>,
     live: &Value,
@@ -316,9 +316,8 @@ pub async fn on_update(
     let others = types.as_ref().map(|types| &types.others);
     for (version, ty) in others.into_iter().flatten() {
         let converted = Changes::converted((version.as_str(), ty), live, new, writer, versions).await;
-        if let Ok(converted) = converted.map_err(untold) {
-            changes.insert(version.as_str(), converted);
-        }
+        let Ok(converted) = converted.map_err(untold) else { break };
+        changes.insert(version.as_str(), converted);
     }
     changes.insert(writer.api_version, own);
     managed.lose(&changes, Some(writer));

@@ -12,4 +12,4 @@ mod versions;
 
 pub use fieldset::{FieldSet, PathElement};
 pub use managed::{ApplyConflict, ApplyError, ManagedFields, Writer, apply, on_update};
-pub use versions::{OneVersion, Versions};
+pub use versions::{OneVersion, Versions, Within};

@@ -1,6 +1,7 @@
 //! The other versions of a kind, in which somebody may own fields.
 
 use serde_json::Value;
+use tokio::time::Instant;
 
 use crate::schema::RootType;
 use crate::status::ApiError;
@@ -29,5 +30,38 @@ impl Versions for OneVersion {
 
     async fn convert(&self, objects: Vec<Value>, _to: &str) -> Result<Vec<Value>, ApiError> {
         Ok(objects)
+    }
+}
+
+/// Other versions as far as they can be had by a moment, however many are asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Within<V> {
+    versions: V,
+    deadline: Instant,
+}
+
+// === impl Within ===
+
+impl<V: Versions> Within<V> {
+    /// What is not there by `deadline` has failed.
+    pub fn new(versions: V, deadline: Instant) -> Self {
+        Self { versions, deadline }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn versions(&self) -> &V {
+        &self.versions
+    }
+}
+
+impl<V: Versions> Versions for Within<V> {
+    async fn schema(&self, api_version: &str) -> Result<Option<RootType>, ApiError> {
+        self.versions.schema(api_version).await
+    }
+
+    async fn convert(&self, objects: Vec<Value>, to: &str) -> Result<Vec<Value>, ApiError> {
+        let converted = self.versions.convert(objects, to);
+        let in_time = tokio::time::timeout_at(self.deadline, converted).await;
+        in_time.unwrap_or_else(|_| Err(ApiError::timeout()))
     }
 }

@@ -13,8 +13,8 @@ use bytes::Bytes;
 use http::{Request, Uri, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
-use jsonwebtoken::jwk::JwkSet;
-use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use jsonwebtoken::jwk::{Jwk, JwkSet};
+use jsonwebtoken::{Algorithm, DecodingKey, Header, Validation};
 use parking_lot::RwLock;
 use serde_json::Value;
 use tls::ClientTls;
@@ -90,25 +90,29 @@ pub enum OidcError {
 
 /// Checks ID tokens of one issuer.
 pub struct Oidc {
-    config: OidcConfig,
-    algorithms: Vec<Algorithm>,
+    rules: Rules,
     tls: ClientTls,
     keys: RwLock<Arc<JwkSet>>,
     /// When the keys were fetched last; held while they are.
     fetched: Mutex<Option<Instant>>,
 }
 
+/// What a token has to be like, whatever the issuer's keys are.
+pub(crate) struct Rules {
+    config: OidcConfig,
+    algorithms: Vec<Algorithm>,
+}
+
 impl std::fmt::Debug for Oidc {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Oidc").field("issuer", &self.config.issuer_url).finish_non_exhaustive()
+        f.debug_struct("Oidc").field("issuer", &self.rules.config.issuer_url).finish_non_exhaustive()
     }
 }
 
-// === impl Oidc ===
+// === impl Rules ===
 
-impl Oidc {
-    /// Checks the flags. The issuer is not asked yet, and need not be there yet.
-    pub fn new(mut config: OidcConfig) -> Result<Self, OidcConfigError> {
+impl Rules {
+    pub(crate) fn new(mut config: OidcConfig) -> Result<Self, OidcConfigError> {
         let https = config.issuer_url.parse::<Uri>().is_ok_and(|u| u.scheme_str() == Some("https"));
         if !https {
             return Err(OidcConfigError::Issuer { url: config.issuer_url });
@@ -133,44 +137,33 @@ impl Oidc {
             other => Err(OidcConfigError::Algorithm { name: other.to_owned() }),
         });
         let algorithms = algorithms.collect::<Result<_, _>>()?;
-        let ca = config.ca_file.clone().or_else(system_authorities).ok_or(OidcConfigError::NoAuthorities)?;
-        let tls = ClientTls::from_files(ca, None, None)?.with_versions(tls::TlsVersions::From12)?;
-        Ok(Self { config, algorithms, tls, keys: RwLock::default(), fetched: Mutex::new(None) })
+        Ok(Self { config, algorithms })
     }
 
-    /// Is the token one that this should judge?
-    pub fn claims(&self, token: &str) -> bool {
+    /// Is the token one of the issuer, by what it says itself?
+    pub(crate) fn claims(&self, token: &str) -> bool {
         let claims: Result<Value, _> = jsonwebtoken::dangerous::insecure_decode_claims(token);
         claims.is_ok_and(|c| str_at(&c, &["iss"]) == self.config.issuer_url)
     }
 
-    /// The user of a token.
-    pub async fn verify(&self, token: &str) -> Result<UserInfo, OidcError> {
+    /// Which key and algorithm the token names. The algorithm is one of those that are accepted.
+    pub(crate) fn header(&self, token: &str) -> Result<Header, OidcError> {
         let header = jsonwebtoken::decode_header(token)?;
         if !self.algorithms.contains(&header.alg) {
             return Err(OidcError::Algorithm);
         }
-        let find = |keys: &JwkSet| match &header.kid {
-            Some(id) => keys.find(id).cloned(),
-            // Without an id there must be no choice.
-            None if keys.keys.len() == 1 => keys.keys.first().cloned(),
-            None => None,
-        };
-        let known = find(&self.keys.read().clone());
-        let key = match known {
-            Some(key) => key,
-            None => {
-                self.refresh().await?;
-                find(&self.keys.read().clone()).ok_or(OidcError::UnknownKey)?
-            }
-        };
+        Ok(header)
+    }
+
+    /// The user of a token with this header, if the key signed it.
+    pub(crate) fn verify(&self, token: &str, header: &Header, key: &Jwk) -> Result<UserInfo, OidcError> {
         let mut validation = Validation::new(header.alg);
         validation.leeway = LEEWAY;
         validation.validate_nbf = true;
         validation.set_audience(&[&self.config.client_id]);
         validation.set_issuer(&[&self.config.issuer_url]);
         validation.set_required_spec_claims(&["exp", "iss", "aud"]);
-        let claims = jsonwebtoken::decode::<Value>(token, &DecodingKey::from_jwk(&key)?, &validation)?.claims;
+        let claims = jsonwebtoken::decode::<Value>(token, &DecodingKey::from_jwk(key)?, &validation)?.claims;
         self.user(&claims)
     }
 
@@ -202,6 +195,38 @@ impl Oidc {
         };
         Ok(UserInfo::new(name, groups.into_iter().map(|g| format!("{}{g}", config.groups_prefix))))
     }
+}
+
+// === impl Oidc ===
+
+impl Oidc {
+    /// Checks the flags. The issuer is not asked yet, and need not be there yet.
+    pub fn new(config: OidcConfig) -> Result<Self, OidcConfigError> {
+        let rules = Rules::new(config)?;
+        let ca = rules.config.ca_file.clone().or_else(system_authorities);
+        let ca = ca.ok_or(OidcConfigError::NoAuthorities)?;
+        let tls = ClientTls::from_files(ca, None, None)?.with_versions(tls::TlsVersions::From12)?;
+        Ok(Self { rules, tls, keys: RwLock::default(), fetched: Mutex::new(None) })
+    }
+
+    /// Is the token one that this should judge?
+    pub fn claims(&self, token: &str) -> bool {
+        self.rules.claims(token)
+    }
+
+    /// The user of a token.
+    pub async fn verify(&self, token: &str) -> Result<UserInfo, OidcError> {
+        let header = self.rules.header(token)?;
+        let known = find_key(&header, &self.keys.read().clone());
+        let key = match known {
+            Some(key) => key,
+            None => {
+                self.refresh().await?;
+                find_key(&header, &self.keys.read().clone()).ok_or(OidcError::UnknownKey)?
+            }
+        };
+        self.rules.verify(token, &header, &key)
+    }
 
     /// Fetches the keys, unless somebody did just now.
     async fn refresh(&self) -> Result<(), OidcError> {
@@ -210,17 +235,12 @@ impl Oidc {
             return Ok(());
         }
         *fetched = Some(Instant::now());
-        let issuer = self.config.issuer_url.trim_end_matches('/');
-        let url = format!("{issuer}/.well-known/openid-configuration");
+        let issuer = self.rules.config.issuer_url.as_str();
+        let url = format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'));
         let failed = |url: &str, why: String| OidcError::Fetch { url: url.to_owned(), why };
-        let document: Value = serde_json::from_slice(&self.fetch(&url).await?)
-            .map_err(|error| failed(&url, error.to_string()))?;
-        if str_at(&document, &["issuer"]) != self.config.issuer_url {
-            return Err(failed(&url, "the document is of another issuer".into()));
-        }
-        let url = str_at(&document, &["jwks_uri"]);
-        let keys: JwkSet = serde_json::from_slice(&self.fetch(url).await?)
-            .map_err(|error| failed(url, error.to_string()))?;
+        let document = self.fetch(&url).await?;
+        let url = keys_url(issuer, &document).map_err(|why| failed(&url, why))?;
+        let keys = keys(&self.fetch(&url).await?).map_err(|why| failed(&url, why))?;
         tracing::info!(issuer, keys = keys.keys.len(), "fetched the keys of the OIDC issuer");
         *self.keys.write() = Arc::new(keys);
         Ok(())
@@ -234,6 +254,30 @@ impl Oidc {
             .map_err(|_| failed(format!("no answer within {FETCH_TIMEOUT:?}")))?
             .map_err(failed)
     }
+}
+
+/// The key that a token names.
+pub(crate) fn find_key(header: &Header, keys: &JwkSet) -> Option<Jwk> {
+    match &header.kid {
+        Some(id) => keys.find(id).cloned(),
+        // Without an id there must be no choice.
+        None if keys.keys.len() == 1 => keys.keys.first().cloned(),
+        None => None,
+    }
+}
+
+/// Where the issuer's discovery document says that its keys are.
+pub(crate) fn keys_url(issuer: &str, document: &[u8]) -> Result<String, String> {
+    let document: Value = serde_json::from_slice(document).map_err(|error| error.to_string())?;
+    if str_at(&document, &["issuer"]) != issuer {
+        return Err("the document is of another issuer".into());
+    }
+    Ok(str_at(&document, &["jwks_uri"]).to_owned())
+}
+
+/// A JSON Web Key Set.
+pub(crate) fn keys(document: &[u8]) -> Result<JwkSet, String> {
+    serde_json::from_slice(document).map_err(|error| error.to_string())
 }
 
 /// One GET over HTTPS.
@@ -273,27 +317,22 @@ mod tests {
 
     use super::*;
 
-    fn oidc(change: impl FnOnce(&mut OidcConfig)) -> Oidc {
-        let dir = tempfile::tempdir().expect("a directory");
-        let ca = tls::CertificateAuthority::create("test").expect("an authority");
-        let path = dir.path().join("ca.crt");
-        std::fs::write(&path, ca.certificate_pem()).expect("written");
+    fn rules(change: impl FnOnce(&mut OidcConfig)) -> Rules {
         let mut config = OidcConfig {
             issuer_url: "https://issuer.test".into(),
             client_id: "hub".into(),
-            ca_file: Some(path),
             ..OidcConfig::default()
         };
         change(&mut config);
-        Oidc::new(config).expect("usable")
+        Rules::new(config).expect("usable")
     }
 
     #[test]
     fn claims_become_users() {
         let claims = json!({"sub": "7", "email": "jo@x.test", "groups": ["a", "b"], "hd": "x.test"});
-        let plain = oidc(|_| {}).user(&claims).expect("a user");
+        let plain = rules(|_| {}).user(&claims).expect("a user");
         assert_eq!((plain.name.as_str(), plain.groups.len()), ("https://issuer.test#7", 0));
-        let email = oidc(|c| {
+        let email = rules(|c| {
             c.username_claim = "email".into();
             c.groups_claim = "groups".into();
             c.groups_prefix = "oidc:".into();
@@ -305,9 +344,9 @@ mod tests {
         );
         let unverified = json!({"email": "jo@x.test", "email_verified": false});
         assert!(email.user(&unverified).is_err());
-        let required = oidc(|c| drop(c.required_claims.insert("hd".into(), "y.test".into())));
+        let required = rules(|c| drop(c.required_claims.insert("hd".into(), "y.test".into())));
         assert!(required.user(&claims).is_err());
-        assert!(oidc(|c| c.username_claim = "none".into()).user(&claims).is_err());
+        assert!(rules(|c| c.username_claim = "none".into()).user(&claims).is_err());
     }
 
     #[test]

@@ -647,7 +647,7 @@ impl Checker<'_> {
         {
             let wrong = match call.function {
                 "matches" => library::regex(text).is_err(),
-                "duration" => crate::duration::parse(text).is_err(),
+                "duration" => service::duration::nanoseconds(text).is_err(),
                 "timestamp" => library::time::parse_timestamp(text).is_none(),
                 _ => false,
             };

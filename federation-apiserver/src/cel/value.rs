@@ -9,11 +9,11 @@ use std::sync::Arc;
 use base64::Engine as _;
 use jiff::Timestamp;
 use serde_json::{Map as JsonMap, Value as Json};
+use service::duration;
 
 use super::functions;
 use super::library::{authz::Authz, formats::Format, quantity::Quantity, semver::Version, time, urls::Url};
 use super::types::{Decl, DeclKind, ListRelation};
-use crate::duration;
 
 /// A value.
 #[derive(Clone, Debug)]
@@ -160,7 +160,7 @@ impl<'a> Value<'a> {
             }
             DeclKind::Duration => {
                 let text = json.as_str().ok_or_else(|| mismatch("a duration"))?;
-                Self::Duration(duration::parse(text).map_err(|_| format!("invalid duration {text:?}"))?)
+                Self::Duration(duration::nanoseconds(text).map_err(|_| format!("invalid duration {text:?}"))?)
             }
             DeclKind::Timestamp => {
                 let text = json.as_str().ok_or_else(|| mismatch("a time"))?;

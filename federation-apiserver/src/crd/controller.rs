@@ -27,6 +27,9 @@ use crate::webhook::Client;
 const RETRY: Duration = Duration::from_secs(1);
 /// Longest wait of a request for what another replica has established.
 const MAX_BEHIND: Duration = Duration::from_secs(5);
+/// Longest that discovery waits to hear from the database what others have established: it is served also while the database
+/// hangs, from what is known here.
+const MAX_ASKING: Duration = Duration::from_secs(1);
 
 fn collection(registry: &Registry) -> Result<Target, ApiError> {
     registry.target(("apiextensions.k8s.io", "v1", "customresourcedefinitions"), "", "")
@@ -128,7 +131,10 @@ async fn compiled(registry: &Registry, crd: Value) -> Result<Vec<Resource>, ApiE
 pub(crate) async fn keep_up(registry: &Registry, name: Option<&str>) {
     let mut followed = registry.catalog.followed();
     let kept_up = async {
-        registry.cache.objects().await?.catch_up().await?;
+        let caught_up = async { registry.cache.objects().await?.catch_up().await };
+        // An object by its name needs the database anyhow.
+        let limit = if name.is_none() { MAX_ASKING } else { MAX_BEHIND };
+        tokio::time::timeout(limit, caught_up).await.map_err(|_| ApiError::timeout())??;
         loop {
             let known = *followed.borrow_and_update();
             if !is_behind(registry, name, known).await? || followed.changed().await.is_err() {

@@ -200,59 +200,68 @@ impl Webhook {
             webhook::call(&self.client, cache, &self.endpoint, &review, TIMEOUT, webhook::Bound::OBJECTS)
                 .await;
         let answer = answer.map_err(|why: CallError| failed(format!("failed: {why}")))?;
-        let converted = self.read(&answer, &uid).map_err(|why| failed(format!("failed: {why}")))?;
-        if converted.len() != different.len() {
-            return Err(failed(format!(
-                "returned {} objects, expected {}",
-                converted.len(),
-                different.len()
-            )));
-        }
-        for (i, (place, new)) in different.into_iter().zip(converted).enumerate() {
-            let wrong = |why: String| failed(format!("returned invalid {why}"));
-            let original = &objects[place];
-            check(original, &new, to, i).map_err(wrong)?;
-            let mut new = restore(original, new).map_err(|why| wrong(format!("metadata: {why}")))?;
-            self.forms.prune(&mut new);
-            objects[place] = new;
+        adopt(&answer, (self.review, uid.as_str()), &mut objects, &different, to).map_err(failed)?;
+        for place in different {
+            self.forms.prune(&mut objects[place]);
         }
         Ok(objects)
     }
+}
 
-    fn read(&self, answer: &Value, uid: &str) -> Result<Vec<Value>, String> {
-        let (api_version, kind) = (str_at(answer, &["apiVersion"]), str_at(answer, &["kind"]));
-        let wanted = format!("{GROUP}/{}", self.review);
-        let (group, version) = split_api_version(api_version);
-        let other = if self.review == "v1" { "v1beta1" } else { "v1" };
-        if kind == "ConversionReview" && api_version == format!("{GROUP}/{other}") {
+/// Puts what a webhook answered in the places of the objects that it was sent. The error says what the webhook did.
+pub(crate) fn adopt(
+    answer: &Value,
+    (review, uid): (&str, &str),
+    objects: &mut [Value],
+    places: &[usize],
+    to: &str,
+) -> Result<(), String> {
+    let converted = read(answer, review, uid).map_err(|why| format!("failed: {why}"))?;
+    if converted.len() != places.len() {
+        return Err(format!("returned {} objects, expected {}", converted.len(), places.len()));
+    }
+    for (i, (place, new)) in places.iter().zip(converted).enumerate() {
+        let original = &objects[*place];
+        check(original, &new, to, i).map_err(|why| format!("returned invalid {why}"))?;
+        let new = restore(original, new).map_err(|why| format!("returned invalid metadata: {why}"))?;
+        objects[*place] = new;
+    }
+    Ok(())
+}
+
+/// The objects in an answer.
+fn read(answer: &Value, review: &str, uid: &str) -> Result<Vec<Value>, String> {
+    let (api_version, kind) = (str_at(answer, &["apiVersion"]), str_at(answer, &["kind"]));
+    let wanted = format!("{GROUP}/{review}");
+    let (group, version) = split_api_version(api_version);
+    let other = if review == "v1" { "v1beta1" } else { "v1" };
+    if kind == "ConversionReview" && api_version == format!("{GROUP}/{other}") {
+        return Err(format!(
+            "converting ({other}.ConversionReview) to ({review}.ConversionReview): unknown conversion"
+        ));
+    }
+    let response = answer.get("response").filter(|r| r.is_object()).ok_or("no response provided")?;
+    if review == "v1" {
+        if api_version != wanted || kind != "ConversionReview" {
             return Err(format!(
-                "converting ({other}.ConversionReview) to ({}.ConversionReview): unknown conversion",
-                self.review
+                "expected webhook response of {wanted}, Kind=ConversionReview, got {group}/{version}, Kind={kind}"
             ));
         }
-        let response = answer.get("response").filter(|r| r.is_object()).ok_or("no response provided")?;
-        if self.review == "v1" {
-            if api_version != wanted || kind != "ConversionReview" {
-                return Err(format!(
-                    "expected webhook response of {wanted}, Kind=ConversionReview, got {group}/{version}, Kind={kind}"
-                ));
-            }
-            let found = str_at(response, &["uid"]);
-            if found != uid {
-                return Err(format!("expected response.uid={uid:?}, got {found:?}"));
-            }
+        let found = str_at(response, &["uid"]);
+        if found != uid {
+            return Err(format!("expected response.uid={uid:?}, got {found:?}"));
         }
-        let status = str_at(response, &["result", "status"]);
-        if status != "Success" {
-            let message = str_at(response, &["result", "message"]);
-            return Err(if message.is_empty() {
-                format!("response.result.status was '{status}', not 'Success'")
-            } else {
-                message.to_owned()
-            });
-        }
-        Ok(response.get("convertedObjects").and_then(Value::as_array).cloned().unwrap_or_default())
     }
+    let status = str_at(response, &["result", "status"]);
+    if status != "Success" {
+        let message = str_at(response, &["result", "message"]);
+        return Err(if message.is_empty() {
+            format!("response.result.status was '{status}', not 'Success'")
+        } else {
+            message.to_owned()
+        });
+    }
+    Ok(response.get("convertedObjects").and_then(Value::as_array).cloned().unwrap_or_default())
 }
 
 fn turn_of(key: &[u8]) -> usize {

@@ -11,7 +11,7 @@ use crate::cel::types::{Decl, Type};
 use crate::cel::{self, EvalError, PER_CALL_LIMIT, Program, schema};
 use crate::schema::defaults::MAX_DEPTH;
 use crate::schema::path::Path;
-use crate::status::FieldError;
+use crate::status::{self, FieldError};
 use crate::value::{self, str_at};
 
 /// What all rules of one object may cost together.
@@ -306,7 +306,7 @@ impl Evaluation {
         path: &Path<'_>,
         depth: usize,
     ) {
-        if self.over || new.is_null() || depth > MAX_DEPTH {
+        if self.over || new.is_null() || depth > MAX_DEPTH || status::is_enough(&self.findings.errors) {
             return;
         }
         self.rules(node, new, &before, path);

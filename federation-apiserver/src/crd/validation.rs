@@ -8,7 +8,7 @@ use super::conversion::REVIEWS;
 use super::{is_established, rules};
 use crate::schema::names::{dns1035_label, dns1123_subdomain};
 use crate::schema::structural::{self, Context};
-use crate::status::FieldError;
+use crate::status::{self, FieldError};
 use crate::value::{at, str_at};
 use crate::webhook::validation::client_config;
 
@@ -94,7 +94,7 @@ fn immutable(crd: &Value, old: &Value, errors: &mut Vec<FieldError>) {
 
 fn names(names: Option<&Value>, path: &str, errors: &mut Vec<FieldError>) {
     let Some(names) = names else { return };
-    let mut label = |field: String, text: &str, prefix: &str| {
+    let label = |errors: &mut Vec<FieldError>, field: String, text: &str, prefix: &str| {
         let wrong = dns1035_label(&text.to_lowercase());
         // Plural, singular and their like have to be in lower case as they are.
         let wrong = if prefix.is_empty() { dns1035_label(text) } else { wrong };
@@ -105,11 +105,14 @@ fn names(names: Option<&Value>, path: &str, errors: &mut Vec<FieldError>) {
     };
     let mixed = "may have mixed case, but should otherwise match: ";
     for (field, prefix) in [("plural", ""), ("singular", ""), ("kind", mixed), ("listKind", mixed)] {
-        label(field.to_owned(), str_at(names, &[field]), prefix);
+        label(errors, field.to_owned(), str_at(names, &[field]), prefix);
     }
     for list in ["shortNames", "categories"] {
         for (i, text) in names.get(list).and_then(Value::as_array).into_iter().flatten().enumerate() {
-            label(format!("{list}[{i}]"), text.as_str().unwrap_or_default(), "");
+            if status::is_enough(errors) {
+                break;
+            }
+            label(errors, format!("{list}[{i}]"), text.as_str().unwrap_or_default(), "");
         }
     }
     let (kind, list) = (str_at(names, &["kind"]), str_at(names, &["listKind"]));
@@ -267,6 +270,9 @@ fn scale_paths(scale: &Value, path: &str, errors: &mut Vec<FieldError>) {
 fn columns(version: &Value, path: &str, errors: &mut Vec<FieldError>) {
     let list = version.get("additionalPrinterColumns").and_then(Value::as_array);
     for (i, column) in list.into_iter().flatten().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let at = |field: &str| format!("{path}[{i}].{field}");
         let part = |field: &str| str_at(column, &[field]);
         if part("name").is_empty() {
@@ -301,6 +307,9 @@ fn selectable(
     let Some(schema) = schema else { return };
     let mut unique = HashSet::new();
     for (i, field) in fields.iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let at = format!("{path}[{i}].jsonPath");
         let text = str_at(field, &["jsonPath"]);
         if text.is_empty() {
@@ -375,6 +384,9 @@ fn review_versions(versions: &[Value], path: &str, errors: &mut Vec<FieldError>)
     }
     let mut seen = HashSet::new();
     for (i, version) in versions.iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let text = version.as_str().unwrap_or_default();
         if !seen.insert(text) {
             errors.push(FieldError::invalid(format!("{path}[{i}]"), version, "duplicate version"));
@@ -423,6 +435,9 @@ fn stored_versions(crd: &Value, errors: &mut Vec<FieldError>) {
         .collect();
     let stored = at(crd, &["status", "storedVersions"]).and_then(Value::as_array).into_iter().flatten();
     for (i, version) in stored.enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let name = version.as_str().unwrap_or_default();
         if !names.contains(&name) {
             let why = format!(

@@ -135,8 +135,12 @@ async fn exchange<A: Message, B: Message + Default>(
     if code != "0" {
         return Err(CallError::Refused { code, message: text("grpc-message") });
     }
-    let bytes = body.to_bytes();
-    let (head, rest) = bytes.split_first_chunk::<HEAD>().ok_or(CallError::Malformed)?;
+    message_of(&body.to_bytes())
+}
+
+/// The one message that a body is.
+pub(crate) fn message_of<B: Message + Default>(body: &[u8]) -> Result<B, CallError> {
+    let (head, rest) = body.split_first_chunk::<HEAD>().ok_or(CallError::Malformed)?;
     let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
     if head[0] != 0 || length != rest.len() {
         return Err(CallError::Malformed);

@@ -180,7 +180,8 @@ impl KmsProvider {
         if status.healthz != "ok" {
             return Err(unhealthy(status.healthz));
         }
-        self.check_key_id(&status.key_id)?;
+        let protocol = |why| KmsError::Protocol { name: self.config.name.clone(), why };
+        check_key_id(&status.key_id).map_err(protocol)?;
         let known = self.current.read().as_ref().map(|(seed, _)| seed.clone());
         if let Some(seed) = known.filter(|seed| seed.sealed.key_id == status.key_id) {
             *self.current.write() = Some((seed, asked));
@@ -190,15 +191,7 @@ impl KmsProvider {
         let request =
             EncryptRequest { plaintext: bytes.to_vec().into(), uid: uuid::Uuid::new_v4().to_string() };
         let sealed: EncryptResponse = self.call(ENCRYPT, &request).await?;
-        let protocol = |why| KmsError::Protocol { name: self.config.name.clone(), why };
-        self.check_key_id(&sealed.key_id)?;
-        let annotations: usize = sealed.annotations.iter().map(|(k, v)| k.len() + v.len()).sum();
-        if sealed.ciphertext.is_empty() || sealed.ciphertext.len() + annotations > MAX_SEALED {
-            return Err(protocol("the encrypted seed is empty or, with its annotations, above 32 KiB"));
-        }
-        if sealed.ciphertext.as_ref() == bytes.as_slice() {
-            return Err(protocol("the encrypted seed is the seed itself"));
-        }
+        check_sealed(&sealed, &bytes).map_err(protocol)?;
         tracing::info!(plugin = self.config.name, key = sealed.key_id, "a new data key seed is in use");
         self.keep(hash(&sealed.ciphertext), bytes.clone());
         *self.current.write() = Some((Arc::new(Seed { bytes, sealed }), asked));
@@ -229,12 +222,7 @@ impl KmsProvider {
         *self.failed.lock() = answer.is_err().then(Instant::now);
         let answer = answer?;
         let protocol = |why| KmsError::Protocol { name: self.config.name.clone(), why };
-        let bytes: [u8; SEED] = answer
-            .plaintext
-            .as_ref()
-            .try_into()
-            .map_err(|_| protocol("a decrypted seed has not 32 bytes"))?;
-        let seed = Arc::new(bytes);
+        let seed = Arc::new(opened(&answer).map_err(protocol)?);
         self.keep(hash, seed.clone());
         Ok(seed)
     }
@@ -250,14 +238,6 @@ impl KmsProvider {
         seeds.insert(hash, seed);
     }
 
-    fn check_key_id(&self, id: &str) -> Result<(), KmsError> {
-        if id.is_empty() || id.len() > MAX_KEY_ID {
-            let why = "the key id is empty or above 1 KiB";
-            return Err(KmsError::Protocol { name: self.config.name.clone(), why });
-        }
-        Ok(())
-    }
-
     async fn call<A: prost::Message, B: prost::Message + Default>(
         &self,
         method: &'static str,
@@ -266,6 +246,32 @@ impl KmsProvider {
         let failed = |source| KmsError::Call { name: self.config.name.clone(), source };
         self.client.call(method, message).await.map_err(failed)
     }
+}
+
+/// Checks a key's id: it is in every object.
+pub(crate) fn check_key_id(id: &str) -> Result<(), &'static str> {
+    if id.is_empty() || id.len() > MAX_KEY_ID {
+        return Err("the key id is empty or above 1 KiB");
+    }
+    Ok(())
+}
+
+/// Checks what the plug-in made of a seed.
+pub(crate) fn check_sealed(sealed: &EncryptResponse, seed: &[u8; SEED]) -> Result<(), &'static str> {
+    check_key_id(&sealed.key_id)?;
+    let annotations: usize = sealed.annotations.iter().map(|(k, v)| k.len() + v.len()).sum();
+    if sealed.ciphertext.is_empty() || sealed.ciphertext.len() + annotations > MAX_SEALED {
+        return Err("the encrypted seed is empty or, with its annotations, above 32 KiB");
+    }
+    if sealed.ciphertext.as_ref() == seed.as_slice() {
+        return Err("the encrypted seed is the seed itself");
+    }
+    Ok(())
+}
+
+/// The seed that the plug-in decrypted.
+pub(crate) fn opened(answer: &DecryptResponse) -> Result<[u8; SEED], &'static str> {
+    answer.plaintext.as_ref().try_into().map_err(|_| "a decrypted seed has not 32 bytes")
 }
 
 fn hash(bytes: &[u8]) -> [u8; 32] {

@@ -8,8 +8,8 @@
 //! read; what no provider reads is an error, never a guess. Keys of the store (names, namespaces) are not encrypted.
 
 mod config;
-mod grpc;
-mod kms;
+pub(crate) mod grpc;
+pub(crate) mod kms;
 mod local;
 mod metrics;
 mod rewrite;

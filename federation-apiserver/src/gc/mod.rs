@@ -63,7 +63,7 @@ pub(crate) fn uid_of(stored: &[u8]) -> Result<String, ApiError> {
 }
 
 /// Splits a key into group, plural, namespace and name.
-fn split_key(key: &[u8]) -> Option<(String, String, String, String)> {
+pub(crate) fn split_key(key: &[u8]) -> Option<(String, String, String, String)> {
     let text = std::str::from_utf8(key).ok()?.strip_prefix("/registry/")?;
     let parts: Vec<&str> = text.split('/').collect();
     match parts.as_slice() {
@@ -107,22 +107,16 @@ pub(crate) async fn run_events(registry: Arc<Registry>) {
     }
 }
 
-/// Removes events last seen longer than their life before `now`.
+/// Removes events last written longer than their life before `now`. What an event says of when something was seen is its
+/// writer's, whose clock may be anywhere.
 pub(crate) async fn sweep_events(registry: &Registry, now: jiff::Timestamp) -> Result<usize, ApiError> {
     let ttl = i64::try_from(registry.event_ttl.as_secs()).unwrap_or(i64::MAX);
     let events = registry.core("events", "", "")?;
     let mut count = 0;
     for event in registry.list_readable(&events).await?.0 {
-        let seen = ["lastTimestamp", "eventTime"]
-            .iter()
-            .map(|key| str_at(&event, &[key]))
-            .chain([
-                str_at(&event, &["series", "lastObservedTime"]),
-                str_at(&event, &["metadata", "creationTimestamp"]),
-            ])
-            .filter_map(|text| text.parse::<jiff::Timestamp>().ok())
-            .max();
-        if seen.is_some_and(|seen| now.as_second() - seen.as_second() < ttl) {
+        // Replicas' clocks differ, but not by a whole life: such a time is a client's, who may write managedFields too.
+        let lives = |written: jiff::Timestamp| (now.as_second() - written.as_second()).saturating_abs() < ttl;
+        if write_times(&event).any(lives) {
             continue;
         }
         let one = Target {
@@ -142,6 +136,15 @@ pub(crate) async fn sweep_events(registry: &Registry, now: jiff::Timestamp) -> R
         }
     }
     Ok(count)
+}
+
+/// When an object was made, and last written by each of its managers. The server sets these times.
+fn write_times(object: &Value) -> impl Iterator<Item = jiff::Timestamp> {
+    let managers = at(object, &["metadata", "managedFields"]).and_then(Value::as_array).into_iter().flatten();
+    managers
+        .map(|entry| str_at(entry, &["time"]))
+        .chain([str_at(object, &["metadata", "creationTimestamp"])])
+        .filter_map(|text| text.parse::<jiff::Timestamp>().ok())
 }
 
 async fn follow(registry: &Registry) -> Result<(), ApiError> {

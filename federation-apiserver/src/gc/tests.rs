@@ -133,21 +133,32 @@ async fn nothing_is_judged_before_what_came_meanwhile_is_known() {
 }
 
 #[tokio::test]
-async fn old_events_are_swept() {
+async fn events_are_swept_by_the_time_of_their_last_write() {
     let registry = registry().await;
     let events = registry.core("events", "default", "").expect("served");
-    for (name, seen) in [("old", "2026-01-01T00:00:00Z"), ("new", "2026-01-01T02:00:00Z")] {
-        let event = json!({"metadata": {"name": name, "creationTimestamp": seen}, "lastTimestamp": seen,
+    let now = jiff::Timestamp::now();
+    let later = now.checked_add(registry.event_ttl).expect("in range");
+    let later = later.checked_add(Duration::from_secs(60)).expect("in range");
+    let meanwhile = now.checked_add(registry.event_ttl / 2).expect("in range");
+    for (name, seen, written) in [
+        ("old", "2026-01-01T00:00:00Z", None),
+        // Of a writer whose clock is ahead.
+        ("ahead", "2199-01-01T00:00:00Z", None),
+        ("forged", "2026-01-01T00:00:00Z", Some("2199-01-01T00:00:00Z".to_owned())),
+        ("renewed", "2026-01-01T00:00:00Z", Some(meanwhile.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())),
+    ] {
+        let mut event = json!({"metadata": {"name": name}, "lastTimestamp": seen,
             "involvedObject": {"namespace": "default"}});
+        if let Some(written) = written {
+            event["metadata"]["managedFields"] = json!([{"manager": "m", "operation": "Update",
+                "apiVersion": "v1", "time": written, "fieldsType": "FieldsV1",
+                "fieldsV1": {"f:metadata": {"f:labels": {"f:x": {}}}}}]);
+        }
         create(&registry, &events, event).await;
     }
-    let count =
-        sweep_events(&registry, "2026-01-01T02:30:00Z".parse().expect("a time")).await.expect("swept");
-    // The creation is now, which is later than both: nothing is old yet.
-    assert_eq!(count, 0);
-    let later = jiff::Timestamp::now().checked_add(registry.event_ttl).expect("in range");
-    let later = later.checked_add(Duration::from_secs(2)).expect("in range");
-    assert_eq!(sweep_events(&registry, later).await.expect("swept"), 2);
+    assert_eq!(sweep_events(&registry, now).await.expect("swept"), 0, "all of them are new");
+    assert_eq!(sweep_events(&registry, later).await.expect("swept"), 3);
+    assert!(is_there(&registry, &one(&events, "renewed")).await);
 }
 
 #[tokio::test]

@@ -20,6 +20,7 @@ use axum::body::Body;
 use http::{Method, Request, Response, StatusCode};
 use serde_json::json;
 use service::credential::CredentialEnd;
+use service::duration;
 use tower::ServiceExt as _;
 
 use crate::admission::Notes;
@@ -33,7 +34,7 @@ use crate::rbac::{Attributes, ResourceAttributes};
 use crate::registry::Registry;
 use crate::registry::selectors::FieldSelector;
 use crate::status::ApiError;
-use crate::{discovery, duration, encryption, openapi};
+use crate::{discovery, encryption, openapi};
 use metrics::Metrics;
 use observe::Trace;
 use path::{Path, Query};
@@ -60,11 +61,20 @@ pub(crate) struct App {
     /// Room for the bodies of requests that have no place yet.
     pub(crate) room: Room,
     pub(crate) logs: Option<Arc<dyn LogSource>>,
-    /// Routers of the embedding program by path prefix, longest first.
-    pub(crate) mounts: Vec<(String, Router)>,
+    /// Routers of the embedding program, those of the longest prefixes first.
+    pub(crate) mounts: Vec<Mount>,
     pub(crate) openapi: openapi::Cache,
     pub(crate) ready: std::sync::atomic::AtomicBool,
     pub(crate) database: Database,
+}
+
+/// A router of the embedding program.
+pub(crate) struct Mount {
+    /// Of the paths that it answers.
+    pub(crate) prefix: String,
+    pub(crate) router: Router,
+    /// The path that a right to a request's path is asked for; `None` where the router decides itself who may what.
+    pub(crate) right_to: Option<fn(&str) -> String>,
 }
 
 /// Where a request comes from, put into it by the server.
@@ -113,7 +123,7 @@ impl App {
         let url = request.uri().path().to_owned();
         let query = Query::parse(request.uri().query().unwrap_or_default())?;
         let method = request.method().clone();
-        let mounted = self.mounts.iter().find(|(prefix, _)| {
+        let mounted = self.mounts.iter().find(|Mount { prefix, .. }| {
             url == *prefix || url.strip_prefix(prefix.as_str()).is_some_and(|r| r.starts_with('/'))
         });
         let parsed = match mounted {
@@ -125,7 +135,8 @@ impl App {
         trace.long_running = mounted.is_some() || is_long_running(&attributes);
         trace.attributes = Some(attributes.clone());
         let allowed = if trace.long_running { Ok(self.limits.request_timeout) } else { self.allowed(&query) };
-        let user = self.authenticator.authenticate(peer.as_ref(), request.headers()).await;
+        let asked = self.authenticator.authenticate(peer.as_ref(), request.headers());
+        let user = within(self.limits.request_timeout, asked).await;
         let user = user.map(|(user, end)| {
             *credential = end;
             user
@@ -152,21 +163,18 @@ impl App {
                 target
             }
         };
-        if let Some((prefix, router)) = mounted {
+        if let Some(Mount { prefix, router, right_to }) = mounted {
             if user.is_anonymous() {
                 return Err(ApiError::unauthorized());
+            }
+            if let Some(right_to) = right_to {
+                let asked = Attributes::of_path(&attributes.verb, &right_to(&url));
+                self.authorise(&user, &asked, trace)?;
             }
             request.extensions_mut().insert(credential.clone());
             return self.mounted(prefix, router.clone(), user, request).await;
         }
-        let decision = self.registry.rbac.authorise(&user, &attributes);
-        if let Some(trail) = &mut trace.trail {
-            trail.decided(decision.allowed, &decision.reason);
-        }
-        if !decision.allowed {
-            return Err(attributes.forbidden(&user, &decision.reason));
-        }
-        let visible = decision.selector();
+        let visible = self.authorise(&user, &attributes, trace)?;
         if trace.long_running {
             let notes = trace.notes.clone();
             let call = Call { method, query, user: Arc::new(user), visible, notes, request };
@@ -192,6 +200,15 @@ impl App {
         tokio::time::timeout_at(deadline, work).await.unwrap_or_else(|_| Err(ApiError::timeout()))
     }
 
+    /// Refuses what the user may not do; says what of it they see, as a label selector.
+    fn authorise(&self, user: &UserInfo, asked: &Attributes, trace: &mut Trace) -> Result<String, ApiError> {
+        let decision = self.registry.rbac.authorise(user, asked);
+        if let Some(trail) = &mut trace.trail {
+            trail.decided(decision.allowed, &decision.reason);
+        }
+        if decision.allowed { Ok(decision.selector()) } else { Err(asked.forbidden(user, &decision.reason)) }
+    }
+
     /// How long a request may take, all in all: what its `timeout` says, if that is less than what everybody has.
     fn allowed(&self, query: &Query) -> Result<Duration, ApiError> {
         let most = self.limits.request_timeout;
@@ -199,7 +216,7 @@ impl App {
         if text.is_empty() {
             return Ok(most);
         }
-        let nanos = duration::parse(text).map_err(|why| {
+        let nanos = duration::nanoseconds(text).map_err(|why| {
             ApiError::bad_request(format!("invalid timeout specified in the request URL - {why}"))
         })?;
         // None at all, or less, is no wish.
@@ -240,7 +257,7 @@ impl App {
         }
     }
 
-    /// A router of the embedding program. It authorises its requests itself, by the user that it finds.
+    /// A router of the embedding program, which finds the user in its requests.
     async fn mounted(
         &self,
         prefix: &str,
@@ -353,8 +370,9 @@ impl App {
             ));
         }
         let core = path == "/api" || path.starts_with("/api/");
-        if path.is_empty() || path.starts_with("/apis") {
-            // Clients that were told of a definition look here for what it makes served.
+        if (path.is_empty() || path.starts_with("/apis")) && self.database.verdict().is_ok() {
+            // Clients that were told of a definition look here for what it makes served. A database that is away tells nobody
+            // of any, and what is served here is known without it.
             crate::crd::keep_up(&self.registry, None).await;
         }
         let catalog = self.registry.catalog();
@@ -368,6 +386,12 @@ impl App {
             ApiError::no_such_page
         })
     }
+}
+
+/// Work that comes before a request's own deadline holds, or before that of what goes on for as long as the client likes: a
+/// database that hangs keeps nobody waiting for ever.
+async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(ApiError::timeout()))
 }
 
 /// Requests that go on for as long as the client likes.
@@ -458,6 +482,14 @@ fn attributes(method: &Method, path: &Path, query: &Query) -> Result<Attributes,
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_comes_before_a_deadline_has_one() {
+        let limit = Duration::from_secs(60);
+        let hangs = within(limit, std::future::pending::<Result<(), ApiError>>()).await;
+        assert_eq!(hangs.map_err(|error| error.code()), Err(504));
+        assert_eq!(within(limit, async { Ok(1) }).await, Ok(1));
+    }
 
     #[test]
     fn requests_in_the_terms_of_rules() {

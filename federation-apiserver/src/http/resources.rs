@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::body::{self, Decoded};
 use super::negotiate::{self, Accept, Shape};
 use super::path::{Query, ResourcePath};
-use super::{App, Call, response, stream};
+use super::{App, Call, response, stream, within};
 use crate::logs::LogOptions;
 use crate::rbac::Attributes;
 use crate::registry::Target;
@@ -360,7 +360,7 @@ async fn watch(
         timeout: query.count("timeoutSeconds")?.filter(|s| *s > 0).map(Duration::from_secs),
     };
     // A watch of one object by its path is a watch of the collection with a name.
-    let watch = app.registry.watch(target, options).await?;
+    let watch = within(app.limits.request_timeout, app.registry.watch(target, options)).await?;
     Ok(stream::watch(watch, accept, query.get("includeObject").to_owned()))
 }
 

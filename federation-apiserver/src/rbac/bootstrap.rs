@@ -305,6 +305,8 @@ fn view_rules() -> Value {
 fn hub() -> Vec<Value> {
     // Objects of a namespace; clusters, cells, tenants and classes are an administrator's.
     let theirs = ["scheduling.kubefed.io", "apps.cellway.io", "release.cellway.io"];
+    // The way to members' own APIs, which decide what is done there.
+    let members = || json!({"nonResourceURLs": ["/clusters/*"], "verbs": ["*"]});
     let seen: Vec<&str> = OUR_GROUPS.iter().copied().filter(|group| *group != FEDERATED_GROUP).collect();
     vec![
         cluster_role("system:cellway:view", &["aggregate-to-view"], json!([rule(READ, &seen, &["*"])])),
@@ -318,6 +320,8 @@ fn hub() -> Vec<Value> {
                 rule(WRITE, &["policy.cellway.io"], &["propagationpolicies"])
             ]),
         ),
+        // For whom an administrator binds to it: nobody has it by default.
+        cluster_role("system:cellway:cluster-proxy", &[], json!([members()])),
         // The federation controller, and the hub's directory of members.
         cluster_role(
             "system:cellway:hub",
@@ -344,6 +348,7 @@ fn hub() -> Vec<Value> {
                     &["rbac.authorization.k8s.io"],
                     &["clusterroles", "clusterrolebindings", "rolebindings"]
                 ),
+                members(),
                 rule(
                     &["create", "delete", "get", "list", "patch", "update", "watch"],
                     &["coordination.k8s.io"],

@@ -465,6 +465,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::registry::selectors::LabelSelector;
 
     fn user(name: &str, groups: &[&str]) -> UserInfo {
         UserInfo::new(name, groups.iter().map(|g| (*g).to_owned()))
@@ -554,6 +555,22 @@ mod tests {
         log.resource.as_mut().expect("resource").subresource = "log".to_owned();
         assert!(!index.authorise(&ann, &log).allowed);
         assert!(index.rules_for(&ann, "a").rules.is_empty(), "it cannot be passed on");
+        // Who goes by an answer would show all of it, unless that is all that was asked for.
+        let labels = |text: &str| LabelSelector::parse(text).expect("a selector");
+        for (asked, allowed) in [
+            ("", false),
+            ("tenant", false),
+            ("tenant!=blue", false),
+            ("tenant in (blue,red)", false),
+            ("tenant=red", true),
+            ("app=x,tenant in (red)", true),
+        ] {
+            let told = index.review(&ann, &get("a"), &labels(asked));
+            assert_eq!(told.allowed, allowed, "{asked}: {}", told.reason);
+        }
+        let told = index.review(&ann, &get("a"), &labels(""));
+        assert_eq!(told.reason, "RBAC: allowed for what carries the labels tenant in (red) only");
+        assert!(index.review(&user("x", &["dev"]), &get("a"), &labels("")).allowed);
         // What somebody may see anyway they see whole.
         index.put("", "whole", "clusterrolebindings", Some(&bind("reader")));
         assert!(index.authorise(&ann, &get("a")).visible.is_empty());

@@ -17,6 +17,7 @@ pub mod rules;
 pub mod validation;
 
 use crate::auth::{MASTERS, UserInfo};
+use crate::registry::selectors::LabelSelector;
 use crate::status::ApiError;
 
 pub use index::Index;
@@ -136,6 +137,23 @@ impl Index {
             return Decision { allowed: true, ..Decision::default() };
         }
         self.decide(user, attributes)
+    }
+
+    /// What is told about a user's rights to somebody who goes by it on their own: a right to see part of something is none to
+    /// see it, unless they ask for no more than that part, by `labels`.
+    pub(crate) fn review(
+        &self,
+        user: &UserInfo,
+        attributes: &Attributes,
+        labels: &LabelSelector,
+    ) -> Decision {
+        let decision = self.authorise(user, attributes);
+        let selector = decision.selector();
+        if selector.is_empty() || LabelSelector::parse(&selector).is_ok_and(|part| labels.is_within(&part)) {
+            return decision;
+        }
+        let reason = format!("RBAC: allowed for what carries the labels {selector} only");
+        Decision { allowed: false, reason, ..decision }
     }
 
     /// Refuses what the user may not do.

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::GROUP;
 use crate::registry::resource::Resource;
-use crate::status::FieldError;
+use crate::status::{self, FieldError};
 use crate::value::{self, at, str_at};
 
 /// Most combinations of group, resource, name and verb of one role. A coverage check looks at each, and a body of 3 MiB
@@ -77,6 +77,9 @@ fn is_empty(value: &Value, key: &str) -> bool {
 fn validate_rules(object: &Value, namespaced: bool, errors: &mut Vec<FieldError>) {
     let mut product = 0_usize;
     for (i, rule) in object.get("rules").and_then(Value::as_array).into_iter().flatten().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let field = |key: &str| format!("rules[{i}].{key}");
         let count = |key: &str| rule.get(key).and_then(Value::as_array).map_or(0, Vec::len);
         let resources = count("apiGroups").saturating_mul(count("resources"));
@@ -140,6 +143,9 @@ fn validate_binding(resource: &Resource, old: Option<&Value>, new: &Value, error
         errors.push(FieldError::invalid("roleRef", &role, "cannot change roleRef"));
     }
     for (i, subject) in new.get("subjects").and_then(Value::as_array).into_iter().flatten().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         validate_subject(subject, resource.namespaced, &format!("subjects[{i}]"), errors);
     }
 }

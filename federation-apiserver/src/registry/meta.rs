@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::resource::Resource;
 use crate::schema::names::{LABEL, label_value, qualified_name};
 pub(crate) use crate::schema::names::{QUALIFIED, SUBDOMAIN};
-use crate::status::FieldError;
+use crate::status::{self, FieldError};
 use crate::value;
 
 /// Sum of all annotation keys and values, as in kube-apiserver.
@@ -91,6 +91,9 @@ pub fn generate_name(base: &str) -> String {
 pub fn label_errors(labels: Option<&Value>, path: &str) -> Vec<FieldError> {
     let mut errors = Vec::new();
     for (key, v) in labels.and_then(Value::as_object).into_iter().flatten() {
+        if status::is_enough(&errors) {
+            break;
+        }
         let name = Value::String(key.clone());
         errors.extend(qualified_name(key).into_iter().map(|e| FieldError::invalid(path, &name, e)));
         let text = v.as_str().unwrap_or_default();
@@ -133,6 +136,9 @@ pub fn errors(resource: &Resource, object: &Value) -> Vec<FieldError> {
     errors.extend(label_errors(meta("labels"), "metadata.labels"));
     let mut size = 0;
     for (key, v) in meta("annotations").and_then(Value::as_object).into_iter().flatten() {
+        if status::is_enough(&errors) {
+            break;
+        }
         size += key.len() + v.as_str().map_or(0, str::len);
         let shown = Value::String(key.clone());
         let faults = qualified_name(&key.to_lowercase()).into_iter();
@@ -151,6 +157,9 @@ fn finalizer_errors(resource: &Resource, list: Option<&Value>, errors: &mut Vec<
     let all = list.and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let texts = || all.iter().map(|f| (f, f.as_str().unwrap_or_default()));
     for (value, text) in texts() {
+        if status::is_enough(errors) {
+            break;
+        }
         errors.extend(qualified_name(text).into_iter().map(|e| FieldError::invalid(path, value, e)));
     }
     if texts().any(|(_, t)| t == crate::gc::ORPHAN) && texts().any(|(_, t)| t == crate::gc::FOREGROUND) {
@@ -163,6 +172,9 @@ fn finalizer_errors(resource: &Resource, list: Option<&Value>, errors: &mut Vec<
         return;
     }
     for (i, (value, text)) in texts().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         if !text.contains('/') && !FINALIZERS.contains(&text) {
             let detail = "name is neither a standard finalizer name nor is it fully qualified";
             errors.push(FieldError::invalid(format!("{path}[{i}]"), value, detail));
@@ -175,6 +187,9 @@ fn owner_errors(list: Option<&Value>, errors: &mut Vec<FieldError>) {
     let all = list.and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let mut controllers: Vec<String> = Vec::new();
     for owner in all {
+        if status::is_enough(errors) {
+            break;
+        }
         let text = |key: &str| value::str_at(owner, &[key]);
         for (key, what) in [
             ("apiVersion", "version must not be empty"),

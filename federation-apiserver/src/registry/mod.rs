@@ -53,7 +53,7 @@ pub struct Registry {
     pub(crate) admission: crate::admission::Admission,
     /// Connections to webhooks.
     pub(crate) webhooks: Arc<crate::webhook::Client>,
-    /// How long events are kept after they were last seen.
+    /// How long events are kept after their last write.
     pub(crate) event_ttl: std::time::Duration,
     /// Ends watches when the server stops.
     pub(crate) shutdown: CancellationToken,
@@ -166,9 +166,14 @@ pub(crate) fn go_text(value: &Value) -> String {
     decode::go_text(value, 1024)
 }
 
-/// The API form of a stored value in the version of `resource`. `settle`: custom objects are pruned and get defaults by the
-/// schema of the version that they are stored in. That is not for what a webhook converted: it may leave out what it means to.
-pub(crate) fn to_api(resource: &Resource, kv: &KeyValue, settle: bool) -> Result<Value, ApiError> {
+/// The API form of a stored value in the version of `resource`. Custom objects are pruned and get defaults by the schema of the
+/// version that they are stored in, unless they are `settled`: it leaves them as they are, or a webhook converted them, which may
+/// leave out what it means to.
+pub(crate) fn to_api(
+    resource: &Resource,
+    kv: &KeyValue,
+    settled: impl FnOnce(&Value) -> bool,
+) -> Result<Value, ApiError> {
     if kv.value.starts_with(crate::encryption::ENCRYPTED) {
         return Err(ApiError::internal(format_args!(
             "{} cannot be decrypted: see the warnings about encryption",
@@ -184,7 +189,9 @@ pub(crate) fn to_api(resource: &Resource, kv: &KeyValue, settle: bool) -> Result
         Origin::Custom(info) => Some(&info.forms),
         Origin::Builtin { .. } => None,
     };
-    if let Some(forms) = forms.filter(|_| settle) {
+    if let Some(forms) = forms
+        && !settled(&object)
+    {
         forms.settle(&mut object);
     }
     let other_version = value::str_at(&object, &["apiVersion"]) != api_version;
@@ -251,7 +258,7 @@ impl Registry {
 fn written_form(resource: &Resource, mut object: Value, kv: &KeyValue) -> Result<Value, ApiError> {
     let pruned = resource.is_custom() && !resource.is_stored_version();
     if resource.is_new_event() || resource.converter.is_some() || pruned {
-        return to_api(resource, kv, true);
+        return to_api(resource, kv, |_| false);
     }
     value::set(&mut object, &["apiVersion"], Value::String(resource.api_version()));
     value::set(&mut object, &["metadata", "resourceVersion"], Value::String(kv.mod_revision.0.to_string()));

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::meta;
 use super::strategy::is_unset;
-use crate::status::FieldError;
+use crate::status::{self, FieldError};
 use crate::value::{self, at, str_at};
 
 /// Defaults of a pod's spec.
@@ -71,6 +71,9 @@ pub(super) fn validate_spec(spec: &Value, path: &str, errors: &mut Vec<FieldErro
     let mut names = std::collections::HashSet::new();
     for list in ["containers", "initContainers"] {
         for (i, c) in spec.get(list).and_then(Value::as_array).into_iter().flatten().enumerate() {
+            if status::is_enough(errors) {
+                break;
+            }
             let at = format!("{path}.{list}[{i}]");
             let name = str_at(c, &["name"]);
             if name.is_empty() {
@@ -85,6 +88,9 @@ pub(super) fn validate_spec(spec: &Value, path: &str, errors: &mut Vec<FieldErro
                 errors.push(FieldError::required(format!("{at}.image"), ""));
             }
             for (p, port) in c.get("ports").and_then(Value::as_array).into_iter().flatten().enumerate() {
+                if status::is_enough(errors) {
+                    break;
+                }
                 let number = port.get("containerPort").cloned().unwrap_or_default();
                 if !number.as_i64().is_some_and(|n| (1..=65535).contains(&n)) {
                     errors.push(FieldError::invalid(

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::auth::UserInfo;
 use crate::rbac::{Attributes, Index, ResourceAttributes};
+use crate::registry::selectors::LabelSelector;
 use crate::status::{ApiError, FieldError};
 use crate::value::{self, at, str_at};
 
@@ -212,12 +213,32 @@ fn access(user: &UserInfo, index: &Index, spec: &Value) -> Result<Value, ApiErro
             }
         }
     };
-    let decision = index.authorise(user, &attributes);
+    let decision = index.review(user, &attributes, &labels(part("resourceAttributes")));
     let mut status = json!({ "allowed": decision.allowed });
     if !decision.reason.is_empty() {
         status["reason"] = json!(decision.reason);
     }
     Ok(status)
+}
+
+/// The `labelSelector` of a review. As in kube-apiserver, what cannot be read of it asks for more, not for less.
+fn labels(resource: Option<&Value>) -> LabelSelector {
+    let Some(asked) = resource.and_then(|resource| resource.get("labelSelector")) else {
+        return LabelSelector::default();
+    };
+    let requirements = asked.get("requirements").and_then(Value::as_array).into_iter().flatten();
+    // It becomes the text of a selector.
+    let plain = |text: &&str| text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b));
+    let requirements = requirements.filter_map(|one| {
+        let key = Some(str_at(one, &["key"])).filter(plain)?;
+        let values = one.get("values")?.as_array()?.iter().map(|value| value.as_str().filter(plain));
+        let values = values.collect::<Option<Vec<&str>>>()?;
+        (str_at(one, &["operator"]) == "In").then(|| format!("{key} in ({})", values.join(",")))
+    });
+    let texts = std::iter::once(str_at(asked, &["rawSelector"]).to_owned()).chain(requirements);
+    texts
+        .filter_map(|text| LabelSelector::parse(&text).ok())
+        .fold(LabelSelector::default(), LabelSelector::and)
 }
 
 fn rules(user: &UserInfo, index: &Index, spec: &Value) -> Result<Value, ApiError> {
@@ -273,6 +294,30 @@ mod tests {
         let elsewhere = json!({"spec": {"user": "x", "resourceAttributes": {"namespace": "b"}}});
         assert!(message("localsubjectaccessreviews", elsewhere).contains("must match metadata.namespace"));
         assert_eq!(message("selfsubjectrulesreviews", json!({"spec": {}})), "no namespace on request");
+    }
+
+    #[test]
+    fn a_review_asks_for_the_labels_that_it_says() {
+        let asked = |selector: Value| labels(Some(&json!({ "labelSelector": selector })));
+        let red = LabelSelector::parse("tenant=red").expect("a selector");
+        let one = |operator: &str, values: Value| json!({"requirements": [{"key": "tenant", "operator": operator, "values": values}]});
+        for selector in [json!({"rawSelector": "tenant=red,app"}), one("In", json!(["red"]))] {
+            assert!(asked(selector.clone()).is_within(&red), "{selector}");
+        }
+        for selector in [
+            json!({}),
+            json!("tenant=red"),
+            json!({"rawSelector": "((("}),
+            one("NotIn", json!(["red"])),
+            one("In", json!([])),
+            one("In", json!(["red", "blue"])),
+            one("In", json!([1, "red"])),
+            one("In", json!(["red),app in (x"])),
+            one("In", Value::Null),
+        ] {
+            assert!(!asked(selector.clone()).is_within(&red), "{selector}");
+        }
+        assert!(labels(None).is_empty());
     }
 
     #[test]

@@ -81,6 +81,15 @@ impl LabelSelector {
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
+
+    /// Does it say by itself that it matches nothing which `other` does not? "No" may be wrong, "yes" is not.
+    pub(crate) fn is_within(&self, other: &Self) -> bool {
+        let narrower = |own: &Requirement, wanted: &Requirement| match (&own.operator, &wanted.operator) {
+            (Operator::In(own), Operator::In(wanted)) => own.iter().all(|value| wanted.contains(value)),
+            (own, wanted) => own == wanted,
+        };
+        other.0.iter().all(|wanted| self.0.iter().any(|own| own.key == wanted.key && narrower(own, wanted)))
+    }
 }
 
 /// What a selector is made of.

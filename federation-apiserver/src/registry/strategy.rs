@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::resource::Resource;
 use super::{kinds, meta, pods};
-use crate::status::FieldError;
+use crate::status::{self, FieldError};
 use crate::value::{self, at, i64_at, set, str_at};
 
 /// Fields that may not change once set: plural, path.
@@ -295,7 +295,7 @@ pub fn validate(resource: &Resource, old: Option<&Value>, new: &Value) -> Vec<Fi
         "services" => validate_service(old, new, &mut errors),
         "leases" => validate_lease(new, &mut errors),
         "configmaps" | "secrets" => {
-            validate_data(old, new, &mut errors);
+            validate_data(plural, old, new, &mut errors);
             if plural == "secrets" {
                 validate_secret_type(new, &mut errors);
             }
@@ -461,6 +461,9 @@ fn validate_service(old: Option<&Value>, new: &Value, errors: &mut Vec<FieldErro
     let ports = at(new, &["spec", "ports"]).and_then(Value::as_array);
     let many = ports.is_some_and(|p| p.len() > 1);
     for (i, port) in ports.into_iter().flatten().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let number = port.get("port").cloned().unwrap_or_default();
         if !number.as_i64().is_some_and(|n| (1..=65535).contains(&n)) {
             errors.push(FieldError::invalid(
@@ -517,11 +520,20 @@ fn validate_secret_type(secret: &Value, errors: &mut Vec<FieldError>) {
     }
 }
 
-fn validate_data(old: Option<&Value>, new: &Value, errors: &mut Vec<FieldError>) {
+/// How many bytes a field of bytes has: it is written in base64, where four letters are three bytes.
+fn bytes_of(text: &str) -> usize {
+    text.trim_end_matches('=').len() * 3 / 4
+}
+
+fn validate_data(plural: &str, old: Option<&Value>, new: &Value, errors: &mut Vec<FieldError>) {
     let mut size = 0;
     for field in ["data", "binaryData"] {
+        let bytes = plural == "secrets" || field == "binaryData";
         for (key, v) in new.get(field).and_then(Value::as_object).into_iter().flatten() {
-            size += v.as_str().map_or(0, str::len);
+            if status::is_enough(errors) {
+                break;
+            }
+            size += v.as_str().map_or(0, |text| if bytes { bytes_of(text) } else { text.len() });
             let valid = !key.is_empty()
                 && key.len() <= 253
                 && key != "."
@@ -537,6 +549,9 @@ fn validate_data(old: Option<&Value>, new: &Value, errors: &mut Vec<FieldError>)
         }
     }
     for key in new.get("binaryData").and_then(Value::as_object).into_iter().flat_map(|m| m.keys()) {
+        if status::is_enough(errors) {
+            break;
+        }
         if at(new, &["data", key]).is_some() {
             let detail = "duplicate of key present in binaryData";
             errors.push(FieldError::invalid(format!("data[{key}]"), &json!(key), detail));
@@ -584,5 +599,72 @@ pub fn keep_on_update(resource: &Resource, old: &Value, new: &mut Value) {
             }
         }
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Role;
+    use crate::registry::builtin;
+    use crate::registry::resource::Catalog;
+
+    #[test]
+    fn a_hundred_thousand_wrong_items_are_told_like_a_thousand() {
+        const WRONG: usize = 100_000;
+        let many = |item: Value| Value::Array(vec![item; WRONG]);
+        let keys: serde_json::Map<String, Value> =
+            (0..WRONG).map(|i| (format!("/{i}"), json!("x"))).collect();
+        let catalog = Catalog::new(builtin::resources(Role::Member));
+        let rbac = "rbac.authorization.k8s.io";
+        for (group, plural, object) in [
+            ("", "pods", json!({"spec": {"containers": many(json!({}))}})),
+            (
+                "",
+                "pods",
+                json!({"spec": {"containers": [{"name": "a", "image": "i", "ports": many(json!({}))}]}}),
+            ),
+            ("", "services", json!({"spec": {"type": "ClusterIP", "ports": many(json!({}))}})),
+            ("", "configmaps", json!({"data": keys})),
+            ("", "configmaps", json!({"metadata": {"labels": keys}})),
+            ("", "configmaps", json!({"metadata": {"annotations": keys}})),
+            ("", "configmaps", json!({"metadata": {"finalizers": many(json!("/"))}})),
+            ("", "configmaps", json!({"metadata": {"ownerReferences": many(json!({}))}})),
+            ("networking.k8s.io", "ingresses", json!({"spec": {"rules": many(json!({"host": "A"}))}})),
+            ("networking.k8s.io", "networkpolicies", json!({"spec": {"egress": [{"to": many(json!({}))}]}})),
+            (rbac, "clusterroles", json!({"rules": many(json!({}))})),
+            (rbac, "clusterrolebindings", json!({"subjects": many(json!({}))})),
+            (
+                "admissionregistration.k8s.io",
+                "validatingwebhookconfigurations",
+                json!({"webhooks": many(json!({}))}),
+            ),
+        ] {
+            let resource = catalog.get(group, "v1", plural).expect("served");
+            let mut errors = meta::errors(&resource, &object);
+            errors.extend(validate(&resource, None, &object));
+            assert!(status::is_enough(&errors), "{plural}: {}", errors.len());
+            assert!(errors.len() < 2500, "{plural}: {}", errors.len());
+        }
+    }
+
+    /// A megabyte of what is kept, not of its letters on the wire: releases of helm come close to it.
+    #[test]
+    fn bytes_count_as_what_they_are() {
+        let refused = |plural: &str, field: &str, text: String| {
+            let mut errors = Vec::new();
+            let object = Value::Object([(field.to_owned(), json!({"k": text}))].into_iter().collect());
+            validate_data(plural, None, &object, &mut errors);
+            !errors.is_empty()
+        };
+        // So many groups of three bytes, and one byte.
+        let full = format!("{}AA==", "AAAA".repeat(MAX_DATA / 3));
+        let over = format!("{}AAA=", "AAAA".repeat(MAX_DATA / 3));
+        for (plural, field) in [("secrets", "data"), ("configmaps", "binaryData")] {
+            assert!(!refused(plural, field, full.clone()), "{plural} {field}");
+            assert!(refused(plural, field, over.clone()), "{plural} {field}");
+        }
+        assert!(!refused("configmaps", "data", "A".repeat(MAX_DATA)));
+        assert!(refused("configmaps", "data", "A".repeat(MAX_DATA + 1)));
     }
 }

@@ -252,12 +252,26 @@ impl Watch {
                 self.ended = true;
                 return false;
             }
+            // Before anything else: where events never cease, nothing would be waited for, and no timer looked at.
+            let now = Instant::now();
+            if now >= self.deadline {
+                self.say_the_last();
+                return !self.ended;
+            }
             if !self.ready.is_empty() {
                 return true;
             }
             if !self.raw.is_empty() {
-                self.convert().await;
+                // A webhook may keep silent for longer; what is not converted in time is left to the next watch.
+                let _in_time = tokio::time::timeout_at(self.deadline, self.convert()).await;
                 continue;
+            }
+            if self.bookmarks && now >= self.next_bookmark {
+                self.next_bookmark = now + BOOKMARK_INTERVAL;
+                self.look_ahead();
+                self.ready.push_back(Item::Bookmark { revision: self.seen, end: false });
+                self.set_timer();
+                return true;
             }
             match &mut self.source {
                 Source::Memory(position) => {
@@ -297,14 +311,7 @@ impl Watch {
                             tokio::select! {
                                 biased;
                                 told = self.news.changed() => self.ended |= told.is_err(),
-                                () = &mut self.timer => {
-                                    // Other kinds have changed since.
-                                    let applied = self.objects.applied();
-                                    if matches!(self.kind.read(at), Read::Nothing { at_the_end: true }) {
-                                        self.see(applied);
-                                    }
-                                    self.on_timer();
-                                }
+                                () = &mut self.timer => {}
                             }
                         }
                     }
@@ -319,11 +326,7 @@ impl Watch {
                         event = watcher.next_unless(|progress| {
                             in_memory(&self.objects, self.epoch, &self.kind, progress).is_some()
                         }) => event,
-                        () = &mut self.timer => {
-                            self.seen = self.seen.max(watcher.progress());
-                            self.on_timer();
-                            continue;
-                        }
+                        () = &mut self.timer => continue,
                     };
                     let progress = watcher.progress();
                     match event {
@@ -423,21 +426,29 @@ impl Watch {
         }
     }
 
-    fn on_timer(&mut self) {
-        let now = Instant::now();
-        if now >= self.deadline {
-            self.ended = true;
-            // A last one tells where to go on.
-            if self.bookmarks {
-                self.ended = false;
-                self.ready.push_back(Item::Bookmark { revision: self.seen, end: false });
-                self.bookmarks = false;
+    /// Others have changed since, and nothing that is watched: so far this has come too. Where everything is given out.
+    fn look_ahead(&mut self) {
+        match &self.source {
+            Source::Memory(position) => {
+                let applied = self.objects.applied();
+                if matches!(self.kind.read(*position), Read::Nothing { at_the_end: true }) {
+                    self.see(applied);
+                }
             }
-        } else if self.bookmarks {
-            self.next_bookmark = now + BOOKMARK_INTERVAL;
-            self.ready.push_back(Item::Bookmark { revision: self.seen, end: false });
+            Source::Log(watcher) => self.seen = self.seen.max(watcher.progress()),
         }
-        self.set_timer();
+    }
+
+    /// Ends the watch at its deadline. Where all is given out, a last bookmark tells where to go on; what is not is read again
+    /// by the next watch, from the last event on.
+    fn say_the_last(&mut self) {
+        if self.bookmarks && self.ready.is_empty() && self.raw.is_empty() {
+            self.bookmarks = false;
+            self.look_ahead();
+            self.ready.push_back(Item::Bookmark { revision: self.seen, end: false });
+        } else {
+            self.ended = true;
+        }
     }
 
     fn set_timer(&mut self) {

@@ -6,9 +6,11 @@ mod update;
 pub(super) mod versions;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use federation_store::{Expect, Revision, Write, WriteOutcome};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 pub(super) use self::checks::nameless;
 use self::checks::{check_finalizers, check_name, restrict};
@@ -18,7 +20,7 @@ use self::versions::KindVersions;
 use super::resource::{Resource, split_api_version};
 use super::{Registry, Stored, Target, decode, kinds, meta, services, store_error, strategy};
 use crate::admission::{self, Notes, Operation};
-use crate::apply::{self, Writer};
+use crate::apply::{self, Within, Writer};
 use crate::auth::UserInfo;
 use crate::rbac::Attributes;
 use crate::status::{ApiError, FieldError};
@@ -29,6 +31,8 @@ use crate::{gc, patch};
 pub(super) const PATCH_ATTEMPTS: usize = 8;
 /// Bytes of a patch that an error message shows.
 const MAX_SHOWN: usize = 2048;
+/// Longest that a write waits for conversions which only tell who owns which fields.
+const OWNERSHIP_TIME: Duration = Duration::from_secs(10);
 /// Longest field manager's name, as in Kubernetes.
 const MAX_MANAGER: usize = 128;
 
@@ -195,6 +199,7 @@ impl Registry {
             let writer = writer_of(resource, &api_version, options, &now);
             let live = strategy::blank(resource);
             let versions = KindVersions { registry: self, resource };
+            let versions = Within::new(versions, Instant::now() + OWNERSHIP_TIME);
             apply::on_update(resource.schema.as_ref(), &live, &mut object, &writer, &versions).await;
         }
         let asked = self.asked(options.user.as_deref()).await?;
@@ -546,6 +551,7 @@ impl Registry {
             let api_version = resource.api_version();
             let writer = writer_of(resource, &api_version, options, &now);
             let versions = KindVersions { registry: self, resource };
+            let versions = Within::new(versions, Instant::now() + OWNERSHIP_TIME);
             apply::on_update(resource.schema.as_ref(), old, &mut new, &writer, &versions).await;
         }
         // Writes of other subresources were asked about in their own form.

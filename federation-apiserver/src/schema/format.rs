@@ -3,10 +3,10 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use base64::Engine as _;
+use service::duration;
 
 use super::{names, pattern};
 use crate::cel::library::{time, urls};
-use crate::duration;
 
 const UUID: &str = r"(?i)^[0-9a-f]{8}-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{12}$";
 const UUID3: &str = r"(?i)^[0-9a-f]{8}-?[0-9a-f]{4}-?3[0-9a-f]{3}-?[0-9a-f]{4}-?[0-9a-f]{12}$";
@@ -56,7 +56,7 @@ pub(crate) fn is_valid(format: &str, text: &str) -> Option<bool> {
 
 /// Go's durations, and the words that strfmt adds (`3 days`).
 fn is_duration(text: &str) -> bool {
-    if duration::parse(text).is_ok() {
+    if duration::nanoseconds(text).is_ok() {
         return true;
     }
     let text = text.trim();

@@ -187,15 +187,15 @@ enum Level {
 
 /// The structure: every field has a type, logic only restricts.
 fn invariants(schema: &Value, level: Level, path: &str, depth: usize, errors: &mut Vec<FieldError>) {
+    if errors.len() >= MAX_ERRORS {
+        return;
+    }
     let Some(map) = schema.as_object() else {
         errors.push(FieldError::type_invalid(path, schema, "must be a schema object"));
         return;
     };
     if depth > MAX_DEPTH {
         errors.push(FieldError::too_long(path, "nested too deeply"));
-        return;
-    }
-    if errors.len() >= MAX_ERRORS {
         return;
     }
     let typed = text(map, "type");
@@ -340,13 +340,13 @@ fn check_pattern(map: &Map<String, Value>, path: &str, errors: &mut Vec<FieldErr
 
 /// Schemas in logic restrict values and define nothing.
 fn nested(schema: &Value, skip_any_of: bool, path: &str, depth: usize, errors: &mut Vec<FieldError>) {
+    if depth > MAX_DEPTH || errors.len() >= MAX_ERRORS {
+        return;
+    }
     let Some(map) = schema.as_object() else {
         errors.push(FieldError::type_invalid(path, schema, "must be a schema object"));
         return;
     };
-    if depth > MAX_DEPTH || errors.len() >= MAX_ERRORS {
-        return;
-    }
     let mut forbid = |key: &str, why: &str| errors.push(FieldError::forbidden(format!("{path}.{key}"), why));
     for key in ["type", "title", "description"] {
         if !text(map, key).is_empty() {
@@ -403,6 +403,9 @@ fn covered(
     errors: &mut Vec<FieldError>,
 ) {
     let Some(map) = restriction.as_object().filter(|_| depth <= MAX_DEPTH) else { return };
+    if errors.len() >= MAX_ERRORS {
+        return;
+    }
     let because = format!("because it is defined in {path}");
     children(map, |step, child, logic| {
         if logic {

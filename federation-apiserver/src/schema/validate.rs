@@ -384,6 +384,9 @@ fn uniqueness(ty: TypeRef<'_>, value: &Value, path: &Path<'_>, depth: usize, err
 fn duplicates(keys: impl Iterator<Item = Option<Value>>, path: &Path<'_>, errors: &mut Vec<FieldError>) {
     let mut seen: std::collections::HashMap<String, usize> = std::collections::HashMap::new();
     for (i, key) in keys.enumerate() {
+        if errors.len() >= MAX_ERRORS {
+            return;
+        }
         let Some(key) = key else { continue };
         let times = seen.entry(value::canonical(&key)).or_default();
         *times += 1;
@@ -445,6 +448,9 @@ fn is_quantity(text: &str) -> bool {
 fn unique_keys(ty: TypeRef<'_>, items: &[Value], path: &Path<'_>, errors: &mut Vec<FieldError>) {
     let mut seen = std::collections::HashSet::new();
     for (i, item) in items.iter().enumerate() {
+        if errors.len() >= MAX_ERRORS {
+            return;
+        }
         let key = match ty.list_kind() {
             ListKind::Atomic => return,
             ListKind::Set => item.clone(),

@@ -144,15 +144,7 @@ impl Client {
     ) -> Result<Value, CallError> {
         let exchange = tokio::time::timeout(timeout, self.exchange(destination, body, bound.bytes)).await;
         let (code, bytes) = exchange.map_err(|_| CallError::Timeout { url: destination.url.clone() })??;
-        if !(200..300).contains(&code) {
-            return Err(CallError::Refused(refusal(code, &bytes)));
-        }
-        if values(&bytes) > bound.values {
-            let values = bound.values;
-            return Err(CallError::Malformed(format!("the answer has more than {values} values")));
-        }
-        serde_json::from_slice(&bytes)
-            .map_err(|e| CallError::Malformed(format!("couldn't get version/kind; json parse error: {e}")))
+        answer(code, &bytes, bound)
     }
 
     async fn exchange(
@@ -331,6 +323,19 @@ async fn dial_one(address: SocketAddr) -> Result<TcpStream, String> {
             Err(format!("dial tcp {address}: {why}"))
         }
     }
+}
+
+/// What was answered with this code.
+pub(crate) fn answer(code: u16, bytes: &[u8], bound: Bound) -> Result<Value, CallError> {
+    if !(200..300).contains(&code) {
+        return Err(CallError::Refused(refusal(code, bytes)));
+    }
+    if values(bytes) > bound.values {
+        let values = bound.values;
+        return Err(CallError::Malformed(format!("the answer has more than {values} values")));
+    }
+    serde_json::from_slice(bytes)
+        .map_err(|e| CallError::Malformed(format!("couldn't get version/kind; json parse error: {e}")))
 }
 
 /// About how many values a JSON text has, without making them.

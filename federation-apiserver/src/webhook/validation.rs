@@ -7,6 +7,9 @@ use super::SERVICE_PORT;
 use crate::status::FieldError;
 use crate::value::{i64_at, str_at};
 
+/// Wrong segments of a path that are told: each is with all of the path, which may be as long as a request.
+const MAX_FAULTS: usize = 10;
+
 /// Errors of a `clientConfig` found at `path`.
 pub(crate) fn client_config(config: &Value, path: &str, errors: &mut Vec<FieldError>) {
     let url = config.get("url").and_then(Value::as_str);
@@ -70,13 +73,14 @@ fn validate_service(service: &Value, path: &str, errors: &mut Vec<FieldError>) {
     }
     let whole = url_path.get(1..).unwrap_or_default();
     let whole = whole.strip_suffix('/').unwrap_or(whole);
-    for (i, step) in whole.split('/').enumerate() {
+    let faults = whole.split('/').enumerate().filter_map(|(i, step)| {
         if step.is_empty() {
-            wrong(format!("segment[{i}] may not be empty"));
-        } else if !crate::registry::meta::is_dns_subdomain(step) {
-            wrong(format!("segment[{i}]: {}", crate::registry::meta::SUBDOMAIN));
+            return Some(format!("segment[{i}] may not be empty"));
         }
-    }
+        let right = crate::registry::meta::is_dns_subdomain(step);
+        (!right).then(|| format!("segment[{i}]: {}", crate::registry::meta::SUBDOMAIN))
+    });
+    faults.take(MAX_FAULTS).for_each(wrong);
 }
 
 #[cfg(test)]
@@ -102,5 +106,8 @@ mod tests {
         );
         assert_eq!(errors(json!({"url": "https://u:p@a.test/?x=1#f"})).len(), 3);
         assert_eq!(errors(json!({"service": {"port": 70000, "path": "x//"}})).len(), 6);
+        let path = "/".repeat(1 << 20);
+        let service = json!({"name": "a", "namespace": "b", "path": path});
+        assert_eq!(errors(json!({ "service": service })).len(), MAX_FAULTS);
     }
 }

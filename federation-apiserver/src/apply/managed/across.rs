@@ -1,8 +1,13 @@
 //! Ownership of fields across the versions of a kind.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
 use futures::FutureExt as _;
+use tokio::time::Instant;
 
 use super::*;
+use crate::apply::Within;
 use crate::schema::defaults::custom_root;
 
 /// A kind whose list of `clusters` in v1 is `units` in v2, which also knows a `selector`; v1 keeps that in an annotation.
@@ -168,4 +173,50 @@ fn the_oldest_updates_are_folded_within_their_version() {
         ]
     );
     assert_eq!(managed.0.len(), MAX_UPDATE_MANAGERS);
+}
+
+/// Versions that cannot be had: a webhook that is away, or one that does not answer.
+struct Away {
+    asked: AtomicUsize,
+    answers: bool,
+}
+
+impl Versions for Away {
+    async fn schema(&self, _api_version: &str) -> Result<Option<RootType>, ApiError> {
+        Ok(renamed_type("v1"))
+    }
+
+    async fn convert(&self, _objects: Vec<Value>, _to: &str) -> Result<Vec<Value>, ApiError> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        if !self.answers {
+            std::future::pending::<()>().await;
+        }
+        Err(ApiError::untold("connection refused".to_owned()))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_cannot_convert_is_asked_once() {
+    let owner = |manager: &str, version: &str| {
+        json!({"manager": manager, "operation": "Update", "apiVersion": version, "fieldsType": "FieldsV1",
+            "fieldsV1": {"f:spec": {"f:size": {}}}})
+    };
+    let mut live = nothing();
+    live["spec"] = json!({"size": 1});
+    live["metadata"]["managedFields"] = json!([owner("one", "v2"), owner("two", "v3"), owner("three", "v1")]);
+    let ty = renamed_type("v1").expect("one of two");
+    let time = "2026-01-01T00:00:00Z";
+    let writer = Writer { manager: "me", api_version: "v1", subresource: "", time, reset: &[] };
+    let limit = Duration::from_secs(10);
+    for answers in [true, false] {
+        let away = Within::new(Away { asked: AtomicUsize::new(0), answers }, Instant::now() + limit);
+        let mut new = live.clone();
+        new["spec"]["size"] = json!(2);
+        let began = Instant::now();
+        super::on_update(ty.as_ref(), &live, &mut new, &writer, &away).await;
+        assert_eq!(away.versions().asked.load(Ordering::Relaxed), 1, "answers: {answers}");
+        assert!(began.elapsed() <= limit + Duration::from_millis(1), "answers: {answers}");
+        // What is said in its own version is kept up, and the others stay as they are.
+        assert_eq!(owners(&new), ["me v1 .spec.size", "one v2 .spec.size", "two v3 .spec.size"]);
+    }
 }

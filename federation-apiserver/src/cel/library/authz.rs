@@ -1,7 +1,7 @@
 //! `authorizer`: what a user may do, asked step by step. Conditions and policies of admission have it as a variable.
 //!
-//! Source: Kubernetes, "Common Expression Language in Kubernetes", authorizer library. Our authorizer knows no selectors, so
-//! those of a check change nothing, as with RBAC in a kube-apiserver.
+//! Source: Kubernetes, "Common Expression Language in Kubernetes", authorizer library. Selectors
+//! of a check change nothing, as with RBAC in a kube-apiserver.
 
 use std::sync::Arc;
 
@@ -10,6 +10,7 @@ use super::super::value::Value;
 use super::{Answer, Fault, Implementation};
 use crate::auth::UserInfo;
 use crate::rbac::{Attributes, Decision, Index, ResourceAttributes};
+use crate::registry::selectors::LabelSelector;
 
 /// A question on its way, or its answer.
 #[derive(Clone, Debug)]
@@ -37,7 +38,8 @@ impl<'a> Asker<'a> {
 
     fn decide(&self, verb: &str, resource: Option<ResourceAttributes>, path: &str) -> Value<'a> {
         let attributes = Attributes { verb: verb.to_owned(), resource, path: path.to_owned() };
-        Authz::Decision(self.index.authorise(&self.user, &attributes)).into_value()
+        let decision = self.index.review(&self.user, &attributes, &LabelSelector::default());
+        Authz::Decision(decision).into_value()
     }
 }
 

@@ -2,17 +2,17 @@
 
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, Zoned, civil};
+use service::duration;
 
 use super::super::value::Value;
 use super::{Answer, Fault, Implementation, fail};
-use crate::duration;
 
 pub(super) fn implementation(name: &str) -> Option<Implementation> {
     Some(match name {
         "duration" => |a| match a {
             [Value::Duration(d)] => Ok(Value::Duration(*d)),
             [Value::Int(n)] => Ok(Value::Duration(*n)),
-            [Value::Str(s)] => match duration::parse(s) {
+            [Value::Str(s)] => match duration::nanoseconds(s) {
                 Ok(d) => Ok(Value::Duration(d)),
                 Err(_) => fail(format!("time: invalid duration {:?}", &**s)),
             },

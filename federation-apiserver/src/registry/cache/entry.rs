@@ -93,7 +93,9 @@ impl Entry {
 
     /// The API's form as a tree.
     pub(crate) fn object(&self, resource: &Resource, revision: Revision) -> Result<Value, ApiError> {
-        let mut object = to_api(resource, &self.kv, self.settled(resource) != Some(true))?;
+        let settled =
+            |stored: &Value| self.settled(resource).unwrap_or_else(|| self.look_at(resource, stored));
+        let mut object = to_api(resource, &self.kv, settled)?;
         if revision != self.kv.mod_revision {
             crate::value::set(
                 &mut object,
@@ -110,9 +112,14 @@ impl Entry {
         if let Some(known) = self.settled(resource) {
             return known;
         }
+        let stored: Result<Value, _> = serde_json::from_slice(&self.kv.value);
+        stored.is_ok_and(|stored| self.look_at(resource, &stored))
+    }
+
+    /// Finds it out of the value as it was parsed, and remembers it.
+    fn look_at(&self, resource: &Resource, stored: &Value) -> bool {
         let Origin::Custom(info) = &resource.origin else { return true };
-        let object = serde_json::from_slice(&self.kv.value);
-        let settled = object.is_ok_and(|object| info.forms.is_settled(&object));
+        let settled = info.forms.is_settled(stored);
         self.looked_at.store(info.forms.id() + u32::from(settled), Ordering::Relaxed);
         settled
     }
@@ -365,7 +372,9 @@ mod tests {
             let text = crd(plain.clone()).to_string().replace("\"size\"", &format!("{property:?}"));
             let crd = serde_json::from_str(&text).expect("JSON");
             let resources = crate::crd::resources(&crd, &Arc::default());
+            assert_eq!(entry.settled(&resources[0]), None);
             let object = entry.object(&resources[0], Revision(7)).expect("an object");
+            assert_eq!(entry.settled(&resources[0]), Some(kept), "whoever parses it remembers what it saw");
             assert_eq!((object.get("size").is_some(), entry.is_settled(&resources[0])), (kept, kept));
         }
     }

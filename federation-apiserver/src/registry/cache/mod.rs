@@ -344,7 +344,7 @@ impl Objects {
 }
 
 /// `/registry/<group>/<resource>/` of a key.
-fn kind_prefix(key: &[u8]) -> Option<&[u8]> {
+pub(crate) fn kind_prefix(key: &[u8]) -> Option<&[u8]> {
     let rest = key.strip_prefix(ROOT.as_bytes())?;
     let group = memchr::memchr(b'/', rest)?;
     let resource = memchr::memchr(b'/', &rest[group + 1..])?;

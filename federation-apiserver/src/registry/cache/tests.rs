@@ -194,6 +194,52 @@ async fn bookmarks_of_a_quiet_watch_tell_how_far_the_others_have_come() {
 }
 
 #[tokio::test]
+async fn discovery_does_not_wait_for_a_database_that_hangs() {
+    let store = store().await;
+    let registry = registry(&store).await;
+    let objects = registry.cache.objects().await.expect("filled").clone();
+    // Nobody gets an answer from the store any more.
+    let _hanging = objects.question.lock().await;
+    tokio::time::pause();
+    let began = tokio::time::Instant::now();
+    crate::crd::keep_up(&registry, None).await;
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_watch_ends_in_time_whatever_comes() {
+    const TIME: Duration = Duration::from_secs(600);
+    let store = store().await;
+    let registry = registry(&store).await;
+    create(&registry, "a", json!({})).await;
+    let none = LabelSelector::parse("none=such").expect("a selector");
+    for filter in [Filter::default(), Filter { labels: none, fields: FieldSelector::default() }] {
+        let everything = filter.is_empty();
+        let mut seen = store.revision().0;
+        let options = WatchOptions { filter, bookmarks: true, timeout: Some(TIME), ..at(seen) };
+        let mut watch = registry.watch(&maps(&registry, ""), options).await.expect("a watch");
+        for i in 0..3 {
+            update(&registry, "a", &format!("{everything} {i}")).await;
+        }
+        if everything {
+            let event = watch.next().await;
+            let Some(WatchEvent::Modified(object)) = &event else { panic!("{event:?}") };
+            seen = version(object);
+        }
+        tokio::time::pause();
+        tokio::time::advance(TIME).await;
+        // There is more, which this watch tells nobody of. If it tells where to go on, that is where it has come to.
+        let mut event = watch.next().await;
+        if let Some(WatchEvent::Bookmark(bookmark)) = &event {
+            assert_eq!(version(bookmark), seen);
+            event = watch.next().await;
+        }
+        assert_eq!(event, None);
+        tokio::time::resume();
+    }
+}
+
+#[tokio::test]
 async fn pages_are_of_one_revision_until_it_is_compacted() {
     let store = store().await;
     let registry = registry(&store).await;

@@ -1,9 +1,9 @@
 //! CronJobs: their schedule is read as kube-apiserver's library reads it, and refused in its words.
 
 use serde_json::{Value, json};
+use service::duration;
 
 use super::{jobs, not_negative, some, texts};
-use crate::duration;
 use crate::status::FieldError;
 use crate::value::{self, at, str_at};
 
@@ -154,7 +154,7 @@ fn read_schedule(text: &str) -> Result<(), String> {
     if rest.starts_with('@') {
         if let Some(every) = rest.strip_prefix(EVERY) {
             let bad = |why| format!("failed to parse duration {rest}: {why}");
-            return duration::parse(every).map(drop).map_err(bad);
+            return duration::nanoseconds(every).map(drop).map_err(bad);
         }
         return match DESCRIPTORS.contains(&rest) {
             true => Ok(()),

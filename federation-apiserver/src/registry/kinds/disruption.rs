@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{list, not_negative, some, texts};
 use crate::admission::validation::label_selector;
 use crate::schema::names;
-use crate::status::FieldError;
+use crate::status::{self, FieldError};
 use crate::value::str_at;
 
 const PERCENT: &str = "a valid percent string must be a numeric string followed by an ending '%' (e.g. '1%',  or '93%', regex used for validation is '[0-9]+%')";
@@ -69,6 +69,9 @@ fn amount(value: &Value, path: &str, errors: &mut Vec<FieldError>) {
 pub(super) fn validate_status(budget: &Value, errors: &mut Vec<FieldError>) {
     let status = budget.get("status").unwrap_or(&Value::Null);
     for (i, condition) in list(status, &["conditions"]).iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let path = format!("status.conditions[{i}].type");
         let kind = str_at(condition, &["type"]);
         if kind.is_empty() {

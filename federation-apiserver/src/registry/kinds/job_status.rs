@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use super::{condition_is, jobs, list, not_negative, some};
-use crate::status::FieldError;
+use crate::status::{self, FieldError};
 use crate::value::{i64_at, str_at};
 
 const PATH: &str = "status";
@@ -163,6 +163,9 @@ fn uncounted(status: &Value, errors: &mut Vec<FieldError>) {
     let mut seen = std::collections::HashSet::new();
     for key in ["succeeded", "failed"] {
         for (i, uid) in list(status, &["uncountedTerminatedPods", key]).iter().enumerate() {
+            if status::is_enough(errors) {
+                break;
+            }
             let path = format!("status.uncountedTerminatedPods.{key}[{i}]");
             match uid.as_str() {
                 Some("") | None => errors.push(FieldError::invalid(path, uid, "must not be empty")),

@@ -8,7 +8,7 @@ use super::super::{meta, pods, strategy};
 use super::{condition_is, immutable, is_empty_map, is_unlabelled, list, not_negative, some, texts};
 use crate::admission::validation::label_selector;
 use crate::schema::names;
-use crate::status::FieldError;
+use crate::status::{self, FieldError};
 use crate::value::{self, at, i64_at, set, str_at};
 
 /// Bounds of Indexed Jobs, so that `status.completedIndexes` stays short.
@@ -316,6 +316,9 @@ fn failure_policy(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
     let containers: HashSet<&str> =
         containers.into_iter().flatten().map(|container| str_at(container, &["name"])).collect();
     for (i, rule) in rules.iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let at = format!("{path}[{i}]");
         let actions = ["Count", "FailIndex", "FailJob", "Ignore"];
         choice(rule, "action", &format!("{at}.action"), &actions, errors);
@@ -350,6 +353,9 @@ fn conditions(patterns: &[Value], path: &str, errors: &mut Vec<FieldError>) {
         errors.push(FieldError::too_many(path, patterns.len() as u64, MAX_CONDITION_PATTERNS as u64));
     }
     for (i, pattern) in patterns.iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let kind = str_at(pattern, &["type"]);
         for why in names::qualified_name(kind) {
             errors.push(FieldError::invalid(format!("{path}[{i}].type"), &json!(kind), why));
@@ -378,6 +384,9 @@ fn exit_codes(codes: &Value, path: &str, containers: &HashSet<&str>, errors: &mu
     let mut ordered = true;
     let mut before = i64::MIN;
     for (i, value) in values.iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let number = value.as_i64().unwrap_or(0);
         if number == 0 && str_at(codes, &["operator"]) == "In" {
             let why = "must not be 0 for the In operator";
@@ -423,6 +432,9 @@ fn success_policy(spec: &Value, path: &str, errors: &mut Vec<FieldError>) {
     // One that is missing is told elsewhere.
     let completions = i64_at(spec, &["completions"]).unwrap_or(0);
     for (i, rule) in rules.iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         success_rule(rule, &format!("{field}[{i}]"), completions, errors);
     }
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{immutable, list, some, texts};
 use crate::admission::validation::label_selector;
 use crate::schema::names;
-use crate::status::FieldError;
+use crate::status::{self, FieldError};
 use crate::value::{at, i64_at, str_at};
 
 const CLASS_ANNOTATION: &str = "kubernetes.io/ingress.class";
@@ -58,6 +58,9 @@ pub(super) fn validate_ingress(old: Option<&Value>, new: &Value, errors: &mut Ve
         })
     });
     for (i, rule) in rules.iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let path = format!("spec.rules[{i}]");
         let name = str_at(rule, &["host"]);
         if !name.is_empty() {
@@ -70,7 +73,13 @@ pub(super) fn validate_ingress(old: Option<&Value>, new: &Value, errors: &mut Ve
     let bad_secrets =
         old.is_some_and(|old| list(old, &["spec", "tls"]).iter().any(|tls| !secret_faults(tls).is_empty()));
     for (i, tls) in list(spec, &["tls"]).iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         for (h, name) in list(tls, &["hosts"]).iter().enumerate() {
+            if status::is_enough(errors) {
+                break;
+            }
             let path = format!("spec.tls[{i}].hosts[{h}]");
             host(name.as_str().unwrap_or_default(), &path, false, errors);
         }
@@ -119,6 +128,9 @@ fn paths(rule: &Value, path: &str, errors: &mut Vec<FieldError>) {
         errors.push(FieldError::required(path.clone(), ""));
     }
     for (i, one) in all.iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         http_path(one, &format!("{path}[{i}]"), errors);
     }
 }
@@ -227,6 +239,9 @@ const ADDRESSES: &[&str] = &["status", "loadBalancer", "ingress"];
 pub(super) fn validate_ingress_status(old: &Value, new: &Value, errors: &mut Vec<FieldError>) {
     let known: Vec<&str> = list(old, ADDRESSES).iter().map(|one| str_at(one, &["ip"])).collect();
     for (i, one) in list(new, ADDRESSES).iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let path = format!("status.loadBalancer.ingress[{i}]");
         let (ip, name) = (str_at(one, &["ip"]), str_at(one, &["hostname"]));
         if !ip.is_empty() && !known.contains(&ip) {
@@ -315,11 +330,20 @@ pub(super) fn validate_policy(old: Option<&Value>, new: &Value, errors: &mut Vec
     }
     for (direction, peers) in DIRECTIONS {
         for (i, rule) in list(spec, &[direction]).iter().enumerate() {
+            if status::is_enough(errors) {
+                break;
+            }
             let path = format!("spec.{direction}[{i}]");
             for (p, one) in list(rule, &["ports"]).iter().enumerate() {
+                if status::is_enough(errors) {
+                    break;
+                }
                 port(one, &format!("{path}.ports[{p}]"), errors);
             }
             for (p, one) in list(rule, &[peers]).iter().enumerate() {
+                if status::is_enough(errors) {
+                    break;
+                }
                 peer(one, &format!("{path}.{peers}[{p}]"), &known, errors);
             }
         }
@@ -427,6 +451,9 @@ fn ip_block(block: &Value, path: &str, known: &[&str], errors: &mut Vec<FieldErr
     check(format!("{path}.cidr"), text, errors);
     let Some(whole) = parse_cidr(text) else { return };
     for (i, except) in list(block, &["except"]).iter().enumerate() {
+        if status::is_enough(errors) {
+            break;
+        }
         let field = format!("{path}.except[{i}]");
         let text = except.as_str().unwrap_or_default();
         check(field.clone(), text, errors);
