@@ -19,6 +19,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use kube::client::Body;
 use parking_lot::RwLock;
 use thiserror::Error;
+use tokio::sync::watch;
 use tokio::time::timeout;
 use tower::{BoxError, Service, ServiceExt as _};
 
@@ -59,7 +60,12 @@ struct Ways {
     now: Way,
     /// The one before, for requests that were on their way already; none when that is not to be used any more.
     before: Option<Way>,
+    /// Each request along the present way holds a receiver until the member has begun to answer it.
+    under_way: watch::Sender<()>,
 }
+
+/// The requests that went along a way before it was left.
+pub(crate) struct Left(watch::Sender<()>);
 
 /// Who the controller is towards members.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -127,14 +133,18 @@ pub(crate) fn client_along(
         .pool_idle_timeout(IDLE_TIMEOUT)
         .http1_max_buf_size(MAX_READ)
         .build::<_, Body>(Dial { cluster: cluster.to_owned(), path: path.clone(), connector });
-    let service = pool
-        .map_request(move |request: Request<Body>| addressed(request, &headers, &path))
-        .map_future(|answer| async move {
-            match timeout(ANSWER_TIMEOUT, answer).await {
+    let service = tower::service_fn(move |request: Request<Body>| {
+        let (request, under_way) = addressed(request, &headers, &path);
+        let answer = pool.request(request);
+        async move {
+            let answer = timeout(ANSWER_TIMEOUT, answer).await;
+            drop(under_way);
+            match answer {
                 Ok(answer) => answer.map_err(BoxError::from),
                 Err(_) => Err(BoxError::from(NoAnswer)),
             }
-        });
+        }
+    });
     Ok(kube::Client::new(service, "default"))
 }
 
@@ -150,8 +160,13 @@ pub(crate) fn connect_error<'a>(error: &'a (dyn std::error::Error + 'static)) ->
     None
 }
 
-fn addressed(mut request: Request<Body>, gateway: &HeaderMap, path: &Path) -> Request<Body> {
-    let (number, way) = path.numbered();
+/// The request as it goes along the present way, and what is held until it is answered.
+fn addressed(
+    mut request: Request<Body>,
+    gateway: &HeaderMap,
+    path: &Path,
+) -> (Request<Body>, watch::Receiver<()>) {
+    let (number, way, under_way) = path.begin();
     let (prefix, headers) = match &way {
         Way::Gateway => ("", gateway.clone()),
         // No connection comes about for it.
@@ -175,7 +190,7 @@ fn addressed(mut request: Request<Body>, gateway: &HeaderMap, path: &Path) -> Re
     for (name, value) in &headers {
         request.headers_mut().append(name.clone(), value.clone());
     }
-    request
+    (request, under_way)
 }
 
 /// What a request carries to the member's API itself.
@@ -209,7 +224,8 @@ struct Stream(TokioIo<BoxedIo>);
 
 impl Path {
     pub(crate) fn new(way: Way) -> Self {
-        Self(Arc::new(RwLock::new(Ways { number: 0, now: way, before: None })))
+        let under_way = watch::Sender::new(());
+        Self(Arc::new(RwLock::new(Ways { number: 0, now: way, before: None, under_way })))
     }
 
     /// The way.
@@ -217,10 +233,10 @@ impl Path {
         self.0.read().now.clone()
     }
 
-    /// The way with its number.
-    fn numbered(&self) -> (u64, Way) {
+    /// The way with its number, for a request that begins; it holds the receiver until it is answered.
+    fn begin(&self) -> (u64, Way, watch::Receiver<()>) {
         let ways = self.0.read();
-        (ways.number, ways.now.clone())
+        (ways.number, ways.now.clone(), ways.under_way.subscribe())
     }
 
     /// The way of this number, while it may be used.
@@ -234,13 +250,24 @@ impl Path {
     }
 
     /// Another way from now on. Requests under way end as they began; but nothing begins any more along a way that was
-    /// closed.
-    pub(crate) fn turn(&self, way: Way) {
+    /// closed. Gives back what tells of the end of those under way.
+    pub(crate) fn turn(&self, way: Way) -> Left {
         let mut ways = self.0.write();
         ways.number += 1;
         let closed = matches!(way, Way::Closed(_));
         let before = std::mem::replace(&mut ways.now, way);
         ways.before = (!closed).then_some(before);
+        Left(std::mem::replace(&mut ways.under_way, watch::Sender::new(())))
+    }
+}
+
+// === impl Left ===
+
+impl Left {
+    /// Waits until nothing goes out any more with what the way before holds: all its requests have been answered, or have had
+    /// the time in which a connection comes about or never will.
+    pub(crate) async fn by_all(self) {
+        let _some_wait_for_their_answers = timeout(CONNECT_TIMEOUT, self.0.closed()).await;
     }
 }
 
@@ -355,7 +382,7 @@ mod tests {
 
     fn request(path: &Path) -> Request<Body> {
         let headers = Identity::default().headers().expect("headers");
-        addressed(Request::get("/version").body(Body::empty()).expect("request"), &headers, path)
+        addressed(Request::get("/version").body(Body::empty()).expect("request"), &headers, path).0
     }
 
     #[tokio::test]
@@ -382,6 +409,65 @@ mod tests {
                 assert_eq!(request.headers().contains_key("impersonate-user"), to == "gateway");
             }
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_way_is_left_when_its_last_request_has_been_answered() {
+        let headers = Identity::default().headers().expect("headers");
+        let path = Path::new(direct("one"));
+        let begin =
+            || addressed(Request::get("/version").body(Body::empty()).expect("request"), &headers, &path);
+        let (_, first) = begin();
+        let (_, second) = begin();
+        let left = path.turn(direct("two"));
+        // What begins now goes another way.
+        let (_, _later) = begin();
+        let left = left.by_all();
+        tokio::pin!(left);
+        drop(first);
+        assert!(futures::poll!(left.as_mut()).is_pending(), "one is under way");
+        drop(second);
+        assert!(futures::poll!(left.as_mut()).is_ready());
+        // One that is sent, and is not answered for long, is not waited for.
+        let (_, _slow) = begin();
+        let begun = tokio::time::Instant::now();
+        path.turn(direct("three")).by_all().await;
+        let waited = begun.elapsed();
+        assert!(waited >= CONNECT_TIMEOUT, "{waited:?}");
+        // Where nothing was under way nothing is waited for.
+        path.turn(direct("four")).by_all().await;
+        assert_eq!(begun.elapsed(), waited);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_is_under_way_while_its_connection_comes_about() {
+        let path = Path::new(direct("one"));
+        let (open, opened) = tokio::sync::oneshot::channel::<()>();
+        let opened = Arc::new(Mutex::new(Some(opened)));
+        let connector = connector(move |to: Destination| {
+            let opened = opened.lock().take();
+            async move {
+                if let Some(opened) = opened {
+                    let _nobody_opens_it = opened.await;
+                }
+                Err::<tokio::io::DuplexStream, _>(ConnectError::NoTunnel { cluster: to.cluster })
+            }
+        });
+        let client = client_along(path.clone(), "east", connector, &Identity::default()).expect("a client");
+        let asking = tokio::spawn(async move {
+            client.request_text(Request::get("/version").body(Vec::new()).expect("request")).await
+        });
+        while path.0.read().under_way.receiver_count() == 0 {
+            tokio::task::yield_now().await;
+        }
+        let left = path.turn(direct("two")).by_all();
+        tokio::pin!(left);
+        assert!(futures::poll!(left.as_mut()).is_pending(), "it has no connection yet");
+        open.send(()).expect("somebody waits");
+        assert!(asking.await.expect("no panic").is_err());
+        let began = tokio::time::Instant::now();
+        left.await;
+        assert_eq!(began.elapsed(), Duration::ZERO, "it was not waited for in vain");
     }
 
     #[tokio::test]

@@ -56,8 +56,8 @@ pub(crate) type Read<K> = Result<K, Unreadable>;
 pub(crate) enum Unread<T> {
     /// What was known of them stays, and a list with one fails: there may be no knowing what their absence would open or take away.
     Refused,
-    /// They are left out and counted: a stranger's, of which nothing but themselves depends on them.
-    PassedOver,
+    /// They are counted, and this is handed on of them, if it is anything: a stranger's, on which nothing but themselves depends.
+    PassedOver(fn(Unreadable) -> Option<T>),
     /// They are handed on in this form, where whoever wrote one must not stop everybody else.
     Kept(fn(Unreadable) -> T),
 }
@@ -321,9 +321,10 @@ impl Follower {
                         example.get_or_insert_with(|| error.clone());
                         match unread {
                             Unread::Kept(as_known) if !error.name.is_empty() => as_known(error),
-                            Unread::PassedOver => {
+                            Unread::PassedOver(as_known) => {
                                 self.source.reader.pass_over();
-                                return true;
+                                let Some(known) = as_known(error) else { return true };
+                                known
                             }
                             Unread::Refused | Unread::Kept(_) => {
                                 failed = Some(error);
@@ -437,13 +438,20 @@ impl Follower {
                         version.clone_from(&unreadable.version);
                     }
                     let resource = &self.source.path.url_path;
-                    if let Unread::PassedOver = unread {
-                        self.source.reader.pass_over();
-                        debug!(%resource, %unreadable, "a change is passed over");
-                        continue;
-                    }
-                    warn!(%resource, %unreadable, "a change cannot be read: what was known stays");
                     match unread {
+                        Unread::PassedOver(_) => {
+                            self.source.reader.pass_over();
+                            debug!(%resource, %unreadable, "a change is passed over");
+                        }
+                        Unread::Refused | Unread::Kept(_) => {
+                            warn!(%resource, %unreadable, "a change cannot be read: what was known stays");
+                        }
+                    }
+                    match unread {
+                        Unread::PassedOver(as_known) => match as_known(unreadable) {
+                            Some(known) => known,
+                            None => continue,
+                        },
                         Unread::Kept(as_known) if !unreadable.name.is_empty() => as_known(unreadable),
                         // A list shows what there is.
                         _ if gone => return Ok(Ended::Unclear),
@@ -549,7 +557,7 @@ mod tests {
         let mut errors = Vec::new();
         follow_as(
             member(kube::Client::new(server, "default"), Counter::default()),
-            (answers::typed::<ConfigMap>, Unread::PassedOver),
+            (answers::typed::<ConfigMap>, Unread::PassedOver(|_| None)),
             admit_all,
             |_| false,
             |trouble| {
@@ -629,7 +637,7 @@ mod tests {
         let (mut failures, mut errors, mut lists, began) = (Vec::new(), Vec::new(), 0, Instant::now());
         let following = follow_as(
             member(kube::Client::new(server, "default"), Counter::default()),
-            (answers::typed::<ConfigMap>, Unread::PassedOver),
+            (answers::typed::<ConfigMap>, Unread::PassedOver(|_| None)),
             admit_all,
             |change| {
                 lists += u32::from(matches!(change, Change::Replace(_)));
@@ -759,7 +767,7 @@ mod tests {
         let mut names = Vec::new();
         follow_as(
             member(kube::Client::new(server, "default"), unreadable.clone()),
-            (answers::typed::<ConfigMap>, Unread::PassedOver),
+            (answers::typed::<ConfigMap>, Unread::PassedOver(|_| None)),
             admit_all,
             |change| {
                 let (how, object) = match change {
@@ -873,7 +881,7 @@ mod tests {
         let unreadable = Counter::default();
         follow_as(
             member(kube::Client::new(server, "default"), unreadable.clone()),
-            (answers::typed::<ConfigMap>, Unread::PassedOver),
+            (answers::typed::<ConfigMap>, Unread::PassedOver(|_| None)),
             admit_all,
             |change| {
                 if let Change::Replace(objects) = change {

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use federation_core::api::{
-    Cell, FederatedRevision, FederatedTypeConfig, KubeFedCluster, PropagationConfig,
+    Adoption, Cell, FederatedRevision, FederatedTypeConfig, KubeFedCluster, PropagationConfig,
     ReplicaSchedulingPreference, Tenant, Tombstone,
 };
 use federation_core::metadata::PropagationRules;
@@ -20,7 +20,7 @@ use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{Api, Resource, ResourceExt as _};
 
-use crate::credentials::{Sealed, Way, missing};
+use crate::credentials::{Sealed, Way, missing, unreadable};
 use crate::failover::{GivenUp, Place};
 use crate::follow::{Change, Read};
 use crate::loss::Watched;
@@ -58,6 +58,10 @@ pub(crate) struct HubState {
     tenants: BTreeMap<String, Tenant>,
     /// Secrets that clusters may name; `None` until they have been listed.
     secrets: Option<BTreeMap<String, Sealed>>,
+    /// While they cannot be listed: those that were asked for one by one, and why they cannot be read where they cannot.
+    secrets_asked: Option<BTreeMap<String, Option<String>>>,
+    /// How often anything has been heard of them from a list or a watch.
+    secrets_heard: u64,
     /// The topology, and what each namespace sees of it.
     tenancy: Tenancy,
     rules: Arc<PropagationRules>,
@@ -77,6 +81,16 @@ pub(crate) struct ClustersChanged {
     pub(crate) topology: bool,
     /// Clusters of which more than the status changed, those that are new or gone included.
     pub(crate) others: Vec<String>,
+}
+
+/// What the rights of tenants are made from.
+#[derive(Debug)]
+pub(crate) struct Tenants {
+    pub(crate) tenants: Vec<Tenant>,
+    /// Clusters that carry a tenant's label, by tenant. Those of which only cells do are not among them.
+    pub(crate) clusters: BTreeMap<String, BTreeSet<String>>,
+    /// Cells whose tenant label is to change, and to what.
+    pub(crate) cells: Vec<(String, Option<String>)>,
 }
 
 // === impl ObjectKey ===
@@ -191,6 +205,11 @@ impl HubState {
         self.tenancy.view(namespace)
     }
 
+    /// Whether objects of a namespace may take over what is in members and not the hub's.
+    pub(crate) fn adoption(&self, namespace: &str) -> Adoption {
+        self.tenancy.adoption(namespace)
+    }
+
     /// The tenant of each namespace that has one, and only one.
     pub(crate) fn owners(&self) -> HashMap<String, Sharer> {
         let mut owners: HashMap<String, Option<Sharer>> = HashMap::new();
@@ -213,9 +232,8 @@ impl HubState {
         !self.tenants.values().map(|tenant| &tenant.spec).eq(before.iter())
     }
 
-    /// Tenants, and cells whose tenant label is to change; `None` until everything has been listed.
-    #[allow(clippy::type_complexity)] // said once, here
-    pub(crate) fn tenants_and_cells(&self) -> Option<(Vec<Tenant>, Vec<(String, Option<String>)>)> {
+    /// What tenants get by; `None` until everything has been listed.
+    pub(crate) fn tenants(&self) -> Option<Tenants> {
         if [CELLS, CLUSTERS, TENANTS].iter().any(|sort| self.unlisted.contains(sort)) {
             return None;
         }
@@ -229,7 +247,13 @@ impl HubState {
             let of = self.clusters.get(&cell.spec.cluster).and_then(|cluster| label(&cluster.metadata));
             (own != of).then(|| (name.clone(), of))
         });
-        Some((self.tenants.values().cloned().collect(), cells.collect()))
+        let mut clusters: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for (name, cluster) in &self.clusters {
+            if let Some(tenant) = label(&cluster.metadata) {
+                clusters.entry(tenant).or_default().insert(name.clone());
+            }
+        }
+        Some(Tenants { tenants: self.tenants.values().cloned().collect(), clusters, cells: cells.collect() })
     }
 
     pub(crate) fn rules(&self) -> Arc<PropagationRules> {
@@ -259,11 +283,44 @@ impl HubState {
         self.clusters.values().any(|cluster| cluster.spec.secret_ref.is_some())
     }
 
+    /// The Secrets that clusters name, and how often anything has been heard of any.
+    pub(crate) fn named_secrets(&self) -> (BTreeSet<String>, u64) {
+        let named = self.clusters.values().filter_map(|cluster| cluster.spec.secret_ref.as_ref());
+        (named.map(|reference| reference.name.clone()).collect(), self.secrets_heard)
+    }
+
+    /// Takes in Secrets that were asked for one by one, and why those cannot be read of which that is told; what was known of
+    /// them stays. Nothing changes when anything has been `heard` of Secrets since. Returns the clusters that are concerned.
+    pub(crate) fn take_secrets(
+        &mut self,
+        found: Vec<Secret>,
+        asked: BTreeMap<String, Option<String>>,
+        heard: u64,
+    ) -> Vec<String> {
+        if self.secrets_heard != heard {
+            return Vec::new();
+        }
+        let mut secrets = self.secrets.take().unwrap_or_default();
+        secrets.retain(|name, _| asked.get(name).is_none_or(Option::is_some));
+        secrets.extend(found.into_iter().map(|secret| (secret.name_any(), Sealed::new(secret))));
+        self.secrets = Some(secrets);
+        let concerned = |cluster: &KubeFedCluster| {
+            cluster.spec.secret_ref.as_ref().is_some_and(|reference| asked.contains_key(&reference.name))
+        };
+        let concerned = self.clusters.iter().filter(|(_, cluster)| concerned(cluster));
+        let concerned = concerned.map(|(name, _)| name.clone()).collect();
+        // What is not known this time is as it was.
+        self.secrets_asked.get_or_insert_default().extend(asked);
+        concerned
+    }
+
     /// Takes Secrets in; returns the clusters that name one that changed.
     pub(crate) fn change_secrets(&mut self, change: Change<Secret>) -> Vec<String> {
         let mut secrets = self.secrets.take().unwrap_or_default();
+        self.secrets_heard += 1;
         let one = match change {
             Change::Replace(all) => {
+                self.secrets_asked = None;
                 secrets = all.into_iter().map(|secret| (secret.name_any(), Sealed::new(secret))).collect();
                 None
             }
@@ -292,8 +349,16 @@ impl HubState {
     pub(crate) fn way(&self, name: &str) -> Option<Way> {
         let cluster = self.clusters.get(name)?;
         let Some(reference) = &cluster.spec.secret_ref else { return Some(Way::Gateway) };
-        let found = self.secrets.as_ref()?.get(&reference.name);
-        Some(found.map_or_else(|| missing(&reference.name), |secret| secret.way(cluster)))
+        if let Some(secret) = self.secrets.as_ref()?.get(&reference.name) {
+            return Some(secret.way(cluster));
+        }
+        match &self.secrets_asked {
+            None => Some(missing(&reference.name)),
+            Some(asked) => match asked.get(&reference.name)? {
+                None => Some(missing(&reference.name)),
+                Some(why) => Some(unreadable(&reference.name, why)),
+            },
+        }
     }
 
     /// What is asked for about the replicas of a federated object.
@@ -557,6 +622,48 @@ mod tests {
         object.metadata.uid = Some(uid.into());
         object.metadata.resource_version = Some(version.into());
         object
+    }
+
+    #[test]
+    fn a_secret_that_cannot_be_read_hides_no_other() {
+        let mut state = HubState::new();
+        let clusters = ["one", "two", "new"].map(|name| {
+            let secret_ref = serde_json::json!({"secretRef": {"name": format!("of-{name}")}});
+            let mut cluster =
+                KubeFedCluster::new(name, serde_json::from_value(secret_ref).expect("a cluster"));
+            cluster.metadata.namespace = Some(names::FEDERATION_NAMESPACE.into());
+            cluster
+        });
+        state.change_clusters(Change::Replace(clusters.into()));
+        let secret = |name: &str| {
+            let metadata = ObjectMeta { name: Some(format!("of-{name}")), ..ObjectMeta::default() };
+            Secret { metadata, ..Secret::default() }
+        };
+        let (named, heard) = state.named_secrets();
+        assert_eq!(Vec::from_iter(&named), ["of-new", "of-one", "of-two"]);
+        assert!(state.way("one").is_none(), "nothing is known yet");
+        let asked = || {
+            BTreeMap::from([("of-one".to_owned(), None), ("of-two".to_owned(), Some("no key".to_owned()))])
+        };
+        assert_eq!(state.take_secrets(vec![secret("one")], asked(), heard), ["one", "two"]);
+        let says = |state: &HubState, name: &str| match state.way(name) {
+            Some(Way::Unusable(why) | Way::Closed(why)) => Some(why),
+            _ => None,
+        };
+        assert!(
+            !says(&state, "one").expect("it holds nothing").contains("cannot be read"),
+            "it has been read"
+        );
+        assert!(says(&state, "two").is_some_and(|why| why.contains("no key")));
+        assert!(state.way("new").is_none(), "it has not been asked for");
+        // What cannot be read any more stays as it was; what is not there any more goes.
+        let asked = BTreeMap::from([("of-one".to_owned(), Some("no key".to_owned()))]);
+        state.take_secrets(vec![], asked, heard);
+        assert!(!says(&state, "one").expect("it is known").contains("no key"));
+        // A list says everything, and what was asked for before says nothing any more.
+        state.change_secrets(Change::Replace(vec![secret("new")]));
+        assert!(says(&state, "one").is_some_and(|why| why.contains("does not exist")));
+        assert!(state.take_secrets(vec![secret("one")], BTreeMap::new(), heard).is_empty());
     }
 
     #[test]

@@ -106,7 +106,8 @@ pub struct Options {
     pub default_types: Vec<FederatedType>,
     /// How the hub API converts federated objects between KubeFed's form and the stored one.
     pub conversion: Conversion,
-    /// Whether objects in members that the hub did not create may be taken over. Off: a name clash is reported, not won.
+    /// Whether objects in members that the hub did not create may be taken over. Off: a name clash is reported, not won. In
+    /// namespaces of a `Tenant` it is reported unless that allows adoption.
     pub adopt: bool,
     /// Whether the hub API honours `cellway.io/visible` on roles, so that tenants can be shown their own clusters and cells
     /// without showing them all. cellway's own does; no other does.

@@ -94,23 +94,30 @@ async fn collect(shared: &Arc<Shared>, places: &BTreeMap<Place, Watched>) -> BTr
             looks.push((place.clone(), of.cluster.clone(), probe.clone()));
         }
     }
-    let asked = stream::iter(looks).map(|(place, cluster, probe)| async move {
-        let own = matches!(place, Place::Cluster(_)) && probe.from == cluster;
-        let (says, message) = if own {
-            (Verdict::Unknown, Some("a cluster has no say about itself".to_owned()))
-        } else {
-            ask(shared, &probe).await
-        };
-        (place, Said { from: probe.from, says, message })
-    });
-    let mut votes: BTreeMap<Place, Vec<Said>> = BTreeMap::new();
-    let mut asked = asked.buffer_unordered(AT_ONCE);
-    while let Some((place, said)) = asked.next().await {
-        votes.entry(place).or_default().push(said);
-    }
+    let asked =
+        stream::iter(looks.into_iter().enumerate()).map(|(index, (place, cluster, probe))| async move {
+            let own = matches!(place, Place::Cluster(_)) && probe.from == cluster;
+            let (says, message) = if own {
+                (Verdict::Unknown, Some("a cluster has no say about itself".to_owned()))
+            } else {
+                ask(shared, &probe).await
+            };
+            (index, place, Said { from: probe.from, says, message })
+        });
+    let mut votes = in_order(asked.buffer_unordered(AT_ONCE).collect().await);
     for (place, of) in places {
         let own = hub_view(shared, place, &of.cluster);
         votes.entry(place.clone()).or_default().push(own);
+    }
+    votes
+}
+
+/// The words by place, in the order in which they were asked for: they come as fast as each voter is.
+fn in_order(mut said: Vec<(usize, Place, Said)>) -> BTreeMap<Place, Vec<Said>> {
+    said.sort_by_key(|(index, ..)| *index);
+    let mut votes: BTreeMap<Place, Vec<Said>> = BTreeMap::new();
+    for (_, place, said) in said {
+        votes.entry(place).or_default().push(said);
     }
     votes
 }
@@ -435,6 +442,19 @@ mod tests {
             "{asked}"
         );
         found
+    }
+
+    #[test]
+    fn words_of_one_voter_keep_their_order_whichever_comes_first() {
+        let said = |says| Said { from: "west".into(), says, message: None };
+        let place = || Place::Cell("a".into());
+        let first = (0, place(), said(Verdict::Reachable));
+        let second = (1, place(), said(Verdict::Unreachable));
+        for came in [vec![first.clone(), second.clone()], vec![second, first]] {
+            let votes = in_order(came);
+            let says: Vec<Verdict> = votes[&place()].iter().map(|said| said.says).collect();
+            assert_eq!(says, [Verdict::Reachable, Verdict::Unreachable]);
+        }
     }
 
     #[tokio::test]

@@ -12,6 +12,10 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// Longest wait after a failure: a person who repaired a member should not have to wait longer.
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
 
+/// Longest wait after a write that somebody else was faster than: an object that changes all the time, as one that is rolled out
+/// does, is at rest between times, and what is asked of it should not have to wait for that as for a repair.
+const LONGEST_OUTRUN: Duration = Duration::from_secs(10);
+
 /// So many repetitions of one content within [`FIGHT_WINDOW`] are a fight with another writer, not an accident.
 const FIGHT_ROUNDS: usize = 6;
 /// So many show after a rest that it goes on: the first one may only put right what the rest left wrong.
@@ -26,6 +30,11 @@ const LONGEST_REST: Duration = Duration::from_secs(16 * 60);
 /// failed together do not come back together. `chance` is in `0..1`.
 pub(crate) fn retry_delay(failures: u32, chance: f64) -> Duration {
     doubling(FIRST_RETRY, LONGEST_RETRY, failures, chance)
+}
+
+/// The wait after the given number of writes in a row that somebody else was faster than.
+pub(crate) fn outrun_delay(times: u32, chance: f64) -> Duration {
+    doubling(FIRST_RETRY, LONGEST_OUTRUN, times, chance)
 }
 
 /// The wait after the given number of failures in a row of a watch. It begins far below [`retry_delay`]: a server that is

@@ -37,6 +37,7 @@ const FIRST: Duration = Duration::from_secs(10);
 const LONGEST: Duration = Duration::from_secs(1800);
 /// So many objects that begin to fail within [`WINDOW`] have more in common than bad luck.
 const MANY: usize = 10;
+/// As long as the first waits of an object that fails by itself take together, with room to spare.
 const WINDOW: Duration = Duration::from_secs(60);
 
 /// What a condition says of an object that is set aside. What exactly failed stays in the log: it may repeat what the object

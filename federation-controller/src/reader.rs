@@ -155,6 +155,24 @@ impl ReadError {
         }
     }
 
+    /// Whether the server says that it has no object of this name.
+    pub(crate) fn says_gone(&self, name: &str) -> bool {
+        self.not_found().is_some_and(|found| found == Some(name))
+    }
+
+    /// Whether the server does not know what was asked for by its path: it does not serve the type, or not just now, or it is not
+    /// the server that was meant. That says nothing of any object.
+    pub(crate) fn is_unserved(&self) -> bool {
+        self.not_found().is_some_and(|found| found.is_none())
+    }
+
+    /// Of which object the server says that it is not there; `Some(None)`: it names none.
+    fn not_found(&self) -> Option<Option<&str>> {
+        let status = self.status().filter(|status| status.code == 404)?;
+        let name = status.details.as_ref().map(|details| details.name.as_str());
+        Some(name.filter(|name| !name.is_empty()))
+    }
+
     /// Whether less may be answered if less is asked for.
     pub(crate) fn is_too_large(&self) -> bool {
         matches!(self, Self::TooLong(_) | Self::Busy)
@@ -436,11 +454,11 @@ fn is_an_end(error: &kube::Error) -> bool {
 // === impl Objects ===
 
 impl Objects {
-    /// An object, if it is there.
+    /// An object, if it is there. A server that does not know the type says nothing of that, and fails.
     pub(crate) async fn get_opt(&self, name: &str) -> Result<Option<DynamicObject>, ReadError> {
         match self.reader.object(self.path.get(name, &GetParams::default())?).await {
             Ok(found) => Ok(Some(answers::dynamic(found)?)),
-            Err(error) if error.status().is_some_and(|status| status.code == 404) => Ok(None),
+            Err(error) if error.says_gone(name) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -518,6 +536,30 @@ mod tests {
         let refused = member(503, long, true, &Shares::default()).object(ask()).await.expect_err("refused");
         let status = refused.status().expect("a status");
         assert_eq!((status.code, status.message.len()), (503, MAX_REFUSAL));
+    }
+
+    #[tokio::test]
+    async fn only_an_object_that_is_named_is_gone() {
+        let types = ApiResource::from_gvk(&kube::core::GroupVersionKind::gvk("apps", "v1", "Deployment"));
+        let get = async |answer: &'static str| {
+            let answer = vec![Bytes::from_static(answer.as_bytes())];
+            member(404, answer, false, &Shares::default()).objects(&types, Some("shop")).get_opt("web").await
+        };
+        let gone = r#"{"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404,
+            "message": "deployments.apps \"web\" not found", "details": {"name": "web", "group": "apps", "kind": "deployments"}}"#;
+        assert!(get(gone).await.expect("told").is_none());
+        // The path of a type that is not served, as servers of Kubernetes' own and others say it.
+        for unserved in [
+            "404 page not found\n",
+            r#"{"kind": "Status", "reason": "NotFound", "message": "the server could not find the requested resource", "code": 404}"#,
+            r#"{"kind": "Status", "reason": "NotFound", "message": "no", "details": {"kind": "deployments"}, "code": 404}"#,
+        ] {
+            let error = get(unserved).await.expect_err("nothing is said of the object");
+            assert!(error.is_unserved() && !error.says_gone("web"), "{error}");
+        }
+        let another = r#"{"kind": "Status", "code": 404, "details": {"name": "shop", "kind": "namespaces"}}"#;
+        let error = get(another).await.expect_err("another object is not there");
+        assert!(!error.is_unserved() && !error.says_gone("web"), "{error}");
     }
 
     #[tokio::test]

@@ -98,7 +98,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
     let Some(of) = shared.types.get(key.kind) else { return Ok(Progress::Whole) };
     let of = of.as_ref();
     let namespaces = shared.types.namespaces().filter(|_| of.target.namespaced);
-    let (object, topology, rules, preference, namespace) = {
+    let (object, topology, adoption, rules, preference, namespace) = {
         let state = shared.state.read();
         if !state.is_complete(key.kind) || namespaces.is_some_and(|kind| !state.is_complete(kind)) {
             // Everything is looked at once everything is listed.
@@ -120,7 +120,9 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
         };
         let namespace = namespaces.map(|kind| state.namespace_placement(kind, &key.namespace));
         let preference = state.preference(of, key);
-        (object, state.topology(&key.namespace), state.rules(), preference, namespace.unwrap_or_default())
+        let home = &key.namespace;
+        let namespace = namespace.unwrap_or_default();
+        (object, state.topology(home), state.adoption(home), state.rules(), preference, namespace)
     };
     let pass = Pass::new(shared, key, of, &object);
 
@@ -180,6 +182,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
             members: &views,
             held_stand_ins: held_stand_ins.as_ref(),
             adopt: shared.options.adopt,
+            adoption,
             now: &crate::now(),
             since: &shared.began,
         });

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 
 /// With fewer things, or bytes, than these it is not worth looking for those that nobody has any more.
 const SWEEP_FROM: usize = 1024;
+/// As [`SWEEP_FROM`], in bytes.
 const SWEEP_BYTES_FROM: usize = 16 << 20;
 
 /// So many bytes of different texts are kept of all members together, whosever they are. Of a hub with 10,000 objects of 10 KiB,

@@ -172,16 +172,27 @@ async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Resul
     };
     let of = in_version(&target.version);
     let mut api = member.objects(&of, &stone.namespace);
-    let mut found = api.get_opt(&stone.name).await?;
-    if found.is_none() {
-        // A member that has been upgraded meanwhile answers the same of an object that is there.
-        let served = member.served_versions(&of).await?;
-        let other = served.first().filter(|_| !served.contains(&target.version));
-        if let Some(other) = other {
-            api = member.objects(&in_version(other), &stone.namespace);
-            found = api.get_opt(&stone.name).await?;
+    let found = match api.get_opt(&stone.name).await {
+        Err(error) if error.is_unserved() => {
+            let served = member.served(&of).await?;
+            // It has been upgraded meanwhile.
+            let other = served.versions.first().filter(|_| !served.versions.contains(&target.version));
+            match other {
+                Some(other) => {
+                    api = member.objects(&in_version(other), &stone.namespace);
+                    api.get_opt(&stone.name).await?
+                }
+                // With the type its objects went.
+                None if served.versions.is_empty() && !served.lately => None,
+                // It is not ready, or not just now.
+                None => return Err(error),
+            }
         }
-    }
+        found => {
+            member.is_served(&of);
+            found?
+        }
+    };
     let Some(found) = found else { return Ok(Erased::Done) };
     let value = serde_json::to_value(&found).unwrap_or_default();
     if !belongs_to(&value, &stone.source, shared.hub_id()) {
@@ -194,7 +205,9 @@ async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Resul
     };
     match done {
         // Gone, or another object of the same name: not the one that was meant.
-        Err(error) if error.status().is_some_and(|status| matches!(status.code, 404 | 409)) => {
+        Err(error)
+            if error.says_gone(&stone.name) || error.status().is_some_and(|status| status.code == 409) =>
+        {
             Ok(Erased::Done)
         }
         done => Ok(done.map(|()| Erased::Done)?),

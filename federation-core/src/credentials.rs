@@ -338,6 +338,29 @@ impl fmt::Debug for Login {
     }
 }
 
+pub(crate) mod fuzz {
+    //! The body of a fuzz target: a kubeconfig in a Secret.
+
+    use super::*;
+
+    /// Reads `input` as a kubeconfig: what it gives fits into a request, and no message holds what it says.
+    pub fn credentials(input: &[u8]) {
+        let Ok(text) = std::str::from_utf8(input) else { return };
+        match of_kubeconfig("hub/secret", text) {
+            Ok(access) => {
+                assert!(!access.host.is_empty() && access.host.len() <= MAX_HOST, "{access:?}");
+                let in_path = |c: char| c.is_ascii_graphic() && !matches!(c, '?' | '#');
+                assert!(access.prefix.chars().all(in_path) && !access.prefix.ends_with('/'));
+                assert!(access.ca.contains("CERTIFICATE"));
+                if let Login::Token(token) = &access.login {
+                    assert!(!token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic()));
+                }
+            }
+            Err(error) => assert!(error.to_string().len() < 512, "{error}"),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use k8s_openapi::ByteString;

@@ -34,6 +34,17 @@ pub struct Baseline {
     replicas: Value,
 }
 
+/// Whether an object that is there and nobody's, or another hub's, is taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Adopt {
+    /// Nobody asks for it.
+    Unasked,
+    /// It is asked for, and whoever asks may.
+    Asked,
+    /// The namespace's `Tenant` forbids it, whoever asks.
+    Forbidden,
+}
+
 /// Why an existing member object is left alone.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Refusal {
@@ -42,6 +53,11 @@ pub enum Refusal {
         "the object exists and is not managed by the hub: delete it, or let the controller adopt objects"
     )]
     NotManaged,
+    /// The hub did not create it, and the namespace is a tenant's that may take nothing over.
+    #[error(
+        "the object exists and is not managed by the hub, and spec.adoption of the namespace's Tenant forbids to take it over: delete it, or let the platform set spec.adoption to Allowed"
+    )]
+    NotManagedForbidden,
     /// The member opted out.
     #[error("the member opted out with the label {MANAGED_LABEL}=false on the object")]
     OptedOut,
@@ -50,6 +66,14 @@ pub enum Refusal {
         "the object belongs to another hub ({hub}): take it out of that one, or let this one adopt it with the annotation cellway.io/adopt"
     )]
     OtherHub {
+        /// The other hub's id.
+        hub: String,
+    },
+    /// It belongs to another hub, and the namespace is a tenant's that may take nothing over.
+    #[error(
+        "the object belongs to another hub ({hub}), and spec.adoption of the namespace's Tenant forbids to take it over: take it out of that one, or let the platform set spec.adoption to Allowed"
+    )]
+    OtherHubForbidden {
         /// The other hub's id.
         hub: String,
     },
@@ -67,9 +91,9 @@ impl Refusal {
     /// One word for programs, KubeFed's where it has one.
     pub fn reason(&self) -> &'static str {
         match self {
-            Self::NotManaged => "AlreadyExists",
+            Self::NotManaged | Self::NotManagedForbidden => "AlreadyExists",
             Self::OptedOut => "ManagedLabelFalse",
-            Self::OtherHub { .. } => "OwnedByAnotherHub",
+            Self::OtherHub { .. } | Self::OtherHubForbidden { .. } => "OwnedByAnotherHub",
             Self::Other { .. } => "OwnedByAnother",
         }
     }
@@ -77,22 +101,31 @@ impl Refusal {
 
 /// Whether the hub may write an object that exists. `source` is the federated object's own mark; `hub` the hub's id, empty
 /// when it has none.
-pub fn admit(live: &Value, source: &str, hub: &str, adopt: bool) -> Result<(), Refusal> {
+pub fn admit(live: &Value, source: &str, hub: &str, adopt: Adopt) -> Result<(), Refusal> {
     let managed = live["metadata"]["labels"][MANAGED_LABEL].as_str();
     if managed == Some("false") {
         return Err(Refusal::OptedOut);
     }
-    if let (Some(other), false) = (of_another_hub(live, hub), adopt) {
+    if let Some(other) = of_another_hub(live, hub) {
         /// It came from a member: the beginning says enough.
         const SHOWN: usize = 63;
-        return Err(Refusal::OtherHub { hub: other.chars().take(SHOWN).collect() });
+        let hub = || -> String { other.chars().take(SHOWN).collect() };
+        match adopt {
+            Adopt::Asked => {}
+            Adopt::Unasked => return Err(Refusal::OtherHub { hub: hub() }),
+            Adopt::Forbidden => return Err(Refusal::OtherHubForbidden { hub: hub() }),
+        }
     }
     match live["metadata"]["annotations"][SOURCE_ANNOTATION].as_str() {
         Some(owner) if owner == source => Ok(()),
         Some(owner) => Err(Refusal::Other { other: owner.to_owned() }),
         // Managed without a source: KubeFed put it there before us.
-        None if managed == Some("true") || adopt => Ok(()),
-        None => Err(Refusal::NotManaged),
+        None if managed == Some("true") => Ok(()),
+        None => match adopt {
+            Adopt::Asked => Ok(()),
+            Adopt::Unasked => Err(Refusal::NotManaged),
+            Adopt::Forbidden => Err(Refusal::NotManagedForbidden),
+        },
     }
 }
 
@@ -318,14 +351,15 @@ mod tests {
         let check = |managed, source, adopt, expect: Result<(), &str>| {
             let found =
                 admit(&object(managed, source), "x/web", "", adopt).map_err(|refusal| refusal.reason());
-            assert_eq!(found, expect, "{managed:?} {source:?} {adopt}");
+            assert_eq!(found, expect, "{managed:?} {source:?} {adopt:?}");
         };
-        check(Some("true"), Some("x/web"), false, Ok(()));
-        check(None, Some("x/web"), false, Ok(()));
-        check(Some("true"), None, false, Ok(()));
-        check(None, None, false, Err("AlreadyExists"));
-        check(None, None, true, Ok(()));
-        check(Some("false"), Some("x/web"), true, Err("ManagedLabelFalse"));
-        check(Some("true"), Some("x/other"), true, Err("OwnedByAnother"));
+        check(Some("true"), Some("x/web"), Adopt::Unasked, Ok(()));
+        check(None, Some("x/web"), Adopt::Forbidden, Ok(()));
+        check(Some("true"), None, Adopt::Unasked, Ok(()));
+        check(None, None, Adopt::Unasked, Err("AlreadyExists"));
+        check(None, None, Adopt::Asked, Ok(()));
+        check(None, None, Adopt::Forbidden, Err("AlreadyExists"));
+        check(Some("false"), Some("x/web"), Adopt::Asked, Err("ManagedLabelFalse"));
+        check(Some("true"), Some("x/other"), Adopt::Asked, Err("OwnedByAnother"));
     }
 }

@@ -67,6 +67,7 @@ pub fn crds_yaml(conversion: &api::Conversion) -> Result<String, serde_yaml_ng::
 #[doc(hidden)]
 pub mod fuzzing {
     pub use crate::answers::fuzz::answers;
+    pub use crate::credentials::fuzz::credentials;
     pub use crate::overrides::fuzz::patches;
     pub use crate::review::fuzz::conversion_review;
 }

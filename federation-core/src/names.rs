@@ -19,7 +19,7 @@ pub const ORPHAN_ANNOTATION: &str = "kubefed.io/orphan";
 /// Annotation on a federated object: how member objects are deleted, as JSON of Kubernetes' `DeleteOptions`.
 pub const DELETE_OPTION_ANNOTATION: &str = "kubefed.io/deleteoption";
 /// Annotation on a federated object: whether member objects that the hub did not create are taken over (`"true"`) or left
-/// alone (`"false"`), whatever the hub's default.
+/// alone (`"false"`), whatever the hub's default. In namespaces of a `Tenant` it counts where that allows adoption.
 pub const ADOPT_ANNOTATION: &str = "cellway.io/adopt";
 /// Annotation on a federated object: what becomes of its deletion in a member that cannot be reached. `Wait` (the default)
 /// keeps the object at the hub until the member is back; `Tombstone` lets it go, and the member's part is done later.

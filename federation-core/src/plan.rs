@@ -45,10 +45,10 @@ mod units;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::api::{
-    FederatedRevision, FederatedRevisionSpec, FederatedStatus, FirstRevision, NamespaceRule, Naming, Phase,
-    Setback, Snapshot, TombstoneSpec, UnitStatus,
+    Adoption, FederatedRevision, FederatedRevisionSpec, FederatedStatus, FirstRevision, NamespaceRule,
+    Naming, Phase, Setback, Snapshot, TombstoneSpec, UnitStatus,
 };
-use crate::drift;
+use crate::drift::{self, Adopt};
 use crate::ledger::Claim;
 use crate::names::{self, ADOPT_ANNOTATION, REVISION_ANNOTATION};
 use crate::overrides;
@@ -60,8 +60,8 @@ use crate::status::{
 use crate::topology::{Placed, Unit};
 
 pub use self::model::{
-    Action, Cause, Contention, LiveObject, MemberState, MemberView, NamespacePlacement, Plan, PlanInput,
-    Replicas, RevisionWrite, Write, WriteFailure,
+    Action, Cause, Contention, FailureKind, LiveObject, MemberState, MemberView, NamespacePlacement, Plan,
+    PlanInput, Replicas, RevisionWrite, Write, WriteFailure,
 };
 
 /// What is said of a unit where an object has something and may place nothing any more.
@@ -104,7 +104,7 @@ struct Planner<'a> {
     source: String,
     before: FederatedStatus,
     deleting: bool,
-    adopt: bool,
+    adopt: Adopt,
     findings: Vec<Finding>,
     tombstones: Vec<TombstoneSpec>,
     writes: Vec<Write>,
@@ -132,11 +132,7 @@ impl<'a> Planner<'a> {
             source: names::source(&input.of.plural, name),
             before: recorded(input),
             deleting: input.object.metadata.deletion_timestamp.is_some(),
-            adopt: match input.object.metadata.annotations.as_ref().and_then(|all| all.get(ADOPT_ANNOTATION))
-            {
-                Some(said) => said == "true",
-                None => input.adopt,
-            },
+            adopt: adopt(input),
             findings: Vec::new(),
             tombstones: Vec::new(),
             writes: Vec::new(),
@@ -497,6 +493,17 @@ impl<'a> Planner<'a> {
         let keep = self.keep.entry(cluster.to_owned()).or_default();
         keep.insert(self.name.to_owned());
         keep.insert(format!("{}-{unit}", self.name));
+    }
+}
+
+/// Whether the object takes over what is there and not the hub's. Whoever may write it may ask for that, so it is for the
+/// namespace's tenant to be let, not for the object to say.
+fn adopt(input: &PlanInput<'_>) -> Adopt {
+    let said = input.object.metadata.annotations.as_ref().and_then(|all| all.get(ADOPT_ANNOTATION));
+    match input.adoption {
+        Adoption::Forbidden => Adopt::Forbidden,
+        Adoption::Allowed if said.map_or(input.adopt, |said| said == "true") => Adopt::Asked,
+        Adoption::Allowed => Adopt::Unasked,
     }
 }
 

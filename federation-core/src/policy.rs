@@ -139,22 +139,25 @@ fn aim(of: &FederatedType, object: &ObjectMeta, policy: &PropagationPolicy) -> O
     if !system && (home.is_none() || home != policy.metadata.namespace.as_deref()) {
         return None;
     }
-    let mut of_kind = policy.spec.resources.iter().filter(|selector| speaks_of(selector, of)).peekable();
+    let of_kind = policy.spec.resources.iter().filter(|selector| speaks_of(selector, of));
+    // Nor does an object that names a policy widen where that reaches.
+    let mut of_kind = of_kind.filter(|selector| !system || reaches(selector, home)).peekable();
     of_kind.peek()?;
     let named = object.annotations.as_ref().and_then(|all| all.get(POLICY_ANNOTATION));
     if let Some(named) = named {
         // Whoever names a policy means that one and no other.
         return (*named == policy.name_any()).then_some(Aim::Annotation);
     }
-    of_kind.filter_map(|selector| selects(selector, object, system)).max()
+    of_kind.filter_map(|selector| selects(selector, object)).max()
 }
 
-fn selects(selector: &ResourceSelector, object: &ObjectMeta, system: bool) -> Option<Aim> {
-    if let (true, Some(namespaces)) = (system, &selector.namespaces)
-        && !object.namespace.as_ref().is_some_and(|home| namespaces.contains(home))
-    {
-        return None;
-    }
+/// Whether a platform's policy speaks of a namespace.
+fn reaches(selector: &ResourceSelector, home: Option<&str>) -> bool {
+    let Some(namespaces) = &selector.namespaces else { return true };
+    home.is_some_and(|home| namespaces.iter().any(|namespace| namespace == home))
+}
+
+fn selects(selector: &ResourceSelector, object: &ObjectMeta) -> Option<Aim> {
     let mut aim = Aim::Kind;
     if let Some(labels) = &selector.label_selector {
         let empty = Default::default();
@@ -494,6 +497,7 @@ mod tests {
         check(json!({"deletionTimestamp": "2026-11-22T00:00:00Z"}), &platform, None);
         let one = [policy("kube-federation-system", "one", json!({"namespaces": ["bank"]}))];
         check(json!({}), &one, None);
+        check(json!({"annotations": {"cellway.io/policy": "one"}}), &one, None);
         check(json!({"namespace": "bank"}), &one, Some("one"));
     }
 

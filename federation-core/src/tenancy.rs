@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use kube::ResourceExt as _;
 
-use crate::api::Tenant;
+use crate::api::{Adoption, Tenant};
 use crate::names::{FEDERATION_NAMESPACE, SYSTEM_NAMESPACE};
 use crate::topology::Topology;
 
@@ -36,7 +36,10 @@ pub struct Tenancy {
 /// Whose a namespace is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Owner {
-    Tenant(String),
+    Tenant {
+        name: String,
+        adoption: Adoption,
+    },
     /// A tenant's that reaches everything.
     Platform,
     /// Two tenants name it.
@@ -68,8 +71,11 @@ impl Tenancy {
             namespaces.sort_unstable();
             namespaces.dedup();
             for namespace in namespaces {
-                let owner =
-                    if tenant.spec.everywhere { Owner::Platform } else { Owner::Tenant(name.clone()) };
+                let owner = if tenant.spec.everywhere {
+                    Owner::Platform
+                } else {
+                    Owner::Tenant { name: name.clone(), adoption: tenant.spec.adoption }
+                };
                 match made.owners.entry(namespace.clone()) {
                     Entry::Vacant(free) => {
                         free.insert(owner);
@@ -98,10 +104,24 @@ impl Tenancy {
         let seen = match self.owners.get(namespace) {
             None => &self.open,
             Some(Owner::Platform) => &self.whole,
-            Some(Owner::Tenant(tenant)) => self.own.get(tenant).unwrap_or(&self.nothing),
+            Some(Owner::Tenant { name, .. }) => self.own.get(name).unwrap_or(&self.nothing),
             Some(Owner::Contested) => &self.nothing,
         };
         Arc::clone(seen)
+    }
+
+    /// Whether objects of a namespace may take over what is in members and not the hub's: a tenant's may not, unless the
+    /// `Tenant` says so.
+    pub fn adoption(&self, namespace: &str) -> Adoption {
+        if namespace.is_empty() || is_the_platforms(namespace) {
+            return Adoption::Allowed;
+        }
+        match self.owners.get(namespace) {
+            None | Some(Owner::Platform) => Adoption::Allowed,
+            Some(Owner::Tenant { adoption, .. }) => *adoption,
+            // One of the two may not say so.
+            Some(Owner::Contested) => Adoption::Forbidden,
+        }
     }
 }
 
@@ -150,5 +170,25 @@ mod tests {
         check(&tenants[1..], "shop", &["c"]);
         check(&[], "shop", &["c"]);
         check(&[], "monitoring", &["c"]);
+    }
+
+    #[test]
+    fn a_tenant_adopts_when_its_object_says_so() {
+        let tenant = |name: &str, namespaces: &[&str], adoption, everywhere| {
+            let namespaces = namespaces.iter().map(|name| (*name).to_owned()).collect();
+            Tenant::new(name, TenantSpec { namespaces, adoption, everywhere, ..TenantSpec::default() })
+        };
+        let tenants = [
+            tenant("red", &["shop", "both", "kube-system"], Adoption::default(), false),
+            tenant("blue", &["bank", "both"], Adoption::Allowed, false),
+            tenant("platform", &["monitoring"], Adoption::default(), true),
+        ];
+        let tenancy = Tenancy::new(&tenants, Topology::default());
+        for forbidden in ["shop", "both"] {
+            assert_eq!(tenancy.adoption(forbidden), Adoption::Forbidden, "{forbidden}");
+        }
+        for allowed in ["bank", "monitoring", "default", "kube-system", ""] {
+            assert_eq!(tenancy.adoption(allowed), Adoption::Allowed, "{allowed}");
+        }
     }
 }

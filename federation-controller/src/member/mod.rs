@@ -14,6 +14,7 @@ mod writer;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
 use federation_core::api::{UnitStatus, Verdict};
 use federation_core::capacity::RoomView;
@@ -41,7 +42,7 @@ use self::store::{Store, TargetKey};
 use self::warnings::{Home, Troubles};
 pub(crate) use self::writer::delete_params;
 use crate::Shared;
-use crate::client::{IdentityError, Path, client_along};
+use crate::client::{IdentityError, Left, Path, client_along};
 use crate::credentials::Way;
 use crate::hub::ObjectKey;
 use crate::metrics::MemberLabels;
@@ -69,6 +70,20 @@ pub(crate) struct Member {
     epoch: cell::Sender<Epoch>,
     /// How often each kind by itself was to be listed anew.
     distrusted: cell::Sender<HashMap<usize, u64>>,
+    /// Since when types have not been served in any version, by group and plural, while the member is reached.
+    unserved: Mutex<HashMap<(String, String), Instant>>,
+}
+
+/// A type that a member does not serve as it is asked for is believed to be gone, and what there was with it, when no version has
+/// been served for so long.
+const GONE_AFTER: Duration = Duration::from_secs(60);
+
+/// In which versions a member serves a type.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Served {
+    pub(crate) versions: Vec<String>,
+    /// Whether there are none only since less than [`GONE_AFTER`].
+    pub(crate) lately: bool,
 }
 
 /// What the watches go by.
@@ -115,6 +130,7 @@ impl Member {
             nudge: Notify::new(),
             epoch: cell::Sender::new(Epoch { online: false, number: 0 }),
             distrusted: cell::Sender::default(),
+            unserved: Mutex::default(),
         })
     }
 
@@ -150,9 +166,9 @@ impl Member {
     }
 
     /// Goes another way from now on.
-    fn go(&self, way: Way) {
+    fn go(&self, way: Way) -> Left {
         self.health.lock().goes_by(way.secret());
-        self.path.turn(way);
+        self.path.turn(way)
     }
 
     /// Lives until dropped, or until one of its tasks fails: then nothing of it is left, and it may be begun anew.
@@ -201,9 +217,24 @@ impl Member {
         self.reader.objects(&of.target.resource(), of.target.namespaced.then_some(namespace))
     }
 
-    /// Versions in which it serves a type's target.
-    pub(crate) async fn served_versions(&self, of: &FederatedType) -> Result<Vec<String>, ReadError> {
-        watch::served_versions(&self.reader, of).await
+    /// In which versions it serves a type's target, which is not found as it was asked for.
+    pub(crate) async fn served(&self, of: &FederatedType) -> Result<Served, ReadError> {
+        let versions = watch::served_versions(&self.reader, of).await?;
+        if !versions.is_empty() {
+            self.is_served(of);
+            return Ok(Served { versions, lately: false });
+        }
+        let target = (of.target.group.clone(), of.target.plural.clone());
+        let since = *self.unserved.lock().entry(target).or_insert_with(Instant::now);
+        Ok(Served { versions, lately: since.elapsed() < GONE_AFTER })
+    }
+
+    /// Notes that it serves a type's target.
+    pub(crate) fn is_served(&self, of: &FederatedType) {
+        let mut unserved = self.unserved.lock();
+        if !unserved.is_empty() {
+            unserved.remove(&(of.target.group.clone(), of.target.plural.clone()));
+        }
     }
 
     /// Takes the hub's marks off an object, if it is still the one that was meant.
@@ -320,10 +351,11 @@ impl Member {
         }
     }
 
-    /// Begins the watch of one kind anew: what it knows may be old.
+    /// Begins the watch of one kind anew: what it knows may be old. A listing under way is not disturbed.
     fn distrust_kind(&self, kind: usize) {
-        self.store.lock().distrust_kind(kind);
-        self.distrusted.send_modify(|times| *times.entry(kind).or_default() += 1);
+        if self.store.lock().distrust_kind(kind) {
+            self.distrusted.send_modify(|times| *times.entry(kind).or_default() += 1);
+        }
     }
 
     /// Begins the watches anew: what they know may be old.

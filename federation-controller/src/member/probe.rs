@@ -72,26 +72,32 @@ async fn try_candidate(member: &Member, shared: &Shared) {
         Way::Closed(_) | Way::Unusable(_) => true,
         Way::Gateway | Way::Direct(_) => member.health.lock().is_refused(),
     };
-    let take = works || refused_now;
-    let mut candidate = member.candidate.lock();
-    if candidate.as_ref() != Some(&way) {
-        // Replaced meanwhile: that one is tried next.
-        return;
-    }
-    if take {
-        // Under the lock: whoever takes this one back meanwhile must find it in use.
-        member.go(way);
-        *candidate = None;
-        drop(candidate);
-        info!("the member's API is reached another way");
-        member.health.lock().refuse(None);
-    } else if let Some(message) = refused {
-        let message =
-            format!("the credential of spec.secretRef is not taken, and the one before stays: {message}");
-        if member.health.lock().refuse(Some(message.clone())) {
-            warn!(message, "a credential is not taken");
+    let left = {
+        let mut candidate = member.candidate.lock();
+        if candidate.as_ref() != Some(&way) {
+            // Replaced meanwhile: that one is tried next.
+            return;
         }
-    }
+        if !(works || refused_now) {
+            if let Some(message) = refused {
+                let message = format!(
+                    "the credential of spec.secretRef is not taken, and the one before stays: {message}"
+                );
+                if member.health.lock().refuse(Some(message.clone())) {
+                    warn!(message, "a credential is not taken");
+                }
+            }
+            return;
+        }
+        // Under the lock: whoever takes this one back meanwhile must find it in use.
+        let left = member.go(way);
+        *candidate = None;
+        left
+    };
+    info!("the member's API is reached another way");
+    member.health.lock().refuse(None);
+    // Who reads that the new credential is in use withdraws the one before: by then no request may go out with that.
+    left.by_all().await;
 }
 
 async fn probe(member: &Member, limit: Duration) -> Probe {
@@ -148,6 +154,8 @@ fn note(member: &Member, shared: &Shared, found: Probe) {
         store.distrust();
         store.kinds_not_syncing()
     };
+    // Nor has anybody seen since when it serves what.
+    member.unserved.lock().clear();
     member.epoch.send_modify(|epoch| {
         epoch.online = after;
         epoch.number += 1;

@@ -7,17 +7,19 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use federation_core::plan::{Action, Cause, Contention, LiveObject, MemberState, MemberView, WriteFailure};
+use federation_core::plan::{
+    Action, Cause, Contention, FailureKind, LiveObject, MemberState, MemberView, WriteFailure,
+};
 use kube::api::DynamicObject;
 use tokio::time::Instant;
 
 use self::identity::{Uid, Version};
 pub(super) use self::kind::Seen;
-use self::kind::{Kind, marks};
-use super::Job;
+use self::kind::{Kind, Known, marks};
+use super::{Job, Served};
 use crate::follow::Change;
 use crate::hub::ObjectKey;
-use crate::pace::{FightGuard, fight_message, retry_delay};
+use crate::pace::{FightGuard, fight_message, outrun_delay, retry_delay};
 use crate::texts::Texts;
 
 /// Most objects of one kind that a member may have the hub keep: a hub with ten thousand federated objects over ten
@@ -65,8 +67,8 @@ pub(super) enum Listing {
     #[default]
     Syncing,
     Synced,
-    /// Not in the version asked for; these are served.
-    NoSuchType(Vec<String>),
+    /// Not in the version asked for.
+    NoSuchType(Served),
     Failing(String),
 }
 
@@ -150,7 +152,9 @@ impl Store {
             (Some((reason, message)), _) => MemberState::Unreachable { reason: reason.into(), message },
             (None, Listing::Syncing) => MemberState::Syncing,
             (None, Listing::Synced) => MemberState::Synced,
-            (None, Listing::NoSuchType(served)) => MemberState::NoSuchType { served: served.clone() },
+            (None, Listing::NoSuchType(Served { versions, lately })) => {
+                MemberState::NoSuchType { served: versions.clone(), lately: *lately }
+            }
             (None, Listing::Failing(message)) => {
                 MemberState::Unreachable { reason: "WatchFailing".into(), message: message.clone() }
             }
@@ -179,6 +183,11 @@ impl Store {
         MemberView {
             state,
             objects,
+            unread: names
+                .iter()
+                .filter(|name| kind.get(&home, name).is_some_and(Known::is_unread))
+                .map(ToString::to_string)
+                .collect(),
             strays,
             in_flight: self
                 .in_flight
@@ -236,10 +245,9 @@ impl Store {
                 let old = of.take();
                 of.state = Listing::Synced;
                 for Seen { namespace, name, mut known } in all {
-                    let before = old.get(&namespace).and_then(|old| old.get(&name));
-                    known.baseline = before
-                        .filter(|before| before.uid == known.uid)
-                        .and_then(|before| before.baseline.clone());
+                    if let Some(before) = old.get(&namespace).and_then(|old| old.get(&name)) {
+                        known.remember(before);
+                    }
                     of.insert(namespace, name, known);
                 }
                 Vec::new()
@@ -250,8 +258,9 @@ impl Store {
                 if before.is_some_and(|before| known.is_older_than(before) || known.is_same_as(before)) {
                     return Vec::new();
                 }
-                let same = before.filter(|before| before.uid == known.uid);
-                known.baseline = same.and_then(|before| before.baseline.clone());
+                if let Some(before) = before {
+                    known.remember(before);
+                }
                 let marks = marks(&namespace, [Some(&*known), before]);
                 of.insert(namespace, name, known);
                 marks
@@ -262,7 +271,9 @@ impl Store {
                     begun.gone = Some(known.version.clone());
                 }
                 let before = of.get(&namespace, &name);
-                if before.is_some_and(|before| before.uid != known.uid) {
+                // Of one that cannot be read nobody knows which it was; there is one of a name at a time.
+                let is_known = !known.is_unread() && before.is_some_and(|before| !before.is_unread());
+                if is_known && before.is_some_and(|before| before.uid != known.uid) {
                     return Vec::new();
                 }
                 // It may be made again only to go again.
@@ -306,11 +317,13 @@ impl Store {
         }
     }
 
-    /// As [`Self::distrust`], of one kind.
-    pub(super) fn distrust_kind(&mut self, kind: usize) {
-        if self.kind(kind).state == Listing::Synced {
+    /// As [`Self::distrust`], of one kind; whether it counted as listed.
+    pub(super) fn distrust_kind(&mut self, kind: usize) -> bool {
+        let listed = self.kind(kind).state == Listing::Synced;
+        if listed {
             self.kind(kind).state = Listing::Syncing;
         }
+        listed
     }
 
     pub(super) fn is_syncing(&self, kind: usize) -> bool {
@@ -495,10 +508,13 @@ impl Store {
         now: Instant,
     ) -> (Duration, bool) {
         self.in_flight.remove(target);
+        let outrun = failure.kind == FailureKind::Outrun;
         let before = self.failures.get(target).filter(|before| before.failure.hash == failure.hash);
-        let news = before.is_none_or(|before| before.failure != failure);
-        let times = before.map_or(0, |before| before.times).saturating_add(1);
-        let wait = retry_delay(times, chance);
+        let news = !outrun && before.is_none_or(|before| before.failure != failure);
+        // What was wrong before, and is not any more, says nothing of how busy the object is.
+        let same = before.filter(|before| (before.failure.kind == FailureKind::Outrun) == outrun);
+        let times = same.map_or(0, |before| before.times).saturating_add(1);
+        let wait = if outrun { outrun_delay(times, chance) } else { retry_delay(times, chance) };
         self.failures.insert(target.clone(), Failure { failure, times, retry_at: now + wait });
         (wait, news)
     }

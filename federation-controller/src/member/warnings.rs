@@ -38,6 +38,8 @@ const PAGES: usize = 10;
 const EVENTS: usize = 5000;
 /// Warnings of one unit that are copied until it is ready again.
 const COPIED: usize = 5;
+/// Characters of a Warning's reason that are copied: it is one word, and the API takes 128.
+const LONGEST_REASON: usize = 64;
 /// A Warning may come so much earlier than the trouble is noticed; what is older is about something else.
 const EARLIER: SignedDuration = SignedDuration::from_mins(5);
 /// Longest time for one page.
@@ -147,7 +149,8 @@ impl Troubles {
                 (involved.kind.as_deref().unwrap_or_default(), involved.name.as_deref().unwrap_or_default());
             let is_of = |(owner, object): &(String, String)| belongs(kind, name, owner, object);
             let Some((_, units)) = by_object.iter().find(|(object, _)| is_of(object)) else { continue };
-            let reason: String = event.reason.as_deref().unwrap_or("Warning").chars().take(64).collect();
+            let reason = event.reason.as_deref().unwrap_or("Warning");
+            let reason: String = reason.chars().take(LONGEST_REASON).collect();
             let message = shortened(event.message.clone().unwrap_or_default());
             for unit in units {
                 let Some(one) = watched.get_mut(unit) else { continue };

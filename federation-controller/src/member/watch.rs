@@ -43,8 +43,10 @@ const RECHECK: Duration = Duration::from_secs(10);
 const RECHECK_FULL: Duration = Duration::from_secs(300);
 /// Longest time for finding out which versions a member serves instead.
 const ASKING: Duration = Duration::from_secs(10);
-/// Versions of a group that are looked at.
+/// Versions of a group that are looked at, each with a request: no group of Kubernetes' own serves more than four.
 const MAX_VERSIONS: usize = 8;
+/// The longest name of a version: a DNS label, in bytes.
+const LONGEST_VERSION: usize = 63;
 /// Of so many objects of a listing one asks whether there is room for what all members have.
 const LOOKS_EVERY: usize = 256;
 /// Failures in a row after which the kind counts as not seen.
@@ -95,9 +97,14 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
             let source = Source { path, config, limits: Some(LISTS), reader };
             let watching = follow_as(
                 source,
-                (keep, Unread::PassedOver),
+                (keep, Unread::PassedOver(Seen::unread)),
                 admit,
-                |change| take(member, shared, kind, of, change),
+                |change| {
+                    if matches!(change, Change::Replace(_)) {
+                        member.is_served(of);
+                    }
+                    take(member, shared, kind, of, change)
+                },
                 |trouble| {
                     missing = is_missing(&trouble);
                     !missing && on_trouble(member, shared, kind, &trouble)
@@ -105,7 +112,7 @@ async fn follow_kind(member: &Arc<Member>, shared: &Arc<Shared>, kind: usize, of
             );
             tokio::select! {
                 () = watching => if missing {
-                    let listing = match timeout(ASKING, served_versions(&member.reader, of)).await {
+                    let listing = match timeout(ASKING, member.served(of)).await {
                         Ok(Ok(served)) => Listing::NoSuchType(served),
                         // A type that is not served has no objects, so that has to be certain.
                         Ok(Err(error)) => Listing::Failing(chain(&error)),
@@ -226,7 +233,7 @@ pub(super) async fn served_versions(reader: &Reader, of: &FederatedType) -> Resu
             .flatten()
             .any(|one| one["kind"] == target.kind.as_str());
         // It came from a member: what cannot be a version is none.
-        if has && version.len() <= 63 {
+        if has && version.len() <= LONGEST_VERSION {
             served.push(version.to_owned());
         }
     }

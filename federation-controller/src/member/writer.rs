@@ -7,7 +7,7 @@ use std::time::Duration;
 use federation_core::api::DeleteOptions;
 use federation_core::drift::{Refusal, admit};
 use federation_core::names::{FIELD_MANAGER, HUB_ANNOTATION, MANAGED_LABEL};
-use federation_core::plan::{Action, Cause, Replicas, WriteFailure};
+use federation_core::plan::{Action, Cause, FailureKind, Replicas, WriteFailure};
 use kube::ResourceExt as _;
 use kube::api::{
     ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, Preconditions, PropagationPolicy,
@@ -28,7 +28,7 @@ use crate::reader::ReadError;
 /// Longest time to find out what became of a write: reading asks no webhook.
 const SETTLING: Duration = Duration::from_secs(5);
 /// An object whose replicas are the member's is looked at so often during a write: while it is rolled out its status changes
-/// several times a second. Then it is planned anew.
+/// several times a second. Then it is tried again a while later, and planned anew for that.
 const MOST_LOOKS: usize = 4;
 
 /// How long a write took.
@@ -45,8 +45,17 @@ enum Took {
 enum WriteError {
     #[error("{0}")]
     Refused(#[from] Refusal),
+    /// The object has the member's replicas, and was another one again each time before it could be written with them.
+    #[error(
+        "the object changes in the member faster than it can be written without a change of its replicas ({} times); it is tried again",
+        MOST_LOOKS + 1
+    )]
+    Outrun,
     #[error("the member answers {code} {reason}: {message}")]
     Answered { code: u16, reason: String, message: String },
+    /// Nothing is known of the object by that.
+    #[error("the member does not serve the type just now: {0}")]
+    Unserved(String),
     /// It was taken, and what it led to cannot be read.
     #[error("{0}")]
     Unreadable(String),
@@ -88,7 +97,11 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
         Err(_) => Err(WriteError::TimedOut(limit.as_secs_f64())),
     };
     let verb = verb(action);
-    let outcome = if done.is_ok() { Outcome::Done } else { Outcome::Failed };
+    let outcome = match &done {
+        Ok(_) => Outcome::Done,
+        Err(WriteError::Outrun) => Outcome::Stale,
+        Err(_) => Outcome::Failed,
+    };
     let labels = WriteLabels { cluster: member.name.to_string(), verb, outcome };
     shared.metrics.writes.get_or_create(&labels).inc();
     let (succeeded, failed) = verb.event();
@@ -108,6 +121,10 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
             }
             let failure = failure(verb, action, &error);
             let note = format!("{} in {}: {}", target.name, member.name, failure.message);
+            if matches!(error, WriteError::Unserved(_)) {
+                // A listing shows whether the type is there, and what there is of it.
+                member.distrust_kind(target.kind);
+            }
             // It may have been carried out. The object is looked at anew before anything is concluded.
             if uncertain {
                 settle(member, shared, target).await;
@@ -139,7 +156,7 @@ async fn settle(member: &Member, shared: &Shared, target: &TargetKey) {
             let found = found.filter(|found| found.labels().contains_key(MANAGED_LABEL));
             member.store.lock().settled(target, &known, found);
         }
-        // It is there, and none that can be read: a listing would not show it either.
+        // It is there, and none that can be read: a listing would show no more.
         Ok(Err(ReadError::Unreadable(_))) => {}
         Ok(Err(_)) | Err(_) => member.distrust_kind(target.kind),
     }
@@ -185,17 +202,19 @@ async fn perform(
             // Force only over what is ours: an object that appeared this very moment makes a conflict instead.
             params.force = exists;
             let mut first = api.patch(name, &params, &Patch::Apply(&wanted)).await;
+            // It is another state by now, perhaps with other replicas.
+            let is_outrun =
+                |error: &ReadError| code(error) == Some(409) && exists && *replicas != Replicas::Asked;
             for _ in 0..MOST_LOOKS {
-                match &first {
-                    // It is another state by now, perhaps with other replicas.
-                    Err(error) if code(error) == Some(409) && exists && *replicas != Replicas::Asked => {}
-                    _ => break,
+                if !first.as_ref().is_err_and(is_outrun) {
+                    break;
                 }
                 let Some(found) = look().await? else { break };
                 wanted = Cow::Owned(retaining(desired, &found));
                 first = api.patch(name, &params, &Patch::Apply(&wanted)).await;
             }
             let mut answer = match first {
+                Err(error) if is_outrun(&error) => return Err(WriteError::Outrun),
                 // Mostly the namespace is there: it is made when it turns out not to be.
                 Err(error) if code(&error) == Some(404) && of.target.namespaced => {
                     ensure_namespace(member, shared.hub_id(), &target.namespace).await?;
@@ -224,20 +243,18 @@ async fn perform(
                     Some(found) if found.metadata.uid == *uid => Ok(Some(found)),
                     _ => Ok(None),
                 },
-                Err(error) => match code(&error) {
-                    Some(404) => Ok(None),
-                    // Another object of the same name: not the one that was meant.
-                    Some(409) => match api.get_opt(name).await? {
-                        Some(found) if found.metadata.uid == *uid => Err(error.into()),
-                        _ => Ok(None),
-                    },
-                    _ => Err(error.into()),
+                Err(error) if error.says_gone(name) => Ok(None),
+                // Another object of the same name: not the one that was meant.
+                Err(error) if code(&error) == Some(409) => match api.get_opt(name).await? {
+                    Some(found) if found.metadata.uid == *uid => Err(error.into()),
+                    _ => Ok(None),
                 },
+                Err(error) => Err(error.into()),
             }
         }
         Action::Orphan { uid } => match member.release(&api, name, uid.as_deref()).await {
             Ok(_) => Ok(None),
-            Err(error) if code(&error) == Some(404) => Ok(None),
+            Err(error) if error.says_gone(name) => Ok(None),
             Err(error) => Err(error.into()),
         },
     }
@@ -305,15 +322,24 @@ fn failure(verb: Verb, action: &Action, error: &WriteError) -> WriteFailure {
     let (failed, timed_out) = verb.failure();
     let reason = match error {
         WriteError::Refused(refusal) => refusal.reason(),
+        WriteError::Outrun => "Outrun",
         WriteError::Answered { code: 409, .. } if matches!(action, Action::Apply { exists: false, .. }) => {
             "AlreadyExists"
         }
-        WriteError::Answered { .. } | WriteError::Unreadable(_) | WriteError::Lost(_) => failed,
+        WriteError::Answered { .. }
+        | WriteError::Unserved(_)
+        | WriteError::Unreadable(_)
+        | WriteError::Lost(_) => failed,
         WriteError::TimedOut(_) => timed_out,
     };
     let message = shortened(error.to_string());
-    let conflict = matches!(error, WriteError::Refused(_)) || reason == "AlreadyExists";
-    WriteFailure { hash: hash_of(action), reason: reason.into(), message, conflict }
+    let kind = match error {
+        WriteError::Outrun => FailureKind::Outrun,
+        WriteError::Refused(_) => FailureKind::Conflict,
+        _ if reason == "AlreadyExists" => FailureKind::Conflict,
+        _ => FailureKind::Failed,
+    };
+    WriteFailure { hash: hash_of(action), reason: reason.into(), message, kind }
 }
 
 fn plain(object: DynamicObject) -> Result<Value, WriteError> {
@@ -330,6 +356,7 @@ fn code(error: &ReadError) -> Option<u16> {
 impl From<ReadError> for WriteError {
     fn from(error: ReadError) -> Self {
         match error {
+            error if error.is_unserved() => Self::Unserved(chain(&error)),
             ReadError::Client(kube::Error::Api(status)) => {
                 let Status { code, reason, message, .. } = *status;
                 Self::Answered { code, reason, message }

@@ -4,6 +4,7 @@
 //! Every story runs on our own servers, in this process; and, when `KUBEBUILDER_ASSETS` names a folder with them, on stock
 //! kube-apiservers, hub and members alike.
 
+mod edges;
 mod failover;
 mod kubefed;
 mod large;
@@ -51,6 +52,9 @@ macro_rules! stories {
 }
 
 stories! {
+    edges::a_member_that_serves_another_version,
+    edges::members_that_come_back_and_cells_that_change_hands,
+    edges::what_members_hold_already_is_not_taken_from_whose_it_is,
     failover::a_cell_is_evacuated_to_where_there_is_room,
     kubefed::a_manifest_moves_to_the_other_version,
     kubefed::kubefed_manifests_unmodified,

@@ -24,7 +24,7 @@ async fn images(world: &World) -> String {
     found.join(" ")
 }
 
-async fn cell(world: &World, name: &str, cluster: &str, zone: &str) {
+pub(crate) async fn cell(world: &World, name: &str, cluster: &str, zone: &str) {
     let spec = CellSpec {
         cluster: cluster.into(),
         node_selector: [(ZONE.to_owned(), zone.to_owned())].into(),
@@ -133,25 +133,35 @@ pub(crate) async fn a_cell_moves_and_nothing_is_missing_meanwhile(world: World) 
 
 const GROUP: &str = "example.com";
 
-fn widgets() -> FederatedType {
+pub(crate) fn widgets() -> FederatedType {
     FederatedType::of(GROUP, "v1", "Widget", "widgets", true)
 }
 
-async fn define_widgets(client: &Client) {
+/// Defines the kind in a member, or defines it anew, with these versions; the first is stored.
+pub(crate) async fn define_widgets(client: &Client, versions: &[&str]) {
     let schema = json!({"type": "object", "properties": {"spec": {"type": "object", "properties": {
         "size": {"type": "integer", "minimum": 1}}}}});
-    let definition: CustomResourceDefinition = serde_json::from_value(json!({
+    let versions: Vec<_> = versions
+        .iter()
+        .enumerate()
+        .map(|(index, name)| {
+            json!({"name": name, "served": true, "storage": index == 0, "schema": {"openAPIV3Schema": schema}})
+        })
+        .collect();
+    let definition = json!({
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
         "metadata": {"name": "widgets.example.com"},
         "spec": {"group": GROUP, "scope": "Namespaced", "names": {"plural": "widgets", "kind": "Widget"},
-            "versions": [{"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema": schema}}]},
-    }))
-    .expect("definition");
-    Api::all(client.clone()).create(&PostParams::default(), &definition).await.expect("defined");
+            "versions": versions},
+    });
+    let definitions: Api<CustomResourceDefinition> = Api::all(client.clone());
+    let params = PatchParams::apply("admin");
+    definitions.patch("widgets.example.com", &params, &Patch::Apply(definition)).await.expect("defined");
 }
 
 /// A kind of the members' own is enabled, disabled and enabled again while everything runs; one member lacks it for a while.
 pub(crate) async fn a_definition_of_the_members_is_enabled_while_running(world: World) {
-    define_widgets(&world.x).await;
+    define_widgets(&world.x, &["v1"]).await;
     let configs: Api<FederatedTypeConfig> = Api::namespaced(world.hub.clone(), "kube-federation-system");
     configs.create(&PostParams::default(), &widgets().to_config()).await.expect("enabled");
     let hub = Api::<DynamicObject>::namespaced_with(world.hub.clone(), "shop", &widgets().hub_resource());
@@ -183,7 +193,7 @@ pub(crate) async fn a_definition_of_the_members_is_enabled_while_running(world: 
     let [x, y] = [&world.x, &world.y]
         .map(|client| Api::<DynamicObject>::namespaced_with(client.clone(), "shop", &resource));
     assert_eq!(x.get("web").await.expect("there").data["spec"]["size"], 1);
-    define_widgets(&world.y).await;
+    define_widgets(&world.y, &["v1"]).await;
     world.tunnel("y", true);
     said("y has it now", [("phase", json!("Synced")), ("phase", json!("Synced"))]).await;
     assert_eq!(y.get("web").await.expect("there").data["spec"]["size"], 1);

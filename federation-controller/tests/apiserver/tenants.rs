@@ -3,7 +3,7 @@
 use federation_core::api::{Cell, FederatedRevision, KubeFedCluster, Tenant, TenantSpec, TenantSubject};
 use federation_core::types;
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::api::rbac::v1::ClusterRole;
 use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt as _};
@@ -93,6 +93,38 @@ pub(crate) async fn a_tenant_sees_and_reaches_its_own_and_nothing_else(world: Wo
     let open = json!({"metadata": {"annotations": {"cellway.io/visible": null}}});
     assert_eq!(code(roles.patch("cellway:tenant:red", &params, &Patch::Merge(&open)).await), 403);
     assert_eq!(code(roles.list(&ListParams::default()).await), 403);
+
+    // Nor change what is the platform's in members under the tenant's names, or what is said of it.
+    let namespaces = of(&jo, "namespaces");
+    let lax = json!({"apiVersion": "types.kubefed.io/v1beta2", "kind": "FederatedNamespace",
+        "metadata": {"name": "shop"}, "spec": {"placement": {"units": [{"name": "a"}]},
+            "template": {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "privileged"}}}}});
+    let lax: DynamicObject = serde_json::from_value(lax).expect("object");
+    assert_eq!(code(namespaces.create(&PostParams::default(), &lax).await), 403);
+    assert_eq!(code(namespaces.list(&all).await), 200);
+    let well = json!({"status": {"summary": "all is well"}});
+    assert_eq!(code(deployments.patch_status("web", &params, &Patch::Merge(&well)).await), 403);
+    let revisions: Api<FederatedRevision> = Api::namespaced(jo.clone(), "shop");
+    assert_eq!(code(revisions.delete("any", &DeleteParams::default()).await), 403);
+    assert_eq!(code(revisions.list(&all).await), 200);
+    let theirs_there: Api<ConfigMap> = Api::namespaced(world.x.clone(), "shop");
+    let limits = json!({"metadata": {"name": "limits"}, "data": {"k": "the platform's"}});
+    let limits: ConfigMap = serde_json::from_value(limits).expect("object");
+    theirs_there.create(&PostParams::default(), &limits).await.expect("made in the member");
+    let taking = json!({"apiVersion": "types.kubefed.io/v1beta2", "kind": "FederatedConfigMap",
+        "metadata": {"name": "limits", "annotations": {"cellway.io/adopt": "true"}},
+        "spec": {"template": {"data": {"k": "jo's"}}, "placement": {"units": [{"name": "a"}]}}});
+    let taking: DynamicObject = serde_json::from_value(taking).expect("object");
+    let maps = of(&jo, "configmaps");
+    until("jo may place", async || maps.create(&PostParams::default(), &taking).await.ok()).await;
+    until("jo is told why not", async || {
+        let units = maps.get("limits").await.ok()?.data["status"]["units"].as_array().cloned()?;
+        let unit = units.first()?;
+        let told = unit["message"].as_str().is_some_and(|said| said.contains("spec.adoption"));
+        (unit["reason"] == "AlreadyExists" && told).then_some(())
+    })
+    .await;
+    assert_eq!(theirs_there.get("limits").await.expect("there").data, limits.data);
 
     // Without the tenant there is nothing, and nothing opens: what is there stays, and what is another's stays theirs.
     tenants.delete("red", &DeleteParams::default()).await.expect("deleted");

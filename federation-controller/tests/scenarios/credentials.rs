@@ -93,6 +93,47 @@ async fn a_token_is_rotated_in_use_and_a_wrong_one_breaks_nothing() {
     world.stop().await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn one_secret_that_cannot_be_read_is_one_members_trouble() {
+    let mut world = World::stopped();
+    for name in ["x", "y"] {
+        *world.members[name].tokens.lock() = vec![format!("sesame-{name}")];
+        let access = format!("{name}-access");
+        world.hub.edit(CLUSTERS, NAMESPACE, name, |cluster| {
+            cluster["spec"]["secretRef"] = json!({"name": access})
+        });
+        let mut value = secret(&format!("sesame-{name}"));
+        value["metadata"]["name"] = access.clone().into();
+        value["metadata"]["labels"]["cellway.io/credential-of"] = name.into();
+        world.hub.put("/secrets", NAMESPACE, &access, Some(value));
+    }
+    world.hub.sealed.lock().push("y-access".into());
+    world.run(options());
+    let says = |name: &str, type_: &str| {
+        let cluster = world.hub.get(CLUSTERS, NAMESPACE, name)?;
+        let conditions = cluster["status"]["conditions"].as_array()?;
+        let found = conditions.iter().find(|one| one["type"] == type_)?;
+        Some((found["status"] == "True", found["message"].as_str().unwrap_or_default().to_owned()))
+    };
+    let ready = |name: &str| says(name, "Ready").filter(|(ready, _)| *ready);
+    world.until("x is ready", || ready("x")).await;
+    let told = || {
+        says("y", "CredentialsValid").filter(|(valid, why)| {
+            !valid && why.contains("y-access that spec.secretRef names cannot be read")
+        })
+    };
+    world.until("of y it is told why it is not", told).await;
+    // One that cannot be read from now on goes on being used where it was.
+    world.hub.sealed.lock().push("x-access".into());
+    world.hub.compact(|_| {});
+    tokio::time::sleep(std::time::Duration::from_secs(60)).await;
+    assert!(ready("x").is_some());
+    world.hub.sealed.lock().clear();
+    tokio::time::sleep(std::time::Duration::from_secs(120)).await;
+    assert!(ready("x").is_some() && ready("y").is_some(), "it is found out that it can be read");
+    world.stop().await;
+}
+
 /// A member with a token, and a controller that uses it.
 async fn with_token() -> World {
     let mut world = World::stopped();

@@ -41,6 +41,8 @@ pub(crate) struct FakeApi {
     pub(crate) stuck: Mutex<Vec<String>>,
     /// Answers to writes of objects by name: a status code and a message.
     pub(crate) refuses: Mutex<BTreeMap<String, (u16, String)>>,
+    /// Names of objects that cannot be decrypted.
+    pub(crate) sealed: Mutex<Vec<String>>,
     /// Annotations that a webhook takes off whatever is applied.
     pub(crate) strips: Mutex<Vec<String>>,
     /// Bearer tokens that are taken; without any, everybody is.
@@ -124,6 +126,7 @@ impl FakeApi {
             endless: Mutex::default(),
             stuck: Mutex::default(),
             refuses: Mutex::default(),
+            sealed: Mutex::default(),
             strips: Mutex::default(),
             expired: AtomicUsize::new(0),
             cut: watch::Sender::new(0),
@@ -282,7 +285,8 @@ impl FakeApi {
         }
         let kind =
             headers.get(http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
-        answer(self.verb(request.method(), &route, kind, request.body()))
+        let answered = self.verb(request.method(), &route, kind, request.body());
+        answer_about(answered, route.name.as_deref())
     }
 
     /// What is served of a group, as far as it has been upgraded.
@@ -309,6 +313,19 @@ impl FakeApi {
     fn verb(&self, method: &Method, route: &Route, content: &str, body: &Bytes) -> Answer {
         let mut state = self.state.lock();
         let namespace = route.namespace.clone().unwrap_or_default();
+        let sealed = self
+            .sealed
+            .lock()
+            .iter()
+            .find(|name| {
+                let is_asked_for = route.name.as_ref().is_none_or(|asked| asked == *name);
+                is_asked_for && state.objects.contains_key(&self::place(&route.resource, &namespace, name))
+            })
+            .cloned();
+        if let (&Method::GET, Some(name)) = (method, sealed) {
+            let why = format!("{name} cannot be decrypted");
+            return Err((StatusCode::INTERNAL_SERVER_ERROR, "InternalError", why));
+        }
         if *method == Method::GET && route.name.is_none() {
             let items: Vec<_> = state
                 .objects
@@ -590,12 +607,20 @@ fn full(text: &str) -> Body {
     Full::new(Bytes::from(text.to_owned())).boxed_unsync()
 }
 
+/// An answer that is about no object, should it be a refusal.
 fn answer(answer: Answer) -> Response<Body> {
+    answer_about(answer, None)
+}
+
+fn answer_about(answer: Answer, name: Option<&str>) -> Response<Body> {
     let (code, value) = match answer {
         Ok(value) => (StatusCode::OK, value),
         Err((code, reason, message)) => {
-            let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code.as_u16(),
+            let mut status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code.as_u16(),
                 "reason": reason, "message": message});
+            if let Some(name) = name {
+                status["details"] = json!({"name": name});
+            }
             (code, status)
         }
     };

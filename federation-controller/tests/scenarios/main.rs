@@ -21,7 +21,7 @@ mod world;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use federation_core::api::Phase;
+use federation_core::api::{FederatedStatus, Phase};
 use serde_json::{Value, json};
 
 use crate::world::{CONFIG_MAPS, DEPLOYMENTS, World, condition, federated, is_true, options, template};
@@ -389,6 +389,93 @@ async fn a_member_that_refuses_is_one_units_failure() {
         .await;
     world.member("x").refuses.lock().clear();
     world.settled(DEPLOYMENTS, "it is tried again", |status| is_true(status, "Ready")).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_type_that_is_missing_for_a_moment_takes_no_object_along() {
+    let mut world = World::stopped();
+    world.run(options());
+    let web = federated("FederatedDeployment", &["a", "c"], template("web:1", 2));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(web));
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    // Watches go on: only who asks is told so.
+    world.member("y").unserved.lock().push("apps/deployments".into());
+    world.edit(|object| object["metadata"]["deletionTimestamp"] = "2026-11-21T00:00:00Z".into());
+    let waits = || {
+        let status = world.status(DEPLOYMENTS)?;
+        let unit = status.units.iter().find(|unit| unit.name == "c")?;
+        let why = unit.message.as_deref().unwrap_or_default();
+        let said = unit.phase == Phase::Removing && why.contains("does not serve the type");
+        (said && world.deployment("x", "web-a").is_none()).then_some(())
+    };
+    world.until("it is told why it waits for y", waits).await;
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert!(world.hub.get(DEPLOYMENTS, "shop", "web").is_some(), "it is waited for");
+    assert!(world.deployment("y", "web-c").is_some());
+    world.member("y").unserved.lock().clear();
+    let gone = || {
+        let left = world.hub.get(DEPLOYMENTS, "shop", "web").or_else(|| world.deployment("y", "web-c"));
+        left.is_none().then_some(())
+    };
+    world.until("it is gone from both", gone).await;
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_only_read_of_a_member_is_read_anew_when_it_is_back() {
+    let mut world = World::stopped();
+    world.run(options());
+    let mut web = federated("FederatedDeployment", &["a", "c"], template("web:1", 2));
+    // How many there are is the member's to say: nothing is written for it.
+    web["spec"]["retainReplicas"] = true.into();
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(web));
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    world.tunnel("y", false);
+    let away = |status: &FederatedStatus| status.units.iter().any(|unit| unit.phase == Phase::Unreachable);
+    world.settled(DEPLOYMENTS, "y is away", away).await;
+    world.member("y").edit("apps/deployments", "shop", "web-c", |live| live["spec"]["replicas"] = 7.into());
+    let writes = world.member("y").writes();
+    world.tunnel("y", true);
+    let told = |status: &FederatedStatus| {
+        let unit = status.units.iter().find(|unit| unit.name == "c");
+        let observed = unit.and_then(|unit| unit.observed.as_ref()?.get("replicas")?.as_i64());
+        observed == Some(7) && is_true(status, "Ready")
+    };
+    world.settled(DEPLOYMENTS, "it is told how it is now", told).await;
+    assert_eq!(world.member("y").writes(), writes, "and nothing was written");
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_object_that_cannot_be_read_is_not_gone() {
+    let mut world = World::stopped();
+    world.run(options());
+    let web = federated("FederatedDeployment", &["a", "c"], template("web:1", 2));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(web));
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    let spoil = |value: Value| {
+        world
+            .member("y")
+            .edit("apps/deployments", "shop", "web-c", |live| live["metadata"]["ownerReferences"] = value);
+    };
+    spoil(7.into());
+    let noticed = || (world.counted("member_unreadable_objects_total") >= 1.0).then_some(());
+    world.until("it is seen that it cannot be read", noticed).await;
+    world.edit(|object| object["metadata"]["deletionTimestamp"] = "2026-11-21T00:00:00Z".into());
+    let waits = || {
+        let status = world.status(DEPLOYMENTS)?;
+        let unit = status.units.iter().find(|unit| unit.name == "c")?;
+        (unit.reason.as_deref() == Some("Unreadable")).then_some(())
+    };
+    world.until("it is told why it waits for y", waits).await;
+    assert!(world.deployment("y", "web-c").is_some());
+    spoil(json!([]));
+    let gone = || {
+        let left = world.hub.get(DEPLOYMENTS, "shop", "web").or_else(|| world.deployment("y", "web-c"));
+        left.is_none().then_some(())
+    };
+    world.until("it is gone from both", gone).await;
+    world.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

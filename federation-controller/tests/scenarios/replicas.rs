@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use federation_controller::Options;
+use federation_core::api::{FederatedStatus, Phase};
 use serde_json::{Value, json};
 
 use crate::world::{DEPLOYMENTS, World, federated, is_true, options, template};
@@ -46,6 +47,29 @@ async fn what_an_autoscaler_does_meanwhile_is_not_undone() {
     // Nor does what is scaled by nobody but the hub fall back to what a server takes where nothing is said.
     world.edit(|object| object["spec"]["template"] = template("web:3", 2));
     assert_eq!(world.until("the image is new", || found("web:3")).await, 10);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_outrun_by_an_autoscaler_has_not_failed() {
+    let world = World::start().await;
+    let mut object = federated("FederatedDeployment", &["a"], template("web:1", 2));
+    object["spec"]["retainReplicas"] = true.into();
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    // Whenever it is written it has changed since it was looked at.
+    let late = (409, "the object has been modified".to_owned());
+    world.member("x").refuses.lock().insert("web-a".into(), late);
+    world.edit(|object| object["spec"]["template"] = template("web:2", 2));
+    let outrun = |status: &FederatedStatus| {
+        let unit = &status.units[0];
+        assert_ne!(unit.phase, Phase::Failed, "{unit:?}");
+        unit.phase == Phase::Pending && unit.reason.as_deref() == Some("Outrun")
+    };
+    world.settled(DEPLOYMENTS, "it is said why it takes so long", outrun).await;
+    world.member("x").refuses.lock().clear();
+    let status =
+        world.settled(DEPLOYMENTS, "it is ready again", |status| is_true(status, "Propagated")).await;
+    assert_eq!((status.units[0].phase, status.units[0].reason.as_deref()), (Phase::Synced, None));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

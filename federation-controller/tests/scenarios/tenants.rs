@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use federation_controller::Options;
+use federation_core::api::Phase;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
@@ -66,6 +67,13 @@ async fn rights_come_and_go_with_the_tenant() {
     for tenant in ["red", "blue"] {
         set(tenant.into());
         world.until("the cell follows", || label(&cell()?).filter(|label| label == tenant)).await;
+        // And so does the way to the cluster's own API.
+        let urls = || {
+            let role = world.hub.get(ROLES, "", "cellway:tenant-clusters:red")?;
+            Some(role["rules"][0]["nonResourceURLs"].clone())
+        };
+        let expect = (tenant == "red").then(|| json!(["/clusters/y/*"]));
+        world.until("the way follows", || (urls() == expect).then_some(())).await;
     }
     world
         .hub
@@ -130,6 +138,41 @@ async fn what_a_tenant_has_stays_when_it_goes_and_nothing_opens() {
     world.hub.put(TENANTS, "", "red", Some(tenant(true)));
     world.until("it goes everywhere", || (all(&world) == ["web-a", "web-b", "web-c"]).then_some(())).await;
     world.until("a follows", || (image(&world) == "web:2").then_some(())).await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tenant_takes_nothing_over_unless_the_platform_lets_it() {
+    let mut world = World::stopped();
+    world.hub.edit(CELLS, "", "a", |cell| cell["metadata"]["labels"] = json!({"cellway.io/tenant": "red"}));
+    let tenant = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "Tenant", "metadata": {"name": "red"},
+        "spec": {"namespaces": ["shop"]}});
+    world.hub.put(TENANTS, "", "red", Some(tenant));
+    // The platform's, in the member's namespace of that name: not marked by any hub, so that it is not even watched.
+    let platforms =
+        json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {}, "spec": {"replicas": 9}});
+    world.member("x").put("/namespaces", "", "shop", Some(json!({"metadata": {}})));
+    world.member("x").put("apps/deployments", "shop", "web-a", Some(platforms));
+    let mut object = federated("FederatedDeployment", &["a"], template("web:1", 2));
+    object["metadata"]["annotations"] = json!({"cellway.io/adopt": "true"});
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    // Nor does it help that others' namespaces are taken over by default.
+    world.run(Options { adopt: true, ..options() });
+    let status = world
+        .settled(DEPLOYMENTS, "it is refused", |status| {
+            status.units.iter().any(|unit| unit.phase == Phase::Conflict)
+        })
+        .await;
+    let unit = &status.units[0];
+    assert_eq!(unit.reason.as_deref(), Some("AlreadyExists"));
+    let message = unit.message.as_deref().unwrap_or_default();
+    assert!(message.contains("spec.adoption of the namespace's Tenant"), "{message}");
+    let live = world.deployment("x", "web-a").expect("stays");
+    assert_eq!((&live["spec"], &live["metadata"]["labels"]), (&json!({"replicas": 9}), &Value::Null));
+
+    world.hub.edit(TENANTS, "", "red", |tenant| tenant["spec"]["adoption"] = "Allowed".into());
+    world.settled(DEPLOYMENTS, "it is adopted", |status| is_true(status, "Ready")).await;
+    assert_eq!(world.deployment("x", "web-a").expect("adopted")["spec"]["replicas"], 2);
     world.stop().await;
 }
 

@@ -68,6 +68,54 @@ async fn a_tombstone_is_carried_out_in_a_member_that_was_upgraded() {
     carried_out(&world).await;
 }
 
+/// As after a restart of its API server: the tunnel is there before all definitions are.
+#[tokio::test(start_paused = true)]
+async fn a_tombstone_outlives_a_type_that_is_missing_when_the_member_is_back() {
+    for restarted in [false, true] {
+        let mut world = buried(json!({})).await;
+        world.member("y").unserved.lock().push("apps/deployments".into());
+        if restarted {
+            world.stop().await;
+            world.run(options());
+        }
+        world.tunnel("y", true);
+        tokio::time::sleep(Duration::from_secs(40)).await;
+        assert_eq!(world.hub.names(STONES).len(), 1, "it may be served in a moment");
+        world.member("y").unserved.lock().clear();
+        world
+            .until("it is carried out", || {
+                let left = world.deployment("y", "web-c").is_some() || !world.hub.names(STONES).is_empty();
+                (!left).then_some(())
+            })
+            .await;
+        world.stop().await;
+    }
+    // With a type that stays away its objects have gone.
+    let mut world = buried(json!({})).await;
+    world.member("y").unserved.lock().push("apps/deployments".into());
+    world.tunnel("y", true);
+    tokio::time::sleep(Duration::from_secs(180)).await;
+    assert!(world.hub.names(STONES).is_empty());
+    world.stop().await;
+}
+
+/// Whoever leads now has never seen the type there.
+#[tokio::test(start_paused = true)]
+async fn a_new_leader_waits_for_a_type_that_is_missing() {
+    let mut world = placed(&["a", "c"]).await;
+    world.stop().await;
+    world.edit(|object| object["metadata"]["deletionTimestamp"] = "2026-11-21T00:00:00Z".into());
+    world.member("y").unserved.lock().push("apps/deployments".into());
+    world.run(options());
+    world.until("x is done", || world.deployment("x", "web-a").is_none().then_some(())).await;
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert!(world.hub.get(DEPLOYMENTS, "shop", "web").is_some(), "it is waited for");
+    world.member("y").unserved.lock().clear();
+    world.until("it is gone from y too", || world.deployment("y", "web-c").is_none().then_some(())).await;
+    world.until("it is gone", || world.hub.get(DEPLOYMENTS, "shop", "web").is_none().then_some(())).await;
+    world.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tombstone_deletes_as_its_object_said() {
     let said = r#"{"propagationPolicy": "Orphan", "gracePeriodSeconds": 7}"#;

@@ -33,7 +33,7 @@ pub use self::revision::{FederatedRevision, FederatedRevisionSpec, Snapshot};
 pub use self::scheduling::{
     Division, ReplicaSchedulingPreference, ReplicaSchedulingPreferenceSpec, UnitPreference,
 };
-pub use self::tenant::{Tenant, TenantSpec, TenantSubject};
+pub use self::tenant::{Adoption, Tenant, TenantSpec, TenantSubject};
 pub use self::tombstone::{DeleteOptions, Tombstone, TombstoneSpec};
 pub use self::type_config::{
     ApiResourceSpec, ControllerState, FederatedTypeConfig, FederatedTypeConfigSpec,

@@ -33,6 +33,18 @@ pub struct TenantSpec {
     /// Who may only look.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub viewers: Vec<TenantSubject>,
+    /// Whether objects in these namespaces may take over what is in members and not the hub's, should they or the hub ask for it.
+    #[serde(default)]
+    pub adoption: Adoption,
+}
+
+/// Members have namespaces of the same names, with objects of the platform in them. `Forbidden` leaves those alone, whatever
+/// `cellway.io/adopt` and the hub's `--adopt` say; `Allowed` lets these decide. With `everywhere` they decide in any case.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Adoption {
+    #[default]
+    Forbidden,
+    Allowed,
 }
 
 /// A user, a group, or with a namespace a service account.

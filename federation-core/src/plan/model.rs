@@ -7,11 +7,11 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::api::{
-    DeleteOptions, FederatedObject, FederatedRevision, FederatedRevisionSpec, FederatedStatus, NamespaceRule,
-    Placement, ReplicaSchedulingPreferenceSpec, TombstoneSpec, TopologyType, UnitStatus,
+    Adoption, DeleteOptions, FederatedObject, FederatedRevision, FederatedRevisionSpec, FederatedStatus,
+    NamespaceRule, Placement, ReplicaSchedulingPreferenceSpec, TombstoneSpec, TopologyType, UnitStatus,
 };
 use crate::capacity::RoomView;
-use crate::drift::Baseline;
+use crate::drift::{Adopt, Baseline};
 use crate::ledger::Claim;
 use crate::metadata::PropagationRules;
 use crate::topology::Topology;
@@ -41,8 +41,10 @@ pub struct PlanInput<'a> {
     /// Clusters where an object that stands in is needed still, by what runs there for others or lies in it. `None`: not
     /// everything is known that may need it, so it stays.
     pub held_stand_ins: Option<&'a BTreeSet<String>>,
-    /// Whether objects that the hub did not create may be taken over, unless the object itself says so or not.
+    /// Whether objects that the hub did not create are taken over, unless the object itself says so or not.
     pub adopt: bool,
+    /// Whether anything of the object's namespace may ask for that: what its `Tenant` says, if it has one.
+    pub adoption: Adoption,
     /// The present moment (RFC 3339), for conditions that change.
     pub now: &'a str,
     /// Since when whoever plans has been there (RFC 3339): before that it has waited for nobody, whatever an earlier one did.
@@ -103,6 +105,8 @@ pub struct MemberView {
     /// Its managed objects of the target kind in the object's namespace, by name: at least those that carry the
     /// object's source mark or one of its units' names.
     pub objects: BTreeMap<String, LiveObject>,
+    /// Objects of these names that are there and cannot be read.
+    pub unread: BTreeSet<String>,
     /// Further objects that carry the object's source mark, beyond those in `objects`: more than a member can honestly have.
     pub strays: usize,
     /// Objects that a write has been started for and not finished.
@@ -138,6 +142,9 @@ pub enum MemberState {
     NoSuchType {
         /// Versions of the kind that it serves.
         served: Vec<String>,
+        /// Whether it serves none only since a moment ago: it may yet serve it, with all that there was of it, as when its
+        /// definition is read anew or the server behind it is exchanged.
+        lately: bool,
     },
 }
 
@@ -159,8 +166,19 @@ pub struct WriteFailure {
     pub reason: String,
     /// A sentence for people.
     pub message: String,
-    /// Whether the object is somebody else's, rather than something having gone wrong.
-    pub conflict: bool,
+    /// What it means for the unit.
+    pub kind: FailureKind,
+}
+
+/// What a failure to write means for its unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailureKind {
+    /// Something has gone wrong.
+    Failed,
+    /// The object is somebody else's.
+    Conflict,
+    /// Nothing has: the object was changed by somebody else each time between a look at it and the write. It is tried again.
+    Outrun,
 }
 
 /// A content that does not stay in a member, however often it is written.
@@ -274,8 +292,8 @@ pub enum Action {
         hash: String,
         /// Why it is written.
         cause: Cause,
-        /// Whether it may be taken over, should it be there and nobody's.
-        adopt: bool,
+        /// Whether it is taken over, should it be there and nobody's.
+        adopt: Adopt,
         /// Whether it has been seen. What has not been seen may still be there, unmarked, and somebody else's.
         exists: bool,
         /// Whose `spec.replicas` it carries.

@@ -101,11 +101,8 @@ impl Planner<'_> {
             }
             let (reason, message) = match input.members.get(&record.cluster).map(|view| (view, &view.state)) {
                 // With the type its objects went; where it never was served, nothing was made.
-                // An object that was written has a revision; a unit that was only ever in conflict names somebody else's.
-                Some((_, MemberState::NoSuchType { served }))
-                    if served.is_empty()
-                        || record.object.is_none()
-                        || (record.revision.is_none() && record.pending_revision.is_none()) =>
+                Some((_, MemberState::NoSuchType { served, lately }))
+                    if served.is_empty() && !lately || !was_written(&record) =>
                 {
                     continue;
                 }
@@ -115,9 +112,20 @@ impl Planner<'_> {
                         .get(record.cluster.as_str())
                         .and_then(|left| left.iter().find(|name| own.iter().any(|own| own == *name)));
                     let writing = own.iter().find(|name| view.in_flight.contains(*name)).map(String::as_str);
-                    let Some(object) = left.copied().or(writing) else { continue };
+                    let unread = own.iter().find(|name| view.unread.contains(*name)).map(String::as_str);
+                    let Some(object) = left.copied().or(writing).or(unread.filter(|_| was_written(&record)))
+                    else {
+                        continue;
+                    };
                     match view.failures.get(object).filter(|failure| failure.hash.is_empty()) {
                         Some(failure) => (failure.reason.clone(), failure.message.clone()),
+                        None if Some(object) == unread => {
+                            let message = format!(
+                                "{object} is in the member and cannot be read, so that nobody knows whether it is the hub's: it is \
+                                 removed when it can be; else repair or remove it there"
+                            );
+                            ("Unreadable".into(), message)
+                        }
                         None => ("WaitingForRemoval".into(), format!("{object} is being removed")),
                     }
                 }
@@ -127,8 +135,13 @@ impl Planner<'_> {
                     buried.push(record);
                     continue;
                 }
+                Some((_, MemberState::NoSuchType { served, .. })) if served.is_empty() => {
+                    let message = "the member does not serve the type, or not just now: its object counts as gone when that has \
+                                   been so for a minute";
+                    ("TypeNotServed".into(), message.to_owned())
+                }
                 // The object is there, and cannot be seen in the version that is asked for.
-                Some((_, MemberState::NoSuchType { served })) => {
+                Some((_, MemberState::NoSuchType { served, .. })) => {
                     let target = &input.of.target;
                     let message = format!(
                         "the member has {} in {} and not in {}: its object is removed when its type is federated in a version \
@@ -141,7 +154,12 @@ impl Planner<'_> {
                 }
                 Some((_, MemberState::Unreachable { reason, message })) => {
                     let message = format!(
-                        "{message}; its object is removed when it is back (or take the cluster out of the federation)"
+                        "{message}; its object is removed when it is back (or take the cluster out of the federation{})",
+                        if self.deleting {
+                            format!(", or set the annotation {UNREACHABLE_ANNOTATION}: Tombstone")
+                        } else {
+                            String::new()
+                        }
                     );
                     (reason.clone(), message)
                 }
@@ -222,4 +240,10 @@ impl Planner<'_> {
         }
         read.unwrap_or_default()
     }
+}
+
+/// Whether something was written for a unit: what was has a revision. A unit that was only ever in conflict names somebody
+/// else's object.
+fn was_written(record: &UnitStatus) -> bool {
+    record.object.is_some() && (record.revision.is_some() || record.pending_revision.is_some())
 }

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Action, Cause, Draft, MemberState, Planner, Replicas, Write};
+use super::{Action, Cause, Draft, FailureKind, MemberState, Planner, Replicas, Write};
 use crate::api::{Phase, Snapshot, UnitStatus};
+use crate::drift::Adopt;
 use crate::names::{HUB_ANNOTATION, REVISION_ANNOTATION};
 use crate::render::{RenderError, Rendered, render_as};
 use crate::topology::Unit;
@@ -91,7 +92,7 @@ impl<'a> Planner<'a> {
                 waits(&mut draft, Phase::Unreachable, reason, message);
                 return draft;
             }
-            MemberState::NoSuchType { served } => {
+            MemberState::NoSuchType { served, .. } => {
                 let target = &input.of.target;
                 let mut message =
                     format!("the member does not serve {} {}", target.api_version(), target.kind);
@@ -256,6 +257,23 @@ impl<'a> Planner<'a> {
         let input = self.input;
         let Some(view) = input.members.get(cluster) else { return };
         let object = rendered.name.as_str();
+        if view.unread.contains(object) {
+            // Whether it is right, and whether it is the hub's, nobody knows.
+            let message = format!(
+                "{object} is in the member and cannot be read; it is looked at again when it changes"
+            );
+            for index in
+                units.iter().filter(|index| drafts[**index].target.is_some()).copied().collect::<Vec<_>>()
+            {
+                let status = &mut drafts[index].status;
+                clear_observed(status);
+                status.object = Some(object.to_owned());
+                status.phase = Phase::Failed;
+                status.reason = Some("Unreadable".into());
+                status.message = Some(message.clone());
+            }
+            return;
+        }
         let live = view.objects.get(object);
         let mut desired = rendered.at(revision);
         if !input.hub.is_empty() {
@@ -271,7 +289,10 @@ impl<'a> Planner<'a> {
             }
         }
         // What stands in goes again one day: it must not take along what a member had by itself.
-        let adopt = self.adopt && units.iter().any(|index| !drafts[*index].status.stand_in);
+        let adopt = match self.adopt {
+            Adopt::Asked if units.iter().all(|index| drafts[*index].status.stand_in) => Adopt::Unasked,
+            adopt => adopt,
+        };
         let verdict =
             live.map_or(Ok(()), |live| drift::admit(&live.value, &self.source, self.input.hub, adopt));
         let going = live.is_some_and(|live| !live.value["metadata"]["deletionTimestamp"].is_null());
@@ -359,7 +380,11 @@ impl<'a> Planner<'a> {
                     say(Phase::Failed, Some("Contended"), Some(contention.message.clone()));
                 }
                 (None, Some(failure)) => {
-                    let phase = if failure.conflict { Phase::Conflict } else { Phase::Failed };
+                    let phase = match failure.kind {
+                        FailureKind::Failed => Phase::Failed,
+                        FailureKind::Conflict => Phase::Conflict,
+                        FailureKind::Outrun => Phase::Pending,
+                    };
                     say(phase, Some(&failure.reason), Some(failure.message.clone()));
                 }
                 (None, None) if going => {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::world::{World, deployment, unreachable};
-use federation_core::api::{CellSpec, Phase, Placement, PlacementMask, TopologyType, UnitStatus};
+use federation_core::api::{CellSpec, Override, Phase, Placement, PlacementMask, TopologyType, UnitStatus};
 use federation_core::plan::{Action, Cause, LiveObject, MemberState, MemberView};
 use federation_core::topology::Topology;
 use serde_json::{Value, json};
@@ -18,6 +18,50 @@ fn set_reachable(world: &mut World, cluster: &str, reachable: bool) {
     } else {
         MemberState::Unreachable { reason: "NoTunnel".into(), message: "no tunnel is connected".into() }
     };
+}
+
+/// What somebody writes who would have another object, or one that counts as another's.
+#[test]
+fn a_template_says_neither_where_an_object_lies_nor_whose_it_is() {
+    let template = json!({"apiVersion": "v1", "kind": "Secret", "data": {"k": "v"}, "status": {"phase": "Active"},
+        "metadata": {"name": "other", "namespace": "kube-system", "finalizers": ["example.com/stay"],
+            "ownerReferences": [{"apiVersion": "v1", "kind": "Namespace", "name": "shop", "uid": "u"}],
+            "labels": {"kubefed.io/managed": "false", "cellway.io/cell": "b", "cellway.io/tenant": "blue"},
+            "annotations": {"cellway.io/source": "federatedsecrets/other", "cellway.io/hub": "hub-two"}}});
+    let mut world = World::new(1, template);
+    world.place(&["a"]).settle();
+    assert_eq!(Vec::from_iter(world.names("x")), ["web"]);
+    let live = world.live("x", "web");
+    assert_eq!((&live["kind"], &live["status"]), (&json!("ConfigMap"), &Value::Null));
+    let meta = &live["metadata"];
+    assert_eq!((&meta["name"], &meta["namespace"]), (&json!("web"), &json!("shop")));
+    assert_eq!(meta["labels"], json!({"kubefed.io/managed": "true"}));
+    assert_eq!((&meta["finalizers"], &meta["ownerReferences"]), (&Value::Null, &Value::Null));
+    let marks = (&meta["annotations"]["cellway.io/source"], &meta["annotations"]["cellway.io/hub"]);
+    assert_eq!(marks, (&json!("federatedconfigmaps/web"), &json!("hub-one")));
+
+    let writes = world.writes;
+    for path in [
+        "/kind",
+        "/metadata/name",
+        "/metadata/namespace",
+        "/metadata/finalizers",
+        "/metadata/ownerReferences",
+        "/metadata/labels/kubefed.io~1managed",
+        "/metadata/annotations/cellway.io~1source",
+    ] {
+        let patches = serde_json::from_value(json!([{"op": "add", "path": path, "value": "x"}]));
+        let patches = patches.expect("patches");
+        world.object.spec.overrides =
+            vec![Override { units: Some(vec!["a".into()]), unit_selector: None, patches }];
+        world.settle();
+        let unit = world.unit("a");
+        assert_eq!(
+            (unit.phase, unit.reason.as_deref(), world.writes),
+            (Phase::Failed, Some("ApplyOverridesFailed"), writes),
+            "{path}"
+        );
+    }
 }
 
 #[test]
@@ -206,7 +250,11 @@ fn a_cell_that_changes_tenant() {
 
 #[test]
 fn a_status_that_somebody_wrote_tells_nothing_of_other_tenants_clusters() {
-    for gone in [unreachable(), MemberState::NoSuchType { served: vec!["v2".into()] }, MemberState::Synced] {
+    for gone in [
+        unreachable(),
+        MemberState::NoSuchType { served: vec!["v2".into()], lately: false },
+        MemberState::Synced,
+    ] {
         let mut world = World::deployment();
         for (cell, tenant) in world.cells.iter_mut().zip(["red", "red", "blue"]) {
             cell.metadata.labels.get_or_insert_default().insert("cellway.io/tenant".into(), tenant.into());

@@ -64,6 +64,11 @@ fn deletion_waits_for_every_member() {
     assert!(!plan.finished);
     assert!(world.names("x").is_empty());
     assert_eq!(world.status().units.len(), 1);
+    let message = world.unit("c").message.clone().unwrap_or_default();
+    assert!(
+        message.contains("cellway.io/unreachable: Tombstone"),
+        "it says what else can be done: {message}"
+    );
     assert_eq!(
         (world.unit("c").phase, world.unit("c").reason.as_deref()),
         (Phase::Removing, Some("NoTunnel"))
@@ -77,7 +82,7 @@ fn deletion_waits_for_every_member() {
 fn deletion_waits_where_only_another_version_is_served() {
     let mut world = World::deployment();
     world.place(&["a", "c"]).settle();
-    let upgraded = MemberState::NoSuchType { served: vec!["v2".into()] };
+    let upgraded = MemberState::NoSuchType { served: vec!["v2".into()], lately: false };
     world.members.get_mut("y").expect("y").state = upgraded.clone();
     world.settle();
     let delete = |world: &mut World| {
@@ -92,8 +97,15 @@ fn deletion_waits_where_only_another_version_is_served() {
         (world.unit("c").phase, world.unit("c").reason.as_deref()),
         (Phase::Removing, Some("VersionNotServed"))
     );
+    // It may be missing for a moment only.
+    world.members.get_mut("y").expect("y").state = MemberState::NoSuchType { served: vec![], lately: true };
+    assert!(!world.settle().finished);
+    assert_eq!(
+        (world.unit("c").phase, world.unit("c").reason.as_deref()),
+        (Phase::Removing, Some("TypeNotServed"))
+    );
     // With the type its objects went.
-    world.members.get_mut("y").expect("y").state = MemberState::NoSuchType { served: vec![] };
+    world.members.get_mut("y").expect("y").state = MemberState::NoSuchType { served: vec![], lately: false };
     assert!(world.plan().finished);
     // The tombstone finds the version that is served.
     world.members.get_mut("y").expect("y").state = upgraded.clone();
@@ -109,6 +121,27 @@ fn deletion_waits_where_only_another_version_is_served() {
     world.members.get_mut("y").expect("y").state = upgraded;
     world.place(&["a", "c"]).settle();
     assert!(delete(&mut world).finished);
+}
+
+#[test]
+fn deletion_waits_for_an_object_that_cannot_be_read() {
+    let mut world = World::deployment();
+    world.place(&["a", "c"]).settle();
+    let hidden = world.members.get_mut("y").expect("y").objects.remove("web-c").expect("there");
+    world.members.get_mut("y").expect("y").unread.insert("web-c".into());
+    world.object.metadata.deletion_timestamp =
+        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+    assert!(!world.settle().finished);
+    assert_eq!(
+        (world.unit("c").phase, world.unit("c").reason.as_deref()),
+        (Phase::Removing, Some("Unreadable"))
+    );
+    // It can be read again.
+    let y = world.members.get_mut("y").expect("y");
+    y.unread.clear();
+    y.objects.insert("web-c".into(), hidden);
+    assert!(world.settle().finished);
+    assert!(world.names("y").is_empty());
 }
 
 #[test]

@@ -6,10 +6,12 @@ use std::sync::Arc;
 
 use crate::world::{World, deployment, replicas, unreachable};
 use federation_core::api::{
-    KeyClass, KeyRule, NamespaceRule, Naming, Override, Phase, PropagationConfig, PropagationConfigSpec,
-    ReplicaSchedulingPreferenceSpec, UnitPreference,
+    Adoption, KeyClass, KeyRule, NamespaceRule, Naming, Override, Phase, PropagationConfig,
+    PropagationConfigSpec, ReplicaSchedulingPreferenceSpec, UnitPreference,
 };
-use federation_core::plan::{Action, LiveObject, MemberState, NamespacePlacement, Replicas, WriteFailure};
+use federation_core::plan::{
+    Action, FailureKind, LiveObject, MemberState, NamespacePlacement, Replicas, WriteFailure,
+};
 use serde_json::json;
 
 #[test]
@@ -85,7 +87,8 @@ fn an_unreachable_member_keeps_everything_and_stops_nobody() {
 #[test]
 fn a_member_without_the_type_is_one_units_condition() {
     let mut world = World::deployment();
-    world.members.get_mut("y").expect("y").state = MemberState::NoSuchType { served: Vec::new() };
+    world.members.get_mut("y").expect("y").state =
+        MemberState::NoSuchType { served: Vec::new(), lately: false };
     world.place(&["a", "c"]).settle();
     assert_eq!(world.unit("a").phase, Phase::Synced);
     assert_eq!(world.unit("c").reason.as_deref(), Some("TypeNotServed"));
@@ -268,8 +271,15 @@ fn a_failed_write_is_told_until_something_else_is_asked_for() {
     world.store(&plan);
     let Action::Apply { hash, .. } = &plan.writes[0].action else { panic!("{plan:?}") };
     let failure =
-        WriteFailure { hash: hash.clone(), reason: "Invalid".into(), message: "no".into(), conflict: false };
-    world.members.get_mut("x").expect("x").failures.insert("web-a".into(), failure);
+        |kind| WriteFailure { hash: hash.clone(), reason: "Invalid".into(), message: "no".into(), kind };
+    let fail = |world: &mut World, kind| {
+        world.members.get_mut("x").expect("x").failures.insert("web-a".into(), failure(kind));
+    };
+    for (kind, phase) in [(FailureKind::Conflict, Phase::Conflict), (FailureKind::Outrun, Phase::Pending)] {
+        fail(&mut world, kind);
+        assert_eq!(world.plan().status.units[0].phase, phase);
+    }
+    fail(&mut world, FailureKind::Failed);
     let plan = world.plan();
     assert_eq!(
         (plan.status.units[0].phase, plan.status.units[0].reason.as_deref()),
@@ -527,12 +537,40 @@ fn adoption_is_the_objects_to_allow() {
     assert_eq!(world.unit("a").phase, Phase::Synced);
 }
 
+/// The object is what somebody who may write in a tenant's namespace can make of it.
+#[test]
+fn adoption_is_not_a_tenants_to_ask_for() {
+    let mut world = World::new(1, json!({"data": {"k": "v"}}));
+    world.adoption = Adoption::Forbidden;
+    world.object.metadata.annotations = Some([("cellway.io/adopt".to_owned(), "true".to_owned())].into());
+    // Also where the hub takes over what there is by default.
+    world.adopt = true;
+    let marked = json!({"cellway.io/hub": "hub-two", "cellway.io/source": "federatedconfigmaps/web"});
+    for (marks, reason) in [(json!({}), "AlreadyExists"), (marked, "OwnedByAnotherHub")] {
+        let theirs = json!({"metadata": {"name": "web", "uid": "theirs", "annotations": marks},
+            "data": {"k": "theirs"}});
+        let live = LiveObject { value: Arc::new(theirs.clone()), baseline: None };
+        world.members.get_mut("x").expect("x").objects.insert("web".into(), live);
+        world.place(&["a"]).settle();
+        let unit = world.unit("a");
+        assert_eq!((unit.phase, unit.reason.as_deref()), (Phase::Conflict, Some(reason)));
+        let message = unit.message.as_deref().unwrap_or_default();
+        assert!(message.contains("spec.adoption of the namespace's Tenant"), "{message}");
+        // And it is no way out to give the object up again.
+        world.place(&[]).settle();
+        assert_eq!((world.writes, world.live("x", "web")), (0, &theirs));
+    }
+    world.adoption = Adoption::Allowed;
+    world.place(&["a"]).settle();
+    assert_eq!((world.unit("a").phase, &world.live("x", "web")["data"]["k"]), (Phase::Synced, &json!("v")));
+}
+
 #[test]
 fn another_version_of_a_type_is_named() {
     let mut world = World::deployment();
     world.place(&["a", "c"]);
     world.members.get_mut("y").expect("y").state =
-        MemberState::NoSuchType { served: vec!["v1beta1".into(), "v1beta2".into()] };
+        MemberState::NoSuchType { served: vec!["v1beta1".into(), "v1beta2".into()], lately: false };
     world.settle();
     assert_eq!(world.unit("a").phase, Phase::Synced);
     assert_eq!(world.unit("c").reason.as_deref(), Some("VersionNotServed"));

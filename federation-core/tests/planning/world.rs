@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use federation_core::api::{
-    Cell, CellSpec, FederatedObject, FederatedRevision, FederatedSpec, FederatedStatus, KubeFedCluster,
-    KubeFedClusterSpec, Override, PlacementMask, PropagationConfig, ReplicaSchedulingPreferenceSpec,
-    UnitReference, UnitStatus,
+    Adoption, Cell, CellSpec, FederatedObject, FederatedRevision, FederatedSpec, FederatedStatus,
+    KubeFedCluster, KubeFedClusterSpec, Override, PlacementMask, PropagationConfig,
+    ReplicaSchedulingPreferenceSpec, UnitReference, UnitStatus,
 };
 use federation_core::drift;
 use federation_core::metadata::PropagationRules;
@@ -39,6 +39,7 @@ pub(crate) struct World {
     pub(crate) hub: &'static str,
     pub(crate) held_stand_ins: Option<BTreeSet<String>>,
     pub(crate) adopt: bool,
+    pub(crate) adoption: Adoption,
     pub(crate) writes: usize,
     uids: u64,
 }
@@ -65,6 +66,7 @@ impl World {
             hub: "hub-one",
             held_stand_ins: Some(BTreeSet::new()),
             adopt: false,
+            adoption: Adoption::Allowed,
             writes: 0,
             uids: 0,
         };
@@ -123,6 +125,7 @@ impl World {
             namespace: self.namespace.clone(),
             held_stand_ins: self.held_stand_ins.as_ref(),
             adopt: self.adopt,
+            adoption: self.adoption,
             now: self.now,
             since: self.since,
         })

@@ -4,6 +4,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
+use federation_core::answers::Unreadable;
 use federation_core::drift::Baseline;
 use federation_core::names::SOURCE_ANNOTATION;
 use kube::api::DynamicObject;
@@ -86,6 +87,16 @@ impl Seen {
         Self { namespace, name, known: Box::new(Known { uid, version, mark, text, baseline: None }) }
     }
 
+    /// From what is known of an object that cannot be read, if it says its name: that there is one.
+    pub(in crate::member) fn unread(of: Unreadable) -> Option<Self> {
+        if of.name.is_empty() {
+            return None;
+        }
+        let version = (!of.version.is_empty()).then(|| Version::new(&of.version));
+        let known = Known { text: "".into(), uid: None, version, mark: None, baseline: None };
+        Some(Self { namespace: of.namespace.into(), name: of.name.into(), known: Box::new(known) })
+    }
+
     /// Bytes that it takes.
     pub(in crate::member) fn weight(&self) -> usize {
         super::weight(self.known.text.len(), 1)
@@ -95,7 +106,23 @@ impl Seen {
 // === impl Known ===
 
 impl Known {
-    /// The object again.
+    /// Whether it cannot be read what it is.
+    pub(super) fn is_unread(&self) -> bool {
+        self.text.is_empty()
+    }
+
+    /// Takes over from what was known before what it does not say itself: whose it is, and which one.
+    pub(super) fn remember(&mut self, before: &Self) {
+        if self.is_unread() {
+            self.uid = before.uid.clone();
+            self.mark = before.mark.clone();
+        }
+        if self.uid == before.uid {
+            self.baseline = before.baseline.clone();
+        }
+    }
+
+    /// The object again; `None` of one that cannot be read.
     pub(super) fn object(&self) -> Option<Value> {
         let mut object: Value = serde_json::from_str(&self.text).ok()?;
         let meta = object.get_mut("metadata")?.as_object_mut()?;

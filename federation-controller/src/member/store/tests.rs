@@ -1,5 +1,7 @@
 //! What is kept of a member, what becomes of writes and fights, and what is bounded.
 
+use federation_core::answers::{Unreadable, Why};
+use federation_core::drift::Adopt;
 use federation_core::names::SOURCE_ANNOTATION;
 use federation_core::plan::{Replicas, Write};
 use k8s_openapi::api::core::v1::ObjectReference;
@@ -35,7 +37,7 @@ fn apply(hash: &str, cause: Cause) -> Action {
         desired: json!({"metadata": {"name": "web-a"}}),
         hash: hash.into(),
         cause,
-        adopt: false,
+        adopt: Adopt::Unasked,
         exists: cause != Cause::Create,
         replicas: Replicas::Asked,
         remove_annotations: vec![],
@@ -172,7 +174,7 @@ fn a_failed_write_waits_and_another_does_not() {
         hash: "one".into(),
         reason: "Invalid".into(),
         message: "m".into(),
-        conflict: false,
+        kind: FailureKind::Failed,
     };
     assert_eq!(store.failed(&target, failure(), 1.0, now), (Duration::from_secs(1), true));
     assert_eq!(store.submit(job("one"), now), Err(Duration::from_secs(1)));
@@ -186,6 +188,32 @@ fn a_failed_write_waits_and_another_does_not() {
     let seen = view(&mut store);
     assert!(seen.failures.is_empty() && seen.in_flight.is_empty());
     assert!(seen.objects["web-a"].baseline.is_some());
+}
+
+#[test]
+fn a_write_that_was_outrun_is_tried_again_soon_and_is_no_news() {
+    let mut store = store();
+    let now = Instant::now();
+    let target = store.submit(job("one"), now).expect("taken");
+    let outrun = || WriteFailure {
+        hash: "one".into(),
+        reason: "Outrun".into(),
+        message: "m".into(),
+        kind: FailureKind::Outrun,
+    };
+    let waits = [1, 2, 50].map(|times| {
+        let mut last = Duration::ZERO;
+        for _ in 0..times {
+            let (wait, news) = store.failed(&target, outrun(), 1.0, now);
+            assert!(!news, "nobody is told of it");
+            last = wait;
+        }
+        last.as_secs()
+    });
+    assert_eq!(waits, [1, 4, 10], "so long that the member is not kept busy, and never long");
+    // Something that goes wrong then is news.
+    let failed = WriteFailure { kind: FailureKind::Failed, ..outrun() };
+    assert_eq!(store.failed(&target, failed, 1.0, now), (Duration::from_secs(1), true));
 }
 
 #[test]
@@ -346,8 +374,12 @@ fn what_is_remembered_is_gone_through_now_and_then() {
     let now = Instant::now();
     let target = store.submit(job("one"), now).expect("taken");
     store.begin(&target).expect("begun");
-    let failure =
-        WriteFailure { hash: "one".into(), reason: "r".into(), message: "m".into(), conflict: false };
+    let failure = WriteFailure {
+        hash: "one".into(),
+        reason: "r".into(),
+        message: "m".into(),
+        kind: FailureKind::Failed,
+    };
     store.failed(&target, failure, 1.0, now);
     let mut look = |after: Duration| {
         store.view(&key(), "shop", "federateddeployments/web", ["a"].into_iter(), None, now + after);
@@ -356,6 +388,38 @@ fn what_is_remembered_is_gone_through_now_and_then() {
     assert_eq!(look(FAILURE_MEMORY), 1);
     assert_eq!(look(FAILURE_MEMORY + Duration::from_secs(30)), 1, "it was gone through a moment ago");
     assert_eq!(look(FAILURE_MEMORY + FORGET_EVERY), 0);
+}
+
+#[test]
+fn what_cannot_be_read_is_there_all_the_same() {
+    let unread = || {
+        Seen::unread(Unreadable {
+            namespace: "shop".into(),
+            name: "web-a".into(),
+            version: "7".into(),
+            why: Why::Form,
+        })
+        .expect("it has a name")
+    };
+    let is_there = |store: &mut Store| {
+        let seen = view(store);
+        (seen.objects.contains_key("web-a"), seen.unread.contains("web-a"))
+    };
+    let mut store = store();
+    store.change(0, Change::Replace(vec![seen("web-a", "1", 1)]));
+    assert_eq!(is_there(&mut store), (true, false));
+    let concerned = store.change(0, Change::Apply(unread()));
+    assert_eq!(concerned.len(), 1, "it carried a mark before");
+    assert_eq!(is_there(&mut store), (false, true));
+    store.change(0, Change::Apply(seen("web-a", "1", 8)));
+    assert_eq!(is_there(&mut store), (true, false));
+    store.change(0, Change::Replace(vec![unread()]));
+    assert_eq!(is_there(&mut store), (false, true));
+    assert_eq!(store.change(0, Change::Delete(seen("web-a", "1", 9))).len(), 1);
+    assert_eq!(is_there(&mut store), (false, false));
+    store.change(0, Change::Replace(vec![unread()]));
+    store.change(0, Change::Delete(unread()));
+    assert_eq!(is_there(&mut store), (false, false));
 }
 
 #[test]
