@@ -6,9 +6,10 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader},
     net::TcpStream,
 };
+use tunnel::egress::{self, AnswerError};
 
 use crate::{
     args::DialArgs,
@@ -17,8 +18,6 @@ use crate::{
     membership::cluster_name,
 };
 
-/// A head of an answer is a few hundred bytes; more is not from a CONNECT frontend.
-const MAX_HEAD: u64 = 16 * 1024;
 /// What an error's body may say.
 const MAX_BODY: u64 = 4 * 1024;
 /// The hub answers or gives up on a dial well before this.
@@ -96,9 +95,9 @@ fn reachable(address: &str, host: &str) -> String {
 enum Refusal {
     /// It said so.
     Status { code: u16, reason: String },
-    /// What it said is not HTTP.
-    Garbage(String),
-    /// It ended or broke.
+    /// It did not answer as HTTP does.
+    Answer(AnswerError),
+    /// It broke.
     Broken(io::Error),
     /// It said nothing in time.
     Silence,
@@ -109,8 +108,12 @@ impl Refusal {
         match self {
             // The frontend's own text says what to do.
             Self::Status { code, reason } => Error::of_status(tried, code, &reason),
-            Self::Garbage(head) => Error::failed(tried, format!("the answer is not HTTP: {head:?}"))
-                .remedy("is that the port of the hub's CONNECT frontend?"),
+            Self::Answer(error @ (AnswerError::Closed | AnswerError::Broken(_))) => {
+                Error::unreachable(tried, crate::error::chain(&error))
+            }
+            Self::Answer(error @ (AnswerError::NotHttp(_) | AnswerError::TooLong)) => {
+                Error::failed(tried, error).remedy("is that the port of the hub's CONNECT frontend?")
+            }
             Self::Broken(error) => Error::unreachable(tried, error),
             Self::Silence => Error::unreachable(tried, format!("no answer within {ANSWER_TIMEOUT:?}")),
         }
@@ -126,49 +129,15 @@ where
         format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nCellway-Cluster: {cluster}\r\n\r\n");
     stream.write_all(request.as_bytes()).await.map_err(Refusal::Broken)?;
     stream.flush().await.map_err(Refusal::Broken)?;
-    let mut length = None;
-    let mut status: Option<u16> = None;
-    let mut left = MAX_HEAD;
-    loop {
-        let mut line = Vec::new();
-        let count = (&mut *stream).take(left).read_until(b'\n', &mut line).await.map_err(Refusal::Broken)?;
-        if !line.ends_with(b"\n") {
-            return Err(if count == 0 {
-                Refusal::Broken(io::ErrorKind::UnexpectedEof.into())
-            } else {
-                Refusal::Garbage(String::from_utf8_lossy(&line).chars().take(80).collect())
-            });
-        }
-        left -= count as u64;
-        let line = String::from_utf8_lossy(&line);
-        let line = line.trim_end();
-        match status {
-            None => {
-                let code = line
-                    .strip_prefix("HTTP/1.")
-                    .and_then(|rest| rest.split(' ').nth(1))
-                    .and_then(|code| code.parse().ok());
-                status = Some(code.ok_or_else(|| Refusal::Garbage(line.chars().take(80).collect()))?);
-            }
-            Some(_) if line.is_empty() => break,
-            Some(_) => {
-                if let Some((name, value)) = line.split_once(':')
-                    && name.eq_ignore_ascii_case("content-length")
-                {
-                    length = value.trim().parse::<u64>().ok();
-                }
-            }
-        }
-    }
-    let code = status.unwrap_or_default();
-    if code == 200 {
+    let answer = egress::read_answer(stream).await.map_err(Refusal::Answer)?;
+    if answer.grants() {
         return Ok(());
     }
     let mut body = Vec::new();
-    let limit = length.unwrap_or(MAX_BODY).min(MAX_BODY);
+    let limit = answer.content_length.unwrap_or(MAX_BODY).min(MAX_BODY);
     // The status says enough if the body does not arrive.
     let _ = stream.take(limit).read_to_end(&mut body).await;
-    Err(Refusal::Status { code, reason: String::from_utf8_lossy(&body).trim().to_owned() })
+    Err(Refusal::Status { code: answer.status, reason: String::from_utf8_lossy(&body).trim().to_owned() })
 }
 
 /// Joins the stream with standard input and output. An end of input is passed on as a half-close; the command ends when
@@ -257,7 +226,9 @@ mod tests {
     #[tokio::test]
     async fn garbage_is_not_taken_for_a_connection() {
         let (result, _) = shake(b"\x16\x03\x01\n\n").await;
-        assert!(matches!(result, Err(Refusal::Garbage(_))));
+        let error = result.unwrap_err();
+        assert!(matches!(error, Refusal::Answer(AnswerError::NotHttp(_))));
+        assert!(error.explain("dial").to_string().contains("its answer is not HTTP"));
     }
 
     #[test]

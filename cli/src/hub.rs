@@ -5,15 +5,23 @@ use std::{
     time::Duration,
 };
 
+use hyper_util::{
+    client::legacy::{self, connect::HttpConnector},
+    rt::TokioExecutor,
+};
 use kube::{
     Api, Client, Config,
     api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams},
+    client::{Body, ConfigExt as _},
     config::{KubeConfigOptions, Kubeconfig},
 };
 pub(crate) use proxy_server::rows::Items;
 use proxy_server::rows::{ClusterRow, ConnectionRow, Ping, Server, TunnelRow};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use service::socket;
+use tokio::time::timeout;
+use tower::{BoxError, ServiceBuilder, ServiceExt as _, service_fn};
 
 use crate::{
     error::{Error, Result},
@@ -24,6 +32,9 @@ use crate::{
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A ping through the hub to a member that does not answer takes this long at most.
 const READ_TIMEOUT: Duration = Duration::from_secs(40);
+
+/// What was tried when a client cannot be made.
+const SETTING_UP: &str = "set up the client";
 
 /// A hub that can be asked.
 #[derive(Clone)]
@@ -58,9 +69,19 @@ impl Hub {
 
     /// The Kubernetes API of a member, through the hub.
     pub(crate) async fn member(&self, cluster: &str) -> Result<Client> {
+        client_for(&self.kubeconfig, self.through(cluster)?, None).await
+    }
+
+    /// The same for answers that go on for as long as there is something to tell, and may be quiet meanwhile: whoever needs one
+    /// soon waits for it with a limit of its own.
+    pub(crate) async fn member_to_follow(&self, cluster: &str) -> Result<Client> {
+        client_to_follow(&config_for(&self.kubeconfig, self.through(cluster)?, None).await?)
+    }
+
+    fn through(&self, cluster: &str) -> Result<Kubeconfig> {
         let text = crate::kubeconfig::through_hub(&read(&self.kubeconfig)?, cluster)
             .map_err(|problem| Error::failed(tried_to_read(&self.kubeconfig), problem))?;
-        client_for(&self.kubeconfig, parse(&self.kubeconfig, &text)?, None).await
+        parse(&self.kubeconfig, &text)
     }
 
     /// The hub's API.
@@ -150,18 +171,53 @@ fn parse(kubeconfig: &Path, text: &str) -> Result<Kubeconfig> {
     Kubeconfig::from_yaml(text).map_err(|error| Error::failed(tried_to_read(kubeconfig), error))
 }
 
+/// What a context says, or the current one.
+async fn config_for(path: &Path, kubeconfig: Kubeconfig, context: Option<String>) -> Result<Config> {
+    let options = KubeConfigOptions { context, ..KubeConfigOptions::default() };
+    Config::from_custom_kubeconfig(kubeconfig, &options)
+        .await
+        .map_err(|error| Error::failed(tried_to_read(path), crate::error::chain(&error)))
+}
+
 /// A client for a context, or for the current one.
 async fn client_for(path: &Path, kubeconfig: Kubeconfig, context: Option<String>) -> Result<Client> {
-    let options = KubeConfigOptions { context, ..KubeConfigOptions::default() };
-    let mut config = Config::from_custom_kubeconfig(kubeconfig, &options)
-        .await
-        .map_err(|error| Error::failed(tried_to_read(path), crate::error::chain(&error)))?;
+    let mut config = config_for(path, kubeconfig, context).await?;
     config.connect_timeout = Some(CONNECT_TIMEOUT);
     config.read_timeout = Some(READ_TIMEOUT);
     config.reset_reader_on_write = true;
     // A person waits: an error that says what is wrong beats a silent second try.
     config.default_retry = false;
-    Client::try_from(config).map_err(explain("set up the client"))
+    Client::try_from(config).map_err(explain(SETTING_UP))
+}
+
+/// A client whose answers may pause for as long as they like. A peer that has vanished is found out by TCP's keep-alive, which
+/// the client's own connector cannot be asked for.
+fn client_to_follow(config: &Config) -> Result<Client> {
+    let https =
+        config.rustls_https_connector_with_connector(watchful_connector()).map_err(explain(SETTING_UP))?;
+    // TCP's part and TLS' part of it.
+    let connector = service_fn(move |to: http::Uri| {
+        let connecting = https.clone().oneshot(to);
+        Box::pin(async move { timeout(CONNECT_TIMEOUT, connecting).await.map_err(BoxError::from)? })
+    });
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer().map_err(explain(SETTING_UP))?)
+        .layer(config.extra_headers_layer().map_err(explain(SETTING_UP))?)
+        .map_err(BoxError::from)
+        .service(legacy::Client::builder(TokioExecutor::new()).build::<_, Body>(connector));
+    Ok(Client::new(service, config.default_namespace.clone()))
+}
+
+/// Makes connections that notice when their peer has vanished.
+fn watchful_connector() -> HttpConnector {
+    let mut connector = HttpConnector::new();
+    connector.enforce_http(false);
+    connector.set_nodelay(true);
+    connector.set_keepalive(Some(socket::KEEPALIVE_IDLE));
+    connector.set_keepalive_interval(Some(socket::KEEPALIVE_INTERVAL));
+    connector.set_keepalive_retries(Some(socket::KEEPALIVE_PROBES));
+    connector
 }
 
 fn with_cluster(path: &str, cluster: Option<&str>) -> String {
@@ -240,9 +296,60 @@ pub(crate) async fn ensure(
 
 #[cfg(test)]
 mod tests {
+    use futures::{AsyncBufReadExt as _, StreamExt as _};
+    use k8s_openapi::api::core::v1::Pod;
+    use kube::api::LogParams;
+    use rustix::net::sockopt;
     use serde_json::json;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+    use tokio::sync::oneshot;
 
     use super::*;
+
+    #[tokio::test]
+    async fn what_is_followed_may_be_quiet_for_as_long_as_it_likes() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (go_on, quiet) = oneshot::channel();
+        let serving = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut head = [0; 4096];
+            assert!(stream.read(&mut head).await.unwrap() > 0);
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n\r\none\n").await.unwrap();
+            quiet.await.unwrap();
+            stream.write_all(b"two\n").await.unwrap();
+        };
+        let server = format!("http://{}", listener.local_addr().unwrap());
+        let mut config = Config::new(server.parse().unwrap());
+        // Trusts nobody, and needs to trust nobody.
+        config.root_cert = Some(Vec::new());
+        // The first client of a process chooses its cryptography, as that of the hub does.
+        Client::try_from(config.clone()).unwrap();
+        let pods: Api<Pod> = Api::namespaced(client_to_follow(&config).unwrap(), "shop");
+        let following = async {
+            let params = LogParams { follow: true, ..LogParams::default() };
+            let mut lines = std::pin::pin!(pods.log_stream("web", &params).await.unwrap().lines());
+            assert_eq!(lines.next().await.unwrap().unwrap(), "one");
+            // From here on nothing comes from outside until it is asked for.
+            tokio::time::pause();
+            tokio::time::advance(READ_TIMEOUT * 3).await;
+            go_on.send(()).unwrap();
+            assert_eq!(lines.next().await.unwrap().unwrap(), "two");
+            assert!(lines.next().await.is_none());
+        };
+        tokio::join!(serving, following);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_vanishes_while_it_is_followed_is_noticed() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let to: http::Uri = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let stream = watchful_connector().oneshot(to).await.unwrap().into_inner();
+        assert!(sockopt::socket_keepalive(&stream).unwrap());
+        assert_eq!(sockopt::tcp_keepidle(&stream).unwrap(), socket::KEEPALIVE_IDLE);
+        assert_eq!(sockopt::tcp_keepintvl(&stream).unwrap(), socket::KEEPALIVE_INTERVAL);
+        assert_eq!(sockopt::tcp_keepcnt(&stream).unwrap(), socket::KEEPALIVE_PROBES);
+    }
 
     #[test]
     fn objects_carry_their_kind() {

@@ -15,7 +15,8 @@ use crate::args::FilteredListArgs;
 use crate::error::{Error, Result};
 use crate::hub::{Hub, Items, explain};
 use crate::kubeconfig::HubRef;
-use crate::output::{self, Cell, Paint, Table, age, text_out, visible_lines};
+use crate::lists::for_people;
+use crate::output::{self, Cell, OutputArgs, Paint, Table, age, text_out, visible_lines};
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum TombstonesCommand {
@@ -34,6 +35,8 @@ pub(crate) struct ForgetArgs {
     pub(crate) yes: bool,
     #[command(flatten)]
     pub(crate) hub: HubRef,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 }
 
 /// A deletion that waits.
@@ -51,6 +54,17 @@ struct Row {
     action: &'static str,
     waits_for: String,
     created_at: Option<String>,
+}
+
+/// A deletion that nobody waits for any more.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Forgotten<'a> {
+    name: String,
+    cluster: &'a str,
+    kind: &'a str,
+    namespace: &'a str,
+    object: &'a str,
 }
 
 pub(crate) async fn run(command: TombstonesCommand) -> Result<()> {
@@ -181,6 +195,16 @@ async fn forget(args: ForgetArgs) -> Result<()> {
                 .remedy("look again with `cellway tombstones list`"));
         }
         Err(error) => return Err(Error::of_kube(tried, &error)),
+    }
+    if !for_people(args.output.output) {
+        let forgotten = Forgotten {
+            name: stone.name_any(),
+            cluster: &spec.cluster,
+            kind: &spec.target.kind,
+            namespace: &spec.namespace,
+            object: &spec.name,
+        };
+        return output::print(args.output.output, &forgotten, |_| Table::new(""));
     }
     text_out(&visible_lines(&format!(
         "{object} stays, with the hub's marks on it; nothing waits to delete it\n"

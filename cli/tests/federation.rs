@@ -1,6 +1,7 @@
 //! The commands about federated objects against a hub and two members that run, on loopback: each says what it promises, and
 //! what it promises happens.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use http::{Method, Request};
 use kube::Client;
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use serde::Deserialize as _;
 use serde_json::{Value, json};
 use test_support::process::Process;
 use test_support::wait_until;
@@ -151,8 +153,14 @@ impl Fleet {
 }
 
 async fn run(folder: &Path, args: &[&str]) -> Result<Output> {
+    let hub = folder.join("hub").display().to_string();
+    run_as_is(folder, &[args, &["--data-dir", &hub]].concat()).await
+}
+
+/// A command with nothing but these arguments; `folder` is its home.
+async fn run_as_is(folder: &Path, args: &[&str]) -> Result<Output> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
-    command.args(args).arg("--data-dir").arg(folder.join("hub"));
+    command.args(args);
     command.env_remove("CELLWAY_DATA_DIR").env_remove("CELLWAY_KUBECONFIG").env("HOME", folder);
     command.kill_on_drop(true);
     let done = tokio::time::timeout(LIMIT, command.output()).await;
@@ -232,7 +240,114 @@ async fn the_commands_about_federated_objects_do_what_they_say() -> Result<()> {
     another_type(&fleet).await?;
     what_members_say_is_only_shown(&fleet).await?;
     deletions_that_wait(&fleet).await?;
-    a_large_object(&fleet).await
+    a_large_object(&fleet).await?;
+    every_result_is_printed_for_programs(&fleet).await
+}
+
+/// Every command that takes `-o`, and what it is given here besides; FOLDER and FORMAT stand for the test's own. They are run
+/// in this order.
+const PRINTING: &[(&str, &[&str])] = &[
+    ("clusters", &[HUB]),
+    ("tunnels", &["west", HUB]),
+    ("connections", &[HUB]),
+    ("ping", &["west", HUB]),
+    ("kubeconfig", &["west", HUB]),
+    ("crds", &[]),
+    ("cluster add", &["printed-FORMAT", HUB]),
+    ("cluster revoke", &["printed-FORMAT", HUB]),
+    ("describe", &["deployment/web", "-n", "shop", HUB]),
+    ("revisions", &["deployment/web", "-n", "shop", HUB]),
+    ("diff", &["deployment/web", "-n", "shop", HUB]),
+    ("preview", &["deployment/web", "-n", "shop", HUB]),
+    ("rollback", &["deployment/web", "-n", "shop", "--dry-run", HUB]),
+    ("failover list", &[HUB]),
+    ("failover cell", &["west-a", "--dry-run", HUB]),
+    ("failover cluster", &["west", "--dry-run", HUB]),
+    ("federate types", &[HUB]),
+    ("federate enable", &["widgets.example.com", "--from", "east", HUB]),
+    ("federate disable", &["widgets.example.com", HUB]),
+    ("tombstones list", &[HUB]),
+    ("tombstones forget", &["printed-FORMAT", "--yes", HUB]),
+    ("hub encryption status", &[HUB]),
+    ("hub encryption rewrite", &[HUB]),
+    ("hub compact", &[HUB]),
+    ("hub backup", &["FOLDER/backup-FORMAT", HUB]),
+    ("hub check", &[HUB]),
+    ("hub restore", &["FOLDER/backup-FORMAT", "--data-dir=FOLDER/restored"]),
+];
+const HUB: &str = "--data-dir=FOLDER/hub";
+
+/// Both forms of every command's result can be read, and say the same: fields of one name.
+async fn every_result_is_printed_for_programs(fleet: &Fleet) -> Result<()> {
+    let folder = fleet.folder.path();
+    let mut said = Vec::new();
+    for format in ["json", "yaml"] {
+        let name = format!("printed-{format}");
+        let stone = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "Tombstone",
+            "metadata": {"name": name, "namespace": HOME},
+            "spec": {"cluster": "south", "namespace": "shop", "name": name, "source": format!("federatedconfigmaps/{name}"),
+                "target": {"version": "v1", "kind": "ConfigMap", "pluralName": "configmaps"}}});
+        let stones = format!("/apis/policy.cellway.io/v1alpha1/namespaces/{HOME}/tombstones");
+        create(&fleet.hub, &stones, &stone).await?;
+        // What is restored goes into a folder that is there: another name is taken for a mistake.
+        std::fs::create_dir_all(folder.join("restored"))?;
+        for (command, more) in PRINTING {
+            let more: Vec<String> = more
+                .iter()
+                .map(|word| word.replace("FORMAT", format).replace("FOLDER", &folder.display().to_string()))
+                .collect();
+            let args: Vec<&str> =
+                command.split(' ').chain(more.iter().map(String::as_str)).chain(["-o", format]).collect();
+            let output = run_as_is(folder, &args).await?;
+            let errors = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.success(), "`cellway {}`: {errors}", args.join(" "));
+            let text = String::from_utf8(output.stdout)?;
+            let documents: Vec<Value> = if format == "json" {
+                vec![serde_json::from_str(&text).with_context(|| format!("`cellway {command}`: {text}"))?]
+            } else {
+                let documents = serde_yaml_ng::Deserializer::from_str(&text).map(Value::deserialize);
+                documents
+                    .collect::<Result<Vec<_>, _>>()
+                    .with_context(|| format!("`cellway {command}`: {text}"))?
+            };
+            // As YAML, the CRDs are documents of their own: what kubectl takes.
+            let fields: BTreeSet<String> = match documents.as_slice() {
+                [one] => one.as_object().into_iter().flat_map(|fields| fields.keys().cloned()).collect(),
+                _ if *command == "crds" => ["apiVersion", "items", "kind"].map(str::to_owned).into(),
+                _ => BTreeSet::new(),
+            };
+            ensure!(!fields.is_empty(), "`cellway {command}` prints no one object: {text}");
+            said.push((*command, fields));
+        }
+    }
+    let (json, yaml) = said.split_at(PRINTING.len());
+    for (json, yaml) in json.iter().zip(yaml) {
+        ensure!(json == yaml, "JSON and YAML differ: {json:?} {yaml:?}");
+    }
+    Ok(())
+}
+
+/// By the program's own help.
+#[test]
+fn every_command_that_takes_a_format_is_tried_with_it() {
+    let mut found = BTreeSet::new();
+    let mut paths = vec![Vec::<String>::new()];
+    while let Some(path) = paths.pop() {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_cellway"));
+        let output = command.args(&path).arg("--help").output().unwrap();
+        let help = String::from_utf8(output.stdout).unwrap();
+        if help.contains("--output <FORMAT>") {
+            found.insert(path.join(" "));
+        }
+        let commands = help.split_once("Commands:\n").map_or("", |(_, commands)| commands);
+        for line in commands.lines().take_while(|line| line.is_empty() || line.starts_with(' ')) {
+            let name = line.strip_prefix("  ").filter(|line| !line.starts_with(' '));
+            let name = name.and_then(|line| line.split(' ').next()).filter(|name| *name != "help");
+            paths.extend(name.map(|name| [path.as_slice(), &[name.to_owned()]].concat()));
+        }
+    }
+    let tried: BTreeSet<String> = PRINTING.iter().map(|(command, _)| (*command).to_owned()).collect();
+    assert_eq!(found, tried);
 }
 
 /// `revisions`, `preview`, `diff` and `rollback`.

@@ -206,7 +206,7 @@ async fn callers(world: &World) -> Result<()> {
     }
     // The refusal is remembered for ten seconds.
     world.until("the right to be seen", async || get(&viewer, "/cellway/v1/tunnels").await).await?;
-    // As far as the member, which does not know this account.
+    // As far as the member, where an account of the hub's is not the member's own of that name.
     let refused = world
         .until("the member to be asked", async || {
             let Err(error) = get(&viewer, "/clusters/east/api/v1/nodes").await else {
@@ -217,7 +217,7 @@ async fn callers(world: &World) -> Result<()> {
             Ok(said)
         })
         .await?;
-    ensure!(refused.contains("system:serviceaccount:default:viewer"), "{refused}");
+    ensure!(refused.contains("cellway:hub:serviceaccount:default:viewer"), "{refused}");
     ensure!(code(get(&viewer, "/clusters/west/api/v1/nodes").await) == 403);
     let revoke = "/cellway/v1/clusters/east/revoke";
     ensure!(code(ask(&viewer, Method::POST, revoke, "application/json", &Value::Null).await) == 403);

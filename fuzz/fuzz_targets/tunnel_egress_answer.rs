@@ -1,4 +1,4 @@
-//! The answer of an egress proxy to CONNECT, before a tunnel.
+//! The answer to CONNECT: of an egress proxy before a tunnel, and of the hub to `cellway dial`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| tunnel::fuzzing::egress_answer(input));

@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -14,7 +15,7 @@ use service::{
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tracing::Instrument;
-use tunnel::{Budget, Hello, Limits};
+use tunnel::{BearerToken, Budget, Hello, Limits};
 
 use crate::{
     args::Config,
@@ -260,6 +261,7 @@ impl Bound {
             labels: config.labels.iter().cloned().collect(),
             identifiers: config.identifiers.clone(),
             capabilities: self.gateway.iter().map(|_| CAPABILITY_GATEWAY.to_owned()).collect(),
+            token: BearerToken::default(),
         };
         let context = Context {
             credentials,
@@ -267,6 +269,7 @@ impl Bound {
             carrier: config.carrier,
             egress_proxy: config.egress_proxy,
             hello,
+            token: config.identity.token_file().map(Path::to_owned),
             limits: Limits { keepalive_interval: config.keepalive_interval, ..Limits::default() },
             budget: self.budget,
             dialer: Dialer::new(config.policy.clone(), config.max_dials),

@@ -113,6 +113,10 @@ pub struct Args {
     /// The CA of the servers.
     #[arg(long, default_value = "", value_name = "FILE")]
     pub ca_cert: String,
+    /// A service account's token, for a server that takes those of one account instead of certificates; read again for
+    /// each tunnel. Needs --ca-cert.
+    #[arg(long, default_value = "", value_name = "FILE")]
+    pub service_account_token_path: String,
     /// The id of this agent; kept in the data folder when not given.
     #[arg(long, env = "PROXY_AGENT_ID", value_name = "ID")]
     pub agent_id: Option<String>,
@@ -200,9 +204,6 @@ pub struct WithoutEffect {
     pub lease_label: Option<String>,
     #[arg(long, default_value = "default", hide = true)]
     pub server_count_source: String,
-    /// Agents authenticate with certificates.
-    #[arg(long, default_value = "", hide = true)]
-    pub service_account_token_path: String,
     /// The gateway passes bodies on as they are.
     #[arg(long, default_value = "application/vnd.kubernetes.protobuf", hide = true)]
     pub kube_api_content_type: String,
@@ -214,7 +215,7 @@ pub struct WithoutEffect {
 }
 
 /// The flags of [`WithoutEffect`].
-const WITHOUT_EFFECT: [&str; 14] = [
+const WITHOUT_EFFECT: [&str; 13] = [
     "alpn-proto",
     "probe-interval",
     "sync-forever",
@@ -225,7 +226,6 @@ const WITHOUT_EFFECT: [&str; 14] = [
     "lease-label-selector",
     "lease-label",
     "server-count-source",
-    "service-account-token-path",
     "kube-api-content-type",
     "enable-profiling",
     "enable-contention-profiling",
@@ -337,11 +337,22 @@ pub enum ConfigError {
     NoIdentity,
     /// What upstream's agent may do with, and this one not.
     #[error(
-        "the agent has no certificate: konnectivity's service account tokens (--service-account-token-path) identify \
-         nobody here. Give --agent-cert and --agent-key besides --ca-cert, of the authority that the server has as \
-         --cluster-ca-cert, or --data-dir with --enrolment-token and --ca-hash to enrol at a hub"
+        "the agent has nothing to prove who it is: besides --ca-cert give --agent-cert and --agent-key, of the authority \
+         that the server has as --cluster-ca-cert, or --service-account-token-path where the server has \
+         --agent-service-account; or --data-dir with --enrolment-token and --ca-hash to enrol at a hub"
     )]
     NoCertificate,
+    /// A token, and nothing to know the server by.
+    #[error(
+        "--service-account-token-path needs --ca-cert: the token is shown only to a server that the CA vouches for"
+    )]
+    NoServersCa,
+    /// A token is an account's, and not a member's.
+    #[error(
+        "--service-account-token-path excludes --cluster-name: such a token names no member. Enrol the agent, or leave \
+         the name out"
+    )]
+    TokenOfNoMember,
     /// Files and enrolment at once.
     #[error(
         "--agent-cert and --agent-key exclude --enrolment-token: the agent either has certificates or gets them"
@@ -477,9 +488,17 @@ fn identity(args: &Args) -> Result<IdentityConfig, ConfigError> {
         });
     }
     let Some(data_dir) = args.data_dir.clone() else {
-        let as_upstream =
-            !args.ca_cert.is_empty() || !args.without_effect.service_account_token_path.is_empty();
-        return Err(if as_upstream { ConfigError::NoCertificate } else { ConfigError::NoIdentity });
+        return match (args.service_account_token_path.as_str(), args.ca_cert.as_str()) {
+            ("", "") => Err(ConfigError::NoIdentity),
+            ("", _) => Err(ConfigError::NoCertificate),
+            (_, "") => Err(ConfigError::NoServersCa),
+            _ if cluster.is_some() => Err(ConfigError::TokenOfNoMember),
+            (token, ca) => Ok(IdentityConfig::ServiceAccount {
+                token: PathBuf::from(token),
+                ca: PathBuf::from(ca),
+                agent_id: agent_id.map(str::to_owned),
+            }),
+        };
     };
     let ca_hash = args.ca_hash.as_deref().filter(|hash| !hash.is_empty());
     let ca_hash = ca_hash.map(|hash| hash.parse::<CaHash>().map_err(ConfigError::CaHash)).transpose()?;
@@ -674,7 +693,7 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_with_a_token_and_no_certificate_is_told_what_to_do() {
+    fn an_agent_with_a_token_and_no_certificate_starts_as_a_plain_one() {
         // The arguments of Kubernetes' own konnectivity-agent add-on.
         let flags = [
             "--logtostderr=true",
@@ -685,10 +704,21 @@ mod tests {
             "--health-server-port=8134",
             "--service-account-token-path=/var/run/secrets/tokens/konnectivity-agent-token",
         ];
-        let error = config(&flags).unwrap_err().to_string();
+        let token = "/var/run/secrets/tokens/konnectivity-agent-token";
+        let started = config(&flags).unwrap();
+        assert!(started.identity.is_plain());
+        assert_eq!(started.identity.token_file(), Some(std::path::Path::new(token)));
+        let error = |flags: &[&str]| config(flags).unwrap_err().to_string();
+        let told = error(&flags[..6]);
         for part in ["--service-account-token-path", "--agent-cert and --agent-key", "--enrolment-token"] {
-            assert!(error.contains(part), "{error}");
+            assert!(told.contains(part), "{told}");
         }
+        assert!(error(&flags[2..]).contains("needs --ca-cert"));
+        let named = [&flags[..], &["--cluster-name=east"]].concat();
+        assert!(error(&named).contains("excludes --cluster-name"));
+        // A certificate goes before it, as where both are given upstream's servers look at one of the two.
+        let both = [&FILES[..], &flags[6..]].concat();
+        assert_eq!(config(&both).unwrap().identity.token_file(), None);
     }
 
     #[test]

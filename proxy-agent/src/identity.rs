@@ -80,6 +80,15 @@ pub enum IdentityConfig {
         /// The id; the certificate's, or a random one, when not given.
         agent_id: Option<String>,
     },
+    /// With a service account's token instead of a certificate, as upstream's agents may.
+    ServiceAccount {
+        /// The token's file, which somebody else replaces.
+        token: PathBuf,
+        /// The CA of the servers.
+        ca: PathBuf,
+        /// The id; a random one when not given.
+        agent_id: Option<String>,
+    },
     /// With a certificate that the hub issues.
     Enrolled {
         /// Where it is kept.
@@ -194,9 +203,17 @@ pub(crate) struct IdentityKeeper {
 // === impl IdentityConfig ===
 
 impl IdentityConfig {
-    /// Whether the agent behaves as upstream's does: certificates of the files, no cluster, any destination.
+    /// Whether the agent behaves as upstream's does: certificates or a token of files, no cluster, any destination.
     pub fn is_plain(&self) -> bool {
-        matches!(self, Self::Files { cluster: None, .. })
+        matches!(self, Self::Files { cluster: None, .. } | Self::ServiceAccount { .. })
+    }
+
+    /// The file of the token that is shown to servers.
+    pub(crate) fn token_file(&self) -> Option<&Path> {
+        match self {
+            Self::ServiceAccount { token, .. } => Some(token),
+            Self::Files { .. } | Self::Enrolled { .. } => None,
+        }
     }
 }
 
@@ -244,6 +261,11 @@ impl IdentityKeeper {
                 let tls = ClientTls::from_files(ca, Some(certificate.clone()), Some(key.clone()))?;
                 Some(from_files(tls, cluster.as_ref(), agent_id.as_deref())?)
             }
+            IdentityConfig::ServiceAccount { ca, agent_id, .. } => Some(Credentials {
+                tls: ClientTls::from_files(ca, None, None)?,
+                cluster: String::new(),
+                agent_id: agent_id.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
+            }),
             IdentityConfig::Enrolled { data_dir, token, ca_hash, cluster, agent_id } => {
                 private_folder(data_dir)
                     .map_err(|source| IdentityError::DataDir { path: data_dir.clone(), source })?;
@@ -334,7 +356,7 @@ impl IdentityKeeper {
     /// Keeps the credentials current for as long as it is polled: follows the files, or renews the certificate.
     pub(crate) async fn keep(&self, credentials: &Credentials) {
         match &self.config {
-            IdentityConfig::Files { .. } => {
+            IdentityConfig::Files { .. } | IdentityConfig::ServiceAccount { .. } => {
                 let watch = credentials.tls.clone().watch_files(FILES_INTERVAL);
                 let show = async {
                     loop {

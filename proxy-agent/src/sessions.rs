@@ -4,7 +4,7 @@
 //! channel. A drain is a message, not an end: servers are asked for no new work, what is under way goes on, and each
 //! tunnel closes when its last connection has ended.
 
-use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
+use std::{collections::HashMap, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
 use rand::{SeedableRng, rngs::StdRng};
 use service::{drain::DrainWatch, error_chain};
@@ -16,8 +16,8 @@ use tokio::{
 };
 use tracing::Instrument;
 use tunnel::{
-    AgentTunnel, AgentTunnelHandle, Budget, CarrierChoice, CloseReason, ConnectError, ConnectOptions,
-    DialError, EgressProxy, Hello, IncomingDial, Limits, LocalSocket, Target,
+    AgentTunnel, AgentTunnelHandle, BearerToken, Budget, CarrierChoice, CloseReason, ConnectError,
+    ConnectOptions, DialError, EgressProxy, Hello, IncomingDial, Limits, LocalSocket, Target,
 };
 
 use crate::{
@@ -45,6 +45,8 @@ pub(crate) struct Context {
     pub(crate) carrier: CarrierChoice,
     pub(crate) egress_proxy: Option<EgressProxy>,
     pub(crate) hello: Hello,
+    /// The file of the token that the hello is to hold.
+    pub(crate) token: Option<PathBuf>,
     pub(crate) limits: Limits,
     pub(crate) budget: Arc<Budget>,
     pub(crate) dialer: Dialer,
@@ -173,8 +175,16 @@ async fn session(
     events: mpsc::Sender<Event>,
     drain: DrainWatch,
 ) -> End {
+    let options = match context.options(&address) {
+        Ok(options) => options,
+        Err(error) => {
+            tracing::warn!(error = %error_chain(&error), "failed to read the service account's token");
+            context.metrics.connect_outcome(ConnectOutcome::failed);
+            return End::NotConnected(Failure::Transient);
+        }
+    };
     let connected = tokio::select! {
-        connected = tunnel::connect(context.options(&address)) => connected,
+        connected = tunnel::connect(options) => connected,
         () = drain.signaled() => return End::NotConnected(Failure::Transient),
     };
     let tunnel = match connected {
@@ -427,17 +437,23 @@ fn failure_of_close(reason: &CloseReason) -> Failure {
 // === impl Context ===
 
 impl Context {
-    fn options(&self, address: &str) -> ConnectOptions {
+    fn options(&self, address: &str) -> Result<ConnectOptions, tls::FileError> {
         let host = address.parse::<Target>().map(|target| target.host).unwrap_or_default();
-        ConnectOptions {
+        let mut hello = self.hello.clone();
+        if let Some(path) = &self.token {
+            // Kubelets replace it long before it expires.
+            let token = tls::read_bounded(path)?;
+            hello.token = BearerToken::new(String::from_utf8_lossy(&token).trim());
+        }
+        Ok(ConnectOptions {
             address: address.to_owned(),
             server_name: self.server_name.clone().unwrap_or(host),
             tls: self.credentials.tls.clone(),
             carrier: self.carrier,
             egress_proxy: self.egress_proxy.clone(),
-            hello: self.hello.clone(),
+            hello,
             limits: self.limits.clone(),
             budget: self.budget.clone(),
-        }
+        })
     }
 }

@@ -20,6 +20,7 @@ use tunnel::{
     Accepted, Hello, HttpsConnection, PendingTunnel, Rejections, ServerHello, ServerTunnel, TunnelListener,
 };
 
+use crate::agent_tokens::AgentTokens;
 use crate::directory::{Admission, ClusterDirectory, Lookup};
 use crate::enrol::Enrolment;
 use crate::limit::{ClientPlace, ConcurrencyLimiter};
@@ -128,6 +129,17 @@ pub enum Rejection {
     /// Too many tunnels already.
     #[error("cluster '{0}' has too many tunnels")]
     TooManyTunnels(String),
+    /// Agents have tokens here.
+    #[error(
+        "no service account token: give the agent --service-account-token-path, with a token for this server's audience"
+    )]
+    NoToken,
+    /// Not the agents'.
+    #[error("the service account token has expired, or is of another account or for another audience")]
+    BadToken,
+    /// Nobody could be asked about the token.
+    #[error("the Kubernetes API that knows the token does not answer: try again")]
+    TokenUnchecked,
 }
 
 impl Rejection {
@@ -142,7 +154,7 @@ impl Rejection {
     /// Whether the agent may try again soon.
     fn kind(&self) -> tunnel::RefusalKind {
         match self {
-            Self::Starting | Self::TooManyTunnels(_) => tunnel::RefusalKind::Temporary,
+            Self::Starting | Self::TooManyTunnels(_) | Self::TokenUnchecked => tunnel::RefusalKind::Temporary,
             Self::NoCertificate
             | Self::NotAnAgent
             | Self::BadCertificate(_)
@@ -151,7 +163,9 @@ impl Rejection {
             | Self::Revoked(_)
             | Self::RevokedAgent { .. }
             | Self::WrongCluster { .. }
-            | Self::WrongAgent { .. } => tunnel::RefusalKind::Lasting,
+            | Self::WrongAgent { .. }
+            | Self::NoToken
+            | Self::BadToken => tunnel::RefusalKind::Lasting,
         }
     }
 }
@@ -169,6 +183,8 @@ pub struct Agents {
     pub enrolment: Option<Arc<Enrolment>>,
     /// How many tunnels one member may hold.
     pub places: TunnelPlaces,
+    /// Whose token an agent has to show, where none has a certificate.
+    pub tokens: Option<AgentTokens>,
 }
 
 /// The places of tunnels, those of hellos under way included. By the certificate's cluster, so that one member's agents
@@ -275,6 +291,19 @@ impl Agents {
             self.reject(&rejection);
             rejection.turn_away(&tunnel);
             return;
+        }
+        if let Some(tokens) = &self.tokens {
+            let checked = tokio::select! {
+                checked = tokens.check(hello.token.reveal()) => checked,
+                // Nobody waits for the answer any more.
+                _ = tunnel.closed() => return,
+                () = drain.signaled() => return tunnel.close("the server has drained"),
+            };
+            if let Err(rejection) = checked {
+                self.reject(&rejection);
+                rejection.turn_away(&tunnel);
+                return;
+            }
         }
         let member = Member {
             cluster: identity.cluster.clone(),
@@ -497,6 +526,9 @@ impl Rejection {
             Self::WrongCluster { .. } => "wrong-cluster",
             Self::WrongAgent { .. } => "wrong-agent",
             Self::TooManyTunnels(_) => "too-many-tunnels",
+            Self::NoToken => "no-token",
+            Self::BadToken => "bad-token",
+            Self::TokenUnchecked => "token-unchecked",
         }
     }
 }

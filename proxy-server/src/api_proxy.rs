@@ -469,6 +469,15 @@ fn lasts(path: &PathAndQuery) -> bool {
     query.is_some_and(|query| query.split('&').any(lasting))
 }
 
+/// The path that a right to a request is asked for, of a member's API by one name: `/clusters/<cluster>/`, whatever is wanted
+/// of it. What is behind it is the member's to allow.
+pub(crate) fn right_to(path: &str) -> String {
+    match path.strip_prefix(PREFIX) {
+        Some(rest) => format!("{PREFIX}{}/", rest.split('/').next().unwrap_or_default()),
+        None => path.to_owned(),
+    }
+}
+
 /// `/clusters/<name>/rest?query` → (name, `/rest?query`).
 fn split_path(uri: &Uri) -> Option<(String, PathAndQuery)> {
     let rest = uri.path().strip_prefix(PREFIX)?;

@@ -16,6 +16,7 @@ use tls::{ClientAuth, ServerTls, TlsError, TlsVersions, TrustDomain};
 use tunnel::policy::{DestinationPolicy, InvalidPolicy};
 use tunnel::{Limits, ResetKey};
 
+use crate::agent_tokens::TokenConfig;
 use crate::agents::IdentityRules;
 use crate::connect::{AllowedClients, ConnectLimits, client_share};
 use crate::directory::ClusterDirectory;
@@ -30,12 +31,11 @@ pub(crate) const DEFAULT_MEMORY_MIB: usize = 2048;
 const DEFAULT_DRAIN: &str = "0s";
 
 /// Upstream's flags that are accepted and change nothing.
-const WITHOUT_EFFECT: [&str; 14] = [
+const WITHOUT_EFFECT: [&str; 13] = [
     "frontend-keepalive-time",
     "enable-profiling",
     "enable-contention-profiling",
     "server-count",
-    "kubeconfig",
     "kubeconfig-qps",
     "kubeconfig-burst",
     "kube-api-content-type",
@@ -180,16 +180,17 @@ pub struct Args {
     /// Accepted as upstream's: agents learn of other servers from --advertise-servers.
     #[arg(long, hide = true, default_value_t = 1)]
     pub server_count: u32,
-    /// Agents' tokens are not served yet: an error when set.
-    #[arg(long, hide = true, default_value = "")]
+    /// The namespace of the service account whose tokens agents show instead of certificates.
+    #[arg(long, default_value = "", value_name = "NAMESPACE", help_heading = "Agents")]
     pub agent_namespace: String,
-    /// Agents' tokens are not served yet: an error when set.
-    #[arg(long, hide = true, default_value = "")]
+    /// That service account.
+    #[arg(long, default_value = "", value_name = "NAME", help_heading = "Agents")]
     pub agent_service_account: String,
-    /// Agents' tokens are not served yet: an error when set.
-    #[arg(long, hide = true, default_value = "")]
+    /// What the tokens have to be for.
+    #[arg(long, default_value = "", value_name = "AUDIENCE", help_heading = "Agents")]
     pub authentication_audience: String,
-    #[arg(long, hide = true, default_value = "")]
+    /// The kubeconfig of the API that is asked about tokens (TokenReview) [default: that of the cluster this runs in].
+    #[arg(long, default_value = "", value_name = "FILE", help_heading = "Agents")]
     pub kubeconfig: String,
     #[arg(long, hide = true, default_value_t = 0.0)]
     pub kubeconfig_qps: f32,
@@ -283,6 +284,7 @@ impl Args {
     /// Names the flag that is wrong or missing, or the file that cannot be used.
     pub fn into_config(self) -> Result<ServerConfig, ConfigError> {
         self.check_unsupported()?;
+        let tokens = self.agent_tokens()?;
         if self.uds_name.is_none() && self.server_port == 0 && self.api_proxy_port.is_none() {
             return Err(ConfigError::Missing {
                 flag: "--uds-name or --server-port",
@@ -335,6 +337,7 @@ impl Args {
                 },
                 memory: self.tunnel_memory.saturating_mul(1024 * 1024),
                 reset_key: self.reset_key(agent_addr),
+                tokens,
             },
             directory: ClusterDirectory::open(DestinationPolicy::parse_all(&self.allow)?),
             strategies: self.proxy_strategies.clone(),
@@ -373,12 +376,35 @@ impl Args {
             let instead = "use --mode=http-connect (kube-apiserver: proxyProtocol: HTTPConnect)";
             return Err(ConfigError::Unsupported { flag: "--mode=grpc", instead });
         }
-        let tokens = [&self.agent_namespace, &self.agent_service_account, &self.authentication_audience];
-        if tokens.iter().any(|value| !value.is_empty()) {
-            let instead = "give agents certificates and this server --cluster-ca-cert";
-            return Err(ConfigError::Unsupported { flag: "--agent-service-account", instead });
-        }
         Ok(())
+    }
+
+    /// Whose tokens agents show. Upstream's rule: all of the flags or none, and no certificates of agents besides.
+    fn agent_tokens(&self) -> Result<Option<TokenConfig>, ConfigError> {
+        let flags = [
+            ("--agent-namespace", &self.agent_namespace),
+            ("--agent-service-account", &self.agent_service_account),
+            ("--authentication-audience", &self.authentication_audience),
+        ];
+        if flags.iter().all(|(_, value)| value.is_empty()) {
+            return Ok(None);
+        }
+        if let Some((flag, _)) = flags.into_iter().find(|(_, value)| value.is_empty()) {
+            return Err(ConfigError::Missing { flag, why: "to check agents' service account tokens" });
+        }
+        if self.cluster_ca_cert.is_some() {
+            let instead = "agents have either certificates or tokens, so give one of the two";
+            return Err(ConfigError::Unsupported {
+                flag: "--cluster-ca-cert with --agent-service-account",
+                instead,
+            });
+        }
+        Ok(Some(TokenConfig {
+            kubeconfig: (!self.kubeconfig.is_empty()).then(|| PathBuf::from(&self.kubeconfig)),
+            namespace: self.agent_namespace.clone(),
+            service_account: self.agent_service_account.clone(),
+            audience: self.authentication_audience.clone(),
+        }))
     }
 
     /// Belongs to the key that agents know this server by, and to where they reach it: servers may share the key.
@@ -488,6 +514,24 @@ mod tests {
     }
 
     #[test]
+    fn tokens_are_of_one_account_for_one_audience() {
+        assert_eq!(parse(&["--kubeconfig=/k"]).agent_tokens().unwrap(), None, "it has other uses upstream");
+        let flags = [
+            "--agent-namespace=kube-system",
+            "--agent-service-account=konnectivity-agent",
+            "--authentication-audience=system:konnectivity-server",
+            "--kubeconfig=/etc/srv/kubernetes/konnectivity-server/kubeconfig",
+        ];
+        let tokens = parse(&flags).agent_tokens().unwrap().unwrap();
+        assert_eq!(
+            (tokens.namespace.as_str(), tokens.service_account.as_str(), tokens.audience.as_str()),
+            ("kube-system", "konnectivity-agent", "system:konnectivity-server")
+        );
+        assert!(tokens.kubeconfig.is_some());
+        assert_eq!(parse(&flags[..3]).agent_tokens().unwrap().unwrap().kubeconfig, None);
+    }
+
+    #[test]
     fn what_changes_nothing_is_said() {
         let argv = ["proxy-server", "--xfr-channel-size=150", "--agent-port=1"];
         let effective = service::flags::try_parse::<Args>(argv).unwrap().effective;
@@ -503,6 +547,16 @@ mod tests {
             (&["--server-port=0"][..], "--uds-name or --server-port"),
             (&["--mode=grpc"][..], "--mode=http-connect"),
             (&["--agent-namespace=kube-system"][..], "--agent-service-account"),
+            (&["--agent-namespace=a", "--agent-service-account=b"][..], "--authentication-audience"),
+            (
+                &[
+                    "--agent-namespace=a",
+                    "--agent-service-account=b",
+                    "--authentication-audience=c",
+                    "--cluster-ca-cert=d",
+                ][..],
+                "either certificates or tokens",
+            ),
             (&["--uds-name=/tmp/x", "--server-port=0"][..], "--cluster-cert"),
             (&[][..], "--server-cert"),
             (&["--tls-min-version=1"][..], "VersionTLS12"),

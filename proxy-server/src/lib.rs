@@ -11,6 +11,7 @@
 //! Read [`server`] for how it is put together, [`registry`] for the choice of a tunnel, [`error`] for what clients are
 //! told. [`hub`] composes this server, the hub API and the federation controller into one process.
 
+pub mod agent_tokens;
 pub mod agents;
 pub mod api_proxy;
 pub mod args;
@@ -37,4 +38,5 @@ pub mod fuzzing {
     pub use crate::api_proxy::fuzz::api_request;
     pub use crate::enrol::fuzz::enrolment;
     pub use crate::fuzz::{connect_head, route};
+    pub use crate::hub::delegated::fuzz::review_answers;
 }

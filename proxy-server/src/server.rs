@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 use tracing::Instrument;
 use tunnel::{Budget, Limits, ListenerConfig, ResetKey, ServerHello, ServerTunnel, TunnelListener};
 
+use crate::agent_tokens::{AgentTokens, TokenConfig, TokenSetupError};
 use crate::agents::{Agents, IdentityRules, TunnelPlaces};
 use crate::api_proxy::ApiProxy;
 use crate::connect::{AllowedClients, BindUnixError, BoundUnix, ConnectFrontend, ConnectLimits};
@@ -82,6 +83,8 @@ pub struct AgentsConfig {
     pub memory: usize,
     /// The same after a restart: QUIC agents are told at once that their tunnels are gone.
     pub reset_key: ResetKey,
+    /// Agents prove themselves with tokens of this account, and have no certificates.
+    pub tokens: Option<TokenConfig>,
 }
 
 /// A Unix socket frontend.
@@ -158,6 +161,9 @@ pub enum ServerError {
     /// The Unix socket.
     #[error(transparent)]
     Unix(#[from] BindUnixError),
+    /// Nobody to ask about agents' tokens.
+    #[error(transparent)]
+    Tokens(#[from] TokenSetupError),
 }
 
 /// A server that listens and does not serve yet.
@@ -239,6 +245,10 @@ impl BoundServer {
         admin: Admin,
     ) -> Result<Self, ServerError> {
         service::process::raise_open_files();
+        let tokens = match &config.agents.tokens {
+            Some(tokens) => Some(AgentTokens::new(tokens).await?),
+            None => None,
+        };
         let mut reloads = vec![config.agents.tls.clone()];
         let listener = TunnelListener::bind(ListenerConfig {
             tcp: config.agents.tcp,
@@ -285,6 +295,7 @@ impl BoundServer {
             },
             enrolment,
             places: TunnelPlaces::default(),
+            tokens,
         });
         Ok(Self {
             config: Listeners {

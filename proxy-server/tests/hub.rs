@@ -279,6 +279,47 @@ async fn gateway(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, In
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_may_not_reach_a_member_does_not_learn_of_it() {
+    let setup = start().await;
+    setup.add_cluster("east").await;
+    let as_jo = async |path: &str| {
+        let request = Request::get(path).header("impersonate-user", "jo").body(Vec::new()).unwrap();
+        match setup.client.request::<Value>(request).await {
+            Err(kube::Error::Api(status)) => (status.code, status.message.replace("north", "east")),
+            other => panic!("{path}: {other:?}"),
+        }
+    };
+    // One that there is and one that there is not look the same.
+    let refused = as_jo("/clusters/east/version").await;
+    let said = "forbidden: User \"jo\" cannot get path \"/clusters/east/\"";
+    assert_eq!(refused, (403, said.to_owned()));
+    assert_eq!(as_jo("/clusters/north/version").await, refused);
+    assert_eq!(setup.status("/clusters/north/version").await.0, 404);
+
+    let rbac = "/apis/rbac.authorization.k8s.io/v1";
+    let rules = json!([{ "nonResourceURLs": ["/clusters/east/*"], "verbs": ["*"] }]);
+    setup
+        .post(
+            &format!("{rbac}/clusterroles"),
+            json!({ "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
+                    "metadata": { "name": "east" }, "rules": rules }),
+        )
+        .await;
+    setup
+        .post(
+            &format!("{rbac}/clusterrolebindings"),
+            json!({ "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
+                    "metadata": { "name": "east" },
+                    "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "east" },
+                    "subjects": [{ "apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "jo" }] }),
+        )
+        .await;
+    until("way to the member", || async { (as_jo("/clusters/east/version").await.0 == 503).then_some(()) })
+        .await;
+    assert_eq!(as_jo("/clusters/north/version").await, refused);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn from_token_to_revocation() {
     let setup = start().await;
     assert_eq!(setup.get("/cellway/v1/server").await.unwrap()["caHash"], setup.server["caHash"]);

@@ -75,6 +75,7 @@ async fn start_with(limits: ConnectLimits) -> Setup {
             limits: Limits::default(),
             memory: 1 << 30,
             reset_key: tunnel::ResetKey::random(),
+            tokens: None,
         },
         directory,
         strategies: vec![Strategy::Default],

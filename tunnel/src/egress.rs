@@ -32,6 +32,31 @@ pub enum EgressError {
 /// A proxy's answer to CONNECT, up to the empty line.
 const MAX_ANSWER: usize = 8 * 1024;
 
+/// The head of an answer to CONNECT.
+#[derive(Debug)]
+pub struct Answer {
+    /// Three digits.
+    pub status: u16,
+    /// The line with the status, fit to be printed.
+    pub line: String,
+    /// The bytes of the body, where the head says how many.
+    pub content_length: Option<u64>,
+}
+
+/// There is no head of an answer to CONNECT.
+#[derive(Debug, Error)]
+pub enum AnswerError {
+    #[error("the connection broke")]
+    Broken(#[source] io::Error),
+    #[error("it closed the connection")]
+    Closed,
+    #[error("its answer is too long")]
+    TooLong,
+    /// With the line that it began with, fit to be printed.
+    #[error("its answer is not HTTP: {0}")]
+    NotHttp(String),
+}
+
 /// Connects to `server`, a `host:port`. How long it may take is the caller's to limit.
 ///
 /// # Errors
@@ -65,7 +90,12 @@ impl EgressProxy {
         let unreachable = |source| EgressError::Unreachable { address: self.address.clone(), source };
         let refused = |answer| EgressError::Refused { address: self.address.clone(), answer };
         tcp.write_all(request.as_bytes()).await.map_err(unreachable)?;
-        read_answer(&mut tcp).await.map_err(unreachable)?.map(|()| tcp).map_err(refused)
+        match read_answer(&mut tcp).await {
+            Ok(answer) if answer.grants() => Ok(tcp),
+            Ok(answer) => Err(refused(answer.line)),
+            Err(AnswerError::Broken(error)) => Err(unreachable(error)),
+            Err(error) => Err(refused(error.to_string())),
+        }
     }
 }
 
@@ -79,38 +109,75 @@ impl fmt::Debug for EgressProxy {
     }
 }
 
-/// Reads a proxy's answer; the inner error is why it did not grant, fit to be printed.
-pub(crate) async fn read_answer(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Result<(), String>> {
-    // Byte by byte up to the empty line: what follows belongs to TLS. It happens once a tunnel.
-    let mut answer = Vec::new();
-    while !answer.ends_with(b"\r\n\r\n") {
-        if answer.len() >= MAX_ANSWER {
-            return Ok(Err("its answer is too long".to_owned()));
-        }
-        let mut byte = [0];
-        if stream.read(&mut byte).await? == 0 {
-            return Ok(Err("it closed the connection".to_owned()));
-        }
-        answer.extend_from_slice(&byte);
+// === impl Answer ===
+
+impl Answer {
+    /// Whether the connection is there: any 2xx says so.
+    pub fn grants(&self) -> bool {
+        (200..300).contains(&self.status)
     }
-    let line = answer.split(|byte| *byte == b'\r').next().unwrap_or_default();
-    if grants(line) { Ok(Ok(())) } else { Ok(Err(crate::control::printable(&String::from_utf8_lossy(line)))) }
 }
 
-/// Whether a status line (RFC 9112 §4) of HTTP/1 says 2xx.
-fn grants(line: &[u8]) -> bool {
+/// Reads the head of an answer to CONNECT, and not a byte more: what follows is the target's where the answer grants. How
+/// long it may take is the caller's to limit.
+///
+/// # Errors
+/// When the stream breaks or ends before the empty line, or what comes is not the head of an HTTP/1 response.
+pub async fn read_answer(stream: &mut (impl AsyncRead + Unpin)) -> Result<Answer, AnswerError> {
+    // Byte by byte up to the empty line: what follows is not ours. It happens once a connection.
+    let mut answer = Vec::new();
+    let mut first = None;
+    // A line may end without its carriage return (RFC 9112 §2.2).
+    while !answer.ends_with(b"\n\r\n") && !answer.ends_with(b"\n\n") {
+        if answer.len() >= MAX_ANSWER {
+            return Err(AnswerError::TooLong);
+        }
+        let mut byte = [0];
+        if stream.read(&mut byte).await.map_err(AnswerError::Broken)? == 0 {
+            return Err(AnswerError::Closed);
+        }
+        answer.extend_from_slice(&byte);
+        // Another protocol shows in its first line, and may send no empty one.
+        if byte == *b"\n" && first.is_none() {
+            let line = answer.trim_ascii_end();
+            let printed = crate::control::printable(&String::from_utf8_lossy(line));
+            first = match status(line) {
+                Some(status) => Some((status, printed)),
+                None => return Err(AnswerError::NotHttp(printed)),
+            };
+        }
+    }
+    // The loop ends behind a first line only.
+    let (status, line) = first.ok_or(AnswerError::Closed)?;
+    Ok(Answer { status, line, content_length: content_length(&answer) })
+}
+
+/// The status of a status line (RFC 9112 §4) of HTTP/1.
+fn status(line: &[u8]) -> Option<u16> {
     let mut words = line.split(|byte| *byte == b' ');
-    let (version, status) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-    matches!(version, b"HTTP/1.0" | b"HTTP/1.1")
-        && matches!(status, [b'2', tens, units] if tens.is_ascii_digit() && units.is_ascii_digit())
+    let (version, status) = (words.next()?, words.next()?);
+    let digits = status.len() == 3 && status.iter().all(u8::is_ascii_digit);
+    (matches!(version, b"HTTP/1.0" | b"HTTP/1.1") && digits)
+        .then(|| status.iter().fold(0, |number, digit| number * 10 + u16::from(digit - b'0')))
+}
+
+fn content_length(head: &[u8]) -> Option<u64> {
+    head.split(|byte| *byte == b'\n').find_map(|line| {
+        let (name, value) = std::str::from_utf8(line).ok()?.split_once(':')?;
+        if name.eq_ignore_ascii_case("content-length") { value.trim().parse().ok() } else { None }
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn only_a_status_line_of_2xx_grants() {
+    async fn answered(bytes: &[u8]) -> Result<Answer, AnswerError> {
+        read_answer(&mut &*bytes).await
+    }
+
+    #[tokio::test]
+    async fn only_a_status_line_of_2xx_grants() {
         for (line, expected) in [
             ("HTTP/1.1 200 Connection established", true),
             ("HTTP/1.0 200", true),
@@ -124,26 +191,36 @@ mod tests {
             ("HTTP/2 200", false),
             ("", false),
         ] {
-            assert_eq!(grants(line.as_bytes()), expected, "{line:?}");
+            let answer = answered(format!("{line}\r\n\r\n").as_bytes()).await;
+            assert_eq!(answer.is_ok_and(|answer| answer.grants()), expected, "{line:?}");
         }
     }
 
     #[tokio::test]
     async fn a_refusal_is_printable_and_bounded() {
-        let answer = read_answer(&mut &b"HTTP/1.1 403 \x1b[2J\r\n\r\nrest"[..]).await.unwrap().unwrap_err();
-        assert!(answer.contains("403") && !answer.chars().any(char::is_control), "{answer:?}");
+        let answer = answered(b"HTTP/1.1 403 \x1b[2J\r\ncontent-length: 4\r\n\r\nrest").await.unwrap();
+        assert_eq!((answer.status, answer.content_length), (403, Some(4)));
+        assert!(answer.line.contains("403") && !answer.line.chars().any(char::is_control), "{answer:?}");
         let endless = vec![b'a'; 2 * MAX_ANSWER];
-        assert_eq!(read_answer(&mut &endless[..]).await.unwrap().unwrap_err(), "its answer is too long");
-        assert_eq!(
-            read_answer(&mut &b"HTTP/1.1 2"[..]).await.unwrap().unwrap_err(),
-            "it closed the connection"
-        );
+        assert!(matches!(answered(&endless).await, Err(AnswerError::TooLong)));
+        assert!(matches!(answered(b"HTTP/1.1 2").await, Err(AnswerError::Closed)));
+    }
+
+    /// Such a peer may wait for us to speak: its first line says enough.
+    #[tokio::test]
+    async fn another_protocol_is_known_by_its_first_line() {
+        let (mut near, mut far) = tokio::io::duplex(64);
+        far.write_all(b"SSH-2.0-OpenSSH_9.9\r\n").await.unwrap();
+        let error = read_answer(&mut near).await.unwrap_err().to_string();
+        assert_eq!(error, "its answer is not HTTP: SSH-2.0-OpenSSH_9.9");
     }
 
     #[tokio::test]
     async fn what_follows_the_answer_is_left_to_tls() {
-        let mut stream = &b"HTTP/1.1 200 OK\r\nVia: x\r\n\r\nhello"[..];
-        read_answer(&mut stream).await.unwrap().unwrap();
-        assert_eq!(stream, b"hello");
+        for answer in ["HTTP/1.1 200 OK\r\nVia: x\r\n\r\nhello", "HTTP/1.1 200 OK\nVia: x\n\nhello"] {
+            let mut stream = answer.as_bytes();
+            read_answer(&mut stream).await.unwrap();
+            assert_eq!(stream, b"hello");
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures::FutureExt;
 
-use crate::{address::Target, policy::DestinationPolicy};
+use crate::{address::Target, egress::AnswerError, policy::DestinationPolicy};
 
 /// Reads `input` as frames, cut into pieces whose length is its first byte; 0 stands for one piece.
 pub fn frames_in_pieces(input: &[u8]) {
@@ -44,12 +44,21 @@ pub fn policy(input: &[u8]) {
     }
 }
 
-/// Reads `input` as an egress proxy's answer: only a 2xx status line grants, and a refusal fits into one line.
+/// Reads `input` as an answer to CONNECT: only a status line of HTTP/1 gives a status, what is printed of it fits into one
+/// line, and what follows the empty line stays where it is.
 pub fn egress_answer(input: &[u8]) {
+    let mut rest = input;
     // A slice is always ready, so the first poll is the last.
-    match crate::egress::read_answer(&mut &*input).now_or_never() {
-        Some(Ok(Ok(()))) => assert!(input.starts_with(b"HTTP/1.")),
-        Some(Ok(Err(line))) => assert!(!line.chars().any(char::is_control), "{line:?}"),
+    let outcome = crate::egress::read_answer(&mut rest).now_or_never();
+    match outcome {
+        Some(Ok(answer)) => {
+            assert!(input.starts_with(b"HTTP/1.") && answer.status < 1000);
+            assert!(!answer.line.chars().any(char::is_control), "{answer:?}");
+            let head = &input[..input.len() - rest.len()];
+            assert!(head.ends_with(b"\n\r\n") || head.ends_with(b"\n\n"));
+        }
+        Some(Err(AnswerError::NotHttp(line))) => assert!(!line.chars().any(char::is_control), "{line:?}"),
+        Some(Err(AnswerError::Closed | AnswerError::TooLong)) => {}
         outcome => panic!("a slice neither fails nor waits: {outcome:?}"),
     }
 }

@@ -12,6 +12,13 @@ const MAX_ENTRIES: usize = 256;
 /// Bytes of any one text in a hello: label values are at most 63, host names 253.
 const MAX_TEXT: usize = 1024;
 
+/// A token; the service accounts' have some 1 KiB.
+const MAX_TOKEN: usize = 16 * 1024;
+
+/// A bearer token. `Debug` hides it.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct BearerToken(String);
+
 /// The agent's hello.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hello {
@@ -25,6 +32,8 @@ pub struct Hello {
     /// konnectivity's agent identifiers, `host=…`, `ipv4=…`, `default-route=true`.
     pub identifiers: Vec<String>,
     pub capabilities: Vec<String>,
+    /// Of an agent that has no certificate; empty without one.
+    pub token: BearerToken,
 }
 
 /// The proxy server's hello.
@@ -54,6 +63,24 @@ pub enum CarrierChoice {
     H2,
 }
 
+// === impl BearerToken ===
+
+impl BearerToken {
+    pub fn new(token: impl Into<String>) -> Self {
+        Self(token.into())
+    }
+
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for BearerToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_empty() { "(none)" } else { "(hidden)" })
+    }
+}
+
 // === impl Hello ===
 
 impl Hello {
@@ -66,6 +93,7 @@ impl Hello {
             labels: self.labels.clone().into_iter().collect(),
             identifiers: self.identifiers.clone(),
             capabilities: self.capabilities.clone(),
+            token: self.token.0.clone(),
         }
     }
 
@@ -77,6 +105,9 @@ impl Hello {
             return Err(too_large());
         }
         check_texts(hello.labels.iter().flat_map(|(key, value)| [key, value]))?;
+        if hello.token.len() > MAX_TOKEN || !hello.token.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(TunnelError::Protocol("the token in a hello is none".to_owned()));
+        }
         Ok(Self {
             version: hello.version,
             cluster: hello.cluster,
@@ -85,6 +116,7 @@ impl Hello {
             labels: hello.labels.into_iter().collect(),
             identifiers: hello.identifiers,
             capabilities: hello.capabilities,
+            token: BearerToken(hello.token),
         })
     }
 }
@@ -173,6 +205,23 @@ impl FromStr for CarrierChoice {
             "quic" => Ok(Self::Quic),
             "h2" => Ok(Self::H2),
             other => Err(format!("{other:?} is no carrier: expected auto, quic or h2")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_passed_on_and_never_shown() {
+        let hello = Hello { token: BearerToken::new("abc.DEF-1_2"), ..Hello::default() };
+        assert!(!format!("{hello:?}").contains("abc"), "{hello:?}");
+        assert_eq!(Hello::from_proto(hello.to_proto()).unwrap(), hello);
+        for token in ["two words", "line\n", "\u{e9}", &"a".repeat(MAX_TOKEN + 1)] {
+            let hello = v1::AgentHello { token: token.to_owned(), ..v1::AgentHello::default() };
+            let error = Hello::from_proto(hello).unwrap_err().to_string();
+            assert!(!error.contains(token), "{error}");
         }
     }
 }

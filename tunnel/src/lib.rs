@@ -43,7 +43,7 @@ pub use connection::Connection;
 pub use control::AgentStatistics;
 pub use egress::EgressProxy;
 pub use error::{CloseReason, DialError, RefusalKind, TunnelError};
-pub use hello::{Carrier, CarrierChoice, Hello, ServerHello};
+pub use hello::{BearerToken, Carrier, CarrierChoice, Hello, ServerHello};
 pub use limits::{Budget, Limits};
 pub use relay::{LocalSocket, RelayOutcome, RelayReport, SETTLED};
 pub use reset::ResetKey;

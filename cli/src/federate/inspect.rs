@@ -1,23 +1,26 @@
 //! `describe` and `logs`: from a federated object down to the pods in its members.
 
 use std::io::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
 
 use federation_core::api::{Phase, UnitStatus};
 use federation_core::types::FederatedType;
-use futures::{AsyncBufReadExt as _, StreamExt as _, TryStreamExt as _};
+use futures::{AsyncBufReadExt as _, StreamExt as _, TryStreamExt as _, stream};
 use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::api::{DynamicObject, ListParams, LogParams};
 use kube::{Api, Client, ResourceExt as _};
 use serde::Serialize;
 use serde_json::Value;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout_at};
 
 use super::object::{Found, ObjectArgs};
 use crate::error::{Error, Result};
 use crate::hub::explain;
 use crate::lists::for_people;
-use crate::output::{self, OutputArgs, Paint, Table, age, colours, text_out, visible};
+use crate::output::{self, OutputArgs, Paint, Table, age, colours, text_out, visible, visible_lines};
 
 /// Events shown of one object.
 const MAX_EVENTS: usize = 5;
@@ -25,6 +28,13 @@ const MAX_EVENTS: usize = 5;
 const MAX_PODS: u32 = 100;
 /// Pods whose logs are read at once.
 const MAX_STREAMS: usize = 50;
+/// Units that members are asked about at once: enough that one member which hangs with all its cells leaves room for others, and
+/// few enough connections for any hub.
+const MAX_UNITS: usize = 32;
+/// Pods of a unit whose events are read at once.
+const MAX_LOOKS: usize = 8;
+/// Longest time for all that is asked of a member about one unit: a person waits, and the other units are there already.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Lines that wait for the terminal.
 const LINES: usize = 256;
 
@@ -108,30 +118,26 @@ impl Tree {
 pub(crate) async fn describe(args: DescribeArgs) -> Result<()> {
     let found = Found::open(&args.object).await?;
     let status = found.object.status.clone().unwrap_or_default();
-    let mut asking = JoinSet::new();
-    for (index, unit) in status.units.iter().enumerate() {
+    let mut asked = Vec::new();
+    for unit in &status.units {
         let member = if args.hub_only || matches!(unit.phase, Phase::Unreachable | Phase::Missing) {
             None
         } else {
             Some(found.hub.member(&unit.cluster).await?)
         };
-        let (unit, of) = (unit.clone(), found.of.clone());
-        let namespace = of.target_namespace(&found.namespace).to_owned();
-        // Members are asked side by side: one that hangs holds up only its own lines.
-        asking.spawn(async move {
-            let inside = match (member, &unit.object) {
-                (Some(client), Some(object)) => Some(look(&client, &of, &namespace, object).await),
-                _ => None,
-            };
-            (index, Unit { status: unit, inside })
-        });
+        asked.push((unit.clone(), member));
     }
-    let mut units = asking.join_all().await;
-    units.sort_by_key(|(index, _)| *index);
+    let namespace = found.of.target_namespace(&found.namespace);
     let described = Described {
-        events: events(found.hub.client(), &found.namespace, found.raw.metadata.uid.as_deref()).await,
+        units: look_at(asked, &found.of, namespace).await,
+        events: events(
+            found.hub.client(),
+            &found.namespace,
+            found.raw.metadata.uid.as_deref(),
+            Instant::now() + PATIENCE,
+        )
+        .await,
         object: found.raw.clone(),
-        units: units.into_iter().map(|(_, unit)| unit).collect(),
     };
     match args.output.output {
         format if for_people(format) => text_out(&tree_of(&found, &described)),
@@ -177,23 +183,34 @@ struct Seen {
     events: Vec<String>,
 }
 
+/// Looks at units in their members, side by side: one that hangs holds up only its own lines.
+async fn look_at(units: Vec<(UnitStatus, Option<Client>)>, of: &FederatedType, namespace: &str) -> Vec<Unit> {
+    let looks = units.into_iter().enumerate().map(|(index, (unit, member))| async move {
+        let inside = match (member, &unit.object) {
+            (Some(client), Some(object)) => Some(look(&client, of, namespace, object).await),
+            _ => None,
+        };
+        (index, Unit { status: unit, inside })
+    });
+    let mut units: Vec<_> = stream::iter(looks).buffer_unordered(MAX_UNITS).collect().await;
+    units.sort_by_key(|(index, _)| *index);
+    units.into_iter().map(|(_, unit)| unit).collect()
+}
+
 async fn look(client: &Client, of: &FederatedType, namespace: &str, object: &str) -> Inside {
-    let api: Api<DynamicObject> = if of.target.namespaced {
-        Api::namespaced_with(client.clone(), namespace, &of.target.resource())
-    } else {
-        Api::all_with(client.clone(), &of.target.resource())
-    };
+    let until = Instant::now() + PATIENCE;
     let mut inside = Inside { kind: of.target.kind.clone(), ..Inside::default() };
-    let live = match api.get(object).await {
+    let api = objects(client, of, namespace);
+    let live = match in_time(until, format!("read {object}"), api.get(object)).await {
         Ok(live) => live,
         Err(error) => {
-            inside.error = Some(Error::of_kube(format!("read {object}"), &error).to_string());
+            inside.error = Some(error.to_string());
             return inside;
         }
     };
-    inside.events = events(client, namespace, live.metadata.uid.as_deref()).await;
+    inside.events = events(client, namespace, live.metadata.uid.as_deref(), until).await;
     if let Some(selector) = selector(&live.data) {
-        match pods(client, namespace, &selector).await {
+        match pods(client, namespace, &selector, until).await {
             Ok(pods) => inside.pods = pods,
             Err(error) => inside.pods_error = Some(error.to_string()),
         }
@@ -202,11 +219,32 @@ async fn look(client: &Client, of: &FederatedType, namespace: &str, object: &str
     inside
 }
 
-async fn pods(client: &Client, namespace: &str, selector: &str) -> Result<Vec<Seen>> {
+/// The objects of a type in a member.
+fn objects(client: &Client, of: &FederatedType, namespace: &str) -> Api<DynamicObject> {
+    if of.target.namespaced {
+        Api::namespaced_with(client.clone(), namespace, &of.target.resource())
+    } else {
+        Api::all_with(client.clone(), &of.target.resource())
+    }
+}
+
+/// What a member answers until then.
+async fn in_time<T>(
+    until: Instant,
+    tried: String,
+    answer: impl Future<Output = std::result::Result<T, kube::Error>>,
+) -> Result<T> {
+    match timeout_at(until, answer).await {
+        Ok(answer) => answer.map_err(explain(tried)),
+        Err(_) => Err(Error::unreachable(tried, format!("the member did not answer within {PATIENCE:?}"))),
+    }
+}
+
+async fn pods(client: &Client, namespace: &str, selector: &str, until: Instant) -> Result<Vec<Seen>> {
     let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
-    let listed = pods.list(&ListParams::default().labels(selector).limit(MAX_PODS)).await;
-    let mut seen = Vec::new();
-    for pod in listed.map_err(explain("list its pods"))? {
+    let params = ListParams::default().labels(selector).limit(MAX_PODS);
+    let listed = in_time(until, "list its pods".into(), pods.list(&params)).await?;
+    let seen = listed.items.into_iter().map(|pod| async move {
         let status = pod.status.clone().unwrap_or_default();
         let ready = status
             .conditions
@@ -218,17 +256,16 @@ async fn pods(client: &Client, namespace: &str, selector: &str) -> Result<Vec<Se
             .iter()
             .flatten()
             .find_map(|container| container.state.as_ref()?.waiting.as_ref()?.reason.clone());
-        let events =
-            if ready { Vec::new() } else { events(client, namespace, pod.metadata.uid.as_deref()).await };
-        seen.push(Seen {
+        let uid = pod.metadata.uid.as_deref().filter(|_| !ready);
+        Seen {
             name: pod.name_any(),
             node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
             ready,
             state: waiting.or(status.phase).unwrap_or_default(),
-            events,
-        });
-    }
-    Ok(seen)
+            events: events(client, namespace, uid, until).await,
+        }
+    });
+    Ok(stream::iter(seen).buffered(MAX_LOOKS).collect().await)
 }
 
 fn tree_of(found: &Found, described: &Described) -> String {
@@ -271,13 +308,13 @@ fn tree_of(found: &Found, described: &Described) -> String {
     tree.text
 }
 
-/// The last events about an object; none when they cannot be read.
-async fn events(client: &Client, namespace: &str, uid: Option<&str>) -> Vec<String> {
+/// The last events about an object; none when they cannot be read until then.
+async fn events(client: &Client, namespace: &str, uid: Option<&str>, until: Instant) -> Vec<String> {
     let Some(uid) = uid else { return Vec::new() };
     let home = if namespace.is_empty() { "default" } else { namespace };
     let api: Api<Event> = Api::namespaced(client.clone(), home);
     let about = ListParams::default().fields(&format!("involvedObject.uid={uid}"));
-    let Ok(found) = api.list(&about).await else { return Vec::new() };
+    let Ok(Ok(found)) = timeout_at(until, api.list(&about)).await else { return Vec::new() };
     let time = |event: &Event| -> Option<jiff::Timestamp> {
         let last = event.last_timestamp.as_ref().map(|time| time.0);
         last.or_else(|| event.event_time.as_ref().map(|time| time.0))
@@ -309,90 +346,236 @@ pub(crate) async fn logs(args: LogsArgs) -> Result<()> {
     let tried = format!("read the logs of {}", args.object.object);
     let found = Found::open(&args.object).await?;
     let status = found.object.status.clone().unwrap_or_default();
-    let namespace = found.of.target_namespace(&found.namespace).to_owned();
-    let mut reading: JoinSet<std::result::Result<(), String>> = JoinSet::new();
-    let (sender, mut lines) = mpsc::channel::<String>(LINES);
     let units: Vec<_> = status
         .units
-        .iter()
+        .into_iter()
         .filter(|unit| args.unit.as_ref().is_none_or(|wanted| *wanted == unit.name))
         .collect();
     if units.is_empty() {
         return Err(Error::not_found(tried, "there is no such unit, or none at all"));
     }
-    let mut problems = Vec::new();
+    let params = LogParams {
+        container: args.container.clone(),
+        follow: args.follow,
+        tail_lines: args.tail,
+        ..LogParams::default()
+    };
+    let log = Log::new(found.of.clone(), found.of.target_namespace(&found.namespace).to_owned(), params);
+    let mut reading = JoinSet::new();
+    let (sender, mut said) = mpsc::channel(LINES);
     for unit in units {
-        let Some(object) = &unit.object else { continue };
-        let client = found.hub.member(&unit.cluster).await?;
-        let pods = match pods_of(&found, &client, &namespace, object).await {
-            Ok(pods) => pods,
-            Err(error) => {
-                problems.push(format!("{}: {error}", unit.name));
-                continue;
-            }
+        let Some(object) = unit.object else { continue };
+        let client = if args.follow {
+            found.hub.member_to_follow(&unit.cluster).await?
+        } else {
+            found.hub.member(&unit.cluster).await?
         };
-        for pod in pods {
-            if reading.len() >= MAX_STREAMS {
-                problems.push(format!("more than {MAX_STREAMS} pods: name a unit with --unit"));
-                break;
-            }
-            let api: Api<Pod> = Api::namespaced(client.clone(), &namespace);
-            let params = LogParams {
-                container: args.container.clone(),
-                follow: args.follow,
-                tail_lines: args.tail,
-                ..LogParams::default()
-            };
-            // What the container wrote goes on as it is, as kubectl passes it on; who it is, a member says.
-            let (sender, prefix) = (sender.clone(), format!("[{} {}]", visible(&unit.name), visible(&pod)));
-            reading.spawn(async move {
-                let stream =
-                    api.log_stream(&pod, &params).await.map_err(|error| format!("{prefix} {error}"))?;
-                let mut stream = std::pin::pin!(stream.lines().map_err(|error| format!("{prefix} {error}")));
-                while let Some(line) = stream.next().await {
-                    if sender.send(format!("{prefix} {}\n", line?)).await.is_err() {
-                        break;
-                    }
-                }
-                Ok(())
-            });
-        }
+        reading.spawn(Arc::clone(&log).read(unit.name, object, client, sender.clone()));
     }
     drop(sender);
-    while let Some(line) = lines.recv().await {
-        text_out(&line)?;
-    }
-    while let Some(done) = reading.join_next().await {
-        match done {
-            Ok(Ok(())) => {}
-            Ok(Err(problem)) => problems.push(problem),
-            Err(error) => problems.push(error.to_string()),
+    let mut problems = 0;
+    while let Some(said) = said.recv().await {
+        match said {
+            Said::Line(line) => text_out(&line)?,
+            // At once: what is followed may go on for days.
+            Said::Problem(problem) => {
+                problems += 1;
+                eprintln!("{}", visible_lines(&problem));
+            }
         }
     }
-    // A reader of standard error that has gone away changes nothing.
+    while let Some(done) = reading.join_next().await {
+        done.map_err(|error| Error::failed(&tried, error))?;
+    }
+    // A reader of standard output that has gone away changes nothing.
     let _ = std::io::stdout().flush();
-    if problems.is_empty() { Ok(()) } else { Err(Error::failed(tried, problems.join("\n"))) }
+    match problems {
+        0 => Ok(()),
+        _ => Err(Error::failed(tried, "not everything could be read: what could not stands above")),
+    }
 }
 
-async fn pods_of(found: &Found, client: &Client, namespace: &str, object: &str) -> Result<Vec<String>> {
-    let api: Api<DynamicObject> =
-        Api::namespaced_with(client.clone(), namespace, &found.of.target.resource());
-    let live = api.get(object).await.map_err(explain(format!("read {object}")))?;
-    let selector = selector(&live.data)
-        .ok_or_else(|| Error::failed(format!("find the pods of {object}"), "it has no selector"))?;
-    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
-    let pods = pods
-        .list(&ListParams::default().labels(&selector).limit(MAX_PODS))
-        .await
-        .map_err(explain(format!("list the pods of {object}")))?;
-    Ok(pods.items.iter().map(|pod| pod.name_any()).collect())
+/// What is read of members.
+struct Log {
+    of: FederatedType,
+    namespace: String,
+    params: LogParams,
+    /// Places for members that are asked which pods there are.
+    asking: Semaphore,
+    /// Places for pods that are read.
+    streams: Semaphore,
+}
+
+/// What comes of it.
+#[derive(Debug, PartialEq, Eq)]
+enum Said {
+    Line(String),
+    Problem(String),
+}
+
+// === impl Log ===
+
+impl Log {
+    fn new(of: FederatedType, namespace: String, params: LogParams) -> Arc<Self> {
+        let (asking, streams) = (Semaphore::new(MAX_UNITS), Semaphore::new(MAX_STREAMS));
+        Arc::new(Self { of, namespace, params, asking, streams })
+    }
+
+    /// Reads the pods of a unit's object to their ends. No unit waits for the pods of another one.
+    async fn read(self: Arc<Self>, unit: String, object: String, client: Client, sender: mpsc::Sender<Said>) {
+        let pods = {
+            let Ok(_place) = self.asking.acquire().await else { return };
+            self.pods_of(&client, &object).await
+        };
+        let pods = match pods {
+            Ok(pods) => pods,
+            Err(error) => {
+                // Nobody listens any more: then nothing is said.
+                let _ = sender.send(Said::Problem(format!("{unit}: {error}"))).await;
+                return;
+            }
+        };
+        let (mut places, mut left_out) = (Vec::new(), 0);
+        for pod in pods {
+            match self.streams.try_acquire() {
+                Ok(place) => places.push((pod, place)),
+                Err(_) => left_out += 1,
+            }
+        }
+        if left_out > 0 {
+            let problem = format!(
+                "{unit}: {left_out} pods are left out, of more than {MAX_STREAMS}: name a unit with --unit"
+            );
+            let _ = sender.send(Said::Problem(problem)).await;
+        }
+        let reading = places.into_iter().map(|(pod, place)| {
+            let (client, sender, unit, log) = (&client, &sender, &unit, &self);
+            async move {
+                let _place = place;
+                if let Err(problem) = log.read_pod(unit, &pod, client, sender).await {
+                    let _ = sender.send(Said::Problem(problem)).await;
+                }
+            }
+        });
+        futures::future::join_all(reading).await;
+    }
+
+    async fn read_pod(
+        &self,
+        unit: &str,
+        pod: &str,
+        client: &Client,
+        sender: &mpsc::Sender<Said>,
+    ) -> std::result::Result<(), String> {
+        // What the container wrote goes on as it is, as kubectl passes it on; who it is, a member says.
+        let prefix = format!("[{} {}]", visible(unit), visible(pod));
+        let api: Api<Pod> = Api::namespaced(client.clone(), &self.namespace);
+        let stream = api.log_stream(pod, &self.params).await.map_err(|error| format!("{prefix} {error}"))?;
+        let mut stream = std::pin::pin!(stream.lines().map_err(|error| format!("{prefix} {error}")));
+        while let Some(line) = stream.next().await {
+            if sender.send(Said::Line(format!("{prefix} {}\n", line?))).await.is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The pods of an object.
+    async fn pods_of(&self, client: &Client, object: &str) -> Result<Vec<String>> {
+        let until = Instant::now() + PATIENCE;
+        let api = objects(client, &self.of, &self.namespace);
+        let live = in_time(until, format!("read {object}"), api.get(object)).await?;
+        let selector = selector(&live.data)
+            .ok_or_else(|| Error::failed(format!("find the pods of {object}"), "it has no selector"))?;
+        let pods: Api<Pod> = Api::namespaced(client.clone(), &self.namespace);
+        let params = ListParams::default().labels(&selector).limit(MAX_PODS);
+        let pods = in_time(until, format!("list the pods of {object}"), pods.list(&params)).await?;
+        Ok(pods.items.iter().map(|pod| pod.name_any()).collect())
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use federation_core::types::builtin;
+    use http::{Request, Response};
+    use kube::client::Body;
     use serde_json::json;
 
     use super::*;
+
+    /// A member with one Deployment of one pod.
+    fn member() -> Client {
+        let answer = |path: &str| -> Vec<u8> {
+            let found = match path {
+                path if path.ends_with("/log") => return b"one\ntwo\n".to_vec(),
+                path if path.ends_with("/pods") => {
+                    json!({"apiVersion": "v1", "kind": "PodList", "metadata": {},
+                    "items": [{"metadata": {"name": "web-1", "uid": "2"}, "spec": {"containers": []}}]})
+                }
+                path if path.ends_with("/events") => {
+                    json!({"apiVersion": "v1", "kind": "EventList", "metadata": {}, "items": []})
+                }
+                _ => {
+                    json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "web", "uid": "1"},
+                    "spec": {"selector": {"matchLabels": {"app": "web"}}}})
+                }
+            };
+            found.to_string().into_bytes()
+        };
+        let server = tower::service_fn(move |request: Request<Body>| {
+            let answer = answer(request.uri().path());
+            async move { Ok::<_, std::convert::Infallible>(Response::new(Body::from(answer))) }
+        });
+        Client::new(server, "default")
+    }
+
+    /// One that takes requests and answers none.
+    fn hanging() -> Client {
+        type Answer = std::result::Result<Response<Body>, std::convert::Infallible>;
+        Client::new(tower::service_fn(|_: Request<Body>| std::future::pending::<Answer>()), "default")
+    }
+
+    fn deployments() -> FederatedType {
+        builtin().into_iter().find(|of| of.target.kind == "Deployment").unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_member_that_hangs_has_a_line_among_the_others() {
+        let unit = |name: String| UnitStatus { name, object: Some("web".into()), ..UnitStatus::default() };
+        let begun = Instant::now();
+        // More of it than are asked at once, and the others behind them.
+        let hang = (0..MAX_UNITS).map(|number| (unit(format!("a-{number}")), Some(hanging())));
+        let well = (0..2).map(|number| (unit(format!("b-{number}")), Some(member())));
+        let units = look_at(hang.chain(well).collect(), &deployments(), "shop").await;
+        assert_eq!(begun.elapsed().as_secs(), PATIENCE.as_secs());
+        let inside: Vec<_> = units.iter().map(|unit| unit.inside.as_ref().unwrap()).collect();
+        let error = inside[0].error.as_deref().unwrap();
+        assert!(error.contains("did not answer within 10s"), "{error}");
+        for (unit, inside) in units.iter().zip(&inside).skip(MAX_UNITS) {
+            assert!(unit.status.name.starts_with("b-"), "they keep their order");
+            assert!(inside.error.is_none() && inside.object.is_some());
+            assert_eq!(inside.pods[0].name, "web-1");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn logs_of_the_others_come_while_a_member_hangs() {
+        let log = Log::new(deployments(), "shop".into(), LogParams::default());
+        let (sender, mut said) = mpsc::channel(LINES);
+        let begun = Instant::now();
+        let mut reading = JoinSet::new();
+        for (unit, client) in [("a", hanging()), ("b", member())] {
+            reading.spawn(Arc::clone(&log).read(unit.into(), "web".into(), client, sender.clone()));
+        }
+        drop(sender);
+        for line in ["one", "two"] {
+            assert_eq!(said.recv().await, Some(Said::Line(format!("[b web-1] {line}\n"))));
+        }
+        assert!(begun.elapsed() < PATIENCE);
+        let Some(Said::Problem(problem)) = said.recv().await else { panic!("the member is named") };
+        assert!(problem.starts_with("a: cannot read web: the member did not answer"), "{problem}");
+        assert_eq!(said.recv().await, None);
+    }
 
     #[test]
     fn a_tree_shows_what_members_say_and_does_nothing_of_it() {

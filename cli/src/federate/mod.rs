@@ -59,4 +59,6 @@ pub(crate) struct DisableArgs {
     pub(crate) delete_crd: bool,
     #[command(flatten)]
     pub(crate) hub: HubRef,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
 }

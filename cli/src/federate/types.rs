@@ -9,12 +9,14 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::discovery::{Discovery, Scope};
 use kube::{Api, Client, ResourceExt as _};
+use serde::Serialize;
 use serde_json::json;
 
 use super::{DisableArgs, EnableArgs};
 use crate::args::HubQueryArgs;
 use crate::error::{Error, Result};
 use crate::hub::{Hub, Items, Kind, explain};
+use crate::lists::for_people;
 use crate::output::{self, Cell, Format, Paint, Table, text_out, visible_lines};
 
 /// Longest wait for the controller to take a type up or to let go of it: it may be busy with other types' definitions, or be taken
@@ -94,21 +96,33 @@ pub(crate) async fn enable(args: EnableArgs) -> Result<()> {
             let fresh =
                 found.status.as_ref().map(|status| status.observed_generation) == found.metadata.generation;
             match ready(&found) {
-                Some(("True", ..)) if fresh => return Ok(()),
+                Some(("True", ..)) if fresh => return Ok(found),
                 Some((_, _, message)) if fresh => return Err(Error::failed(&tried, message)),
                 _ => tokio::time::sleep(LOOK).await,
             }
         }
     };
-    match tokio::time::timeout(PATIENCE, waiting).await {
-        Ok(done) => done?,
+    let enabled = match tokio::time::timeout(PATIENCE, waiting).await {
+        Ok(enabled) => enabled?,
         Err(_) => {
             return Err(Error::failed(&tried, "the federation controller has not taken it up in time")
                 .remedy("see `cellway federate types -o wide` and the hub's log"));
         }
+    };
+    if !for_people(args.output.output) {
+        return output::print(args.output.output, &enabled, |_| Table::default());
     }
     let text = format!("{} is federated: {} {} can be made now\n", name, of.crd_name(), of.kind);
     text_out(&visible_lines(&text))
+}
+
+/// What became of a type that is not federated any more.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Disabled {
+    name: String,
+    /// `kept`, `deleted`, or `deleting`: it goes when what else holds its objects lets go of them.
+    definition: &'static str,
 }
 
 pub(crate) async fn disable(args: DisableArgs) -> Result<()> {
@@ -138,12 +152,22 @@ pub(crate) async fn disable(args: DisableArgs) -> Result<()> {
     let patch = json!({"spec": {"propagation": Mode::Disabled}});
     let disabled =
         api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await.map_err(explain(&tried))?;
-    let mut end = "";
-    if let Some(of) = of
-        && !delete_crd(hub.client(), &disabled, &of, &tried).await?
-    {
-        end = "; the definition of the federated kind goes when what else holds its objects (finalizers) lets go of them";
+    let definition = match of {
+        None => "kept",
+        Some(of) => {
+            let gone = delete_crd(hub.client(), &disabled, &of, &tried).await?;
+            if gone { "deleted" } else { "deleting" }
+        }
+    };
+    if !for_people(args.output.output) {
+        return output::print(args.output.output, &Disabled { name, definition }, |_| Table::default());
     }
+    let end = match definition {
+        "deleting" => {
+            "; the definition of the federated kind goes when what else holds its objects (finalizers) lets go of them"
+        }
+        _ => "",
+    };
     text_out(&visible_lines(&format!("{name} is not federated any more; what lies in members stays{end}\n")))
 }
 

@@ -80,6 +80,9 @@ pub struct AgentHello {
     pub identifiers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     #[prost(string, repeated, tag = "7")]
     pub capabilities: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// A service account's token, from an agent without a certificate, as konnectivity's agents may have.
+    #[prost(string, tag = "8")]
+    pub token: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Ping {

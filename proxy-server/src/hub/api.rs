@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::delegated::OF_CREDENTIAL;
 use super::external::External;
 use super::{FEDERATION_NAMESPACE, HubArgs, HubError, SYSTEM_NAMESPACE};
+use crate::api_proxy::right_to;
 use crate::metrics::ServerMetrics;
 use crate::user::User;
 
@@ -118,7 +119,7 @@ impl HubApi {
     pub(super) fn mount(&mut self, members: Router, pages: Router, metrics: ServerMetrics) {
         match self {
             Self::Own(api) => {
-                api.mount("/clusters", with_user(members, in_members));
+                api.mount_guarded("/clusters", with_user(members, in_members), right_to);
                 api.mount("/cellway/v1", with_user(pages, |user| user));
             }
             Self::External(api) => api.mount(members, pages, metrics),

@@ -7,10 +7,8 @@
 //!
 //! As kube's own aggregated servers do, with the same times: an answer about a token is kept for [`TOKEN_TTL`], one about
 //! a right for [`ALLOWED_TTL`] or [`DENIED_TTL`], and `system:masters` may without being asked about. A member's API is
-//! one path, `/clusters/<cluster>/`, whatever is wanted of it: what is behind it is the member's to allow.
-//!
-//! On the hub's own API server every authenticated user gets as far as a member, which knows its people. Here a right is
-//! needed, because the service accounts of this API's cluster may have the names of a member's own.
+//! one path, `/clusters/<cluster>/`, whatever is wanted of it, as it is at the hub's own API server: what is behind it is the
+//! member's to allow.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -27,6 +25,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
+use crate::api_proxy::right_to;
 use crate::user::User;
 
 /// How long what a TokenReview said is good for: kube's delegating authenticator's 10 s.
@@ -56,9 +55,6 @@ const AUTHENTICATED: &str = "system:authenticated";
 /// What an API says of a token beside its user: which one it was, and of which pod. It means nothing to a member, whose agent
 /// would need a right to each to pass it on.
 pub(super) const OF_CREDENTIAL: &str = "authentication.kubernetes.io/";
-
-/// The path that stands for all of a member's API, with the cluster's name in between.
-const MEMBERS: &str = "/clusters/";
 
 /// Why somebody gets no further.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -165,17 +161,7 @@ impl Delegated {
             let _turn = self.0.queue.try_acquire().map_err(|_| Refusal::Busy)?;
             self.ask("TokenReview", &review, &self.0.strangers).await
         };
-        let status = answer?.status.unwrap_or_default();
-        let user = status
-            .user
-            .filter(|_| status.authenticated == Some(true))
-            .map(|user| User {
-                name: user.username.unwrap_or_default(),
-                uid: user.uid.unwrap_or_default(),
-                groups: user.groups.unwrap_or_default(),
-                extra: user.extra.unwrap_or_default(),
-            })
-            .filter(|user| !user.name.is_empty());
+        let user = known_user(answer?);
         match &user {
             Some(user) => self.0.users.lock().put(key, user.clone(), TOKEN_TTL),
             None => {
@@ -191,7 +177,7 @@ impl Delegated {
             return Ok(());
         }
         let verb = method.as_str().to_ascii_lowercase();
-        let path = asked_path(path);
+        let path = right_to(path);
         let review = SubjectAccessReview {
             spec: SubjectAccessReviewSpec {
                 user: Some(user.name.clone()),
@@ -218,16 +204,7 @@ impl Delegated {
         if let Some(known) = self.0.rights.lock().get(&key) {
             return known.map_err(forbidden);
         }
-        let status =
-            self.ask("SubjectAccessReview", &review, &self.0.places).await?.status.unwrap_or_default();
-        let verdict = if status.allowed && status.denied != Some(true) {
-            Ok(())
-        } else {
-            Err(status
-                .reason
-                .filter(|reason| !reason.is_empty())
-                .map_or_else(String::new, |why| format!(": {why}")))
-        };
+        let verdict = verdict(self.ask("SubjectAccessReview", &review, &self.0.places).await?);
         let ttl = if verdict.is_ok() { ALLOWED_TTL } else { DENIED_TTL };
         self.0.rights.lock().put(key, verdict.clone(), ttl);
         verdict.map_err(forbidden)
@@ -293,12 +270,26 @@ impl<T: Clone> Answers<T> {
     }
 }
 
-/// The path that the right is asked for.
-fn asked_path(path: &str) -> String {
-    match path.strip_prefix(MEMBERS) {
-        Some(rest) => format!("{MEMBERS}{}/", rest.split('/').next().unwrap_or_default()),
-        None => path.to_owned(),
+/// Whose the token is, by the answer to a TokenReview.
+fn known_user(answer: TokenReview) -> Option<User> {
+    let status = answer.status.unwrap_or_default();
+    let user = status.user.filter(|_| status.authenticated == Some(true)).map(|user| User {
+        name: user.username.unwrap_or_default(),
+        uid: user.uid.unwrap_or_default(),
+        groups: user.groups.unwrap_or_default(),
+        extra: user.extra.unwrap_or_default(),
+    });
+    user.filter(|user| !user.name.is_empty())
+}
+
+/// Whether the answer to a SubjectAccessReview allows it; if not, what it says about that.
+fn verdict(answer: SubjectAccessReview) -> Result<(), String> {
+    let status = answer.status.unwrap_or_default();
+    if status.allowed && status.denied != Some(true) {
+        return Ok(());
     }
+    let reason = status.reason.filter(|reason| !reason.is_empty());
+    Err(reason.map_or_else(String::new, |why| format!(": {why}")))
 }
 
 /// Longest token that is asked about: those who wait for an answer keep theirs. Service accounts' have 1 KiB.
@@ -309,6 +300,30 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
     let (scheme, token) = value.split_once(' ')?;
     let token = token.trim();
     (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty() && token.len() <= MAX_TOKEN).then_some(token)
+}
+
+pub(crate) mod fuzz {
+    //! The body of a fuzz target: what a Kubernetes API answers about a caller.
+
+    use serde_json::Value;
+
+    use super::*;
+
+    /// Reads `input` as a TokenReview and as a SubjectAccessReview: nobody gets further without a plain yes.
+    pub fn review_answers(input: &[u8]) {
+        let Ok(plain) = serde_json::from_slice::<Value>(input) else { return };
+        let yes = |field: &str| plain["status"][field] == true;
+        if let Ok(answer) = serde_json::from_slice::<TokenReview>(input)
+            && let Some(user) = known_user(answer)
+        {
+            assert!(yes("authenticated") && plain["status"]["user"]["username"] == user.name.as_str());
+        }
+        if let Ok(answer) = serde_json::from_slice::<SubjectAccessReview>(input)
+            && verdict(answer).is_ok()
+        {
+            assert!(yes("allowed") && !yes("denied"));
+        }
+    }
 }
 
 #[cfg(test)]

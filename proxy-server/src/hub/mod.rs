@@ -14,7 +14,7 @@
 pub mod admin_api;
 mod api;
 mod definitions;
-mod delegated;
+pub(crate) mod delegated;
 pub mod external;
 mod feed;
 mod issuing;
@@ -126,7 +126,8 @@ pub struct HubArgs {
     /// The trust domain of agents' identities.
     #[arg(long, default_value = "cellway.local", value_name = "DOMAIN")]
     pub trust_domain: TrustDomain,
-    /// How long an agent's certificate lives, 90 days at most; agents renew it at two thirds.
+    /// How long an agent's certificate lives; agents renew it at two thirds. 90 days at most: what is longer is shortened to
+    /// that with a warning, as revocations are remembered for 91 days.
     #[arg(long, default_value = "24h", value_name = "DURATION")]
     pub agent_certificate_ttl: GoDuration,
     /// A dial's whole time, retries on other agents included.
@@ -138,7 +139,8 @@ pub struct HubArgs {
     /// Static tokens for the hub API, in kube-apiserver's form.
     #[arg(long, value_name = "FILE")]
     pub token_auth_file: Option<PathBuf>,
-    /// Take over objects in members that the hub did not create, unless a federated object says otherwise.
+    /// Take over objects in members that the hub did not create, unless a federated object says otherwise. In namespaces of a
+    /// Tenant only where its spec.adoption is Allowed.
     #[arg(long)]
     pub adopt: bool,
     /// One log line for each connection and API request at its end.
@@ -160,9 +162,6 @@ pub enum HubError {
         "--agent-certificate-ttl is {0:?}: agents need at least {MIN_AGENT_CERTIFICATE_TTL:?} to use and renew a certificate"
     )]
     CertificateTtl(Duration),
-    /// They would outlive what is remembered of revocations.
-    #[error("--agent-certificate-ttl is {0:?}: at most {MAX_AGENT_CERTIFICATE_TTL:?}, which is 90 days")]
-    LongCertificateTtl(Duration),
     /// The flag is missing.
     #[error("--data-dir is needed: name the folder that the hub keeps its data in")]
     NoDataDir,
@@ -219,7 +218,7 @@ pub enum HubError {
 impl HubError {
     /// Whether the one who wrote the command line has to change it.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::CertificateTtl(_) | Self::LongCertificateTtl(_) | Self::NoDataDir)
+        matches!(self, Self::CertificateTtl(_) | Self::NoDataDir)
     }
 }
 
@@ -253,11 +252,9 @@ impl Hub {
         log: Option<LogHandle>,
     ) -> Result<Self, HubError> {
         let data_dir = args.data_dir.clone().ok_or(HubError::NoDataDir)?;
-        if args.agent_certificate_ttl.0 < MIN_AGENT_CERTIFICATE_TTL {
-            return Err(HubError::CertificateTtl(args.agent_certificate_ttl.0));
-        }
-        if args.agent_certificate_ttl.0 > MAX_AGENT_CERTIFICATE_TTL {
-            return Err(HubError::LongCertificateTtl(args.agent_certificate_ttl.0));
+        let agent_certificate_ttl = agent_certificate_ttl(args.agent_certificate_ttl.0)?;
+        if agent_certificate_ttl != args.agent_certificate_ttl.0 {
+            effective.resolve("agent-certificate-ttl", GoDuration(agent_certificate_ttl).to_string());
         }
         // It may be named relative to a folder that the process leaves later.
         let unusable = |source| HubError::DataDir { path: data_dir.clone(), source };
@@ -299,7 +296,7 @@ impl Hub {
             tunnel_ca.clone(),
             args.trust_domain.clone(),
             directory,
-            args.agent_certificate_ttl.0,
+            agent_certificate_ttl,
             parts.metrics.clone(),
         )?;
 
@@ -508,6 +505,7 @@ fn server_config(
             limits: Limits::default(),
             memory: args.tunnel_memory.saturating_mul(1 << 20),
             reset_key: reset_key(&data_dir.join("tunnel-tls").join("reset.key"))?,
+            tokens: None,
         },
         directory,
         strategies: vec![Strategy::Default],
@@ -592,6 +590,23 @@ fn issue(certificates: &[ServedCertificate], now: SystemTime) -> Result<(), tls:
     certificates.iter().try_for_each(|certificate| certificate.issue(now))
 }
 
+/// How long agents' certificates live, as far as they may. A hub of before took any life for them, and has to start after an
+/// upgrade: a longer one is shortened, since a certificate that outlives what is remembered of its revocation would be good again.
+fn agent_certificate_ttl(asked: Duration) -> Result<Duration, HubError> {
+    if asked < MIN_AGENT_CERTIFICATE_TTL {
+        return Err(HubError::CertificateTtl(asked));
+    }
+    if asked > MAX_AGENT_CERTIFICATE_TTL {
+        tracing::warn!(
+            "--agent-certificate-ttl is {}: agents' certificates live for {} instead (90 days), because revocations are \
+             remembered for 91 days; revoke a whole cluster to be rid of one that was issued for longer",
+            GoDuration(asked),
+            GoDuration(MAX_AGENT_CERTIFICATE_TTL)
+        );
+    }
+    Ok(asked.min(MAX_AGENT_CERTIFICATE_TTL))
+}
+
 /// The names that the hub's listeners answer to.
 fn server_names(args: &HubArgs, advertised_host: &str) -> Vec<String> {
     let mut names = vec![advertised_host.to_owned()];
@@ -654,6 +669,15 @@ mod tests {
         assert!(matches!(lock(dir.path()), Err(HubError::InUse(path)) if path == dir.path()));
         drop(first);
         lock(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn certificates_of_agents_do_not_outlive_their_revocations() {
+        let hours = |hours: u64| Duration::from_secs(hours * 3600);
+        for (asked, lives) in [(24, 24), (2160, 2160), (2161, 2160), (87_600, 2160)] {
+            assert_eq!(agent_certificate_ttl(hours(asked)).unwrap(), hours(lives), "{asked} h");
+        }
+        assert!(matches!(agent_certificate_ttl(Duration::from_secs(1)), Err(HubError::CertificateTtl(_))));
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! certificate, rotated while they are used, and nowhere to be read at the hub.
 
 use std::{
-    path::{Path, PathBuf},
+    collections::BTreeSet,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -78,32 +79,9 @@ resources:
 ";
 
 /// Files of the hub, its log and the agent's among them, that hold one of these texts.
-fn files_with(fleet: &Fleet, texts: &[String]) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    let mut looked_at = 0;
-    let mut paths = vec![fleet.hub_dir(), fleet.dir.join("hub.log"), fleet.dir.join("west.log")];
-    while let Some(path) = paths.pop() {
-        let kind = std::fs::symlink_metadata(&path)?.file_type();
-        if kind.is_dir() {
-            for entry in std::fs::read_dir(&path)? {
-                paths.push(entry?.path());
-            }
-        } else if kind.is_file() {
-            looked_at += 1;
-            if holds(&path, texts)? {
-                found.push(path);
-            }
-        }
-    }
-    ensure!(looked_at > 3, "only {looked_at} files were looked at");
-    Ok(found)
-}
-
-fn holds(path: &Path, texts: &[String]) -> Result<bool> {
-    let content = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    // Searched as text, in which everything that is no text is something else.
-    let content = String::from_utf8_lossy(&content);
-    Ok(texts.iter().any(|text| content.contains(text.as_str())))
+fn files_with(fleet: &Fleet, texts: &[String]) -> Result<BTreeSet<PathBuf>> {
+    let paths = [fleet.hub_dir(), fleet.dir.join("hub.log"), fleet.dir.join("west.log")];
+    Ok(test_support::files_with(&paths, texts)?)
 }
 
 /// The controller's writes into `west` that were taken, and those that failed.

@@ -50,7 +50,7 @@ transport: h2
 egressProxy: http://proxy.example:3128
 allow: ["db.internal:5432", "10.0.0.0/8:443,8443"]
 extraArgs: ["--v=4"]
-rbac: {impersonateUsers: [jane], impersonateGroups: ["system:cellway:controllers"], controllersClusterRole: "", adminsClusterRole: ""}
+rbac: {impersonateUsers: [jane], impersonateGroups: ["system:cellway:controllers"], controllersClusterRole: "", adminsClusterRole: view}
 serviceAccount: {name: reached-by, annotations: {example.com/owner: network}}
 affinity: {nodeAffinity: {}}
 tolerations: [{operator: Exists}]

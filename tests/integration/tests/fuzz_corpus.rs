@@ -65,10 +65,20 @@ const WORDS: &[&[u8]] = &[
     b"[::1]:1",
 ];
 
-type Body = fn(&[u8]);
+/// A target's name, which is that of its file in `fuzz/fuzz_targets`, its body, and how that file names the body.
+struct Target {
+    name: &'static str,
+    body: fn(&[u8]),
+    path: &'static str,
+}
 
-/// Every target by the name of its file in `fuzz/fuzz_targets`.
-const TARGETS: &[(&str, Body)] = &[
+macro_rules! targets {
+    ($(($name:literal, $($part:ident)::+)),+ $(,)?) => {
+        &[$(Target { name: $name, body: $($part)::+, path: stringify!($($part)::+) }),+]
+    };
+}
+
+const TARGETS: &[Target] = targets![
     ("tunnel_frames", tunnel::fuzzing::frames_in_pieces),
     ("tunnel_header_block", tunnel::fuzzing::header_block),
     ("tunnel_dial", tunnel::fuzzing::dial),
@@ -84,9 +94,11 @@ const TARGETS: &[(&str, Body)] = &[
     ("server_route", proxy_server::fuzzing::route),
     ("server_enrolment", proxy_server::fuzzing::enrolment),
     ("server_api_request", proxy_server::fuzzing::api_request),
+    ("server_review_answers", proxy_server::fuzzing::review_answers),
     ("agent_gateway_request", proxy_agent::fuzzing::gateway_request),
     ("agent_enrolment_answer", proxy_agent::fuzzing::enrolment_answer),
     ("apiserver_url", federation_apiserver::fuzzing::url),
+    ("apiserver_storage_key", federation_apiserver::fuzzing::storage_key),
     ("apiserver_headers", federation_apiserver::fuzzing::headers),
     ("apiserver_selectors", federation_apiserver::fuzzing::selectors),
     ("apiserver_continue_token", federation_apiserver::fuzzing::continue_token),
@@ -99,6 +111,10 @@ const TARGETS: &[(&str, Body)] = &[
     ("apiserver_object", federation_apiserver::fuzzing::object),
     ("apiserver_crd", federation_apiserver::fuzzing::crd),
     ("apiserver_jsonpath", federation_apiserver::fuzzing::jsonpath),
+    ("apiserver_id_token", federation_apiserver::fuzzing::id_token),
+    ("apiserver_admission_answer", federation_apiserver::fuzzing::admission_answer),
+    ("apiserver_conversion_answer", federation_apiserver::fuzzing::conversion_answer),
+    ("apiserver_kms_answer", federation_apiserver::fuzzing::kms_answer),
     ("store_transaction", federation_store::fuzzing::transaction),
     ("store_read", federation_store::fuzzing::read),
     ("store_watch", federation_store::fuzzing::watch),
@@ -106,6 +122,7 @@ const TARGETS: &[(&str, Body)] = &[
     ("core_overrides", federation_core::fuzzing::patches),
     ("core_answers", federation_core::fuzzing::answers),
     ("core_conversion_review", federation_core::fuzzing::conversion_review),
+    ("core_credentials", federation_core::fuzzing::credentials),
 ];
 
 fn folder(below: &str) -> PathBuf {
@@ -157,7 +174,7 @@ fn mutated(corpus: &[Vec<u8>], rng: &mut StdRng) -> Vec<u8> {
     input
 }
 
-fn run(name: &str, body: Body, input: &[u8], what: &str) {
+fn run(name: &str, body: fn(&[u8]), input: &[u8], what: &str) {
     if catch_unwind(AssertUnwindSafe(|| body(input))).is_err() {
         panic!("{name} fails on {what}: {:?}", String::from_utf8_lossy(input));
     }
@@ -165,22 +182,35 @@ fn run(name: &str, body: Body, input: &[u8], what: &str) {
 
 #[test]
 fn every_target_is_in_the_list_and_has_a_corpus() {
-    let listed: BTreeSet<String> = TARGETS.iter().map(|(name, _)| (*name).to_owned()).collect();
+    let listed: BTreeSet<String> = TARGETS.iter().map(|target| target.name.to_owned()).collect();
     let files: BTreeSet<String> = entries(&folder("fuzz_targets")).into_keys().collect();
     let folders: BTreeSet<String> = entries(&folder("corpus")).into_keys().collect();
     assert_eq!(listed, files, "TARGETS and fuzz/fuzz_targets differ");
     assert_eq!(listed, folders, "TARGETS and fuzz/corpus differ");
     let manifest = fs::read_to_string(folder("Cargo.toml")).expect("readable");
-    for name in &listed {
-        assert!(manifest.contains(&format!("name = \"{name}\"")), "{name} is not in fuzz/Cargo.toml");
+    for Target { name, path, .. } in TARGETS {
+        let built = format!("[[bin]]\nname = \"{name}\"\npath = \"fuzz_targets/{name}.rs\"\n");
+        assert!(manifest.contains(&built), "{name} is not in fuzz/Cargo.toml");
+        // `stringify!` may put spaces between the parts.
+        let path = path.replace(' ', "");
+        let package = path.split("::").next().unwrap_or_default().replace('_', "-");
+        assert!(
+            manifest.contains(&format!("\n{package} = {{ path = ")),
+            "fuzz/Cargo.toml does not depend on {package}"
+        );
         assert!(!corpus(name).is_empty(), "{name} has no corpus");
+        // No more than the call of a body that is compiled here: nobody compiles these files before a fuzzer does.
+        let file = fs::read_to_string(folder(&format!("fuzz_targets/{name}.rs"))).expect("readable");
+        let call = format!("#![no_main]\n\nlibfuzzer_sys::fuzz_target!(|input: &[u8]| {path}(input));\n");
+        let rest = file.strip_suffix(&call).unwrap_or_else(|| panic!("{name}.rs does not end with {call}"));
+        assert!(rest.lines().all(|line| line.starts_with("//! ")), "{name}.rs holds more than that call");
     }
 }
 
 #[test]
 fn no_target_fails_on_its_corpus_or_near_it() {
     let mutations = std::env::var("CELLWAY_FUZZ_MUTATIONS").ok().and_then(|number| number.parse().ok());
-    for (name, body) in TARGETS {
+    for Target { name, body, .. } in TARGETS {
         let corpus = corpus(name);
         for input in &corpus {
             run(name, *body, input, "an input of its corpus");

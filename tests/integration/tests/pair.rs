@@ -14,6 +14,7 @@ use serde_json::Value;
 use test_support::{
     NotRun, TestDir,
     process::Process,
+    relay::{Impairment, Relay},
     stream::{Checker, Stream},
     tools, wait_until,
 };
@@ -37,6 +38,9 @@ struct Pair {
     agent_program: PathBuf,
     dir: TestDir,
 }
+
+/// The files of [`write_certificates`].
+const CERTIFICATES: [&str; 5] = ["ca.crt", "server.crt", "server.key", "agent.crt", "agent.key"];
 
 /// Certificates as an administrator would lay them out for a pair.
 fn write_certificates(dir: &Path) -> Result<()> {
@@ -109,12 +113,15 @@ impl Pair {
     }
 
     fn agent(&self, name: &str, transport: &str) -> Result<Process> {
+        self.agent_with(name, transport, self.agents.port(), self.dir.path())
+    }
+
+    /// An agent that dials another port, with the certificates in another folder.
+    fn agent_with(&self, name: &str, transport: &str, port: u16, certificates: &Path) -> Result<Process> {
         let mut command = Command::new(&self.agent_program);
-        command
-            .arg("--proxy-server-host=127.0.0.1")
-            .arg(format!("--proxy-server-port={}", self.agents.port()));
+        command.arg("--proxy-server-host=127.0.0.1").arg(format!("--proxy-server-port={port}"));
         for (flag, file) in [("agent-cert", "agent.crt"), ("agent-key", "agent.key"), ("ca-cert", "ca.crt")] {
-            command.arg(format!("--{flag}={}", self.dir.join(file).display()));
+            command.arg(format!("--{flag}={}", certificates.join(file).display()));
         }
         command.arg(format!("--transport={transport}")).arg(format!("--agent-id={name}"));
         command
@@ -311,4 +318,67 @@ async fn a_draining_server_lets_streams_finish() -> Result<()> {
     let status = pair.server.wait(LIMIT).await?;
     ensure!(status.success(), "{status}");
     Ok(())
+}
+
+/// Everything is replaced on disk under traffic, the authority too: what is open goes on, what is new needs the new files, on
+/// both sides.
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_are_taken_from_disk_as_they_are_replaced() -> Result<()> {
+    let Some(pair) = Pair::start().await? else { return Ok(()) };
+    let (target, _task) = target().await?;
+    let relay = Relay::tcp(pair.agents, Impairment::default()).await?;
+    let former = pair.agent_with("former", "h2", relay.address().port(), pair.dir.path())?;
+    let mut held = pair.connected(target).await?;
+    let mut back = [0; 6];
+    held.write_all(b"before").await?;
+    held.read_exact(&mut back).await?;
+
+    let former_ca = std::fs::read_to_string(pair.dir.join("ca.crt"))?;
+    let (new, replacement) = (pair.dir.join("new"), pair.dir.join("replacement"));
+    for folder in [&new, &replacement] {
+        std::fs::create_dir(folder)?;
+    }
+    write_certificates(&new)?;
+    for file in CERTIFICATES {
+        // In one step, as whoever renews certificates should.
+        std::fs::copy(new.join(file), replacement.join(file))?;
+        std::fs::rename(replacement.join(file), pair.dir.join(file))?;
+    }
+    // An agent that has never seen anything else is let in: the server has all of the new files.
+    let mut newcomers = Vec::new();
+    for transport in ["h2", "quic"] {
+        newcomers.push(pair.agent_with(transport, transport, pair.agents.port(), &new)?);
+    }
+    wait_until(
+        || async {
+            let agents = pair.connections().await?;
+            ensure!(["h2", "quic"].iter().all(|name| agents.contains_key(*name)), "so far {agents:?}");
+            Ok(())
+        },
+        LIMIT,
+        "the server to take the new certificates",
+    )
+    .await
+    .with_context(|| pair.server.tail(30))?;
+    let new_ca = std::fs::read_to_string(new.join("ca.crt"))?;
+    for (ca, expected) in [(former_ca, false), (new_ca, true)] {
+        let trusting = tls::ClientTls::from_pem(&ca, None)?;
+        let tcp = TcpStream::connect(pair.agents).await?;
+        let name = tls::ServerName::try_from("localhost")?;
+        let connected = trusting.connector(&[b"cellway/1"]).connect(name, tcp).await;
+        ensure!(connected.is_ok() == expected, "with {ca}: {:?}", connected.err());
+    }
+
+    held.write_all(b"during").await?;
+    held.read_exact(&mut back).await?;
+    ensure!(&back == b"during");
+
+    // The agent of before comes back, with what lies in its files now and to nobody else than the server of now.
+    for newcomer in &mut newcomers {
+        newcomer.kill().await?;
+    }
+    relay.cut();
+    let ended = tokio::time::timeout(LIMIT, held.read(&mut back)).await.context("its tunnel is there")?;
+    ensure!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
+    echo(pair.connected(target).await?, 1, 100_000).await.with_context(|| former.tail(30))
 }

@@ -1,0 +1,4 @@
+//! What admission webhooks answer.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| federation_apiserver::fuzzing::admission_answer(input));
