@@ -1,14 +1,14 @@
 //! What members hold already, lose, or have in another form: the edge cases that real API servers decide.
 
-use federation_core::api::{Cell, FederatedRevision, FederatedTypeConfig, Tenant, TenantSpec};
+use federation_core::api::{Cell, FederatedRevision, Tenant, TenantSpec};
 use federation_core::types;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Namespace, Secret};
-use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt as _};
 use serde_json::{Value, json};
 
-use crate::steps::{cell, define_widgets, widgets};
+use crate::steps::{cell, define_widgets, federate_a_widget};
 use crate::world::{LAST, World, federated, image, is_true, replicas, template, until};
 
 const DEPLOYMENTS: usize = 0;
@@ -244,19 +244,7 @@ pub(crate) async fn members_that_come_back_and_cells_that_change_hands(world: Wo
 pub(crate) async fn a_member_that_serves_another_version(world: World) {
     define_widgets(&world.x, &["v1"]).await;
     define_widgets(&world.y, &["v2"]).await;
-    let configs: Api<FederatedTypeConfig> = Api::namespaced(world.hub.clone(), "kube-federation-system");
-    configs.create(&PostParams::default(), &widgets().to_config()).await.expect("enabled");
-    let hub = Api::<DynamicObject>::namespaced_with(world.hub.clone(), "shop", &widgets().hub_resource());
-    let object: DynamicObject = serde_json::from_value(json!({"apiVersion": "types.kubefed.io/v1beta2",
-        "kind": "FederatedWidget", "metadata": {"name": "web", "namespace": "shop"},
-        "spec": {"topologyType": "cluster", "placement": {"unitSelector": {}}, "template": {"spec": {"size": 1}}}}))
-    .expect("object");
-    until("the hub serves it", async || {
-        let made = hub.create(&PostParams::default(), &object).await;
-        *LAST.lock() = format!("{made:?}");
-        made.is_ok().then_some(())
-    })
-    .await;
+    let hub = federate_a_widget(&world).await;
     let units = async |what: &str, wanted: &dyn Fn(&Value) -> bool| {
         until(what, async || {
             let units = hub.get("web").await.ok()?.data["status"]["units"].clone();

@@ -133,7 +133,7 @@ pub(crate) async fn a_cell_moves_and_nothing_is_missing_meanwhile(world: World) 
 
 const GROUP: &str = "example.com";
 
-pub(crate) fn widgets() -> FederatedType {
+fn widgets() -> FederatedType {
     FederatedType::of(GROUP, "v1", "Widget", "widgets", true)
 }
 
@@ -159,9 +159,8 @@ pub(crate) async fn define_widgets(client: &Client, versions: &[&str]) {
     definitions.patch("widgets.example.com", &params, &Patch::Apply(definition)).await.expect("defined");
 }
 
-/// A kind of the members' own is enabled, disabled and enabled again while everything runs; one member lacks it for a while.
-pub(crate) async fn a_definition_of_the_members_is_enabled_while_running(world: World) {
-    define_widgets(&world.x, &["v1"]).await;
+/// Enables the kind at the hub and makes an object of it, for all members.
+pub(crate) async fn federate_a_widget(world: &World) -> Api<DynamicObject> {
     let configs: Api<FederatedTypeConfig> = Api::namespaced(world.hub.clone(), "kube-federation-system");
     configs.create(&PostParams::default(), &widgets().to_config()).await.expect("enabled");
     let hub = Api::<DynamicObject>::namespaced_with(world.hub.clone(), "shop", &widgets().hub_resource());
@@ -175,6 +174,14 @@ pub(crate) async fn a_definition_of_the_members_is_enabled_while_running(world: 
         made.is_ok().then_some(())
     })
     .await;
+    hub
+}
+
+/// A kind of the members' own is enabled, disabled and enabled again while everything runs; one member lacks it for a while.
+pub(crate) async fn a_definition_of_the_members_is_enabled_while_running(world: World) {
+    define_widgets(&world.x, &["v1"]).await;
+    let configs: Api<FederatedTypeConfig> = Api::namespaced(world.hub.clone(), "kube-federation-system");
+    let hub = federate_a_widget(&world).await;
     let units =
         async || -> Option<Value> { Some(hub.get("web").await.ok()?.data["status"]["units"].clone()) };
     let said = async |what: &str, wanted: [(&str, Value); 2]| {
