@@ -145,8 +145,9 @@ impl Gateway {
 
     /// Serves one connection until either side ends it, with what it was upgraded to. After `drain` the request in
     /// flight is the last, and a watch, which has no end of its own, is ended: its client watches on through another
-    /// agent. Dropped, it cuts everything.
-    pub async fn serve<I>(&self, io: I, drain: CancellationToken)
+    /// agent. `abandoned` says that nobody takes the answer any more, which the connection would not notice while the
+    /// kube-apiserver says nothing, as in a quiet watch. Dropped, it cuts everything.
+    pub async fn serve<I>(&self, io: I, abandoned: impl Future<Output = ()>, drain: CancellationToken)
     where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -171,11 +172,22 @@ impl Gateway {
             .half_close(true)
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades();
+        let served = async {
+            tokio::select! {
+                ended = &mut connection => ended,
+                () = drain.cancelled() => {
+                    std::pin::Pin::new(&mut connection).graceful_shutdown();
+                    (&mut connection).await
+                }
+            }
+        };
         let ended = tokio::select! {
-            ended = &mut connection => ended,
-            () = drain.cancelled() => {
-                std::pin::Pin::new(&mut connection).graceful_shutdown();
-                (&mut connection).await
+            // An answer that has gone out is complete, whatever the client does then.
+            biased;
+            ended = served => ended,
+            () = abandoned => {
+                tracing::debug!("gateway connection abandoned by its client");
+                return;
             }
         };
         match ended {

@@ -66,6 +66,8 @@ pub struct Backoff {
 pub enum Failure {
     /// It may work in a moment.
     Transient,
+    /// The server answered: not now. It is there, and may have too much to do already.
+    Busy,
     /// The server said no: it will go on doing so until somebody changes something.
     Refused,
 }
@@ -194,9 +196,11 @@ impl<R: Rng> ServerSet<R> {
     /// A dial has come to nothing. Returns how long this address is left alone.
     pub fn failed(&mut self, address: &str, failure: Failure, now: Instant) -> Duration {
         let (failures, quick) = self.find(address).map_or((0, false), |known| (known.failures, known.quick));
+        let quick = quick && failure != Failure::Busy;
         let delay = self.pause(failure, failures, quick);
         if let Some(known) = self.find(address) {
             known.connecting = false;
+            known.quick = quick;
             known.failures = known.failures.saturating_add(1);
             known.not_before = now + delay;
         }
@@ -206,7 +210,7 @@ impl<R: Rng> ServerSet<R> {
 
     fn pause(&mut self, failure: Failure, failures: u32, quick: bool) -> Duration {
         match failure {
-            Failure::Transient => {
+            Failure::Transient | Failure::Busy => {
                 if !quick {
                     return self.delay(self.backoff.base, self.backoff.cap, failures);
                 }
@@ -475,6 +479,23 @@ mod tests {
             now = set.next_due().unwrap();
         }
         assert!(longest > BACKOFF.base, "{longest:?}");
+    }
+
+    #[test]
+    fn one_that_says_not_now_is_not_dialled_like_one_that_restarts() {
+        let delays = (0..200).map(|seed| {
+            let start = Instant::now();
+            let rng = StdRng::seed_from_u64(seed);
+            let mut set = ServerSet::new(vec!["a:1".to_owned()], Wanted::Count(1), BACKOFF, rng, start);
+            set.next(start).unwrap();
+            let id = kept(set.connected("a:1", "s1", start));
+            set.lost(id, Failure::Transient, start + STABLE_AFTER);
+            let now = set.next_due().unwrap();
+            set.next(now).unwrap();
+            set.failed("a:1", Failure::Busy, now)
+        });
+        let longest = delays.max().unwrap();
+        assert!(longest > BACKOFF.base / 2, "{longest:?}");
     }
 
     #[test]

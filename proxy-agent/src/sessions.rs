@@ -16,8 +16,8 @@ use tokio::{
 };
 use tracing::Instrument;
 use tunnel::{
-    AgentTunnel, AgentTunnelHandle, BearerToken, Budget, CarrierChoice, CloseReason, ConnectError,
-    ConnectOptions, DialError, EgressProxy, Hello, IncomingDial, Limits, LocalSocket, Target,
+    AgentTunnel, BearerToken, Budget, CarrierChoice, CloseReason, ConnectError, ConnectOptions, DialError,
+    EgressProxy, Hello, IncomingDial, Limits, LocalSocket, Target,
 };
 
 use crate::{
@@ -69,6 +69,8 @@ enum Event {
     Servers(Vec<String>),
     /// A server drains.
     Draining { tunnel: u64 },
+    /// A tunnel has ended: another one is wanted now, not when its last connection's task is through.
+    Lost { tunnel: u64, failure: Failure },
 }
 
 /// How a session ended.
@@ -77,7 +79,7 @@ enum End {
     NotConnected(Failure),
     /// The server had a tunnel already.
     Duplicate,
-    /// The tunnel has ended.
+    /// It was a tunnel, of whose end the set may have been told already.
     Lost(Failure),
 }
 
@@ -137,6 +139,7 @@ pub(crate) async fn run(
                     known.send_replace(set.known().map(str::to_owned).collect());
                 }
                 Event::Draining { tunnel } => set.draining(tunnel),
+                Event::Lost { tunnel, failure } => set.lost(tunnel, failure, now()),
             },
             Some(ended) = sessions.join_next_with_id(), if !sessions.is_empty() => {
                 let (task, end) = match ended {
@@ -192,7 +195,7 @@ async fn session(
         Err(error) => {
             let failure = failure_of(&error);
             match failure {
-                Failure::Transient => {
+                Failure::Transient | Failure::Busy => {
                     tracing::warn!(error = %error_chain(&error), "failed to establish a tunnel");
                     context.metrics.connect_outcome(ConnectOutcome::failed);
                 }
@@ -214,12 +217,8 @@ async fn session(
     match verdict.await {
         Ok(Verdict::Keep(id)) => {
             context.metrics.connect_outcome(ConnectOutcome::connected);
-            let reason = serve(&context, tunnel, id, address, server_id, events, drain).await;
+            let failure = serve(&context, tunnel, id, address, server_id, events, drain).await;
             context.metrics.tunnels_lost.inc();
-            let failure = failure_of_close(&reason);
-            if failure == Failure::Refused {
-                tracing::error!(%reason, "{TURNED_AWAY}");
-            }
             End::Lost(failure)
         }
         Ok(Verdict::Duplicate) => {
@@ -233,7 +232,7 @@ async fn session(
     }
 }
 
-/// Serves an established tunnel until it ends, and says why it did.
+/// Serves an established tunnel until it ends, tells the set, and lets its connections end.
 async fn serve(
     context: &Arc<Context>,
     mut tunnel: AgentTunnel,
@@ -242,7 +241,7 @@ async fn serve(
     server_id: String,
     events: mpsc::Sender<Event>,
     drain: DrainWatch,
-) -> CloseReason {
+) -> Failure {
     let handle = tunnel.handle();
     let carrier = tunnel.carrier();
     tracing::info!(server.id = server_id, carrier = carrier.as_str(), tunnel.id = id, "tunnel established");
@@ -253,7 +252,7 @@ async fn serve(
     // What the hello said; later lists come as changes.
     let listed = servers.borrow_and_update().clone();
     if events.send(Event::Servers(listed)).await.is_err() {
-        return CloseReason::Local("the agent ends".to_owned());
+        return Failure::Transient;
     }
     let (mut asked, mut told) = (false, false);
     // Made once: every dial passes through this loop.
@@ -308,9 +307,20 @@ async fn serve(
             break;
         }
     }
-    let reason = end(&handle, dials, id).await;
+    let reason = handle.closed().await;
+    let failure = failure_of_close(&reason);
+    if failure == Failure::Refused {
+        tracing::error!(%reason, "{TURNED_AWAY}");
+    }
+    // Without the set's task nobody wants another one.
+    let _ = events.send(Event::Lost { tunnel: id, failure }).await;
+    // No longer ready by this one.
     drop(row);
-    reason
+    // The connections have ended with the tunnel; each says so in its last line. Dials under way are dropped.
+    let last_words = async { while dials.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(LAST_WORDS, last_words).await;
+    tracing::info!(tunnel.id = id, %reason, "tunnel ended");
+    failure
 }
 
 /// A connection's task says what it has to say itself, unless it has failed.
@@ -319,15 +329,6 @@ fn told_of(finished: Result<(), tokio::task::JoinError>) {
         let error = service::log::task_failure(error);
         tracing::error!(error, "a connection's task has failed");
     }
-}
-
-async fn end(handle: &AgentTunnelHandle, mut dials: JoinSet<()>, id: u64) -> CloseReason {
-    let reason = handle.closed().await;
-    // The connections have ended with the tunnel; each says so in its last line. Dials under way are dropped.
-    let last_words = async { while dials.join_next().await.is_some() {} };
-    let _ = tokio::time::timeout(LAST_WORDS, last_words).await;
-    tracing::info!(tunnel.id = id, %reason, "tunnel ended");
-    reason
 }
 
 /// One dial of a server: policy, connection, relay, and one line in the access log.
@@ -381,7 +382,8 @@ async fn serve_api(context: &Arc<Context>, dial: IncomingDial, tunnel: u64, drai
             return;
         }
     };
-    gateway.serve(connection, drain.token()).await;
+    let abandoned = connection.abandoned();
+    gateway.serve(connection, abandoned, drain.token()).await;
     tracing::info!(
         target: "access",
         destination = %Target::api_gateway(),
@@ -411,6 +413,7 @@ fn millis(duration: Duration) -> u64 {
 /// Whether a failed attempt is a no that will last.
 fn failure_of(error: &ConnectError) -> Failure {
     match error {
+        ConnectError::Refused(CloseReason::Remote(_)) => Failure::Busy,
         ConnectError::Refused(reason) => failure_of_close(reason),
         ConnectError::Address(_) | ConnectError::ServerName(_) | ConnectError::QuicThroughProxy => {
             Failure::Refused

@@ -338,6 +338,28 @@ async fn a_server_that_says_no_is_left_alone_for_a_while() {
     assert!(again.is_err());
 }
 
+/// A server may look for a while at what an agent says. Until it takes it there is no tunnel.
+#[tokio::test]
+async fn an_agent_that_is_turned_away_after_its_hello_never_had_a_tunnel() {
+    let hub = Hub::new();
+    for transport in ["h2", "quic"] {
+        let mut listener = hub.listen("127.0.0.1:0").await;
+        let server = if transport == "quic" { listener.quic_addr().unwrap() } else { listener.local_addr() };
+        let agent = hub.agent(server, &[&format!("--transport={transport}")]).await;
+        let refused = pending(&mut listener).await.greet(ServerHello::default()).await.unwrap();
+        assert_eq!(refused.hello().agent_id, "a1");
+        let ready = get(TcpStream::connect(agent.health).await.unwrap(), "/readyz", "").await;
+        assert!(ready.contains("503"), "{ready}");
+        refused.refuse("the service account token has expired", RefusalKind::Lasting).await;
+        let metrics = agent.until("/metrics", "cellway_agent_connects_total{outcome=\"refused\"} 1").await;
+        // Whatever was counted as a tunnel stays counted.
+        assert!(!metrics.contains("cellway_agent_connects_total{outcome=\"connected\"}"), "{metrics}");
+        assert!(metrics.contains("cellway_agent_tunnels_lost_total 0"), "{metrics}");
+        let again = tokio::time::timeout(QUIET, listener.accept()).await;
+        assert!(again.is_err(), "over {transport} it comes back as if it had been taken");
+    }
+}
+
 #[tokio::test]
 async fn a_server_that_is_not_ready_is_tried_again_at_once() {
     let hub = Hub::new();

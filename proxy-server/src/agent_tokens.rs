@@ -5,7 +5,8 @@
 //! hello with a token ──▶ remembered? ──▶ TokenReview for the audience ──▶ this account, and for this audience?
 //! ```
 //!
-//! As upstream, a token is looked at when a tunnel is established: one that expires later ends nothing.
+//! As upstream, a token is looked at when a tunnel is established: one that expires later ends nothing. The agent waits for it, and
+//! has no tunnel before: [`tunnel::ADMISSION_TIME`] is what both agree on.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -35,7 +36,7 @@ const MAX_ASKED: usize = 16;
 /// of a second or two.
 const MAX_WAITING: usize = 1024;
 /// How long an agent waits for the answer, and for its turn.
-const REVIEW_TIMEOUT: Duration = Duration::from_secs(10);
+const REVIEW_TIMEOUT: Duration = tunnel::ADMISSION_TIME;
 
 /// Whose tokens are taken.
 #[derive(Debug, Clone, PartialEq, Eq)]

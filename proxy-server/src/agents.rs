@@ -1,9 +1,12 @@
 //! The agents' side: who may hold a tunnel, and each tunnel's life from admission to its end.
 //!
 //! ```text
-//! accept ▶ certificate ▶ directory (known? revoked?) ▶ hellos ▶ hello = certificate? ▶ registered ▶ … ▶ closed
-//!                                                                                          ▲ revoked, drained
+//! accept ▶ certificate ▶ directory (known? revoked?) ▶ hellos ▶ hello = certificate? ▶ token good?
+//!        ▶ admitted ▶ registered ▶ … ▶ closed
+//!                                    ▲ revoked, drained
 //! ```
+//!
+//! An agent is told that it is taken when all has been looked at, and is ready from then on: one that is turned away never was.
 //!
 //! An agent is what its certificate says. Its hello may only repeat that: an agent of one member that claims another is
 //! refused. In file-certificate mode certificates name no cluster; such agents serve only requests that name none.
@@ -17,7 +20,8 @@ use tls::{CertificateDer, CertificateError, TrustDomain};
 use tokio::task::JoinSet;
 use tracing::Instrument;
 use tunnel::{
-    Accepted, Hello, HttpsConnection, PendingTunnel, Rejections, ServerHello, ServerTunnel, TunnelListener,
+    Accepted, Hello, HttpsConnection, PendingTunnel, RefusalKind, Rejections, ServerHello, ServerTunnel,
+    TunnelError, TunnelListener,
 };
 
 use crate::agent_tokens::AgentTokens;
@@ -146,15 +150,15 @@ impl Rejection {
     /// Ends a tunnel that was attached already.
     fn turn_away(&self, tunnel: &ServerTunnel) {
         match self.kind() {
-            tunnel::RefusalKind::Temporary => tunnel.close(&self.to_string()),
-            tunnel::RefusalKind::Lasting => tunnel.refuse(&self.to_string()),
+            RefusalKind::Temporary => tunnel.close(&self.to_string()),
+            RefusalKind::Lasting => tunnel.refuse(&self.to_string()),
         }
     }
 
     /// Whether the agent may try again soon.
-    fn kind(&self) -> tunnel::RefusalKind {
+    fn kind(&self) -> RefusalKind {
         match self {
-            Self::Starting | Self::TooManyTunnels(_) | Self::TokenUnchecked => tunnel::RefusalKind::Temporary,
+            Self::Starting | Self::TooManyTunnels(_) | Self::TokenUnchecked => RefusalKind::Temporary,
             Self::NoCertificate
             | Self::NotAnAgent
             | Self::BadCertificate(_)
@@ -165,7 +169,7 @@ impl Rejection {
             | Self::WrongCluster { .. }
             | Self::WrongAgent { .. }
             | Self::NoToken
-            | Self::BadToken => tunnel::RefusalKind::Lasting,
+            | Self::BadToken => RefusalKind::Lasting,
         }
     }
 }
@@ -278,33 +282,29 @@ impl Agents {
         };
         let carrier = pending.carrier();
         let remote_addr = pending.remote_addr();
-        let tunnel = match pending.attach(self.hello.clone()).await {
-            Ok(tunnel) => tunnel,
-            Err(error) => {
-                self.registry.metrics().reject_handshake("handshake");
-                tracing::debug!(error = %service::error_chain(&error), "the tunnel was not established");
-                return;
+        let greeted = match pending.greet(self.hello.clone()).await {
+            Ok(greeted) => greeted,
+            Err(error) => return self.not_established(&error),
+        };
+        let hello = greeted.hello().clone();
+        let judged = tokio::select! {
+            biased;
+            judged = self.judge(&identity, &hello) => judged,
+            // Nobody waits for the answer any more.
+            _ = greeted.closed() => return self.not_established(&TunnelError::Closed("the admission")),
+            () = drain.signaled() => {
+                return greeted.refuse("the server has drained", RefusalKind::Temporary).await;
             }
         };
-        let hello = tunnel.hello().clone();
-        if let Err(rejection) = compare_hello(&identity, &hello) {
+        if let Err(rejection) = judged {
             self.reject(&rejection);
-            rejection.turn_away(&tunnel);
+            greeted.refuse(&rejection.to_string(), rejection.kind()).await;
             return;
         }
-        if let Some(tokens) = &self.tokens {
-            let checked = tokio::select! {
-                checked = tokens.check(hello.token.reveal()) => checked,
-                // Nobody waits for the answer any more.
-                _ = tunnel.closed() => return,
-                () = drain.signaled() => return tunnel.close("the server has drained"),
-            };
-            if let Err(rejection) = checked {
-                self.reject(&rejection);
-                rejection.turn_away(&tunnel);
-                return;
-            }
-        }
+        let tunnel = match greeted.admit().await {
+            Ok(tunnel) => tunnel,
+            Err(error) => return self.not_established(&error),
+        };
         let member = Member {
             cluster: identity.cluster.clone(),
             agent_id: hello.agent_id.clone(),
@@ -355,6 +355,20 @@ impl Agents {
             check_directory(directory, &identity)?;
         }
         Ok(identity)
+    }
+
+    /// Whether the agent may be what it says it is, as far as its certificate does not tell.
+    async fn judge(&self, identity: &PeerIdentity, hello: &Hello) -> Result<(), Rejection> {
+        compare_hello(identity, hello)?;
+        match &self.tokens {
+            Some(tokens) => tokens.check(hello.token.reveal()).await,
+            None => Ok(()),
+        }
+    }
+
+    fn not_established(&self, error: &TunnelError) {
+        self.registry.metrics().reject_handshake("handshake");
+        tracing::debug!(error = %service::error_chain(error), "the tunnel was not established");
     }
 
     /// Returns when the directory no longer admits this agent.

@@ -354,7 +354,8 @@ impl BoundServer {
                     None => router.clone(),
                 }
             };
-            let http = service::http::Limits::default();
+            // A client that has closed its side of a watch has gone, as for a kube-apiserver.
+            let http = service::http::Limits { half_close: false, ..service::http::Limits::default() };
             let metrics = parts.metrics.clone();
             serving.spawn(
                 crate::https::serve(listener, tls, "api-proxy", router_for, http, metrics, drain.clone())

@@ -13,11 +13,11 @@ use crate::{
     H2_ALPN,
     address::Target,
     connection::Connection,
-    control::{AgentSide, Command, Control},
+    control::{AgentSide, Command, Control, printable},
     egress::{self, EgressError, EgressProxy},
     error::{CloseReason, DialError, TunnelError},
     h2::{self, H2Connection, Link, LinkConfig, Records, Role},
-    hello::{Carrier, CarrierChoice, Hello, ServerHello},
+    hello::{ADMISSION, Carrier, CarrierChoice, Hello, ServerHello},
     limits::{Budget, Limits},
     quic::{self, QuicConnection, QuicLink},
     race,
@@ -113,27 +113,36 @@ enum Carried {
     Quic { link: Arc<QuicLink>, driver: AbortOnDropHandle<()>, incoming: mpsc::Receiver<quic::Incoming> },
 }
 
+/// A carrier over which both sides have said hello.
+struct Greeted {
+    session: Session,
+    driver: AbortOnDropHandle<()>,
+    incoming: Incoming,
+    control: Control,
+    server_hello: ServerHello,
+}
+
 /// The time that a dial gets when the server does not say.
 const DEFAULT_DIAL_TIMEOUT: Duration = Duration::from_secs(30);
 
 // === connecting ===
 
-/// Dials a server and attaches: TLS, then both hellos, all within the handshake time limit.
+/// Dials a server and attaches: TLS, then both hellos, all within the handshake time limit; then the server decides, for which
+/// there is a limit of its own.
 pub async fn connect(options: ConnectOptions) -> Result<AgentTunnel, ConnectError> {
-    let limit = options.limits.handshake_timeout;
-    tokio::time::timeout(limit, connect_carrier(options))
+    let greeted = tokio::time::timeout(options.limits.handshake_timeout, greet(&options))
         .await
-        .unwrap_or(Err(TunnelError::TimedOut("answer from the server").into()))
+        .unwrap_or(Err(TunnelError::TimedOut("answer from the server").into()))?;
+    attach(options, greeted).await
 }
 
-async fn connect_carrier(options: ConnectOptions) -> Result<AgentTunnel, ConnectError> {
-    let carried = match (options.carrier, &options.egress_proxy) {
-        (CarrierChoice::Quic, Some(_)) => return Err(ConnectError::QuicThroughProxy),
-        (CarrierChoice::H2, _) | (CarrierChoice::Auto, Some(_)) => connect_h2(&options).await?,
-        (CarrierChoice::Quic, None) => connect_quic(&options).await?,
-        (CarrierChoice::Auto, None) => connect_first(&options).await?,
-    };
-    attach(options, carried).await
+async fn connect_carrier(options: &ConnectOptions) -> Result<Carried, ConnectError> {
+    match (options.carrier, &options.egress_proxy) {
+        (CarrierChoice::Quic, Some(_)) => Err(ConnectError::QuicThroughProxy),
+        (CarrierChoice::H2, _) | (CarrierChoice::Auto, Some(_)) => connect_h2(options).await,
+        (CarrierChoice::Quic, None) => connect_quic(options).await,
+        (CarrierChoice::Auto, None) => connect_first(options).await,
+    }
 }
 
 /// QUIC with a head start against HTTP/2; the first to be established stays.
@@ -243,26 +252,29 @@ async fn connect_quic(options: &ConnectOptions) -> Result<Carried, ConnectError>
     Ok(Carried::Quic { link, driver: AbortOnDropHandle::new(driver), incoming })
 }
 
-/// Waits for the server's control stream and exchanges hellos.
-async fn attach(options: ConnectOptions, carried: Carried) -> Result<AgentTunnel, ConnectError> {
-    let (session, driver, mut incoming) = match carried {
+/// Dials, waits for the server's control stream and exchanges hellos.
+async fn greet(options: &ConnectOptions) -> Result<Greeted, ConnectError> {
+    let (session, driver, mut incoming) = match connect_carrier(options).await? {
         Carried::H2 { link, driver, incoming } => (Session::H2(link), driver, Incoming::H2(incoming)),
         Carried::Quic { link, driver, incoming } => (Session::Quic(link), driver, Incoming::Quic(incoming)),
     };
-    let result = hellos(&options, &mut incoming).await;
-    let (control, server_hello) = match result {
-        Ok(done) => done,
-        Err(error) => {
-            // The server may have said why, for example that this cluster is revoked.
-            let reason = session.closed().borrow().clone();
-            return Err(match reason {
-                Some(reason @ (CloseReason::Remote(_) | CloseReason::Refused(_))) => {
-                    ConnectError::Refused(reason)
-                }
-                _ => error.into(),
-            });
+    match hellos(options, &mut incoming).await {
+        Ok((control, server_hello)) => Ok(Greeted { session, driver, incoming, control, server_hello }),
+        Err(error) => Err(given_up(&session, error).await),
+    }
+}
+
+/// Waits until the server takes this agent. One that does not tell takes whoever it does not turn away.
+async fn attach(options: ConnectOptions, greeted: Greeted) -> Result<AgentTunnel, ConnectError> {
+    let Greeted { session, driver, incoming, mut control, server_hello } = greeted;
+    if server_hello.capabilities.iter().any(|capability| capability == ADMISSION) {
+        let word = tokio::time::timeout(options.limits.admission_timeout, admission(&session, &mut control))
+            .await
+            .unwrap_or(Err(TunnelError::TimedOut("word from the server whether it takes this agent")));
+        if let Err(error) = word {
+            return Err(given_up(&session, error).await);
         }
-    };
+    }
     let servers = server_hello.servers.clone();
     let ConnectOptions { limits, tls, .. } = options;
     let attached = Attached::new::<AgentSide>(session, driver, control, servers, limits, Some(tls));
@@ -303,6 +315,33 @@ async fn hellos(
         })
         .await?;
     Ok((control, server_hello))
+}
+
+/// Until it is said the server says nothing else.
+async fn admission(session: &Session, control: &mut Control) -> Result<(), TunnelError> {
+    loop {
+        match control.expect::<v1::ServerMessage>("the admission").await?.message {
+            Some(v1::server_message::Message::Admitted(_)) => return Ok(()),
+            Some(v1::server_message::Message::Closing(closing)) => {
+                session.close(CloseReason::Remote(printable(&closing.reason)));
+                return Err(TunnelError::Closed("the admission"));
+            }
+            // Of a newer version, or of one that speaks earlier: what it says now it says again, or nothing depends on it.
+            _ => {}
+        }
+    }
+}
+
+/// Why there is no tunnel: the server may have said it, for example that this cluster is revoked.
+async fn given_up(session: &Session, error: TunnelError) -> ConnectError {
+    // The end of the control stream can be seen a moment before its reason. Without one this is it.
+    session.close(CloseReason::from(&error));
+    match session.ended().await {
+        reason @ (CloseReason::Remote(_) | CloseReason::Refused(_)) => ConnectError::Refused(reason),
+        CloseReason::Local(_) | CloseReason::Lost(_) | CloseReason::KeepAlive | CloseReason::Protocol(_) => {
+            error.into()
+        }
+    }
 }
 
 fn chain(error: &dyn std::error::Error) -> String {

@@ -66,6 +66,16 @@ impl Connection {
             Inner::Quic(connection) => Either::Right(connection.cut()),
         }
     }
+
+    /// Returns when nothing that is written arrives any more: the peer has reset the connection or takes nothing of it, it
+    /// has been cut for the memory budget, or its tunnel has closed. For a server, which reads nothing while it answers and
+    /// would find out with its next byte only. The future is for the task that reads and writes the connection.
+    pub fn abandoned(&self) -> impl Future<Output = ()> + Send + 'static {
+        match &self.0 {
+            Inner::H2(connection) => Either::Left(connection.abandoned()),
+            Inner::Quic(connection) => Either::Right(connection.abandoned()),
+        }
+    }
 }
 
 impl From<H2Connection> for Connection {

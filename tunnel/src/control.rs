@@ -108,7 +108,7 @@ pub(crate) enum Event {
     Servers(v1::Servers),
     Closing(v1::Closing),
     Statistics(v1::Statistics),
-    /// Of a newer version, or a second hello: ignored.
+    /// Of a newer version, or a second hello or admission: ignored.
     Other,
 }
 
@@ -461,7 +461,9 @@ impl Side for AgentSide {
             Some(v1::server_message::Message::Drain(_)) => Event::Drain,
             Some(v1::server_message::Message::Servers(servers)) => Event::Servers(servers),
             Some(v1::server_message::Message::Closing(closing)) => Event::Closing(closing),
-            Some(v1::server_message::Message::Hello(_)) | None => Event::Other,
+            Some(v1::server_message::Message::Hello(_) | v1::server_message::Message::Admitted(_)) | None => {
+                Event::Other
+            }
         }
     }
 }

@@ -155,6 +155,18 @@ impl From<&io::Error> for DialError {
     }
 }
 
+// === impl RefusalKind ===
+
+impl RefusalKind {
+    /// How a tunnel ends whose agent is turned away for `reason`.
+    pub(crate) fn close(self, reason: &str) -> CloseReason {
+        match self {
+            Self::Temporary => CloseReason::Local(reason.to_owned()),
+            Self::Lasting => CloseReason::Refused(reason.to_owned()),
+        }
+    }
+}
+
 // === impl CloseReason ===
 
 impl CloseReason {

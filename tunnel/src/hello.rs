@@ -6,6 +6,9 @@ use proto::tunnel::v1;
 
 use crate::error::TunnelError;
 
+/// The capability of a server that tells its agents that they are taken: they wait for it.
+pub(crate) const ADMISSION: &str = "admission";
+
 /// Entries of any list or map in a hello; an agent has a handful of labels, a federation a handful of servers.
 const MAX_ENTRIES: usize = 256;
 

@@ -44,12 +44,12 @@ pub use control::AgentStatistics;
 pub use egress::EgressProxy;
 pub use error::{CloseReason, DialError, RefusalKind, TunnelError};
 pub use hello::{BearerToken, Carrier, CarrierChoice, Hello, ServerHello};
-pub use limits::{Budget, Limits};
+pub use limits::{ADMISSION_TIME, Budget, Limits};
 pub use relay::{LocalSocket, RelayOutcome, RelayReport, SETTLED};
 pub use reset::ResetKey;
 pub use server::{
-    Accepted, BindError, HttpsConnection, ListenerConfig, PendingTunnel, QuicHandshakes, Rejections,
-    ServerTunnel, TunnelListener,
+    Accepted, BindError, GreetedTunnel, HttpsConnection, ListenerConfig, PendingTunnel, QuicHandshakes,
+    Rejections, ServerTunnel, TunnelListener,
 };
 pub use table::{ConnectionInfo, TunnelStats};
 pub use unix::{UnixAcceptor, UnixSocket};

@@ -10,12 +10,20 @@ use std::{
 
 use parking_lot::Mutex;
 
+/// How long a server may take to decide about an agent that has said hello, before it tells it that it is taken: as long as an
+/// API that is asked about a token may take to answer. An agent waits for longer ([`Limits::admission_timeout`]), so that it
+/// hears what the server has to say and does not guess.
+pub const ADMISSION_TIME: Duration = Duration::from_secs(10);
+
 /// What one tunnel may cost and how long it may take. Every default says what it trades.
 #[derive(Clone, Debug)]
 pub struct Limits {
     /// From accept to the end of both hellos. A path with 500 ms round trips needs 2 s; a stalled peer holds one
     /// handshake slot for this long.
     pub handshake_timeout: Duration,
+    /// How long an agent waits, once it has said hello, to hear whether it is taken: [`ADMISSION_TIME`], and 5 s for a slow path
+    /// and a busy server.
+    pub admission_timeout: Duration,
     /// Handshakes under way at once; more are dropped. Each costs about 50 KiB, over QUIC 100 KiB, and 1 ms of CPU.
     pub max_handshakes: usize,
     /// A ping goes out when nothing was heard for this long…
@@ -33,6 +41,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             handshake_timeout: Duration::from_secs(10),
+            admission_timeout: ADMISSION_TIME + Duration::from_secs(5),
             max_handshakes: 512,
             keepalive_interval: Duration::from_secs(10),
             keepalive_timeout: Duration::from_secs(15),

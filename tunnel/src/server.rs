@@ -32,7 +32,7 @@ use crate::{
     control::{AgentStatistics, Command, Control, ServerSide},
     error::{CloseReason, DialError, RefusalKind, TunnelError},
     h2::{Early, Link, LinkConfig, Records, Role},
-    hello::{Carrier, Hello, ServerHello},
+    hello::{ADMISSION, Carrier, Hello, ServerHello},
     limits::{Budget, Limits},
     quic::{self, QuicLink},
     reset::ResetKey,
@@ -151,6 +151,17 @@ enum PendingCarrier {
 
 /// Counts a QUIC connection among those that are no handshake any more, while it is held.
 struct Established(Arc<Counters>);
+
+/// A tunnel whose agent has said who it is and waits to hear whether it is taken: it does not count itself connected before.
+/// Dropping it ends it without a word.
+pub struct GreetedTunnel {
+    hello: Hello,
+    session: Session,
+    driver: AbortOnDropHandle<()>,
+    control: Control,
+    remote_addr: SocketAddr,
+    limits: Limits,
+}
 
 /// A handle on an attached tunnel. The tunnel ends when the last clone is dropped.
 #[derive(Clone)]
@@ -522,44 +533,39 @@ impl PendingTunnel {
         }
     }
 
-    /// Exchanges hellos. That the agent's cluster and id are those of its certificate is the caller's to check, and
-    /// to drop the tunnel if not.
-    pub async fn attach(self, hello: ServerHello) -> Result<ServerTunnel, TunnelError> {
-        let limits = self.limits.clone();
-        tokio::time::timeout(limits.handshake_timeout, self.exchange_hellos(hello))
+    /// Exchanges hellos. That the agent's cluster and id are those of its certificate, and that its token is good, is the
+    /// caller's to check, and to admit or refuse the agent by it.
+    pub async fn greet(self, hello: ServerHello) -> Result<GreetedTunnel, TunnelError> {
+        let limit = self.limits.handshake_timeout;
+        tokio::time::timeout(limit, self.exchange_hellos(hello))
             .await
             .map_err(|_| TunnelError::TimedOut("hello from the agent"))?
     }
 
-    async fn exchange_hellos(self, hello: ServerHello) -> Result<ServerTunnel, TunnelError> {
-        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+    /// Exchanges hellos and takes the agent, whatever it says.
+    pub async fn attach(self, hello: ServerHello) -> Result<ServerTunnel, TunnelError> {
+        self.greet(hello).await?.admit().await
+    }
+
+    async fn exchange_hellos(self, hello: ServerHello) -> Result<GreetedTunnel, TunnelError> {
         let (limits, remote_addr) = (self.limits.clone(), self.remote_addr);
         let (session, driver) = self.start();
         let mut control = Control::new(session.open_control().await?);
-        control
-            .send(&v1::ServerMessage { message: Some(v1::server_message::Message::Hello(hello.to_proto())) })
-            .await?;
+        let mut hello = hello.to_proto();
+        hello.capabilities.push(ADMISSION.to_owned());
+        control.send(&v1::ServerMessage { message: Some(v1::server_message::Message::Hello(hello)) }).await?;
         let answer = control.expect::<v1::AgentMessage>("the attachment").await?;
         let Some(v1::agent_message::Message::Hello(agent)) = answer.message else {
             return Err(TunnelError::Protocol("the agent's first message is no hello".to_owned()));
         };
         let hello = Hello::from_proto(agent)?;
-        let attached = Attached::new::<ServerSide>(session, driver, control, Vec::new(), limits, None);
-        Ok(ServerTunnel(Arc::new(Inner {
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
-            hello,
-            remote_addr,
-            attached,
-        })))
+        Ok(GreetedTunnel { hello, session, driver, control, remote_addr, limits })
     }
 
     /// Turns the agent away and tells it why; takes up to a second for the agent to hear it.
     pub async fn refuse(self, reason: &str, kind: RefusalKind) {
         let (session, driver) = self.start();
-        session.close(match kind {
-            RefusalKind::Temporary => CloseReason::Local(reason.to_owned()),
-            RefusalKind::Lasting => CloseReason::Refused(reason.to_owned()),
-        });
+        session.close(kind.close(reason));
         // A driver that panicked has closed its socket.
         let _ = driver.await;
     }
@@ -585,6 +591,47 @@ impl PendingTunnel {
                 (Session::Quic(link), AbortOnDropHandle::new(driver))
             }
         }
+    }
+}
+
+// === impl GreetedTunnel ===
+
+impl GreetedTunnel {
+    /// What the agent said of itself.
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    /// Waits for the end, such as that of an agent that waits no longer. Holds nothing of the tunnel.
+    pub fn closed(&self) -> impl Future<Output = CloseReason> + Send + use<> {
+        self.session.ended()
+    }
+
+    /// Takes the agent and tells it so.
+    pub async fn admit(mut self) -> Result<ServerTunnel, TunnelError> {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+        let admitted = v1::server_message::Message::Admitted(v1::Admitted {});
+        let message = v1::ServerMessage { message: Some(admitted) };
+        tokio::time::timeout(self.limits.handshake_timeout, self.control.send(&message))
+            .await
+            .map_err(|_| TunnelError::TimedOut("room for the word that the agent is taken"))??;
+        let Self { hello, session, driver, control, remote_addr, limits } = self;
+        let attached = Attached::new::<ServerSide>(session, driver, control, Vec::new(), limits, None);
+        Ok(ServerTunnel(Arc::new(Inner {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            hello,
+            remote_addr,
+            attached,
+        })))
+    }
+
+    /// Turns the agent away and tells it why; takes up to a second for the agent to hear it.
+    pub async fn refuse(self, reason: &str, kind: RefusalKind) {
+        // Dropped last: the end of the control stream is not to come before the reason.
+        let Self { session, driver, control: _control, .. } = self;
+        session.close(kind.close(reason));
+        // A driver that panicked has closed its socket.
+        let _ = driver.await;
     }
 }
 

@@ -82,6 +82,17 @@ impl Session {
         }
     }
 
+    /// Waits for the end. Holds nothing of the session.
+    pub(crate) fn ended(&self) -> impl Future<Output = CloseReason> + Send + use<> {
+        let mut closed = self.closed();
+        async move {
+            match closed.wait_for(Option::is_some).await {
+                Ok(reason) => reason.clone().unwrap_or(CloseReason::KeepAlive),
+                Err(_) => CloseReason::Lost("the tunnel's task ended".to_owned()),
+            }
+        }
+    }
+
     /// Takes a measured round trip in. QUIC measures its own.
     pub(crate) fn observe_round_trip(&self, took: Duration) {
         match self {
@@ -183,11 +194,7 @@ impl Attached {
     }
 
     pub(crate) async fn closed(&self) -> CloseReason {
-        let mut closed = self.session.closed();
-        match closed.wait_for(Option::is_some).await {
-            Ok(reason) => reason.clone().unwrap_or(CloseReason::KeepAlive),
-            Err(_) => CloseReason::Lost("the tunnel's task ended".to_owned()),
-        }
+        self.session.ended().await
     }
 }
 

@@ -126,6 +126,73 @@ async fn a_refused_agent_is_told_why() {
     .await;
 }
 
+/// What an agent says in its hello may take a while to be looked at. It has no tunnel until it is taken, however long that is
+/// within the limit; one that is turned away never had one, and knows whether to come again soon.
+#[tokio::test]
+async fn an_agent_has_a_tunnel_once_it_is_taken_and_not_before() {
+    use tunnel::{CloseReason, ConnectError, RefusalKind};
+    support::both(|carrier| async move {
+        let identities = Identities::new();
+        let mut listener = support::listener(&identities, Limits::default(), true).await;
+        let address = listener.local_addr();
+        for verdict in [None, Some(RefusalKind::Temporary), Some(RefusalKind::Lasting)] {
+            let mut options = support::options(&identities, address, carrier);
+            let mut look = Duration::from_millis(200);
+            if verdict.is_none() {
+                // The server's decision is no part of the handshake.
+                options.limits.handshake_timeout = Duration::from_secs(5);
+                look = Duration::from_secs(6);
+            }
+            let connecting = tunnel::connect(options);
+            tokio::pin!(connecting);
+            let greeted = tokio::select! {
+                _ = &mut connecting => panic!("it does not wait for the server's hello"),
+                greeted = support::greet(&mut listener) => greeted,
+            };
+            assert_eq!(greeted.hello().agent_id, "a1");
+            let early = tokio::time::timeout(look, &mut connecting).await;
+            assert!(early.is_err(), "over {carrier} it does not wait until it is taken");
+            let Some(kind) = verdict else {
+                let (agent, server) = tokio::join!(connecting, greeted.admit());
+                let (agent, server) = (agent.unwrap(), server.unwrap());
+                assert!(server.ping().await.is_ok() && agent.server_hello().server_id == "hub-1");
+                continue;
+            };
+            let (agent, ()) = tokio::join!(connecting, greeted.refuse("not with this token", kind));
+            let why = "not with this token".to_owned();
+            let expected = match kind {
+                RefusalKind::Temporary => CloseReason::Remote(why),
+                RefusalKind::Lasting => CloseReason::Refused(why),
+            };
+            let error = agent.err().unwrap();
+            assert!(matches!(&error, ConnectError::Refused(reason) if *reason == expected), "{error:?}");
+        }
+    })
+    .await;
+}
+
+/// A server that never decides holds no agent up, and notices when one has gone.
+#[tokio::test]
+async fn an_agent_that_is_neither_taken_nor_refused_gives_up() {
+    support::both(|carrier| async move {
+        let identities = Identities::new();
+        let mut listener = support::listener(&identities, Limits::default(), true).await;
+        let mut options = support::options(&identities, listener.local_addr(), carrier);
+        assert!(options.limits.admission_timeout > tunnel::ADMISSION_TIME);
+        options.limits.admission_timeout = Duration::from_secs(1);
+        let (agent, greeted) = tokio::join!(tunnel::connect(options), support::greet(&mut listener));
+        match agent.err().unwrap() {
+            tunnel::ConnectError::Tunnel(tunnel::TunnelError::TimedOut(what)) => {
+                assert!(what.contains("whether it takes this agent"), "{what}");
+            }
+            other => panic!("{other:?}"),
+        }
+        let ended = tokio::time::timeout(support::LONG, greeted.closed()).await.expect("it is not noticed");
+        assert!(!matches!(ended, tunnel::CloseReason::KeepAlive), "nobody has told it");
+    })
+    .await;
+}
+
 /// An authenticated agent that breaks the protocol loses its tunnel; the frames are written by hand.
 #[tokio::test]
 async fn an_agent_that_breaks_http2_loses_its_tunnel() {

@@ -67,6 +67,31 @@ async fn who_waits_for_its_client_learns_that_the_tunnel_closed() {
 }
 
 #[tokio::test]
+async fn who_only_answers_learns_that_nobody_takes_it() {
+    both(|carrier| async move {
+        let mut pair = Pair::new(carrier).await;
+        for half_closes in [false, true] {
+            let (mut near, mut far) = pair.connection().await;
+            let mut abandoned = std::pin::pin!(far.abandoned());
+            near.write_all(b"a request").await.unwrap();
+            if half_closes {
+                near.shutdown().await.unwrap();
+            }
+            let mut request = [0; 9];
+            far.read_exact(&mut request).await.unwrap();
+            assert!(futures::poll!(&mut abandoned).is_pending(), "{half_closes}: it waits for the answer");
+            drop(near);
+            tokio::time::timeout(support::LONG, abandoned).await.expect("it is told");
+        }
+        let (_near, far) = pair.connection().await;
+        let abandoned = far.abandoned();
+        pair.server.close("revoked");
+        tokio::time::timeout(support::LONG, abandoned).await.expect("it is told of the tunnel's end too");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn the_agent_tells_what_it_counts() {
     both(|carrier| async move {
         let limits = Limits { keepalive_interval: Duration::from_millis(50), ..Limits::default() };

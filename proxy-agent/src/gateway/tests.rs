@@ -152,21 +152,22 @@ fn upstream(server: String) -> UpstreamConfig {
 struct Client {
     sender: SendRequest<Body>,
     drain: CancellationToken,
+    abandon: CancellationToken,
     tasks: JoinSet<()>,
 }
 
 async fn client(config: UpstreamConfig, allow_masters: bool) -> Client {
     let gateway = Gateway::new(Upstream::new(config).unwrap(), allow_masters, Metrics::default());
     let (near, far) = tokio::io::duplex(16 << 10);
-    let drain = CancellationToken::new();
+    let (drain, abandon) = (CancellationToken::new(), CancellationToken::new());
     let mut tasks = JoinSet::new();
-    let watched = drain.clone();
-    tasks.spawn(async move { gateway.serve(far, watched).await });
+    let (watched, abandoned) = (drain.clone(), abandon.clone());
+    tasks.spawn(async move { gateway.serve(far, abandoned.cancelled(), watched).await });
     let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(near)).await.unwrap();
     tasks.spawn(async move {
         let _ = connection.with_upgrades().await;
     });
-    Client { sender, drain, tasks }
+    Client { sender, drain, abandon, tasks }
 }
 
 fn empty() -> Body {
@@ -303,6 +304,19 @@ async fn bodies_stream_both_ways_and_a_client_that_leaves_ends_its_watch() {
     assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "{}\n");
     drop(body);
     drop(watcher);
+    tokio::time::timeout(PATIENCE, fake.watches_ended.recv()).await.unwrap().unwrap();
+}
+
+/// A watch in which nothing happens has nothing to write, and its connection reads nothing meanwhile.
+#[tokio::test]
+async fn a_quiet_watch_that_nobody_takes_ends() {
+    let mut fake = fake(None).await;
+    let mut watcher = client(upstream(format!("http://{}", fake.addr)), false).await;
+    let watch = request("/watch?watch=true").body(empty()).unwrap();
+    let response = watcher.sender.send_request(watch).await.unwrap();
+    let mut body = response.into_body();
+    assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "{}\n");
+    watcher.abandon.cancel();
     tokio::time::timeout(PATIENCE, fake.watches_ended.recv()).await.unwrap().unwrap();
 }
 

@@ -6,7 +6,11 @@ use std::{path::Path, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use test_support::{NotRun, TestDir, egress::EgressProxy, process::Process, tools, wait_for, wait_until};
-use tokio::process::Command;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    process::Command,
+};
 
 /// Programs are built without optimisation and share the machine with other tests.
 const LIMIT: Duration = Duration::from_secs(90);
@@ -34,6 +38,32 @@ async fn hub(program: &Path, data: &Path) -> Result<Process> {
     let ready = data.join("hub.json");
     wait_for(|| ready.is_file(), LIMIT, "the hub to be ready").await.with_context(|| hub.tail(40))?;
     Ok(hub)
+}
+
+/// A line of the metrics of an agent that has tried to establish a tunnel, without the number.
+fn tried(outcome: &str) -> String {
+    format!("cellway_agent_connects_total{{outcome=\"{outcome}\"}}")
+}
+
+/// The metrics of an agent, once it has counted an attempt that ended so.
+async fn metrics(agent: &mut Process, outcome: &str) -> Result<String> {
+    let started = agent.wait_for_line("the agent has started", LIMIT).await?;
+    let admin = started.split(' ').find_map(|field| field.strip_prefix("admin=")).context("no address")?;
+    let request = format!("GET /metrics HTTP/1.1\r\nHost: {admin}\r\nConnection: close\r\n\r\n");
+    let page = wait_until(
+        || async {
+            let mut stream = TcpStream::connect(admin).await?;
+            stream.write_all(request.as_bytes()).await?;
+            let mut page = String::new();
+            stream.read_to_string(&mut page).await?;
+            ensure!(page.contains(&tried(outcome)), "{page}");
+            anyhow::Ok(page)
+        },
+        LIMIT,
+        "the agent to count it",
+    )
+    .await?;
+    Ok(page)
 }
 
 /// The name that the agent is given for the hub exists at the proxy only: there is no other way.
@@ -122,7 +152,7 @@ async fn an_agent_joins_with_a_service_accounts_token() -> Result<()> {
     };
     let dir = TestDir::new("token")?;
     let data = dir.join("hub");
-    let _api = hub(&cellway, &data).await?;
+    let mut api = hub(&cellway, &data).await?;
     let kubeconfig = data.join("admin.kubeconfig");
     let kubectl = async |args: &[&str]| -> Result<String> {
         let mut command = Command::new(&kubectl);
@@ -137,7 +167,8 @@ async fn an_agent_joins_with_a_service_accounts_token() -> Result<()> {
     let token = async |audience: &str| {
         kubectl(&["create", "token", "agent", "-n", "konnectivity", "--audience", audience]).await
     };
-    let (good, other) = (token("tunnels").await?, token("others").await?);
+    let (good, other, late) = (token("tunnels").await?, token("others").await?, token("tunnels").await?);
+    ensure!(good != late, "what is said of one is known of the other");
 
     let authority = tls::CertificateAuthority::create("test servers' CA")?;
     let certificate = authority.issue_server(&["127.0.0.1".to_owned()], Duration::from_secs(86_400))?;
@@ -174,29 +205,47 @@ async fn an_agent_joins_with_a_service_accounts_token() -> Result<()> {
     let (_, port) =
         addresses["agents"].as_str().and_then(|address| address.rsplit_once(':')).context("no address")?;
 
-    let token_file = dir.join("agent.token");
-    let mut command = Command::new(agent_program);
-    command
-        .arg("--proxy-server-host=127.0.0.1")
-        .arg(format!("--proxy-server-port={port}"))
-        .arg(file("ca-cert", &dir.join("ca.crt")))
-        .arg(file("service-account-token-path", &token_file))
-        .args(["--agent-id=a", "--sync-interval=100ms", "--health-server-host=127.0.0.1"])
-        .args(["--health-server-port=0", "--admin-server-port=0"]);
-    // It is turned away, and told why.
-    std::fs::write(&token_file, &other)?;
-    let mut agent = Process::spawn("agent", command, &dir.join("agent.log"))?;
+    let token_file = |name: &str| dir.join(format!("{name}.token"));
+    let start = |name: &str| {
+        let mut command = Command::new(&agent_program);
+        command
+            .arg("--proxy-server-host=127.0.0.1")
+            .arg(format!("--proxy-server-port={port}"))
+            .arg(file("ca-cert", &dir.join("ca.crt")))
+            .arg(file("service-account-token-path", &token_file(name)))
+            .arg(format!("--agent-id={name}"))
+            .args(["--sync-interval=100ms", "--health-server-host=127.0.0.1"])
+            .args(["--health-server-port=0", "--admin-server-port=0"]);
+        Process::spawn(name, command, &dir.join(format!("{name}.log")))
+    };
+    let established =
+        |process: &Process| process.lines().iter().any(|line| line.contains("tunnel established"));
+    // It is turned away, and told why. It never thought that it had a tunnel, and so never said that it is ready.
+    std::fs::write(token_file("agent"), &other)?;
+    let mut agent = start("agent")?;
     agent.wait_for_line("for another audience", LIMIT).await?;
     server.wait_for_line("bad-token", LIMIT).await?;
-    let established =
-        |server: &Process| server.lines().iter().any(|line| line.contains("tunnel established"));
-    ensure!(!established(&server), "a token for another audience was taken");
+    ensure!(!established(&server) && !established(&agent), "a token for another audience was taken");
+    let counted = metrics(&mut agent, "refused").await?;
+    ensure!(!counted.contains(&tried("connected")), "{counted}");
     // The file is read again for each tunnel.
-    std::fs::write(&token_file, &good)?;
+    std::fs::write(token_file("agent"), &good)?;
     server.wait_for_line("tunnel established", LIMIT).await.with_context(|| agent.tail(30))?;
-    for process in [&server, &agent] {
+    metrics(&mut agent, "connected").await?;
+
+    // When nobody can be asked it is not ready either; it is told to try again.
+    api.kill().await?;
+    std::fs::write(token_file("late"), &late)?;
+    let mut waiting = start("late")?;
+    waiting.wait_for_line("does not answer: try again", LIMIT).await?;
+    server.wait_for_line("token-unchecked", LIMIT).await?;
+    let counted = metrics(&mut waiting, "failed").await?;
+    ensure!(!counted.contains(&tried("refused")) && !counted.contains(&tried("connected")), "{counted}");
+    ensure!(!established(&waiting), "a token was taken that nobody has looked at");
+    for process in [&server, &agent, &waiting] {
         let log = process.lines().join("\n");
-        ensure!(!log.contains(&good) && !log.contains(&other), "a token is in the log: {log}");
+        let told = [&good, &other, &late].into_iter().any(|token| log.contains(token.as_str()));
+        ensure!(!told, "a token is in the log: {log}");
     }
     Ok(())
 }

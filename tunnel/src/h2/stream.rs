@@ -372,6 +372,15 @@ impl H2Connection {
         })
     }
 
+    /// Returns when nothing can be sent any more, to the task that reads it.
+    pub(crate) fn abandoned(&self) -> impl Future<Output = ()> + Send + 'static {
+        let stream = self.stream.clone();
+        std::future::poll_fn(move |cx| {
+            stream.recv_waker.register(cx.waker());
+            if stream.is_dead() { Poll::Ready(()) } else { Poll::Pending }
+        })
+    }
+
     /// Answers a dial of the peer: connected.
     pub(crate) fn accept(&self) {
         self.link.answer_connected(self.stream.id);

@@ -97,10 +97,7 @@ impl QuicConnection {
     pub(crate) fn cut(&self) -> impl Future<Output = io::Error> + Send + 'static {
         let (reader, mut closed) = (self.reader.clone(), self.link.closed.subscribe());
         async move {
-            let cut = std::future::poll_fn(|cx| match reader.poll_cut(cx) {
-                true => Poll::Ready(()),
-                false => Poll::Pending,
-            });
+            let cut = reader.until_cut();
             let closed = async {
                 // Its sender is as good as closed when it is gone.
                 let _ = closed.wait_for(Option::is_some).await;
@@ -113,6 +110,26 @@ impl QuicConnection {
             tokio::select! {
                 () = cut => cut_error(),
                 () = closed => io::Error::new(io::ErrorKind::ConnectionAborted, "the tunnel closed"),
+            }
+        }
+    }
+
+    /// Returns when nothing can be sent any more, to the task that reads it.
+    pub(crate) fn abandoned(&self) -> impl Future<Output = ()> + Send + 'static {
+        let (reader, mut closed) = (self.reader.clone(), self.link.closed.subscribe());
+        let stopped = self.send.stopped();
+        async move {
+            let unwanted = async {
+                // Nothing to stop: the peer has taken all of it.
+                if let Ok(None) = stopped.await {
+                    std::future::pending().await
+                }
+            };
+            tokio::select! {
+                () = reader.until_cut() => {}
+                () = unwanted => {}
+                // Its sender is as good as closed when it is gone.
+                _ = closed.wait_for(Option::is_some) => {}
             }
         }
     }

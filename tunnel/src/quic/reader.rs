@@ -135,6 +135,11 @@ impl Reader {
         self.is_cut()
     }
 
+    /// Returns when it has been cut.
+    pub(super) async fn until_cut(&self) {
+        std::future::poll_fn(|cx| if self.poll_cut(cx) { Poll::Ready(()) } else { Poll::Pending }).await;
+    }
+
     /// The local peer took bytes that had been read for it.
     pub(super) fn passed_on(&self, bytes: usize) {
         self.inner.lock().progress.took(bytes, Instant::now());

@@ -11,8 +11,9 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 use tunnel::{
-    Accepted, AgentTunnel, Budget, CarrierChoice, ConnectError, ConnectOptions, Connection, DialError, Hello,
-    Limits, ListenerConfig, ResetKey, ServerHello, ServerTunnel, Target, TunnelListener,
+    Accepted, AgentTunnel, Budget, CarrierChoice, ConnectError, ConnectOptions, Connection, DialError,
+    GreetedTunnel, Hello, Limits, ListenerConfig, ResetKey, ServerHello, ServerTunnel, Target,
+    TunnelListener,
 };
 
 pub const LONG: Duration = Duration::from_secs(30);
@@ -215,13 +216,16 @@ pub fn options(identities: &Identities, address: SocketAddr, carrier: CarrierCho
 }
 
 pub async fn attach(listener: &mut TunnelListener) -> ServerTunnel {
+    greet(listener).await.admit().await.unwrap()
+}
+
+/// The next agent, which has said hello and waits.
+pub async fn greet(listener: &mut TunnelListener) -> GreetedTunnel {
     match listener.accept().await.unwrap() {
         Accepted::Tunnel(pending) => {
             assert!(!pending.peer_certificates().is_empty());
-            pending
-                .attach(ServerHello { server_id: "hub-1".to_owned(), ..ServerHello::default() })
-                .await
-                .unwrap()
+            let hello = ServerHello { server_id: "hub-1".to_owned(), ..ServerHello::default() };
+            pending.greet(hello).await.unwrap()
         }
         Accepted::Https(_) => panic!("an agent came as HTTPS client"),
     }

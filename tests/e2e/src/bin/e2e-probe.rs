@@ -1,7 +1,7 @@
 //! What a test has to do from inside a namespace of the fleet.
 //!
 //! `e2e-probe attach ADDRESS FOLDER CLUSTER INSTANCE CARRIER` dials a hub with the certificate in FOLDER and a hello that
-//! claims CLUSTER. It prints `attached` when the hub says hello, and `ended: REASON` when the hub ends or refuses it.
+//! claims CLUSTER. It prints `attached` when the hub takes it, and `ended: REASON` when the hub ends or refuses it.
 //! `e2e-probe get ADDRESS PATH` prints the page.
 
 use std::{io::Write as _, path::Path};
@@ -56,7 +56,7 @@ async fn attach(
         limits: Limits::default(),
         budget: Budget::new(MEMORY),
     };
-    // The hub may say no before it says hello, or after it.
+    // The hub may say no before it takes it, or later.
     let reason = match tunnel::connect(options).await {
         Ok(tunnel) => {
             eprintln!("attached");
