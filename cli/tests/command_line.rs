@@ -286,6 +286,11 @@ impl Drop for Hub {
 
 impl Hub {
     async fn start(data: &std::path::Path) -> Self {
+        Self::start_with(data, &[]).await
+    }
+
+    /// The same with these flags besides.
+    async fn start_with(data: &std::path::Path, flags: &[&str]) -> Self {
         let log =
             std::fs::File::options().create(true).append(true).open(data.with_extension("log")).unwrap();
         let hub = Self(
@@ -299,6 +304,7 @@ impl Hub {
                 ])
                 .args(["--health-port=0", "--admin-port=0", "--data-dir"])
                 .arg(data)
+                .args(flags)
                 .stdin(std::process::Stdio::null())
                 .stdout(log.try_clone().unwrap())
                 .stderr(log)
@@ -393,10 +399,8 @@ async fn the_five_errors_differ_at_a_members_api() {
     let _hub = Hub::start(&data).await;
     let admin = std::fs::read_to_string(data.join("admin.kubeconfig")).unwrap();
     let kubeconfig = kube::config::Kubeconfig::from_yaml(&admin).unwrap();
-    let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default()).await.unwrap();
     // A 503 is what is asked for.
-    config.default_retry = false;
-    let client = kube::Client::try_from(config).unwrap();
+    let client = test_support::api::client_without_retries(kubeconfig).await.unwrap();
     let ask = async |member: &str| {
         let request = http::Request::get(format!("/clusters/{member}/api"));
         let answer = client.send(request.body(kube::client::Body::empty()).unwrap()).await.unwrap();
@@ -502,8 +506,7 @@ async fn up_tells_how_it_ended() {
 async fn remove(data: &std::path::Path, cluster: &str, when: jiff::Timestamp) -> String {
     use k8s_openapi::api::core::v1::Secret;
     let kubeconfig = kube::config::Kubeconfig::read_from(data.join("admin.kubeconfig")).unwrap();
-    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default()).await.unwrap();
-    let client = kube::Client::try_from(config).unwrap();
+    let client = test_support::api::client(kubeconfig).await.unwrap();
     let secrets: kube::Api<Secret> = kube::Api::namespaced(client.clone(), "cellway-system");
     let clusters: kube::Api<federation_core::api::KubeFedCluster> =
         kube::Api::namespaced(client, "kube-federation-system");
@@ -595,21 +598,7 @@ async fn a_hub_moves_to_a_key_and_keeps_nothing_of_before() {
         std::fs::write(&config, text).unwrap();
     };
     providers("{identity: {}}");
-    let log = std::fs::File::create(folder.path().join("log")).unwrap();
-    let child = Command::new(env!("CARGO_BIN_EXE_cellway"))
-        .args(["hub", "--bind-address=127.0.0.1", "--api-port=0", "--agent-port=0", "--connect-port=0"])
-        .args(["--health-port=0", "--admin-port=0", "--data-dir"])
-        .arg(&data)
-        .arg("--encryption-provider-config")
-        .arg(&config)
-        .stdin(std::process::Stdio::null())
-        .stdout(log.try_clone().unwrap())
-        .stderr(log)
-        .spawn()
-        .unwrap();
-    let hub = Hub(child);
-    let ready = || data.join("hub.json").exists();
-    test_support::wait_for(ready, std::time::Duration::from_secs(120), "the hub").await.unwrap();
+    let hub = Hub::start_with(&data, &["--encryption-provider-config", config.to_str().unwrap()]).await;
     let at = data.to_str().unwrap();
     let key = format!("{}=", "A".repeat(43));
     providers(&format!("{{aesgcm: {{keys: [{{name: one, secret: {key}}}]}}}}, {{identity: {{}}}}"));

@@ -2,31 +2,32 @@
 //! tokens and a client certificate in turn. They are rotated under steady writes, also while the plug-in is away and when it is
 //! back with another key: no request is refused, every change arrives, and nothing shows them but the Secret, to whom may read it.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use futures::{StreamExt as _, TryStreamExt as _};
-use http::{Method, Request};
+use http::Method;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{ApiResource, DynamicObject, ListParams, WatchEvent, WatchParams};
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::Kubeconfig;
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::{Value, json};
+use test_support::api::{ask, client_without_retries, code, create, delete, get, merge, text};
 use test_support::kms::{KmsPlugin, Serving};
 use test_support::process::Process;
 use test_support::{TestDir, files_with, wait_until};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::process::Command;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
-/// Programs are built without optimisation and share the machine with other tests.
-const LIMIT: Duration = Duration::from_secs(90);
+use self::common::LIMIT;
+
 /// Each is changed again and again, all of them at once.
 const OBJECTS: usize = 4;
 const NAMESPACE: &str = "shop";
@@ -274,32 +275,16 @@ impl World {
             "resources": [{"resources": ["secrets"], "providers": [{"kms": kms}]}]});
         std::fs::write(&encryption, configuration.to_string())?;
 
-        let mut command = cellway(&folder);
-        command
-            .args(["hub", "--bind-address=127.0.0.1", "--log=debug", "--data-dir"])
-            .arg(folder.join("hub"));
-        command.arg("--encryption-provider-config").arg(&encryption);
-        command.args(["api", "agent", "connect", "health", "admin"].map(|port| format!("--{port}-port=0")));
-        let process = Process::spawn("hub", command, &folder.join("hub.log"))?;
-        let ready = folder.join("hub").join("hub.json");
-        let there = test_support::wait_for(|| ready.is_file(), LIMIT, "the hub to be ready").await;
-        there.with_context(|| process.tail(40))?;
-
-        let mut command = cellway(&folder);
-        command.args(["cluster", "add", "west", "-o", "json", "--data-dir"]).arg(folder.join("hub"));
-        let added = tokio::time::timeout(LIMIT, command.output()).await??;
-        let errors = String::from_utf8_lossy(&added.stderr);
-        ensure!(added.status.success(), "{errors}");
-        let added: Value = serde_json::from_slice(&added.stdout)?;
-        let field = |field: &str| added[field].as_str().map(str::to_owned).context("not printed");
-        let mut command = cellway(&folder);
-        command.args(["dev", "member", "west", "--hub", &field("hub")?, "--ca-hash", &field("caHash")?]);
+        let mut command = common::hub(folder.path(), "hub", &["api", "agent", "connect", "health", "admin"]);
+        command.arg("--log=debug").arg("--encryption-provider-config").arg(&encryption);
+        let process = common::start_hub(folder.path(), "hub", command).await?;
+        let mut command = common::member(folder.path(), "hub", "west", &[]).await?;
         // Its API is where the hub's credential leads.
-        command.args(["--v=5", "--allow=127.0.0.1", "--data-dir"]).arg(folder.join("west"));
-        command.env("CELLWAY_ENROLMENT_TOKEN", field("token")?);
-        let member_process = Process::spawn("west", command, &folder.join("west.log"))?;
-        let (hub, member) =
-            (administrator(&folder.join("hub")).await?, administrator(&folder.join("west")).await?);
+        command.args(["--v=5", "--allow=127.0.0.1"]);
+        let member_process = common::spawn(folder.path(), "west", command)?;
+        let administrator =
+            async |name: &str| client_without_retries(common::administrator(&folder.join(name)).await?).await;
+        let (hub, member) = (administrator("hub").await?, administrator("west").await?);
         let world = Self {
             hub,
             member,
@@ -385,8 +370,7 @@ impl World {
 
     /// Takes an account of the member away, and waits until its token opens nothing any more.
     async fn withdraw(&mut self, account: &str, token: &str) -> Result<()> {
-        let path = format!("{ACCOUNTS}/{account}");
-        ask(&self.member, Method::DELETE, &path, "application/json", &Value::Null).await?;
+        delete(&self.member, &format!("{ACCOUNTS}/{account}")).await?;
         let holder = client_as(&self.folder.join("west"), token).await?;
         let look = async || {
             let found = code(get(&holder, "/api/v1/namespaces/default").await);
@@ -563,16 +547,6 @@ impl World {
     }
 }
 
-/// The command, with nothing of whoever runs the test.
-fn cellway(folder: &TestDir) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
-    for variable in ["CELLWAY_DATA_DIR", "CELLWAY_KUBECONFIG", "CELLWAY_STORE", "CELLWAY_LOG"] {
-        command.env_remove(variable);
-    }
-    command.env("HOME", folder.path()).kill_on_drop(true);
-    command
-}
-
 /// Makes an account in the namespace `default` that has a role, and a token of it.
 async fn token(client: &Client, account: &str, role: &str) -> Result<String> {
     let made = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": account}});
@@ -602,59 +576,11 @@ fn kubeconfig(folder: &Path) -> Result<Value> {
     Ok(serde_json::from_str(&std::fs::read_to_string(folder.join("admin.kubeconfig"))?)?)
 }
 
-async fn administrator(folder: &Path) -> Result<Client> {
-    let path = folder.join("admin.kubeconfig");
-    test_support::wait_for(|| path.is_file(), LIMIT, path.display()).await?;
-    client(Kubeconfig::read_from(&path)?).await
-}
-
 /// Whoever has this token, at the same API.
 async fn client_as(folder: &Path, token: &str) -> Result<Client> {
     let mut config = kubeconfig(folder)?;
     for entry in config["users"].as_array_mut().context("no users")? {
         entry["user"] = json!({ "token": token });
     }
-    client(Kubeconfig::from_yaml(&config.to_string())?).await
-}
-
-async fn client(kubeconfig: Kubeconfig) -> Result<Client> {
-    let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
-    // A refusal is an answer here.
-    config.default_retry = false;
-    Ok(Client::try_from(config)?)
-}
-
-async fn ask(client: &Client, method: Method, path: &str, content: &str, body: &Value) -> Result<Value> {
-    let body = if body.is_null() { Vec::new() } else { serde_json::to_vec(body)? };
-    let request = Request::builder().method(&method).uri(path).header("content-type", content).body(body)?;
-    client.request(request).await.with_context(|| format!("{method} {path}"))
-}
-
-async fn get(client: &Client, path: &str) -> Result<Value> {
-    ask(client, Method::GET, path, "application/json", &Value::Null).await
-}
-
-async fn create(client: &Client, path: &str, object: &Value) -> Result<Value> {
-    ask(client, Method::POST, path, "application/json", object).await
-}
-
-async fn merge(client: &Client, path: &str, patch: &Value) -> Result<Value> {
-    ask(client, Method::PATCH, path, "application/merge-patch+json", patch).await
-}
-
-/// An answer as it is written.
-async fn text(client: &Client, path: &str) -> Result<String> {
-    let request = Request::get(path).body(Vec::new())?;
-    client.request_text(request).await.with_context(|| format!("GET {path}"))
-}
-
-/// The code of an answer; 200 for any that is none of a failure, 0 for no answer.
-fn code<T>(answer: Result<T>) -> u16 {
-    match answer {
-        Ok(_) => 200,
-        Err(error) => match error.downcast_ref::<kube::Error>() {
-            Some(kube::Error::Api(status)) => status.code,
-            _ => 0,
-        },
-    }
+    client_without_retries(Kubeconfig::from_yaml(&config.to_string())?).await
 }

@@ -1,23 +1,20 @@
 //! The commands about federated objects against a hub and two members that run, on loopback: each says what it promises, and
 //! what it promises happens.
 
+mod common;
+
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
-use std::process::Output;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use http::{Method, Request};
 use kube::Client;
-use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde::Deserialize as _;
 use serde_json::{Value, json};
+use test_support::api::{client, create, delete, get, merge};
 use test_support::process::Process;
 use test_support::wait_until;
-use tokio::process::Command;
 
-/// Programs are built without optimisation and share the machine with other tests.
-const LIMIT: Duration = Duration::from_secs(90);
+use self::common::{LIMIT, run};
+
 const MEMBERS: [(&str, &[&str]); 2] = [("west", &["west-a", "west-b"]), ("east", &["east-a"])];
 const HOME: &str = "kube-federation-system";
 const DEPLOYMENTS: &str = "/apis/types.kubefed.io/v1beta2/namespaces/shop/federateddeployments";
@@ -36,32 +33,17 @@ struct Fleet {
 impl Fleet {
     async fn start() -> Result<Self> {
         let folder = tempfile::tempdir()?;
-        let log = |name: &str| folder.path().join(format!("{name}.log"));
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
-        command.args(["hub", "--bind-address=127.0.0.1", "--data-dir"]).arg(folder.path().join("hub"));
-        for port in ["api", "agent", "connect", "health", "admin"] {
-            command.arg(format!("--{port}-port=0"));
-        }
-        let hub = Process::spawn("hub", command, &log("hub"))?;
-        let ready = folder.path().join("hub").join("hub.json");
-        test_support::wait_for(|| ready.is_file(), LIMIT, "the hub to be ready")
-            .await
-            .with_context(|| hub.tail(40))?;
-        let mut running = vec![hub];
+        let command = common::hub(folder.path(), "hub", &["api", "agent", "connect", "health", "admin"]);
+        let mut running = vec![common::start_hub(folder.path(), "hub", command).await?];
         for (name, zones) in MEMBERS {
-            let added = run(folder.path(), &["cluster", "add", name, "-o", "json"]).await?;
-            let added: Value = serde_json::from_slice(&added.stdout)?;
-            let field = |field: &str| added[field].as_str().map(str::to_owned).context("not printed");
-            let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
-            command.args(["dev", "member", name, "--hub", &field("hub")?, "--ca-hash", &field("caHash")?]);
-            command.env("CELLWAY_ENROLMENT_TOKEN", field("token")?);
-            command.arg("--data-dir").arg(folder.path().join(name));
+            let mut command = common::member(folder.path(), "hub", name, &[]).await?;
             command.args(zones.iter().map(|zone| format!("--zone={zone}")));
-            running.push(Process::spawn(name, command, &log(name))?);
+            running.push(common::spawn(folder.path(), name, command)?);
         }
-        let hub = client(folder.path().join("hub")).await?;
-        let [west, east] =
-            [client(folder.path().join("west")).await?, client(folder.path().join("east")).await?];
+        let administrator =
+            async |name: &str| client(common::administrator(&folder.path().join(name)).await?).await;
+        let hub = administrator("hub").await?;
+        let (west, east) = (administrator("west").await?, administrator("east").await?);
         let fleet = Self { folder, hub, west, east, _running: running };
         for (name, _) in MEMBERS {
             let path = format!("/apis/core.kubefed.io/v1beta1/namespaces/{HOME}/kubefedclusters/{name}");
@@ -90,10 +72,7 @@ impl Fleet {
 
     /// A command about this hub that must succeed; what it prints.
     async fn cellway(&self, args: &[&str]) -> Result<String> {
-        let output = run(self.folder.path(), args).await?;
-        let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "`cellway {}`: {errors}", args.join(" "));
-        Ok(String::from_utf8(output.stdout)?)
+        common::printed(self.folder.path(), "hub", args).await
     }
 
     /// The same, as JSON: its `items`.
@@ -105,7 +84,8 @@ impl Fleet {
 
     /// A command that must fail: its exit code and what it says.
     async fn fails(&self, args: &[&str]) -> Result<(i32, String)> {
-        let output = run(self.folder.path(), args).await?;
+        let data = self.folder.path().join("hub").display().to_string();
+        let output = run(self.folder.path(), &[args, &["--data-dir", &data]].concat()).await?;
         let code = output.status.code().context("it was killed")?;
         ensure!(code != 0, "`cellway {}` succeeded", args.join(" "));
         Ok((code, String::from_utf8_lossy(&output.stderr).into_owned()))
@@ -150,48 +130,6 @@ impl Fleet {
         })
         .await
     }
-}
-
-async fn run(folder: &Path, args: &[&str]) -> Result<Output> {
-    let hub = folder.join("hub").display().to_string();
-    run_as_is(folder, &[args, &["--data-dir", &hub]].concat()).await
-}
-
-/// A command with nothing but these arguments; `folder` is its home.
-async fn run_as_is(folder: &Path, args: &[&str]) -> Result<Output> {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
-    command.args(args);
-    command.env_remove("CELLWAY_DATA_DIR").env_remove("CELLWAY_KUBECONFIG").env("HOME", folder);
-    command.kill_on_drop(true);
-    let done = tokio::time::timeout(LIMIT, command.output()).await;
-    Ok(done.with_context(|| format!("`cellway {}` does not end", args.join(" ")))??)
-}
-
-/// Whoever administers what keeps its data in `folder`.
-async fn client(folder: PathBuf) -> Result<Client> {
-    let path = folder.join("admin.kubeconfig");
-    test_support::wait_for(|| path.is_file(), LIMIT, path.display()).await?;
-    let kubeconfig = Kubeconfig::read_from(&path)?;
-    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
-    Ok(Client::try_from(config)?)
-}
-
-async fn ask(client: &Client, method: Method, path: &str, content: &str, body: &Value) -> Result<Value> {
-    let body = if body.is_null() { Vec::new() } else { serde_json::to_vec(body)? };
-    let request = Request::builder().method(&method).uri(path).header("content-type", content).body(body)?;
-    client.request(request).await.with_context(|| format!("{method} {path}"))
-}
-
-async fn get(client: &Client, path: &str) -> Result<Value> {
-    ask(client, Method::GET, path, "application/json", &Value::Null).await
-}
-
-async fn create(client: &Client, path: &str, object: &Value) -> Result<Value> {
-    ask(client, Method::POST, path, "application/json", object).await
-}
-
-async fn merge(client: &Client, path: &str, patch: &Value) -> Result<Value> {
-    ask(client, Method::PATCH, path, "application/merge-patch+json", patch).await
 }
 
 fn template(image: &str) -> Value {
@@ -298,7 +236,7 @@ async fn every_result_is_printed_for_programs(fleet: &Fleet) -> Result<()> {
                 .collect();
             let args: Vec<&str> =
                 command.split(' ').chain(more.iter().map(String::as_str)).chain(["-o", format]).collect();
-            let output = run_as_is(folder, &args).await?;
+            let output = run(folder, &args).await?;
             let errors = String::from_utf8_lossy(&output.stderr);
             ensure!(output.status.success(), "`cellway {}`: {errors}", args.join(" "));
             let text = String::from_utf8(output.stdout)?;
@@ -497,7 +435,7 @@ async fn relabelling_a_held_cell(fleet: &Fleet) -> Result<()> {
         })
         .await?;
     merge(&fleet.hub, cell, &json!({"metadata": {"labels": {"tier": null}}})).await?;
-    ask(&fleet.hub, Method::DELETE, &path, "application/json", &Value::Null).await?;
+    delete(&fleet.hub, &path).await?;
     fleet
         .until("it to be gone", async || {
             ensure!(get(&fleet.hub, &path).await.is_err(), "it is there");

@@ -1,9 +1,10 @@
 //! Several whole hubs on one database, and members with a tunnel to each: whichever of them leads is killed, again and again,
 //! while federated objects change. Every change arrives in every member once, and the pause is short.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::Output;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -14,18 +15,17 @@ use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
 use kube::api::{
     ApiResource, DynamicObject, ListParams, Patch, PatchParams, PostParams, WatchEvent, WatchParams,
 };
-use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::{Value, json};
+use test_support::api::client;
 use test_support::databases::{Kind, Server};
 use test_support::process::Process;
 use test_support::{TestDir, free_port, wait_until};
-use tokio::process::Command;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
-/// Programs are built without optimisation and share the machine with other tests.
-const LIMIT: Duration = Duration::from_secs(90);
+use self::common::LIMIT;
+
 /// From a leader's end to the next change in a member. The lease runs out after four seconds; then everything is listed and looked
 /// at anew. Five are wanted on a quiet machine.
 const GAP: Duration = Duration::from_secs(15);
@@ -62,29 +62,10 @@ struct Fleet {
 }
 
 async fn start_hub(folder: &TestDir, name: &str, ports: [u16; 2], store: &str) -> Result<Process> {
-    let data = folder.join(name);
-    let ready = data.join("hub.json");
-    match std::fs::remove_file(&ready) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
-        _ => {}
-    }
-    let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
-    command.args(["hub", "--bind-address=127.0.0.1", "--data-dir"]).arg(&data).env("CELLWAY_STORE", store);
+    let mut command = common::hub(folder.path(), name, &["connect", "health", "admin"]);
     command.args([format!("--api-port={}", ports[0]), format!("--agent-port={}", ports[1])]);
-    command.args(["connect", "health", "admin"].map(|port| format!("--{port}-port=0")));
-    let hub = Process::spawn(name, command, &folder.join(format!("{name}.log")))?;
-    let there = test_support::wait_for(|| ready.is_file(), LIMIT, "a hub to be ready").await;
-    there.with_context(|| hub.tail(40))?;
-    Ok(hub)
-}
-
-/// Whoever administers what keeps its data in `folder`.
-async fn client(folder: &Path) -> Result<Client> {
-    let path = folder.join("admin.kubeconfig");
-    test_support::wait_for(|| path.is_file(), LIMIT, path.display()).await?;
-    let kubeconfig = Kubeconfig::read_from(&path)?;
-    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
-    Ok(Client::try_from(config)?)
+    command.env("CELLWAY_STORE", store);
+    common::start_hub(folder.path(), name, command).await
 }
 
 fn copy_folder(from: &Path, to: &Path) -> Result<()> {
@@ -134,7 +115,8 @@ impl Fleet {
             }
             let ports = [free_port()?, free_port()?];
             let process = Some(start_hub(&folder, name, ports, store).await?);
-            hubs.push(Hub { name, ports, client: client(&folder.join(name)).await?, process });
+            let client = client(common::administrator(&folder.join(name)).await?).await?;
+            hubs.push(Hub { name, ports, client, process });
         }
         let Ok(hubs) = <[Hub; 2]>::try_from(hubs) else { bail!("two were started") };
         let addresses = hubs.each_ref().map(|hub| format!("127.0.0.1:{}", hub.ports[1])).join(",");
@@ -142,15 +124,11 @@ impl Fleet {
             Self { told: BTreeMap::new(), _watches: Vec::new(), _members: Vec::new(), hubs, folder };
         // Each is made known at another of the hubs.
         for (number, name) in MEMBERS.into_iter().enumerate() {
-            let add = ["cluster", "add", name, "--agents-address", &addresses, "-o", "json"];
-            let added: Value = serde_json::from_slice(&fleet.cellway(number, &add).await?.stdout)?;
-            let field = |field: &str| added[field].as_str().map(str::to_owned).context("not printed");
-            let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
-            command.args(["dev", "member", name, "--hub", &field("hub")?, "--ca-hash", &field("caHash")?]);
-            command.env("CELLWAY_ENROLMENT_TOKEN", field("token")?);
-            command.arg("--data-dir").arg(fleet.folder.join(name));
-            fleet._members.push(Process::spawn(name, command, &fleet.folder.join(format!("{name}.log")))?);
-            let client = client(&fleet.folder.join(name)).await?;
+            let flags = ["--agents-address", &addresses];
+            let folder = fleet.folder.path();
+            let command = common::member(folder, fleet.hubs[number].name, name, &flags).await?;
+            fleet._members.push(common::spawn(folder, name, command)?);
+            let client = client(common::administrator(&folder.join(name)).await?).await?;
             let (told, receiver) = watch::channel(Vec::new());
             fleet.told.insert(name, receiver);
             fleet._watches.push(AbortOnDropHandle::new(tokio::spawn(async move {
@@ -163,22 +141,6 @@ impl Fleet {
         Ok(fleet)
     }
 
-    /// A command about one of the hubs, which must succeed.
-    async fn cellway(&self, hub: usize, args: &[&str]) -> Result<Output> {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
-        command.args(args).arg("--data-dir").arg(self.folder.join(self.hubs[hub].name));
-        command
-            .env_remove("CELLWAY_DATA_DIR")
-            .env_remove("CELLWAY_KUBECONFIG")
-            .env("HOME", self.folder.path());
-        command.kill_on_drop(true);
-        let done = tokio::time::timeout(LIMIT, command.output()).await;
-        let output = done.with_context(|| format!("`cellway {}` does not end", args.join(" ")))??;
-        let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "`cellway {}`: {errors}", args.join(" "));
-        Ok(output)
-    }
-
     /// What the processes said last.
     fn story(&self) -> String {
         let tail = |hub: &Hub| hub.process.as_ref().map_or_else(String::new, |process| process.tail(40));
@@ -187,15 +149,16 @@ impl Fleet {
 
     /// Waits until each hub has a tunnel from each member.
     async fn until_tunnels(&self) -> Result<()> {
-        for hub in 0..self.hubs.len() {
+        for hub in &self.hubs {
             for member in MEMBERS {
                 let look = async || {
-                    let listed = self.cellway(hub, &["tunnels", member, "-o", "json"]).await?;
-                    let listed: Value = serde_json::from_slice(&listed.stdout)?;
+                    let list = ["tunnels", member, "-o", "json"];
+                    let listed = common::printed(self.folder.path(), hub.name, &list).await?;
+                    let listed: Value = serde_json::from_str(&listed)?;
                     ensure!(listed["items"].as_array().is_some_and(|all| !all.is_empty()), "{listed}");
                     Ok(())
                 };
-                let what = format!("{member}'s tunnel to {}", self.hubs[hub].name);
+                let what = format!("{member}'s tunnel to {}", hub.name);
                 wait_until(look, LIMIT, what).await.with_context(|| self.story())?;
             }
         }

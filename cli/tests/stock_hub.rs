@@ -1,15 +1,18 @@
 //! A hub on a stock kube-apiserver: `cellway hub --kubeconfig`, with the rights that the documentation gives and nothing
 //! else done by hand. Joins when `KUBEBUILDER_ASSETS` names a folder with `kube-apiserver` and `etcd`.
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use http::{Method, Request};
+use http::Method;
 use kube::Client;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::{Value, json};
+use test_support::api::{ask, client_without_retries, code, create, get, merge};
 use test_support::process::Process;
 use test_support::stock::{Credentials, Etcd, KubeApiserver};
 use test_support::{TestDir, require, tools, wait_until};
@@ -17,8 +20,8 @@ use tls::{CertificateAuthority, ClientTls, ServerName};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::process::Command;
 
-/// Programs are built without optimisation and share the machine with other tests.
-const LIMIT: Duration = Duration::from_secs(120);
+use self::common::LIMIT;
+
 const DAY: Duration = Duration::from_secs(86_400);
 /// Of the webhook's certificate, which is renewed at a third of it.
 const TTL: Duration = Duration::from_secs(15);
@@ -82,7 +85,7 @@ async fn a_hub_on_a_stock_server() -> Result<()> {
         Command::new(&kubectl).arg("--kubeconfig").arg(&root).args(["apply", "-f", docs]).output().await?;
     ensure!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
     let shop = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}});
-    ask(&world.root, Method::POST, "/api/v1/namespaces", "application/json", &shop).await?;
+    create(&world.root, "/api/v1/namespaces", &shop).await?;
 
     world.start_hub().await?;
     world.join("east").await?;
@@ -141,7 +144,7 @@ async fn the_commands(world: &World) -> Result<()> {
     }
     // Through the hub's port to the member's API.
     let text = world.cellway(&["kubeconfig", "east"]).await?;
-    let member = client(Kubeconfig::from_yaml(&text)?).await?;
+    let member = client_without_retries(Kubeconfig::from_yaml(&text)?).await?;
     get(&member, "/api/v1/nodes").await.map(drop)
 }
 
@@ -151,15 +154,15 @@ async fn placed(world: &World) -> Result<()> {
     // As in KubeFed, nothing goes where its namespace does not.
     let namespace = json!({"apiVersion": "types.kubefed.io/v1beta1", "kind": "FederatedNamespace",
         "metadata": {"name": "shop", "namespace": "shop"}, "spec": {"placement": {"clusters": [{"name": "east"}]}}});
-    ask(&hub, Method::POST, &OLD.replace("configmaps", "namespaces"), "application/json", &namespace).await?;
+    create(&hub, &OLD.replace("configmaps", "namespaces"), &namespace).await?;
     let object = json!({"apiVersion": "types.kubefed.io/v1beta1", "kind": "FederatedConfigMap",
         "metadata": {"name": "settings", "namespace": "shop"},
         "spec": {"template": {"data": {"colour": "blue", "flags.json": "[{\"a\":[1,2,3]},{},{},".repeat(1000)}},
             "placement": {"clusters": [{"name": "east"}]}}});
-    ask(&hub, Method::POST, OLD, "application/json", &object).await?;
+    create(&hub, OLD, &object).await?;
     let stored = get(&hub, &format!("{NEW}/settings")).await?;
     ensure!(stored["spec"]["placement"]["units"] == json!([{"name": "east"}]), "{stored}");
-    let east = client(Kubeconfig::read_from(world.dir.join("east").join("admin.kubeconfig"))?).await?;
+    let east = client_without_retries(common::administrator(&world.dir.join("east")).await?).await?;
     let arrived = world
         .until("the config map to arrive", async || {
             get(&east, "/api/v1/namespaces/shop/configmaps/settings").await
@@ -180,10 +183,9 @@ async fn placed(world: &World) -> Result<()> {
 async fn callers(world: &World) -> Result<()> {
     let account = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "viewer"}});
     let accounts = "/api/v1/namespaces/default/serviceaccounts";
-    ask(&world.root, Method::POST, accounts, "application/json", &account).await?;
+    create(&world.root, accounts, &account).await?;
     let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}});
-    let path = format!("{accounts}/viewer/token");
-    let answer = ask(&world.root, Method::POST, &path, "application/json", &request).await?;
+    let answer = create(&world.root, &format!("{accounts}/viewer/token"), &request).await?;
     let token = answer["status"]["token"].as_str().context("no token")?;
     let viewer = world.at_port(json!({"token": token})).await?;
     ensure!(code(get(&viewer, "/cellway/v1/tunnels").await) == 403);
@@ -201,8 +203,7 @@ async fn callers(world: &World) -> Result<()> {
         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "fleet-viewer"},
         "subjects": [{"kind": "ServiceAccount", "name": "viewer", "namespace": "default"}]});
     for (kind, object) in [("clusterroles", role), ("clusterrolebindings", binding)] {
-        let path = format!("/apis/rbac.authorization.k8s.io/v1/{kind}");
-        ask(&world.root, Method::POST, &path, "application/json", &object).await?;
+        create(&world.root, &format!("/apis/rbac.authorization.k8s.io/v1/{kind}"), &object).await?;
     }
     // The refusal is remembered for ten seconds.
     world.until("the right to be seen", async || get(&viewer, "/cellway/v1/tunnels").await).await?;
@@ -221,7 +222,7 @@ async fn callers(world: &World) -> Result<()> {
     ensure!(code(get(&viewer, "/clusters/west/api/v1/nodes").await) == 403);
     let revoke = "/cellway/v1/clusters/east/revoke";
     ensure!(code(ask(&viewer, Method::POST, revoke, "application/json", &Value::Null).await) == 403);
-    let kept = Kubeconfig::read_from(world.data().join("admin.kubeconfig"))?;
+    let kept = common::administrator(&world.data()).await?;
     let options = KubeConfigOptions { context: Some("cellway:hub".to_owned()), ..Default::default() };
     let admin = Client::try_from(kube::Config::from_custom_kubeconfig(kept, &options).await?)?;
     let said = match get(&admin, "/api/v1/namespaces").await {
@@ -323,7 +324,7 @@ async fn registered_again(world: &mut World) -> Result<()> {
     };
     registered(world).await?;
     let none = json!({"spec": {"conversion": {"strategy": "None", "webhook": null}}});
-    ask(&world.root, Method::PATCH, DEFINITION, "application/merge-patch+json", &none).await?;
+    merge(&world.root, DEFINITION, &none).await?;
     world.until("the webhook to be registered again", async || registered(world).await).await?;
 
     let before = world.webhook_address()?.1;
@@ -357,7 +358,8 @@ impl World {
             let issued = authority.issue_client(user, &[group.to_owned()], DAY)?;
             server.kubeconfig(user, &issued.certificate_pem, &issued.key_pem)
         };
-        let root = client(Kubeconfig::read_from(kubeconfig("root", "system:masters")?)?).await?;
+        let root =
+            client_without_retries(Kubeconfig::read_from(kubeconfig("root", "system:masters")?)?).await?;
         let kubeconfig = kubeconfig("hub", "system:cellway:controllers")?;
         // Made after the first readiness.
         let ready = async || get(&root, "/api/v1/namespaces/default").await;
@@ -370,48 +372,21 @@ impl World {
     }
 
     fn hub_command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
-        command.args(["hub", "--bind-address=127.0.0.1", "--data-dir"]).arg(self.data());
+        let ports = ["api", "agent", "connect", "health", "admin", "webhook"];
+        let mut command = common::hub(self.dir.path(), "hub", &ports);
         command.arg("--kubeconfig").arg(&self.kubeconfig);
         command.arg(format!("--webhook-certificate-ttl={}s", TTL.as_secs()));
-        for port in ["api", "agent", "connect", "health", "admin", "webhook"] {
-            command.arg(format!("--{port}-port=0"));
-        }
-        command.env_remove("CELLWAY_DATA_DIR").env_remove("CELLWAY_STORE").kill_on_drop(true);
         command
     }
 
     async fn start_hub(&mut self) -> Result<()> {
-        let mut hub = Process::spawn("hub", self.hub_command(), &self.dir.join("hub.log"))?;
-        let ready = self.data().join("hub.json");
-        let started = wait_until(
-            || {
-                let (there, ended) = (ready.is_file(), hub.ended());
-                async move {
-                    ensure!(ended?.is_none(), "it has ended");
-                    ensure!(there, "no hub.json");
-                    Ok(())
-                }
-            },
-            LIMIT,
-            "the hub to be ready",
-        )
-        .await;
-        started.with_context(|| hub.tail(40))?;
-        self.hub = Some(hub);
+        self.hub = Some(common::start_hub(self.dir.path(), "hub", self.hub_command()).await?);
         Ok(())
     }
 
-    /// By token, as a person would.
     async fn join(&mut self, name: &str) -> Result<()> {
-        let added: Value =
-            serde_json::from_str(&self.cellway(&["cluster", "add", name, "-o", "json"]).await?)?;
-        let field = |field: &str| added[field].as_str().map(str::to_owned).context("not printed");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
-        command.args(["dev", "member", name, "--hub", &field("hub")?, "--ca-hash", &field("caHash")?]);
-        command.env("CELLWAY_ENROLMENT_TOKEN", field("token")?);
-        command.arg("--data-dir").arg(self.dir.join(name));
-        self.member = Some(Process::spawn(name, command, &self.dir.join(format!("{name}.log")))?);
+        let command = common::member(self.dir.path(), "hub", name, &[]).await?;
+        self.member = Some(common::spawn(self.dir.path(), name, command)?);
         let hub = self.admin().await?;
         self.until("the member to be ready", async || {
             let cluster = get(&hub, &format!("{CLUSTERS}/{name}")).await?;
@@ -427,7 +402,7 @@ impl World {
 
     /// The objects, as the hub's own kubeconfig leads to them.
     async fn admin(&self) -> Result<Client> {
-        client(Kubeconfig::read_from(self.data().join("admin.kubeconfig"))?).await
+        client_without_retries(common::administrator(&self.data()).await?).await
     }
 
     /// The hub's own port, as somebody else.
@@ -439,7 +414,7 @@ impl World {
         for entry in users {
             entry["user"] = user.clone();
         }
-        client(Kubeconfig::from_yaml(&config.to_string())?).await
+        client_without_retries(Kubeconfig::from_yaml(&config.to_string())?).await
     }
 
     /// What the hub's port of probes and metrics says.
@@ -487,52 +462,17 @@ impl World {
     }
 
     async fn run(&self, args: &[&str]) -> Result<Output> {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_cellway"));
-        command.args(args).arg("--data-dir").arg(self.data());
-        command.env_remove("CELLWAY_DATA_DIR").env_remove("CELLWAY_KUBECONFIG").env("HOME", self.dir.path());
-        command.kill_on_drop(true);
-        let done = tokio::time::timeout(LIMIT, command.output()).await;
-        Ok(done.with_context(|| format!("`cellway {}` does not end", args.join(" ")))??)
+        let data = self.data().display().to_string();
+        common::run(self.dir.path(), &[args, &["--data-dir", &data]].concat()).await
     }
 
     async fn cellway(&self, args: &[&str]) -> Result<String> {
-        let output = self.run(args).await?;
-        let errors = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "`cellway {}`: {errors}", args.join(" "));
-        Ok(String::from_utf8(output.stdout)?)
+        common::printed(self.dir.path(), "hub", args).await
     }
 
     async fn items(&self, args: &[&str]) -> Result<Vec<Value>> {
         let args: Vec<&str> = args.iter().copied().chain(["-o", "json"]).collect();
         let printed: Value = serde_json::from_str(&self.cellway(&args).await?)?;
         printed["items"].as_array().cloned().with_context(|| format!("no items in {printed}"))
-    }
-}
-
-async fn client(kubeconfig: Kubeconfig) -> Result<Client> {
-    let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
-    // A refusal is an answer here.
-    config.default_retry = false;
-    Ok(Client::try_from(config)?)
-}
-
-async fn ask(client: &Client, method: Method, path: &str, content: &str, body: &Value) -> Result<Value> {
-    let body = if body.is_null() { Vec::new() } else { serde_json::to_vec(body)? };
-    let request = Request::builder().method(&method).uri(path).header("content-type", content).body(body)?;
-    client.request(request).await.with_context(|| format!("{method} {path}"))
-}
-
-async fn get(client: &Client, path: &str) -> Result<Value> {
-    ask(client, Method::GET, path, "application/json", &Value::Null).await
-}
-
-/// The code of an answer; 200 for any that is none of a failure, 0 for no answer.
-fn code(answer: Result<Value>) -> u16 {
-    match answer {
-        Ok(_) => 200,
-        Err(error) => match error.downcast_ref::<kube::Error>() {
-            Some(kube::Error::Api(status)) => status.code,
-            _ => 0,
-        },
     }
 }

@@ -16,6 +16,9 @@ use serde_json::Value;
 use crate::shell::Cmd;
 use crate::tools;
 
+/// Programs that take minutes, which cargo builds last: they begin first, or the last would run alone for as long.
+const LONGEST: [&str; 2] = ["federation-store tests/faults/main.rs", "cli tests/several_hubs.rs"];
+
 /// Test programs that run at the same time. Each has as many threads as there are processors besides.
 const AT_ONCE: usize = 2;
 
@@ -31,7 +34,7 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
         .args(["test", "--workspace", "--no-run", "--message-format=json-render-diagnostics"])
         .envs(&environment)
         .read()?;
-    let programs = programs(&built)?;
+    let programs = longest_first(programs(&built)?)?;
     let count = programs.len();
     let Outcome { failed, lacking } = run_all(programs, &environment);
     let documented = Cmd::new("cargo").args(["test", "--workspace", "--doc"]).envs(&environment).run();
@@ -120,6 +123,16 @@ fn programs(messages: &[u8]) -> Result<VecDeque<Program>> {
         bail!("cargo built no test program: run `cargo test --workspace --no-run` and look at what it says");
     }
     Ok(programs)
+}
+
+/// The [`LONGEST`] ones before all others, which keep their order.
+fn longest_first(programs: VecDeque<Program>) -> Result<VecDeque<Program>> {
+    if let Some(gone) = LONGEST.iter().find(|name| programs.iter().all(|program| program.name != **name)) {
+        bail!("{gone} is no test program any more: take it off the list of the longest ones");
+    }
+    let mut programs = Vec::from(programs);
+    programs.sort_by_key(|program| !LONGEST.contains(&program.name.as_str()));
+    Ok(programs.into())
 }
 
 /// Runs them.

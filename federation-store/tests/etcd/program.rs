@@ -7,43 +7,17 @@ use std::process::Output;
 use proto::etcd::etcdserverpb::{PutRequest, RangeRequest, kv_client::KvClient};
 use test_support::process::Process;
 use test_support::{TestDir, free_port, wait_until};
-use tls::{CertificateAuthority, ClientTls};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tls::CertificateAuthority;
 use tokio::net::TcpStream;
 use tokio::process::Command;
 use tonic::transport::Endpoint;
 
-use super::support::{DAY, LONG};
+use super::support::{DAY, LONG, page, secure_page};
 
 fn program(dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cellway-store"));
     command.current_dir(dir).env_remove("CELLWAY_STORE").args(args).kill_on_drop(true);
     command
-}
-
-/// A page over a connection, TLS or not.
-async fn page<S>(mut stream: S, path: &str) -> std::io::Result<String>
-where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
-{
-    stream
-        .write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes())
-        .await?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).await?;
-    Ok(text)
-}
-
-/// The same over TLS, with or without a certificate.
-async fn secure_page(
-    ca: &str,
-    identity: Option<(&str, &str)>,
-    address: SocketAddr,
-) -> std::io::Result<String> {
-    let tls = ClientTls::from_pem(ca, identity).unwrap();
-    let name = tls::ServerName::try_from("127.0.0.1").unwrap();
-    let stream = TcpStream::connect(address).await?;
-    page(tls.connector(&[b"http/1.1"]).connect(name, stream).await?, "/health").await
 }
 
 #[tokio::test]

@@ -15,7 +15,9 @@ use proto::etcd::mvccpb;
 use service::drain::{self, DrainSignal};
 use test_support::process::Process;
 use test_support::{TestDir, free_port, tools, wait_until};
-use tls::ServerTls;
+use tls::{ClientTls, ServerTls};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -211,6 +213,31 @@ impl Watching {
         let responses = self.responses.as_mut().unwrap();
         tokio::time::timeout(LONG, responses.message()).await.unwrap().unwrap().unwrap()
     }
+}
+
+/// A page over a connection, TLS or not.
+pub(crate) async fn page<S>(mut stream: S, path: &str) -> std::io::Result<String>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    stream
+        .write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes())
+        .await?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await?;
+    Ok(text)
+}
+
+/// The page `/health` over TLS, with or without a certificate.
+pub(crate) async fn secure_page(
+    ca: &str,
+    identity: Option<(&str, &str)>,
+    address: SocketAddr,
+) -> std::io::Result<String> {
+    let tls = ClientTls::from_pem(ca, identity).unwrap();
+    let name = tls::ServerName::try_from("127.0.0.1").unwrap();
+    let stream = TcpStream::connect(address).await?;
+    page(tls.connector(&[b"http/1.1"]).connect(name, stream).await?, "/health").await
 }
 
 /// Whose answer it is differs; when it was given must not.

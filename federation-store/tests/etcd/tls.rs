@@ -3,52 +3,61 @@
 use std::net::SocketAddr;
 use std::time::SystemTime;
 
-use federation_store::etcd::{EtcdConfig, EtcdServer, ListenError, ListenUrl, Listener};
-use federation_store::{Store, StoreConfig};
+use federation_store::etcd::{EtcdConfig, ListenError, ListenUrl, Listener};
 use proto::etcd::etcdserverpb::{PutRequest, PutResponse, WatchCreateRequest};
-use service::drain;
-use tls::{CertificateAuthority, ClientAuth, ClientTls, ServerTls};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tls::{CertificateAuthority, ClientAuth, ClientTls, IssuedCertificate, ServerTls};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tonic::transport::Endpoint;
 
-use super::support::{Clients, DAY, clients, ours_behind};
+use super::support::{Clients, DAY, Server, clients, ours_behind, secure_page};
+
+/// Our server, which lets in whom its authority has given a client's certificate.
+struct Guarded {
+    server: Server,
+    authority: CertificateAuthority,
+    /// The server's own.
+    serving: IssuedCertificate,
+    /// Of one who is let in.
+    client: IssuedCertificate,
+}
+
+impl Guarded {
+    async fn start() -> Self {
+        let authority = CertificateAuthority::create("clients").unwrap();
+        let serving = authority.issue_server(&["127.0.0.1".to_owned()], DAY).unwrap();
+        let client = authority.issue_client("apiserver", &[], DAY).unwrap();
+        let ca = Some(authority.certificate_pem());
+        let auth = ClientAuth::Required;
+        let tls = ServerTls::from_pem(&serving.certificate_pem, &serving.key_pem, ca, auth).unwrap();
+        let server = ours_behind(EtcdConfig::default(), Some(&tls)).await;
+        Self { server, authority, serving, client }
+    }
+
+    fn ca(&self) -> &str {
+        self.authority.certificate_pem()
+    }
+}
+
+/// A certificate as a client shows it.
+fn pair(issued: &IssuedCertificate) -> (&str, &str) {
+    (&issued.certificate_pem, &issued.key_pem)
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_without_a_certificate_is_refused() {
-    let authority = CertificateAuthority::create("clients").unwrap();
-    let serving = authority.issue_server(&["127.0.0.1".to_owned()], DAY).unwrap();
-    let client = authority.issue_client("apiserver", &[], DAY).unwrap();
-    let ca = authority.certificate_pem();
-    let server_tls =
-        ServerTls::from_pem(&serving.certificate_pem, &serving.key_pem, Some(ca), ClientAuth::Required)
-            .unwrap();
-    let store = Store::open(StoreConfig::in_memory()).await.unwrap();
-    let server = EtcdServer::new(store, EtcdConfig::default());
     let url: ListenUrl = "https://127.0.0.1:0".parse().unwrap();
     assert!(matches!(Listener::bind(&url, None).await, Err(ListenError::NoTls { .. })));
-    let listener = Listener::bind(&url, Some(&server_tls)).await.unwrap();
-    let address = listener.address().unwrap();
-    let (_drain, watch) = drain::channel();
-    let mut tasks = JoinSet::new();
-    tasks.spawn(listener.serve(server.router(), watch));
-
-    let get = async |identity: Option<(&str, &str)>| -> std::io::Result<String> {
-        let tls = ClientTls::from_pem(ca, identity).unwrap();
-        let stream = TcpStream::connect(address).await?;
-        let name = tls::ServerName::try_from("127.0.0.1").unwrap();
-        let mut stream = tls.connector(&[b"http/1.1"]).connect(name, stream).await?;
-        stream.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text).await?;
-        Ok(text)
+    let guarded = Guarded::start().await;
+    let health = async |identity: Option<(&str, &str)>| {
+        secure_page(guarded.ca(), identity, guarded.server.address()).await
     };
-    let text = get(Some((&client.certificate_pem, &client.key_pem))).await.unwrap();
+    let text = health(Some(pair(&guarded.client))).await.unwrap();
     assert!(text.contains(r#""health":"true""#), "{text}");
-    assert!(get(None).await.is_err());
+    assert!(health(None).await.is_err());
     let stranger = CertificateAuthority::create("others").unwrap().issue_client("x", &[], DAY).unwrap();
-    assert!(get(Some((&stranger.certificate_pem, &stranger.key_pem))).await.is_err());
+    assert!(health(Some(pair(&stranger))).await.is_err());
 }
 
 /// gRPC clients of `server` over TLS: what they say to a plain port of the test's goes on with this certificate or none.
@@ -85,18 +94,12 @@ async fn put(clients: &Clients, key: &str) -> Result<PutResponse, tonic::Status>
 
 #[tokio::test(flavor = "multi_thread")]
 async fn strangers_write_nothing_and_disturb_nobody() {
-    let authority = CertificateAuthority::create("clients").unwrap();
-    let serving = authority.issue_server(&["127.0.0.1".to_owned()], DAY).unwrap();
-    let client = authority.issue_client("apiserver", &[], DAY).unwrap();
-    let ca = authority.certificate_pem();
-    let server_tls =
-        ServerTls::from_pem(&serving.certificate_pem, &serving.key_pem, Some(ca), ClientAuth::Required)
-            .unwrap();
-    let server = ours_behind(EtcdConfig::default(), Some(&server_tls)).await;
+    let guarded = Guarded::start().await;
+    let Guarded { server, authority, serving, client } = &guarded;
+    let (ca, address) = (guarded.ca(), server.address());
     let store = server.store.clone().unwrap();
     let mut tasks = JoinSet::new();
-    let known = Some((client.certificate_pem.as_str(), client.key_pem.as_str()));
-    let known = over_tls(server.address(), ca, known, &mut tasks).await;
+    let known = over_tls(address, ca, Some(pair(client)), &mut tasks).await;
     put(&known, "first").await.unwrap();
     let mut watching = known.watching();
     let request = WatchCreateRequest {
@@ -111,7 +114,7 @@ async fn strangers_write_nothing_and_disturb_nobody() {
     // connected until the end.
     let mut loiterers = Vec::new();
     for said in [&b""[..], b"\x16\x03\x01\x02\x00\x01", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &[0xff; 4096]] {
-        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(said).await.unwrap();
         loiterers.push(stream);
     }
@@ -119,16 +122,14 @@ async fn strangers_write_nothing_and_disturb_nobody() {
     let stranger = others.issue_client("apiserver", &[], DAY).unwrap();
     // Its own authority's word was good until yesterday.
     let expired = authority.issue_client_at("apiserver", &[], DAY, SystemTime::now() - 3 * DAY).unwrap();
-    for identity in [None, Some(&stranger), Some(&expired), Some(&serving)] {
-        let identity = identity.map(|issued| (issued.certificate_pem.as_str(), issued.key_pem.as_str()));
+    for identity in [None, Some(&stranger), Some(&expired), Some(serving)] {
         for _ in 0..4 {
-            let refused = over_tls(server.address(), ca, identity, &mut tasks).await;
+            let refused = over_tls(address, ca, identity.map(pair), &mut tasks).await;
             put(&refused, "refused").await.unwrap_err();
         }
     }
     // Without TLS at all.
-    let plain =
-        clients(Endpoint::from_shared(format!("http://{}", server.address())).unwrap().connect_lazy());
+    let plain = clients(Endpoint::from_shared(format!("http://{address}")).unwrap().connect_lazy());
     put(&plain, "refused").await.unwrap_err();
 
     // Who was there goes on over the same connection, and sees that nothing was written in between.
@@ -139,7 +140,7 @@ async fn strangers_write_nothing_and_disturb_nobody() {
     let keys: Vec<_> = told.events.iter().map(|event| event.kv.clone().unwrap().key).collect();
     assert_eq!(keys, ["second"]);
     // And who comes now is let in.
-    let newcomer = Some((client.certificate_pem.as_str(), client.key_pem.as_str()));
-    put(&over_tls(server.address(), ca, newcomer, &mut tasks).await, "third").await.unwrap();
+    let newcomer = over_tls(address, ca, Some(pair(client)), &mut tasks).await;
+    put(&newcomer, "third").await.unwrap();
     drop(loiterers);
 }

@@ -1,8 +1,11 @@
 //! What tests share: waiting on a predicate, child programs that never outlive their test, network namespaces, a relay
-//! that impairs what passes through it, an egress proxy, a KMS plug-in, stock servers, searching files, and finding the tools that a test drives.
+//! that impairs what passes through it, an egress proxy, a KMS plug-in, stock servers, asking a Kubernetes API, searching
+//! files, and finding the tools that a test drives.
 //!
 //! Nothing here knows cellway's protocols, so that every crate's tests can use it.
 
+#[cfg(feature = "api")]
+pub mod api;
 pub mod databases;
 pub mod egress;
 pub mod kms;

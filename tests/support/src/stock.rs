@@ -5,9 +5,13 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::process::Command;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::process::Process;
 use crate::{free_port, wait_until};
@@ -63,10 +67,45 @@ impl Etcd {
         Ok(Self { process, port })
     }
 
+    /// Gives up all history, as `etcdctl compact --physical` at its newest revision does: a watch that would go on from any
+    /// earlier one has lost its beginning.
+    pub async fn compact(&self) -> Result<()> {
+        // The head of any answer names the revision; nobody has this key.
+        let answer = self.ask("/v3/kv/range", r#"{"key":"AA=="}"#.to_owned()).await?;
+        let revision = number_after(&answer, "\"revision\"").context("etcd names no revision")?;
+        let compact = format!(r#"{{"revision":"{revision}","physical":true}}"#);
+        self.ask("/v3/kv/compaction", compact).await.map(drop)
+    }
+
+    /// Asks its JSON gateway.
+    async fn ask(&self, path: &str, body: String) -> Result<String> {
+        let tcp = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).await?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(tcp)).await?;
+        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+        let request = http::Request::post(path)
+            .header("host", format!("127.0.0.1:{}", self.port))
+            .header("content-type", "application/json")
+            .body(Full::new(Bytes::from(body)))?;
+        let response = sender.send_request(request).await?;
+        let status = response.status();
+        let answer = response.into_body().collect().await?.to_bytes();
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        ensure!(status.is_success(), "etcd answers {status} to {path}: {answer}");
+        Ok(answer)
+    }
+
     /// The end of its log.
     pub fn tail(&self) -> String {
         self.process.tail(20)
     }
+}
+
+/// The first number behind a name: etcd writes it as a string, with or without a space before.
+fn number_after<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    let (_, rest) = text.split_once(name)?;
+    let number = &rest[rest.find(|c: char| c.is_ascii_digit())?..];
+    let end = number.find(|c: char| !c.is_ascii_digit()).unwrap_or(number.len());
+    Some(&number[..end])
 }
 
 // === impl KubeApiserver ===
@@ -80,6 +119,18 @@ impl KubeApiserver {
         prefix: &str,
         etcd: &Etcd,
         credentials: &Credentials<'_>,
+    ) -> Result<Self> {
+        Self::start_with(assets, folder, prefix, etcd, credentials, &[]).await
+    }
+
+    /// The same with more flags, after all others.
+    pub async fn start_with(
+        assets: &Path,
+        folder: &Path,
+        prefix: &str,
+        etcd: &Etcd,
+        credentials: &Credentials<'_>,
+        flags: &[&str],
     ) -> Result<Self> {
         std::fs::create_dir_all(folder)?;
         for (file, text) in [
@@ -112,6 +163,7 @@ impl KubeApiserver {
             // Nothing makes accounts here, and nothing says that a node is ready.
             "--disable-admission-plugins=ServiceAccount,TaintNodesByCondition",
         ]);
+        command.args(flags);
         let process = Process::spawn("kube-apiserver", command, &folder.join("kube-apiserver.log"))?;
         let address = (Ipv4Addr::LOCALHOST, port).into();
         listens(address, "kube-apiserver").await.with_context(|| process.tail(20))?;
@@ -153,4 +205,21 @@ async fn listens(address: SocketAddr, what: &str) -> Result<()> {
     let up = || async { TcpStream::connect(address).await.map(drop) };
     wait_until(up, START_LIMIT, &format!("{what} to listen")).await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::number_after;
+
+    #[test]
+    fn a_revision_is_found_however_it_is_spaced() {
+        for header in [
+            r#"{"header":{"cluster_id":"14","member_id":"10","revision":"207","raft_term":"2"}}"#,
+            r#"{"header": {"cluster_id": "14", "member_id": "10", "revision": "207", "raft_term": "2"}}"#,
+            r#"{"revision":207}"#,
+        ] {
+            assert_eq!(number_after(header, "\"revision\""), Some("207"), "{header}");
+        }
+        assert_eq!(number_after("{}", "\"revision\""), None);
+    }
 }
