@@ -7,6 +7,10 @@
 //! length and time; beyond that the answer is 429 with `Retry-After`. Members of `system:masters` and long-running
 //! requests (watches, logs) take no places.
 //!
+//! A request is one place wide, a list as wide as it is long ([`width_of_list`]), but never wider than some of the places:
+//! it has to wait until so many are free. Whose turn it is waits before everybody else then, or narrow requests would
+//! take each place as it becomes free and a wide one would get none.
+//!
 //! A place is for work: what a client has to send is awaited before, in a [`Room`] that counts the bytes of each user.
 
 use std::collections::{HashMap, VecDeque};
@@ -24,6 +28,15 @@ const MAX_WAITING: usize = 4096;
 /// How long a request waits: a quarter of the request timeout, as in kube-apiserver.
 const MAX_WAIT: Duration = Duration::from_secs(15);
 
+/// Objects that a list looks at for each place that it takes, and the most that it takes: as in kube-apiserver.
+const OBJECTS_PER_PLACE: usize = 100;
+const MAX_WIDTH: usize = 10;
+/// Objects beyond these make a list no wider: nobody has to count further.
+pub(crate) const MAX_COUNTED: usize = OBJECTS_PER_PLACE * MAX_WIDTH;
+/// Percentage of the places that one request may take, as in kube-apiserver: the others do not stand still while it waits
+/// for its own.
+const MAX_WIDTH_PERCENT: usize = 15;
+
 /// Bytes of bodies that have come, or are coming, with requests that have no place yet: of all users, and of one, who
 /// can have 40 of the largest ones under way.
 const MAX_ROOM: usize = 512 << 20;
@@ -40,22 +53,45 @@ struct Inner {
     limit: usize,
     /// As many as one user may hold.
     share: usize,
+    /// As many as one request may hold; no more than `share`.
+    widest: usize,
     state: Mutex<State>,
     refused: AtomicU64,
 }
 
 #[derive(Debug, Default)]
 struct State {
+    /// Requests that run, and the places that they have.
     running: usize,
-    /// The same by user; users without any are not in it.
-    running_of: HashMap<String, usize>,
+    taken: usize,
+    /// Places by user; users without any are not in it.
+    taken_by: HashMap<String, usize>,
     waiting: usize,
-    queues: HashMap<String, VecDeque<oneshot::Sender<Place>>>,
+    /// By user; none of them is empty.
+    queues: HashMap<String, VecDeque<Waiting>>,
     /// Users with a queue, whose turn it is first.
     turns: VecDeque<String>,
 }
 
-/// One place; given on when dropped.
+/// A request in a queue.
+#[derive(Debug)]
+struct Waiting {
+    width: usize,
+    turn: oneshot::Sender<Place>,
+}
+
+/// Whose turn it is.
+#[derive(Clone, Copy, Debug)]
+struct Turn {
+    /// Where in [`State::turns`] the user is.
+    at: usize,
+    /// Places that the user has.
+    held: usize,
+    /// Places that the user's next request takes.
+    width: usize,
+}
+
+/// What one request has of the places; given on when dropped.
 #[derive(Debug)]
 pub(crate) struct Place(Option<Held>);
 
@@ -63,12 +99,13 @@ pub(crate) struct Place(Option<Held>);
 struct Held {
     places: Arc<Inner>,
     user: String,
+    width: usize,
 }
 
-/// Takes who does not wait any more out of the queue. While places are stuck nothing else would, and those who gave up
-/// would count as waiting until nobody else may.
+/// Takes who does not wait any more out of the queue. While places are stuck nothing else would: those who gave up would
+/// count as waiting until nobody else may, and those behind a wide one would wait for places that it does not want.
 struct Leaving<'a> {
-    places: &'a Inner,
+    places: &'a Arc<Inner>,
     user: &'a str,
 }
 
@@ -94,46 +131,56 @@ pub(crate) struct Load {
     bytes: usize,
 }
 
+/// How many places a list takes that looks at so many objects.
+pub(crate) fn width_of_list(objects: usize) -> usize {
+    objects.div_ceil(OBJECTS_PER_PLACE).clamp(1, MAX_WIDTH)
+}
+
 // === impl Places ===
 
 impl Places {
     /// So many places; 0: no limit.
     pub(crate) fn new(limit: usize) -> Self {
         let share = limit - limit / 4;
-        Self(Arc::new(Inner { limit, share, state: Mutex::default(), refused: AtomicU64::new(0) }))
+        let percent = limit.saturating_mul(MAX_WIDTH_PERCENT).div_ceil(100);
+        // What one user leaves to others is room for the widest of theirs.
+        let widest = percent.min(MAX_WIDTH).min((limit - share).max(1));
+        Self(Arc::new(Inner { limit, share, widest, state: Mutex::default(), refused: AtomicU64::new(0) }))
     }
 
-    /// A place for a request of `user`, in turn. Cancel-safe: who stops waiting takes no place.
-    pub(crate) async fn enter(&self, user: &str) -> Result<Place, Busy> {
-        if self.0.limit == 0 {
+    /// As many places as the request of `user` is wide, in turn. Cancel-safe: who stops waiting takes no place.
+    pub(crate) async fn enter(&self, user: &str, width: usize) -> Result<Place, Busy> {
+        let places = &self.0;
+        if places.limit == 0 {
             return Ok(Place(None));
         }
+        let width = width.clamp(1, places.widest);
         let turn = {
-            let mut state = self.0.state.lock();
-            if state.running < self.0.limit && state.held_by(user) < self.0.share {
-                state.begin(user);
-                return Ok(Place::of(&self.0, user));
-            }
+            let mut state = places.state.lock();
             state.forget_gone(user);
+            if state.is_turn_of(user, width, places) {
+                state.begin(user, width);
+                return Ok(Place::of(places, user, width));
+            }
             let length = state.queues.get(user).map_or(0, VecDeque::len);
             if length >= MAX_WAITING_PER_USER || state.waiting >= MAX_WAITING {
-                self.0.refused.fetch_add(1, Ordering::Relaxed);
+                places.refused.fetch_add(1, Ordering::Relaxed);
                 return Err(Busy);
             }
             let (sender, turn) = oneshot::channel();
             if length == 0 {
                 state.turns.push_back(user.to_owned());
             }
-            state.queues.entry(user.to_owned()).or_default().push_back(sender);
+            state.queues.entry(user.to_owned()).or_default().push_back(Waiting { width, turn: sender });
             state.waiting += 1;
             turn
         };
         // Dropped after the wait, also when that is given up.
-        let _leaving = Leaving { places: &self.0, user };
+        let _leaving = Leaving { places, user };
         match tokio::time::timeout(MAX_WAIT, turn).await {
             Ok(Ok(place)) => Ok(place),
             _ => {
-                self.0.refused.fetch_add(1, Ordering::Relaxed);
+                places.refused.fetch_add(1, Ordering::Relaxed);
                 Err(Busy)
             }
         }
@@ -145,9 +192,30 @@ impl Places {
         (state.running, state.waiting)
     }
 
+    /// Places that are taken.
+    pub(crate) fn taken(&self) -> usize {
+        self.0.state.lock().taken
+    }
+
     /// Requests that were refused so far.
     pub(crate) fn refused(&self) -> u64 {
         self.0.refused.load(Ordering::Relaxed)
+    }
+}
+
+// === impl Inner ===
+
+impl Inner {
+    /// Gives the places that are free to those whose turn it is.
+    fn give(self: &Arc<Self>) {
+        loop {
+            let next = self.state.lock().next(self);
+            let Some((user, Waiting { width, turn })) = next else { return };
+            let Err(mut place) = turn.send(Place::of(self, &user, width)) else { continue };
+            // It has stopped waiting: its places go to the one after it, without coming back here.
+            drop(place.0.take());
+            self.state.lock().end(&user, width);
+        }
     }
 }
 
@@ -155,28 +223,53 @@ impl Places {
 
 impl State {
     fn held_by(&self, user: &str) -> usize {
-        self.running_of.get(user).copied().unwrap_or(0)
+        self.taken_by.get(user).copied().unwrap_or(0)
     }
 
-    fn begin(&mut self, user: &str) {
+    fn begin(&mut self, user: &str, width: usize) {
         self.running += 1;
-        *self.running_of.entry(user.to_owned()).or_default() += 1;
+        self.taken += width;
+        *self.taken_by.entry(user.to_owned()).or_default() += width;
     }
 
-    fn end(&mut self, user: &str) {
+    fn end(&mut self, user: &str, width: usize) {
         self.running -= 1;
-        if let Some(held) = self.running_of.get_mut(user) {
-            *held -= 1;
+        self.taken -= width;
+        if let Some(held) = self.taken_by.get_mut(user) {
+            *held -= width;
             if *held == 0 {
-                self.running_of.remove(user);
+                self.taken_by.remove(user);
             }
         }
     }
 
-    /// The request that is next: of the user who holds the fewest places, in turn among several such.
-    fn next(&mut self, share: usize) -> Option<(String, oneshot::Sender<Place>)> {
-        let held = self.turns.iter().map(|user| self.held_by(user)).enumerate();
-        let (at, _) = held.filter(|(_, held)| *held < share).min_by_key(|(_, held)| *held)?;
+    /// Is it the turn of a request that comes now? Not before those of the same user, nor before who holds no more.
+    fn is_turn_of(&self, user: &str, width: usize, places: &Inner) -> bool {
+        let held = self.held_by(user);
+        self.taken + width <= places.limit
+            && held + width <= places.share
+            && !self.queues.contains_key(user)
+            && self.first(places.share).is_none_or(|turn| held < turn.held)
+    }
+
+    /// Whose turn it is among those who wait: of the user who holds the fewest places, in turn among several such. Who is
+    /// to hold more than their share has none.
+    fn first(&self, share: usize) -> Option<Turn> {
+        let turns = self.turns.iter().enumerate().filter_map(|(at, user)| {
+            let width = self.queues.get(user)?.front()?.width;
+            let held = self.held_by(user);
+            (held + width <= share).then_some(Turn { at, held, width })
+        });
+        turns.min_by_key(|turn| turn.held)
+    }
+
+    /// Begins the request that is next, if there are enough places for it.
+    fn next(&mut self, places: &Inner) -> Option<(String, Waiting)> {
+        let Turn { at, width, .. } = self.first(places.share)?;
+        if self.taken + width > places.limit {
+            // Nobody goes before it.
+            return None;
+        }
         let user = self.turns.remove(at)?;
         let queue = self.queues.get_mut(&user)?;
         let next = queue.pop_front()?;
@@ -186,6 +279,7 @@ impl State {
         } else {
             self.turns.push_back(user.clone());
         }
+        self.begin(&user, width);
         Some((user, next))
     }
 
@@ -193,7 +287,7 @@ impl State {
     fn forget_gone(&mut self, user: &str) {
         let Some(queue) = self.queues.get_mut(user) else { return };
         let before = queue.len();
-        queue.retain(|waiting| !waiting.is_closed());
+        queue.retain(|waiting| !waiting.turn.is_closed());
         self.waiting -= before - queue.len();
         if queue.is_empty() {
             self.queues.remove(user);
@@ -207,38 +301,23 @@ impl State {
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
         self.places.state.lock().forget_gone(self.user);
+        self.places.give();
     }
 }
 
 // === impl Place ===
 
 impl Place {
-    fn of(places: &Arc<Inner>, user: &str) -> Self {
-        Self(Some(Held { places: places.clone(), user: user.to_owned() }))
+    fn of(places: &Arc<Inner>, user: &str, width: usize) -> Self {
+        Self(Some(Held { places: places.clone(), user: user.to_owned(), width }))
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let Some(Held { places, mut user }) = self.0.take() else { return };
-        loop {
-            let next = {
-                let mut state = places.state.lock();
-                state.end(&user);
-                let next = state.next(places.share);
-                if let Some((user, _)) = &next {
-                    state.begin(user);
-                }
-                next
-            };
-            let Some((whose, next)) = next else { return };
-            match next.send(Self::of(&places, &whose)) {
-                Ok(()) => return,
-                // It has stopped waiting: the place goes to the one after it, without coming back here.
-                Err(mut place) => drop(place.0.take()),
-            }
-            user = whose;
-        }
+        let Some(Held { places, user, width }) = self.0.take() else { return };
+        places.state.lock().end(&user, width);
+        places.give();
     }
 }
 
@@ -293,12 +372,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn places_go_round_the_users() {
         let places = Places::new(1);
-        let running = places.enter("a").await.expect("free");
-        let mut greedy: Vec<_> = (0..3).map(|_| Box::pin(places.enter("a"))).collect();
+        let running = places.enter("a", 1).await.expect("free");
+        let mut greedy: Vec<_> = (0..3).map(|_| Box::pin(places.enter("a", 1))).collect();
         for wait in &mut greedy {
             assert!(wait.now_or_never_mut().is_none());
         }
-        let mut other = Box::pin(places.enter("b"));
+        let mut other = Box::pin(places.enter("b", 1));
         assert!(other.now_or_never_mut().is_none());
         assert_eq!(places.load(), (1, 4));
         // `a` came first, then it is the other one's turn although two of `a` came before.
@@ -318,21 +397,21 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn waiting_is_bounded() {
         let places = Places::new(1);
-        let running = places.enter("a").await.expect("free");
-        let mut waiting: Vec<_> = (0..MAX_WAITING_PER_USER).map(|_| Box::pin(places.enter("a"))).collect();
+        let running = places.enter("a", 1).await.expect("free");
+        let mut waiting: Vec<_> = (0..MAX_WAITING_PER_USER).map(|_| Box::pin(places.enter("a", 1))).collect();
         for wait in &mut waiting {
             assert!(wait.now_or_never_mut().is_none());
         }
-        assert_eq!(places.enter("a").await.err(), Some(Busy));
+        assert_eq!(places.enter("a", 1).await.err(), Some(Busy));
         // Another user still has room; time ends all waiting.
-        assert_eq!(places.enter("b").await.err(), Some(Busy));
+        assert_eq!(places.enter("b", 1).await.err(), Some(Busy));
         assert_eq!(waiting.remove(0).await.err(), Some(Busy));
         // Who gave up does not count, although no place has become free.
         drop(waiting);
         assert_eq!(places.load(), (1, 0));
         drop(running);
         assert_eq!(places.load().0, 0);
-        assert_eq!(Places::new(0).enter("x").await.map(|_| ()), Ok(()));
+        assert_eq!(Places::new(0).enter("x", 1).await.map(|_| ()), Ok(()));
     }
 
     #[tokio::test(start_paused = true)]
@@ -340,17 +419,17 @@ mod tests {
         let places = Places::new(8);
         let mut greedy = Vec::new();
         for _ in 0..6 {
-            greedy.push(places.enter("a").await.expect("free"));
+            greedy.push(places.enter("a", 1).await.expect("free"));
         }
-        let mut more: Vec<_> = (0..4).map(|_| Box::pin(places.enter("a"))).collect();
+        let mut more: Vec<_> = (0..4).map(|_| Box::pin(places.enter("a", 1))).collect();
         for wait in &mut more {
             assert!(wait.now_or_never_mut().is_none());
         }
         // Two are left for others, whoever came first.
-        let one = places.enter("b").await.expect("free");
-        let two = places.enter("b").await.expect("free");
-        let mut third = Box::pin(places.enter("b"));
-        let mut other = Box::pin(places.enter("c"));
+        let one = places.enter("b", 1).await.expect("free");
+        let two = places.enter("b", 1).await.expect("free");
+        let mut third = Box::pin(places.enter("b", 1));
+        let mut other = Box::pin(places.enter("c", 1));
         assert!(third.now_or_never_mut().is_none() && other.now_or_never_mut().is_none());
         // A place that becomes free goes to who has the fewest.
         drop(greedy.pop());
@@ -364,24 +443,204 @@ mod tests {
         assert_eq!(places.load(), (6, 2));
         drop((more, greedy));
         assert_eq!(places.load().0, 0);
-        assert_eq!(places.0.state.lock().running_of.len(), 0);
+        assert_eq!(places.0.state.lock().taken_by.len(), 0);
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_stopped_waiting_takes_no_room_in_the_queue() {
         let places = Places::new(1);
-        let running = places.enter("a").await.expect("free");
-        let mut waiting: Vec<_> = (0..MAX_WAITING_PER_USER).map(|_| Box::pin(places.enter("a"))).collect();
+        let running = places.enter("a", 1).await.expect("free");
+        let mut waiting: Vec<_> = (0..MAX_WAITING_PER_USER).map(|_| Box::pin(places.enter("a", 1))).collect();
         for wait in &mut waiting {
             assert!(wait.now_or_never_mut().is_none());
         }
         drop(waiting);
-        let mut next = Box::pin(places.enter("a"));
+        let mut next = Box::pin(places.enter("a", 1));
         assert!(next.now_or_never_mut().is_none());
         assert_eq!(places.load(), (1, 1));
         drop(running);
         assert!(next.await.is_ok());
         assert_eq!(places.load(), (0, 0));
+    }
+
+    #[test]
+    fn lists_are_as_wide_as_they_are_long() {
+        for (objects, width) in [(0, 1), (1, 1), (100, 1), (101, 2), (1000, 10), (1001, 10), (usize::MAX, 10)]
+        {
+            assert_eq!(width_of_list(objects), width, "{objects}");
+        }
+        for (limit, widest) in
+            [(1, 1), (6, 1), (7, 1), (8, 2), (20, 3), (66, 10), (400, 10), (usize::MAX, 10)]
+        {
+            let places = Places::new(limit);
+            assert_eq!(places.0.widest, widest, "{limit}");
+            assert!(places.0.widest <= places.0.share, "{limit}");
+            assert!(places.0.widest <= (limit - places.0.share).max(1), "{limit}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_takes_as_many_places_as_it_is_wide() {
+        let places = Places::new(20);
+        // Wider than it may be, and than all places together.
+        let wide = places.enter("a", 1000).await.expect("free");
+        assert_eq!((places.load(), places.taken()), ((1, 0), 3));
+        let mut others = Vec::new();
+        for _ in 0..4 {
+            others.push(places.enter("a", 3).await.expect("free"));
+        }
+        // That is the share of one user.
+        let mut over = Box::pin(places.enter("a", 1));
+        assert!(over.now_or_never_mut().is_none());
+        for _ in 0..5 {
+            others.push(places.enter("b", 1).await.expect("free"));
+        }
+        assert_eq!((places.load(), places.taken()), ((10, 1), 20));
+        drop(wide);
+        let over = over.await.expect("a place");
+        assert_eq!((places.load(), places.taken()), ((10, 0), 18));
+        drop((others, over));
+        is_as_new(&places);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn narrow_requests_do_not_keep_a_wide_one_waiting() {
+        let places = Places::new(20);
+        let mut running = full(&places).await;
+        let mut wide = Box::pin(places.enter("wide", 3));
+        assert!(wide.now_or_never_mut().is_none());
+        let mut narrow = Box::pin(places.enter("narrow", 1));
+        for free in 1..=2 {
+            assert!(narrow.now_or_never_mut().is_none() && wide.now_or_never_mut().is_none());
+            drop(running.pop());
+            assert_eq!(places.taken(), 20 - free, "nobody goes before it");
+        }
+        drop(running.pop());
+        let wide = wide.await.expect("places");
+        assert_eq!(places.taken(), 20);
+        assert!(narrow.now_or_never_mut().is_none());
+        drop(wide);
+        let narrow = narrow.await.expect("a place");
+        drop((running, narrow));
+        is_as_new(&places);
+    }
+
+    /// Users get as many places each, which is not as many requests.
+    #[tokio::test(start_paused = true)]
+    async fn wide_and_narrow_requests_share_the_places() {
+        let places = Places::new(20);
+        let running = full(&places).await;
+        let mut wide: Vec<_> = (0..10).map(|_| Box::pin(places.enter("wide", 3))).collect();
+        let mut narrow: Vec<_> = (0..30).map(|_| Box::pin(places.enter("narrow", 1))).collect();
+        for wait in &mut wide {
+            assert!(wait.now_or_never_mut().is_none());
+        }
+        for wait in &mut narrow {
+            assert!(wait.now_or_never_mut().is_none());
+        }
+        drop(running);
+        {
+            let state = places.0.state.lock();
+            let (wide, narrow) = (state.held_by("wide"), state.held_by("narrow"));
+            assert!(wide.abs_diff(narrow) <= 3 && wide + narrow >= 18, "{wide} and {narrow}");
+        }
+        // Everybody has their turn, without a moment passing.
+        for wait in wide {
+            drop(wait.await.expect("places"));
+        }
+        for wait in narrow {
+            drop(wait.await.expect("a place"));
+        }
+        is_as_new(&places);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn places_that_a_wide_request_stopped_waiting_for_go_to_those_behind_it() {
+        let places = Places::new(20);
+        let mut running = full(&places).await;
+        for cancelled in [true, false] {
+            let mut wide = Box::pin(places.enter("wide", 3));
+            assert!(wide.now_or_never_mut().is_none());
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let mut narrow = Box::pin(places.enter("narrow", 1));
+            drop(running.pop());
+            assert!(narrow.now_or_never_mut().is_none());
+            if cancelled {
+                drop(wide);
+            } else {
+                assert_eq!(wide.await.err(), Some(Busy));
+            }
+            running.push(narrow.now_or_never_mut().expect("it can go on").expect("a place"));
+            assert_eq!((places.load(), places.taken()), ((20, 0), 20));
+        }
+        drop(running);
+        is_as_new(&places);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn places_are_always_given_back() {
+        let places = Places::new(20);
+        let mut waiting = Vec::new();
+        let mut running: Vec<Place> = Vec::new();
+        // Any numbers do, as long as they are the same each time.
+        let mut seed: u64 = 7;
+        let mut any = |below: usize| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) as usize % below
+        };
+        for _ in 0..5000 {
+            match any(5) {
+                0 | 1 => {
+                    let (user, width) = (["a", "b", "c", "d"][any(4)], any(5));
+                    let mut wait = Box::pin(places.enter(user, width));
+                    match wait.now_or_never_mut() {
+                        Some(place) => running.extend(place),
+                        None => waiting.push(wait),
+                    }
+                }
+                // Also what was given already and not taken.
+                2 if !waiting.is_empty() => {
+                    let at = any(waiting.len());
+                    drop(waiting.swap_remove(at));
+                }
+                3 if !waiting.is_empty() => {
+                    let at = any(waiting.len());
+                    if let Some(place) = waiting[at].now_or_never_mut() {
+                        drop(waiting.swap_remove(at));
+                        running.extend(place);
+                    }
+                }
+                _ if !running.is_empty() => {
+                    let at = any(running.len());
+                    drop(running.swap_remove(at));
+                }
+                _ => {}
+            }
+            let state = places.0.state.lock();
+            assert_eq!(state.taken, state.taken_by.values().sum::<usize>());
+            assert!(state.taken <= 20 && state.taken_by.values().all(|held| *held <= 15));
+            assert_eq!(state.waiting, state.queues.values().map(VecDeque::len).sum::<usize>());
+            assert_eq!(state.turns.len(), state.queues.len());
+            let stuck = state.first(15).filter(|turn| state.taken + turn.width <= 20);
+            assert!(stuck.is_none(), "{stuck:?} could go on");
+        }
+        drop((waiting, running));
+        is_as_new(&places);
+    }
+
+    /// Takes all of 20 places, each for another user.
+    async fn full(places: &Places) -> Vec<Place> {
+        let mut running = Vec::new();
+        for user in 0..20 {
+            running.push(places.enter(&format!("user-{user}"), 1).await.expect("free"));
+        }
+        running
+    }
+
+    fn is_as_new(places: &Places) {
+        let state = places.0.state.lock();
+        assert_eq!((state.running, state.taken, state.waiting), (0, 0, 0));
+        assert!(state.taken_by.is_empty() && state.queues.is_empty() && state.turns.is_empty());
     }
 
     #[test]

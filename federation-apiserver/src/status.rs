@@ -264,9 +264,10 @@ impl ApiError {
 
     /// The same error when the object is the outcome of a patch: 422 with the patch (or the object) to blame.
     #[must_use]
-    pub(crate) fn in_patch(self, shown: &str, converted: bool) -> Self {
+    pub(crate) fn in_patch(self, shown: impl FnOnce() -> String, converted: bool) -> Self {
         match &self.undecodable {
             Some(texts) => {
+                let shown = shown();
                 let end = shown.char_indices().nth(MAX_SHOWN).map_or(shown.len(), |(i, _)| i);
                 let shown = Value::String(shown[..end].to_owned()).to_string();
                 let detail = &texts[usize::from(converted)];

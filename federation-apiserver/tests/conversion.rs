@@ -339,6 +339,44 @@ async fn a_converter_that_is_away_is_an_error_and_not_a_wrong_object() {
     server.stop().await;
 }
 
+#[tokio::test]
+async fn a_list_takes_places_by_its_length_until_it_is_answered() {
+    let server = Server::hub().await;
+    let hook = Webhook::start(convert).await;
+    define(&server, &hook, "rows", "Row", "/convert").await;
+    for number in 0..201 {
+        let row =
+            json!({"apiVersion": "conv.test/v1", "kind": "Row", "metadata": {"name": format!("r{number}")}});
+        assert_eq!(server.call("POST", &things("v1", "rows"), Some(&row)).await.code, 201);
+    }
+    // Administrators are exempt.
+    let binding = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": "eva"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "eva"}]});
+    let bindings = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings";
+    assert_eq!(server.call("POST", bindings, Some(&binding)).await.code, 201);
+    let eva = [("impersonate-user", "eva")];
+    let all = things("v2", "rows");
+    // What has been converted is kept: each of them has something to wait for.
+    for (query, rows, places) in
+        [("?fieldSelector=metadata.name%3Dr7", 1, 1), ("?limit=150", 150, 2), ("", 201, 3)]
+    {
+        hook.hold(true);
+        let path = format!("{all}{query}");
+        let list = server.send("GET", &path, &eva, String::new());
+        let taken = format!("cellway_apiserver_places_taken{{request_kind=\"readOnly\"}} {places}\n");
+        let look = async {
+            server.until("/metrics", &taken, |answer| answer.text.contains(&taken)).await;
+            hook.hold(false);
+        };
+        let (listed, ()) = tokio::join!(list, look);
+        assert_eq!(listed.body["items"].as_array().map(Vec::len), Some(rows), "{}", listed.text);
+        let free = "cellway_apiserver_places_taken{request_kind=\"readOnly\"} 0\n";
+        server.until("/metrics", free, |answer| answer.text.contains(free)).await;
+    }
+    server.stop().await;
+}
+
 /// Managers with their versions.
 fn managers(object: &Value) -> Vec<String> {
     let entries = object["metadata"]["managedFields"].as_array().into_iter().flatten();

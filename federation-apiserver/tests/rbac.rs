@@ -122,6 +122,44 @@ async fn whoever_only_looks_sees_no_secrets_in_federated_wrapping() {
 }
 
 #[tokio::test]
+async fn whoever_edits_writes_nothing_that_is_the_controllers() {
+    const FEDERATED: &str = "types.kubefed.io";
+    let dir = tempfile::tempdir().expect("a folder");
+    let config = federation_apiserver::Config::new(dir.path(), federation_apiserver::Role::Hub);
+    let server = Server::run(config.clone(), |_| {}).await;
+    let joins = |name: &str, resources: Value, verbs: Value| {
+        let mut joining =
+            role(name, json!([{"apiGroups": [FEDERATED], "resources": resources, "verbs": verbs}]));
+        joining["metadata"]["labels"] = json!({"rbac.authorization.k8s.io/aggregate-to-edit": "true"});
+        joining
+    };
+    // As a hub of before had it.
+    let old = joins("system:cellway:aggregate-to-edit", json!(["*"]), json!(["*"]));
+    made(&server, &format!("{RBAC}/clusterroles"), old).await;
+    made(&server, &format!("{RBAC}/clusterrolebindings"), binding("own", "ClusterRole", "admin")).await;
+    until_allowed(&server, "update", FEDERATED, "federatedrevisions", "default").await;
+    server.stop().await;
+
+    let server = Server::run(config, |_| {}).await;
+    // As the federation controller makes it.
+    let new = joins("cellway:edit", json!(["federateddeployments"]), json!(["create", "update"]));
+    made(&server, &format!("{RBAC}/clusterroles"), new).await;
+    until_allowed(&server, "create", FEDERATED, "federateddeployments", "default").await;
+    until_allowed(&server, "get", FEDERATED, "federatedrevisions", "default").await;
+    until_allowed(&server, "create", "policy.cellway.io", "propagationpolicies", "default").await;
+    let gone = server.get(&format!("{RBAC}/clusterroles/system:cellway:aggregate-to-edit")).await;
+    assert_eq!(gone.code, 404, "{}", gone.text);
+    for resource in ["federatedrevisions", "federatednamespaces", "federateddeployments/status"] {
+        let (resource, sub) = resource.split_once('/').unwrap_or((resource, ""));
+        let review = json!({"spec": {"user": "jo", "resourceAttributes": {"verb": "update", "group": FEDERATED,
+            "resource": resource, "subresource": sub, "namespace": "default"}}});
+        let answer = server.call("POST", &format!("{SAR}/subjectaccessreviews"), Some(&review)).await;
+        assert_eq!(answer.body["status"]["allowed"], false, "{resource}/{sub}: {}", answer.text);
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn rights_come_with_bindings_and_go_with_them() {
     let (server, _tokens) = server().await;
     let secrets = "/api/v1/namespaces/default/secrets";

@@ -92,6 +92,7 @@ impl Metrics {
             registry: registry.clone(),
         };
         let inflight: Family<KindLabels, Gauge> = Family::default();
+        let taken: Family<KindLabels, Gauge> = Family::default();
         let queued: Family<KindLabels, Gauge> = Family::default();
         let refused: Family<KindLabels, Gauge> = Family::default();
         let expiry: Family<CertificateLabels, Gauge> = Family::default();
@@ -108,8 +109,13 @@ impl Metrics {
             store.register(registry.sub_registry_with_prefix("cellway_store"));
             registry.register(
                 "apiserver_current_inflight_requests",
-                "Requests that have a place now, by kind",
+                "Requests that have their places now, by kind",
                 inflight.clone(),
+            );
+            registry.register(
+                "cellway_apiserver_places_taken",
+                "Places that these requests take, by kind: a long list takes several",
+                taken.clone(),
             );
             registry.register(
                 "apiserver_current_inqueue_requests",
@@ -129,6 +135,7 @@ impl Metrics {
                 let (running, waiting) = places.load();
                 let number = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
                 inflight.get_or_create(&labels).set(number(running));
+                taken.get_or_create(&labels).set(number(places.taken()));
                 queued.get_or_create(&labels).set(number(waiting));
                 refused.get_or_create(&labels).set(i64::try_from(places.refused()).unwrap_or(i64::MAX));
             }

@@ -184,7 +184,8 @@ impl App {
             // Held until the answer is there.
             let _place;
             if !user.is_in(MASTERS) && !is_probe(&attributes) {
-                (_place, request) = self.place(&user, is_reading(&attributes), request).await?;
+                let width = self.width(&attributes, &parsed, &query, &visible);
+                (_place, request) = self.place(&user, is_reading(&attributes), width, request).await?;
             }
             if let Some(trail) = trace.trail.as_mut().filter(|t| t.level() >= Level::Request) {
                 request = record(trail, request, self.limits.body).await?;
@@ -224,16 +225,27 @@ impl App {
         Ok(if asked.is_zero() { most } else { asked.min(most) })
     }
 
-    /// A place for a request, after its body has come: nobody waits for what somebody sends slowly.
+    /// How many places a request takes: a list by its length, everything else one.
+    fn width(&self, attributes: &Attributes, parsed: &Path, query: &Query, visible: &str) -> usize {
+        match (parsed, &attributes.resource) {
+            (Path::Resource(path), Some(_)) if attributes.verb == "list" => {
+                resources::width_of_list(&self.registry, path, query, visible)
+            }
+            _ => 1,
+        }
+    }
+
+    /// Places for a request, after its body has come: nobody waits for what somebody sends slowly.
     async fn place(
         &self,
         user: &UserInfo,
         reading: bool,
+        width: usize,
         request: Request<Body>,
     ) -> Result<(Place, Request<Body>), ApiError> {
         let busy = |Busy| ApiError::too_many_requests("Too many requests, please try again later.");
         if reading {
-            return Ok((self.reading.enter(&user.name).await.map_err(busy)?, request));
+            return Ok((self.reading.enter(&user.name, width).await.map_err(busy)?, request));
         }
         let mut load = self.room.enter(&user.name).map_err(busy)?;
         let limit = self.limits.body;
@@ -246,7 +258,7 @@ impl App {
                 body::read_counted(&parts.headers, body, limit, |n| load.grow(n).map_err(busy)).await?;
             Request::from_parts(parts, Body::from(read))
         };
-        Ok((self.changing.enter(&user.name).await.map_err(busy)?, request))
+        Ok((self.changing.enter(&user.name, width).await.map_err(busy)?, request))
     }
 
     async fn dispatch(self: Arc<Self>, parsed: Path, call: Call) -> Result<Response<Body>, ApiError> {

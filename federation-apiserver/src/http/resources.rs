@@ -11,15 +11,16 @@ use super::body::{self, Decoded};
 use super::negotiate::{self, Accept, Shape};
 use super::path::{Query, ResourcePath};
 use super::{App, Call, response, stream, within};
+use crate::fairness;
 use crate::logs::LogOptions;
 use crate::rbac::Attributes;
-use crate::registry::Target;
 use crate::registry::delete::{DeleteOptions, Deleted, IGNORE_READ_ERROR, Propagation};
 use crate::registry::read::ListOptions;
 use crate::registry::resource::Resource;
 use crate::registry::selectors::{FieldSelector, Filter, LabelSelector};
 use crate::registry::watch::WatchOptions;
 use crate::registry::write::{FieldValidation, PatchKind, WriteOptions, Written};
+use crate::registry::{Registry, Target};
 use crate::status::{ApiError, FieldError};
 use crate::table;
 use crate::value::str_at;
@@ -234,6 +235,28 @@ async fn get(
     Ok(shaped(StatusCode::OK, resource, entry.object(resource, revision)?, accept, query))
 }
 
+/// How many places a list takes. What is wrong with it is told when it is carried out.
+pub(super) fn width_of_list(registry: &Registry, path: &ResourcePath, query: &Query, visible: &str) -> usize {
+    let Some(resource) = registry.catalog().get(&path.group, &path.version, &path.plural) else { return 1 };
+    let target = Target { resource, namespace: path.namespace.clone(), name: String::new() };
+    let Ok(options) = list_options(Asked { query, visible }, &target) else { return 1 };
+    fairness::width_of_list(registry.list_cost(&target, &options, fairness::MAX_COUNTED))
+}
+
+fn list_options(asked: Asked<'_>, target: &Target) -> Result<ListOptions, ApiError> {
+    let query = asked.query;
+    check_options(query, false)?;
+    query.number("timeoutSeconds")?;
+    let limit = query.count("limit")?.filter(|l| *l > 0).map(|l| l.min(MAX_LIMIT));
+    Ok(ListOptions {
+        filter: filter_of(asked, target)?,
+        limit: limit.map(|l| usize::try_from(l).unwrap_or(usize::MAX)),
+        token: query.get("continue").to_owned(),
+        resource_version: query.get("resourceVersion").to_owned(),
+        version_match: query.get("resourceVersionMatch").to_owned(),
+    })
+}
+
 async fn list(
     app: &Arc<App>,
     target: &Target,
@@ -241,16 +264,7 @@ async fn list(
     accept: Accept,
 ) -> Result<Response<Body>, ApiError> {
     let query = asked.query;
-    check_options(query, false)?;
-    query.number("timeoutSeconds")?;
-    let limit = query.count("limit")?.filter(|l| *l > 0).map(|l| l.min(MAX_LIMIT));
-    let options = ListOptions {
-        filter: filter_of(asked, target)?,
-        limit: limit.map(|l| usize::try_from(l).unwrap_or(usize::MAX)),
-        token: query.get("continue").to_owned(),
-        resource_version: query.get("resourceVersion").to_owned(),
-        version_match: query.get("resourceVersionMatch").to_owned(),
-    };
+    let options = list_options(asked, target)?;
     let page = app.registry.list_entries(target, &options).await?;
     let resource = &target.resource;
     let mut meta = json!({"resourceVersion": page.revision.0.to_string()});

@@ -24,10 +24,11 @@ const READ: &[&str] = &["get", "list", "watch"];
 const WRITE: &[&str] = &["create", "delete", "deletecollection", "patch", "update"];
 const READ_WRITE: &[&str] =
     &["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
-/// Roles that were made once and give too much: `view` is to show no Secrets, in whatever wrapping.
-const RETIRED: &[&str] = &["system:cellway:aggregate-to-view"];
-/// The group of federated objects and their revisions, Secrets among them. Which of its kinds `view` shows is said by the
-/// federation controller, which knows them.
+/// Roles that were made once and give too much: `view` is to show no Secrets, in whatever wrapping, and `edit` is to write
+/// nothing that is the controller's or decides about a whole namespace.
+const RETIRED: &[&str] = &["system:cellway:aggregate-to-view", "system:cellway:aggregate-to-edit"];
+/// The group of federated objects and their revisions, Secrets among them. Which of its kinds `view` shows, and `edit` and
+/// `admin` write, is said by the federation controller, which knows them: RBAC cannot take away.
 const FEDERATED_GROUP: &str = "types.kubefed.io";
 /// The groups of cellway's own kinds.
 const OUR_GROUPS: &[&str] = &[
@@ -303,20 +304,19 @@ fn view_rules() -> Value {
 
 /// Of the hub: its own programs, and its kinds for `view` and `edit`.
 fn hub() -> Vec<Value> {
-    // Objects of a namespace; clusters, cells, tenants and classes are an administrator's.
-    let theirs = ["scheduling.kubefed.io", "apps.cellway.io", "release.cellway.io"];
     // The way to members' own APIs, which decide what is done there.
     let members = || json!({"nonResourceURLs": ["/clusters/*"], "verbs": ["*"]});
     let seen: Vec<&str> = OUR_GROUPS.iter().copied().filter(|group| *group != FEDERATED_GROUP).collect();
     vec![
         cluster_role("system:cellway:view", &["aggregate-to-view"], json!([rule(READ, &seen, &["*"])])),
         cluster_role(
-            "system:cellway:aggregate-to-edit",
+            "system:cellway:edit",
             &["aggregate-to-edit"],
             json!([
                 // As Kubernetes' own `edit` reads Secrets.
-                rule(READ_WRITE, &[FEDERATED_GROUP], &["*"]),
-                rule(WRITE, &theirs, &["*"]),
+                rule(READ, &[FEDERATED_GROUP], &["*"]),
+                // Objects of a namespace, without their statuses; clusters, cells, tenants and classes are an administrator's.
+                rule(WRITE, &["scheduling.kubefed.io"], &["replicaschedulingpreferences"]),
                 rule(WRITE, &["policy.cellway.io"], &["propagationpolicies"])
             ]),
         ),
@@ -578,6 +578,44 @@ mod tests {
         let mut changed = cluster_binding("a", "b", &[group("y")]);
         assert!(merge(&mut changed, &binding));
         assert_eq!(changed["subjects"], json!([group("y"), group("x")]));
+    }
+
+    /// What they write besides, the federation controller says.
+    #[test]
+    fn whoever_edits_writes_what_places_and_no_status() {
+        let objects = objects(Role::Hub);
+        let joins = |object: &&Value| {
+            ["view", "edit", "admin"].iter().any(|role| {
+                let label = format!("rbac.authorization.k8s.io/aggregate-to-{role}");
+                object["metadata"]["labels"][label] == "true"
+            })
+        };
+        let held: Vec<Rule> = objects.iter().filter(joins).flat_map(Rule::read_all).collect();
+        let may = |verb: &str, group: &str, resource: &str| {
+            let wanted = json!({"rules": [rule(&[verb], &[group], &[resource])]});
+            rules::missing(&held, &Rule::read_all(&wanted)).is_empty()
+        };
+        for verb in WRITE {
+            assert!(may(verb, "scheduling.kubefed.io", "replicaschedulingpreferences"), "{verb}");
+            assert!(may(verb, "policy.cellway.io", "propagationpolicies"), "{verb}");
+            for (group, resource) in [
+                (FEDERATED_GROUP, "federatednamespaces"),
+                (FEDERATED_GROUP, "federatedrevisions"),
+                (FEDERATED_GROUP, "federateddeployments/status"),
+                ("scheduling.kubefed.io", "replicaschedulingpreferences/status"),
+                ("policy.cellway.io", "propagationpolicies/status"),
+                ("policy.cellway.io", "tenants"),
+                ("policy.cellway.io", "propagationconfigs"),
+                ("topology.cellway.io", "cells"),
+                ("core.kubefed.io", "kubefedclusters"),
+            ] {
+                assert!(!may(verb, group, resource), "{verb} {resource}");
+            }
+        }
+        for verb in READ {
+            assert!(may(verb, FEDERATED_GROUP, "federatedsecrets"), "{verb}");
+            assert!(may(verb, FEDERATED_GROUP, "federateddeployments/status"), "{verb}");
+        }
     }
 
     #[test]

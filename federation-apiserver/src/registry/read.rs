@@ -71,6 +71,17 @@ impl Registry {
         Ok(Stored { object: entry.object(&target.resource, revision)?, revision })
     }
 
+    /// One object as memory has it, which knows what this process does and not yet all of what others do; asks the store for
+    /// nothing. `None`: it is not there, or nobody knows.
+    pub(crate) async fn remembered(&self, target: &Target) -> Option<Value> {
+        let objects = self.cache.filled()?;
+        if !objects.settle().await {
+            return None;
+        }
+        let entry = objects.get(&target.key())?;
+        entry.object(&target.resource, entry.kv.mod_revision).ok()
+    }
+
     /// One object, not older than a resourceVersion: "" is now, "0" is anything.
     pub(crate) async fn entry(&self, target: &Target, version: &str) -> Result<Arc<Entry>, ApiError> {
         let objects = self.cache.objects().await?;
@@ -131,7 +142,10 @@ impl Registry {
         {
             return self.list_stored(target, options, revision, after).await;
         }
-        let snapshot = kind.snapshot(prefix.as_bytes(), after.as_deref().map(str::as_bytes), limit);
+        let snapshot = match only_key(target, options) {
+            Some(key) => kind.one(key.as_bytes()),
+            None => kind.snapshot(prefix.as_bytes(), after.as_deref().map(str::as_bytes), limit),
+        };
         let revision = match freshness {
             // Once more, now that the kind is held still.
             Freshness::Exactly(revision) if snapshot.changed > revision => {
@@ -164,6 +178,32 @@ impl Registry {
             page.remaining = all.then_some(snapshot.remaining);
         }
         Ok(page)
+    }
+
+    /// About how many objects a list has to look at, by what is in memory now; asks nobody. Beyond `most` it does not count.
+    pub(crate) fn list_cost(&self, target: &Target, options: &ListOptions, most: usize) -> usize {
+        let Some(objects) = self.cache.filled() else { return 0 };
+        // What is wrong with them is told where they are carried out.
+        let Ok((freshness, after)) = freshness(options) else { return 0 };
+        let prefix = target.resource.prefix(&target.namespace);
+        let after = after.map(|key| format!("{prefix}{key}"));
+        let kind = objects.kind(&target.resource.prefix(""));
+        let past = matches!(freshness, Freshness::Exactly(revision) if kind.changed() > revision);
+        if !past && only_key(target, options).is_some() {
+            return 1;
+        }
+        let wanted = options.limit.filter(|_| options.filter.is_empty());
+        let most = wanted.map_or(most, |limit| limit.min(most));
+        let there = kind.count(prefix.as_bytes(), after.as_deref().map(str::as_bytes), most);
+        let page = options.limit.map_or(there, |limit| limit.min(there));
+        // As in kube-apiserver: with selectors each object is parsed to find those that match, and what comes from the
+        // store counts twice.
+        match (options.filter.is_empty(), past) {
+            (true, false) => page,
+            (true, true) => 2 * page,
+            (false, false) => there,
+            (false, true) => there + page,
+        }
     }
 
     /// A page at a revision of the past, from the store.
@@ -250,6 +290,14 @@ impl Registry {
 /// Does a filter that is not empty let the object through?
 pub(super) fn matches(entry: &Entry, resource: &Resource, filter: &Filter) -> Result<bool, ApiError> {
     Ok(filter.matches(&entry.object(resource, entry.kv.mod_revision)?))
+}
+
+/// The key of the one object that a list may hold, where it asks for a name and says in which namespace.
+fn only_key(target: &Target, options: &ListOptions) -> Option<String> {
+    let name = options.filter.fields.exact("metadata.name")?;
+    let is_placed = target.resource.namespaced != target.namespace.is_empty();
+    (is_placed && options.token.is_empty())
+        .then(|| format!("{}{name}", target.resource.prefix(&target.namespace)))
 }
 
 /// Kubernetes' rules of resourceVersion, resourceVersionMatch, limit and continue; and the key to continue after.
@@ -347,9 +395,15 @@ pub fn decode_token(token: &str) -> Result<(Option<Revision>, String), ApiError>
 
 #[cfg(test)]
 mod tests {
+    use federation_store::{Store, StoreConfig};
     use proptest::prelude::*;
+    use tokio_util::sync::CancellationToken;
 
     use super::*;
+    use crate::config::Role;
+    use crate::encryption::store::StoreHandle;
+    use crate::registry::selectors::LabelSelector;
+    use crate::registry::write::WriteOptions;
 
     #[test]
     fn tokens_round_trip() {
@@ -357,6 +411,45 @@ mod tests {
         assert_eq!(decode_token(&token).expect("valid"), (Some(Revision(7)), "default/a".to_owned()));
         let token = encode_token(None, "a");
         assert_eq!(decode_token(&token).expect("valid"), (None, "a".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn a_list_costs_what_it_looks_at() {
+        let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
+        let handle = StoreHandle::new(store, Arc::default());
+        let registry = Registry::new(handle, Role::Hub, CancellationToken::new());
+        let make = async |plural: &str, namespace: &str, name: &str| {
+            let collection = registry.core(plural, namespace, "").expect("served");
+            let object = json!({"metadata": {"name": name}});
+            registry.create(&collection, object, &WriteOptions::by("test")).await.expect("created");
+        };
+        let [all, shop] =
+            ["", "shop"].map(|namespace| registry.core("configmaps", namespace, "").expect("served"));
+        let plain = ListOptions::default();
+        assert_eq!(registry.list_cost(&all, &plain, 100), 0, "nothing is known yet");
+        for (namespace, objects) in [("shop", 3), ("store", 4)] {
+            make("namespaces", "", namespace).await;
+            for object in 0..objects {
+                make("configmaps", namespace, &format!("c{object}")).await;
+            }
+        }
+        let first = ListOptions { limit: Some(2), ..plain.clone() };
+        let token = registry.list(&shop, &first).await.expect("listed").token;
+        let next = ListOptions { token, ..first.clone() };
+        let labels = LabelSelector::parse("a=b").expect("a selector");
+        let filter = Filter { labels, ..Filter::default() };
+        let some = ListOptions { filter: filter.clone(), ..first.clone() };
+        let cost = |target: &Target, options: &ListOptions, most| registry.list_cost(target, options, most);
+        assert_eq!((cost(&all, &plain, 100), cost(&all, &plain, 5), cost(&shop, &plain, 100)), (7, 5, 3));
+        assert_eq!((cost(&all, &first, 100), cost(&shop, &next, 100)), (2, 1));
+        assert_eq!((cost(&all, &some, 100), cost(&shop, &some, 100)), (7, 3));
+        // What follows is as it was then.
+        make("configmaps", "shop", "more").await;
+        registry.list(&shop, &plain).await.expect("listed");
+        let some = ListOptions { filter, ..next.clone() };
+        assert_eq!((cost(&shop, &next, 100), cost(&shop, &some, 100)), (4, 4));
+        let wrong = ListOptions { token: "wrong".into(), ..first };
+        assert_eq!(cost(&shop, &wrong, 100), 0);
     }
 
     #[test]

@@ -345,35 +345,19 @@ impl Registry {
         }
         for _ in 0..PATCH_ATTEMPTS {
             let current = self.get(target).await?;
-            let new = match kind {
-                PatchKind::Json => patch::json_patch(&current.object, patch)?,
-                PatchKind::Strategic => {
-                    patch::strategic::strategic_merge(resource.schema.as_ref(), &current.object, patch)?
-                }
-                PatchKind::Merge | PatchKind::Apply => {
-                    if !patch.is_object() {
-                        let kind = patch::go_kind(patch);
-                        let text = format!(
-                            "error decoding patch: json: cannot unmarshal {kind} into Go value of type map[string]interface {{}}"
-                        );
-                        return Err(ApiError::bad_request(text));
-                    }
-                    let mut new = current.object.clone();
-                    patch::merge_patch(&mut new, patch);
-                    new
-                }
-            };
+            let mut new = patched(resource, kind, &current.object, patch)?;
             let pinned = str_at(&new, &["metadata", "resourceVersion"])
                 != str_at(&current.object, &["metadata", "resourceVersion"]);
-            let mut new = new;
-            // What the client is shown of it when it cannot be decoded.
-            let shown = match kind {
+            // What the client is shown when it cannot be decoded. That is rare: the outcome is made once more for it.
+            let shown = || match kind {
                 PatchKind::Strategic => decode::go_text(patch, MAX_SHOWN),
-                _ => new.to_string(),
+                _ => patched(resource, kind, &current.object, patch)
+                    .map_or_else(|_| String::new(), |new| new.to_string()),
             };
-            self.identify(target, &mut new).map_err(|e| e.in_patch(&shown, kind == PatchKind::Strategic))?;
+            let in_patch = |error: ApiError| error.in_patch(shown, kind == PatchKind::Strategic);
+            self.identify(target, &mut new).map_err(in_patch)?;
             let replaced = self.replace(target, &current, new, options, Ownership::Update).await;
-            match replaced.map_err(|e| e.in_patch(&shown, kind == PatchKind::Strategic))? {
+            match replaced.map_err(in_patch)? {
                 Some(written) => return Ok(written),
                 None if pinned => return Err(target.modified()),
                 None => continue,
@@ -664,6 +648,26 @@ impl Registry {
                 self.written_form(&target.resource, object, &kv).await.map(Some)
             }
             WriteOutcome::Conflict { .. } => Ok(None),
+        }
+    }
+}
+
+/// What a patch, which is no apply patch, makes of an object.
+fn patched(resource: &Resource, kind: PatchKind, current: &Value, patch: &Value) -> Result<Value, ApiError> {
+    match kind {
+        PatchKind::Json => patch::json_patch(current, patch),
+        PatchKind::Strategic => patch::strategic::strategic_merge(resource.schema.as_ref(), current, patch),
+        PatchKind::Merge | PatchKind::Apply => {
+            if !patch.is_object() {
+                let kind = patch::go_kind(patch);
+                let text = format!(
+                    "error decoding patch: json: cannot unmarshal {kind} into Go value of type map[string]interface {{}}"
+                );
+                return Err(ApiError::bad_request(text));
+            }
+            let mut new = current.clone();
+            patch::merge_patch(&mut new, patch);
+            Ok(new)
         }
     }
 }

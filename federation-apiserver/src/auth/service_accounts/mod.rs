@@ -1,14 +1,19 @@
 //! Service accounts: signed tokens for programs, bound to the account and, where asked for, to a Pod, Node or Secret.
 //!
 //! A token is worth something while its signature, issuer, audience and time are right *and* the account (and what the
-//! token is bound to) still exists with the same uid: deleting either ends the token at once. Source: Kubernetes,
-//! "Managing Service Accounts", bound service account tokens.
+//! token is bound to) still exists with the same uid: deleting either ends the token. Source: Kubernetes, "Managing Service
+//! Accounts", bound service account tokens.
+//!
+//! Whether they exist is looked up in memory, which knows of a deletion at this process at once and of another's as soon as
+//! it is told, as kube-apiserver's informers are: no request waits for the database to find out whose it is. What memory
+//! does not know may have been made elsewhere a moment ago: before a token is refused for that, the store is asked.
 
 pub mod controller;
 pub mod keys;
 pub mod request;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use base64::Engine as _;
 use serde_json::{Map, Value, json};
@@ -28,6 +33,9 @@ pub(crate) const SECRET_TYPE: &str = "kubernetes.io/service-account-token";
 const MAX_TOKEN: usize = 16 << 10;
 /// How far clocks may be apart, in seconds: kube-apiserver's leeway.
 const LEEWAY: u64 = 60;
+/// How long the store is asked for what memory does not know: what a database needs that fails over, and well within the
+/// time that a request has.
+const LOOKUP_TIME: Duration = Duration::from_secs(10);
 
 /// Makes and checks tokens.
 pub struct ServiceAccounts {
@@ -110,7 +118,8 @@ impl ServiceAccounts {
             return Err(TokenError::Claims);
         }
         let mut user = user(&namespace, &name, &uid);
-        self.exists("serviceaccounts", "service account", &namespace, &name, &uid, LEEWAY).await?;
+        let account = ("serviceaccounts", "service account");
+        self.exists(account, &namespace, &name, LEEWAY, has_uid(&uid)).await?;
         for (claim, plural, namespaced) in
             [("pod", "pods", true), ("secret", "secrets", true), ("node", "nodes", false)]
         {
@@ -119,7 +128,7 @@ impl ServiceAccounts {
             // The node of a token that is bound to a pod only says where the pod was then.
             if claim != "node" || private.get("pod").is_none() {
                 let namespace = if namespaced { namespace.as_str() } else { "" };
-                self.exists(plural, claim, namespace, name, uid, LEEWAY).await?;
+                self.exists((plural, claim), namespace, name, LEEWAY, has_uid(uid)).await?;
             }
             if claim != "secret" {
                 for (key, value) in [("name", name), ("uid", uid)] {
@@ -159,35 +168,35 @@ impl ServiceAccounts {
         if common.is_empty() {
             return Err(TokenError::Audience { found: self.audiences.clone(), wanted: audiences.to_vec() });
         }
-        self.exists("serviceaccounts", "service account", &namespace, &name, &uid, 0).await?;
-        let holder = self.exists("secrets", "secret", &namespace, &secret, "", 0).await?;
-        let held = base64::engine::general_purpose::STANDARD.decode(str_at(&holder, &["data", "token"]));
-        if !held.is_ok_and(|held| bool::from(held.ct_eq(token.as_bytes()))) {
-            return Err(TokenError::Gone { what: format!("secret {secret} with the token") });
-        }
+        let account = ("serviceaccounts", "service account");
+        self.exists(account, &namespace, &name, 0, has_uid(&uid)).await?;
+        let holds_it = |secret: &Value| {
+            let held = base64::engine::general_purpose::STANDARD.decode(str_at(secret, &["data", "token"]));
+            held.is_ok_and(|held| bool::from(held.ct_eq(token.as_bytes())))
+        };
+        self.exists(("secrets", "secret with the token"), &namespace, &secret, 0, holds_it).await?;
         Ok(Verified { user: user(&namespace, &name, &uid), audiences: common })
     }
 
-    /// The object, if it is there and not on its way out, for longer than `leeway` seconds: finalizers may keep it for as
-    /// long as somebody likes.
+    /// Is the object there, the one that is meant, and not on its way out for longer than `leeway` seconds? Finalizers may
+    /// keep it for as long as somebody likes.
     async fn exists(
         &self,
-        plural: &str,
-        what: &str,
+        (plural, what): (&str, &str),
         namespace: &str,
         name: &str,
-        uid: &str,
         leeway: u64,
-    ) -> Result<Value, TokenError> {
+        is_it: impl Fn(&Value) -> bool + Send + Sync,
+    ) -> Result<(), TokenError> {
         let gone = || TokenError::Gone { what: format!("{what} {name}") };
         let target = self.registry.core(plural, namespace, name).map_err(|_| gone())?;
-        match self.registry.get(&target).await {
-            Ok(found)
-                if (uid.is_empty() || str_at(&found.object, &["metadata", "uid"]) == uid)
-                    && !is_going(&found.object, leeway, jiff::Timestamp::now()) =>
-            {
-                Ok(found.object)
-            }
+        let counts = |found: &Value| is_it(found) && !is_going(found, leeway, jiff::Timestamp::now());
+        if self.registry.remembered(&target).await.is_some_and(|found| counts(&found)) {
+            return Ok(());
+        }
+        let asked = tokio::time::timeout(LOOKUP_TIME, self.registry.get(&target)).await;
+        match asked.unwrap_or_else(|_| Err(ApiError::timeout())) {
+            Ok(found) if counts(&found.object) => Ok(()),
             Ok(_) => Err(gone()),
             Err(error) if error.is_not_found() => Err(gone()),
             Err(error) => Err(TokenError::Lookup(error)),
@@ -234,6 +243,11 @@ impl ServiceAccounts {
     }
 }
 
+/// Tells whether an object has this uid; one that nobody named is any.
+fn has_uid(uid: &str) -> impl Fn(&Value) -> bool + Send + Sync {
+    move |object: &Value| uid.is_empty() || str_at(object, &["metadata", "uid"]) == uid
+}
+
 /// Is the object being deleted, for longer than `leeway` seconds? A Pod is to have its tokens for as long as its grace.
 fn is_going(object: &Value, leeway: u64, now: jiff::Timestamp) -> bool {
     let Some(when) = at(object, &["metadata", "deletionTimestamp"]).and_then(Value::as_str) else {
@@ -271,6 +285,8 @@ pub(crate) fn is_token_secret(object: &Value) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use federation_store::{Store, StoreConfig};
     use tokio_util::sync::CancellationToken;
 
@@ -278,45 +294,92 @@ mod tests {
     use crate::config::Role;
     use crate::encryption::store::StoreHandle;
     use crate::registry::Target;
+    use crate::registry::delete::DeleteOptions;
     use crate::registry::write::WriteOptions;
+
+    /// What a server with this store has, and others with a store in the same place.
+    fn accounts(dir: &Path, store: Store) -> ServiceAccounts {
+        let handle = StoreHandle::new(store, Arc::default());
+        ServiceAccounts {
+            keys: Keys::load(&dir.join("key"), &[]).expect("made"),
+            issuers: vec!["https://hub".into()],
+            audiences: vec!["hub".into()],
+            max_expiration: None,
+            registry: Arc::new(Registry::new(handle, Role::Hub, CancellationToken::new())),
+        }
+    }
+
+    /// Makes an object; where it is, and its uid.
+    async fn make(registry: &Registry, plural: &str, namespace: &str, object: Value) -> (Target, String) {
+        let collection = registry.core(plural, namespace, "").expect("served");
+        let made = registry.create(&collection, object, &WriteOptions::by("test")).await.expect("created");
+        let name = str_at(&made.object, &["metadata", "name"]).to_owned();
+        (Target { name, ..collection }, str_at(&made.object, &["metadata", "uid"]).to_owned())
+    }
+
+    /// A token for the account, and perhaps bound to something.
+    async fn ask(accounts: &ServiceAccounts, account: &Target, bound: Value) -> String {
+        let body = json!({"spec": {"boundObjectRef": bound}});
+        let answer = accounts.request(account, body, jiff::Timestamp::now()).await;
+        str_at(&answer.expect("a token"), &["status", "token"]).to_owned()
+    }
+
+    /// Of two servers with one database.
+    #[tokio::test]
+    async fn memory_answers_for_what_it_knows_and_nothing_else() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let open = async || Store::open(StoreConfig::new(dir.path().join("hub.db"))).await.expect("a store");
+        let store = open().await;
+        let here = accounts(dir.path(), store.clone());
+        let there = accounts(dir.path(), open().await);
+        here.registry.cache.objects().await.expect("filled");
+        make(&there.registry, "namespaces", "", json!({"metadata": {"name": "shop"}})).await;
+        let robot = || json!({"metadata": {"name": "robot"}});
+        let (account, _) = make(&there.registry, "serviceaccounts", "shop", robot()).await;
+        make(&there.registry, "secrets", "shop", json!({"metadata": {"name": "bound"}})).await;
+        let secret = json!({"apiVersion": "v1", "kind": "Secret", "name": "bound"});
+        let former = ask(&there, &account, Value::Null).await;
+        let good = async |token: &str| here.verify(token, &[]).await.is_ok();
+        assert!(good(&former).await, "memory need not know it yet");
+        there.registry.delete(&account, &DeleteOptions::default()).await.expect("deleted");
+        let (account, uid) = make(&there.registry, "serviceaccounts", "shop", robot()).await;
+        let plain = ask(&there, &account, Value::Null).await;
+        let bound = ask(&there, &account, secret).await;
+        let mut holder = json!({"metadata": {"name": "holder", "namespace": "shop",
+            "annotations": {controller::ACCOUNT_NAME: "robot"}}});
+        let legacy = here.legacy_token(&holder, &uid).expect("signed");
+        holder["data"] = json!({"token": base64::engine::general_purpose::STANDARD.encode(&legacy)});
+        make(&there.registry, "secrets", "shop", holder).await;
+        // Memory may still have the one before.
+        assert!(good(&plain).await && good(&bound).await && good(&legacy).await);
+        assert!(!good(&former).await);
+        // The store answers no more.
+        store.close().await;
+        assert!(good(&plain).await && good(&bound).await && good(&legacy).await);
+        let refused = here.verify(&former, &[]).await;
+        assert!(matches!(refused, Err(TokenError::Lookup(_))), "{refused:?}");
+    }
 
     /// A finalizer keeps what a token is for; the token ends as if it were gone.
     #[tokio::test]
     async fn tokens_end_with_what_is_on_its_way_out() {
         let dir = tempfile::tempdir().expect("a directory");
         let store = Store::open(StoreConfig::in_memory()).await.expect("a store");
-        let handle = StoreHandle::new(store, Arc::default());
-        let registry = Arc::new(Registry::new(handle, Role::Hub, CancellationToken::new()));
-        let accounts = ServiceAccounts {
-            keys: Keys::load(&dir.path().join("key"), &[]).expect("made"),
-            issuers: vec!["https://hub".into()],
-            audiences: vec!["hub".into()],
-            max_expiration: None,
-            registry: registry.clone(),
-        };
-        let make = async |plural: &str, namespace: &str, object: Value| {
-            let collection = registry.core(plural, namespace, "").expect("served");
-            let made =
-                registry.create(&collection, object, &WriteOptions::by("test")).await.expect("created");
-            let name = str_at(&made.object, &["metadata", "name"]).to_owned();
-            (Target { name, ..collection }, str_at(&made.object, &["metadata", "uid"]).to_owned())
-        };
-        make("namespaces", "", json!({"metadata": {"name": "shop"}})).await;
+        let accounts = accounts(dir.path(), store);
+        let registry = accounts.registry.as_ref();
+        make(registry, "namespaces", "", json!({"metadata": {"name": "shop"}})).await;
         let held = |name: &str| json!({"metadata": {"name": name, "finalizers": ["example.com/hold"]}});
-        let (account, uid) = make("serviceaccounts", "shop", held("robot")).await;
-        let (secret, _) = make("secrets", "shop", held("bound")).await;
+        let (account, uid) = make(registry, "serviceaccounts", "shop", held("robot")).await;
+        let (secret, _) = make(registry, "secrets", "shop", held("bound")).await;
         let now = jiff::Timestamp::now();
-        let ask = async |bound: Value| {
-            let answer = accounts.request(&account, json!({"spec": {"boundObjectRef": bound}}), now).await;
-            str_at(&answer.expect("a token"), &["status", "token"]).to_owned()
-        };
-        let plain = ask(Value::Null).await;
-        let bound = ask(json!({"apiVersion": "v1", "kind": "Secret", "name": "bound"})).await;
+        let plain = ask(&accounts, &account, Value::Null).await;
+        let named = json!({"apiVersion": "v1", "kind": "Secret", "name": "bound"});
+        let bound = ask(&accounts, &account, named).await;
         let mut holder = json!({"metadata": {"name": "holder", "namespace": "shop",
             "annotations": {controller::ACCOUNT_NAME: "robot"}}});
         let legacy = accounts.legacy_token(&holder, &uid).expect("signed");
         holder["data"] = json!({"token": base64::engine::general_purpose::STANDARD.encode(&legacy)});
-        make("secrets", "shop", holder).await;
+        make(registry, "secrets", "shop", holder).await;
         let good = async |token: &str| accounts.verify(token, &[]).await.is_ok();
         let goes = async |target: &Target, seconds: i64| {
             let when = now.checked_sub(jiff::SignedDuration::from_secs(seconds)).expect("a time");

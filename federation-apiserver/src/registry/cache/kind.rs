@@ -1,5 +1,6 @@
 //! The objects of one kind in memory, with its latest changes for those who watch.
 
+use std::collections::btree_map::Range;
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -213,20 +214,24 @@ impl Kind {
     /// Objects whose keys begin with `prefix` and come after `after`, at most `limit`.
     pub(crate) fn snapshot(&self, prefix: &[u8], after: Option<&[u8]>, limit: Option<usize>) -> Snapshot {
         let inner = self.inner.read();
-        let start = match after {
-            Some(after) if after >= prefix => Bound::Excluded(after),
-            _ => Bound::Included(prefix),
-        };
-        // The first key without the prefix, whose last byte, a slash, is never the greatest: an end to the range saves
-        // comparing every key that is only counted.
-        let end = prefix.split_last().map(|(last, rest)| [rest, &[last.saturating_add(1)]].concat());
-        let end = end.as_deref().map_or(Bound::Unbounded, Bound::Excluded);
-        let mut found = inner.objects.range::<[u8], _>((start, end)).map(|(_, entry)| entry);
+        let mut found = inner.range(prefix, after).map(|(_, entry)| entry);
         let entries = match limit {
             None => found.by_ref().cloned().collect(),
             Some(limit) => found.by_ref().take(limit).cloned().collect(),
         };
         Snapshot { entries, remaining: found.count() as u64, changed: inner.changed }
+    }
+
+    /// The object with this key alone.
+    pub(crate) fn one(&self, key: &[u8]) -> Snapshot {
+        let inner = self.inner.read();
+        let entries = inner.objects.get(key).cloned().into_iter().collect();
+        Snapshot { entries, remaining: 0, changed: inner.changed }
+    }
+
+    /// How many such objects there are, counted up to `most`.
+    pub(crate) fn count(&self, prefix: &[u8], after: Option<&[u8]>, most: usize) -> usize {
+        self.inner.read().range(prefix, after).take(most).count()
     }
 
     /// When did the kind change last?
@@ -303,6 +308,19 @@ impl Drop for Watching {
 // === impl Inner ===
 
 impl Inner {
+    /// Objects whose keys begin with `prefix` and come after `after`.
+    fn range(&self, prefix: &[u8], after: Option<&[u8]>) -> Range<'_, Bytes, Arc<Entry>> {
+        let start = match after {
+            Some(after) if after >= prefix => Bound::Excluded(after),
+            _ => Bound::Included(prefix),
+        };
+        // The first key without the prefix, whose last byte, a slash, is never the greatest: an end to the range saves
+        // comparing every key that is only counted.
+        let end = prefix.split_last().map(|(last, rest)| [rest, &[last.saturating_add(1)]].concat());
+        let end = end.as_deref().map_or(Bound::Unbounded, Bound::Excluded);
+        self.objects.range::<[u8], _>((start, end))
+    }
+
     /// Position after the last change.
     fn end(&self) -> u64 {
         self.first + self.changes.len() as u64

@@ -51,6 +51,8 @@ pub(crate) const REOPEN: Duration = Duration::from_secs(15);
 const REOPENED_AT_ONCE: usize = 16;
 /// How long a read waits for a revision to come, as kube-apiserver's watch cache.
 const MAX_WAIT: Duration = Duration::from_secs(3);
+/// How long a read waits that may be older: what is seen is in memory within milliseconds, unless a plug-in has to decrypt it.
+const MAX_LAG: Duration = Duration::from_secs(1);
 /// No key of objects is shorter than this part of it.
 const ROOT: &str = "/registry/";
 
@@ -113,6 +115,11 @@ impl Cache {
         self.ended.cancelled().await;
     }
 
+    /// What is in memory, if it has been filled: asks nobody for anything.
+    pub(crate) fn filled(&self) -> Option<&Arc<Objects>> {
+        self.running.get().map(|running| &running.objects)
+    }
+
     /// What is in memory, after filling it if need be.
     pub(crate) async fn objects(&self) -> Result<&Arc<Objects>, ApiError> {
         let running = self.running.get_or_try_init(|| async {
@@ -172,6 +179,13 @@ impl Objects {
     pub(crate) async fn catch_up(&self) -> Result<(), ApiError> {
         let newest = self.newest().await.map_err(store_error)?;
         self.wait(newest).await
+    }
+
+    /// Waits, but not for long, until what this process has written or heard of is in memory, and tells whether it is. Asks
+    /// nobody.
+    pub(crate) async fn settle(&self) -> bool {
+        let seen = self.store.revision();
+        matches!(tokio::time::timeout(MAX_LAG, self.wait(seen)).await, Ok(Ok(())))
     }
 
     /// The store's newest revision. Where that is a question to a database, those who come while one is under way share
