@@ -159,11 +159,13 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
         // What one object is given of a room is not there for the next.
         let _turn = (!rooms.is_empty()).then(|| shared.room_turn.lock());
         let mut views: BTreeMap<String, MemberView> = BTreeMap::new();
+        let left = left(&federated, &topology);
         for (name, member) in &members {
             // What has not begun is planned anew; what has begun is in the view.
             member.cancel(key);
             let cells = topology.cells_in(name);
-            let mut view = member.view(key, of, &mark, cells);
+            let left = left.get(name.as_str()).map(Vec::as_slice).unwrap_or_default();
+            let mut view = member.view(key, of, &mark, cells, left);
             if rooms.contains(name) {
                 (view.room, view.claimed) = member.room(key);
             }
@@ -288,6 +290,18 @@ fn concerned(
         names.extend(clusters_of(topology.all(of).map(|(_, unit)| unit)));
     }
     names
+}
+
+/// By cluster: the units that the status knows there, and that have gone or moved since.
+fn left<'a>(object: &'a FederatedObject, topology: &Topology) -> BTreeMap<&'a str, Vec<&'a str>> {
+    let mut left: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for record in object.status.iter().flat_map(|status| &status.units) {
+        let unit = topology.unit(object.spec.topology_type, &record.name);
+        if unit.is_none_or(|unit| unit.cluster != record.cluster) {
+            left.entry(record.cluster.as_str()).or_default().push(record.name.as_str());
+        }
+    }
+    left
 }
 
 /// The units that an object is placed in or has something in, and those that stand in for them.
@@ -784,6 +798,16 @@ mod tests {
         going.metadata.deletion_timestamp =
             Some(serde_json::from_value(json!("2026-11-21T00:00:00Z")).expect("a time"));
         assert_eq!(concerned(None, &going, &all).len(), 200);
+    }
+
+    #[test]
+    fn what_has_gone_or_moved_is_known_by_the_status() {
+        let mut web = object(&["c7"]);
+        assert!(left(&web, &topology(&[])).is_empty());
+        let units = vec![record("c7", "m7"), record("c8", "m7"), record("gone", "m7"), record("gone", "m9")];
+        web.status = Some(FederatedStatus { units, ..FederatedStatus::default() });
+        let wanted = BTreeMap::from([("m7", vec!["c8", "gone"]), ("m9", vec!["gone"])]);
+        assert_eq!(left(&web, &topology(&[])), wanted);
     }
 
     #[test]

@@ -1,8 +1,9 @@
-//! What people may see and do at the hub, generated as RBAC: of tenants from `Tenant` objects, and of everybody with the role
-//! `view` from the federated types.
+//! What people may see and do at the hub, generated as RBAC: of tenants from `Tenant` objects, and of everybody with the roles
+//! `view`, `edit` and `admin` from the federated types.
 //!
 //! Kubernetes' `view` shows no Secrets, so neither a viewer of ours nor a tenant's sees FederatedSecrets or the revisions, which
-//! hold what a FederatedSecret held. RBAC cannot take away, so the role names every other type: [`VIEW`] joins `view`.
+//! hold what a FederatedSecret held. RBAC cannot take away, so the role names every other type: [`VIEW`] joins `view`. Nor do
+//! `edit` and `admin` write statuses or namespaces: [`EDIT`], which joins both, names what a tenant's admin writes too.
 //!
 //! For each tenant: a ClusterRole that shows its clusters and cells (and no others: the annotation `cellway.io/visible` is
 //! the hub API's own, so these are made only where that is the API), and one for the way to its clusters' own APIs, which then
@@ -63,6 +64,8 @@ const PLACED: [(&str, &str); 2] =
     [("scheduling.kubefed.io", "replicaschedulingpreferences"), ("policy.cellway.io", "propagationpolicies")];
 /// The role by which `view` shows federated objects.
 const VIEW: &str = "cellway:view";
+/// The role by which `edit`, and with it `admin`, writes them.
+const EDIT: &str = "cellway:edit";
 
 /// One object that is to be there.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,7 +81,7 @@ struct Wanted {
 struct Names {
     /// What a viewer sees.
     viewed: BTreeSet<String>,
-    /// What a tenant's admin writes.
+    /// What `edit` and a tenant's admin write.
     written: BTreeSet<String>,
 }
 
@@ -234,14 +237,17 @@ fn wanted(
         (!names.is_empty()).then_some(rule).into_iter().collect()
     };
     let seen = federated(&names.viewed, &READ);
-    let mut view = Wanted::cluster("ClusterRole", VIEW, "", json!({"rules": seen}));
-    view.value["metadata"]["labels"]["rbac.authorization.k8s.io/aggregate-to-view"] = "true".into();
-    all.push(view);
+    let mut writes = federated(&names.written, &WRITE);
+    for (name, joined, rules) in [(VIEW, "view", &seen), (EDIT, "edit", &writes)] {
+        let mut role = Wanted::cluster("ClusterRole", name, "", json!({"rules": rules}));
+        role.value["metadata"]["labels"][format!("rbac.authorization.k8s.io/aggregate-to-{joined}")] =
+            "true".into();
+        all.push(role);
+    }
     if tenants.is_empty() {
         return all;
     }
     let everything = vec![json!({"apiGroups": [FEDERATED_GROUP], "resources": ["*"], "verbs": READ})];
-    let mut writes = federated(&names.written, &WRITE);
     writes.extend(PLACED.map(|(group, of)| json!({"apiGroups": [group], "resources": [of], "verbs": WRITE})));
     for (name, seen, writes) in
         [("cellway:tenant-admin", everything, writes), ("cellway:tenant-viewer", seen, Vec::new())]
@@ -408,7 +414,8 @@ impl Names {
             if !is_secret(of) {
                 names.viewed.extend([of.plural.clone(), format!("{}/status", of.plural)]);
             }
-            if !of.is_namespace() {
+            // As Kubernetes' own: `edit` writes neither namespaces nor what has none, such as ClusterRoles.
+            if of.namespaced() && !of.is_namespace() {
                 names.written.insert(of.plural.clone());
                 names.written.extend(of.has_replicas().then(|| format!("{}/scale", of.plural)));
             }
@@ -471,12 +478,13 @@ mod tests {
 
     #[test]
     fn a_tenant_gets_its_own_and_nothing_else() {
-        assert_eq!(names(&made(&[], true)), ["ClusterRole /cellway:view"]);
+        assert_eq!(names(&made(&[], true)), ["ClusterRole /cellway:view", "ClusterRole /cellway:edit"]);
         let made = made(&[tenant("red", &["shop", "kube-system", "kube-federation-system"])], true);
         assert_eq!(
             names(&made),
             [
                 "ClusterRole /cellway:view",
+                "ClusterRole /cellway:edit",
                 "ClusterRole /cellway:tenant-admin",
                 "ClusterRole /cellway:tenant-viewer",
                 "ClusterRole /cellway:tenant:red",
@@ -486,10 +494,10 @@ mod tests {
                 "RoleBinding shop/cellway:tenant-admin",
             ]
         );
-        assert_eq!(made[3].value["metadata"]["annotations"]["cellway.io/visible"], "cellway.io/tenant=red");
+        assert_eq!(made[4].value["metadata"]["annotations"]["cellway.io/visible"], "cellway.io/tenant=red");
         let rules = json!([{"nonResourceURLs": ["/clusters/east/*", "/clusters/west/*"], "verbs": ["*"]}]);
-        assert_eq!(made[5].value["rules"], rules, "and not the cluster of another");
-        assert_eq!(made[5].value["metadata"]["annotations"], Value::Null, "or it would be without effect");
+        assert_eq!(made[6].value["rules"], rules, "and not the cluster of another");
+        assert_eq!(made[6].value["metadata"]["annotations"], Value::Null, "or it would be without effect");
     }
 
     /// With what a tenant's admin is given: nothing of the platform's, no status, and no namespace in members.
@@ -514,6 +522,13 @@ mod tests {
         ] {
             for verb in READ.iter().chain(&WRITE) {
                 assert!(may(admin, group, resource, verb), "{verb} {resource}");
+            }
+        }
+        let edit = made.iter().find(|one| one.name == EDIT).expect("made");
+        assert_eq!(edit.value["metadata"]["labels"]["rbac.authorization.k8s.io/aggregate-to-edit"], "true");
+        for resource in ["federateddeployments", "federateddeployments/scale", "federatedsecrets"] {
+            for verb in WRITE {
+                assert!(may(edit, FEDERATED_GROUP, resource, verb), "{verb} {resource}");
             }
         }
         for resource in ["federatednamespaces", "federatedrevisions", "federateddeployments/status"] {

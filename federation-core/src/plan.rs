@@ -26,9 +26,9 @@
 //! ## What a record is worth
 //!
 //! Whoever may write an object may write its status as well. A record of a cluster that has nothing for the object's tenant counts
-//! only while something is seen there, or was before the cluster was lost from sight: it could be a question whether the cluster
-//! exists. What is really there is found again by its marks, and told and kept or removed as the record would have it; where the
-//! object is deleted first, a tombstone remembers to look.
+//! only while something is seen there (or has its object's name and cannot be read), or was before the cluster was lost from
+//! sight: it could be a question whether the cluster exists. What is really there is found again by its marks, and told and kept or
+//! removed as the record would have it; where the object is deleted first, a tombstone remembers to look.
 //!
 //! ## What is never done
 //!
@@ -331,8 +331,12 @@ impl<'a> Planner<'a> {
         };
         let is_there =
             || view.objects.values().any(|live| drift::belongs_to(&live.value, &self.source, input.hub));
+        let may_be_there = || {
+            removal::was_written(record)
+                && record.object.as_ref().is_some_and(|name| view.unread.contains(name))
+        };
         // What is being listed will be seen in a moment.
-        view.state != MemberState::Syncing && view.in_flight.is_empty() && !is_there()
+        view.state != MemberState::Syncing && view.in_flight.is_empty() && !is_there() && !may_be_there()
     }
 
     fn check_mask(&mut self, placed: &Placed<'_>) {
@@ -490,9 +494,13 @@ impl<'a> Planner<'a> {
 
     /// Protects everything that may be a unit's object.
     fn keep_names(&mut self, unit: &str, cluster: &str) {
-        let keep = self.keep.entry(cluster.to_owned()).or_default();
-        keep.insert(self.name.to_owned());
-        keep.insert(format!("{}-{unit}", self.name));
+        let names = self.own_names(unit);
+        self.keep.entry(cluster.to_owned()).or_default().extend(names);
+    }
+
+    /// Names that the object of a unit may have, whether the unit exists or not.
+    fn own_names(&self, unit: &str) -> [String; 2] {
+        [self.name.to_owned(), format!("{}-{unit}", self.name)]
     }
 }
 

@@ -259,13 +259,15 @@ impl Member {
         self.nudge.notify_one();
     }
 
-    /// What is seen of the member, as far as one object is concerned.
+    /// What is seen of the member, as far as one object is concerned. `left`: units that had something here and are not here any
+    /// more.
     pub(crate) fn view<'a>(
         &self,
         key: &ObjectKey,
         of: &FederatedType,
         source: &str,
         cells: impl Iterator<Item = &'a str>,
+        left: &[&str],
     ) -> MemberView {
         let offline = {
             let health = self.health.lock();
@@ -273,7 +275,10 @@ impl Member {
         };
         let home = of.target_namespace(&key.namespace);
         let last_heard = self.health.lock().last_heard();
-        let view = self.store.lock().view(key, home, source, cells, offline, Instant::now());
+        // At one moment: what can be read in the next is in neither otherwise.
+        let mut store = self.store.lock();
+        let mut view = store.view(key, home, source, cells, offline, Instant::now());
+        view.unread.extend(store.unread(key, home, left));
         MemberView { last_heard, ..view }
     }
 

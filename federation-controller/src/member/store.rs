@@ -213,6 +213,23 @@ impl Store {
         }
     }
 
+    /// Of what lies in `home` and is named as these units' objects would be: what cannot be read. What can be is found by its mark,
+    /// wherever its unit has gone; of this nothing but its name may be known.
+    pub(super) fn unread(&self, key: &ObjectKey, home: &str, units: &[&str]) -> Vec<String> {
+        let Some(kind) = self.kinds.get(key.kind) else { return Vec::new() };
+        let names = units.iter().map(|unit| format!("{}-{unit}", key.name));
+        names.filter(|name| kind.get(home, name).is_some_and(Known::is_unread)).collect()
+    }
+
+    /// Where a change is, and the name, if what it is about cannot be read or could not: it may carry a mark that nobody knows,
+    /// or none, and be waited for by its name all the same.
+    pub(super) fn changes_unread(&self, kind: usize, change: &Change<Seen>) -> Option<(Arc<str>, Arc<str>)> {
+        let (Change::Apply(seen) | Change::Delete(seen)) = change else { return None };
+        let before = self.kinds.get(kind).and_then(|of| of.get(&seen.namespace, &seen.name));
+        (seen.known.is_unread() || before.is_some_and(Known::is_unread))
+            .then(|| (Arc::clone(&seen.namespace), Arc::clone(&seen.name)))
+    }
+
     /// Federated objects of a kind that something here says it comes from: their marks, and the namespaces of what says so.
     pub(super) fn marks(&self, kind: usize) -> Vec<(Arc<str>, Arc<str>)> {
         self.kinds.get(kind).map(Kind::marks).unwrap_or_default()

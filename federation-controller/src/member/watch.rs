@@ -168,12 +168,13 @@ impl Shared {
 
 fn take(member: &Member, shared: &Shared, kind: usize, of: &FederatedType, change: Change<Seen>) -> bool {
     let listed = matches!(change, Change::Replace(_));
-    let (marks, full) = {
+    let (marks, unread, full) = {
         let mut store = member.store.lock();
+        let unread = store.changes_unread(kind, &change);
         let marks = store.change(kind, change);
-        (if listed { store.marks(kind) } else { marks }, store.is_full(kind))
+        (if listed { store.marks(kind) } else { marks }, unread, store.is_full(kind))
     };
-    let keys: Vec<ObjectKey> = marks
+    let mut keys: Vec<ObjectKey> = marks
         .into_iter()
         .filter_map(|(mark, namespace)| {
             let (plural, name) = parse_source(&mark)?;
@@ -191,12 +192,23 @@ fn take(member: &Member, shared: &Shared, kind: usize, of: &FederatedType, chang
     if full {
         return false;
     }
+    if let Some((namespace, name)) = unread {
+        let state = shared.state.read();
+        let may_be =
+            sources(&name).map(|name| ObjectKey::new(kind, of.hub_namespace(&namespace, name), name));
+        keys.extend(may_be.filter(|key| state.knows(key)));
+    }
     if listed {
         shared.enqueue_kind_in(kind, &member.name);
     } else {
         keys.into_iter().for_each(|key| shared.queue.add_after(key, crate::SETTLE));
     }
     true
+}
+
+/// Names of federated objects that something of a name may come from: its own, and what stands before a cell's name.
+fn sources(name: &str) -> impl Iterator<Item = &str> {
+    name.match_indices('-').map(move |(end, _)| &name[..end]).chain([name])
 }
 
 /// Whether the member says that it does not serve the type.
@@ -287,6 +299,12 @@ mod tests {
         let controller =
             Controller::new(kube::Client::new(nobody, "default"), unreachable, Options::default());
         Shared::new(&controller, "hub".into(), events::channel(Counter::default()).0)
+    }
+
+    #[test]
+    fn what_is_named_after_a_cell_may_come_from_what_is_named_without_it() {
+        assert_eq!(Vec::from_iter(sources("web-cell-a")), ["web", "web-cell", "web-cell-a"]);
+        assert_eq!(Vec::from_iter(sources("web")), ["web"]);
     }
 
     #[tokio::test]

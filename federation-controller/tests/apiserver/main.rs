@@ -6,6 +6,7 @@
 
 mod edges;
 mod failover;
+mod gate;
 mod kubefed;
 mod large;
 mod ours;
@@ -16,6 +17,7 @@ mod steps;
 mod stock;
 mod tenants;
 mod troubles;
+mod watches;
 mod world;
 
 use tokio::sync::Semaphore;
@@ -26,7 +28,7 @@ use crate::world::World;
 static STOCK: Semaphore = Semaphore::const_new(1);
 
 macro_rules! stories {
-    ($($module:ident::$story:ident),* $(,)?) => {
+    ($($module:ident::$story:ident $(with $flag:literal)?),* $(,)?) => {
         mod on_our_servers {
             $(
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -44,7 +46,8 @@ macro_rules! stories {
                     let assets = test_support::require!(test_support::tools::kubebuilder_assets());
                     super::logs();
                     let _turn = super::STOCK.acquire().await.expect("never closed");
-                    super::$module::$story(super::World::start(super::stock::start(&assets).await).await).await;
+                    let servers = super::stock::start(&assets, &[$($flag)?]).await;
+                    super::$module::$story(super::World::start(servers).await).await;
                 }
             )*
         }
@@ -68,6 +71,8 @@ stories! {
     steps::a_release_by_mask_with_second_thoughts,
     tenants::a_tenant_sees_and_reaches_its_own_and_nothing_else,
     troubles::what_fails_in_members_is_told_at_the_hub,
+    // A watch cache has a history of its own, which no compaction of etcd's takes from it.
+    watches::what_was_compacted_meanwhile_is_neither_lost_nor_done_twice with "--watch-cache=false",
 }
 
 fn logs() {

@@ -46,6 +46,7 @@ pub(crate) async fn start() -> Servers {
         members,
         conversion: Conversion::InProcess,
         ours: true,
+        etcd: None,
         stop,
         tasks,
         kept: Box::new(data),

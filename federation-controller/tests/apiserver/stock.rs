@@ -42,14 +42,15 @@ struct Kept {
     _conversion: AbortOnDropHandle<()>,
     _simulations: Vec<simulation::Simulation>,
     _servers: Vec<KubeApiserver>,
-    _etcd: Etcd,
+    _etcd: Arc<Etcd>,
     _dir: TestDir,
 }
 
-pub(crate) async fn start(assets: &Path) -> Servers {
+/// Starts them with these flags beside the usual ones.
+pub(crate) async fn start(assets: &Path, flags: &[&str]) -> Servers {
     let dir = TestDir::new("stock").expect("a folder");
     let authority = CertificateAuthority::create("stock").expect("an authority");
-    let etcd = Etcd::start(assets, &dir.join("etcd")).await.expect("etcd");
+    let etcd = Arc::new(Etcd::start(assets, &dir.join("etcd")).await.expect("etcd"));
     let mut servers = Vec::new();
     for name in ["hub", MEMBERS[0].0, MEMBERS[1].0] {
         let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
@@ -59,7 +60,8 @@ pub(crate) async fn start(assets: &Path) -> Servers {
             certificate: &issued.certificate_pem,
             key: &issued.key_pem,
         };
-        let server = KubeApiserver::start(assets, &dir.join(name), name, &etcd, &credentials).await;
+        let folder = dir.join(name);
+        let server = KubeApiserver::start_with(assets, &folder, name, &etcd, &credentials, flags).await;
         servers.push(server.expect("kube-apiserver"));
     }
     let kubeconfig = |server: &KubeApiserver, user: &str, groups: &[&str]| {
@@ -106,6 +108,7 @@ pub(crate) async fn start(assets: &Path) -> Servers {
         members,
         conversion,
         ours: false,
+        etcd: Some(Arc::clone(&etcd)),
         stop: CancellationToken::new(),
         tasks: Vec::new(),
         kept: Box::new(Kept {

@@ -15,8 +15,11 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
+use test_support::stock::Etcd;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+
+use crate::gate::{Answer, Gate};
 
 /// Long enough for a slow machine; a test that passes never waits for it.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -33,6 +36,8 @@ pub(crate) struct Servers {
     pub(crate) members: Vec<Member>,
     pub(crate) conversion: Conversion,
     pub(crate) ours: bool,
+    /// What keeps the objects of servers that are not ours.
+    pub(crate) etcd: Option<Arc<Etcd>>,
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: Vec<AbortOnDropHandle<()>>,
     /// What lives as long as they do.
@@ -53,6 +58,11 @@ pub(crate) struct World {
     pub(crate) y: Client,
     /// Whether the servers are our own: what no other has is there.
     pub(crate) ours: bool,
+    /// What the controller's watches of the hub pass.
+    pub(crate) at_hub: Gate,
+    /// What its watches of members pass; as in [`MEMBERS`].
+    pub(crate) at_members: [Gate; 2],
+    etcd: Option<Arc<Etcd>>,
     down: Arc<Mutex<Vec<String>>>,
     #[allow(clippy::type_complexity)] // said once, here
     open: Arc<Mutex<Vec<(String, AbortOnDropHandle<()>)>>>,
@@ -64,10 +74,15 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) async fn start(servers: Servers) -> Self {
-        let Servers { kubeconfig, members, conversion, ours, stop, mut tasks, kept } = servers;
+        let Servers { kubeconfig, members, conversion, ours, etcd, stop, mut tasks, kept } = servers;
         let hub = client(&kubeconfig).await;
         let [x, y] = [0, 1].map(|member| members[member].admin.clone());
-        let gateways: Vec<_> = members.into_iter().map(|member| (member.name, member.gateway)).collect();
+        let (at_hub, at_members) = (Gate::default(), <[Gate; 2]>::default());
+        let gateways: Vec<_> = members
+            .into_iter()
+            .zip(at_members.clone())
+            .map(|(member, gate)| (member.name, member.gateway, gate))
+            .collect();
 
         let (down, open) = (
             Arc::<Mutex<Vec<String>>>::default(),
@@ -78,15 +93,16 @@ impl World {
             let cluster = to.cluster;
             let gateway = members
                 .iter()
-                .find(|(name, _)| *name == cluster && !is_down.lock().contains(&cluster))
-                .map(|(_, client)| client.clone());
+                .find(|(name, ..)| *name == cluster && !is_down.lock().contains(&cluster))
+                .map(|(_, client, gate)| (client.clone(), gate.clone()));
             let opened = Arc::clone(&opened);
             async move {
-                let Some(gateway) = gateway else { return Err(ConnectError::NoTunnel { cluster }) };
+                let Some((gateway, gate)) = gateway else { return Err(ConnectError::NoTunnel { cluster }) };
                 let (ours, theirs) = tokio::io::duplex(64 << 10);
                 let serving = tokio::spawn(async move {
-                    let service =
-                        hyper::service::service_fn(move |request| pass_on(gateway.clone(), request));
+                    let service = hyper::service::service_fn(move |request| {
+                        pass_on(gateway.clone(), gate.clone(), request)
+                    });
                     // The client going away is how connections end here.
                     let _ = hyper::server::conn::http1::Builder::new()
                         .serve_connection(TokioIo::new(theirs), service)
@@ -106,14 +122,29 @@ impl World {
         };
         // With the rights that it has in a hub, and no more.
         let own = client_as(&kubeconfig, "system:cellway:hub", &["system:cellway:controllers"]).await;
-        let controller = Controller::new(own, connector, options);
+        let controller = Controller::new(at_hub.client(own), connector, options);
         let handle = controller.handle();
         let token = stop.clone();
         tasks.push(AbortOnDropHandle::new(tokio::spawn(async move {
             controller.run(token.cancelled_owned()).await
         })));
 
-        let world = Self { hub, kubeconfig, x, y, ours, down, open, handle, stop, tasks, _kept: kept };
+        let world = Self {
+            hub,
+            kubeconfig,
+            x,
+            y,
+            ours,
+            at_hub,
+            at_members,
+            etcd,
+            down,
+            open,
+            handle,
+            stop,
+            tasks,
+            _kept: kept,
+        };
         world.populate().await;
         world
     }
@@ -194,6 +225,17 @@ impl World {
         self.handle.probe(member);
     }
 
+    /// Has the servers give up all history.
+    pub(crate) async fn compact(&self) {
+        if let Some(etcd) = &self.etcd {
+            return etcd.compact().await.expect("compacted");
+        }
+        for client in [&self.hub, &self.x, &self.y] {
+            let request = http::Request::post("/upkeep/compact").body(Vec::new()).expect("a request");
+            client.request::<Value>(request).await.expect("compacted");
+        }
+    }
+
     pub(crate) async fn end(mut self) {
         self.stop.cancel();
         for task in self.tasks.drain(..).rev() {
@@ -240,14 +282,15 @@ pub(crate) async fn config(kubeconfig: &Path) -> kube::Config {
 /// What the agent's gateway does: the member's API sees the agent's certificate and the hub's impersonation.
 async fn pass_on(
     client: Client,
+    gate: Gate,
     request: http::Request<hyper::body::Incoming>,
-) -> Result<http::Response<kube::client::Body>, kube::Error> {
+) -> Result<http::Response<Answer>, kube::Error> {
     let (mut parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().expect("path").as_str().to_owned();
     parts.uri = path.parse().expect("uri");
     parts.headers.remove(http::header::HOST);
     let body = body.collect().await.map_err(kube::Error::HyperError)?.to_bytes();
-    client.send(http::Request::from_parts(parts, body.to_vec().into())).await
+    gate.pass(&client, http::Request::from_parts(parts, body.to_vec().into())).await
 }
 
 pub(crate) fn template(image: &str, replicas: i64) -> Value {

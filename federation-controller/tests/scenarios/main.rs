@@ -16,6 +16,7 @@ mod replicas;
 mod spoiled;
 mod tenants;
 mod tombstones;
+mod unread;
 mod world;
 
 use std::sync::atomic::Ordering;

@@ -90,7 +90,7 @@ async fn rights_come_and_go_with_the_tenant() {
     world.hub.put(TENANTS, "", "red", None);
     world
         .until("nothing is left", || {
-            let left = world.hub.names(ROLES) == ["cellway:view", "other"]
+            let left = world.hub.names(ROLES) == ["cellway:edit", "cellway:view", "other"]
                 && world.hub.names(CLUSTER_BINDINGS).is_empty();
             (left && world.hub.names(BINDINGS).is_empty()).then_some(())
         })

@@ -107,7 +107,7 @@ impl Planner<'_> {
                     continue;
                 }
                 Some((view, MemberState::Synced)) => {
-                    let own = [self.name.to_owned(), format!("{}-{}", self.name, record.name)];
+                    let own = self.own_names(&record.name);
                     let left = leftovers
                         .get(record.cluster.as_str())
                         .and_then(|left| left.iter().find(|name| own.iter().any(|own| own == *name)));
@@ -205,7 +205,7 @@ impl Planner<'_> {
     pub(super) fn bury(&mut self, record: &UnitStatus, orphan: bool, options: &DeleteOptions) {
         let names: BTreeSet<String> = match &record.object {
             Some(object) => [object.clone()].into(),
-            None => [self.name.to_owned(), format!("{}-{}", self.name, record.name)].into(),
+            None => self.own_names(&record.name).into(),
         };
         for name in names {
             let tombstone = TombstoneSpec {
@@ -244,6 +244,6 @@ impl Planner<'_> {
 
 /// Whether something was written for a unit: what was has a revision. A unit that was only ever in conflict names somebody
 /// else's object.
-fn was_written(record: &UnitStatus) -> bool {
+pub(super) fn was_written(record: &UnitStatus) -> bool {
     record.object.is_some() && (record.revision.is_some() || record.pending_revision.is_some())
 }

@@ -144,6 +144,35 @@ fn deletion_waits_for_an_object_that_cannot_be_read() {
     assert!(world.names("y").is_empty());
 }
 
+/// With its cell the cluster went out of its tenant's sight.
+#[test]
+fn what_cannot_be_read_is_there_where_its_tenant_has_nothing_else() {
+    let mut world = World::deployment();
+    world.tenant = Some("red".into());
+    for cell in &mut world.cells {
+        cell.metadata.labels.get_or_insert_default().insert("cellway.io/tenant".into(), "red".into());
+    }
+    world.place(&["a", "c"]).settle();
+    let y = world.members.get_mut("y").expect("y");
+    let hidden = y.objects.remove("web-c").expect("there");
+    y.unread.insert("web-c".into());
+    world.cells.retain(|cell| cell.metadata.name.as_deref() != Some("c"));
+    let waits = |world: &World| (world.unit("c").phase, world.unit("c").reason.clone());
+    world.settle();
+    assert_eq!(waits(&world), (Phase::Missing, Some("UnitMissing".into())));
+    world.place(&["a"]).settle();
+    assert_eq!(waits(&world), (Phase::Removing, Some("Unreadable".into())));
+    world.object.metadata.deletion_timestamp =
+        Some(serde_json::from_value::<Time>(json!("2026-11-21T00:00:00Z")).expect("time"));
+    assert!(!world.settle().finished);
+    assert_eq!(waits(&world), (Phase::Removing, Some("Unreadable".into())));
+    let y = world.members.get_mut("y").expect("y");
+    y.unread.clear();
+    y.objects.insert("web-c".into(), hidden);
+    assert!(world.settle().finished);
+    assert!(world.names("y").is_empty());
+}
+
 #[test]
 fn orphaning_takes_the_marks_off() {
     let mut world = World::deployment();

@@ -18,6 +18,11 @@ fn seen(name: &str, uid: &str, version: u64) -> Seen {
     Seen::new(live(name, uid, version), &Texts::new())
 }
 
+fn unread(name: &str) -> Seen {
+    let of = Unreadable { namespace: "shop".into(), name: name.into(), version: "7".into(), why: Why::Form };
+    Seen::unread(of).expect("it has a name")
+}
+
 fn live(name: &str, uid: &str, version: u64) -> DynamicObject {
     object(json!({"metadata": {"name": name, "namespace": "shop", "uid": uid,
             "resourceVersion": version.to_string(), "creationTimestamp": "2026-11-22T00:00:00Z",
@@ -392,15 +397,7 @@ fn what_is_remembered_is_gone_through_now_and_then() {
 
 #[test]
 fn what_cannot_be_read_is_there_all_the_same() {
-    let unread = || {
-        Seen::unread(Unreadable {
-            namespace: "shop".into(),
-            name: "web-a".into(),
-            version: "7".into(),
-            why: Why::Form,
-        })
-        .expect("it has a name")
-    };
+    let unread = || unread("web-a");
     let is_there = |store: &mut Store| {
         let seen = view(store);
         (seen.objects.contains_key("web-a"), seen.unread.contains("web-a"))
@@ -420,6 +417,41 @@ fn what_cannot_be_read_is_there_all_the_same() {
     store.change(0, Change::Replace(vec![unread()]));
     store.change(0, Change::Delete(unread()));
     assert_eq!(is_there(&mut store), (false, false));
+}
+
+#[test]
+fn what_cannot_be_read_is_found_by_the_name_of_a_unit_that_has_left() {
+    let mut store = store();
+    let left = |store: &Store, home: &str| store.unread(&key(), home, &["b", "c", "d"]);
+    assert!(left(&store, "shop").is_empty(), "nothing is known of the kind");
+    store.change(0, Change::Replace(vec![seen("web-b", "1", 1), unread("web-c")]));
+    assert!(view(&mut store).unread.is_empty(), "it has neither a mark nor the name of a cell");
+    assert_eq!(left(&store, "shop"), ["web-c"]);
+    assert!(left(&store, "elsewhere").is_empty());
+    store.change(0, Change::Apply(seen("web-c", "2", 8)));
+    assert!(left(&store, "shop").is_empty());
+    assert!(view(&mut store).objects.contains_key("web-c"), "by its mark");
+}
+
+#[test]
+fn of_what_could_not_be_read_a_change_is_known_by_its_name() {
+    let mut store = store();
+    let unmarked = || {
+        let mut object = live("web-a", "1", 8);
+        object.metadata.annotations = None;
+        Seen::new(object, &Texts::new())
+    };
+    let name = |store: &Store, change: &Change<Seen>| {
+        store.changes_unread(0, change).map(|(namespace, name)| format!("{namespace}/{name}"))
+    };
+    assert_eq!(name(&store, &Change::Apply(unmarked())), None);
+    assert_eq!(name(&store, &Change::Apply(unread("web-a"))).as_deref(), Some("shop/web-a"));
+    store.change(0, Change::Replace(vec![unread("web-a")]));
+    for change in [Change::Apply(unmarked()), Change::Delete(unmarked()), Change::Delete(unread("web-a"))] {
+        assert_eq!(name(&store, &change).as_deref(), Some("shop/web-a"), "{change:?}");
+    }
+    assert!(store.change(0, Change::Apply(unmarked())).is_empty(), "nobody's mark tells of it");
+    assert_eq!(name(&store, &Change::Delete(unmarked())), None);
 }
 
 #[test]
