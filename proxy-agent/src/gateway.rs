@@ -117,6 +117,17 @@ struct Serving {
     drain: CancellationToken,
 }
 
+/// How a connection of the hub's ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    /// Everything that was asked has been answered.
+    Complete,
+    /// Its client went away, or the tunnel, while something was being answered.
+    Abandoned,
+    /// What was read or passed on broke off.
+    Failed,
+}
+
 /// Why the gateway does not send a request on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 enum Refusal {
@@ -128,6 +139,19 @@ enum Refusal {
     Masters,
     #[error("CONNECT is not served here")]
     Connect,
+}
+
+// === impl Served ===
+
+impl Served {
+    /// The name in the access log.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Abandoned => "abandoned",
+            Self::Failed => "failed",
+        }
+    }
 }
 
 // === impl Gateway ===
@@ -147,7 +171,12 @@ impl Gateway {
     /// flight is the last, and a watch, which has no end of its own, is ended: its client watches on through another
     /// agent. `abandoned` says that nobody takes the answer any more, which the connection would not notice while the
     /// kube-apiserver says nothing, as in a quiet watch. Dropped, it cuts everything.
-    pub async fn serve<I>(&self, io: I, abandoned: impl Future<Output = ()>, drain: CancellationToken)
+    pub async fn serve<I>(
+        &self,
+        io: I,
+        abandoned: impl Future<Output = ()>,
+        drain: CancellationToken,
+    ) -> Served
     where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -185,23 +214,23 @@ impl Gateway {
             // An answer that has gone out is complete, whatever the client does then.
             biased;
             ended = served => ended,
-            () = abandoned => {
-                tracing::debug!("gateway connection abandoned by its client");
-                return;
-            }
+            () = abandoned => return Served::Abandoned,
         };
-        match ended {
+        let outcome = match ended {
             Ok(()) => {
                 if let Some(parts) = connection.into_parts() {
                     linger(parts.io.into_inner()).await;
                 }
+                Served::Complete
             }
             Err(error) => {
                 tracing::debug!(error = %service::error_chain(&error), "gateway connection ended");
+                Served::Failed
             }
-        }
+        };
         upgraded.close();
         upgraded.wait().await;
+        outcome
     }
 }
 

@@ -24,7 +24,7 @@ mod table;
 pub use app::{App, AppError, Bound};
 pub use args::{Args, Config, ConfigError, GatewayConfig, GatewayMode, WithoutEffect};
 pub use dialer::Dialer;
-pub use gateway::{Gateway, KubeconfigError, Pem, Token, Upstream, UpstreamConfig, UpstreamError};
+pub use gateway::{Gateway, KubeconfigError, Pem, Served, Token, Upstream, UpstreamConfig, UpstreamError};
 pub use identity::{
     CertificateClient, Credentials, EnrolmentToken, IdentityConfig, IdentityError, RequestError,
 };

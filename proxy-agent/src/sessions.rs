@@ -383,12 +383,12 @@ async fn serve_api(context: &Arc<Context>, dial: IncomingDial, tunnel: u64, drai
         }
     };
     let abandoned = connection.abandoned();
-    gateway.serve(connection, abandoned, drain.token()).await;
+    let served = gateway.serve(connection, abandoned, drain.token()).await;
     tracing::info!(
         target: "access",
         destination = %Target::api_gateway(),
         tunnel.id = tunnel,
-        outcome = "complete",
+        outcome = served.as_str(),
         duration.ms = millis(begin.elapsed()),
         "connection"
     );

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use futures::StreamExt;
 use proxy_server::agents::IdentityRules;
 use proxy_server::connect::{AllowedClients, ConnectLimits};
 use proxy_server::directory::{ClusterDirectory, ClusterInfo, Snapshot};
@@ -214,17 +215,26 @@ impl Setup {
     }
 }
 
-/// An API gateway that tells who asks.
+/// An API gateway that tells who asks; in a watch nothing more happens.
 async fn serve_gateway(connection: tunnel::Connection) {
     let service = hyper::service::service_fn(async |request: http::Request<hyper::body::Incoming>| {
         let user = request.headers()["impersonate-user"].to_str().unwrap_or_default();
         let text = format!("{} as {user}", request.uri());
-        Ok::<_, std::convert::Infallible>(http::Response::new(http_body_util::Full::new(bytes::Bytes::from(
-            text,
-        ))))
+        let first = Ok::<_, std::convert::Infallible>(hyper::body::Frame::data(bytes::Bytes::from(text)));
+        let quiet = request.uri().query().is_some_and(|query| query.contains("watch=true"));
+        let rest = match quiet {
+            true => futures::stream::pending().left_stream(),
+            false => futures::stream::empty().right_stream(),
+        };
+        let body = http_body_util::StreamBody::new(futures::stream::iter([first]).chain(rest));
+        Ok::<_, std::convert::Infallible>(http::Response::new(body))
     });
+    let abandoned = connection.abandoned();
     let io = hyper_util::rt::TokioIo::new(connection);
-    let _ = hyper::server::conn::http1::Builder::new().serve_connection(io, service).await;
+    tokio::select! {
+        _ = hyper::server::conn::http1::Builder::new().half_close(true).serve_connection(io, service) => {}
+        () = abandoned => {}
+    }
 }
 
 /// `*` does not reach loopback.
@@ -409,7 +419,7 @@ async fn the_api_proxy_on_its_own_listener() {
     };
     let answer = ask("/clusters/west/api/v1/pods?limit=5").await;
     assert!(
-        answer.starts_with("HTTP/1.1 200") && answer.ends_with("/api/v1/pods?limit=5 as jane"),
+        answer.starts_with("HTTP/1.1 200") && answer.contains("/api/v1/pods?limit=5 as jane"),
         "{answer}"
     );
     assert!(ask("/clusters/east/api").await.starts_with("HTTP/1.1 503"));
@@ -417,6 +427,38 @@ async fn the_api_proxy_on_its_own_listener() {
     let mut stream = UnixStream::connect(&setup.uds).await.unwrap();
     let head = crate::ask(&mut stream, "west", "kube-apiserver.gateway.cellway:80").await;
     assert!(head.starts_with("HTTP/1.1 403 "), "{head}");
+}
+
+/// Nothing is written in a quiet watch, so nobody finds out by writing that its client has gone.
+#[tokio::test]
+async fn a_quiet_watch_ends_in_the_member_with_its_client() {
+    let setup = start().await;
+    for carrier in [CarrierChoice::H2, CarrierChoice::Quic] {
+        let west = setup.agent("west", "a1", carrier).await;
+        for closes in [true, false] {
+            let mut stream = setup.tls_client(setup.api_proxy, &["devs"]).await;
+            let watch = "GET /clusters/west/api/v1/pods?watch=true HTTP/1.1\r\nhost: x\r\n\r\n";
+            stream.write_all(watch.as_bytes()).await.unwrap();
+            let mut answer = Vec::new();
+            while !String::from_utf8_lossy(&answer).contains("as jane") {
+                answer.push(stream.read_u8().await.unwrap());
+            }
+            assert_eq!(west.handle.connections().len(), 1);
+            if closes {
+                stream.shutdown().await.unwrap();
+            } else {
+                drop(stream);
+            }
+            let ended = async {
+                while !west.handle.connections().is_empty() {
+                    tokio::task::yield_now().await;
+                }
+            };
+            tokio::time::timeout(LIMIT, ended).await.expect("the watch is over");
+        }
+        drop(west);
+        setup.tunnels(0).await;
+    }
 }
 
 #[tokio::test]

@@ -162,7 +162,9 @@ async fn client(config: UpstreamConfig, allow_masters: bool) -> Client {
     let (drain, abandon) = (CancellationToken::new(), CancellationToken::new());
     let mut tasks = JoinSet::new();
     let (watched, abandoned) = (drain.clone(), abandon.clone());
-    tasks.spawn(async move { gateway.serve(far, abandoned.cancelled(), watched).await });
+    tasks.spawn(async move {
+        gateway.serve(far, abandoned.cancelled(), watched).await;
+    });
     let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(near)).await.unwrap();
     tasks.spawn(async move {
         let _ = connection.with_upgrades().await;
