@@ -2,6 +2,8 @@
 //! else done by hand. Joins when `KUBEBUILDER_ASSETS` names a folder with `kube-apiserver` and `etcd`.
 
 mod common;
+#[path = "common/stock.rs"]
+mod stock;
 
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -14,15 +16,14 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::{Value, json};
 use test_support::api::{ask, client_without_retries, code, create, get, merge};
 use test_support::process::Process;
-use test_support::stock::{Credentials, Etcd, KubeApiserver};
 use test_support::{TestDir, require, tools, wait_until};
-use tls::{CertificateAuthority, ClientTls, ServerName};
+use tls::{ClientTls, ServerName};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::process::Command;
 
 use self::common::LIMIT;
+use self::stock::Stock;
 
-const DAY: Duration = Duration::from_secs(86_400);
 /// Of the webhook's certificate, which is renewed at a third of it.
 const TTL: Duration = Duration::from_secs(15);
 const CLUSTERS: &str = "/apis/core.kubefed.io/v1beta1/namespaces/kube-federation-system/kubefedclusters";
@@ -43,10 +44,8 @@ struct World {
     member: Option<Process>,
     /// `system:masters` at the stock server.
     root: Client,
-    kubeconfig: PathBuf,
+    stock: Stock,
     dir: TestDir,
-    _server: KubeApiserver,
-    _etcd: Etcd,
 }
 
 #[test]
@@ -57,6 +56,8 @@ fn flags_of_our_own_api_server_are_refused() {
         ("--encryption-provider-config", "x"),
         ("--oidc-issuer-url", "https://x"),
         ("--event-ttl", "1m"),
+        ("--min-request-timeout", "60"),
+        ("--http2-max-streams-per-connection", "100"),
     ] {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_cellway"));
         let output = command.args(["hub", "--kubeconfig", "x", flag, value]).output().expect("it runs");
@@ -79,11 +80,7 @@ async fn a_hub_on_a_stock_server() -> Result<()> {
     require!(tools::descriptors(2 * SILENT as u64 + 2_000));
     let mut world = World::start(&assets).await?;
     without_rights(&mut world).await?;
-    let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/stock-hub.yaml");
-    let root = world.dir.join("server").join("root.kubeconfig");
-    let applied =
-        Command::new(&kubectl).arg("--kubeconfig").arg(&root).args(["apply", "-f", docs]).output().await?;
-    ensure!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
+    world.stock.grant(&kubectl).await?;
     let shop = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}});
     create(&world.root, "/api/v1/namespaces", &shop).await?;
 
@@ -345,26 +342,9 @@ async fn registered_again(world: &mut World) -> Result<()> {
 impl World {
     async fn start(assets: &Path) -> Result<Self> {
         let dir = TestDir::new("stock-hub")?;
-        let authority = CertificateAuthority::create("stock")?;
-        let issued = authority.issue_server(&["localhost".to_owned(), "127.0.0.1".to_owned()], DAY)?;
-        let etcd = Etcd::start(assets, &dir.join("etcd")).await?;
-        let credentials = Credentials {
-            authority: authority.certificate_pem(),
-            certificate: &issued.certificate_pem,
-            key: &issued.key_pem,
-        };
-        let server = KubeApiserver::start(assets, &dir.join("server"), "hub", &etcd, &credentials).await?;
-        let kubeconfig = |user: &str, group: &str| {
-            let issued = authority.issue_client(user, &[group.to_owned()], DAY)?;
-            server.kubeconfig(user, &issued.certificate_pem, &issued.key_pem)
-        };
-        let root =
-            client_without_retries(Kubeconfig::read_from(kubeconfig("root", "system:masters")?)?).await?;
-        let kubeconfig = kubeconfig("hub", "system:cellway:controllers")?;
-        // Made after the first readiness.
-        let ready = async || get(&root, "/api/v1/namespaces/default").await;
-        wait_until(ready, LIMIT, "kube-apiserver to be ready").await.with_context(|| server.tail())?;
-        Ok(Self { hub: None, member: None, root, kubeconfig, dir, _server: server, _etcd: etcd })
+        let stock = Stock::start(assets, dir.path()).await?;
+        let root = client_without_retries(Kubeconfig::read_from(&stock.root)?).await?;
+        Ok(Self { hub: None, member: None, root, stock, dir })
     }
 
     fn data(&self) -> PathBuf {
@@ -374,7 +354,7 @@ impl World {
     fn hub_command(&self) -> Command {
         let ports = ["api", "agent", "connect", "health", "admin", "webhook"];
         let mut command = common::hub(self.dir.path(), "hub", &ports);
-        command.arg("--kubeconfig").arg(&self.kubeconfig);
+        command.arg("--kubeconfig").arg(&self.stock.hub);
         command.arg(format!("--webhook-certificate-ttl={}s", TTL.as_secs()));
         command
     }
