@@ -66,6 +66,8 @@ async fn an_agent_and_a_server_know_each_other() {
         let (near, far) = connect(&server, &client, name).await.unwrap();
         assert_eq!(near.get_ref().1.alpn_protocol(), Some(&b"cellway/1"[..]));
         assert_eq!(near.get_ref().1.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
+        let suite = near.get_ref().1.negotiated_cipher_suite().unwrap();
+        assert_eq!(suite.suite(), CipherSuite::TLS13_AES_128_GCM_SHA256);
         let presented = far.get_ref().1.peer_certificates().unwrap();
         assert_eq!(agent_identity(&presented[0]).unwrap(), identity);
     }
@@ -226,6 +228,29 @@ async fn older_versions_only_where_allowed() {
     handshake(&server).await.unwrap_err();
     let server = server.with_versions(TlsVersions::From12).unwrap();
     handshake(&server).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_peer_that_insists_on_256_bits_gets_them() {
+    let authority = authority();
+    let issued = authority.issue_server(&hub_names(), HOUR).unwrap();
+    let server = self::server(&authority, &issued, ClientAuth::None);
+    let mut strict = CryptoProvider::clone(&provider());
+    strict.cipher_suites.retain(|suite| suite.suite() == CipherSuite::TLS13_AES_256_GCM_SHA384);
+    let strict = ClientConfig::builder_with_provider(Arc::new(strict))
+        .with_protocol_versions(ONLY_13)
+        .unwrap()
+        .with_root_certificates(
+            roots(&Source::text("ca", ""), authority.certificate_pem().as_bytes()).unwrap(),
+        )
+        .with_no_client_auth();
+    let (near, far) = tokio::io::duplex(64 << 10);
+    let name = ServerName::try_from("hub.example").unwrap();
+    let (acceptor, connector) = (server.acceptor(&[]), TlsConnector::from(Arc::new(strict)));
+    let (accepted, connected) = tokio::join!(acceptor.accept(far), connector.connect(name, near));
+    accepted.unwrap();
+    let suite = connected.unwrap().get_ref().1.negotiated_cipher_suite().unwrap();
+    assert_eq!(suite.suite(), CipherSuite::TLS13_AES_256_GCM_SHA384);
 }
 
 #[test]
