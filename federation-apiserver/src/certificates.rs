@@ -127,12 +127,6 @@ impl Certificates {
         self.kubeconfigs.data_dir.join(ADMIN_KUBECONFIG)
     }
 
-    /// Writes a kubeconfig that is valid for as long as the authority: for a client in this process, which keeps what it
-    /// has read once.
-    pub(crate) fn write_lasting(&self, path: &Path, user: &str, groups: &[&str]) -> Result<(), BindError> {
-        self.kubeconfigs.write(path, user, groups, Duration::MAX, SystemTime::now())
-    }
-
     /// Follows the files, and issues anew what is the server's own; for ever.
     pub async fn keep(self) -> Infallible {
         let Self { tls, served, kubeconfigs, authority: _ } = self;
@@ -159,26 +153,19 @@ impl Kubeconfigs {
     /// The administrator's, and for a member its agent's.
     fn write_all(&self, now: SystemTime) -> Result<(), BindError> {
         let admin = self.data_dir.join(ADMIN_KUBECONFIG);
-        self.write(&admin, "cellway:admin", &[MASTERS], CLIENT_LIFETIME, now)?;
+        self.write(&admin, "cellway:admin", &[MASTERS], now)?;
         if self.role == Role::Member {
             let agent = self.data_dir.join(AGENT_KUBECONFIG);
-            self.write(&agent, "cellway:agent", &[IMPERSONATORS], CLIENT_LIFETIME, now)?;
+            self.write(&agent, "cellway:agent", &[IMPERSONATORS], now)?;
         }
         Ok(())
     }
 
-    fn write(
-        &self,
-        path: &Path,
-        user: &str,
-        groups: &[&str],
-        lifetime: Duration,
-        now: SystemTime,
-    ) -> Result<(), BindError> {
+    fn write(&self, path: &Path, user: &str, groups: &[&str], now: SystemTime) -> Result<(), BindError> {
         let groups: Vec<String> = groups.iter().map(|g| (*g).to_owned()).collect();
         let issued = self
             .authority
-            .issue_client_at(user, &groups, lifetime, now)
+            .issue_client_at(user, &groups, CLIENT_LIFETIME, now)
             .map_err(|source| BindError::Certificates { path: path.to_owned(), source })?;
         let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
         let name = match self.role {
@@ -307,13 +294,6 @@ mod tests {
         assert!(user["client-key-data"].is_string() && user["token"].is_null());
     }
 
-    fn client_end(kubeconfig: &Path) -> SystemTime {
-        let config: serde_json::Value = serde_json::from_slice(&std::fs::read(kubeconfig).unwrap()).unwrap();
-        let data = config["users"][0]["user"]["client-certificate-data"].as_str().unwrap();
-        let pem = base64::engine::general_purpose::STANDARD.decode(data).unwrap();
-        tls::validity(&tls::certificates_from_pem(&pem).unwrap()[0]).unwrap().1
-    }
-
     #[tokio::test(start_paused = true)]
     async fn what_is_the_servers_own_is_issued_anew_every_day() {
         let dir = tempfile::tempdir().unwrap();
@@ -330,16 +310,5 @@ mod tests {
             assert_ne!(*before, after);
         }
         assert_ne!(tls.certificate(), served, "the listener has not taken the new one up");
-    }
-
-    #[test]
-    fn a_client_in_this_process_never_outlives_its_certificate() {
-        let dir = tempfile::tempdir().unwrap();
-        let certificates = new(&Config::new(dir.path(), Role::Hub));
-        let path = dir.path().join("hub.kubeconfig");
-        certificates.write_lasting(&path, "hub", &[]).unwrap();
-        let ca = &tls::certificates_from_pem(certificates.ca_pem().as_bytes()).unwrap()[0];
-        assert_eq!(client_end(&path), tls::validity(ca).unwrap().1);
-        assert!(client_end(&dir.path().join(ADMIN_KUBECONFIG)) < client_end(&path));
     }
 }

@@ -19,7 +19,7 @@ use crate::value::str_at;
 
 /// A client with the rights of the server itself, writing as one field manager.
 #[derive(Clone, Debug)]
-pub struct LocalClient {
+pub(crate) struct LocalClient {
     registry: Arc<Registry>,
     manager: &'static str,
 }

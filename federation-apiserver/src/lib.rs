@@ -16,7 +16,8 @@
 //! - Every write is a compare-and-swap on the store's revision of the object; a resourceVersion is that revision.
 //! - Kinds are data: built-in ones are rows of tables over k8s-openapi's schemas, custom ones come from CRDs; both go
 //!   through the same code.
-//! - The registry does not know HTTP, and in-process clients use it with the same checks as remote ones.
+//! - The registry does not know HTTP; the simulation uses it as such. A client in the same process ([`Loopback`]) passes whatever
+//!   others' requests pass, but a connection.
 //!
 //! Not served yet: exec and port-forward.
 
@@ -39,6 +40,7 @@ mod gc;
 mod health;
 mod http;
 mod logs;
+mod loopback;
 mod openapi;
 pub mod patch;
 pub mod rbac;
@@ -56,7 +58,6 @@ pub use audit::AuditLogConfig;
 pub use auth::UserInfo;
 pub use auth::oidc::OidcConfig;
 pub use certificates::{Certificates, ObjectsAt, SERVER_CONTEXT};
-pub use client::LocalClient;
 pub use config::{
     AuditConfig, CONVERTED_ANNOTATION, Config, Converter, DEFAULT_ISSUER, Limits, Role, ServiceAccountConfig,
     ServingConfig,
@@ -65,6 +66,7 @@ pub use federation_store::Location;
 pub use flags::ApiFlags;
 pub use health::Database;
 pub use logs::{LogOptions, LogSource};
+pub use loopback::{Loopback, Stopped};
 pub use server::{ApiServer, BindError, Bound};
 
 /// What fuzz targets call: the parsers of peer input, as plain functions.

@@ -34,6 +34,7 @@ use crate::followed::Followed;
 use crate::health::{self, Database};
 use crate::http::metrics::Metrics;
 use crate::http::{App, ClientAddr, Mount};
+use crate::loopback::{Door, Loopback};
 use crate::registry::resource::split_api_version;
 use crate::registry::write::WriteOptions;
 use crate::registry::{Registry, services};
@@ -111,6 +112,7 @@ pub struct Bound {
     audit: Option<Audit>,
     audit_writer: Option<AuditWriter>,
     mounts: Vec<Mount>,
+    loopback: Door,
 }
 
 // === impl ApiServer ===
@@ -178,6 +180,7 @@ impl ApiServer {
             audit,
             audit_writer,
             mounts,
+            loopback: Door::new(),
             config,
         })
     }
@@ -216,10 +219,9 @@ impl Bound {
         self.config.data_dir.join(AGENT_KUBECONFIG)
     }
 
-    /// Writes a kubeconfig (readable by its owner only) with a new client certificate for a user, valid for as long as the
-    /// authority: for a client in this process, which keeps what it has read once.
-    pub fn write_kubeconfig(&self, path: &Path, user: &str, groups: &[&str]) -> Result<(), BindError> {
-        self.certificates.write_lasting(path, user, groups)
+    /// The way in for a client in this process, as a user.
+    pub fn loopback(&self, user: &str, groups: &[&str]) -> Loopback {
+        self.loopback.client(user, groups)
     }
 
     /// Serves `router` for paths that start with `prefix` (`/clusters`). Requests arrive authenticated and
@@ -238,11 +240,6 @@ impl Bound {
     fn mount_as(&mut self, prefix: &str, router: Router, right_to: Option<fn(&str) -> String>) {
         self.mounts.push(Mount { prefix: prefix.trim_end_matches('/').to_owned(), router, right_to });
         self.mounts.sort_by_key(|mount| std::cmp::Reverse(mount.prefix.len()));
-    }
-
-    /// An in-process client with the server's own rights.
-    pub fn client(&self, manager: &'static str) -> LocalClient {
-        LocalClient::new(self.registry.clone(), manager)
     }
 
     /// Serves until `shutdown`, goes on for the configured delay while it says that it is not ready, then ends watches
@@ -337,6 +334,7 @@ impl Bound {
         if let Some(writer) = self.audit_writer {
             audit_task.spawn(writer.run().instrument(tracing::info_span!("audit")));
         }
+        self.loopback.open(&app);
         tracing::info!(address = %self.address, role = ?self.config.role, "API server is listening");
         let draining = CancellationToken::new();
         let gate = Gate::new(self.config.limits.connections);
@@ -365,11 +363,13 @@ impl Bound {
         };
         let mut connections = service::http::accept(|cx| self.listener.poll_accept(cx), told, serve).await;
         drop(self.listener);
+        self.loopback.close();
         // Ends watches and logs; they would otherwise hold their connections for as long as they like.
         self.registry.shutdown.cancel();
         draining.cancel();
         let ended = async { while connections.join_next().await.is_some() {} };
-        if tokio::time::timeout(app.limits.shutdown_grace, ended).await.is_err() {
+        let grace = app.limits.shutdown_grace;
+        if tokio::time::timeout(grace, ended).await.is_err() {
             tracing::info!("connections still open after the grace period are closed");
         }
         connections.shutdown().await;
@@ -377,9 +377,13 @@ impl Bound {
             simulated.shutdown().await;
         }
         background.end().await;
-        // The last sink goes with the last connection; then the writer ends by itself.
+        // The last sink goes with the last request; then the writer ends by itself. A loopback client that keeps an answer and
+        // does not read it keeps nobody here.
         drop(app);
-        while audit_task.join_next().await.is_some() {}
+        let written = async { while audit_task.join_next().await.is_some() {} };
+        if tokio::time::timeout(grace, written).await.is_err() {
+            tracing::warn!("the audit log may lack the end of requests from this process");
+        }
         self.registry.store.close().await;
         tracing::info!("API server has stopped");
         outcome

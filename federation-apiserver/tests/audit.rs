@@ -5,11 +5,16 @@ mod common;
 use std::path::Path;
 use std::time::Duration;
 
+use axum::body::Body;
 use common::Server;
-use federation_apiserver::{AuditConfig, AuditLogConfig, Role};
+use federation_apiserver::{ApiServer, AuditConfig, AuditLogConfig, Config, Role};
+use http::Request;
+use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 const CM: &str = "/api/v1/namespaces/default/configmaps";
 const POLICY: &str = "
@@ -103,6 +108,50 @@ async fn requests_are_told_of_as_the_policy_says() {
     event(&log, "the watch's end", watched("ResponseComplete")).await;
     server.stop().await;
     assert!(!std::fs::read_to_string(&log).expect("a log").contains("RequestReceived"), "omitted");
+}
+
+/// What comes from the server's own process is asked for the same rights, counted and recorded; it waits until the server
+/// serves, and neither a request after the end nor an answer that nobody reads keeps the server.
+#[tokio::test]
+async fn a_loopback_client_is_treated_as_anybody() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (policy_file, log) = (dir.path().join("policy.yaml"), dir.path().join("audit.log"));
+    std::fs::write(&policy_file, POLICY).expect("written");
+    let flags = AuditLogConfig { path: log.clone(), max_size: 0, max_backups: 0, max_age: Duration::ZERO };
+    let mut config = Config::new(dir.path(), Role::Hub);
+    config.in_memory = true;
+    config.audit = Some(AuditConfig { policy_file, log: flags });
+    config.limits.shutdown_grace = Duration::from_millis(50);
+    let bound = ApiServer::bind(config).await.expect("the server starts");
+    let master = bound.loopback("inside", &["system:masters"]);
+    let nobody = bound.loopback("nobody", &[]);
+    let get = |path: String| Request::get(path).body(Body::empty()).expect("a request");
+    let early = master.send(get(CM.to_owned()));
+    tokio::pin!(early);
+    assert!(futures::poll!(&mut early).is_pending(), "nothing serves yet");
+
+    let shutdown = CancellationToken::new();
+    let mut server = JoinSet::new();
+    server.spawn(bound.run(shutdown.clone()));
+    assert_eq!(early.await.expect("it serves").status(), 200);
+    let refused = nobody.send(get(CM.to_owned())).await.expect("an answer");
+    assert_eq!(refused.status(), 403);
+    let told = event(&log, "the refusal", |e| e["user"]["username"] == "nobody").await;
+    assert_eq!((&told["responseStatus"]["code"], &told["sourceIPs"]), (&json!(403), &json!(["127.0.0.1"])));
+    let metrics = master.send(get("/metrics".to_owned())).await.expect("an answer");
+    let metrics = metrics.into_body().collect().await.expect("a body").to_bytes();
+    let counted = String::from_utf8_lossy(&metrics).lines().any(|line| {
+        line.starts_with("apiserver_request") && line.contains("configmaps") && line.contains("403")
+    });
+    assert!(counted, "{metrics:?}");
+
+    let unread = master.send(get(format!("{CM}?watch=true"))).await.expect("a watch begins");
+    assert_eq!(unread.status(), 200);
+    shutdown.cancel();
+    let ended = tokio::time::timeout(common::LIMIT, server.join_next()).await.expect("it ends");
+    ended.expect("one task").expect("no panic").expect("in order");
+    assert!(master.send(get(CM.to_owned())).await.is_err(), "it has stopped");
+    drop(unread);
 }
 
 /// Another policy is in force without a restart; one that cannot be used changes nothing.

@@ -1,18 +1,23 @@
 //! The Kubernetes API that holds the hub's objects: the hub's own API server, or one that a kubeconfig names.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::Request;
 use axum::middleware::Next;
 use federation_apiserver::{ApiServer, Bound, Converter, Role, UserInfo};
 use federation_core::api::Conversion;
+use kube::client::ClientBuilder;
+use kube::client::retry::RetryPolicy;
 use serde_json::json;
 use service::background::Ended;
 use service::metrics::SharedRegistry;
 use service::ready::Readiness;
 use tokio_util::sync::CancellationToken;
+use tower::BoxError;
+use tower::retry::RetryLayer;
 
 use super::delegated::OF_CREDENTIAL;
 use super::external::External;
@@ -96,10 +101,10 @@ impl HubApi {
     }
 
     /// A client for the hub's own parts.
-    pub(super) async fn client(&self, data_dir: &Path) -> Result<kube::Client, HubError> {
+    pub(super) fn client(&self) -> kube::Client {
         match self {
-            Self::Own(api) => own_client(api, data_dir).await,
-            Self::External(api) => Ok(api.client().clone()),
+            Self::Own(api) => own_client(api),
+            Self::External(api) => api.client().clone(),
         }
     }
 
@@ -162,27 +167,16 @@ async fn bind_own(args: &HubArgs, data_dir: &Path, advertised_host: &str) -> Res
     Ok(ApiServer::bind(config).await?)
 }
 
-/// A client of the hub API in the same process: over loopback, whatever address others use.
-async fn own_client(api: &Bound, data_dir: &Path) -> Result<kube::Client, HubError> {
-    let path = data_dir.join("hub.kubeconfig");
-    api.write_kubeconfig(&path, "system:cellway:hub", &["system:cellway:controllers"])?;
-    let failed =
-        |source: Box<dyn std::error::Error + Send + Sync>| HubError::Client { path: path.clone(), source };
-    let kubeconfig = kube::config::Kubeconfig::read_from(&path).map_err(|error| failed(error.into()))?;
-    let options = kube::config::KubeConfigOptions::default();
-    let bound = api.local_addr();
-    let local = match bound.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => SocketAddr::from((Ipv4Addr::LOCALHOST, bound.port())),
-        IpAddr::V6(ip) if ip.is_unspecified() => SocketAddr::from((Ipv6Addr::LOCALHOST, bound.port())),
-        _ => bound,
-    };
-    let url =
-        format!("https://{local}").parse().map_err(|error: http::uri::InvalidUri| failed(error.into()))?;
-    let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &options)
-        .await
-        .map_err(|error| failed(error.into()))?;
-    config.cluster_url = url;
-    kube::Client::try_from(config).map_err(|error| failed(error.into()))
+/// A client of the hub API in the same process. As all of kube's own clients do, it asks again where the server says that it is
+/// busy.
+fn own_client(api: &Bound) -> kube::Client {
+    let loopback = api.loopback("system:cellway:hub", &["system:cellway:controllers"]);
+    let service = tower::service_fn(move |request: Request<kube::client::Body>| {
+        let loopback = loopback.clone();
+        async move { loopback.send(request.map(Body::new)).await.map_err(BoxError::from) }
+    });
+    let retries = RetryLayer::new(RetryPolicy::server_retry());
+    ClientBuilder::new(service, "default").with_layer(&retries).build()
 }
 
 /// Translates the hub API's user for our routers.

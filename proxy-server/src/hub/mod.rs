@@ -200,14 +200,6 @@ pub enum HubError {
     /// A part ended while the hub should run.
     #[error(transparent)]
     Ended(#[from] Ended),
-    /// The client of the hub's own API.
-    #[error("failed to make a client of the hub API from {path}")]
-    Client {
-        /// The hub's own kubeconfig.
-        path: PathBuf,
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
     /// The proxy server.
     #[error("failed to start the proxy server")]
     Server(#[from] ServerError),
@@ -290,7 +282,7 @@ impl Hub {
         let (feed, directory) = ClusterDirectory::fed();
         let config = server_config(&args, &data_dir, &advertised_host, directory.clone(), api.ca_pem())?;
         let parts = Parts::new(&config);
-        let client = api.client(&data_dir).await?;
+        let client = api.client();
         let enrolment = Enrolment::new(
             SecretTokens::new(client.clone()),
             tunnel_ca.clone(),
@@ -449,7 +441,9 @@ impl Hub {
             while controller_task.join_next().await.is_some() {}
             while server_task.join_next().await.is_some() {}
         }
-        // The watches end before what they watch does.
+        // Whoever uses the API ends before it does.
+        controller_task.shutdown().await;
+        server_task.shutdown().await;
         background.abort().await;
         api_stop.cancel();
         while api_task.join_next().await.is_some() {}
