@@ -13,7 +13,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::{
-    scenario::{Goal, Metric, Outcome, Result},
+    scenario::{Metric, Outcome, Result},
     subject::Subject,
 };
 
@@ -169,33 +169,33 @@ impl Report {
         )
     }
 
-    /// What cellway over HTTP/2 is to reach, and whether it did.
-    fn goal(&self, metric: Metric) -> [String; 2] {
+    /// What a subject is to reach, and whether it did.
+    fn goal(&self, metric: Metric, subject: Subject) -> [String; 2] {
         let description = metric.describe();
-        let text =
-            description.goal.map(|goal: Goal| goal.text(description.more_is_better)).unwrap_or_default();
-        let reached = description.goal.and_then(|goal| {
-            let value = self.value(metric, Subject::CellwayH2)?;
-            goal.reached(value, self.value(metric, Subject::Rathole), description.more_is_better)
-        });
+        let Some(goal) = description.goal_of(subject) else { return [String::new(), String::new()] };
+        let beside = goal.beside().and_then(|other| self.value(metric, other));
+        let reached = self
+            .value(metric, subject)
+            .and_then(|value| goal.reached(value, beside, description.more_is_better));
         let word = match reached {
             Some(true) => "yes",
             Some(false) => "no",
             None => "",
         };
-        [text, word.to_owned()]
+        [goal.text(description.more_is_better), word.to_owned()]
     }
 
     fn rows(&self) -> Vec<Vec<String>> {
         let mut header = vec!["scenario".to_owned(), "unit".to_owned()];
         header.extend(self.subjects.iter().map(|subject| subject.name().to_owned()));
-        header.extend(["to reach (h2)", "reached"].map(str::to_owned));
+        header.extend(["to reach (h2)", "reached", "to reach (quic)", "reached"].map(str::to_owned));
         let mut rows = vec![header];
         for metric in self.metrics() {
             let description = metric.describe();
             let mut row = vec![description.title.to_owned(), description.unit.to_owned()];
             row.extend(self.subjects.iter().map(|subject| self.cell(metric, *subject)));
-            row.extend(self.goal(metric));
+            row.extend(self.goal(metric, Subject::CellwayH2));
+            row.extend(self.goal(metric, Subject::CellwayQuic));
             rows.push(row);
         }
         rows
@@ -396,5 +396,28 @@ mod tests {
         assert!(text.contains("1.10") && text.contains("yes"), "{text}");
         assert!(text.contains("haproxy is absent: not installed") && text.contains("broken"), "{text}");
         assert!(report.markdown().starts_with("| scenario | unit | direct |"));
+    }
+
+    #[test]
+    fn quic_is_judged_beside_http2() {
+        let judged = |metric, h2: Option<f64>, quic: f64| {
+            let mut values = vec![(Subject::CellwayQuic, Outcome::Value(quic))];
+            values.extend(h2.map(|h2| (Subject::CellwayH2, Outcome::Value(h2))));
+            let mut report = report(&values);
+            for entry in &mut report.results {
+                entry.result.metric = metric;
+            }
+            let rows = report.rows();
+            rows[1][rows[0].len() - 2..].join(" ")
+        };
+        for metric in [Metric::Download1, Metric::Download8, Metric::Upload1] {
+            assert_eq!(judged(metric, Some(800.0), 400.0), "≥ 0.5 × cellway-h2 yes");
+            assert_eq!(judged(metric, Some(800.0), 399.0), "≥ 0.5 × cellway-h2 no");
+            assert_eq!(judged(metric, None, 400.0), "≥ 0.5 × cellway-h2 ");
+        }
+        // What others still get done while packets are lost.
+        assert_eq!(judged(Metric::BesideBusyLossy, Some(91.0), 296.0), "≥ 1 × cellway-h2 yes");
+        assert_eq!(judged(Metric::BesideBusyLossy, Some(91.0), 90.0), "≥ 1 × cellway-h2 no");
+        assert_eq!(judged(Metric::PingPong1, Some(2.0), 1.0), " ", "nothing is wanted of it there");
     }
 }

@@ -118,8 +118,8 @@ pub(crate) enum Outcome {
 /// What is to be reached.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Goal {
-    /// Times the value of rathole: at least where more is better, at most where less is.
-    TimesRathole(f64),
+    /// Times the value of another subject: at least where more is better, at most where less is.
+    Times(Subject, f64),
     AtLeast(f64),
     AtMost(f64),
 }
@@ -133,6 +133,8 @@ pub(crate) struct Description {
     pub(crate) more_is_better: bool,
     /// For cellway over HTTP/2.
     pub(crate) goal: Option<Goal>,
+    /// For cellway over QUIC.
+    pub(crate) quic_goal: Option<Goal>,
 }
 
 /// One result with what the load generator said.
@@ -168,15 +170,20 @@ impl Metric {
             digits,
             more_is_better,
             goal,
+            quic_goal: None,
         };
-        let times = |factor| Some(Goal::TimesRathole(factor));
+        let times = |factor| Some(Goal::Times(Subject::Rathole, factor));
         match self {
             Self::PingPong1 => description("ping-pong, 1 connection", "ops/s", 0, true, times(1.05)),
             Self::PingPong64 => description("ping-pong, 64 connections", "ops/s", 0, true, times(1.8)),
             Self::Connect => description("connect+echo+close, 16 workers", "/s", 0, true, times(6.0)),
-            Self::Download1 => description("download, 1 connection", "MiB/s", 0, true, times(2.0)),
-            Self::Download8 => description("download, 8 connections", "MiB/s", 0, true, times(2.0)),
-            Self::Upload1 => description("upload, 1 connection", "MiB/s", 0, true, times(2.0)),
+            Self::Download1 => {
+                description("download, 1 connection", "MiB/s", 0, true, times(2.0)).over_quic(0.5)
+            }
+            Self::Download8 => {
+                description("download, 8 connections", "MiB/s", 0, true, times(2.0)).over_quic(0.5)
+            }
+            Self::Upload1 => description("upload, 1 connection", "MiB/s", 0, true, times(2.0)).over_quic(0.5),
             Self::CpuPerGib => description("CPU per GiB, both processes", "s", 2, false, times(0.42)),
             Self::Idle => description(
                 "memory per idle connection, both processes",
@@ -186,7 +193,10 @@ impl Metric {
                 Some(Goal::AtMost(12.0)),
             ),
             Self::BesideBusy => description("ping-pong beside 4 downloads", "ops/s", 0, true, None),
-            Self::BesideBusyLossy => description("the same, 1 % of packets lost", "ops/s", 0, true, None),
+            // Less harm than over HTTP/2 to the connection that does not download.
+            Self::BesideBusyLossy => {
+                description("the same, 1 % of packets lost", "ops/s", 0, true, None).over_quic(1.0)
+            }
             Self::DownloadLossy => {
                 description("download, 1 connection, 1 % of packets lost", "MiB/s", 0, true, None)
             }
@@ -215,14 +225,41 @@ impl Metric {
     }
 }
 
+// === impl Description ===
+
+impl Description {
+    /// cellway over QUIC is to reach so many times what it does over HTTP/2.
+    fn over_quic(self, factor: f64) -> Self {
+        Self { quic_goal: Some(Goal::Times(Subject::CellwayH2, factor)), ..self }
+    }
+
+    /// What this subject is to reach, if anything.
+    pub(crate) fn goal_of(&self, subject: Subject) -> Option<Goal> {
+        match subject {
+            Subject::CellwayH2 => self.goal,
+            Subject::CellwayQuic => self.quic_goal,
+            Subject::Direct | Subject::Rathole | Subject::Haproxy | Subject::Konnectivity => None,
+        }
+    }
+}
+
 // === impl Goal ===
 
 impl Goal {
-    /// Whether `value` reaches it; none when there is nothing to compare with.
-    pub(crate) fn reached(self, value: f64, rathole: Option<f64>, more_is_better: bool) -> Option<bool> {
+    /// Whose value it is a multiple of.
+    pub(crate) fn beside(self) -> Option<Subject> {
         match self {
-            Self::TimesRathole(factor) => {
-                let bound = rathole? * factor;
+            Self::Times(subject, _) => Some(subject),
+            Self::AtLeast(_) | Self::AtMost(_) => None,
+        }
+    }
+
+    /// Whether `value` reaches it; none when there is nothing to compare with: `beside` is the value of
+    /// [`Self::beside`].
+    pub(crate) fn reached(self, value: f64, beside: Option<f64>, more_is_better: bool) -> Option<bool> {
+        match self {
+            Self::Times(_, factor) => {
+                let bound = beside? * factor;
                 Some(if more_is_better { value >= bound } else { value <= bound })
             }
             Self::AtLeast(bound) => Some(value >= bound),
@@ -232,8 +269,8 @@ impl Goal {
 
     pub(crate) fn text(self, more_is_better: bool) -> String {
         match self {
-            Self::TimesRathole(factor) => {
-                format!("{} {factor} × rathole", if more_is_better { "≥" } else { "≤" })
+            Self::Times(subject, factor) => {
+                format!("{} {factor} × {}", if more_is_better { "≥" } else { "≤" }, subject.name())
             }
             Self::AtLeast(bound) => format!("≥ {bound}"),
             Self::AtMost(bound) => format!("≤ {bound}"),
@@ -539,11 +576,12 @@ mod tests {
 
     #[test]
     fn goals_look_the_right_way() {
-        let goal = Goal::TimesRathole(0.42);
+        let times = |factor| Goal::Times(Subject::Rathole, factor);
+        let goal = times(0.42);
         assert_eq!(goal.reached(0.4, Some(1.0), false), Some(true));
         assert_eq!(goal.reached(0.5, Some(1.0), false), Some(false));
         assert_eq!(goal.reached(0.5, None, false), None);
-        assert_eq!(Goal::TimesRathole(2.0).reached(1.9, Some(1.0), true), Some(false));
+        assert_eq!(times(2.0).reached(1.9, Some(1.0), true), Some(false));
         assert_eq!(Goal::AtMost(12.0).reached(12.0, None, false), Some(true));
         assert_eq!(Goal::AtLeast(0.9).reached(0.89, None, true), Some(false));
     }

@@ -170,6 +170,18 @@ impl RefusalKind {
 // === impl CloseReason ===
 
 impl CloseReason {
+    /// A word for metrics.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Local(_) => "closed-here",
+            Self::Remote(_) => "closed-by-peer",
+            Self::Refused(_) => "refused",
+            Self::Lost(_) => "lost",
+            Self::KeepAlive => "keep-alive",
+            Self::Protocol(_) => "protocol",
+        }
+    }
+
     /// What the peer is told.
     pub(crate) fn to_peer(&self) -> String {
         match self {

@@ -211,7 +211,7 @@ pub(crate) async fn connect(
     let crypto = QuicClientConfig::try_from(tls).map_err(|error| TunnelError::Tls(error.to_string()))?;
     let mut config = quinn::ClientConfig::new(Arc::new(crypto));
     let mut transport = transport(limits, limits.max_connections + 1);
-    transport.keep_alive_interval(Some(limits.keepalive_interval.min(SIGN_OF_LIFE)));
+    transport.keep_alive_interval(Some(sign_of_life(limits)));
     config.transport_config(Arc::new(transport));
     let connecting = endpoint
         .connect_with(config, address, server_name)
@@ -220,13 +220,29 @@ pub(crate) async fn connect(
     Ok((endpoint, connection))
 }
 
+fn sign_of_life(limits: &Limits) -> Duration {
+    limits.keepalive_interval.min(SIGN_OF_LIFE)
+}
+
+/// The same of the side that listens: a little later than what it hears from the other one, so that it sends this only when it
+/// hears nothing.
+fn late_sign_of_life(limits: &Limits) -> Duration {
+    let sign = sign_of_life(limits);
+    sign + sign / 3
+}
+
+/// QUIC's idle timer begins anew with the first packet that asks for an answer after something was heard (RFC 9000, section
+/// 10.1), and either end soon sends one: what passes until then is taken off.
+fn idle_timeout(limits: &Limits) -> Duration {
+    limits.keepalive_interval + limits.keepalive_timeout - sign_of_life(limits)
+}
+
 fn transport(limits: &Limits, streams: usize) -> TransportConfig {
     let mut transport = TransportConfig::default();
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(MAX_PACKET);
     let mut acks = AckFrequencyConfig::default();
     acks.ack_eliciting_threshold(VarInt::from_u32(ACK_EVERY));
-    let idle = limits.keepalive_interval + limits.keepalive_timeout;
     transport
         .max_concurrent_bidi_streams(VarInt::from_u32(u32::try_from(streams).unwrap_or(u32::MAX)))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
@@ -237,9 +253,9 @@ fn transport(limits: &Limits, streams: usize) -> TransportConfig {
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(Some(mtu))
         .ack_frequency_config(Some(acks))
-        .keep_alive_interval(Some(limits.keepalive_interval))
+        .keep_alive_interval(Some(late_sign_of_life(limits)))
         // Durations of some seconds are far below the limit of 2^62 ms.
-        .max_idle_timeout(idle.try_into().ok());
+        .max_idle_timeout(idle_timeout(limits).try_into().ok());
     transport
 }
 
@@ -272,6 +288,8 @@ fn close_reason(error: &quinn::ConnectionError) -> CloseReason {
 
         quinn::ConnectionError::TimedOut => CloseReason::KeepAlive,
         quinn::ConnectionError::LocallyClosed => CloseReason::Local("closed".to_owned()),
+        // What the library says when the peer has violated QUIC; `ConnectionClosed` is the peer's own word of that kind.
+        quinn::ConnectionError::TransportError(error) => CloseReason::Protocol(error.to_string()),
         other => CloseReason::Lost(other.to_string()),
     }
 }
@@ -630,6 +648,22 @@ pub(crate) mod fuzz {
         }
         if let Ok(result) = v1::DialResult::decode(input) {
             let _ = crate::error::DialError::from_code(&result.error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The last thing heard, the first sign after it that begins the timer anew, and the timer.
+    #[test]
+    fn a_dead_path_is_found_within_thirty_seconds() {
+        let limits = Limits::default();
+        for sign in [sign_of_life(&limits), late_sign_of_life(&limits)] {
+            let found = sign + idle_timeout(&limits);
+            assert!(found <= Duration::from_secs(30), "{found:?}");
+            assert!(found >= limits.keepalive_interval + limits.keepalive_timeout, "{found:?}: too soon");
         }
     }
 }

@@ -4,10 +4,10 @@
 
 mod support;
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use support::{Identities, eventually};
-use tls::{CertificateAuthority, ClientTls};
+use tls::{AgentIdentity, AgentKey, CertificateAuthority, ClientAuth, ClientTls, ServerTls};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -101,6 +101,53 @@ async fn a_strangers_certificate_is_refused_over_each_carrier() {
         let tls = ClientTls::from_pem(stranger.certificate_pem(), None).unwrap();
         let options = ConnectOptions { tls, ..support::options(&identities, listener.local_addr(), carrier) };
         assert!(tunnel::connect(options).await.is_err());
+    })
+    .await;
+}
+
+/// The dates count, on either side: the same key and name are served with a certificate of now.
+#[tokio::test]
+async fn an_expired_certificate_is_refused_over_each_carrier() {
+    support::both(|carrier| async move {
+        let identities = Identities::new();
+        let (hour, now) = (Duration::from_secs(3600), SystemTime::now());
+        let past = now - 10 * hour;
+        let authority = &identities.authority;
+        let ca = authority.certificate_pem();
+        let mut listener = support::listener(&identities, Limits::default(), true).await;
+        let key = AgentKey::generate().unwrap();
+        let request = key.certificate_request().unwrap();
+        let identity: AgentIdentity = "spiffe://cellway.test/cluster/prod/agent/a1".parse().unwrap();
+        let signed = |at| {
+            let certificate = authority.sign_agent_at(&request, &identity, hour, at).unwrap();
+            let tls = ClientTls::from_pem(ca, Some((&certificate, &key.to_pem()))).unwrap();
+            ConnectOptions { tls, ..support::options(&identities, listener.local_addr(), carrier) }
+        };
+        let (expired, valid) = (signed(past), signed(now));
+        assert!(tunnel::connect(expired).await.is_err());
+        eventually(|| listener.rejected().tls >= 1).await;
+        let (agent, _server) = tokio::join!(tunnel::connect(valid), support::attach(&mut listener));
+        agent.unwrap();
+
+        let mut identities = identities;
+        for (at, served) in [(past, false), (now, true)] {
+            let issued = identities.authority.issue_server_at(&["localhost".to_owned()], hour, at).unwrap();
+            let ca = Some(identities.authority.certificate_pem());
+            identities.server =
+                ServerTls::from_pem(&issued.certificate_pem, &issued.key_pem, ca, ClientAuth::Optional)
+                    .unwrap();
+            let mut listener = support::listener(&identities, Limits::default(), true).await;
+            let options = support::options(&identities, listener.local_addr(), carrier);
+            let attached = async {
+                let _server = support::attach(&mut listener).await;
+                std::future::pending::<std::convert::Infallible>().await
+            };
+            let agent = tokio::select! {
+                agent = tunnel::connect(options) => agent,
+                never = attached => match never {},
+            };
+            assert_eq!(agent.is_ok(), served, "{carrier}: {:?}", agent.err());
+        }
     })
     .await;
 }

@@ -8,7 +8,10 @@ use std::{net::SocketAddr, time::Duration};
 
 use support::{Pair, both, pattern};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tunnel::{CarrierChoice, DialError, Limits, LocalSocket, Target, UnixSocket};
+use tunnel::{
+    AgentTunnel, CarrierChoice, CloseReason, ConnectOptions, DialError, Limits, LocalSocket, ServerTunnel,
+    Target, UnixSocket,
+};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -415,6 +418,50 @@ async fn keep_alive_finds_a_dead_path_under_load() {
         while writers.join_next().await.is_some() {}
     })
     .await;
+}
+
+/// Both ends of a quiet tunnel find out by themselves that nothing passes any more. How soon is a matter of the limits, whose
+/// sums are judged where they are made.
+async fn find_a_dead_path(server: &ServerTunnel, agent: &AgentTunnel, cut: impl FnOnce()) {
+    let limits = brisk();
+    let agent = agent.handle();
+    let quiet = 3 * (limits.keepalive_interval + limits.keepalive_timeout);
+    tokio::time::timeout(quiet, server.closed()).await.expect_err("a quiet path is not a dead one");
+    cut();
+    let found = async { (server.closed().await, agent.closed().await) };
+    let reasons = tokio::time::timeout(Duration::from_secs(30), found).await.expect("an end does not notice");
+    assert_eq!(reasons, (CloseReason::KeepAlive, CloseReason::KeepAlive));
+}
+
+fn brisk() -> Limits {
+    Limits {
+        keepalive_interval: Duration::from_millis(400),
+        keepalive_timeout: Duration::from_millis(1_100),
+        ..Limits::default()
+    }
+}
+
+#[tokio::test]
+async fn both_ends_find_a_dead_path_over_h2() {
+    let path = support::Path::start().await;
+    let pair = Pair::over(&path, CarrierChoice::H2, brisk()).await.unwrap();
+    find_a_dead_path(&pair.server, &pair.agent, || path.stop()).await;
+}
+
+#[tokio::test]
+async fn both_ends_find_a_dead_path_over_quic() {
+    let identities = support::Identities::new();
+    let mut listener = support::listener(&identities, brisk(), true).await;
+    let (address, server, _forwarding) = udp_forwarder(listener.quic_addr().unwrap()).await;
+    let options =
+        ConnectOptions { limits: brisk(), ..support::options(&identities, address, CarrierChoice::Quic) };
+    let (agent, tunnel) = tokio::join!(tunnel::connect(options), support::attach(&mut listener));
+    // Nobody reads there.
+    let nowhere = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let cut = || {
+        server.send_replace(nowhere.local_addr().unwrap());
+    };
+    find_a_dead_path(&tunnel, &agent.unwrap(), cut).await;
 }
 
 #[tokio::test]

@@ -173,7 +173,7 @@ impl Fleet {
         hub.kill().await
     }
 
-    /// The hub's resident memory in KiB.
+    /// The end of the hub's log.
     pub fn hub_log(&self) -> String {
         self.hub.as_ref().map(|hub| hub.tail(60)).unwrap_or_default()
     }

@@ -6,7 +6,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -20,7 +20,7 @@ use test_support::{
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream, UnixStream},
+    net::{TcpListener, TcpSocket, TcpStream, UnixStream},
     process::Command,
     task::JoinSet,
 };
@@ -36,7 +36,16 @@ struct Pair {
     agents: SocketAddr,
     admin: SocketAddr,
     agent_program: PathBuf,
+    told: Told,
     dir: TestDir,
+}
+
+/// How the programs are told their flags.
+#[derive(Debug, Clone, Copy)]
+enum Told {
+    OnTheCommandLine,
+    /// In the YAML file that `--config` names.
+    InAFile,
 }
 
 /// The files of [`write_certificates`].
@@ -55,8 +64,31 @@ fn write_certificates(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+impl Told {
+    /// The program with these flags; `file` is where they are written if they are.
+    fn command(self, program: &Path, flags: &[(&str, String)], file: &Path) -> Result<Command> {
+        let mut command = Command::new(program);
+        match self {
+            Self::OnTheCommandLine => {
+                command.args(flags.iter().map(|(flag, value)| format!("--{flag}={value}")));
+            }
+            Self::InAFile => {
+                let yaml: String = flags.iter().map(|(flag, value)| format!("{flag}: {value}\n")).collect();
+                std::fs::write(file, yaml)?;
+                command.arg("--config").arg(file);
+            }
+        }
+        Ok(command)
+    }
+}
+
 impl Pair {
     async fn start() -> Result<Option<Self>> {
+        Self::start_with(Told::OnTheCommandLine, &[]).await
+    }
+
+    /// A server with these flags besides.
+    async fn start_with(told: Told, more: &[(&'static str, &str)]) -> Result<Option<Self>> {
         let programs =
             tools::program("proxy-server").and_then(|server| Ok((server, tools::program("proxy-agent")?)));
         let (server_program, agent_program) = match programs {
@@ -69,23 +101,27 @@ impl Pair {
         let dir = TestDir::new("pair")?;
         write_certificates(dir.path())?;
         let (uds, ready) = (dir.join("connect.sock"), dir.join("ready.json"));
-        let mut command = Command::new(server_program);
-        command
-            .arg("--mode=http-connect")
-            .arg("--server-port=0")
-            .arg("--agent-port=0")
-            .arg("--agent-bind-address=127.0.0.1");
-        command
-            .arg("--graceful-shutdown-timeout=30s")
-            .arg("--health-port=0")
-            .arg("--admin-port=0")
-            .arg("--health-bind-address=127.0.0.1");
-        for (flag, file) in
-            [("cluster-cert", "server.crt"), ("cluster-key", "server.key"), ("cluster-ca-cert", "ca.crt")]
-        {
-            command.arg(format!("--{flag}={}", dir.join(file).display()));
-        }
-        command.arg(format!("--uds-name={}", uds.display())).arg(format!("--ready-file={}", ready.display()));
+        let plain = [
+            ("mode", "http-connect"),
+            ("server-port", "0"),
+            ("agent-port", "0"),
+            ("agent-bind-address", "127.0.0.1"),
+            ("graceful-shutdown-timeout", "30s"),
+            ("health-port", "0"),
+            ("admin-port", "0"),
+            ("health-bind-address", "127.0.0.1"),
+        ];
+        let paths = [
+            ("cluster-cert", dir.join("server.crt")),
+            ("cluster-key", dir.join("server.key")),
+            ("cluster-ca-cert", dir.join("ca.crt")),
+            ("uds-name", uds.clone()),
+            ("ready-file", ready.clone()),
+        ];
+        let mut flags: Vec<_> =
+            plain.iter().chain(more).map(|(flag, value)| (*flag, (*value).to_owned())).collect();
+        flags.extend(paths.map(|(flag, path)| (flag, path.display().to_string())));
+        let command = told.command(&server_program, &flags, &dir.join("server.yaml"))?;
         let server = Process::spawn("proxy-server", command, &dir.join("server.log"))?;
         let addresses: Value = wait_until(
             || async { anyhow::Ok(serde_json::from_slice(&std::fs::read(&ready)?)?) },
@@ -96,17 +132,22 @@ impl Pair {
         .with_context(|| server.tail(30))?;
         let agents = addresses["agents"].as_str().context("no address for agents")?.parse()?;
         let admin = addresses["admin"].as_str().context("no address of the admin pages")?.parse()?;
-        Ok(Some(Self { server, uds, agents, admin, agent_program, dir }))
+        Ok(Some(Self { server, uds, agents, admin, agent_program, told, dir }))
+    }
+
+    /// One of the server's admin pages.
+    async fn page(&self, path: &str) -> Result<Value> {
+        let mut page = TcpStream::connect(self.admin).await?;
+        page.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
+        let mut text = String::new();
+        page.read_to_string(&mut text).await?;
+        let (_, body) = text.split_once("\r\n\r\n").context("an answer without a body")?;
+        Ok(serde_json::from_str(body)?)
     }
 
     /// The live connections of each agent, as the admin page tells them.
     async fn connections(&self) -> Result<BTreeMap<String, u64>> {
-        let mut page = TcpStream::connect(self.admin).await?;
-        page.write_all(b"GET /debug/tunnels HTTP/1.0\r\n\r\n").await?;
-        let mut text = String::new();
-        page.read_to_string(&mut text).await?;
-        let (_, body) = text.split_once("\r\n\r\n").context("an answer without a body")?;
-        let table: Value = serde_json::from_str(body)?;
+        let table = self.page("/debug/tunnels").await?;
         let rows = table["items"].as_array().with_context(|| format!("no rows in {table}"))?;
         let row = |row: &Value| Some((row["agentId"].as_str()?.to_owned(), row["connections"].as_u64()?));
         Ok(rows.iter().filter_map(row).collect())
@@ -118,16 +159,21 @@ impl Pair {
 
     /// An agent that dials another port, with the certificates in another folder.
     fn agent_with(&self, name: &str, transport: &str, port: u16, certificates: &Path) -> Result<Process> {
-        let mut command = Command::new(&self.agent_program);
-        command.arg("--proxy-server-host=127.0.0.1").arg(format!("--proxy-server-port={port}"));
-        for (flag, file) in [("agent-cert", "agent.crt"), ("agent-key", "agent.key"), ("ca-cert", "ca.crt")] {
-            command.arg(format!("--{flag}={}", certificates.join(file).display()));
-        }
-        command.arg(format!("--transport={transport}")).arg(format!("--agent-id={name}"));
-        command
-            .arg("--health-server-port=0")
-            .arg("--admin-server-port=0")
-            .arg("--health-server-host=127.0.0.1");
+        let path = |file| certificates.join(file).display().to_string();
+        let flags = [
+            ("proxy-server-host", "127.0.0.1".to_owned()),
+            ("proxy-server-port", port.to_string()),
+            ("agent-cert", path("agent.crt")),
+            ("agent-key", path("agent.key")),
+            ("ca-cert", path("ca.crt")),
+            ("transport", transport.to_owned()),
+            ("agent-id", name.to_owned()),
+            ("health-server-port", "0".to_owned()),
+            ("admin-server-port", "0".to_owned()),
+            ("health-server-host", "127.0.0.1".to_owned()),
+        ];
+        let file = self.dir.join(format!("{name}.yaml"));
+        let command = self.told.command(&self.agent_program, &flags, &file)?;
         Process::spawn(name, command, &self.dir.join(format!("{name}.log")))
     }
 
@@ -182,6 +228,26 @@ async fn target() -> Result<(SocketAddr, AbortOnDropHandle<()>)> {
         }
     });
     Ok((address, AbortOnDropHandle::new(task)))
+}
+
+/// A target that never answers: nobody accepts, and its queue is full. It is one while what comes with it is held.
+async fn silent_target() -> Result<(SocketAddr, (TcpListener, Vec<TcpStream>))> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind((Ipv4Addr::LOCALHOST, 0).into())?;
+    let listener = socket.listen(1)?;
+    let address = listener.local_addr()?;
+    let mut queue = Vec::new();
+    // On the loopback a connection is there at once, or it waits for room. Twice, as the machine may have been elsewhere.
+    let at_once = Duration::from_millis(500);
+    let mut waited = 0;
+    while waited < 2 {
+        match tokio::time::timeout(at_once, TcpStream::connect(address)).await {
+            Ok(connected) => queue.push(connected?),
+            Err(_) => waited += 1,
+        }
+        ensure!(queue.len() < 100, "the queue never fills");
+    }
+    Ok((address, (listener, queue)))
 }
 
 /// Sends, half-closes, and checks that all of it and the target's last word come back.
@@ -250,6 +316,33 @@ async fn bytes_go_both_ways_over_h2() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn bytes_go_both_ways_over_quic() -> Result<()> {
     round_trips("quic").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_sides_take_their_flags_from_files() -> Result<()> {
+    let more = [("backend-dial-timeout", "2s")];
+    let Some(pair) = Pair::start_with(Told::InAFile, &more).await? else { return NotRun::not_run() };
+    let (target, _task) = target().await?;
+    let agent = pair.agent("agent-1", "h2")?;
+    echo(pair.connected(target).await?, 1, 1_000_003).await.with_context(|| agent.tail(30))?;
+    let agents = pair.connections().await?;
+    ensure!(agents.keys().eq(["agent-1"]), "{agents:?}");
+
+    // The default is five times as long.
+    let (silent, _queue) = silent_target().await?;
+    let began = Instant::now();
+    let (status, _) = pair.connect(silent, "").await?;
+    ensure!(status == 504, "a target that never answers: {status}");
+    ensure!(began.elapsed() < Duration::from_secs(8), "it took {:?}", began.elapsed());
+
+    let page = pair.page("/config").await?;
+    let flags = page.as_array().with_context(|| format!("no flags in {page}"))?;
+    let timeout = flags.iter().find(|flag| flag["name"] == "backend-dial-timeout");
+    ensure!(
+        timeout.is_some_and(|flag| flag["value"] == "2s" && flag["source"] == "file"),
+        "what is in effect: {timeout:?}"
+    );
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,10 +1,10 @@
-//! A relay on the loopback that spoils what passes through it: latency, bandwidth, lost datagrams, silence.
+//! A relay of TCP on the loopback that spoils what passes through it: latency, bandwidth, silence. A stream loses nothing: a
+//! path that loses packets is a namespace's (`loss_rules` of `netns`).
 //!
 //! The machines that run the tests have no `netem`. One relay carries one upstream; what it does can be changed while
 //! it runs.
 
 use std::{
-    collections::HashMap,
     io,
     net::{Ipv4Addr, SocketAddr},
     sync::{
@@ -15,11 +15,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use parking_lot::Mutex;
-use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream, UdpSocket, tcp},
+    net::{TcpListener, TcpStream, tcp},
     sync::{mpsc, watch},
     task::JoinSet,
     time::Instant,
@@ -28,22 +26,16 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// What is read at once from a stream. Small, so that a bandwidth limit is smooth.
 const CHUNK: usize = 16 * 1024;
-/// Chunks and datagrams on their way; with the sizes above it is what a long fat pipe would hold.
+/// Chunks on their way; with the size above it is what a long fat pipe would hold.
 const IN_FLIGHT: usize = 2_048;
-/// Clients of one UDP relay; the oldest are not dropped, new ones are refused.
-const MAX_UDP_CLIENTS: usize = 4_096;
-/// The largest datagram there is.
-const MAX_DATAGRAM: usize = 65_535;
 
 /// What is done to the bytes, in both directions alike.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Impairment {
-    /// Added to each chunk or datagram, one way.
+    /// Added to each chunk, one way.
     pub latency: Duration,
     /// Bytes per second in each direction of each connection; none: no limit.
     pub bandwidth: Option<u64>,
-    /// Share of the datagrams that are lost, 0 to 1. Streams do not lose.
-    pub loss: f64,
     /// Nothing passes, nothing is refused, nobody is told.
     pub blackhole: bool,
 }
@@ -55,14 +47,8 @@ pub struct Relay {
     impairment: watch::Sender<Impairment>,
     /// Where new TCP connections lead, and how often those before were cut.
     route: watch::Sender<(SocketAddr, u64)>,
-    counters: Arc<Counters>,
+    passed: Arc<AtomicU64>,
     _task: AbortOnDropHandle<()>,
-}
-
-#[derive(Debug, Default)]
-struct Counters {
-    passed: AtomicU64,
-    lost: AtomicU64,
 }
 
 impl Relay {
@@ -71,31 +57,10 @@ impl Relay {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let (sender, receiver) = watch::channel(impairment);
-        let counters = Arc::new(Counters::default());
+        let passed = Arc::new(AtomicU64::new(0));
         let route = watch::Sender::new((upstream, 0));
-        let task = tokio::spawn(serve_tcp(listener, route.subscribe(), receiver, counters.clone()));
-        Ok(Self { address, impairment: sender, route, counters, _task: AbortOnDropHandle::new(task) })
-    }
-
-    /// Relays datagrams to `upstream`; each client gets its own port towards it. `seed` decides which are lost.
-    pub async fn udp(upstream: SocketAddr, impairment: Impairment, seed: u64) -> io::Result<Self> {
-        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-        Self::udp_on(socket, upstream, impairment, seed)
-    }
-
-    /// The same on a port of the caller's choice: QUIC and TCP of one server are expected at one port.
-    pub fn udp_on(
-        socket: UdpSocket,
-        upstream: SocketAddr,
-        impairment: Impairment,
-        seed: u64,
-    ) -> io::Result<Self> {
-        let address = socket.local_addr()?;
-        let (sender, receiver) = watch::channel(impairment);
-        let counters = Arc::new(Counters::default());
-        let task = tokio::spawn(serve_udp(Arc::new(socket), upstream, receiver, counters.clone(), seed));
-        let route = watch::Sender::new((upstream, 0));
-        Ok(Self { address, impairment: sender, route, counters, _task: AbortOnDropHandle::new(task) })
+        let task = tokio::spawn(serve_tcp(listener, route.subscribe(), receiver, passed.clone()));
+        Ok(Self { address, impairment: sender, route, passed, _task: AbortOnDropHandle::new(task) })
     }
 
     /// Ends all TCP connections that are open, wherever they are in what they do.
@@ -121,14 +86,9 @@ impl Relay {
         self.impairment.send_replace(impairment);
     }
 
-    /// Chunks or datagrams that went through.
+    /// Chunks that went through.
     pub fn passed(&self) -> u64 {
-        self.counters.passed.load(Ordering::Relaxed)
-    }
-
-    /// Datagrams that were lost on purpose or for want of room.
-    pub fn lost(&self) -> u64 {
-        self.counters.lost.load(Ordering::Relaxed)
+        self.passed.load(Ordering::Relaxed)
     }
 }
 
@@ -136,7 +96,7 @@ async fn serve_tcp(
     listener: TcpListener,
     route: watch::Receiver<(SocketAddr, u64)>,
     impairment: watch::Receiver<Impairment>,
-    counters: Arc<Counters>,
+    passed: Arc<AtomicU64>,
 ) {
     let mut connections = JoinSet::new();
     loop {
@@ -144,7 +104,7 @@ async fn serve_tcp(
             accepted = listener.accept() => {
                 // An accept that fails (out of descriptors) is tried again when a connection ends or arrives.
                 let Ok((client, _)) = accepted else { continue };
-                connections.spawn(relay_tcp(client, route.clone(), impairment.clone(), counters.clone()));
+                connections.spawn(relay_tcp(client, route.clone(), impairment.clone(), passed.clone()));
             }
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
         }
@@ -155,7 +115,7 @@ async fn relay_tcp(
     client: TcpStream,
     mut route: watch::Receiver<(SocketAddr, u64)>,
     impairment: watch::Receiver<Impairment>,
-    counters: Arc<Counters>,
+    passed: Arc<AtomicU64>,
 ) {
     let (upstream, _) = *route.borrow_and_update();
     let Ok(server) = TcpStream::connect(upstream).await else { return };
@@ -164,8 +124,8 @@ async fn relay_tcp(
     let _ = server.set_nodelay(true);
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
-    let up = pump(client_read, server_write, impairment.clone(), counters.clone());
-    let down = pump(server_read, client_write, impairment, counters);
+    let up = pump(client_read, server_write, impairment.clone(), passed.clone());
+    let down = pump(server_read, client_write, impairment, passed);
     // An error in one direction is a reset: both ends go when this function returns.
     tokio::select! {
         _ = async { tokio::try_join!(up, down) } => {}
@@ -178,7 +138,7 @@ async fn pump(
     mut from: tcp::OwnedReadHalf,
     mut to: tcp::OwnedWriteHalf,
     impairment: watch::Receiver<Impairment>,
-    counters: Arc<Counters>,
+    passed: Arc<AtomicU64>,
 ) -> io::Result<()> {
     let (line_in, mut line_out) = mpsc::channel::<(Instant, Bytes)>(IN_FLIGHT);
     let mut watch_read = impairment.clone();
@@ -210,7 +170,7 @@ async fn pump(
             tokio::time::sleep_until(due).await;
             until_open(&mut watch_write).await;
             to.write_all(&bytes).await?;
-            counters.passed.fetch_add(1, Ordering::Relaxed);
+            passed.fetch_add(1, Ordering::Relaxed);
         }
         to.shutdown().await
     };
@@ -223,113 +183,10 @@ async fn until_open(impairment: &mut watch::Receiver<Impairment>) {
     let _ = impairment.wait_for(|now| !now.blackhole).await;
 }
 
-async fn serve_udp(
-    front: Arc<UdpSocket>,
-    upstream: SocketAddr,
-    impairment: watch::Receiver<Impairment>,
-    counters: Arc<Counters>,
-    seed: u64,
-) {
-    let random = Arc::new(Mutex::new(StdRng::seed_from_u64(seed)));
-    let mut clients: HashMap<SocketAddr, (Arc<UdpSocket>, DelayLine)> = HashMap::new();
-    let mut tasks = JoinSet::new();
-    let mut buffer = vec![0; MAX_DATAGRAM];
-    loop {
-        let Ok((count, client)) = front.recv_from(&mut buffer).await else { continue };
-        if !clients.contains_key(&client) {
-            if clients.len() == MAX_UDP_CLIENTS {
-                counters.lost.fetch_add(1, Ordering::Relaxed);
-                continue;
-            }
-            let Ok(back) = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await else { continue };
-            if back.connect(upstream).await.is_err() {
-                continue;
-            }
-            let back = Arc::new(back);
-            let up = DelayLine::new(&mut tasks, back.clone(), None, counters.clone());
-            let down = DelayLine::new(&mut tasks, front.clone(), Some(client), counters.clone());
-            tasks.spawn(udp_down(back.clone(), down, impairment.clone(), random.clone(), counters.clone()));
-            clients.insert(client, (back, up));
-        }
-        if let Some((_, line)) = clients.get(&client) {
-            pass(line, &buffer[..count], *impairment.borrow(), &random, &counters);
-        }
-    }
-}
-
-async fn udp_down(
-    back: Arc<UdpSocket>,
-    line: DelayLine,
-    impairment: watch::Receiver<Impairment>,
-    random: Arc<Mutex<StdRng>>,
-    counters: Arc<Counters>,
-) {
-    let mut buffer = vec![0; MAX_DATAGRAM];
-    loop {
-        // An error here is an ICMP answer to what was sent: the upstream may come back.
-        let Ok(count) = back.recv(&mut buffer).await else { continue };
-        let now = *impairment.borrow();
-        pass(&line, &buffer[..count], now, &random, &counters);
-    }
-}
-
-/// Loses the datagram or puts it on the line.
-fn pass(line: &DelayLine, datagram: &[u8], now: Impairment, random: &Mutex<StdRng>, counters: &Counters) {
-    let unlucky = now.loss > 0.0 && random.lock().random_bool(now.loss.clamp(0.0, 1.0));
-    let sent = !now.blackhole && !unlucky && line.send(datagram, now);
-    if !sent {
-        counters.lost.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-/// Datagrams wait here for their moment, in order.
-struct DelayLine {
-    line: mpsc::Sender<(Instant, Bytes)>,
-    free_at: Mutex<Instant>,
-}
-
-impl DelayLine {
-    fn new(
-        tasks: &mut JoinSet<()>,
-        socket: Arc<UdpSocket>,
-        to: Option<SocketAddr>,
-        counters: Arc<Counters>,
-    ) -> Self {
-        let (line, mut out) = mpsc::channel::<(Instant, Bytes)>(IN_FLIGHT);
-        tasks.spawn(async move {
-            while let Some((due, datagram)) = out.recv().await {
-                tokio::time::sleep_until(due).await;
-                let sent = match to {
-                    Some(to) => socket.send_to(&datagram, to).await,
-                    None => socket.send(&datagram).await,
-                };
-                if sent.is_ok() {
-                    counters.passed.fetch_add(1, Ordering::Relaxed);
-                }
-            }
-        });
-        Self { line, free_at: Mutex::new(Instant::now()) }
-    }
-
-    /// A full line loses, as a router's queue does.
-    fn send(&self, datagram: &[u8], now: Impairment) -> bool {
-        let mut due = Instant::now();
-        if let Some(rate) = now.bandwidth {
-            let mut free_at = self.free_at.lock();
-            *free_at = free_at.max(due) + Duration::from_secs_f64(datagram.len() as f64 / rate.max(1) as f64);
-            due = *free_at;
-        }
-        self.line.try_send((due + now.latency, Bytes::copy_from_slice(datagram))).is_ok()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        stream::{Checker, Stream},
-        wait_for,
-    };
+    use crate::stream::{Checker, Stream};
 
     const LIMIT: Duration = Duration::from_secs(20);
 
@@ -393,28 +250,5 @@ mod tests {
         relay.set(Impairment::default());
         tokio::time::timeout(LIMIT, client.read_exact(&mut answer)).await.unwrap().unwrap();
         assert_eq!(&answer, b"hello");
-    }
-
-    #[tokio::test]
-    async fn udp_loses_the_share_it_is_told() {
-        let upstream = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let impairment = Impairment { loss: 0.25, ..Default::default() };
-        let relay = Relay::udp(upstream.local_addr().unwrap(), impairment, 3).await.unwrap();
-        let client = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        client.connect(relay.address()).await.unwrap();
-        const COUNT: u64 = 1_000;
-        let mut buffer = [0; 64];
-        for number in 0..COUNT {
-            client.send(&number.to_be_bytes()).await.unwrap();
-            if number % 50 == 49 {
-                // In step with the relay, so that no socket's buffer overflows.
-                wait_for(|| relay.passed() + relay.lost() > number, LIMIT, "the relay to take the datagrams")
-                    .await
-                    .unwrap();
-            }
-            while upstream.try_recv(&mut buffer).is_ok() {}
-        }
-        let lost = relay.lost();
-        assert!((180..320).contains(&lost), "lost {lost} of {COUNT}");
     }
 }

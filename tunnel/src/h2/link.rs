@@ -75,7 +75,8 @@ pub(crate) struct Link {
     blocked: AtomicBool,
     /// Milliseconds from `epoch` to the last bytes heard.
     heard: AtomicU64,
-    epoch: Instant,
+    /// By tokio's clock, as the timer of the keep-alive goes.
+    epoch: tokio::time::Instant,
     limits: Limits,
     path: Arc<RoundTrip>,
     pub(super) budget: Arc<Budget>,
@@ -171,7 +172,7 @@ impl Link {
             flush_soon: AtomicBool::new(false),
             blocked: AtomicBool::new(false),
             heard: AtomicU64::new(0),
-            epoch: now,
+            epoch: tokio::time::Instant::now(),
             budget: config.budget.child(config.limits.memory_per_tunnel),
             limits: config.limits,
             path: Arc::default(),
