@@ -45,6 +45,9 @@ const MAX_ENROLMENTS: usize = 128;
 /// One request and its answer.
 const ENROLMENT_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// As metrics call the place where certificates are asked for.
+const ENROLMENT_DOOR: &str = "enrolment";
+
 /// How long an agent waits for a hub that has just started and does not know its members yet.
 const SYNC_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -204,7 +207,8 @@ pub struct TunnelPlaces {
 impl Agents {
     /// Accepts agents until the drain; then tells every agent, and returns when the last tunnel has ended.
     pub async fn serve(self: Arc<Self>, mut listener: TunnelListener, drain: DrainWatch) {
-        let enrolments = Gate::new(MAX_ENROLMENTS);
+        let metrics = self.registry.metrics().clone();
+        let enrolments = Gate::counted(MAX_ENROLMENTS, move |cut| metrics.reject(ENROLMENT_DOOR, cut.code()));
         let mut tasks = JoinSet::new();
         let mut sample = tokio::time::interval(REJECTIONS_INTERVAL);
         let mut counted = Rejections::default();
@@ -233,9 +237,9 @@ impl Agents {
                     };
                     let entrance = enrolments.enter();
                     let span = tracing::info_span!("enrolment", agent.addr = %connection.remote_addr);
-                    let drain = drain.clone();
+                    let (agents, drain) = (self.clone(), drain.clone());
                     tasks.spawn(
-                        async move { serve_enrolment(&enrolment, connection, entrance, drain).await }
+                        async move { agents.serve_enrolment(&enrolment, connection, entrance, drain).await }
                             .instrument(span),
                     );
                 }
@@ -323,22 +327,23 @@ impl Agents {
             cluster = %identity.cluster, agent.id = %hello.agent_id, %carrier, tunnel.id = registration.entry.id,
             "tunnel established"
         );
-        let reason = tokio::select! {
-            reason = tunnel.closed() => reason.to_string(),
+        let (code, reason) = tokio::select! {
+            reason = tunnel.closed() => (reason.code(), reason.to_string()),
             rejection = self.revocation(&identity) => self.end(&tunnel, &rejection),
             () = drain.signaled() => {
                 tunnel.drain();
                 tokio::select! {
-                    reason = tunnel.closed() => reason.to_string(),
+                    reason = tunnel.closed() => (reason.code(), reason.to_string()),
                     // A drain may take as long as its deadline says; a revocation does not wait for it.
                     rejection = self.revocation(&identity) => self.end(&tunnel, &rejection),
                     () = idle(&registration) => {
                         tunnel.close("the server has drained");
-                        "drained".to_owned()
+                        ("drained", "drained".to_owned())
                     }
                 }
             }
         };
+        self.registry.metrics().end_tunnel(code);
         tracing::info!(
             cluster = %identity.cluster, agent.id = %hello.agent_id, tunnel.id = registration.entry.id, reason,
             "tunnel ended"
@@ -388,11 +393,11 @@ impl Agents {
         std::future::pending().await
     }
 
-    /// Ends an established tunnel; gives the reason in words.
-    fn end(&self, tunnel: &ServerTunnel, rejection: &Rejection) -> String {
+    /// Ends an established tunnel; gives the reason as metrics have it, and in words.
+    fn end(&self, tunnel: &ServerTunnel, rejection: &Rejection) -> (&'static str, String) {
         self.reject(rejection);
         rejection.turn_away(tunnel);
-        rejection.to_string()
+        (rejection.code(), rejection.to_string())
     }
 
     fn reject(&self, rejection: &Rejection) {
@@ -400,20 +405,22 @@ impl Agents {
         // Agents try again for ever: the operator sees the counter and one line each time.
         tracing::info!(code = rejection.code(), "agent refused: {rejection}");
     }
-}
 
-async fn serve_enrolment(
-    enrolment: &Arc<Enrolment>,
-    connection: HttpsConnection,
-    entrance: Entrance,
-    drain: DrainWatch,
-) {
-    let HttpsConnection { stream, peer_certificates, remote_addr } = connection;
-    let router = enrolment.router(peer_certificates.first().cloned());
-    let limits = service::http::Limits::default();
-    let serving = service::http::serve_connection(stream, remote_addr, router, &limits, entrance, drain);
-    if tokio::time::timeout(ENROLMENT_TIMEOUT, serving).await.is_err() {
-        tracing::debug!("enrolment connection cut: it was open for too long");
+    async fn serve_enrolment(
+        &self,
+        enrolment: &Arc<Enrolment>,
+        connection: HttpsConnection,
+        entrance: Entrance,
+        drain: DrainWatch,
+    ) {
+        let HttpsConnection { stream, peer_certificates, remote_addr } = connection;
+        let router = enrolment.router(peer_certificates.first().cloned());
+        let limits = service::http::Limits::default();
+        let serving = service::http::serve_connection(stream, remote_addr, router, &limits, entrance, drain);
+        if tokio::time::timeout(ENROLMENT_TIMEOUT, serving).await.is_err() {
+            self.registry.metrics().reject(ENROLMENT_DOOR, "timed-out");
+            tracing::debug!("enrolment connection cut: it was open for too long");
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use crate::agent_tokens::TokenConfig;
 use crate::agents::IdentityRules;
 use crate::connect::{AllowedClients, ConnectLimits, client_share};
 use crate::directory::ClusterDirectory;
-use crate::registry::DEFAULT_DIAL_TIMEOUT;
+use crate::registry::dial_timeout;
 use crate::route::Strategy;
 use crate::server::{AgentsConfig, ServerConfig, TlsFrontend, UdsConfig};
 
@@ -96,7 +96,8 @@ pub struct Args {
     /// suffices].
     #[arg(long, help_heading = "Clients")]
     pub max_client_connections: Option<usize>,
-    /// Handshakes and request heads under way at one time.
+    /// Handshakes and request heads under way at one time, over TCP and at the Unix socket each; at the limit the one that has
+    /// waited longest makes room.
     #[arg(long, default_value_t = 4096, help_heading = "Clients")]
     pub max_half_open: usize,
     /// One log line for each connection at its end.
@@ -307,10 +308,6 @@ impl Args {
             None => None,
         };
         let agent_addr = address("--agent-bind-address", &self.agent_bind_address, self.agent_port)?;
-        let dial_timeout = match self.backend_dial_timeout.0 {
-            Duration::ZERO => DEFAULT_DIAL_TIMEOUT,
-            timeout => timeout,
-        };
         let defaults = Limits::default();
         Ok(ServerConfig {
             server_id: if self.server_id.is_empty() {
@@ -350,7 +347,7 @@ impl Args {
             health: Some(address("--health-bind-address", &self.health_bind_address, self.health_port)?),
             admin: Some(address("--admin-bind-address", &self.admin_bind_address, self.admin_port)?),
             limits: ConnectLimits {
-                dial_timeout,
+                dial_timeout: dial_timeout(self.backend_dial_timeout.0),
                 client_dial_rate: self.client_dial_rate,
                 max_client_connections: self
                     .max_client_connections

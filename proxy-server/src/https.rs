@@ -28,7 +28,8 @@ pub async fn serve(
     metrics: ServerMetrics,
     drain: DrainWatch,
 ) {
-    let gate = Gate::new(limits.max_connections);
+    let counted = metrics.clone();
+    let gate = Gate::counted(limits.max_connections, move |cut| counted.reject(frontend, cut.code()));
     let (router_for, limits) = (Arc::new(router_for), Arc::new(limits));
     let mut connections = JoinSet::new();
     loop {
@@ -52,7 +53,7 @@ pub async fn serve(
         let serving = async move {
             let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream));
             let stream = match entrance.before(handshake).await {
-                None => return metrics.reject(frontend, "half-open"),
+                None => return,
                 Some(Ok(Ok(stream))) => stream,
                 Some(Ok(Err(error))) => {
                     tracing::debug!(%error, "TLS handshake failed");

@@ -1,7 +1,8 @@
 //! What the server counts, by cluster. Prefix `cellway_server_`.
 //!
 //! Label values are bounded: a cluster is one for which the CA has signed (a request for an unknown one counts under
-//! the empty name), outcomes and reasons are words of [`crate::error::ProxyError::code`] and of [`crate::agents`].
+//! the empty name), outcomes and reasons are words of [`crate::error::ProxyError::code`], of [`crate::agents`], of
+//! [`tunnel::CloseReason::code`] and of [`service::http::Cut::code`].
 
 use std::time::SystemTime;
 
@@ -55,13 +56,13 @@ pub struct CertificateLabels {
     pub certificate: &'static str,
 }
 
-/// Something turned away.
+/// Something turned away, or ended.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RejectLabels {
     pub reason: &'static str,
 }
 
-/// Something turned away at a frontend.
+/// Something turned away at a frontend, or cut there.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct FrontendRejectLabels {
     pub frontend: &'static str,
@@ -85,11 +86,13 @@ pub struct ServerMetrics {
     pub bytes: Family<ByteLabels, Counter>,
     /// Agents turned away.
     pub rejected_handshakes: Family<RejectLabels, Counter>,
+    /// Tunnels that have ended, by reason.
+    pub ended_tunnels: Family<RejectLabels, Counter>,
     /// Agents' first QUIC packets that were answered with a request to prove their address.
     pub quic_retries: Counter,
     /// QUIC handshakes under way, or ended a moment ago without a tunnel.
     pub quic_half_open: Gauge,
-    /// Client requests turned away.
+    /// Client requests turned away, and clients cut that were slow to ask or did not read their answers.
     pub rejected_requests: Family<FrontendRejectLabels, Counter>,
     /// Certificates signed, by kind or by the reason of a refusal.
     pub enrolments: Family<DialLabels, Counter>,
@@ -134,6 +137,7 @@ impl Default for ServerMetrics {
             rtt_seconds: Family::new_with_constructor(rtt_histogram as fn() -> Histogram),
             bytes: Family::default(),
             rejected_handshakes: Family::default(),
+            ended_tunnels: Family::default(),
             quic_retries: Counter::default(),
             quic_half_open: Gauge::default(),
             rejected_requests: Family::default(),
@@ -187,6 +191,7 @@ impl ServerMetrics {
             self.bytes.clone(),
         );
         r.register("rejected_handshakes", "Agents turned away, by reason", self.rejected_handshakes.clone());
+        r.register("ended_tunnels", "Tunnels that have ended, by reason", self.ended_tunnels.clone());
         r.register(
             "quic_retries",
             "First packets over QUIC that were asked to prove their address; many without tunnels are a flood",
@@ -197,7 +202,11 @@ impl ServerMetrics {
             "QUIC handshakes under way or ended a moment ago without a tunnel; bounded",
             self.quic_half_open.clone(),
         );
-        r.register("rejected_requests", "Client requests turned away", self.rejected_requests.clone());
+        r.register(
+            "rejected_requests",
+            "Client requests turned away, and clients cut before one or while they were answered, by reason",
+            self.rejected_requests.clone(),
+        );
         r.register("enrolments", "Certificate requests of agents, by outcome", self.enrolments.clone());
         r.register("api_requests", "Kubernetes API requests forwarded", self.api_requests.clone());
         r.register_with_unit(
@@ -273,7 +282,7 @@ impl ServerMetrics {
         self.quic_half_open.set(i64::try_from(now.half_open).unwrap_or(i64::MAX));
     }
 
-    /// Counts a client request that was turned away.
+    /// Counts a client request that was turned away, or a client that was cut.
     pub fn reject(&self, frontend: &'static str, reason: &'static str) {
         self.rejected_requests.get_or_create(&FrontendRejectLabels { frontend, reason }).inc();
     }
@@ -281,6 +290,11 @@ impl ServerMetrics {
     /// Counts an agent that was turned away.
     pub fn reject_handshake(&self, reason: &'static str) {
         self.rejected_handshakes.get_or_create(&RejectLabels { reason }).inc();
+    }
+
+    /// Counts a tunnel that has ended.
+    pub fn end_tunnel(&self, reason: &'static str) {
+        self.ended_tunnels.get_or_create(&RejectLabels { reason }).inc();
     }
 }
 
@@ -295,6 +309,7 @@ mod tests {
         metrics.register(&mut registry);
         metrics.reject("connect", "head-too-large");
         metrics.reject_handshake("revoked");
+        metrics.end_tunnel("protocol");
         metrics.dials.get_or_create(&DialLabels { cluster: "east".to_owned(), outcome: "ok" }).inc();
         metrics.dial_seconds.get_or_create(&ClusterLabels { cluster: "east".to_owned() }).observe(0.01);
         metrics.bytes.get_or_create(&ByteLabels { cluster: "east".to_owned(), direction: "sent" }).inc();
@@ -312,6 +327,7 @@ mod tests {
             "cellway_server_proxied_bytes_total{cluster=\"east\",direction=\"sent\"} 1",
             "cellway_server_rejected_requests_total{frontend=\"connect\",reason=\"head-too-large\"} 1",
             "cellway_server_rejected_handshakes_total{reason=\"revoked\"} 1",
+            "cellway_server_ended_tunnels_total{reason=\"protocol\"} 1",
             "cellway_server_tunnel_memory_bytes 0",
             "cellway_server_tunnel_memory_limit_bytes 1048576",
             "cellway_server_tunnel_cuts_total 0",

@@ -43,6 +43,11 @@ use crate::route::{Identifiers, Route, Strategy};
 /// the rest is for the path and one retry.
 pub const DEFAULT_DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// What `--backend-dial-timeout` means: 0, konnectivity's default, is [`DEFAULT_DIAL_TIMEOUT`].
+pub fn dial_timeout(flag: Duration) -> Duration {
+    if flag.is_zero() { DEFAULT_DIAL_TIMEOUT } else { flag }
+}
+
 /// A tunnel, as far as the registry cares.
 pub trait Tunnel: Clone + Send + Sync + 'static {
     /// What a dial gives.

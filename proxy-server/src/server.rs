@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde_json::json;
 use service::admin::Admin;
 use service::drain::DrainWatch;
+use service::http::Gate;
 use service::metrics::SharedRegistry;
 use tls::ServerTls;
 use tokio::net::TcpListener;
@@ -362,7 +363,7 @@ impl BoundServer {
                     .in_current_span(),
             );
         }
-        for (listener, pages) in [(health, health_pages), (admin, admin_pages)] {
+        for (door, listener, pages) in [("health", health, health_pages), ("admin", admin, admin_pages)] {
             if let Some(listener) = listener {
                 // Anybody may ask: few, and little at one time.
                 let http = service::http::Limits {
@@ -370,8 +371,11 @@ impl BoundServer {
                     max_streams: 16,
                     ..service::http::Limits::default()
                 };
+                let metrics = parts.metrics.clone();
+                let gate = Gate::counted(http.max_connections, move |cut| metrics.reject(door, cut.code()));
                 background.spawn(
-                    service::http::serve(listener, pages, http, pages_drain.clone()).in_current_span(),
+                    service::http::serve_through(gate, listener, pages, http, pages_drain.clone())
+                        .in_current_span(),
                 );
             }
         }

@@ -320,6 +320,42 @@ async fn whoever_may_not_reach_a_member_does_not_learn_of_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn enrolments_that_never_ask_make_room_and_are_counted() {
+    let setup = start().await;
+    let hash = setup.server["caHash"].as_str().unwrap().parse().unwrap();
+    let connector = ClientTls::with_ca_hash(hash, None).unwrap().connector(&[b"http/1.1"]);
+    let mut silent = Vec::new();
+    // More than may wait.
+    for _ in 0..140 {
+        let tcp = TcpStream::connect(setup.agents()).await.unwrap();
+        let name = tls::ServerName::try_from("127.0.0.1").unwrap();
+        silent.push(connector.connect(name, tcp).await.unwrap());
+    }
+    let counter = "cellway_server_rejected_requests_total{frontend=\"enrolment\",reason=\"half-open\"} ";
+    until("count of those that made room", || async {
+        setup.metrics().await.contains(counter).then_some(())
+    })
+    .await;
+    setup.add_cluster("east").await;
+    let token = setup.add_token("east", 600).await;
+    assert!(setup.request_certificate(&token, "a1").await.is_ok());
+}
+
+/// konnectivity's default, which somebody may have brought along.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dial_timeout_of_zero_is_the_default() {
+    let flag = "--backend-dial-timeout=0s".to_owned();
+    let setup = start_in(tempfile::tempdir().unwrap(), Some(flag)).await;
+    setup.add_cluster("east").await;
+    let token = setup.add_token("east", 600).await;
+    let enrolled = setup.request_certificate(&token, "a1").await.map_err(|(_, body)| body).unwrap();
+    let (_handle, _task) = setup.agent(&enrolled, "east", "a1").await;
+    let answer =
+        until("answer of the member", || async { setup.get("/clusters/east/version").await.ok() }).await;
+    assert_eq!(answer["gitVersion"], "v1.37.0-test");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn from_token_to_revocation() {
     let setup = start().await;
     assert_eq!(setup.get("/cellway/v1/server").await.unwrap()["caHash"], setup.server["caHash"]);

@@ -13,6 +13,7 @@ use futures::StreamExt;
 use proxy_server::agents::IdentityRules;
 use proxy_server::connect::{AllowedClients, ConnectLimits};
 use proxy_server::directory::{ClusterDirectory, ClusterInfo, Snapshot};
+use proxy_server::metrics::{FrontendRejectLabels, RejectLabels};
 use proxy_server::registry::Registry;
 use proxy_server::route::Strategy;
 use proxy_server::server::{AgentsConfig, BoundServer, Parts, ServerConfig, TlsFrontend, UdsConfig};
@@ -176,6 +177,7 @@ impl Setup {
                             }
                             Err(error) => dial.refuse(DialError::from(&error)).await,
                         },
+                        ("silent", _) => dial.refuse(DialError::TimedOut).await,
                         _ => dial.refuse(DialError::UnknownHost).await,
                     }
                 });
@@ -196,6 +198,19 @@ impl Setup {
         });
     }
 
+    /// Waits until so many clients have been turned away at a frontend.
+    async fn rejected(&self, frontend: &'static str, reason: &'static str, count: u64) {
+        let labels = FrontendRejectLabels { frontend, reason };
+        let rejected = || self.registry.metrics().rejected_requests.get_or_create(&labels).get();
+        reaches(count, &format!("{frontend} {reason}"), rejected).await;
+    }
+
+    /// Waits until so many tunnels have ended for this reason.
+    async fn ended(&self, reason: &'static str, count: u64) {
+        let ended = || self.registry.metrics().ended_tunnels.get_or_create(&RejectLabels { reason }).get();
+        reaches(count, reason, ended).await;
+    }
+
     async fn tls_client(&self, addr: SocketAddr, groups: &[&str]) -> tls::client::TlsStream<TcpStream> {
         let groups: Vec<String> = groups.iter().map(|group| (*group).to_owned()).collect();
         let issued = self.ca.issue_client("jane", &groups, HOUR).unwrap();
@@ -213,6 +228,17 @@ impl Setup {
         self.tunnels(before + 1).await;
         agent
     }
+}
+
+async fn reaches(count: u64, what: &str, counter: impl Fn() -> u64) {
+    let wait = async {
+        let mut tick = tokio::time::interval(Duration::from_millis(10));
+        while counter() < count {
+            tick.tick().await;
+        }
+    };
+    let waited = tokio::time::timeout(LIMIT, wait).await;
+    assert!(waited.is_ok(), "{what}: {} instead of {count}", counter());
 }
 
 /// An API gateway that tells who asks; in a watch nothing more happens.
@@ -304,6 +330,7 @@ async fn the_five_errors_over_a_real_tunnel() {
         ("west", "127.0.0.1:1", "403", "not-allowed"),
         ("east", refusing.as_str(), "502", "refused"),
         ("east", "db:1", "502", "unknown-host"),
+        ("east", "silent:1", "504", "timed-out"),
     ] {
         let mut stream = UnixStream::connect(&setup.uds).await.unwrap();
         let head = ask(&mut stream, cluster, target).await;
@@ -355,6 +382,53 @@ async fn revocation_ends_tunnels_and_refuses_old_certificates() {
     setup.tunnels(0).await;
     tokio::time::timeout(LIMIT, east.handle.closed()).await.unwrap();
     assert!(setup.dial_in(old, "east", "a2", CarrierChoice::H2).await.is_err());
+    setup.ended("revoked", 1).await;
+}
+
+/// A frame of HTTP/2.
+fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+    let mut frame = vec![0, 0, payload.len() as u8, kind, flags, 0, 0, 0, stream];
+    frame.extend_from_slice(payload);
+    frame
+}
+
+/// An agent that is taken and then breaks HTTP/2, of which it is the server; its frames are written by hand.
+#[tokio::test]
+async fn a_tunnel_that_breaks_its_protocol_is_counted() {
+    const SETTINGS: u8 = 4;
+    const HEADERS: u8 = 1;
+    const DATA: u8 = 0;
+    let setup = start().await;
+    let honest = setup.agent("west", "a1", CarrierChoice::H2).await;
+    let connector = setup.agent_tls("east", "a1").connector(&[b"cellway/1"]);
+    let tcp = TcpStream::connect(setup.agents).await.unwrap();
+    let mut stream = connector.connect("localhost".try_into().unwrap(), tcp).await.unwrap();
+    stream.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
+    // Up to the request for the control stream: the preface, then frames.
+    stream.read_exact(&mut [0; 24]).await.unwrap();
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.unwrap();
+        let length = u16::from_be_bytes([head[1], head[2]]).into();
+        stream.read_exact(&mut vec![0; length]).await.unwrap();
+        if head[3] == HEADERS {
+            break;
+        }
+    }
+    // ":status: 200", and what an agent says first: field 1, in which field 2 is the cluster and field 3 the agent.
+    stream.write_all(&frame(HEADERS, 4, 1, &[0x88])).await.unwrap();
+    let hello = b"\x00\x00\x00\x00\x0c\x0a\x0a\x12\x04east\x1a\x02a1";
+    stream.write_all(&frame(DATA, 0, 1, hello)).await.unwrap();
+    setup.tunnels(2).await;
+    // A frame of 16 MiB.
+    stream.write_all(&[0xff, 0xff, 0xff, DATA, 0, 0, 0, 0, 1]).await.unwrap();
+    setup.tunnels(1).await;
+    setup.ended("protocol", 1).await;
+    honest.handle.close("its work is done");
+    setup.ended("closed-by-peer", 1).await;
+    let metrics = fetch(setup.health, "/metrics").await;
+    let line = "cellway_server_ended_tunnels_total{reason=\"protocol\"} 1";
+    assert!(metrics.contains(line), "{line} is not in\n{metrics}");
 }
 
 #[tokio::test]
@@ -463,7 +537,7 @@ async fn a_quiet_watch_ends_in_the_member_with_its_client() {
 
 #[tokio::test]
 async fn a_flood_harms_only_who_makes_it() {
-    let limits = ConnectLimits { client_dial_rate: 3, max_half_open: 4, ..ConnectLimits::default() };
+    let limits = ConnectLimits { client_dial_rate: 3, ..ConnectLimits::default() };
     let setup = start_with(limits).await;
     let (target, _task) = shouting_target().await;
     let _east = setup.agent("east", "a1", CarrierChoice::H2).await;
@@ -478,20 +552,42 @@ async fn a_flood_harms_only_who_makes_it() {
     assert!(statuses.iter().any(|status| status == "429"), "{statuses:?}");
     // The Unix socket is another client.
     shout(UnixStream::connect(&setup.uds).await.unwrap(), "east", target).await;
-    // Connections that never begin their handshake take the places; the rest is closed at once.
-    let mut idle = Vec::new();
-    for _ in 0..5 {
-        idle.push(TcpStream::connect(setup.connect).await.unwrap());
-    }
-    let mut byte = [0];
-    let closed = idle.last_mut().unwrap().read(&mut byte);
-    assert!(matches!(tokio::time::timeout(LIMIT, closed).await.unwrap(), Ok(0) | Err(_)));
     let metrics = fetch(setup.health, "/metrics").await;
     for line in [
         "cellway_server_rejected_requests_total{frontend=\"connect\",reason=\"rate-limited\"}",
-        "cellway_server_rejected_requests_total{frontend=\"connect\",reason=\"half-open\"} 1",
         "cellway_server_proxied_bytes_total{cluster=\"east\",direction=\"received\"} 5",
     ] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");
     }
+}
+
+#[tokio::test]
+async fn clients_that_say_nothing_keep_nobody_out() {
+    // No clock helps those that ask.
+    let (head_timeout, handshake_timeout) = (HOUR, HOUR);
+    let limits =
+        ConnectLimits { max_half_open: 4, head_timeout, handshake_timeout, ..ConnectLimits::default() };
+    let setup = start_with(limits).await;
+    let (target, _task) = shouting_target().await;
+    let _east = setup.agent("east", "a1", CarrierChoice::H2).await;
+    let waiting = UnixStream::connect(&setup.uds).await.unwrap();
+    // Some never begin their handshake, some say nothing after it.
+    let (mut silent, mut greeted) = (Vec::new(), Vec::new());
+    for _ in 0..20 {
+        silent.push(TcpStream::connect(setup.connect).await.unwrap());
+        greeted.push(setup.tls_client(setup.connect, &["dialers"]).await);
+    }
+    shout(setup.tls_client(setup.connect, &["dialers"]).await, "east", target).await;
+    let closed = silent[0].read_u8();
+    assert!(tokio::time::timeout(LIMIT, closed).await.unwrap().is_err(), "the oldest makes room");
+    // The Unix socket has places of its own, and the same rule.
+    shout(waiting, "east", target).await;
+    let mut local = Vec::new();
+    for _ in 0..20 {
+        local.push(UnixStream::connect(&setup.uds).await.unwrap());
+    }
+    shout(UnixStream::connect(&setup.uds).await.unwrap(), "east", target).await;
+    // At least so many had to go: four may wait at each.
+    setup.rejected("connect", "half-open", 37).await;
+    setup.rejected("connect-uds", "half-open", 17).await;
 }

@@ -8,15 +8,17 @@
 //!
 //! A client that is asking for nothing holds nothing that another could need: silent and idle connections stand in a
 //! queue of their own, in which the one that has been there longest is closed when another finds it full. A client that
-//! asks and does not read the answer is cut (`unread`).
+//! asks and does not read the answer is cut (`unread`). Whoever made the gate may count what was cut ([`Cut`]).
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -102,12 +104,23 @@ pub struct Unhurried;
 pub struct Deadline(pub tokio::time::Instant);
 
 /// Lets connections in, and keeps those that ask for nothing from standing in the way of those that do.
-#[derive(Debug)]
 pub struct Gate {
     places: Arc<Semaphore>,
     /// Connections without a request, the longest waiting first. Dropping a sender ends its connection.
     waiting: Mutex<VecDeque<oneshot::Sender<Infallible>>>,
     max_waiting: usize,
+    count: Box<dyn Fn(Cut) + Send + Sync>,
+}
+
+/// What a client has done that it was cut for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    /// It had not asked for anything yet when others needed its place, and was the one that had waited longest.
+    HalfOpen,
+    /// It said nothing, or did not end the head of its first request in time.
+    HeadTimeout,
+    /// It did not read what it had asked for.
+    Unread,
 }
 
 /// A connection that was let in. Dropping it gives back what it holds.
@@ -120,6 +133,17 @@ pub struct Entrance {
 /// Serves `router` on `listener` until the drain, then lets requests in flight finish.
 pub async fn serve(listener: TcpListener, router: Router, limits: Limits, drain: DrainWatch) {
     let gate = Gate::new(limits.max_connections);
+    serve_through(gate, listener, router, limits, drain).await;
+}
+
+/// As [`serve`], through a gate of the caller's, which may count.
+pub async fn serve_through(
+    gate: Arc<Gate>,
+    listener: TcpListener,
+    router: Router,
+    limits: Limits,
+    drain: DrainWatch,
+) {
     let limits = Arc::new(limits);
     let serve = |(stream, remote): (TcpStream, SocketAddr)| {
         socket::keep_alive(&stream);
@@ -206,7 +230,10 @@ pub async fn serve_handler<I, H, F>(
     let places = gate.clone();
     let answers = Arc::new(Answers::new());
     let looked_at = answers.clone();
+    let asked = Arc::new(AtomicBool::new(false));
+    let heard = asked.clone();
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+        heard.store(true, Ordering::Relaxed);
         let under_way = UnderWay::begin(&activity, &places);
         let answer = under_way.map(|under_way| (handler(request.map(Body::new)), under_way));
         let answers = answers.clone();
@@ -238,14 +265,18 @@ pub async fn serve_handler<I, H, F>(
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(io), service);
     let mut connection = pin!(connection);
     let busy = watched.clone();
-    let unread = unread(watched.clone(), &looked_at, flusher.line(), limits.unread_timeout);
+    let unread = unread(watched.clone(), &gate, &looked_at, flusher.line(), limits.unread_timeout);
     let serving = async {
-        let ended = tokio::select! {
+        let ended: Result<(), Box<dyn std::error::Error + Send + Sync>> = tokio::select! {
             ended = drive(&mut flusher, connection.as_mut(), &busy) => ended,
             quiet = quiet(watched.clone(), &gate, evicted, limits) => match quiet {
                 // Nothing is owed to who has asked for nothing.
-                Quiet::Silent => {
-                    tracing::debug!("closed: no request came in time");
+                Quiet::Silent(cut) => {
+                    // Who asked while there was no place is no offender.
+                    if !asked.load(Ordering::Relaxed) {
+                        gate.count(cut);
+                    }
+                    tracing::debug!(reason = cut.code(), "closed: no request came in time");
                     return;
                 }
                 Quiet::Idle => {
@@ -266,12 +297,20 @@ pub async fn serve_handler<I, H, F>(
             }
         };
         if let Err(error) = ended {
+            // The library has a clock of its own for heads. Between requests it says the same of clients that are idle.
+            let late = error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_timeout);
+            if late && !asked.load(Ordering::Relaxed) {
+                gate.count(Cut::HeadTimeout);
+            }
             tracing::debug!(error = %error, "connection ended");
         }
     };
     tokio::select! {
         () = serving => {}
-        () = unread => tracing::debug!("closed: its client does not read the answers that it has asked for"),
+        () = unread => {
+            gate.count(Cut::Unread);
+            tracing::debug!("closed: its client does not read the answers that it has asked for");
+        }
     }
 }
 
@@ -308,7 +347,7 @@ struct Activity {
 /// Why a connection without a request is ended.
 enum Quiet {
     /// It never had one.
-    Silent,
+    Silent(Cut),
     /// Its last one has ended.
     Idle,
 }
@@ -323,12 +362,12 @@ async fn quiet(
     let mut seen = 0;
     loop {
         let limit = if seen == 0 { limits.header_timeout } else { limits.idle_timeout };
-        let ended = if seen == 0 { Quiet::Silent } else { Quiet::Idle };
+        let ended = |cut| if seen == 0 { Quiet::Silent(cut) } else { Quiet::Idle };
         tokio::select! {
             biased;
             _ = activity.wait_for(|activity| activity.requests != seen) => {}
-            _ = &mut evicted => return ended,
-            () = tokio::time::sleep(limit) => return ended,
+            _ = &mut evicted => return ended(Cut::HalfOpen),
+            () = tokio::time::sleep(limit) => return ended(Cut::HeadTimeout),
         }
         // Leaves the queue while it has requests.
         drop(evicted);
@@ -358,6 +397,7 @@ async fn idle(mut activity: watch::Receiver<Activity>, limit: Duration) {
 /// Returns when only the connection's end can end an answer that its client does not take.
 async fn unread<I>(
     mut activity: watch::Receiver<Activity>,
+    gate: &Gate,
     answers: &Answers<UnderWay>,
     line: Line<I>,
     limit: Duration,
@@ -371,6 +411,7 @@ async fn unread<I>(
         match answers.look(limit, line.is_slow(limit)) {
             Verdict::Fine => {}
             Verdict::StreamsEnded(streams) => {
+                gate.count(Cut::Unread);
                 tracing::debug!(streams, "ended: their client does not read the answers");
             }
             Verdict::Stuck => return,
@@ -387,16 +428,39 @@ fn full() -> Response<Body> {
 #[derive(Debug)]
 struct UnderWay(Arc<watch::Sender<Activity>>);
 
+// === impl Cut ===
+
+impl Cut {
+    /// A word for metrics.
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::HalfOpen => "half-open",
+            Self::HeadTimeout => "head-timeout",
+            Self::Unread => "unread",
+        }
+    }
+}
+
 // === impl Gate ===
 
 impl Gate {
     /// A gate with `max_connections` places, and as many for connections without a request.
     pub fn new(max_connections: usize) -> Arc<Self> {
+        Self::counted(max_connections, |_| {})
+    }
+
+    /// The same, with `count` called for whatever is cut.
+    pub fn counted(max_connections: usize, count: impl Fn(Cut) + Send + Sync + 'static) -> Arc<Self> {
         Arc::new(Self {
             places: Arc::new(Semaphore::new(max_connections)),
             waiting: Mutex::default(),
             max_waiting: max_connections.max(1),
+            count: Box::new(count),
         })
+    }
+
+    fn count(&self, cut: Cut) {
+        (self.count)(cut);
     }
 
     /// Lets a new connection in; the one that has waited longest goes when there are too many.
@@ -420,15 +484,25 @@ impl Gate {
     }
 }
 
+impl fmt::Debug for Gate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gate").field("max_waiting", &self.max_waiting).finish_non_exhaustive()
+    }
+}
+
 // === impl Entrance ===
 
 impl Entrance {
-    /// Runs what comes before the first request, such as a handshake; `None` when the connection must make room.
+    /// Runs what comes before the first request, such as a handshake; `None` when the connection must make room, which is
+    /// counted.
     pub async fn before<T>(&mut self, preparing: impl Future<Output = T>) -> Option<T> {
         tokio::select! {
             biased;
             prepared = preparing => Some(prepared),
-            _ = &mut self.evicted => None,
+            _ = &mut self.evicted => {
+                self.gate.count(Cut::HalfOpen);
+                None
+            }
         }
     }
 }
@@ -505,6 +579,39 @@ mod tests {
         let mut reply = Vec::new();
         // Whether hyper answers 408 or just closes, the connection must end.
         stream.read_to_end(&mut reply).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_cut_is_counted() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let (_signal, watch) = crate::drain::channel();
+        let (cuts, mut seen) = tokio::sync::mpsc::channel(16);
+        let gate = Gate::counted(1, move |cut| cuts.try_send(cut).unwrap());
+        let limits = Limits { header_timeout: Duration::from_secs(1), ..Limits::default() };
+        let router = Router::new().route("/", get(async || "x"));
+        let _server = tokio::spawn(serve_through(gate, listener, router, limits, watch));
+        let end = async |stream: &mut TcpStream| {
+            // A reset is an end as well.
+            let _ = stream.read_to_end(&mut Vec::new()).await;
+        };
+        // Who has an answer may be idle for as long as it likes, as far as these words go.
+        let mut idle = TcpStream::connect(addr).await.unwrap();
+        assert!(ask(&mut idle).await.starts_with("HTTP/1.1 200"));
+        end(&mut idle).await;
+        assert!(seen.try_recv().is_err());
+        for said in [&b""[..], b"GET / HTTP/1.1\r\nhost"] {
+            let mut stream = TcpStream::connect(addr).await.unwrap();
+            stream.write_all(said).await.unwrap();
+            end(&mut stream).await;
+            assert_eq!(seen.recv().await, Some(Cut::HeadTimeout), "{said:?}");
+        }
+        let mut first = TcpStream::connect(addr).await.unwrap();
+        let mut second = TcpStream::connect(addr).await.unwrap();
+        end(&mut first).await;
+        assert_eq!(seen.recv().await, Some(Cut::HalfOpen));
+        assert!(ask(&mut second).await.starts_with("HTTP/1.1 200"));
+        assert!(seen.try_recv().is_err());
     }
 
     async fn ask(stream: &mut TcpStream) -> String {

@@ -19,7 +19,7 @@ use hyper::body::{Frame, Incoming};
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use service::drain::DrainSignal;
-use service::http::{Gate, Limits, Unhurried, serve, serve_handler};
+use service::http::{Cut, Gate, Limits, Unhurried, serve_handler, serve_through};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -62,6 +62,8 @@ struct Server {
     addr: SocketAddr,
     /// Answers of which something is left.
     answers: Arc<AtomicUsize>,
+    /// How often a client was counted that does not read.
+    unread: Arc<AtomicUsize>,
     _drain: DrainSignal,
     _serving: AbortOnDropHandle<()>,
 }
@@ -93,13 +95,25 @@ impl Server {
             );
         // Whoever reads is never this slow on loopback, and thirty requests have been answered before.
         let limits = Limits { unread_timeout: Duration::from_secs(5), ..Limits::default() };
+        let unread = Arc::new(AtomicUsize::new(0));
+        let counter = unread.clone();
+        let gate = Gate::counted(limits.max_connections, move |cut| {
+            if cut == Cut::Unread {
+                counter.fetch_add(1, Ordering::Relaxed);
+            }
+        });
         let (drain, watch) = service::drain::channel();
-        let serving = AbortOnDropHandle::new(tokio::spawn(serve(listener, router, limits, watch)));
-        Self { addr, answers, _drain: drain, _serving: serving }
+        let serving = serve_through(gate, listener, router, limits, watch);
+        let serving = AbortOnDropHandle::new(tokio::spawn(serving));
+        Self { addr, answers, unread, _drain: drain, _serving: serving }
     }
 
     fn answers(&self) -> usize {
         self.answers.load(Ordering::Relaxed)
+    }
+
+    fn unread(&self) -> usize {
+        self.unread.load(Ordering::Relaxed)
     }
 
     async fn connect(&self) -> TcpStream {
@@ -162,12 +176,14 @@ async fn a_pipeline_that_nobody_reads_is_closed() {
     // A reset is an end as well.
     let _ = within("its end", stream.read_to_end(&mut rest)).await;
     assert!(rest.len() < 2 * LARGE, "{} bytes", rest.len());
+    until("it is counted", || server.unread() == 1).await;
 }
 
 #[tokio::test]
 async fn streams_that_nobody_reads_are_ended_and_their_connection_goes_on() {
     let server = Server::start().await;
     for window in [0, 65_535] {
+        let counted = server.unread();
         let (mut requests, connection) = http2(&server, window).await;
         let mut unread = Vec::new();
         for _ in 0..30 {
@@ -176,6 +192,7 @@ async fn streams_that_nobody_reads_are_ended_and_their_connection_goes_on() {
         assert_eq!(server.answers(), 30, "window {window}");
         server.serves().await;
         until("they are dropped", || server.answers() == 0).await;
+        until("it is counted", || server.unread() > counted).await;
         drop(unread);
         assert!(!connection.is_finished(), "window {window}");
         assert_eq!(ask(&mut requests, "/news").await.status(), 200);

@@ -8,6 +8,9 @@
 //! The status line is written before the first byte of the target is read, by the same task, so the two cannot be
 //! interleaved; nothing follows it that is not the target's. A client that goes away while its dial is under way ends
 //! the dial; a client that closes its sending half before it has the answer counts as gone.
+//!
+//! Clients that have not asked yet stand in a queue, one for each listener, and the one that has been there longest is
+//! closed when another finds it full: whoever says nothing keeps nobody out.
 
 pub mod head;
 
@@ -21,10 +24,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use service::drain::DrainWatch;
+use service::http::{Entrance, Gate};
 use tls::ServerTls;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::Instrument;
 use tunnel::{UnixAcceptor, UnixSocket};
@@ -64,7 +67,7 @@ pub struct ConnectLimits {
     pub head_timeout: Duration,
     /// From accept to the end of the TLS handshake.
     pub handshake_timeout: Duration,
-    /// Handshakes and heads under way at one time; more clients are closed at once.
+    /// Handshakes and heads under way at one time at each listener; at it the oldest makes room.
     pub max_half_open: usize,
     /// A dial's whole time, retries included.
     pub dial_timeout: Duration,
@@ -120,7 +123,6 @@ pub struct ConnectFrontend<T: Tunnel> {
     rate: RateLimiter<ClientKey>,
     dials: Arc<ConcurrencyLimiter<ClientKey>>,
     connections: Arc<ConcurrencyLimiter<ClientKey>>,
-    half_open: Arc<Semaphore>,
     access_log: bool,
 }
 
@@ -168,7 +170,6 @@ impl<T: Tunnel> ConnectFrontend<T> {
             rate: RateLimiter::new(limits.client_dial_rate, limits.client_dial_rate.saturating_mul(2)),
             dials: ConcurrencyLimiter::new(limits.max_client_dials),
             connections: ConcurrencyLimiter::new(limits.max_client_connections),
-            half_open: Arc::new(Semaphore::new(limits.max_half_open)),
             registry,
             limits,
             access_log,
@@ -177,6 +178,7 @@ impl<T: Tunnel> ConnectFrontend<T> {
 
     /// Serves a Unix socket until the drain, then waits for the open connections.
     pub async fn serve_unix(self: Arc<Self>, bound: BoundUnix, drain: DrainWatch) {
+        let gate = self.gate(Frontend::ConnectUds);
         let mut connections = JoinSet::new();
         let mut drained = pin!(drain.signaled());
         loop {
@@ -187,9 +189,10 @@ impl<T: Tunnel> ConnectFrontend<T> {
                     Ok(stream) => {
                         // Those that have finished wait for the next one: each would wake this loop.
                         while connections.try_join_next().is_some() {}
-                        let frontend = self.clone();
+                        let (frontend, entrance) = (self.clone(), gate.enter());
                         let span = tracing::debug_span!("connect", client.addr = "unix");
-                        connections.spawn(async move { frontend.handle_unix(stream).await }.instrument(span));
+                        connections
+                            .spawn(async move { frontend.handle_unix(stream, entrance).await }.instrument(span));
                     }
                     Err(error) => accept_failed(&error).await,
                 },
@@ -208,6 +211,7 @@ impl<T: Tunnel> ConnectFrontend<T> {
         allowed: AllowedClients,
         drain: DrainWatch,
     ) {
+        let gate = self.gate(Frontend::Connect);
         let allowed = Arc::new(allowed);
         let mut connections = JoinSet::new();
         let mut drained = pin!(drain.signaled());
@@ -219,9 +223,11 @@ impl<T: Tunnel> ConnectFrontend<T> {
                     Ok((stream, remote)) => {
                         while connections.try_join_next().is_some() {}
                         let (frontend, tls, allowed) = (self.clone(), tls.clone(), allowed.clone());
+                        let entrance = gate.enter();
                         let span = tracing::debug_span!("connect", client.addr = %remote);
                         connections.spawn(
-                            async move { frontend.handle_tls(stream, remote, &tls, &allowed).await }.instrument(span),
+                            async move { frontend.handle_tls(stream, remote, &tls, &allowed, entrance).await }
+                                .instrument(span),
                         );
                     }
                     Err(error) => accept_failed(&error).await,
@@ -232,10 +238,16 @@ impl<T: Tunnel> ConnectFrontend<T> {
         while connections.join_next().await.is_some() {}
     }
 
-    async fn handle_unix(&self, mut stream: UnixSocket) {
+    /// The queue of one listener's clients that have not asked yet.
+    fn gate(&self, frontend: Frontend) -> Arc<Gate> {
+        let metrics = self.registry.metrics().clone();
+        Gate::counted(self.limits.max_half_open, move |cut| metrics.reject(frontend.as_str(), cut.code()))
+    }
+
+    async fn handle_unix(&self, mut stream: UnixSocket, entrance: Entrance) {
         let key = ClientKey::Local;
         // Boxed, because a connection that is established should not keep the space of its negotiation.
-        let negotiation = Box::pin(self.negotiate(&mut stream, Frontend::ConnectUds, &key, "unix"));
+        let negotiation = Box::pin(self.negotiate(&mut stream, Frontend::ConnectUds, &key, "unix", entrance));
         let Some((dialed, early, _held)) = negotiation.await else { return };
         let Dialed { mut connection, place } = dialed;
         let mut line = AccessLine::begin(self.access_log, &place.live);
@@ -255,29 +267,26 @@ impl<T: Tunnel> ConnectFrontend<T> {
         remote: SocketAddr,
         tls: &ServerTls,
         allowed: &AllowedClients,
+        mut entrance: Entrance,
     ) {
         let metrics = self.registry.metrics();
         let frontend = Frontend::Connect;
-        // Nothing but the socket is spent on clients beyond the bound.
-        let Ok(half_open) = self.half_open.clone().try_acquire_owned() else {
-            metrics.reject(frontend.as_str(), "half-open");
-            return;
-        };
         service::socket::keep_alive(&stream);
         let handshake = tls.acceptor(&[b"http/1.1"]).accept(stream);
-        let mut stream = match tokio::time::timeout(self.limits.handshake_timeout, handshake).await {
-            Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => {
+        let handshake = tokio::time::timeout(self.limits.handshake_timeout, handshake);
+        let mut stream = match entrance.before(handshake).await {
+            Some(Ok(Ok(stream))) => stream,
+            Some(Ok(Err(error))) => {
                 metrics.reject(frontend.as_str(), "tls");
                 tracing::debug!(%error, "TLS handshake failed");
                 return;
             }
-            Err(_) => {
+            Some(Err(_)) => {
                 metrics.reject(frontend.as_str(), "tls-timeout");
                 return;
             }
+            None => return tracing::debug!("closed during its handshake to make room"),
         };
-        drop(half_open);
         let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
         let (user, groups) = certificate.and_then(|cert| tls::user_of(cert).ok()).unwrap_or_default();
         if !allowed.allow(&groups) {
@@ -288,7 +297,7 @@ impl<T: Tunnel> ConnectFrontend<T> {
         }
         let client = if user.is_empty() { remote.to_string() } else { format!("{user} at {remote}") };
         let key = ClientKey::Remote(remote.ip(), user.into());
-        let negotiation = Box::pin(self.negotiate(&mut stream, frontend, &key, &client));
+        let negotiation = Box::pin(self.negotiate(&mut stream, frontend, &key, &client, entrance));
         let Some((mut dialed, early, _held)) = negotiation.await else { return };
         let mut line = AccessLine::begin(self.access_log, &dialed.place.live);
         let forwarded = early.len() as u64;
@@ -330,13 +339,19 @@ impl<T: Tunnel> ConnectFrontend<T> {
         frontend: Frontend,
         key: &ClientKey,
         client: &str,
+        entrance: Entrance,
     ) -> Option<(Dialed<T>, Vec<u8>, ClientPlace<ClientKey>)>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let outcome = self.try_negotiate(stream, frontend, key, client).await;
+        let outcome = self.try_negotiate(stream, frontend, key, client, entrance).await;
         match outcome {
             Ok(established) => Some(established),
+            // Counted by the gate. Nothing is owed to who has asked for nothing.
+            Err(Refusal::Evicted) => {
+                tracing::debug!("closed before its request to make room");
+                None
+            }
             Err(Refusal::Gone) => {
                 self.registry.metrics().reject(frontend.as_str(), "client-gone");
                 None
@@ -361,16 +376,18 @@ impl<T: Tunnel> ConnectFrontend<T> {
         frontend: Frontend,
         key: &ClientKey,
         client: &str,
+        mut entrance: Entrance,
     ) -> Result<(Dialed<T>, Vec<u8>, ClientPlace<ClientKey>), Refusal>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let half_open =
-            self.half_open.clone().try_acquire_owned().map_err(|_| ProxyError::TooManyConnections)?;
-        let connection_place = self.connections.enter(key).ok_or(ProxyError::TooManyConnections)?;
         let reading = tokio::time::timeout(self.limits.head_timeout, read_head(stream));
-        let (head, mut early) = reading.await.map_err(|_| ProxyError::HeadTimeout)??;
-        drop(half_open);
+        let read = entrance.before(reading).await.ok_or(Refusal::Evicted)?;
+        let (head, mut early) = read.map_err(|_| ProxyError::HeadTimeout)??;
+        // It has asked, and leaves the queue.
+        drop(entrance);
+        // Not before: all processes at the Unix socket are one client, and those that say nothing would have its places.
+        let connection_place = self.connections.enter(key).ok_or(ProxyError::TooManyConnections)?;
         if !matches!(key, ClientKey::Local) && !self.rate.allow(key.clone(), Instant::now()) {
             return Err(ProxyError::RateLimited.into());
         }
@@ -432,6 +449,8 @@ impl Drop for AccessLine {
 enum Refusal {
     /// Nobody is there to be told.
     Gone,
+    /// It made room for another before it had asked.
+    Evicted,
     /// To be told.
     Error(ProxyError),
 }

@@ -59,7 +59,7 @@ use crate::agents::IdentityRules;
 use crate::connect::{AllowedClients, ConnectLimits, client_share};
 use crate::directory::{ClusterDirectory, Snapshot};
 use crate::enrol::Enrolment;
-use crate::registry::Registry;
+use crate::registry::{Registry, dial_timeout};
 use crate::route::Strategy;
 use crate::server::{
     Addresses, AgentsConfig, BoundServer, Parts, ServerConfig, ServerError, TlsFrontend, UdsConfig,
@@ -130,7 +130,7 @@ pub struct HubArgs {
     /// that with a warning, as revocations are remembered for 91 days.
     #[arg(long, default_value = "24h", value_name = "DURATION")]
     pub agent_certificate_ttl: GoDuration,
-    /// A dial's whole time, retries on other agents included.
+    /// A dial's whole time, retries on other agents included; 0 for the default.
     #[arg(long, default_value = "10s", value_name = "DURATION")]
     pub backend_dial_timeout: GoDuration,
     /// How long streams may take to finish after the first signal.
@@ -295,7 +295,7 @@ impl Hub {
         let metrics = SharedRegistry::new("cellway-hub");
         parts.register(&metrics);
         api.show_certificates(&metrics, &parts.metrics);
-        let connector = member_connector(parts.registry.clone(), args.backend_dial_timeout.0);
+        let connector = member_connector(parts.registry.clone(), config.limits.dial_timeout);
         let controller = {
             let options = Options {
                 conversion: api.conversion(),
@@ -516,7 +516,7 @@ fn server_config(
         health: Some(addr(args.health_port)),
         admin: Some(SocketAddr::new(args.admin_bind_address, args.admin_port)),
         limits: ConnectLimits {
-            dial_timeout: args.backend_dial_timeout.0,
+            dial_timeout: dial_timeout(args.backend_dial_timeout.0),
             max_client_connections: client_share(args.tunnel_memory.saturating_mul(1 << 20)),
             ..ConnectLimits::default()
         },

@@ -102,6 +102,20 @@ impl Site {
         .with_context(|| format!("{}\n{}", self.hub.tail(20), self.member.tail(20)))
     }
 
+    /// Both ways in for connections answer at once: that nobody may go there is the hub's own word.
+    async fn answers_connect(&self) -> Result<()> {
+        let request = b"CONNECT forbidden:1 HTTP/1.1\r\nHost: f\r\nCellway-Cluster: good\r\n\r\n";
+        let (_, answer) = until_ended(self.uds().await?, request).await?;
+        let answer = String::from_utf8_lossy(&answer);
+        ensure!(answer.starts_with("HTTP/1.1 403 "), "at the Unix socket: {answer:?}");
+        let mut command = Command::new(&self.cellway);
+        command.args(["dial", "good", "forbidden:1", "--data-dir"]).arg(self.dir.join("hub"));
+        let output = run(command, None).await?;
+        let said = errors(&output);
+        ensure!(!output.status.success() && said.contains("allowed"), "over TLS: {said}");
+        Ok(())
+    }
+
     /// The good member's tunnels: id and carrier.
     async fn tunnels(&self) -> Result<Vec<(u64, String)>> {
         let mut command = Command::new(&self.cellway);
@@ -277,6 +291,9 @@ async fn offenders_are_turned_away_and_nobody_else_notices() -> Result<()> {
         site.works(LIMIT)
             .await
             .with_context(|| format!("beside thousands of silent connections at {door}"))?;
+        site.answers_connect()
+            .await
+            .with_context(|| format!("CONNECT beside thousands of silent connections at {door}"))?;
         let grown = site.hub.resident_kib()?.saturating_sub(memory);
         println!("{} silent connections at {door}: the hub grew by {grown} KiB", held.len());
         ensure!(grown < MAX_GROWTH_KIB, "{door}: the hub grew by {grown} KiB");
@@ -285,6 +302,11 @@ async fn offenders_are_turned_away_and_nobody_else_notices() -> Result<()> {
             site.counted(REJECTED_HANDSHAKES, &["reason=\"overload\""], 1).await?;
             site.counted(REJECTED_HANDSHAKES, &["reason=\"timed-out\""], 1).await?;
             site.counted(REJECTED_HANDSHAKES, &[], MIN_HALF_OPEN).await?;
+        }
+        if ["connect", "health"].contains(&door) {
+            // The oldest make room here as well.
+            let labels = ["reason=\"half-open\"", &format!("frontend=\"{door}\"")];
+            site.counted(REJECTED_REQUESTS, &labels, 1).await?;
         }
     }
 
