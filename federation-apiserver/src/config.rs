@@ -76,6 +76,12 @@ pub struct ServingConfig {
 /// How long events are kept when nothing else is said, as kube-apiserver's `--event-ttl`.
 pub(crate) const EVENT_TTL: std::time::Duration = std::time::Duration::from_secs(3600);
 
+/// For one call of a conversion webhook when nothing else is said, as in kube-apiserver.
+pub(crate) const CONVERSION_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// How long watches go on at least when nothing else is said, as kube-apiserver's `--min-request-timeout`.
+pub(crate) const MIN_REQUEST_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(1800);
+
 /// The audit log.
 #[derive(Clone, Debug)]
 pub struct AuditConfig {
@@ -123,7 +129,7 @@ pub struct Limits {
     pub body: usize,
     /// Connections with requests under way at once; more are answered with 503. As many more may be silent or idle.
     pub connections: usize,
-    /// Streams of one HTTP/2 connection, kube-apiserver's default.
+    /// Streams of one HTTP/2 connection. kube-apiserver's `--http2-max-streams-per-connection`.
     pub streams: u32,
     /// Reading requests that run at once; 0: no limit. kube-apiserver's `--max-requests-inflight`.
     pub reading: usize,
@@ -131,8 +137,15 @@ pub struct Limits {
     pub changing: usize,
     /// For a request that is no watch and no log.
     pub request_timeout: std::time::Duration,
+    /// Watches without a timeout of their own end after this much plus up to as much again, so that they do not all come
+    /// back at once; zero: they do not end. kube-apiserver's `--min-request-timeout`.
+    pub min_request_timeout: std::time::Duration,
     /// For the TLS handshake and for the head of a request.
     pub handshake_timeout: std::time::Duration,
+    /// For one call of a conversion webhook.
+    pub conversion_timeout: std::time::Duration,
+    /// How long an answer may stand still because its client takes nothing of it.
+    pub unread_timeout: std::time::Duration,
     /// How long the server goes on as before, but not ready, when it is told to stop: load balancers send nobody any more
     /// by then. kube-apiserver's `--shutdown-delay-duration`.
     pub shutdown_delay: std::time::Duration,
@@ -205,11 +218,15 @@ impl Default for Limits {
         Self {
             body: 3 << 20,
             connections: 4096,
-            streams: 250,
+            streams: crate::flags::HTTP2_STREAMS,
             reading: 400,
             changing: 200,
             request_timeout: std::time::Duration::from_secs(60),
+            min_request_timeout: MIN_REQUEST_TIMEOUT,
             handshake_timeout: std::time::Duration::from_secs(10),
+            conversion_timeout: CONVERSION_TIMEOUT,
+            // As at the hub's other ports.
+            unread_timeout: service::http::Limits::default().unread_timeout,
             shutdown_delay: std::time::Duration::ZERO,
             shutdown_grace: std::time::Duration::from_secs(5),
         }

@@ -13,6 +13,9 @@ use crate::config::{AuditConfig, Config, ServiceAccountConfig, ServingConfig};
 /// Revisions that are kept however old they are, when history goes by its age: watches that start over need some.
 const MIN_HISTORY: u64 = 1_000;
 
+/// Requests at once on one HTTP/2 connection when nothing else is said.
+pub(crate) const HTTP2_STREAMS: u32 = 250;
+
 /// Flags of the store, authentication, encryption, audit and limits. Flatten into a program's arguments.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "API server")]
@@ -47,6 +50,9 @@ pub struct ApiFlags {
     /// What is encrypted in the store and with what: an EncryptionConfiguration of apiserver.config.k8s.io/v1.
     #[arg(long, value_name = "FILE")]
     pub encryption_provider_config: Option<PathBuf>,
+    /// That file is always read again when it changes; here for kube-apiserver's flag of this name, which cannot be false.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", require_equals = true, value_parser = always, requires = "encryption_provider_config")]
+    pub encryption_provider_config_automatic_reload: bool,
     /// Which requests the audit log tells of, and how much: a Policy of audit.k8s.io/v1.
     #[arg(long, value_name = "FILE", requires = "audit_log_path")]
     pub audit_policy_file: Option<PathBuf>,
@@ -71,6 +77,13 @@ pub struct ApiFlags {
     /// How long a request may take that is no watch and no log.
     #[arg(long, value_name = "DURATION", default_value = "1m")]
     pub request_timeout: GoDuration,
+    /// Seconds after which watches end that name no timeout of their own, and up to as much again, so that they do not all
+    /// come back at once; 0 never.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
+    pub min_request_timeout: u32,
+    /// Requests that a client may have under way at once on one HTTP/2 connection; 0 for the default.
+    #[arg(long, value_name = "COUNT", default_value_t = HTTP2_STREAMS)]
+    pub http2_max_streams_per_connection: u32,
     /// Issuer of service accounts' tokens; further ones are accepted as well.
     #[arg(long, value_name = "URL")]
     pub service_account_issuer: Vec<String>,
@@ -123,6 +136,15 @@ fn key_value(text: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
+/// What can only be true.
+fn always(text: &str) -> Result<bool, String> {
+    match text {
+        "true" => Ok(true),
+        "false" => Err("the file is always read again when it changes; leave this flag out".to_owned()),
+        _ => Err("write true".to_owned()),
+    }
+}
+
 // === impl ApiFlags ===
 
 impl ApiFlags {
@@ -160,6 +182,11 @@ impl ApiFlags {
         config.limits.reading = self.max_requests_inflight;
         config.limits.changing = self.max_mutating_requests_inflight;
         config.limits.request_timeout = self.request_timeout.0;
+        config.limits.min_request_timeout = Duration::from_secs(self.min_request_timeout.into());
+        config.limits.streams = match self.http2_max_streams_per_connection {
+            0 => HTTP2_STREAMS,
+            streams => streams,
+        };
         config.service_accounts = ServiceAccountConfig {
             issuers: self.service_account_issuer,
             signing_key_file: self.service_account_signing_key_file,
@@ -179,5 +206,56 @@ impl ApiFlags {
             signing_algs: self.oidc_signing_algs,
             ca_file: self.oidc_ca_file,
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::config::{Limits, Role};
+
+    #[derive(Debug, clap::Parser)]
+    struct Program {
+        #[command(flatten)]
+        api: ApiFlags,
+    }
+
+    fn config(flags: &[&str]) -> Result<Config, clap::Error> {
+        let program = Program::try_parse_from(std::iter::once("program").chain(flags.iter().copied()))?;
+        let mut config = Config::new("data", Role::Hub);
+        program.api.configure(&mut config);
+        Ok(config)
+    }
+
+    #[test]
+    fn watches_and_streams_have_their_limits() {
+        let limits = config(&[]).expect("no flags").limits;
+        let defaults = Limits::default();
+        assert_eq!(limits.min_request_timeout, defaults.min_request_timeout);
+        assert_eq!((limits.min_request_timeout.as_secs(), limits.streams), (1_800, defaults.streams));
+        let flags = ["--min-request-timeout=60", "--http2-max-streams-per-connection=1000"];
+        let limits = config(&flags).expect("two flags").limits;
+        assert_eq!((limits.min_request_timeout.as_secs(), limits.streams), (60, 1_000));
+        let flags = ["--min-request-timeout=0", "--http2-max-streams-per-connection=0"];
+        let limits = config(&flags).expect("two flags").limits;
+        assert_eq!((limits.min_request_timeout.as_secs(), limits.streams), (0, defaults.streams));
+    }
+
+    #[test]
+    fn what_is_encrypted_is_always_followed() {
+        let file = "--encryption-provider-config=file";
+        for flag in [
+            "--encryption-provider-config-automatic-reload",
+            "--encryption-provider-config-automatic-reload=true",
+        ] {
+            assert!(config(&[file, flag]).is_ok(), "{flag}");
+            let refused = config(&[flag]).expect_err("there is nothing to follow").to_string();
+            assert!(refused.contains("--encryption-provider-config <FILE>"), "{refused}");
+        }
+        let flags = [file, "--encryption-provider-config-automatic-reload=false"];
+        let refused = config(&flags).expect_err("it is").to_string();
+        assert!(refused.contains("always read again"), "{refused}");
     }
 }

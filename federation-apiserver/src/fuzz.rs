@@ -292,6 +292,7 @@ pub fn crd(input: &[u8]) {
     let (definition, object) = two(input);
     let Some(mut definition) = json_of(definition).filter(Value::is_object) else { return };
     crd::default_crd(&mut definition);
+    crd::note_storage_version(&mut definition);
     if !crd::validate_crd(&definition, None, false).is_empty() {
         return;
     }

@@ -145,7 +145,9 @@ impl ApiServer {
         let registry = Arc::new(
             Registry::new(store, config.role, CancellationToken::new())
                 .with_converter(config.converter.clone())
-                .with_event_ttl(config.event_ttl),
+                .with_event_ttl(config.event_ttl)
+                .with_conversion_timeout(config.limits.conversion_timeout)
+                .with_min_request_timeout(config.limits.min_request_timeout),
         );
         bootstrap(&registry, &config, address).await?;
 
@@ -337,7 +339,9 @@ impl Bound {
         self.loopback.open(&app);
         tracing::info!(address = %self.address, role = ?self.config.role, "API server is listening");
         let draining = CancellationToken::new();
-        let gate = Gate::new(self.config.limits.connections);
+        // What counts does not hold the application, whose end lets the audit log end.
+        let rejected = app.metrics.rejected().clone();
+        let gate = Gate::counted(app.limits.connections, move |cut| rejected.count(cut.code()));
         let not_ready = || app.ready.store(false, std::sync::atomic::Ordering::Relaxed);
         let asked = async {
             shutdown.cancelled().await;
@@ -404,6 +408,7 @@ async fn serve(
     let stream = match entrance.before(handshake).await {
         Some(Ok(Ok(stream))) => stream,
         Some(Ok(Err(error))) => {
+            app.metrics.rejected().count("tls");
             tracing::debug!(%error, "TLS handshake failed");
             return;
         }
@@ -412,6 +417,7 @@ async fn serve(
             return;
         }
         Some(Err(_)) => {
+            app.metrics.rejected().count("tls-timeout");
             tracing::debug!("TLS handshake took too long");
             return;
         }
@@ -430,6 +436,7 @@ async fn serve(
         header_timeout: app.limits.handshake_timeout,
         max_connections: app.limits.connections,
         max_streams: app.limits.streams,
+        unread_timeout: app.limits.unread_timeout,
         // A client that has closed its side of a watch has gone.
         half_close: false,
         ..service::http::Limits::default()

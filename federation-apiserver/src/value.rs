@@ -110,3 +110,27 @@ pub(crate) fn canonical(value: &Value) -> String {
 pub(crate) fn timestamp() -> String {
     jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
+
+/// What is wrong with a JSON text, in Go's words as far as they can be told.
+pub(crate) fn json_fault(error: &serde_json::Error, bytes: &[u8]) -> String {
+    let text = error.to_string();
+    // The character that reading stopped at; columns count bytes and begin with 1.
+    let line = bytes.split(|b| *b == b'\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
+    let at = |column: usize| line.get(column).map(|b| char::from(*b));
+    if error.is_eof() {
+        "unexpected end of JSON input".into()
+    } else if text.starts_with("recursion limit") || text.starts_with("exceeded max depth") {
+        "exceeded max depth".into()
+    } else if text.starts_with("trailing characters") {
+        let odd = at(error.column().saturating_sub(1)).unwrap_or('?');
+        format!("invalid character {odd:?} after top-level value")
+    } else if text.starts_with("invalid escape") {
+        let odd = at(error.column().saturating_sub(1)).unwrap_or('?');
+        format!("invalid escape sequence `\\{odd}` in string")
+    } else if error.is_syntax() {
+        let odd = at(error.column().saturating_sub(1)).unwrap_or('?');
+        format!("invalid character {odd:?} looking for beginning of value")
+    } else {
+        text
+    }
+}

@@ -1,32 +1,44 @@
 //! Admission webhooks, asked and heard as by a stock kube-apiserver.
 //!
 //! `golden/admission.json` holds the behaviour of webhooks by path, configurations, and steps of requests, with what a
-//! stock kube-apiserver 1.36 answered and which reviews it sent. Ids, times and managed fields are left out.
+//! stock kube-apiserver 1.36 answered and which reviews it sent (see `common::golden`). Ids, times and managed fields are
+//! left out.
 
 mod common;
 
 use common::Server;
+use common::golden::{Answered, Golden};
+use common::stock::Stock;
 use common::webhook::{Reply, Webhook};
 use federation_apiserver::{AuditConfig, AuditLogConfig, Role};
 use serde_json::{Value, json};
+use test_support::{require, tools};
 
 const AR: &str = "/apis/admissionregistration.k8s.io/v1";
 const CM: &str = "/api/v1/namespaces/default/configmaps";
+/// What tells that a configuration is in force: no webhook of a test is asked about these.
+const PROBED: &str = "/api/v1/namespaces/default/secrets?dryRun=All";
 const TOKEN: &str = "Bearer gold";
 const PHASES: [(&str, &str, &str); 2] = [
     ("mutating", "mutatingwebhookconfigurations", "MutatingWebhookConfiguration"),
     ("validating", "validatingwebhookconfigurations", "ValidatingWebhookConfiguration"),
 ];
 
-fn golden() -> Value {
-    serde_json::from_str(include_str!("golden/admission.json")).expect("the golden file is JSON")
+fn golden() -> Golden {
+    Golden::read("admission")
+}
+
+/// Who asks.
+fn tokens() -> tempfile::NamedTempFile {
+    let tokens = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(tokens.path(), "gold,golden,u1,\"system:masters,golden-group\"\n").expect("written");
+    tokens
 }
 
 async fn server(
     configure: impl FnOnce(&mut federation_apiserver::Config),
 ) -> (Server, tempfile::NamedTempFile) {
-    let tokens = tempfile::NamedTempFile::new().expect("a file");
-    std::fs::write(tokens.path(), "gold,golden,u1,\"system:masters,golden-group\"\n").expect("written");
+    let tokens = tokens();
     let path = tokens.path().to_owned();
     let configure = |c: &mut federation_apiserver::Config| {
         c.token_auth_file = Some(path);
@@ -83,15 +95,15 @@ async fn configure(server: &Server, hook: &Webhook, step: usize, wanted: [&Value
         webhooks.push(json!({"name": "probe.hooks.golden.test", "admissionReviewVersions": ["v1"], "sideEffects": "None",
             "timeoutSeconds": 5, "clientConfig": {"url": format!("{}/probe", hook.url()), "caBundle": hook.ca},
             "objectSelector": {"matchLabels": {"probe": label}},
-            "rules": [{"operations": ["CREATE"], "apiGroups": [""], "apiVersions": ["v1"], "resources": ["configmaps"]}]}));
+            "rules": [{"operations": ["CREATE"], "apiGroups": [""], "apiVersions": ["v1"], "resources": ["secrets"]}]}));
         let object = json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": kind, "metadata": {"name": "golden"},
             "webhooks": webhooks});
         server.call("DELETE", &format!("{AR}/{plural}/golden"), None).await;
         let made = server.call("POST", &format!("{AR}/{plural}"), Some(&object)).await;
         assert_eq!(made.code, 201, "{}", made.text);
-        let probe = json!({"metadata": {"name": "probe", "labels": {"probe": label}}});
+        let probe = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "probe", "labels": {"probe": label}}});
         let deadline = tokio::time::Instant::now() + common::LIMIT;
-        while send(server, "POST", &format!("{CM}?dryRun=All"), None, &probe).await.code == 201 {
+        while !send(server, "POST", PROBED, None, &probe).await.text.contains("probed") {
             assert!(
                 tokio::time::Instant::now() < deadline,
                 "the {phase} configuration does not come into force"
@@ -183,31 +195,19 @@ fn comparable(outcome: &Value) -> Value {
     out
 }
 
-fn compare(differences: &mut Vec<String>, what: &str, ours: &Value, stock: &Value) {
-    let (ours, stock) = (comparable(ours), comparable(stock));
-    if ours != stock {
-        differences.push(format!("{what}\n  ours:  {ours}\n  stock: {stock}"));
-    }
-}
-
-#[tokio::test]
-async fn configurations_are_judged_as_by_a_stock_server() {
-    let (server, _tokens) = server(|_| {}).await;
-    let mut differences = Vec::new();
-    for case in golden()["configurations"].as_array().expect("cases") {
+/// Has a server judge the configurations.
+async fn configurations(server: &Server, golden: &Golden) -> Vec<Answered> {
+    let mut answered = Vec::new();
+    for (at, case) in golden.cases("configurations") {
         let plural = PHASES.iter().find(|(_, _, kind)| case["object"]["kind"] == *kind).expect("a kind").1;
-        let answer = send(&server, "POST", &format!("{AR}/{plural}?dryRun=All"), None, &case["object"]).await;
-        compare(&mut differences, &case["name"].to_string(), &outcome(&answer), &case["outcome"]);
+        let answer = send(server, "POST", &format!("{AR}/{plural}?dryRun=All"), None, &case["object"]).await;
+        answered.push(Answered { at, what: case["name"].to_string(), outcome: outcome(&answer) });
     }
-    server.stop().await;
-    assert!(differences.is_empty(), "{} differ:\n{}", differences.len(), differences.join("\n"));
+    answered
 }
 
-#[tokio::test]
-async fn webhooks_are_asked_and_heard_as_by_a_stock_server() {
-    let golden = golden();
-    let (server, _tokens) = server(|_| {}).await;
-    let hook = webhook(golden["hooks"].clone()).await;
+/// Takes a server through the steps.
+async fn steps(server: &Server, golden: &Golden, hook: &Webhook) -> Vec<Answered> {
     let crds = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
     let made = server.call("POST", crds, Some(&golden["crd"])).await;
     assert_eq!(made.code, 201, "{}", made.text);
@@ -215,15 +215,14 @@ async fn webhooks_are_asked_and_heard_as_by_a_stock_server() {
         let path = format!("/apis/golden.test/{version}/namespaces/default/gadgets");
         server.until(&path, "gadgets are served", |a| a.code == 200).await;
     }
-    let mut differences = Vec::new();
-    for (i, step) in golden["steps"].as_array().expect("steps").iter().enumerate() {
-        configure(&server, &hook, i, [&step["mutating"], &step["validating"]]).await;
-        let requests = step["requests"].as_array().expect("requests");
-        for (request, wanted) in requests.iter().zip(step["outcomes"].as_array().expect("outcomes")) {
+    let mut answered = Vec::new();
+    for (i, (at, step)) in golden.cases("steps").into_iter().enumerate() {
+        configure(server, hook, i, [&step["mutating"], &step["validating"]]).await;
+        for (j, request) in step["requests"].as_array().expect("requests").iter().enumerate() {
             let (method, path) =
                 (request["method"].as_str().expect("text"), request["path"].as_str().expect("text"));
-            let answer = send(&server, method, path, request["media"].as_str(), &request["body"]).await;
-            let mut ours = outcome(&answer);
+            let answer = send(server, method, path, request["media"].as_str(), &request["body"]).await;
+            let mut outcome = outcome(&answer);
             let reviews: Vec<Value> = hook
                 .take()
                 .into_iter()
@@ -236,21 +235,47 @@ async fn webhooks_are_asked_and_heard_as_by_a_stock_server() {
                     json!({"path": seen.path, "query": seen.query, "request": request})
                 })
                 .collect();
-            ours["reviews"] = steady_value(&json!(reviews));
-            let mut wanted = wanted.clone();
+            outcome["reviews"] = steady_value(&json!(reviews));
             if step["mutating"] == json!([]) {
                 // Validating webhooks are asked all at once: in no order.
-                for outcome in [&mut ours, &mut wanted] {
-                    outcome["reviews"].as_array_mut().expect("reviews").sort_by_key(Value::to_string);
-                }
+                outcome["reviews"].as_array_mut().expect("reviews").sort_by_key(Value::to_string);
             }
-            compare(&mut differences, &format!("{} {method} {path}", step["name"]), &ours, &wanted);
+            let what = format!("{} {method} {path}", step["name"]);
+            answered.push(Answered { at: format!("{at}/requests/{j}"), what, outcome });
         }
     }
+    answered
+}
+
+#[tokio::test]
+async fn configurations_are_judged_as_by_a_stock_server() {
+    let ((server, _tokens), golden) = (server(|_| {}).await, golden());
+    let answered = configurations(&server, &golden).await;
+    server.stop().await;
+    golden.judge_ours(&answered, comparable);
+}
+
+#[tokio::test]
+async fn webhooks_are_asked_and_heard_as_by_a_stock_server() {
+    let ((server, _tokens), golden) = (server(|_| {}).await, golden());
+    let hook = webhook(golden["hooks"].clone()).await;
+    let answered = steps(&server, &golden, &hook).await;
     // Hundreds of calls went over few connections.
     assert!(hook.connections() < 20, "{} connections", hook.connections());
     server.stop().await;
-    assert!(differences.is_empty(), "{} differ:\n{}", differences.len(), differences.join("\n"));
+    golden.judge_ours(&answered, comparable);
+}
+
+#[tokio::test]
+async fn a_stock_server_judges_and_asks_as_the_file_says() {
+    let assets = require!(tools::kubebuilder_assets());
+    let (tokens, golden) = (tokens(), golden());
+    let flag = format!("--token-auth-file={}", tokens.path().display());
+    let stock = Stock::start_with(&assets, &[flag.as_str()]).await;
+    let hook = webhook(golden["hooks"].clone()).await;
+    let mut answered = configurations(&stock.server, &golden).await;
+    answered.extend(steps(&stock.server, &golden, &hook).await);
+    golden.judge_stock(answered, comparable);
 }
 
 fn one_hook(name: &str, url: String, ca: &str) -> Value {

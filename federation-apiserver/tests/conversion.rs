@@ -1,14 +1,21 @@
 //! Conversion webhooks of custom resources: reads, lists, watches and writes in every version, and what goes wrong, as a
 //! stock kube-apiserver does and says it.
 //!
-//! `golden/conversion.json` holds definitions and steps with what a stock kube-apiserver 1.36 answered; the behaviour of
-//! the webhook by path is [`convert`].
+//! `golden/conversion.json` holds definitions and steps with what a stock kube-apiserver 1.36 answered (see
+//! `common::golden`); the behaviour of the webhook by path is [`convert`].
 
 mod common;
 
+use std::time::Duration;
+
 use common::Server;
+use common::golden::{Answered, Golden};
+use common::stock::Stock;
 use common::webhook::{Reply, Webhook};
+use federation_apiserver::{Config, Role};
 use serde_json::{Value, json};
+use test_support::{require, tools};
+use tokio::net::TcpListener;
 
 const CRDS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 
@@ -50,7 +57,7 @@ fn convert(path: &str, review: &Value) -> Reply {
         "/bad-label" => first["metadata"]["labels"] = json!({"k": "a b"}),
         "/odd-label" => first["metadata"]["labels"] = json!({"k": 1}),
         "/other-review" => version = "apiextensions.k8s.io/v1beta1",
-        // A text that says nothing: the golden server's came with another media type.
+        // Nothing is said, and it is no text either.
         "/500" => return (500, String::new()),
         _ => {}
     }
@@ -94,6 +101,7 @@ fn things(version: &str, plural: &str) -> String {
 async fn define(server: &Server, hook: &Webhook, plural: &str, kind: &str, path: &str) {
     let made = server.call("POST", CRDS, Some(&crd(plural, kind, &conversion(hook, path), "v1"))).await;
     assert_eq!(made.code, 201, "{}", made.text);
+    assert_eq!(made.body["status"]["storedVersions"], json!(["v1"]));
     let established = |answer: &common::Answer| answer.text.contains("InitialNamesAccepted");
     server.until(&format!("{CRDS}/{plural}.conv.test"), "the kind is served", established).await;
     assert_eq!(server.get(&things("v2", plural)).await.code, 200);
@@ -132,44 +140,57 @@ fn outcome(answer: &common::Answer) -> Value {
     }
 }
 
-#[tokio::test]
-async fn conversions_are_judged_as_by_a_stock_server() {
-    let golden: Value = serde_json::from_str(include_str!("golden/conversion.json")).expect("JSON");
-    let server = Server::hub().await;
+/// Has a server judge the definitions, and takes it through the steps.
+async fn judged(server: &Server, golden: &Golden) -> Vec<Answered> {
     let hook = Webhook::start(convert).await;
-    let mut differences = Vec::new();
-    let mut compare = |what: String, ours: Value, stock: &Value| {
-        if ours != *stock {
-            differences.push(format!("{what}\n  ours:  {ours}\n  stock: {stock}"));
-        }
-    };
-    for case in golden["crds"].as_array().expect("cases") {
+    let mut answered = Vec::new();
+    for (at, case) in golden.cases("crds") {
         let object = crd("things", "Thing", &filled(&case["conversion"], &hook), "v1");
         let answer = server.call("POST", &format!("{CRDS}?dryRun=All"), Some(&object)).await;
-        let mut ours = json!({"code": answer.code});
+        let mut outcome = json!({"code": answer.code});
         if answer.code >= 400 {
-            ours["message"] = answer.body["message"].clone();
+            outcome["message"] = answer.body["message"].clone();
         }
-        compare(case["name"].to_string(), ours, &case["outcome"]);
+        answered.push(Answered { at, what: case["name"].to_string(), outcome });
     }
-    for (i, case) in golden["cases"].as_array().expect("cases").iter().enumerate() {
+    let cases = golden.cases("cases");
+    assert!(cases.len() <= 26, "each has a kind of its own, named by a letter");
+    for ((at, case), letter) in cases.into_iter().zip('a'..='z') {
         let path = case["path"].as_str().expect("text");
-        let letter = u8::try_from(i).expect("few cases");
-        let (plural, kind) =
-            (format!("things{}s", char::from(b'a' + letter)), format!("Thing{}", char::from(b'A' + letter)));
-        define(&server, &hook, &plural, &kind, path).await;
+        let (plural, kind) = (format!("things{letter}s"), format!("Thing{}", letter.to_ascii_uppercase()));
+        let definition = crd(&plural, &kind, &conversion(&hook, path), "v1");
+        let made = server.call("POST", CRDS, Some(&definition)).await;
+        assert_eq!(made.code, 201, "{}", made.text);
+        // A stock server serves a kind a moment after it says so.
+        server.until(&things("v2", &plural), "the kind is served", |answer| answer.code == 200).await;
         let first = json!({"apiVersion": "conv.test/v1", "kind": kind, "metadata": {"name": "a"}, "spec": {"host": "h", "port": "1"}});
         let made = server.call("POST", &things("v1", &plural), Some(&first)).await;
         assert_eq!(made.code, 201, "{}", made.text);
-        for step in case["steps"].as_array().expect("steps") {
-            let (method, at) = (step["method"].as_str().expect("text"), step["path"].as_str().expect("text"));
+        for (i, step) in case["steps"].as_array().expect("steps").iter().enumerate() {
+            let (method, to) = (step["method"].as_str().expect("text"), step["path"].as_str().expect("text"));
             let body = Some(&step["body"]).filter(|b| !b.is_null());
-            let answer = server.call(method, at, body).await;
-            compare(format!("{path} {method} {at}"), outcome(&answer), &step["outcome"]);
+            let answer = server.call(method, to, body).await;
+            let what = format!("{path} {method} {to}");
+            answered.push(Answered { at: format!("{at}/steps/{i}"), what, outcome: outcome(&answer) });
         }
     }
+    answered
+}
+
+#[tokio::test]
+async fn conversions_are_judged_as_by_a_stock_server() {
+    let (server, golden) = (Server::hub().await, Golden::read("conversion"));
+    let answered = judged(&server, &golden).await;
     server.stop().await;
-    assert!(differences.is_empty(), "{} differ:\n{}", differences.len(), differences.join("\n"));
+    golden.judge_ours(&answered, Value::clone);
+}
+
+#[tokio::test]
+async fn a_stock_server_judges_conversions_as_the_file_says() {
+    let assets = require!(tools::kubebuilder_assets());
+    let (stock, golden) = (Stock::start(&assets).await, Golden::read("conversion"));
+    let answered = judged(&stock.server, &golden).await;
+    golden.judge_stock(answered, Value::clone);
 }
 
 #[tokio::test]
@@ -238,9 +259,19 @@ async fn every_version_sees_every_object_in_its_own_form() {
     definition["spec"]["versions"][1]["storage"] = json!(true);
     let changed = server.call("PUT", &name, Some(&definition)).await;
     assert_eq!(changed.code, 200, "{}", changed.text);
-    server
-        .until(&name, "both are stored", |a| a.body["status"]["storedVersions"] == json!(["v1", "v2"]))
-        .await;
+    assert_eq!(changed.body["status"]["storedVersions"], json!(["v1", "v2"]));
+    // Until it is in force, nothing comes of putting back what was read.
+    let deadline = tokio::time::Instant::now() + common::LIMIT;
+    loop {
+        let read = server.get(&format!("{one}/l0")).await.body;
+        let put = server.call("PUT", &format!("{one}/l0"), Some(&read)).await;
+        assert_eq!(put.code, 200, "{}", put.text);
+        if put.body["metadata"]["resourceVersion"] != read["metadata"]["resourceVersion"] {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "the new storage version is in force");
+        tokio::task::yield_now().await;
+    }
     let last = json!({"apiVersion": "conv.test/v2", "kind": "Link", "metadata": {"name": "l5"}, "spec": {"hostPort": "n:5"}});
     assert_eq!(server.call("POST", &two, Some(&last)).await.code, 201);
     let all = server.get(&one).await;
@@ -248,7 +279,7 @@ async fn every_version_sees_every_object_in_its_own_form() {
         all.body["items"].as_array().expect("items").iter().map(|i| &i["spec"]["host"]).collect();
     assert_eq!(hosts, ["h", "h", "q", "n"]);
     // Putting back what was read, in whichever version, writes it in the new one: once.
-    for (path, name) in [(&one, "l0"), (&two, "l2")] {
+    for (path, name) in [(&one, "l4"), (&two, "l2")] {
         let path = format!("{path}/{name}");
         let read = server.get(&path).await.body;
         let put = server.call("PUT", &path, Some(&read)).await;
@@ -261,6 +292,26 @@ async fn every_version_sees_every_object_in_its_own_form() {
         assert_eq!(server.get(&format!("{two}/{name}")).await.code, 200);
         assert!(hook.take().is_empty(), "{name} is stored in v2");
     }
+    // The old version goes from the status, and then from the definition.
+    let mut definition = server.get(&name).await.body;
+    definition["spec"]["versions"].as_array_mut().expect("versions").remove(0);
+    let refused = server.call("PUT", &name, Some(&definition)).await;
+    let cause = &refused.body["details"]["causes"][0]["field"];
+    assert_eq!((refused.code, cause), (422, &json!("status.storedVersions[0]")), "{}", refused.text);
+    let migrated = json!({"status": {"storedVersions": ["v2"]}});
+    let patched = server.call("PATCH", &format!("{name}/status"), Some(&migrated)).await;
+    assert_eq!(patched.body["status"]["storedVersions"], json!(["v2"]), "{}", patched.text);
+    let mut definition = patched.body;
+    definition["spec"]["versions"].as_array_mut().expect("versions").remove(0);
+    let changed = server.call("PUT", &name, Some(&definition)).await;
+    assert_eq!((changed.code, &changed.body["status"]["storedVersions"]), (200, &json!(["v2"])));
+    server.until(&one, "v1 is gone", |a| a.code == 404).await;
+    hook.take();
+    let all = server.get(&two).await;
+    let items = all.body["items"].as_array().expect("items");
+    let ports: Vec<&Value> = items.iter().map(|i| &i["spec"]["hostPort"]).collect();
+    assert_eq!(ports, ["h:0", "h:2", "q:4", "n:5"]);
+    assert!(hook.take().is_empty(), "nothing is left of v1");
     server.stop().await;
 }
 
@@ -336,6 +387,46 @@ async fn a_converter_that_is_away_is_an_error_and_not_a_wrong_object() {
     let (kind, status) = watch.next().await.expect("an event");
     assert_eq!((kind.as_str(), &status["message"]), ("ERROR", &json!(why)));
     assert!(watch.next().await.is_none(), "it is over");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_converter_that_keeps_silent_or_is_not_who_it_should_be_is_given_up() {
+    let limit = |config: &mut Config| config.limits.conversion_timeout = Duration::from_secs(1);
+    let server = Server::start(Role::Hub, limit, |_| {}).await;
+    let (hook, other) = (Webhook::start(convert).await, Webhook::start(convert).await);
+    define(&server, &hook, "links", "Link", "/convert").await;
+    let object = json!({"apiVersion": "conv.test/v1", "kind": "Link", "metadata": {"name": "l"}, "spec": {"host": "h", "port": "1"}});
+    assert_eq!(server.call("POST", &things("v1", "links"), Some(&object)).await.code, 201);
+    // Takes connections and says nothing.
+    let silent = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+    let address = silent.local_addr().expect("an address");
+    let late = "context deadline exceeded";
+    let stranger = "tls: failed to verify certificate: x509: certificate signed by unknown authority";
+    let one = format!("{}/l", things("v2", "links"));
+    // Where the last one is, there is a webhook that takes the request and does not answer it.
+    hook.hold(true);
+    for (url, ca, why) in [
+        (format!("https://{address}/silent"), &hook.ca, late),
+        (format!("{}/stranger", hook.url()), &other.ca, stranger),
+        (format!("{}/held", hook.url()), &hook.ca, late),
+    ] {
+        let config =
+            json!({"spec": {"conversion": {"webhook": {"clientConfig": {"url": url, "caBundle": ca}}}}});
+        let changed = server.call("PATCH", &format!("{CRDS}/links.conv.test"), Some(&config)).await;
+        assert_eq!(changed.code, 200, "{}", changed.text);
+        let why = format!(
+            "conversion webhook for conv.test/v1, Kind=Link failed: Post \"{url}?timeout=1s\": {why}"
+        );
+        let failed = server.until(&one, &why, |a| a.body["message"] == why).await;
+        assert_eq!(failed.code, 500);
+        let list = server.until(&things("v2", "links"), &why, |a| a.body["message"] == why).await;
+        assert_eq!(list.code, 500);
+        assert_eq!(server.get(&format!("{}/l", things("v1", "links"))).await.code, 200);
+    }
+    hook.hold(false);
+    let read = server.until(&one, "it answers again", |a| a.code == 200).await;
+    assert_eq!(read.body["spec"]["hostPort"], "h:1", "{}", read.text);
     server.stop().await;
 }
 

@@ -1,17 +1,20 @@
 //! CustomResourceDefinitions and custom resources, judged as a stock kube-apiserver judges them.
 //!
-//! `golden/crd.json` holds schemas and objects with what a stock kube-apiserver 1.36 answered to each. The texts that Go's
-//! regular expressions explain themselves with are left out of the comparison.
+//! `golden/crd.json` holds schemas and objects with what a stock kube-apiserver 1.36 answered to each (see
+//! `common::golden`). The texts that Go's regular expressions explain themselves with are left out of the comparison.
 
 mod common;
 
 use common::Server;
+use common::golden::{Answered, Golden};
+use common::stock::Stock;
 use serde_json::{Value, json};
+use test_support::{require, tools};
 
 const CRDS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
 
-fn golden() -> Value {
-    serde_json::from_str(include_str!("golden/crd.json")).expect("the golden file is JSON")
+fn golden() -> Golden {
+    Golden::read("crd")
 }
 
 fn crd(plural: &str, kind: &str, spec: &Value) -> Value {
@@ -45,11 +48,11 @@ fn outcome(code: u16, body: &Value) -> Value {
     out
 }
 
-/// The golden outcome without what only Go would say.
+/// An outcome without what only Go would say.
 fn comparable(outcome: &Value) -> Value {
     let mut out = outcome.clone();
-    if let Some(map) = out.as_object_mut() {
-        map.remove("spec");
+    if let Some(spec) = out.get_mut("spec") {
+        *spec = floats(spec);
     }
     for cause in out.get_mut("causes").and_then(Value::as_array_mut).into_iter().flatten() {
         let text = cause[2].as_str().unwrap_or_default();
@@ -60,56 +63,69 @@ fn comparable(outcome: &Value) -> Value {
     out
 }
 
-fn compare(differences: &mut Vec<String>, name: &Value, ours: &Value, stock: &Value) {
-    let (ours, stock) = (comparable(ours), comparable(stock));
-    if ours != stock {
-        differences.push(format!("{name}\n  ours:  {ours}\n  stock: {stock}"));
+/// Has a server judge the schemas.
+async fn schemas(server: &Server, golden: &Golden) -> Vec<Answered> {
+    let mut answered = Vec::new();
+    for (at, case) in golden.cases("schemas") {
+        let object = crd("things", "Thing", &case["schema"]);
+        let answer = server.call("POST", &format!("{CRDS}?dryRun=All"), Some(&object)).await;
+        let outcome = outcome(answer.code, &answer.body);
+        answered.push(Answered { at, what: case["name"].to_string(), outcome });
     }
+    answered
 }
 
-#[tokio::test]
-async fn schemas_are_judged_as_by_a_stock_server() {
-    let server = Server::hub().await;
-    let mut differences = Vec::new();
-    for case in golden()["schemas"].as_array().expect("cases") {
-        let answer = server
-            .call("POST", &format!("{CRDS}?dryRun=All"), Some(&crd("things", "Thing", &case["schema"])))
-            .await;
-        compare(&mut differences, &case["name"], &outcome(answer.code, &answer.body), &case["outcome"]);
-    }
-    server.stop().await;
-    assert!(differences.is_empty(), "{} differ:\n{}", differences.len(), differences.join("\n"));
-}
-
-#[tokio::test]
-async fn objects_are_judged_as_by_a_stock_server() {
-    let server = Server::hub().await;
-    let golden = golden();
+/// Has a server judge the objects.
+async fn objects(server: &Server, golden: &Golden) -> Vec<Answered> {
     let created = server.call("POST", CRDS, Some(&crd("gadgets", "Gadget", &golden["gadget"]))).await;
     assert_eq!(created.code, 201, "{}", created.text);
     let path = "/apis/golden.test/v1/namespaces/default/gadgets";
     server.until(path, "gadgets are served", |a| a.code == 200).await;
-    let mut differences = Vec::new();
-    for (i, case) in golden["objects"].as_array().expect("cases").iter().enumerate() {
+    let mut answered = Vec::new();
+    for (i, (at, case)) in golden.cases("objects").into_iter().enumerate() {
         let object = json!({"apiVersion": "golden.test/v1", "kind": "Gadget", "metadata": {"name": format!("g{i}")},
             "spec": case["spec"]});
         let answer = server.call("POST", path, Some(&object)).await;
-        compare(&mut differences, &case["name"], &outcome(answer.code, &answer.body), &case["outcome"]);
-        if let (200..300, Some(spec)) = (answer.code, case["outcome"].get("spec"))
-            && floats(&answer.body["spec"]) != floats(spec)
-        {
-            differences
-                .push(format!("{}: stored {}, stock stored {spec}", case["name"], answer.body["spec"]));
+        let mut made = outcome(answer.code, &answer.body);
+        if (200..300).contains(&answer.code) {
+            made["spec"] = answer.body["spec"].clone();
         }
+        let what = case["name"].to_string();
+        answered.push(Answered { at: at.clone(), what: what.clone(), outcome: made });
         if let Some(update) = case.get("update") {
-            let mut new = answer.body.clone();
-            new["spec"] = update.clone();
+            let mut new = answer.body;
+            new["spec"] = update["spec"].clone();
             let answer = server.call("PUT", &format!("{path}/g{i}"), Some(&new)).await;
-            compare(&mut differences, &case["name"], &outcome(answer.code, &answer.body), &case["updated"]);
+            let outcome = outcome(answer.code, &answer.body);
+            answered.push(Answered { at: at + "/update", what: what + ", updated", outcome });
         }
     }
+    answered
+}
+
+#[tokio::test]
+async fn schemas_are_judged_as_by_a_stock_server() {
+    let (server, golden) = (Server::hub().await, golden());
+    let answered = schemas(&server, &golden).await;
     server.stop().await;
-    assert!(differences.is_empty(), "{} differ:\n{}", differences.len(), differences.join("\n"));
+    golden.judge_ours(&answered, comparable);
+}
+
+#[tokio::test]
+async fn objects_are_judged_as_by_a_stock_server() {
+    let (server, golden) = (Server::hub().await, golden());
+    let answered = objects(&server, &golden).await;
+    server.stop().await;
+    golden.judge_ours(&answered, comparable);
+}
+
+#[tokio::test]
+async fn a_stock_server_judges_as_the_file_says() {
+    let assets = require!(tools::kubebuilder_assets());
+    let (stock, golden) = (Stock::start(&assets).await, golden());
+    let mut answered = schemas(&stock.server, &golden).await;
+    answered.extend(objects(&stock.server, &golden).await);
+    golden.judge_stock(answered, comparable);
 }
 
 /// Numbers compare by value: 2.0 is 2.

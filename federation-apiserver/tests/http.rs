@@ -2,9 +2,13 @@
 
 mod common;
 
-use common::{Server, identity};
+use std::time::Duration;
+
+use common::{Answer, Server, authority, identity};
 use federation_apiserver::{Bound, Config, Role, UserInfo};
 use serde_json::{Value, json};
+use tls::{CertificateAuthority, ClientTls};
+use tokio::net::TcpStream;
 
 const CM: &str = "/api/v1/namespaces/default/configmaps";
 const SECRETS: &str = "/api/v1/namespaces/default/secrets";
@@ -50,6 +54,36 @@ async fn who_may_do_what() {
     assert_eq!(server.send_as(Some(&agent), "GET", "/api/v1/secrets", &[], String::new()).await.code, 403);
     let both: Vec<(&str, &str)> = jo.iter().chain(boss).copied().collect();
     assert_eq!(server.anonymous("GET", CM, &both).await.code, 403);
+    server.stop().await;
+}
+
+/// Nobody has asked yet, so nobody is told; the operator sees it in the metrics.
+#[tokio::test]
+async fn who_fails_at_the_door_is_counted() {
+    use tokio::io::AsyncWriteExt as _;
+    let patience = Duration::from_secs(2);
+    let server = Server::start(Role::Hub, |c| c.limits.handshake_timeout = patience, |_| {}).await;
+    let mut garbage = TcpStream::connect(server.address).await.expect("the server listens");
+    garbage.write_all(&[b'x'; 100]).await.expect("written");
+    // A certificate of another authority.
+    let stranger = CertificateAuthority::create("stranger").expect("an authority");
+    let issued = stranger.issue_client("jo", &[], Duration::from_secs(3600)).expect("a certificate");
+    let identity = Some((issued.certificate_pem.as_str(), issued.key_pem.as_str()));
+    let client = ClientTls::from_pem(&authority(&server.kubeconfig), identity).expect("client TLS");
+    let tcp = TcpStream::connect(server.address).await.expect("the server listens");
+    let name = tls::ServerName::try_from("localhost").expect("a name");
+    // The client is done before the server has looked.
+    let _refused = client.connector(&[b"http/1.1"]).connect(name, tcp).await;
+    let _silent = TcpStream::connect(server.address).await.expect("the server listens");
+    let _greeted = server.handshake().await;
+    // At least: on a busy machine one who looks at the metrics may be late, too.
+    for (reason, least) in [("tls", 2), ("tls-timeout", 1), ("head-timeout", 1)] {
+        let name = format!("cellway_apiserver_rejected_connections_total{{reason=\"{reason}\"}} ");
+        let counted =
+            |text: &str| text.lines().find_map(|line| line.strip_prefix(&name)?.parse::<u64>().ok());
+        let enough = |answer: &Answer| counted(&answer.text).is_some_and(|count| count >= least);
+        server.until("/metrics", reason, enough).await;
+    }
     server.stop().await;
 }
 
@@ -338,7 +372,7 @@ async fn custom_resources_come_and_go() {
     let created = server.call("POST", CRDS, Some(&crd())).await;
     assert_eq!(created.code, 201, "{}", created.text);
     server.until(WIDGETS, "the CRD is served", |a| a.code == 200).await;
-    let is_established = |answer: &common::Answer| {
+    let is_established = |answer: &Answer| {
         let conditions = answer.body["status"]["conditions"].as_array();
         conditions.is_some_and(|c| c.iter().any(|c| c["type"] == "Established" && c["status"] == "True"))
     };
@@ -682,6 +716,35 @@ async fn silent_clients_hold_nothing() {
 }
 
 #[tokio::test]
+async fn a_watch_that_nobody_reads_is_dropped_and_another_goes_on() {
+    // Whoever reads is never this slow on loopback.
+    let limit = |config: &mut Config| config.limits.unread_timeout = std::time::Duration::from_secs(5);
+    let server = Server::start(Role::Hub, limit, |_| {}).await;
+    let path = format!("{CM}?watch=true");
+    let (unread, mut read) = (server.watch(&path).await, server.watch(&path).await);
+    let running = async |number: usize| {
+        let gauge = format!("apiserver_longrunning_requests {number}\n");
+        server.until("/metrics", &gauge, |answer| answer.text.contains(&gauge)).await;
+    };
+    running(2).await;
+    assert_eq!(server.call("POST", CM, Some(&cm("large", json!({})))).await.code, 201);
+    assert_eq!(read.brief().await, ("ADDED".into(), "large".into()));
+    let large = format!("{CM}/large");
+    // More than fits between the two ends of a connection.
+    for i in 0..24 {
+        let patch = json!({"data": {"a": format!("{i}{}", "x".repeat(900_000))}});
+        assert_eq!(server.call("PATCH", &large, Some(&patch)).await.code, 200);
+        assert_eq!(read.brief().await, ("MODIFIED".into(), "large".into()));
+    }
+    running(1).await;
+    assert!(!unread.ends_in_order().await, "it was dropped");
+    let patch = json!({"data": {"a": "small"}});
+    assert_eq!(server.call("PATCH", &large, Some(&patch)).await.code, 200);
+    assert_eq!(read.next().await.expect("an event").1["data"]["a"], "small");
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn a_stopping_server_is_not_ready_and_still_serves() {
     let delay = std::time::Duration::from_secs(2);
     let server = Server::start(Role::Hub, |config| config.limits.shutdown_delay = delay, |_| {}).await;
@@ -694,6 +757,17 @@ async fn a_stopping_server_is_not_ready_and_still_serves() {
     assert_eq!(events.brief().await, ("ADDED".into(), "late".into()));
     // Then watches end, in order.
     assert!(events.next().await.is_none());
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn watches_without_a_timeout_of_their_own_end_when_the_server_says() {
+    let least = std::time::Duration::from_secs(1);
+    let server = Server::start(Role::Hub, |config| config.limits.min_request_timeout = least, |_| {}).await;
+    let begun = std::time::Instant::now();
+    let mut events = server.watch(&format!("{CM}?watch=1")).await;
+    while events.next().await.is_some() {}
+    assert!(begun.elapsed() >= least, "{:?}", begun.elapsed());
     server.stop().await;
 }
 

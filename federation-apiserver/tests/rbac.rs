@@ -57,6 +57,33 @@ fn binding(name: &str, kind: &str, role: &str) -> Value {
         "subjects": [{"kind": "User", "name": "jo"}]})
 }
 
+/// Whoever makes a role, binds it and uses it waits for nothing between.
+#[tokio::test]
+async fn what_was_written_is_in_force() {
+    let (server, _tokens) = server().await;
+    let rules = json!([{"apiGroups": ["rbac.authorization.k8s.io"], "resources": ["roles", "rolebindings"], "verbs": ["*"]},
+        {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["*"]}]);
+    made(&server, &format!("{RBAC}/clusterroles"), role("giver", rules)).await;
+    let to_jo = binding("giver", "ClusterRole", "giver");
+    made(&server, &format!("{RBAC}/clusterrolebindings"), to_jo).await;
+    let of_default = format!("{RBAC}/namespaces/default");
+    for round in 0..30 {
+        let name = format!("reader-{round}");
+        let rules = json!([{"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get"]}]);
+        let answer = jo(&server, "POST", &format!("{of_default}/roles"), role(&name, rules)).await;
+        assert_eq!(answer.code, 201, "round {round}: {}", answer.text);
+        let mut given = binding(&name, "Role", &name);
+        given["subjects"] = json!([{"kind": "User", "name": name}]);
+        let answer = jo(&server, "POST", &format!("{of_default}/rolebindings"), given).await;
+        assert_eq!(answer.code, 201, "round {round}: {}", answer.text);
+        let as_them = [("impersonate-user", name.as_str())];
+        let answer =
+            server.send("GET", "/api/v1/namespaces/default/configmaps/none", &as_them, String::new()).await;
+        assert_eq!(answer.code, 404, "round {round}: {}", answer.text);
+    }
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn defaults_are_there_and_are_aggregated() {
     let (server, _tokens) = server().await;
@@ -366,9 +393,16 @@ async fn a_labelled_role_shows_its_own_and_gives_nothing_else_away() {
         jo(&server, "GET", &format!("{MAPS}?watch=true&resourceVersion=0&timeoutSeconds=1"), Value::Null)
             .await;
     assert!(watched.text.contains("ours") && !watched.text.contains("theirs"), "{}", watched.text);
-    let named = "/api/v1/watch/namespaces/default/configmaps/theirs?timeoutSeconds=1&resourceVersion=0";
-    let watched = jo(&server, "GET", named, Value::Null).await;
-    assert!(!watched.text.contains("\"k\""), "{}", watched.text);
+    for (name, seen) in [("ours", true), ("theirs", false)] {
+        let named = format!(
+            "{MAPS}?watch=true&fieldSelector=metadata.name%3D{name}&resourceVersion=0&timeoutSeconds=1"
+        );
+        let watched = jo(&server, "GET", &named, Value::Null).await;
+        assert_eq!((watched.code, watched.text.contains("\"k\"")), (200, seen), "{name}: {}", watched.text);
+        // Whoever sees everything is shown either.
+        let watched = server.get(&named).await;
+        assert_eq!((watched.code, watched.text.contains("\"k\"")), (200, true), "{name}: {}", watched.text);
+    }
 
     // Nothing but reading, and nothing that could be passed on.
     let patch = json!({"metadata": {"labels": {"tenant": "blue"}}});

@@ -7,7 +7,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use federation_store::{KeyValue, Revision};
@@ -22,8 +21,6 @@ use crate::status::ApiError;
 use crate::value::{self, at, set, str_at};
 use crate::webhook::{self, CallError, Client, Endpoint};
 
-/// For one call of a conversion webhook, as in kube-apiserver.
-const TIMEOUT: Duration = Duration::from_secs(30);
 /// Objects in one review, by number and by weight.
 const BATCH: usize = 500;
 const BATCH_WEIGHT: usize = 4 << 20;
@@ -196,8 +193,9 @@ impl Webhook {
         let sent: Vec<&Value> = different.iter().map(|i| &objects[*i]).collect();
         let review = json!({"kind": "ConversionReview", "apiVersion": format!("{GROUP}/{}", self.review),
             "request": {"uid": uid, "desiredAPIVersion": to, "objects": sent}});
+        let timeout = self.client.conversion_timeout;
         let answer =
-            webhook::call(&self.client, cache, &self.endpoint, &review, TIMEOUT, webhook::Bound::OBJECTS)
+            webhook::call(&self.client, cache, &self.endpoint, &review, timeout, webhook::Bound::OBJECTS)
                 .await;
         let answer = answer.map_err(|why: CallError| failed(format!("failed: {why}")))?;
         adopt(&answer, (self.review, uid.as_str()), &mut objects, &different, to).map_err(failed)?;

@@ -175,17 +175,22 @@ fn update_status(crd: &mut Value, accepted: &Accepted, now: &str) -> bool {
     if let Some((status, reason, message)) = approval(crd) {
         set_condition(crd, "KubernetesAPIApprovalPolicyConformant", status, reason, &message, now);
     }
-    let versions = at(crd, &["spec", "versions"]).and_then(Value::as_array).cloned().unwrap_or_default();
-    if let Some(storage) = versions.iter().find(|v| v.get("storage") == Some(&json!(true))) {
-        let name = storage.get("name").cloned().unwrap_or_default();
-        let mut stored =
-            at(crd, &["status", "storedVersions"]).and_then(Value::as_array).cloned().unwrap_or_default();
-        if !stored.contains(&name) {
-            stored.push(name);
-        }
+    // Whoever writes a status may have left it out.
+    note_storage_version(crd);
+    before.as_ref() != crd.get("status")
+}
+
+/// Notes in a CRD's status in which version objects are stored from now on, beside those in which some may still be.
+pub(crate) fn note_storage_version(crd: &mut Value) {
+    let mut versions = at(crd, &["spec", "versions"]).and_then(Value::as_array).into_iter().flatten();
+    let Some(storage) = versions.find(|v| v.get("storage") == Some(&json!(true))) else { return };
+    let name = json!(str_at(storage, &["name"]));
+    let stored = at(crd, &["status", "storedVersions"]).and_then(Value::as_array);
+    let mut stored = stored.cloned().unwrap_or_default();
+    if !stored.contains(&name) {
+        stored.push(name);
         value::set(crd, &["status", "storedVersions"], Value::Array(stored));
     }
-    before.as_ref() != crd.get("status")
 }
 
 /// Whether a group of the Kubernetes project is used with its approval; `None` for all other groups.

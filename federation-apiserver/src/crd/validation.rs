@@ -70,9 +70,7 @@ pub(crate) fn validate_crd(crd: &Value, old: Option<&Value>, status: bool) -> Ve
     }
     conversion(crd, &mut errors);
     approval(crd, &group, old, &mut errors);
-    if old.is_some() {
-        stored_versions(crd, &mut errors);
-    }
+    stored_versions(crd, &mut errors);
     errors
 }
 
@@ -425,25 +423,87 @@ fn approval(crd: &Value, group: &str, old: Option<&Value>, errors: &mut Vec<Fiel
     }
 }
 
-/// A version may only go when no object is stored in it any more.
+/// The storage version is noted, and a version only goes when no object is stored in it any more.
 fn stored_versions(crd: &Value, errors: &mut Vec<FieldError>) {
-    let names: Vec<&str> = at(crd, &["spec", "versions"])
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-        .map(|v| str_at(v, &["name"]))
-        .collect();
-    let stored = at(crd, &["status", "storedVersions"]).and_then(Value::as_array).into_iter().flatten();
-    for (i, version) in stored.enumerate() {
+    const FIELD: &str = "status.storedVersions";
+    let shown = at(crd, &["status", "storedVersions"]).unwrap_or(&Value::Null);
+    let stored = shown.as_array().map(Vec::as_slice).unwrap_or_default();
+    if stored.is_empty() {
+        errors.push(FieldError::invalid(FIELD, shown, "must have at least one stored version"));
+        return;
+    }
+    let noted: HashSet<&str> = stored.iter().filter_map(Value::as_str).collect();
+    let mut names = HashSet::new();
+    for version in at(crd, &["spec", "versions"]).and_then(Value::as_array).into_iter().flatten() {
+        if status::is_enough(errors) {
+            break;
+        }
+        let name = str_at(version, &["name"]);
+        names.insert(name);
+        if version.get("storage") == Some(&json!(true)) && !noted.contains(name) {
+            errors.push(FieldError::invalid(FIELD, shown, format!("must have the storage version {name}")));
+        }
+    }
+    for (i, version) in stored.iter().enumerate() {
         if status::is_enough(errors) {
             break;
         }
         let name = version.as_str().unwrap_or_default();
-        if !names.contains(&name) {
+        if !names.contains(name) {
             let why = format!(
                 "missing from spec.versions; {name} was previously a storage version, and must remain in spec.versions until a storage migration ensures no data remains persisted in {name} and removes {name} from status.storedVersions"
             );
-            errors.push(FieldError::invalid(format!("status.storedVersions[{i}]"), version, why));
+            errors.push(FieldError::invalid(format!("{FIELD}[{i}]"), version, why));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::crd::note_storage_version;
+
+    #[test]
+    fn stored_versions_stay_and_the_storage_version_is_one() {
+        let versions = json!([{"name": "v1"}, {"name": "v2", "storage": true}]);
+        let found = |stored: Value| -> Vec<String> {
+            let crd = json!({"spec": {"versions": versions}, "status": {"storedVersions": stored}});
+            let mut errors = Vec::new();
+            stored_versions(&crd, &mut errors);
+            errors.iter().map(ToString::to_string).collect()
+        };
+        assert!(found(json!(["v1", "v2"])).is_empty());
+        assert!(found(json!(["v2"])).is_empty());
+        for (stored, why) in [
+            (
+                Value::Null,
+                "status.storedVersions: Invalid value: null: must have at least one stored version",
+            ),
+            (json!([]), "status.storedVersions: Invalid value: []: must have at least one stored version"),
+            (
+                json!(["v1"]),
+                "status.storedVersions: Invalid value: [\"v1\"]: must have the storage version v2",
+            ),
+        ] {
+            assert_eq!(found(stored), [why]);
+        }
+        let lost = found(json!(["v2", "v0"]));
+        let why = "status.storedVersions[1]: Invalid value: \"v0\": missing from spec.versions; v0 was previously a storage version";
+        assert!(lost.len() == 1 && lost[0].starts_with(why), "{lost:?}");
+    }
+
+    #[test]
+    fn a_status_has_no_say_in_which_versions_are_stored() {
+        let versions = json!([{"name": "v1", "served": true, "storage": true}]);
+        let crd = json!({"spec": {"versions": versions}, "status": {"storedVersions": []}});
+        assert!(validate_crd(&crd, Some(&crd), true).is_empty());
+        let mut noted = crd.clone();
+        note_storage_version(&mut noted);
+        assert_eq!(noted["status"]["storedVersions"], json!(["v1"]));
+        noted["spec"]["versions"] = json!([{"name": "v1"}, {"name": "v2", "storage": true}]);
+        for _ in 0..2 {
+            note_storage_version(&mut noted);
+            assert_eq!(noted["status"]["storedVersions"], json!(["v1", "v2"]));
         }
     }
 }

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::protobuf;
 use crate::schema::defaults::MAX_DEPTH;
 use crate::status::ApiError;
+use crate::value;
 
 /// What a client has to send of its body in this time, unless that is the rest of it: 1.6 KiB/s, which the worst of lines
 /// brings. Clients write what they have in memory; whoever is slower holds the request open on purpose.
@@ -134,7 +135,7 @@ pub(crate) fn decode_json(bytes: &[u8]) -> Result<Decoded, ApiError> {
     let value = seed
         .deserialize(&mut deserializer)
         .and_then(|v| deserializer.end().map(|()| v))
-        .map_err(|e| ApiError::bad_request(json_fault(&e, bytes)))?;
+        .map_err(|e| ApiError::bad_request(value::json_fault(&e, bytes)))?;
     Ok(Decoded { value, duplicates, empty: false })
 }
 
@@ -146,30 +147,6 @@ pub(crate) fn decode_yaml(bytes: &[u8]) -> Result<Decoded, ApiError> {
     let seed = Seed { path: &Path::Root, length: 0, duplicates: &mut duplicates, left: &mut left, depth: 0 };
     let value = seed.deserialize(deserializer).map_err(|e| ApiError::bad_request(yaml_fault(&e)))?;
     Ok(Decoded { value, duplicates, empty: false })
-}
-
-/// What is wrong with a JSON text, in Go's words as far as they can be told.
-fn json_fault(error: &serde_json::Error, bytes: &[u8]) -> String {
-    let text = error.to_string();
-    // The character that reading stopped at; columns count bytes and begin with 1.
-    let line = bytes.split(|b| *b == b'\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
-    let at = |column: usize| line.get(column).map(|b| char::from(*b));
-    if error.is_eof() {
-        "unexpected end of JSON input".into()
-    } else if text.starts_with("recursion limit") || text.starts_with("exceeded max depth") {
-        "exceeded max depth".into()
-    } else if text.starts_with("trailing characters") {
-        let odd = at(error.column().saturating_sub(1)).unwrap_or('?');
-        format!("invalid character {odd:?} after top-level value")
-    } else if text.starts_with("invalid escape") {
-        let odd = at(error.column().saturating_sub(1)).unwrap_or('?');
-        format!("invalid escape sequence `\\{odd}` in string")
-    } else if error.is_syntax() {
-        let odd = at(error.column().saturating_sub(1)).unwrap_or('?');
-        format!("invalid character {odd:?} looking for beginning of value")
-    } else {
-        text
-    }
 }
 
 /// What is wrong with a YAML text, in Go's words as far as they can be told.

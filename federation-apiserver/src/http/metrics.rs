@@ -53,6 +53,11 @@ struct CertificateLabels {
     certificate: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: &'static str,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Code(u16);
 
@@ -68,7 +73,13 @@ pub(crate) struct Metrics {
     requests: Family<RequestLabels, Counter>,
     durations: Family<DurationLabels, Histogram>,
     long_running: Gauge,
+    rejected: RejectedConnections,
 }
+
+/// Connections that ended before their first request, and those whose client did not read its answers, by reason. Clones share
+/// them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct RejectedConnections(Family<ReasonLabels, Counter>);
 
 /// A long-running request while it lasts.
 #[derive(Debug)]
@@ -89,6 +100,7 @@ impl Metrics {
             requests: Family::default(),
             durations: Family::new_with_constructor(|| Histogram::new(SECONDS)),
             long_running: Gauge::default(),
+            rejected: RejectedConnections::default(),
             registry: registry.clone(),
         };
         let inflight: Family<KindLabels, Gauge> = Family::default();
@@ -166,6 +178,16 @@ impl Metrics {
             "Watches, logs and proxied requests under way",
             self.long_running.clone(),
         );
+        registry.register(
+            "cellway_apiserver_rejected_connections",
+            "Connections whose handshake failed or took too long, or that were cut before a request or with answers unread",
+            self.rejected.0.clone(),
+        );
+    }
+
+    /// Counts connections that are turned away.
+    pub(crate) fn rejected(&self) -> &RejectedConnections {
+        &self.rejected
     }
 
     /// Counts an answered request. Resources that are not served share one label.
@@ -202,6 +224,12 @@ impl Metrics {
     /// The answer to `/metrics`.
     pub(crate) fn encode(&self) -> String {
         self.registry.encode()
+    }
+}
+
+impl RejectedConnections {
+    pub(crate) fn count(&self, reason: &'static str) {
+        self.0.get_or_create(&ReasonLabels { reason }).inc();
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
+use federation_store::Revision;
 use http::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 
@@ -13,7 +14,7 @@ use super::path::{Query, ResourcePath};
 use super::{App, Call, response, stream, within};
 use crate::fairness;
 use crate::logs::LogOptions;
-use crate::rbac::Attributes;
+use crate::rbac::{self, Attributes};
 use crate::registry::delete::{DeleteOptions, Deleted, IGNORE_READ_ERROR, Propagation};
 use crate::registry::read::ListOptions;
 use crate::registry::resource::Resource;
@@ -25,6 +26,9 @@ use crate::status::{ApiError, FieldError};
 use crate::table;
 use crate::value::str_at;
 
+/// How long the answer to a write of a role or binding waits for it to be in force: it takes milliseconds, unless the database has
+/// just gone away.
+const IN_FORCE: Duration = Duration::from_secs(1);
 /// Largest `limit` of a list; more is given in pages all the same.
 const MAX_LIMIT: u64 = 100_000;
 /// Longest field manager's name, as in Kubernetes.
@@ -508,6 +512,17 @@ fn written(target: &Target, result: Written, accept: Accept, query: &Query) -> R
     answer
 }
 
+/// Waits until a role or binding counts here: whoever has made a role binds it next, and is refused while nobody knows it. What
+/// kube-apiserver does not promise, and other replicas do not either.
+async fn in_force(app: &App, target: &Target, result: &Written) {
+    if !rbac::validation::is_ours(&target.resource) {
+        return;
+    }
+    if let Ok(revision) = str_at(&result.object, &["metadata", "resourceVersion"]).parse() {
+        let _late = tokio::time::timeout(IN_FORCE, app.registry.rbac.seen(Revision(revision))).await;
+    }
+}
+
 async fn create(
     app: &Arc<App>,
     target: &Target,
@@ -522,6 +537,7 @@ async fn create(
     let mut decoded = whole_body(app, target, call).await?;
     options.duplicates = std::mem::take(&mut decoded.duplicates);
     let result = app.registry.create(target, decoded.value, &options).await?;
+    in_force(app, target, &result).await;
     Ok(written(target, result, accept, &query))
 }
 
@@ -571,6 +587,7 @@ async fn write(
         options.duplicates = decoded.duplicates;
         app.registry.patch(target, kind, &decoded.value, &options).await?
     };
+    in_force(app, target, &result).await;
     Ok(written(target, result, accept, &query))
 }
 

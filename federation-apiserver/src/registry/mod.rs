@@ -55,6 +55,8 @@ pub struct Registry {
     pub(crate) webhooks: Arc<crate::webhook::Client>,
     /// How long events are kept after their last write.
     pub(crate) event_ttl: std::time::Duration,
+    /// How long watches without a timeout of their own go on at least; zero: for ever.
+    pub(crate) min_request_timeout: std::time::Duration,
     /// Ends watches when the server stops.
     pub(crate) shutdown: CancellationToken,
 }
@@ -121,6 +123,7 @@ impl Registry {
             admission: crate::admission::Admission::default(),
             webhooks: Arc::default(),
             event_ttl: crate::config::EVENT_TTL,
+            min_request_timeout: crate::config::MIN_REQUEST_TIMEOUT,
             shutdown,
         };
         registry.catalog.replace(resource::Catalog::new(builtin::resources(role)));
@@ -133,9 +136,21 @@ impl Registry {
         self
     }
 
+    /// With another time for a call of a conversion webhook. Nothing may have asked one yet.
+    pub fn with_conversion_timeout(mut self, timeout: std::time::Duration) -> Self {
+        self.webhooks = Arc::new(crate::webhook::Client::new(timeout));
+        self
+    }
+
     /// With another life of events.
     pub fn with_event_ttl(mut self, ttl: std::time::Duration) -> Self {
         self.event_ttl = ttl;
+        self
+    }
+
+    /// With another life of watches.
+    pub fn with_min_request_timeout(mut self, timeout: std::time::Duration) -> Self {
+        self.min_request_timeout = timeout;
         self
     }
 

@@ -199,13 +199,18 @@ pub fn prepare_create(resource: &Resource, object: &mut Value) {
             json!({"currentNumberScheduled": 0, "numberMisscheduled": 0, "desiredNumberScheduled": 0, "numberReady": 0}),
         ),
         "customresourcedefinitions" => {
-            set(
-                object,
-                &["status"],
-                json!({"conditions": [], "acceptedNames": {"plural": "", "kind": ""}, "storedVersions": []}),
-            );
+            let status = json!({"conditions": [], "acceptedNames": {"plural": "", "kind": ""}});
+            set(object, &["status"], status);
+            crate::crd::note_storage_version(object);
         }
         _ => {}
+    }
+}
+
+/// What the status of an updated object has from the rest of it.
+pub fn prepare_update(resource: &Resource, object: &mut Value) {
+    if !resource.is_custom() && resource.plural == "customresourcedefinitions" {
+        crate::crd::note_storage_version(object);
     }
 }
 
@@ -503,21 +508,56 @@ fn validate_lease(lease: &Value, errors: &mut Vec<FieldError>) {
     }
 }
 
-/// Keys that Secrets of a known type have to have: all, or (basic authentication) one.
+/// What Secrets of a known type have to hold.
 fn validate_secret_type(secret: &Value, errors: &mut Vec<FieldError>) {
-    let has = |key: &str| at(secret, &["data", key]).is_some();
+    let data = |key: &str| at(secret, &["data", key]).and_then(Value::as_str);
     let required = |key: &str| FieldError::required(format!("data[{key}]"), "");
-    let (keys, one_will_do): (&[&str], bool) = match str_at(secret, &["type"]) {
-        "kubernetes.io/tls" => (&["tls.crt", "tls.key"], false),
-        "kubernetes.io/basic-auth" => (&["username", "password"], true),
-        "kubernetes.io/ssh-auth" => (&["ssh-privatekey"], false),
-        "kubernetes.io/dockercfg" => (&[".dockercfg"], false),
-        "kubernetes.io/dockerconfigjson" => (&[".dockerconfigjson"], false),
-        _ => return,
-    };
-    if !(one_will_do && keys.iter().any(|k| has(k))) {
-        errors.extend(keys.iter().filter(|k| !has(k)).map(|k| required(k)));
+    match str_at(secret, &["type"]) {
+        "kubernetes.io/tls" => {
+            let missing = ["tls.crt", "tls.key"].into_iter().filter(|key| data(key).is_none());
+            errors.extend(missing.map(required));
+        }
+        "kubernetes.io/basic-auth" => {
+            // One will do, and may be empty.
+            let keys = ["username", "password"];
+            if keys.iter().all(|key| data(key).is_none()) {
+                errors.extend(keys.map(required));
+            }
+        }
+        "kubernetes.io/ssh-auth" if data("ssh-privatekey").is_none_or(str::is_empty) => {
+            errors.push(required("ssh-privatekey"));
+        }
+        kind @ ("kubernetes.io/dockercfg" | "kubernetes.io/dockerconfigjson") => {
+            let key = if kind == "kubernetes.io/dockercfg" { ".dockercfg" } else { ".dockerconfigjson" };
+            match data(key).map(object_fault) {
+                None => errors.push(required(key)),
+                Some(Some(why)) => {
+                    let shown = json!("<secret contents redacted>");
+                    errors.push(FieldError::invalid(format!("data[{key}]"), &shown, why));
+                }
+                Some(None) => {}
+            }
+        }
+        _ => {}
     }
+}
+
+/// Why bytes, in base64, are no JSON object. `null` is one for Go.
+fn object_fault(encoded: &str) -> Option<String> {
+    use base64::Engine as _;
+    // That it is base64 was seen when the Secret was read.
+    let bytes = base64::engine::general_purpose::STANDARD.decode(encoded).ok()?;
+    if let Err(error) = serde_json::from_slice::<serde::de::IgnoredAny>(&bytes) {
+        return Some(value::json_fault(&error, &bytes));
+    }
+    let kind = match *bytes.iter().find(|byte| !byte.is_ascii_whitespace())? {
+        b'{' | b'n' => return None,
+        b'[' => "array",
+        b'"' => "string",
+        b't' | b'f' => "bool",
+        _ => "number",
+    };
+    Some(format!("json: cannot unmarshal {kind} into Go value of type map[string]interface {{}}"))
 }
 
 /// How many bytes a field of bytes has: it is written in base64, where four letters are three bytes.
@@ -645,6 +685,44 @@ mod tests {
             errors.extend(validate(&resource, None, &object));
             assert!(status::is_enough(&errors), "{plural}: {}", errors.len());
             assert!(errors.len() < 2500, "{plural}: {}", errors.len());
+        }
+    }
+
+    #[test]
+    fn typed_secrets_hold_what_their_type_says() {
+        use base64::Engine as _;
+        let found = |kind: &str, data: &[(&str, &str)]| -> Vec<String> {
+            let encode = |text: &str| json!(base64::engine::general_purpose::STANDARD.encode(text));
+            let data: serde_json::Map<String, Value> =
+                data.iter().map(|(key, text)| ((*key).to_owned(), encode(text))).collect();
+            let mut errors = Vec::new();
+            let secret = json!({"type": format!("kubernetes.io/{kind}"), "data": data});
+            validate_secret_type(&secret, &mut errors);
+            errors.iter().map(ToString::to_string).collect()
+        };
+        for (kind, data) in [
+            ("dockerconfigjson", &[(".dockerconfigjson", r#"{"auths": {}}"#)][..]),
+            ("dockercfg", &[(".dockercfg", " null")]),
+            ("basic-auth", &[("password", "")]),
+            ("ssh-auth", &[("ssh-privatekey", "k")]),
+            ("tls", &[("tls.crt", ""), ("tls.key", "")]),
+            ("other", &[("k", "x")]),
+        ] {
+            let faults = found(kind, data);
+            assert!(faults.is_empty(), "{kind}: {faults:?}");
+        }
+        for (key, text, why) in [
+            ("dockerconfigjson", "x", "invalid character 'x' looking for beginning of value"),
+            ("dockerconfigjson", "", "unexpected end of JSON input"),
+            ("dockercfg", "[]", "json: cannot unmarshal array into Go value of type map[string]interface {}"),
+        ] {
+            let field = format!(".{key}");
+            let wanted = format!("data[{field}]: Invalid value: \"<secret contents redacted>\": {why}");
+            assert_eq!(found(key, &[(field.as_str(), text)]), [wanted]);
+            assert_eq!(found(key, &[]), [format!("data[{field}]: Required value")]);
+        }
+        for data in [Vec::new(), vec![("ssh-privatekey", "")]] {
+            assert_eq!(found("ssh-auth", &data), ["data[ssh-privatekey]: Required value"]);
         }
     }
 

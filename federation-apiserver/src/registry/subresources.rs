@@ -7,7 +7,7 @@ use super::resource::api_version;
 use super::reviews::Review;
 use super::write::versions::KindVersions;
 use super::write::{
-    Ownership, PATCH_ATTEMPTS, PatchKind, WriteOptions, Written, apply_error, nameless, other_uid, writer_of,
+    Ownership, PATCH_ATTEMPTS, PatchKind, WriteOptions, Written, apply_error, check_uid, nameless, writer_of,
 };
 use super::{Registry, Target};
 use crate::admission::{self, Operation};
@@ -90,15 +90,12 @@ impl Registry {
     ) -> Result<Value, ApiError> {
         self.identify(target, &mut sent)?;
         let finalizers = at(&sent, &["spec", "finalizers"]).cloned().unwrap_or_else(|| json!([]));
-        let meta = |object: &Value, key: &str| str_at(object, &["metadata", key]).to_owned();
-        let (version, uid) = (meta(&sent, "resourceVersion"), meta(&sent, "uid"));
+        let version = str_at(&sent, &["metadata", "resourceVersion"]);
         for _ in 0..PATCH_ATTEMPTS {
             let current = self.get(target).await?;
             let old = &current.object;
-            if !uid.is_empty() && uid != meta(old, "uid") {
-                return Err(other_uid(target, &uid, &meta(old, "uid")));
-            }
-            if !version.is_empty() && version != meta(old, "resourceVersion") {
+            check_uid(target, &sent, old)?;
+            if !version.is_empty() && version != str_at(old, &["metadata", "resourceVersion"]) {
                 return Err(target.modified());
             }
             let mut object = old.clone();
@@ -168,11 +165,10 @@ impl Registry {
                 (object, Ownership::Update)
             };
             // Which object, and which state of it, is meant.
-            for key in ["resourceVersion", "uid"] {
-                let meant = str_at(&new_scale, &["metadata", key]);
-                if !meant.is_empty() {
-                    set(&mut object, &["metadata", key], json!(meant));
-                }
+            check_uid(target, &new_scale, &current.object)?;
+            let meant = str_at(&new_scale, &["metadata", "resourceVersion"]);
+            if !meant.is_empty() {
+                set(&mut object, &["metadata", "resourceVersion"], json!(meant));
             }
             if let Some(written) = self.replace(target, &current, object, &options, ownership).await? {
                 return Ok(Written { object: self.scale_of(target, &written.object)?, ..written });

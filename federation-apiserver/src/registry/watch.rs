@@ -26,9 +26,8 @@ use crate::status::ApiError;
 
 /// How often a watcher that allows them gets bookmarks, as kube-apiserver's watch cache.
 const BOOKMARK_INTERVAL: Duration = Duration::from_secs(60);
-/// Watches without a timeout of their own end after this much plus up to as much again, so that they do not all come
-/// back at once: kube-apiserver's `--min-request-timeout`.
-const MIN_TIMEOUT: Duration = Duration::from_secs(1800);
+/// So long nobody waits, and clocks can still count it.
+const FOR_EVER: Duration = Duration::from_secs(30 * 365 * 86_400);
 /// Marks the bookmark that ends the initial events.
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
 /// Text given out at once, unless one event is longer.
@@ -178,8 +177,11 @@ impl Registry {
         let single = !target.name.is_empty();
         let prefix = if single { target.key() } else { target.resource.prefix(&target.namespace) };
         let now = Instant::now();
-        let timeout = options.timeout.unwrap_or_else(|| MIN_TIMEOUT.mul_f64(1.0 + rand::random::<f64>()));
-        let deadline = now.checked_add(timeout).unwrap_or_else(|| now + 2 * MIN_TIMEOUT);
+        let timeout = options.timeout.unwrap_or_else(|| match self.min_request_timeout {
+            Duration::ZERO => FOR_EVER,
+            least => least.min(FOR_EVER).mul_f64(1.0 + rand::random::<f64>()),
+        });
+        let deadline = now.checked_add(timeout).unwrap_or_else(|| now + FOR_EVER);
         let mut watch = Watch {
             resource: target.resource.clone(),
             filter: options.filter,

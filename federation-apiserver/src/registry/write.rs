@@ -15,7 +15,7 @@ use tokio::time::Instant;
 pub(super) use self::checks::nameless;
 use self::checks::{check_finalizers, check_name, restrict};
 use self::ground::Ground;
-pub(super) use self::update::other_uid;
+pub(super) use self::update::check_uid;
 use self::versions::KindVersions;
 use super::resource::{Resource, split_api_version};
 use super::{Registry, Stored, Target, decode, kinds, meta, services, store_error, strategy};
@@ -526,7 +526,8 @@ impl Registry {
         }
         let uid = str_at(&new, &["metadata", "uid"]);
         if !uid.is_empty() && uid != str_at(old, &["metadata", "uid"]) {
-            return Err(other_uid(target, uid, str_at(old, &["metadata", "uid"])));
+            let error = FieldError::invalid("metadata.uid", &json!(uid), "field is immutable");
+            return Err(ApiError::invalid(&resource.group, &resource.kind, &target.name, &[error]));
         }
         let mut new = restrict(target, old, new, options.subresource);
         let mut warnings = self.decode(target, &mut new, options)?;

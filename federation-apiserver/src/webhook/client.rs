@@ -23,6 +23,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument as _;
 
 use super::Bound;
+use crate::config::CONVERSION_TIMEOUT;
 
 /// How long one address of a webhook is tried before the next one is tried beside it, as Go does.
 const HEAD_START: Duration = Duration::from_millis(300);
@@ -81,9 +82,11 @@ struct Key {
 }
 
 /// Connections by destination.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Client {
     peers: Mutex<HashMap<Key, Peer>>,
+    /// For one call of a conversion webhook. Those of admission have a time each.
+    pub(crate) conversion_timeout: Duration,
 }
 
 struct Peer {
@@ -133,7 +136,17 @@ impl std::fmt::Debug for Peer {
 
 // === impl Client ===
 
+impl Default for Client {
+    fn default() -> Self {
+        Self::new(CONVERSION_TIMEOUT)
+    }
+}
+
 impl Client {
+    pub(crate) fn new(conversion_timeout: Duration) -> Self {
+        Self { peers: Mutex::default(), conversion_timeout }
+    }
+
     /// Posts JSON and reads the JSON of the answer, all within `timeout`.
     pub(crate) async fn post(
         &self,

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test program uses its own part")]
 
+pub(crate) mod golden;
+pub(crate) mod history;
 pub(crate) mod kubectl;
 pub(crate) mod stock;
 pub(crate) mod webhook;
@@ -292,6 +294,17 @@ impl Events {
             let frame = tokio::time::timeout(LIMIT, self.body.frame()).await.expect("an event in time")?;
             if let Some(data) = frame.expect("a frame").data_ref() {
                 self.buffer.extend_from_slice(data);
+            }
+        }
+    }
+
+    /// Reads on to the end: whether that comes in order.
+    pub(crate) async fn ends_in_order(mut self) -> bool {
+        loop {
+            match tokio::time::timeout(LIMIT, self.body.frame()).await.expect("an end in time") {
+                None => return true,
+                Some(Err(_)) => return false,
+                Some(Ok(_)) => {}
             }
         }
     }

@@ -21,6 +21,11 @@ pub(crate) struct Stock {
 impl Stock {
     /// Starts one on free ports and waits until it is ready.
     pub(crate) async fn start(assets: &Path) -> Self {
+        Self::start_with(assets, &[]).await
+    }
+
+    /// The same with more flags.
+    pub(crate) async fn start_with(assets: &Path, flags: &[&str]) -> Self {
         let dir = test_support::TestDir::new("stock").expect("a folder");
         let authority = tls::CertificateAuthority::create("stock").expect("an authority");
         let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
@@ -34,7 +39,8 @@ impl Stock {
             certificate: &serving.certificate_pem,
             key: &serving.key_pem,
         };
-        let kube = KubeApiserver::start(assets, dir.path(), "registry", &etcd, &credentials).await;
+        let kube =
+            KubeApiserver::start_with(assets, dir.path(), "registry", &etcd, &credentials, flags).await;
         let kube = kube.expect("kube-apiserver starts");
         let kubeconfig = json!({"apiVersion": "v1", "kind": "Config", "current-context": "stock",
             "contexts": [{"name": "stock", "context": {"cluster": "stock", "user": "stock"}}],

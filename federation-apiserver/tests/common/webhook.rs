@@ -113,7 +113,10 @@ async fn answer(
     let body: Value = serde_json::from_slice(&bytes).expect("a review is JSON");
     let (code, text) = behaviour(&path, &body);
     log.lock().push(Seen { path, query, body });
+    // What is not JSON is text; nothing at all is not even that.
+    let media = if text.is_empty() || text.starts_with('{') { "application/json" } else { "text/plain" };
     let mut response = Response::new(Full::new(Bytes::from(text)));
     *response.status_mut() = StatusCode::from_u16(code).expect("a code");
+    response.headers_mut().insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static(media));
     response
 }

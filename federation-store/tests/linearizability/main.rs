@@ -30,6 +30,9 @@ const OPERATIONS: &str = "CELLWAY_LINEARIZABILITY_OPERATIONS";
 /// Enough to meet every kind of answer; the long run is for by hand.
 const DEFAULT_OPERATIONS: usize = 3_000;
 
+/// So many are waited for when the last of the faults that a run wants is over: what they left behind shows in these.
+const AFTERWARDS: usize = 500;
+
 const REPLICAS: usize = 3;
 
 /// A machine that is busy with everything else; whoever waits longer has found a hang.
@@ -64,6 +67,27 @@ struct Replica {
     history: Arc<Mutex<Process>>,
     reader: std::thread::JoinHandle<()>,
 }
+
+/// What was done to a run, or has to be before it may end.
+#[derive(Debug, Default, Clone, Copy)]
+struct Faults {
+    /// Replicas that were killed.
+    kills: usize,
+    /// Times that all connections to the database were cut.
+    cuts: usize,
+    /// Kills of the database.
+    databases: usize,
+}
+
+// === impl Faults ===
+
+impl Faults {
+    fn cover(self, wanted: Self) -> bool {
+        self.kills >= wanted.kills && self.cuts >= wanted.cuts && self.databases >= wanted.databases
+    }
+}
+
+// === impl Replica ===
 
 impl Replica {
     fn start(url: &str, id: usize, pace: u64) -> Self {
@@ -136,14 +160,15 @@ async fn read_log(url: &str) -> (Vec<Event>, Revision) {
     (log, newest)
 }
 
-/// Runs replicas until they have done so many operations. `disturb` is called again and again meanwhile.
+/// Runs replicas until they have done so many operations and have been through the faults that are wanted. When it wants
+/// any, a replica is killed and `disturb`, which tells what it did, is called again and again meanwhile.
 fn run(
     runtime: &tokio::runtime::Runtime,
     url: &str,
     operations: usize,
     pace: u64,
-    kills: bool,
-    mut disturb: impl FnMut(usize),
+    wanted: Faults,
+    mut disturb: impl FnMut(usize) -> Faults,
 ) -> Summary {
     let mut processes: Vec<Process> = Vec::new();
     let mut started = 0;
@@ -157,27 +182,35 @@ fn run(
     let start_up = replica::now();
     wait("the replicas to start", || replicas.iter().all(|replica| replica.see(Process::has_begun)));
     let mut disturbances = vec![Disturbance { begun: start_up, over: replica::now() }];
-    let mut turn = 0;
+    let mut faults = Faults::default();
+    // Known when all faults have been.
+    let mut enough = None;
     let limit = LONG.max(Duration::from_millis(operations as u64 * 20));
     loop {
         let gone: usize = processes.iter().map(Process::operations).sum();
         let here: usize = replicas.iter().map(|replica| replica.see(Process::operations)).sum();
-        if gone + here >= operations {
+        let done = gone + here;
+        if faults.cover(wanted) && done >= *enough.get_or_insert(operations.max(done + AFTERWARDS)) {
             break;
         }
-        assert!(begun.elapsed() < limit, "only {} of {operations} operations in {limit:?}", gone + here);
+        assert!(
+            begun.elapsed() < limit,
+            "only {done} of {operations} operations and {faults:?} of {wanted:?} in {limit:?}"
+        );
         // A replica of a long run lives long enough to do something.
         let pause = if operations > 10_000 { 1_000..3_000 } else { 300..900 };
         std::thread::sleep(Duration::from_millis(rand::rng().random_range(pause)));
-        if !kills {
+        if wanted.kills == 0 {
             continue;
         }
-        turn += 1;
         let victim = rand::rng().random_range(0..REPLICAS);
         let kill = replica::now();
         let fresh = start();
         processes.push(std::mem::replace(&mut replicas[victim], fresh).kill());
-        disturb(turn);
+        faults.kills += 1;
+        let more = disturb(faults.kills);
+        faults.cuts += more.cuts;
+        faults.databases += more.databases;
         disturbances.push(Disturbance { begun: kill, over: replica::now() });
     }
     let elapsed = begun.elapsed();
@@ -194,11 +227,14 @@ fn run(
     processes.extend(replicas.into_iter().map(Replica::finish));
     let summary = history::check(&processes, &log, &disturbances);
     println!(
-        "{} operations in {elapsed:.0?} by {} processes, {} killed: {} applied, {} conflicts, {} failed, {} \
-         unanswered of which {} applied, {} reads; {} events in the log, {} seen; no violation",
+        "{} operations in {elapsed:.0?} by {} processes, {} killed, connections cut {} times, the database killed {} \
+         times: {} applied, {} conflicts, {} failed, {} unanswered of which {} applied, {} reads; {} events in the \
+         log, {} seen; no violation",
         summary.operations,
         processes.len(),
-        processes.len() - REPLICAS,
+        faults.kills,
+        faults.cuts,
+        faults.databases,
         summary.applied,
         summary.conflicts,
         summary.failed,
@@ -238,9 +274,14 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
+/// Of a run with faults: sixteen writers of a process that is killed always wait for something.
 fn checked(summary: &Summary) {
     assert!(
-        summary.applied > 0 && summary.conflicts > 0 && summary.reads > 0 && summary.events > 0,
+        summary.applied > 0
+            && summary.conflicts > 0
+            && summary.unanswered > 0
+            && summary.reads > 0
+            && summary.events > 0,
         "{summary:?}"
     );
     in_time(summary);
@@ -253,14 +294,21 @@ fn on_server(kind: Kind) {
         runtime.block_on(Relay::tcp(([127, 0, 0, 1], server.port()).into(), Impairment::default())).unwrap();
     let url = runtime.block_on(server.database()).unwrap();
     let url = server.through(&url, relay.address().port());
-    // The last kill of the database leaves time to come back; a long run kills it now and then.
-    let summary = run(&runtime, &url, operations(), 0, true, |turn| match turn % 12 {
-        2 | 5 | 8 => relay.cut(),
-        10 => runtime.block_on(async {
-            server.kill().await.unwrap();
-            server.restart().await.unwrap();
-        }),
-        _ => {}
+    let wanted = Faults { kills: 1, cuts: 1, databases: 1 };
+    // A long run kills the database now and then.
+    let summary = run(&runtime, &url, operations(), 0, wanted, |kills| match kills % 12 {
+        2 | 7 | 10 => {
+            relay.cut();
+            Faults { cuts: 1, ..Faults::default() }
+        }
+        4 => {
+            runtime.block_on(async {
+                server.kill().await.unwrap();
+                server.restart().await.unwrap();
+            });
+            Faults { databases: 1, ..Faults::default() }
+        }
+        _ => Faults::default(),
     });
     checked(&summary);
 }
@@ -269,7 +317,8 @@ fn on_server(kind: Kind) {
 fn sqlite_replicas_are_one_store() {
     let folder = tempfile::tempdir().unwrap();
     let url = format!("sqlite://{}", folder.path().join("store.db").display());
-    checked(&run(&runtime(), &url, operations(), 0, true, |_| {}));
+    let wanted = Faults { kills: 1, ..Faults::default() };
+    checked(&run(&runtime(), &url, operations(), 0, wanted, |_| Faults::default()));
 }
 
 #[test]
@@ -293,10 +342,17 @@ fn oceanbase_replicas_are_one_store() {
 }
 
 /// Writes at a modest pace, so that waiting for the machine is not what is measured, and nothing is killed. On a machine
-/// that is busy with others a few may come late all the same: there the median has to do.
-fn prompt(runtime: &tokio::runtime::Runtime, url: &str) {
-    let summary =
-        run(runtime, url, asked().map_or(2_000, |asked| (asked / 20).max(2_000)), 60, false, |_| {});
+/// that is busy with others a few may come late all the same: there the median has to do. What it was is printed, a line
+/// for each kind of database.
+fn prompt(runtime: &tokio::runtime::Runtime, name: &str, url: &str) {
+    let operations = asked().map_or(2_000, |asked| (asked / 20).max(2_000));
+    let summary = run(runtime, url, operations, 60, Faults::default(), |_| Faults::default());
+    let [median, most, longest] =
+        [50, 99, 100].map(|percent| summary.delays.percentile(percent).as_secs_f64() * 1e3);
+    println!(
+        "| events at other replicas, {name} | p50 {median:.1} ms | p99 {most:.1} ms | longest {longest:.1} ms | of {} |",
+        summary.delays.number()
+    );
     assert!(summary.delays.number() > 100, "{:?}", summary.delays);
     let median = summary.delays.percentile(50);
     assert!(median < NOT_BY_CHANCE, "the median of the delay is {median:?}");
@@ -306,13 +362,13 @@ fn prompt(runtime: &tokio::runtime::Runtime, url: &str) {
 fn prompt_on_server(kind: Kind) {
     let runtime = runtime();
     let server = test_support::require!(runtime.block_on(Server::start(kind)).unwrap());
-    prompt(&runtime, &runtime.block_on(server.database()).unwrap());
+    prompt(&runtime, &format!("{kind:?}"), &runtime.block_on(server.database()).unwrap());
 }
 
 #[test]
 fn events_reach_other_replicas_promptly_on_sqlite() {
     let folder = tempfile::tempdir().unwrap();
-    prompt(&runtime(), &format!("sqlite://{}", folder.path().join("store.db").display()));
+    prompt(&runtime(), "SQLite", &format!("sqlite://{}", folder.path().join("store.db").display()));
 }
 
 #[test]

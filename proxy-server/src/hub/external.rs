@@ -60,9 +60,10 @@ pub struct ExternalArgs {
     // What our own API server alone has a use for.
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "token_auth_file", "store", "store_compaction_interval", "event_ttl", "shutdown_delay_duration",
-        "anonymous_auth", "encryption_provider_config", "audit_policy_file", "audit_log_path", "audit_log_maxsize",
-        "audit_log_maxbackup", "audit_log_maxage", "max_requests_inflight", "max_mutating_requests_inflight",
-        "request_timeout", "service_account_issuer", "service_account_signing_key_file",
+        "anonymous_auth", "encryption_provider_config", "encryption_provider_config_automatic_reload",
+        "audit_policy_file", "audit_log_path", "audit_log_maxsize", "audit_log_maxbackup", "audit_log_maxage",
+        "max_requests_inflight", "max_mutating_requests_inflight", "request_timeout", "min_request_timeout",
+        "http2_max_streams_per_connection", "service_account_issuer", "service_account_signing_key_file",
         "service_account_key_file", "service_account_jwks_uri", "service_account_max_token_expiration",
         "api_audiences", "oidc_issuer_url", "oidc_client_id", "oidc_username_claim", "oidc_username_prefix",
         "oidc_groups_claim", "oidc_groups_prefix", "oidc_required_claim", "oidc_signing_algs", "oidc_ca_file",

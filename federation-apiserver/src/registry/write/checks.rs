@@ -266,6 +266,9 @@ pub(super) fn restrict(target: &Target, old: &Value, new: Value, subresource: &s
     }
     value::remove(&mut new, &["metadata", "selfLink"]);
     strategy::keep_on_update(&target.resource, old, &mut new);
+    if subresource.is_empty() {
+        strategy::prepare_update(&target.resource, &mut new);
+    }
     new
 }
 

@@ -47,6 +47,7 @@ impl Registry {
                     answer => return answer,
                 }
             };
+            check_uid(target, &object, &current.object)?;
             if version == 0 {
                 if !strategy::put_is_unconditional(resource) {
                     let detail = "must be specified for an update";
@@ -92,8 +93,17 @@ impl Registry {
     }
 }
 
+/// Is it the object that is meant? What is sent may name it by its uid.
+pub(in crate::registry) fn check_uid(target: &Target, sent: &Value, found: &Value) -> Result<(), ApiError> {
+    let [wanted, found] = [sent, found].map(|object| str_at(object, &["metadata", "uid"]));
+    if wanted.is_empty() || wanted == found {
+        return Ok(());
+    }
+    Err(other_uid(target, wanted, found))
+}
+
 /// The error for an update of another object than the one that is there.
-pub(in crate::registry) fn other_uid(target: &Target, wanted: &str, found: &str) -> ApiError {
+fn other_uid(target: &Target, wanted: &str, found: &str) -> ApiError {
     let why = format!(
         "StorageError: invalid object, Code: 4, Key: {}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: UID in precondition: {wanted}, UID in object meta: {found}",
         target.public_key()
