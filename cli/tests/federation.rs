@@ -4,6 +4,8 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::net::{SocketAddr, TcpListener};
+use std::process::Output;
 
 use anyhow::{Context as _, Result, ensure};
 use kube::Client;
@@ -20,6 +22,12 @@ const HOME: &str = "kube-federation-system";
 const DEPLOYMENTS: &str = "/apis/types.kubefed.io/v1beta2/namespaces/shop/federateddeployments";
 const WIDGETS: &str = "/apis/types.kubefed.io/v1beta2/namespaces/shop/federatedwidgets";
 const MEMBER_WIDGETS: &str = "/apis/example.com/v1/namespaces/shop/widgets";
+/// Those who have a token at the hub, and no rights until a Tenant names them.
+const USERS: [&str; 2] = ["jo", "vi"];
+/// Nobody else takes a port there, also when it is free again.
+const WATCHED: &str = "127.0.0.83:0";
+const WATCHED_CELL: &str = "/apis/topology.cellway.io/v1alpha1/cells/west-c";
+const TENANTS_DEPLOYMENTS: &str = "/apis/types.kubefed.io/v1beta2/namespaces/bank/federateddeployments";
 
 /// A hub with its members. Everything ends on drop.
 struct Fleet {
@@ -31,13 +39,27 @@ struct Fleet {
 }
 
 impl Fleet {
-    async fn start() -> Result<Self> {
+    /// `watched`: an address that agents may dial besides their members' APIs, as far as they are concerned.
+    async fn start(watched: SocketAddr) -> Result<Self> {
         let folder = tempfile::tempdir()?;
-        let command = common::hub(folder.path(), "hub", &["api", "agent", "connect", "health", "admin"]);
+        let tokens = folder.path().join("tokens");
+        let lines: String = USERS.iter().map(|name| format!("token-of-{name},{name},{name}\n")).collect();
+        std::fs::write(&tokens, lines)?;
+        let mut command = common::hub(folder.path(), "hub", &["api", "agent", "connect", "health", "admin"]);
+        command.arg("--token-auth-file").arg(&tokens);
         let mut running = vec![common::start_hub(folder.path(), "hub", command).await?];
+        let admin = std::fs::read_to_string(folder.path().join("hub").join("admin.kubeconfig"))?;
+        for name in USERS {
+            let mut kubeconfig: Value = serde_json::from_str(&admin)?;
+            for entry in kubeconfig["users"].as_array_mut().context("no users")? {
+                entry["user"] = json!({"token": format!("token-of-{name}")});
+            }
+            std::fs::write(folder.path().join(format!("{name}.kubeconfig")), kubeconfig.to_string())?;
+        }
         for (name, zones) in MEMBERS {
             let mut command = common::member(folder.path(), "hub", name, &[]).await?;
             command.args(zones.iter().map(|zone| format!("--zone={zone}")));
+            command.arg(format!("--allow={watched}"));
             running.push(common::spawn(folder.path(), name, command)?);
         }
         let administrator =
@@ -89,6 +111,29 @@ impl Fleet {
         let code = output.status.code().context("it was killed")?;
         ensure!(code != 0, "`cellway {}` succeeded", args.join(" "));
         Ok((code, String::from_utf8_lossy(&output.stderr).into_owned()))
+    }
+
+    /// A command about this hub by one of [`USERS`], to its end, however that is.
+    async fn run_as(&self, who: &str, args: &[&str]) -> Result<Output> {
+        let kubeconfig = self.folder.path().join(format!("{who}.kubeconfig")).display().to_string();
+        run(self.folder.path(), &[args, &["--kubeconfig", &kubeconfig]].concat()).await
+    }
+
+    /// The same, and it must succeed; what it prints.
+    async fn cellway_as(&self, who: &str, args: &[&str]) -> Result<String> {
+        let output = self.run_as(who, args).await?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "`cellway {}` of {who}: {errors}", args.join(" "));
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// The same, and it must be refused; what it says.
+    async fn refuses(&self, who: &str, args: &[&str]) -> Result<String> {
+        let output = self.run_as(who, args).await?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let refused = output.status.code() == Some(1) && said.contains("this user may not");
+        ensure!(refused, "`cellway {}` of {who}: {} {said}", args.join(" "), output.status);
+        Ok(said)
     }
 
     /// The image and the replicas of a cell's workload, once all of them are ready.
@@ -156,7 +201,8 @@ fn actions(moves: &[Value]) -> Vec<(&str, &str)> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_commands_about_federated_objects_do_what_they_say() -> Result<()> {
-    let fleet = Fleet::start().await?;
+    let watched = TcpListener::bind(WATCHED)?;
+    let fleet = Fleet::start(watched.local_addr()?).await?;
     let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}});
     create(&fleet.hub, "/api/v1/namespaces", &namespace).await?;
     for (member, zones) in MEMBERS {
@@ -171,15 +217,21 @@ async fn the_commands_about_federated_objects_do_what_they_say() -> Result<()> {
     fleet.until_images(["1", "1", "1"]).await?;
     fleet.until_at_rest("web").await?;
 
-    revisions_and_masks(&fleet).await?;
-    looking_into_members(&fleet).await?;
-    relabelling_a_held_cell(&fleet).await?;
-    giving_a_cell_up(&fleet).await?;
-    another_type(&fleet).await?;
-    what_members_say_is_only_shown(&fleet).await?;
-    deletions_that_wait(&fleet).await?;
-    a_large_object(&fleet).await?;
-    every_result_is_printed_for_programs(&fleet).await
+    let commands = async {
+        revisions_and_masks(&fleet).await?;
+        looking_into_members(&fleet).await?;
+        relabelling_a_held_cell(&fleet).await?;
+        giving_a_cell_up(&fleet).await?;
+        another_type(&fleet).await?;
+        what_members_say_is_only_shown(&fleet).await?;
+        deletions_that_wait(&fleet).await?;
+        a_large_object(&fleet).await?;
+        every_result_is_printed_for_programs(&fleet).await
+    };
+    // Beside each other: a minute of the one is a policy's time, in which nothing happens.
+    tokio::try_join!(commands, lost_by_the_word_of_members(&fleet, watched))?;
+    // Last: a member becomes a tenant's.
+    tenants_look_after_their_own(&fleet).await
 }
 
 /// Every command that takes `-o`, and what it is given here besides; FOLDER and FORMAT stand for the test's own. They are run
@@ -631,4 +683,138 @@ async fn a_large_object(fleet: &Fleet) -> Result<()> {
     let revisions = fleet.items(&["revisions", "deployment/large", "-n", "shop"]).await?;
     ensure!(revisions.len() == 2, "{}", revisions.len());
     Ok(())
+}
+
+/// A cell with a `lossPolicy`: two members look at an address from their own places, through their agents. Nothing follows
+/// while they may not, nor while it answers; when it is gone, and stays so for the policy's time, the cell is lost by their word.
+async fn lost_by_the_word_of_members(fleet: &Fleet, watched: TcpListener) -> Result<()> {
+    let address = watched.local_addr()?.to_string();
+    let probes: Vec<Value> = MEMBERS
+        .iter()
+        .map(|(member, _)| json!({"from": member, "url": format!("tcp://{address}")}))
+        .collect();
+    // Nothing lies in it: what a lost cell's objects do is told elsewhere.
+    let cell = json!({"apiVersion": "topology.cellway.io/v1alpha1", "kind": "Cell", "metadata": {"name": "west-c"},
+        "spec": {"cluster": "west", "nodeSelector": {"topology.kubernetes.io/zone": "west-c"},
+            "lossPolicy": {"probes": probes, "lostAfterSeconds": 30}}});
+    create(&fleet.hub, "/apis/topology.cellway.io/v1alpha1/cells", &cell).await?;
+    // Their agents would, and the hub does not let them.
+    let closed = until_members_say(fleet, "Watched", "Unknown").await?;
+    let votes = closed["status"]["loss"]["votes"].to_string();
+    ensure!(votes.matches("the hub does not allow the destination").count() == MEMBERS.len(), "{votes}");
+    for (member, _) in MEMBERS {
+        let cluster = format!("/apis/core.kubefed.io/v1beta1/namespaces/{HOME}/kubefedclusters/{member}");
+        let open = json!({"metadata": {"annotations": {"cellway.io/allowed-destinations": address}}});
+        merge(&fleet.hub, &cluster, &open).await?;
+    }
+    until_members_say(fleet, "Watched", "Reachable").await?;
+
+    drop(watched);
+    let suspected = until_members_say(fleet, "Suspected", "Unreachable").await?;
+    ensure!(suspected["spec"]["failover"].is_null(), "not before its time: {suspected}");
+    let lost = until_members_say(fleet, "Lost", "Unreachable").await?;
+    let failover = &lost["spec"]["failover"];
+    ensure!(failover["byPolicy"] == true, "{lost}");
+    ensure!(failover["reason"] == "lost by its policy: east, west do not reach it", "{lost}");
+    Ok(())
+}
+
+/// Waits until the watched cell is in this phase and each member says this of it; the cell.
+async fn until_members_say(fleet: &Fleet, phase: &str, word: &str) -> Result<Value> {
+    fleet
+        .until(&format!("the cell to be {phase} and {word}"), async || {
+            let cell = get(&fleet.hub, WATCHED_CELL).await?;
+            let loss = &cell["status"]["loss"];
+            let votes = loss["votes"].as_array().context("no votes")?;
+            let members = votes.iter().filter(|vote| vote["from"] != "hub");
+            let agree = members.filter(|vote| vote["says"] == word).count();
+            ensure!(loss["phase"] == phase && agree == MEMBERS.len(), "{loss}");
+            Ok(cell)
+        })
+        .await
+}
+
+/// The commands about an object once more, by those whom a Tenant names and who have no other rights: its admin may all of
+/// them, its viewer those that show no revisions. Of another namespace both are refused.
+async fn tenants_look_after_their_own(fleet: &Fleet) -> Result<()> {
+    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "bank"}});
+    create(&fleet.hub, "/api/v1/namespaces", &namespace).await?;
+    let west = format!("/apis/core.kubefed.io/v1beta1/namespaces/{HOME}/kubefedclusters/west");
+    merge(&fleet.hub, &west, &json!({"metadata": {"labels": {"cellway.io/tenant": "red"}}})).await?;
+    let tenant = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "Tenant", "metadata": {"name": "red"},
+        "spec": {"namespaces": ["bank"], "admins": [{"kind": "User", "name": "jo"}],
+            "viewers": [{"kind": "User", "name": "vi"}]}});
+    create(&fleet.hub, "/apis/policy.cellway.io/v1alpha1/tenants", &tenant).await?;
+    let mut object = deployment("till", &["west-a"], template("1"));
+    object["metadata"]["namespace"] = "bank".into();
+    create(&fleet.hub, TENANTS_DEPLOYMENTS, &object).await?;
+    until_the_till_runs(fleet, "1").await?;
+    let change = json!({"spec": {"template": template("2")}});
+    merge(&fleet.hub, &format!("{TENANTS_DEPLOYMENTS}/till"), &change).await?;
+    until_the_till_runs(fleet, "2").await?;
+
+    // What they may in the member is the member's to say.
+    let subjects =
+        USERS.map(|name| json!({"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": name}));
+    let binding = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": {"name": "lookers"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "view"},
+        "subjects": subjects});
+    let bindings = "/apis/rbac.authorization.k8s.io/v1/namespaces/bank/rolebindings";
+    create(&fleet.west, bindings, &binding).await?;
+
+    let till = |command: &'static str, more: &[&'static str]| -> Vec<&'static str> {
+        [command, "deployment/till", "-n", "bank"].into_iter().chain(more.iter().copied()).collect()
+    };
+    for who in USERS {
+        fleet
+            .until(&format!("{who} to see the object and its pods"), async || {
+                let shown = fleet.cellway_as(who, &till("describe", &[])).await?;
+                ensure!(shown.contains("west-a in west: Synced, ready"), "{shown}");
+                let pods = shown.lines().filter(|line| line.contains("Pod till-west-a-")).count();
+                ensure!(pods == 2, "{shown}");
+                Ok(())
+            })
+            .await?;
+        let shown = fleet.cellway_as(who, &till("logs", &["--tail", "1"])).await?;
+        let lines = shown.lines().filter(|line| line.starts_with("[west-a till-west-a-")).count();
+        ensure!(lines == 2, "{lines} lines of two pods for {who}: {shown}");
+        let said = fleet.refuses(who, &["describe", "deployment/web", "-n", "shop"]).await?;
+        ensure!(said.contains("find deployment/web"), "the type is known to {who}: {said}");
+    }
+
+    for command in ["revisions", "diff", "preview", "rollback"] {
+        let said = fleet.refuses("vi", &till(command, &[])).await?;
+        ensure!(said.contains("list the revisions"), "{command}: {said}");
+    }
+    let listed: Value =
+        serde_json::from_str(&fleet.cellway_as("jo", &till("revisions", &["-o", "json"])).await?)?;
+    let both = listed["items"].as_array().is_some_and(|all| all.len() == 2 && all[0]["current"] == true);
+    ensure!(both, "{listed}");
+    let shown = fleet.cellway_as("jo", &till("diff", &[])).await?;
+    ensure!(shown.contains("image: shop/web:1") && shown.contains("image: shop/web:2"), "{shown}");
+    for (command, action) in [(till("preview", &[]), "stay"), (till("rollback", &["--dry-run"]), "move")] {
+        let printed = fleet.cellway_as("jo", &[&command[..], &["-o", "json"]].concat()).await?;
+        let moves: Value = serde_json::from_str(&printed)?;
+        let moves = moves["items"].as_array().with_context(|| format!("no items in {moves}"))?;
+        ensure!(actions(moves) == [("west-a", action)], "{moves:?}");
+    }
+    let said = fleet.cellway_as("jo", &till("rollback", &[])).await?;
+    ensure!(said.contains("goes back to revision 1"), "{said}");
+    until_the_till_runs(fleet, "1").await
+}
+
+/// Waits until the tenant's object is ready everywhere with this image.
+async fn until_the_till_runs(fleet: &Fleet, image: &str) -> Result<()> {
+    fleet
+        .until(&format!("the till to run {image}"), async || {
+            let object = get(&fleet.hub, &format!("{TENANTS_DEPLOYMENTS}/till")).await?;
+            let (status, unit) = (&object["status"], &object["status"]["units"][0]);
+            ensure!(status["observedGeneration"] == object["metadata"]["generation"], "{status}");
+            ensure!(unit["ready"] == true && unit["revision"] == status["currentRevision"], "{status}");
+            let live = get(&fleet.west, "/apis/apps/v1/namespaces/bank/deployments/till-west-a").await?;
+            let found = &live["spec"]["template"]["spec"]["containers"][0]["image"];
+            ensure!(*found == format!("shop/web:{image}"), "{found}");
+            Ok(())
+        })
+        .await
 }

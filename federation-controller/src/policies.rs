@@ -34,6 +34,7 @@ use federation_core::types::FederatedType;
 use futures::FutureExt as _;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions};
+use kube::core::Status;
 use kube::runtime::watcher;
 use kube::{Api, ResourceExt as _};
 use parking_lot::Mutex;
@@ -644,6 +645,12 @@ async fn last_words(
     }
 }
 
+/// Whether a patch was refused because an object of another uid has the name: a change of an immutable field, as Kubernetes has it.
+fn is_another(status: &Status) -> bool {
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    status.code == 422 && causes.into_iter().any(|cause| cause.field == "metadata.uid")
+}
+
 /// Deletes a companion, with what its object said last about that.
 async fn dismiss(
     api: &Api<DynamicObject>,
@@ -653,7 +660,7 @@ async fn dismiss(
 ) -> Result<(), kube::Error> {
     let gone = |error: kube::Error| match error {
         // Another of its name, or none: the watch tells.
-        kube::Error::Api(status) if matches!(status.code, 404 | 409) => Ok(()),
+        kube::Error::Api(status) if matches!(status.code, 404 | 409) || is_another(&status) => Ok(()),
         error => Err(error),
     };
     let unheard =

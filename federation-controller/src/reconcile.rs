@@ -10,7 +10,7 @@
 //! A step that fails ends the pass; the next pass plans anew.
 //!
 //! A status that only tells how far things are, and that no write depends on, waits until the members have answered
-//! ([`STATUS_LAG`] at most): a new object costs the hub two writes, the finalizer and one status, however many members it
+//! ([`status_lag`] at most): a new object costs the hub two writes, the finalizer and one status, however many members it
 //! goes to.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -41,9 +41,14 @@ use crate::quarantine::DEFECT;
 use crate::queue::slim;
 use crate::{Shared, tombstones};
 
-/// How long a status may lag behind while writes are under way. Long enough for members at a distance to answer, short
-/// enough for a person who looks on.
+/// How long the status of one object may lag behind while writes are under way. Long enough for members at a distance to
+/// answer, short enough for a person who looks on.
 const STATUS_LAG: Duration = Duration::from_secs(1);
+/// How much longer for each object that is under way, so that thousands at once are not held up by telling how far they are:
+/// such tellings are 200 a second at most, until the longest lag is reached.
+const STATUS_LAG_EACH: Duration = Duration::from_millis(5);
+/// The longest lag, for whoever looks on while very many are under way.
+const MAX_STATUS_LAG: Duration = Duration::from_secs(10);
 
 /// An object with a status that waits to be stored.
 #[derive(Debug)]
@@ -222,6 +227,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
             pass.store_status(&object, &made.status).await?;
             shared.settle(key);
             pass.announce(&before, &made);
+            pass.announce_template(&before, &federated);
             pass.wake_others(&before, &made.status);
         }
         Ok(())
@@ -262,6 +268,12 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
     }
     let syncing = views.values().any(|view| view.state == MemberState::Syncing);
     Ok(if syncing { Progress::Waiting } else { Progress::Whole })
+}
+
+/// How long a status may lag behind while writes to this many objects are under way.
+fn status_lag(under_way: usize) -> Duration {
+    let each = STATUS_LAG_EACH.saturating_mul(u32::try_from(under_way).unwrap_or(u32::MAX));
+    STATUS_LAG.saturating_add(each).min(MAX_STATUS_LAG)
 }
 
 /// Says of an object that work on it fails by a defect of this program, without working on it.
@@ -446,7 +458,8 @@ impl<'a> Pass<'a> {
         if known.first.is_none() {
             known.first.clone_from(&status.first_revision);
         }
-        let left = STATUS_LAG.saturating_sub(now - known.since);
+        let since = known.since;
+        let left = status_lag(unsettled.len()).saturating_sub(now - since);
         if left.is_zero() {
             return false;
         }
@@ -694,6 +707,22 @@ impl<'a> Pass<'a> {
         }
     }
 
+    /// An Event, KubeFed's too, about what a template asks for in vain. Each change of the object says it once.
+    fn announce_template(&self, before: &FederatedStatus, object: &FederatedObject) {
+        let finalizers = object.spec.template["metadata"]["finalizers"].as_array();
+        let Some(finalizers) = finalizers.filter(|all| !all.is_empty()) else { return };
+        let deleting = object.metadata.deletion_timestamp.is_some();
+        if deleting || before.observed_generation == object.metadata.generation {
+            return;
+        }
+        let names: Vec<&str> = finalizers.iter().filter_map(Value::as_str).collect();
+        let note = format!(
+            "the template's finalizers do not reach members, where nothing may take them off: {}",
+            names.join(", ")
+        );
+        self.shared.events.warning(&self.about, "FinalizersNotSupported", note);
+    }
+
     fn owner(&self, object: &DynamicObject) -> OwnerReference {
         OwnerReference {
             api_version: self.of.hub_resource().api_version,
@@ -773,6 +802,19 @@ mod tests {
 
     fn record(name: &str, cluster: &str) -> UnitStatus {
         UnitStatus { name: name.into(), cluster: cluster.into(), ..UnitStatus::default() }
+    }
+
+    #[test]
+    fn a_status_lags_longer_the_more_is_under_way() {
+        assert_eq!(status_lag(1), Duration::from_millis(1_005));
+        assert_eq!(
+            status_lag(1_000),
+            Duration::from_secs(6),
+            "1,000 in six seconds are less than 200 a second"
+        );
+        for many in [2_000, 1_000_000, usize::MAX] {
+            assert_eq!(status_lag(many), MAX_STATUS_LAG);
+        }
     }
 
     #[test]

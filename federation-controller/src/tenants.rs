@@ -7,8 +7,9 @@
 //!
 //! For each tenant: a ClusterRole that shows its clusters and cells (and no others: the annotation `cellway.io/visible` is
 //! the hub API's own, so these are made only where that is the API), and one for the way to its clusters' own APIs, which then
-//! decide themselves, both bound to its admins and viewers; and in each of its namespaces a RoleBinding to what admins and
-//! viewers may do with federated objects. Of statuses, which are the controller's, and of FederatedNamespaces, whose labels
+//! decide themselves, both bound to its admins and viewers; a binding of those to [`CONFIG`], which is the same for all tenants:
+//! how types are federated and whose keys are, what the commands about an object ask first and what says nothing of any
+//! tenant; and in each of its namespaces a RoleBinding to what admins and viewers may do with federated objects. Of statuses, which are the controller's, and of FederatedNamespaces, whose labels
 //! may switch off in members what admission enforces there by label, an admin writes none: as RBAC cannot take away, what is
 //! written is named too. Cells take their cluster's tenant label where they have none, so that visibility has one label to go
 //! by. Somebody else's change of what is generated is heard of and put right at once, and then every few seconds for as long
@@ -66,6 +67,8 @@ const PLACED: [(&str, &str); 2] =
 const VIEW: &str = "cellway:view";
 /// The role by which `edit`, and with it `admin`, writes them.
 const EDIT: &str = "cellway:edit";
+/// The role by which tenants read how types are federated, and whose annotations and labels are.
+const CONFIG: &str = "cellway:tenant-config";
 
 /// One object that is to be there.
 #[derive(Debug, Clone, PartialEq)]
@@ -261,10 +264,19 @@ fn wanted(
         rules.extend(writes);
         all.push(Wanted::cluster("ClusterRole", name, "", json!({"rules": rules})));
     }
+    let rules = json!([
+        {"apiGroups": ["core.kubefed.io"], "resources": ["federatedtypeconfigs"], "verbs": READ},
+        {"apiGroups": ["policy.cellway.io"], "resources": ["propagationconfigs"], "verbs": READ},
+    ]);
+    all.push(Wanted::cluster("ClusterRole", CONFIG, "", json!({"rules": rules})));
     for tenant in tenants {
         let name = tenant.name_any();
         let everybody: Vec<TenantSubject> =
             tenant.spec.admins.iter().chain(&tenant.spec.viewers).cloned().collect();
+        if !everybody.is_empty() {
+            let bound = format!("{CONFIG}:{name}");
+            all.push(Wanted::cluster("ClusterRoleBinding", &bound, &name, binding(CONFIG, &everybody)));
+        }
         let role = format!("cellway:tenant:{name}");
         if visibility && !everybody.is_empty() {
             let rules = json!([
@@ -487,6 +499,8 @@ mod tests {
                 "ClusterRole /cellway:edit",
                 "ClusterRole /cellway:tenant-admin",
                 "ClusterRole /cellway:tenant-viewer",
+                "ClusterRole /cellway:tenant-config",
+                "ClusterRoleBinding /cellway:tenant-config:red",
                 "ClusterRole /cellway:tenant:red",
                 "ClusterRoleBinding /cellway:tenant:red",
                 "ClusterRole /cellway:tenant-clusters:red",
@@ -494,10 +508,10 @@ mod tests {
                 "RoleBinding shop/cellway:tenant-admin",
             ]
         );
-        assert_eq!(made[4].value["metadata"]["annotations"]["cellway.io/visible"], "cellway.io/tenant=red");
+        assert_eq!(made[6].value["metadata"]["annotations"]["cellway.io/visible"], "cellway.io/tenant=red");
         let rules = json!([{"nonResourceURLs": ["/clusters/east/*", "/clusters/west/*"], "verbs": ["*"]}]);
-        assert_eq!(made[6].value["rules"], rules, "and not the cluster of another");
-        assert_eq!(made[6].value["metadata"]["annotations"], Value::Null, "or it would be without effect");
+        assert_eq!(made[8].value["rules"], rules, "and not the cluster of another");
+        assert_eq!(made[8].value["metadata"]["annotations"], Value::Null, "or it would be without effect");
     }
 
     /// With what a tenant's admin is given: nothing of the platform's, no status, and no namespace in members.
@@ -555,6 +569,34 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Before anything else: what a name such as `deployment/web` means, and whose the keys are that `rollback` puts back.
+    #[test]
+    fn everybody_of_a_tenant_reads_what_the_commands_about_an_object_ask_first() {
+        let mut red = tenant("red", &["shop"]);
+        red.spec.viewers =
+            vec![TenantSubject { kind: "Group".into(), name: "lookers".into(), namespace: None }];
+        // Also where nobody is shown clusters and cells.
+        for visibility in [true, false] {
+            let made = made(std::slice::from_ref(&red), visibility);
+            let role = made.iter().find(|one| one.name == CONFIG).expect("made");
+            let rules = json!([
+                {"apiGroups": ["core.kubefed.io"], "resources": ["federatedtypeconfigs"], "verbs": ["get", "list", "watch"]},
+                {"apiGroups": ["policy.cellway.io"], "resources": ["propagationconfigs"], "verbs": ["get", "list", "watch"]},
+            ]);
+            assert_eq!(role.value["rules"], rules, "and nothing else of those groups");
+            assert_eq!(role.value["metadata"]["annotations"], Value::Null, "or it would be without effect");
+            let bound = made.iter().find(|one| one.name == "cellway:tenant-config:red").expect("made");
+            assert_eq!((bound.kind, &bound.value["roleRef"]["name"]), ("ClusterRoleBinding", &json!(CONFIG)));
+            let subjects = bound.value["subjects"].as_array().expect("subjects");
+            let names: Vec<_> = subjects.iter().map(|subject| subject["name"].as_str()).collect();
+            assert_eq!(names, [Some("red-jo"), Some("lookers")]);
+        }
+        let mut nobodys = tenant("red", &["shop"]);
+        nobodys.spec.admins.clear();
+        let made = made(&[nobodys], true);
+        assert!(made.iter().all(|one| one.kind != "ClusterRoleBinding" || !one.name.starts_with(CONFIG)));
     }
 
     #[test]

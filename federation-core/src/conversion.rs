@@ -305,6 +305,7 @@ fn cluster_status(unit: &Value) -> &'static str {
     match (unit["phase"].as_str().unwrap_or_default(), reason) {
         ("Synced" | "Masked", _) => "",
         (_, "MemberSyncing") => "CachedRetrievalFailed",
+        (_, "Unreadable") => "RetrievalFailed",
         (_, "TypeNotServed" | "VersionNotServed") => "ClientRetrievalFailed",
         (_, "BeingDeleted") => "WaitingForRemoval",
         (_, "OwnedByAnother" | "OwnedByAnotherHub") => "AlreadyExists",
@@ -477,6 +478,10 @@ mod tests {
             ("Missing", Some("UnitMissing"), None, "ClusterNotReady"),
             ("Removing", Some("NoTunnel"), Some("r"), "ClusterNotReady"),
             ("Removing", Some("Unauthorized"), Some("r"), "ClusterNotReady"),
+            ("Removing", Some("Unreadable"), Some("r"), "RetrievalFailed"),
+            ("Failed", Some("Unreadable"), Some("r"), "RetrievalFailed"),
+            ("Removing", Some("MemberSyncing"), Some("r"), "CachedRetrievalFailed"),
+            ("Removing", Some("VersionNotServed"), Some("r"), "ClientRetrievalFailed"),
             ("Removing", Some("DeletionTimedOut"), Some("r"), "DeletionTimedOut"),
             ("Removing", Some("WaitingForReplacement"), Some("r"), "WaitingForRemoval"),
             ("Removing", None, Some("r"), "WaitingForRemoval"),

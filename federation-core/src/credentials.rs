@@ -424,6 +424,22 @@ mod tests {
     }
 
     #[test]
+    fn checks_that_are_left_out_and_proxies_are_refused() {
+        let secret = secret(&[("token", "abc"), ("ca.crt", CA)]);
+        let refused = |spec: KubeFedClusterSpec, field: &str| {
+            let error = read(&KubeFedCluster::new("east", spec), &secret).expect_err("refused").to_string();
+            assert!(error.contains(field), "{error}");
+        };
+        let unchecked = vec!["SubjectName".to_owned()];
+        refused(
+            KubeFedClusterSpec { disabled_tls_validations: unchecked, ..KubeFedClusterSpec::default() },
+            "spec.disabledTLSValidations",
+        );
+        let proxy = Some("http://proxy:3128".to_owned());
+        refused(KubeFedClusterSpec { proxy_url: proxy, ..KubeFedClusterSpec::default() }, "spec.proxyURL");
+    }
+
+    #[test]
     fn a_client_certificate() {
         let found = read(
             &cluster(Some("https://api:6443")),

@@ -294,6 +294,23 @@ mod tests {
     }
 
     #[test]
+    fn what_is_named_twice_is_applied_in_order() {
+        let entries: Vec<Override> = serde_json::from_value(json!([
+            {"units": ["a"], "patches": [
+                {"op": "add", "path": "/list/-", "value": 1},
+                {"op": "add", "path": "/list/-", "value": 2},
+            ]},
+            {"units": ["a"], "patches": [{"path": "/list/0", "value": 3}]},
+        ]))
+        .expect("overrides");
+        let mut document = json!({"list": []});
+        apply(&mut document, &entries, &unit("a"), None).expect("applies");
+        assert_eq!(document["list"], json!([3, 2]));
+        let complaints = complaints(&entries, TopologyType::Cluster, &Topology::default());
+        assert_eq!(complaints, ["overrides name unknown units: a"], "and nothing else");
+    }
+
+    #[test]
     fn names_selectors_and_order() {
         let entries: Vec<Override> = serde_json::from_value(json!([
             {"unitSelector": {"matchLabels": {"zone": "1"}}, "patches": [{"path": "/n", "value": 1}]},

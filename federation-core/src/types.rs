@@ -410,6 +410,18 @@ mod tests {
         assert_eq!((of.target.plural.as_str(), of.target.workload), ("widgets", Some(Workload::Selected)));
     }
 
+    /// What `ReplicaSchedulingPreferenceSpec::target_kind` says.
+    #[test]
+    fn the_kinds_whose_replicas_are_divided() {
+        let mut kinds: Vec<_> = builtin().into_iter().filter(FederatedType::has_replicas).collect();
+        kinds.sort_by(|a, b| a.kind.cmp(&b.kind));
+        let kinds: Vec<_> = kinds.iter().map(|of| of.kind.as_str()).collect();
+        assert_eq!(kinds, ["FederatedDeployment", "FederatedReplicaSet", "FederatedStatefulSet"]);
+        let mut config = FederatedType::of("example.com", "v1", "Widget", "widgets", true).to_config();
+        config.metadata.annotations = Some([(WORKLOAD_ANNOTATION.to_owned(), "true".to_owned())].into());
+        assert!(!FederatedType::from_config(&config).expect("type").has_replicas());
+    }
+
     #[test]
     fn what_makes_no_type_is_told() {
         let refused = |change: &dyn Fn(&mut FederatedTypeConfigSpec), text: &str| {

@@ -1,16 +1,20 @@
 //! `describe` and `logs`: from a federated object down to the pods in its members.
 
+use std::cmp::Reverse;
 use std::io::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
 use federation_core::api::{Phase, UnitStatus};
-use federation_core::types::FederatedType;
+use federation_core::topology::parse_selector;
+use federation_core::types::{FederatedType, Workload};
 use futures::{AsyncBufReadExt as _, StreamExt as _, TryStreamExt as _, stream};
+use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Event, Pod};
-use kube::api::{DynamicObject, ListParams, LogParams};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use kube::api::{ApiResource, DynamicObject, ListParams, LogParams};
 use kube::{Api, Client, ResourceExt as _};
-use serde::Serialize;
+use serde::{Deserialize as _, Serialize};
 use serde_json::Value;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -26,6 +30,11 @@ use crate::output::{self, OutputArgs, Paint, Table, age, colours, text_out, visi
 const MAX_EVENTS: usize = 5;
 /// Pods shown of one unit.
 const MAX_PODS: u32 = 100;
+/// Jobs of a CronJob whose pods are looked for, the newest first: each is asked for by itself, and Kubernetes keeps four unless
+/// told otherwise.
+const MAX_JOBS: usize = 10;
+/// Jobs of a namespace that are read at once while those of a CronJob are looked for.
+const JOBS_AT_ONCE: u32 = 100;
 /// Pods whose logs are read at once.
 const MAX_STREAMS: usize = 50;
 /// Units that members are asked about at once: enough that one member which hangs with all its cells leaves room for others, and
@@ -209,11 +218,9 @@ async fn look(client: &Client, of: &FederatedType, namespace: &str, object: &str
         }
     };
     inside.events = events(client, namespace, live.metadata.uid.as_deref(), until).await;
-    if let Some(selector) = selector(&live.data) {
-        match pods(client, namespace, &selector, until).await {
-            Ok(pods) => inside.pods = pods,
-            Err(error) => inside.pods_error = Some(error.to_string()),
-        }
+    match pods(client, of, namespace, &live, until).await {
+        Ok(pods) => inside.pods = seen(client, namespace, pods.unwrap_or_default(), until).await,
+        Err(error) => inside.pods_error = Some(error.to_string()),
     }
     inside.object = Some(live);
     inside
@@ -240,11 +247,66 @@ async fn in_time<T>(
     }
 }
 
-async fn pods(client: &Client, namespace: &str, selector: &str, until: Instant) -> Result<Vec<Seen>> {
-    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
-    let params = ListParams::default().labels(selector).limit(MAX_PODS);
-    let listed = in_time(until, "list its pods".into(), pods.list(&params)).await?;
-    let seen = listed.items.into_iter().map(|pod| async move {
+/// The pods of an object in a member; `None` of one that selects none. Those of a CronJob are its Jobs', the newest first.
+async fn pods(
+    client: &Client,
+    of: &FederatedType,
+    namespace: &str,
+    live: &DynamicObject,
+    until: Instant,
+) -> Result<Option<Vec<Pod>>> {
+    let name = live.name_any();
+    let selectors: Vec<String> = if of.target.workload == Some(Workload::JobTemplate) {
+        let jobs = jobs(client, namespace, live, until).await?;
+        jobs.iter().filter_map(|job| selector(&job.data)).collect()
+    } else {
+        match selector(&live.data) {
+            Some(selector) => vec![selector],
+            None => return Ok(None),
+        }
+    };
+    let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let mut pods = Vec::new();
+    for selector in selectors {
+        let params = ListParams::default().labels(&selector).limit(MAX_PODS);
+        let listed = in_time(until, format!("list the pods of {name}"), api.list(&params)).await?;
+        pods.extend(listed.items);
+    }
+    pods.truncate(MAX_PODS as usize);
+    Ok(Some(pods))
+}
+
+/// The Jobs that a CronJob made, the newest first.
+async fn jobs(
+    client: &Client,
+    namespace: &str,
+    cron: &DynamicObject,
+    until: Instant,
+) -> Result<Vec<DynamicObject>> {
+    let api: Api<DynamicObject> =
+        Api::namespaced_with(client.clone(), namespace, &ApiResource::erase::<Job>(&()));
+    let is_its = |job: &DynamicObject| {
+        job.owner_references().iter().any(|owner| Some(&owner.uid) == cron.metadata.uid.as_ref())
+    };
+    // No label says whose they are: all of the namespace are looked through, and few are kept.
+    let mut page = ListParams::default().limit(JOBS_AT_ONCE);
+    let mut jobs: Vec<DynamicObject> = Vec::new();
+    loop {
+        let listing = in_time(until, format!("list the Jobs of {}", cron.name_any()), api.list(&page));
+        let listed = listing.await?;
+        jobs.extend(listed.items.into_iter().filter(is_its));
+        jobs.sort_by_key(|job| Reverse(job.creation_timestamp()));
+        jobs.truncate(MAX_JOBS);
+        match listed.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => page = page.continue_token(&token),
+            None => return Ok(jobs),
+        }
+    }
+}
+
+/// What is shown of pods.
+async fn seen(client: &Client, namespace: &str, pods: Vec<Pod>, until: Instant) -> Vec<Seen> {
+    let seen = pods.into_iter().map(|pod| async move {
         let status = pod.status.clone().unwrap_or_default();
         let ready = status
             .conditions
@@ -265,7 +327,7 @@ async fn pods(client: &Client, namespace: &str, selector: &str, until: Instant) 
             events: events(client, namespace, uid, until).await,
         }
     });
-    Ok(stream::iter(seen).buffered(MAX_LOOKS).collect().await)
+    stream::iter(seen).buffered(MAX_LOOKS).collect().await
 }
 
 fn tree_of(found: &Found, described: &Described) -> String {
@@ -336,10 +398,10 @@ async fn events(client: &Client, namespace: &str, uid: Option<&str>, until: Inst
 
 /// The label selector of a workload's pods.
 fn selector(live: &Value) -> Option<String> {
-    let labels = live["spec"]["selector"]["matchLabels"].as_object()?;
-    let pairs: Vec<_> =
-        labels.iter().filter_map(|(key, value)| Some(format!("{key}={}", value.as_str()?))).collect();
-    (!pairs.is_empty()).then(|| pairs.join(","))
+    let selector = LabelSelector::deserialize(&live["spec"]["selector"]).ok()?;
+    let selector = parse_selector(&selector).ok()?;
+    // An empty one would be every pod of the namespace.
+    (!selector.selects_all()).then(|| selector.to_string())
 }
 
 pub(crate) async fn logs(args: LogsArgs) -> Result<()> {
@@ -485,12 +547,10 @@ impl Log {
         let until = Instant::now() + PATIENCE;
         let api = objects(client, &self.of, &self.namespace);
         let live = in_time(until, format!("read {object}"), api.get(object)).await?;
-        let selector = selector(&live.data)
-            .ok_or_else(|| Error::failed(format!("find the pods of {object}"), "it has no selector"))?;
-        let pods: Api<Pod> = Api::namespaced(client.clone(), &self.namespace);
-        let params = ListParams::default().labels(&selector).limit(MAX_PODS);
-        let pods = in_time(until, format!("list the pods of {object}"), pods.list(&params)).await?;
-        Ok(pods.items.iter().map(|pod| pod.name_any()).collect())
+        let pods = pods(client, &self.of, &self.namespace, &live, until).await?;
+        let pods =
+            pods.ok_or_else(|| Error::failed(format!("find the pods of {object}"), "it has no selector"))?;
+        Ok(pods.iter().map(|pod| pod.name_any()).collect())
     }
 }
 
@@ -537,6 +597,53 @@ mod tests {
 
     fn deployments() -> FederatedType {
         builtin().into_iter().find(|of| of.target.kind == "Deployment").unwrap()
+    }
+
+    fn cron_jobs() -> FederatedType {
+        FederatedType::of("batch", "v1", "CronJob", "cronjobs", true)
+    }
+
+    /// A member with a CronJob that has run twice, and a Job of somebody else. Pods are found by their Jobs' selectors only.
+    fn scheduled() -> Client {
+        let job = |name: &str, owner: &str, minute: u32| {
+            json!({"metadata": {"name": name, "uid": name, "creationTimestamp": format!("2026-01-01T00:0{minute}:00Z"),
+                    "ownerReferences": [{"apiVersion": "batch/v1", "kind": "CronJob", "name": "report", "uid": owner}]},
+                "spec": {"selector": {"matchLabels": {"controller-uid": name}}}})
+        };
+        let list = |version: &str, kind: &str, items: Value| json!({"apiVersion": version, "kind": kind, "metadata": {}, "items": items});
+        let answer = move |uri: &http::Uri| match uri.path() {
+            "/apis/batch/v1/namespaces/shop/cronjobs/report" => {
+                json!({"apiVersion": "batch/v1", "kind": "CronJob", "metadata": {"name": "report", "uid": "cron"},
+                    "spec": {"schedule": "* * * * *"}})
+            }
+            "/apis/batch/v1/namespaces/shop/jobs" => {
+                let all = json!([job("first", "cron", 1), job("other", "else", 2), job("second", "cron", 3)]);
+                list("batch/v1", "JobList", all)
+            }
+            "/api/v1/namespaces/shop/pods" => {
+                let query = uri.query().unwrap_or_default();
+                let asked = |job: &&str| query.contains(&format!("labelSelector=controller-uid%3D{job}"));
+                let found = ["first", "other", "second"].into_iter().find(asked);
+                let pods = found.map(|job| json!({"metadata": {"name": format!("{job}-pod")}}));
+                list("v1", "PodList", pods.into_iter().collect())
+            }
+            _ => list("v1", "EventList", json!([])),
+        };
+        let server = tower::service_fn(move |request: Request<Body>| {
+            let answer = answer(request.uri()).to_string().into_bytes();
+            async move { Ok::<_, std::convert::Infallible>(Response::new(Body::from(answer))) }
+        });
+        Client::new(server, "default")
+    }
+
+    #[tokio::test]
+    async fn the_pods_of_a_cron_job_are_those_of_its_jobs_the_newest_first() {
+        let inside = look(&scheduled(), &cron_jobs(), "shop", "report").await;
+        assert_eq!((&inside.error, &inside.pods_error), (&None, &None));
+        let shown: Vec<_> = inside.pods.iter().map(|pod| pod.name.as_str()).collect();
+        assert_eq!(shown, ["second-pod", "first-pod"]);
+        let log = Log::new(cron_jobs(), "shop".into(), LogParams::default());
+        assert_eq!(log.pods_of(&scheduled(), "report").await.unwrap(), ["second-pod", "first-pod"]);
     }
 
     #[tokio::test(start_paused = true)]
@@ -588,6 +695,27 @@ mod tests {
     fn selectors_of_workloads() {
         let live = json!({"spec": {"selector": {"matchLabels": {"app": "web", "cellway.io/cell": "a"}}}});
         assert_eq!(selector(&live).as_deref(), Some("app=web,cellway.io/cell=a"));
-        assert_eq!(selector(&json!({"data": {}})), None);
+        let expressions = json!([
+            {"key": "tier", "operator": "In", "values": ["back", "front"]},
+            {"key": "app", "operator": "NotIn", "values": ["old"]},
+            {"key": "owner", "operator": "Exists"},
+            {"key": "canary", "operator": "DoesNotExist"},
+        ]);
+        let said = "tier in (back,front),app notin (old),owner,!canary";
+        let live = json!({"spec": {"selector": {"matchExpressions": expressions}}});
+        assert_eq!(selector(&live).as_deref(), Some(said));
+        let live =
+            json!({"spec": {"selector": {"matchLabels": {"app": "web"}, "matchExpressions": expressions}}});
+        assert_eq!(selector(&live), Some(format!("app=web,{said}")));
+        // What selects nothing, what selects everything, and what is no selector of ours to read: of none the whole namespace.
+        for spec in [
+            json!({}),
+            json!({"selector": {}}),
+            json!({"selector": {"app": "web"}}),
+            json!({"selector": "app=web"}),
+            json!({"selector": {"matchExpressions": [{"key": "tier", "operator": "Near", "values": ["a"]}]}}),
+        ] {
+            assert_eq!(selector(&json!({"spec": spec})), None, "{spec}");
+        }
     }
 }

@@ -1,6 +1,9 @@
 //! What a tenant's admin sees and reaches.
 
-use federation_core::api::{Cell, FederatedRevision, KubeFedCluster, Tenant, TenantSpec, TenantSubject};
+use federation_core::api::{
+    Cell, FederatedRevision, FederatedTypeConfig, KubeFedCluster, PropagationConfig, PropagationConfigSpec,
+    Tenant, TenantSpec, TenantSubject,
+};
 use federation_core::types;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
@@ -74,6 +77,20 @@ pub(crate) async fn a_tenant_sees_and_reaches_its_own_and_nothing_else(world: Wo
     let revisions: Api<FederatedRevision> = Api::namespaced(vi.clone(), "shop");
     assert_eq!(code(revisions.list(&all).await), 403);
     assert_eq!(code(of(&jo, "secrets").list(&all).await), 200);
+
+    // How types are federated, and whose keys are: both read it, and neither writes it.
+    for (who, client) in [("jo", &jo), ("vi", &vi)] {
+        let configs: Api<FederatedTypeConfig> = Api::namespaced(client.clone(), "kube-federation-system");
+        let keys: Api<PropagationConfig> = Api::all(client.clone());
+        until(&format!("{who} reads the types"), async || configs.list(&all).await.ok()).await;
+        assert_eq!(code(keys.list(&all).await), 200, "{who}");
+        assert_eq!(code(configs.get("deployments.apps").await), 200, "{who}");
+        let off = Patch::Merge(json!({"spec": {"propagation": "Disabled"}}));
+        let refused = configs.patch("deployments.apps", &PatchParams::default(), &off).await;
+        assert_eq!(code(refused), 403, "{who}");
+        let own = PropagationConfig::new("own", PropagationConfigSpec::default());
+        assert_eq!(code(keys.create(&PostParams::default(), &own).await), 403, "{who}");
+    }
 
     // What jo may not: become the platform, or reach round it.
     let params = PatchParams::default();

@@ -126,6 +126,35 @@ async fn costs(mut world: World) -> Vec<Cost> {
     found
 }
 
+/// However many come at once and wait for their turn at the members' rate, which takes the last of these over a second.
+#[tokio::test(start_paused = true)]
+async fn a_new_object_costs_the_hub_its_finalizer_and_one_status() {
+    const MASS: usize = 220;
+    let mut world = World::stopped();
+    world.run(Options { member_rate: 100, member_burst: 100, ..options() });
+    sleep(REST).await;
+    let before = world.hub.writes().len();
+    for number in 0..MASS {
+        let name = format!("map-{number}");
+        let mut map = federated("FederatedConfigMap", &["a", "c"], json!({"data": {"k": "0"}}));
+        map["metadata"]["name"] = name.as_str().into();
+        world.hub.put(CONFIG_MAPS, "shop", &name, Some(map));
+    }
+    sleep(REST).await;
+    let mut written: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for write in world.hub.writes().split_off(before) {
+        let words: Vec<&str> = write.split(' ').collect();
+        if let [method, CONFIG_MAPS, name, subresource] = words[..] {
+            written.entry(name.to_owned()).or_default().push(format!("{method} {subresource}"));
+        }
+    }
+    assert_eq!(written.len(), MASS);
+    for (name, writes) in written {
+        assert_eq!(writes, ["PATCH -", "PATCH status"], "{name}");
+    }
+    world.stop().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_change_costs_the_same_however_much_did_not_change() {
     let few = costs(world(10, 0).await).await;

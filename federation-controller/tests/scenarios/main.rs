@@ -39,6 +39,13 @@ async fn placed(units: &[&str]) -> World {
     world
 }
 
+/// An Event in `shop` with this reason.
+fn event(world: &World, reason: &str) -> Option<Value> {
+    let names = world.hub.names("events.k8s.io/events");
+    let mut events = names.iter().filter_map(|name| world.hub.get("events.k8s.io/events", "shop", name));
+    events.find(|event| event["reason"] == reason)
+}
+
 fn image(deployment: &Value) -> &str {
     deployment["spec"]["template"]["spec"]["containers"][0]["image"].as_str().unwrap_or_default()
 }
@@ -381,15 +388,43 @@ async fn a_member_that_refuses_is_one_units_failure() {
     let unit = &status.units[0];
     assert_eq!(unit.reason.as_deref(), Some("CreationFailed"));
     assert!(unit.message.as_deref().is_some_and(|message| message.contains("no such image")), "{unit:?}");
-    world
-        .until("an event says so", || {
-            let names = world.hub.names("events.k8s.io/events");
-            let events = names.iter().filter_map(|name| world.hub.get("events.k8s.io/events", "shop", name));
-            events.into_iter().find(|event| event["reason"] == "CreateInClusterFailed")
-        })
-        .await;
+    world.until("an event says so", || event(&world, "CreateInClusterFailed")).await;
     world.member("x").refuses.lock().clear();
     world.settled(DEPLOYMENTS, "it is tried again", |status| is_true(status, "Ready")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_override_that_fails_is_told_with_its_unit_and_its_path() {
+    let world = World::start().await;
+    let mut object = federated("FederatedDeployment", &["a", "b"], template("web:1", 2));
+    object["spec"]["overrides"] =
+        json!([{"units": ["b"], "patches": [{"op": "remove", "path": "/spec/absent"}]}]);
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    let event = world.until("an event says so", || event(&world, "UnitFailed")).await;
+    let note = event["note"].as_str().unwrap_or_default();
+    assert!(note.starts_with("b: ") && note.contains(r#""/spec/absent""#), "{event}");
+    let status = world
+        .settled(DEPLOYMENTS, "a has it", |status| {
+            status.units.iter().any(|unit| unit.name == "a" && unit.phase == Phase::Synced)
+        })
+        .await;
+    let failed: Vec<_> = status.units.iter().filter(|unit| unit.phase == Phase::Failed).collect();
+    let [unit] = failed[..] else { panic!("{status:?}") };
+    let message = unit.message.as_deref().unwrap_or_default();
+    assert!(unit.name == "b" && message.contains(r#""/spec/absent""#), "{unit:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn finalizers_of_a_template_are_told_of_and_reach_nobody() {
+    let world = World::start().await;
+    let mut object = federated("FederatedDeployment", &["a"], template("web:1", 2));
+    object["spec"]["template"]["metadata"]["finalizers"] = json!(["example.com/stay"]);
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    let event = world.until("an event says so", || event(&world, "FinalizersNotSupported")).await;
+    let note = event["note"].as_str().unwrap_or_default();
+    assert!(event["type"] == "Warning" && note.contains("example.com/stay"), "{event}");
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    assert_eq!(world.deployment("x", "web-a").expect("there")["metadata"]["finalizers"], Value::Null);
 }
 
 #[tokio::test(start_paused = true)]
@@ -507,7 +542,12 @@ async fn what_the_hub_did_not_create_is_left_alone() {
 }
 
 /// Lets somebody work against the hub until the hub gives up for a while.
-async fn fight(world: &World, mut against: impl FnMut()) {
+async fn fight(world: &World, against: impl FnMut()) {
+    fight_of(world, 1, against).await;
+}
+
+/// The same, where the hub needs so many requests to put it right.
+async fn fight_of(world: &World, requests: usize, mut against: impl FnMut()) {
     let fighting = async {
         loop {
             against();
@@ -527,7 +567,8 @@ async fn fight(world: &World, mut against: impl FnMut()) {
     const UNDER_WAY: usize = 2;
     let writes = world.member("x").writes();
     let written = writes.iter().filter(|write| write.contains(" web-a ")).count();
-    assert!((ROUNDS..=2 + ROUNDS + UNDER_WAY).contains(&written), "{writes:?}");
+    let fought = ROUNDS * requests..=2 + (ROUNDS + UNDER_WAY) * requests;
+    assert!(fought.contains(&written), "{writes:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -567,6 +608,58 @@ async fn a_fight_over_the_hubs_label_is_given_up() {
         {
             world.member("x").edit("apps/deployments", "shop", "web-a", |object| {
                 object["metadata"]["labels"] = json!({"app": "web"});
+            });
+        }
+    })
+    .await;
+}
+
+/// As [`placed`], where a `PropagationConfig` makes all that begins with `hub/` the hub's.
+async fn placed_with_class() -> World {
+    let mut world = World::stopped();
+    let rules = json!([{"prefix": "hub/", "class": "Spec"}]);
+    let config = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "PropagationConfig",
+        "metadata": {"name": "default"}, "spec": {"annotations": rules, "labels": rules}});
+    world.hub.put("policy.cellway.io/propagationconfigs", "", "default", Some(config));
+    let mut object = federated("FederatedDeployment", &["a"], template("web:1", 2));
+    object["metadata"]["annotations"] = json!({"hub/team": "red"});
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    world.run(options());
+    world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    world
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fight_over_a_key_of_the_hubs_class_is_given_up() {
+    let world = placed_with_class().await;
+    fight(&world, || {
+        let team =
+            world.deployment("x", "web-a").map(|found| found["metadata"]["annotations"]["hub/team"].clone());
+        if team == Some("red".into()) {
+            world.member("x").edit("apps/deployments", "shop", "web-a", |object| {
+                object["metadata"]["annotations"]["hub/team"] = "blue".into();
+            });
+        }
+    })
+    .await;
+    // What the hub asks for otherwise goes out all the same.
+    world.edit(|object| object["metadata"]["annotations"] = json!({"hub/team": "green"}));
+    let green = || {
+        let found = world.deployment("x", "web-a")?;
+        (found["metadata"]["annotations"]["hub/team"] == "green").then_some(())
+    };
+    world.until("it is another", green).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fight_over_a_key_that_the_hub_takes_away_is_given_up() {
+    let world = placed_with_class().await;
+    // It is written, and the key is taken away.
+    fight_of(&world, 2, || {
+        let found = world.deployment("x", "web-a");
+        if found.is_some_and(|found| found["metadata"]["labels"].get("hub/foreign").is_none()) {
+            world.member("x").edit("apps/deployments", "shop", "web-a", |object| {
+                object["metadata"]["labels"]["hub/foreign"] = "1".into();
             });
         }
     })

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use federation_controller::Options;
 use federation_core::api::Phase;
+use federation_core::conversion;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use crate::world::{DEPLOYMENTS, World, federated, is_true, options, template};
+use crate::world::{CONFIG_MAPS, DEPLOYMENTS, World, federated, is_true, options, template};
 
 const TENANTS: &str = "policy.cellway.io/tenants";
 const CELLS: &str = "topology.cellway.io/cells";
@@ -138,6 +139,104 @@ async fn what_a_tenant_has_stays_when_it_goes_and_nothing_opens() {
     world.hub.put(TENANTS, "", "red", Some(tenant(true)));
     world.until("it goes everywhere", || (all(&world) == ["web-a", "web-b", "web-c"]).then_some(())).await;
     world.until("a follows", || (image(&world) == "web:2").then_some(())).await;
+    world.stop().await;
+}
+
+/// Member `x` with the cells `a` and `b` is blue's, `y` with `c` is red's, and so is the namespace `shop`. Nothing runs yet.
+fn of_red() -> World {
+    let world = World::stopped();
+    for (cluster, tenant) in [("x", "blue"), ("y", "red")] {
+        world.hub.edit(CLUSTERS, "kube-federation-system", cluster, |cluster| {
+            cluster["metadata"]["labels"] = json!({"cellway.io/tenant": tenant});
+        });
+    }
+    let tenant = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "Tenant", "metadata": {"name": "red"},
+        "spec": {"namespaces": ["shop"]}});
+    world.hub.put(TENANTS, "", "red", Some(tenant));
+    world
+}
+
+/// Waits until what is placed is in red's unit, and looks whether anything is in blue's member.
+async fn reaches_only(world: &World, resource: &str, unit: &str) {
+    let status = world
+        .settled(resource, "it is in red's unit", |status| {
+            status.units.iter().any(|one| one.name == unit && one.phase == Phase::Synced)
+        })
+        .await;
+    let elsewhere: Vec<_> =
+        status.units.iter().filter(|one| one.name != unit && one.phase != Phase::Missing).collect();
+    assert!(elsewhere.is_empty(), "{elsewhere:?}");
+    for resource in ["apps/deployments", "/configmaps", "/namespaces"] {
+        assert!(world.member("x").names(resource).is_empty(), "{resource}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_preference_that_places_by_itself_places_in_its_tenants_units() {
+    let mut world = of_red();
+    let preference = json!({"apiVersion": "scheduling.kubefed.io/v1alpha1", "kind": "ReplicaSchedulingPreference",
+        "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {"targetKind": "FederatedDeployment", "totalReplicas": 6,
+            "clusters": {"a": {"weight": 1, "minReplicas": 1}, "*": {"weight": 1}}}});
+    world.hub.put("scheduling.kubefed.io/replicaschedulingpreferences", "shop", "web", Some(preference));
+    let object = federated("FederatedDeployment", &[], template("web:1", 2));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    world.run(options());
+    let all = || (world.deployment("y", "web-c")?["spec"]["replicas"] == 6).then_some(());
+    world.until("c has all of them", all).await;
+    reaches_only(&world, DEPLOYMENTS, "c").await;
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_places_in_its_tenants_units() {
+    let mut world = of_red();
+    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}});
+    world.hub.put("/namespaces", "", "shop", Some(namespace));
+    let policy = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "PropagationPolicy",
+        "metadata": {"name": "all", "namespace": "shop"},
+        "spec": {"resources": [{"apiVersion": "v1", "kind": "ConfigMap"}], "topologyType": "cell",
+            "placement": {"units": [{"name": "a"}, {"name": "c"}]}}});
+    world.hub.put("policy.cellway.io/propagationpolicies", "shop", "all", Some(policy));
+    let map = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "web", "namespace": "shop"},
+        "data": {"k": "v"}});
+    world.hub.put("/configmaps", "shop", "web", Some(map));
+    world.run(options());
+    reaches_only(&world, CONFIG_MAPS, "c").await;
+    assert_eq!(world.member("y").names("/configmaps"), ["web"]);
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clusters_by_name_are_its_tenants() {
+    let mut world = of_red();
+    let mut object = federated("FederatedDeployment", &["x", "y"], template("web:1", 2));
+    object["spec"]["topologyType"] = "cluster".into();
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(object));
+    world.run(options());
+    reaches_only(&world, DEPLOYMENTS, "y").await;
+    let status = world.status(DEPLOYMENTS).expect("status");
+    assert!(is_true(&status, "PlacementInvalid"), "{status:?}");
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clusters_in_kubefeds_form_are_its_tenants() {
+    let mut world = of_red();
+    let clusters = json!({"clusters": [{"name": "x"}, {"name": "y"}]});
+    for (resource, kind, name, template) in [
+        ("types.kubefed.io/federatednamespaces", "FederatedNamespace", "shop", json!({})),
+        (DEPLOYMENTS, "FederatedDeployment", "web", template("web:1", 2)),
+    ] {
+        let object = json!({"apiVersion": "types.kubefed.io/v1beta1", "kind": kind,
+            "metadata": {"name": name, "namespace": "shop"},
+            "spec": {"template": template, "placement": clusters}});
+        let stored = conversion::convert(object, "types.kubefed.io/v1beta2").expect("converts");
+        world.hub.put(resource, "shop", name, Some(stored));
+    }
+    world.run(options());
+    reaches_only(&world, DEPLOYMENTS, "y").await;
+    assert_eq!(world.member("y").names("apps/deployments"), ["web"]);
     world.stop().await;
 }
 

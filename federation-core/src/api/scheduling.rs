@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize};
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ReplicaSchedulingPreferenceSpec {
-    /// Federated kind of the workload: `FederatedDeployment` or `FederatedReplicaSet` as in KubeFed, or any other whose
-    /// objects have `spec.replicas`.
+    /// Federated kind of the workload: `FederatedDeployment` or `FederatedReplicaSet` as in KubeFed, or
+    /// `FederatedStatefulSet`. Of any other kind nothing is divided.
     pub target_kind: String,
     /// Replicas over all units.
     #[schemars(range(min = 0, max = 1_000_000))]

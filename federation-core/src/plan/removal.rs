@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::Planner;
 use super::model::{Action, MemberState, Write};
+use super::units::note_heard;
 use crate::api::{DeleteOptions, Phase, TombstoneSpec, UnitStatus};
 use crate::drift;
 use crate::names::{DELETE_OPTION_ANNOTATION, ORPHAN_ANNOTATION, UNREACHABLE_ANNOTATION};
@@ -99,7 +100,11 @@ impl Planner<'_> {
                 units.push(record);
                 continue;
             }
-            let (reason, message) = match input.members.get(&record.cluster).map(|view| (view, &view.state)) {
+            let view = input.members.get(&record.cluster);
+            if let Some(view) = view {
+                note_heard(&mut record, view);
+            }
+            let (reason, message) = match view.map(|view| (view, &view.state)) {
                 // With the type its objects went; where it never was served, nothing was made.
                 Some((_, MemberState::NoSuchType { served, lately }))
                     if served.is_empty() && !lately || !was_written(&record) =>

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Action, Cause, Draft, FailureKind, MemberState, Planner, Replicas, Write};
+use super::{Action, Cause, Draft, FailureKind, MemberState, MemberView, Planner, Replicas, Write};
 use crate::api::{Phase, Snapshot, UnitStatus};
 use crate::drift::Adopt;
 use crate::names::{HUB_ANNOTATION, REVISION_ANNOTATION};
@@ -72,6 +72,7 @@ impl<'a> Planner<'a> {
             }
             Some(view) => view,
         };
+        note_heard(&mut draft.status, view);
         match &view.state {
             MemberState::Synced => {}
             MemberState::Syncing if at_rest => return draft,
@@ -86,9 +87,6 @@ impl<'a> Planner<'a> {
             }
             MemberState::Unreachable { reason, message } => {
                 let message = format!("{message}; nothing is changed until it is back");
-                if draft.status.last_heard.is_none() {
-                    draft.status.last_heard = view.last_heard.clone();
-                }
                 waits(&mut draft, Phase::Unreachable, reason, message);
                 return draft;
             }
@@ -107,7 +105,6 @@ impl<'a> Planner<'a> {
             }
         }
 
-        draft.status.last_heard = None;
         let names = self.names_of(unit);
         if names.iter().any(|name| view.in_flight.contains(name)) {
             self.keep_names(&unit.name, &unit.cluster);
@@ -411,6 +408,18 @@ impl<'a> Planner<'a> {
             };
             self.writes.push(Write { cluster: cluster.to_owned(), object: object.to_owned(), action });
         }
+    }
+}
+
+/// Keeps when a unit's member was last heard of, until something newer is known of it.
+pub(super) fn note_heard(status: &mut UnitStatus, view: &MemberView) {
+    match &view.state {
+        MemberState::Synced | MemberState::NoSuchType { .. } => status.last_heard = None,
+        MemberState::Unreachable { .. } if status.last_heard.is_none() => {
+            status.last_heard.clone_from(&view.last_heard);
+        }
+        // One that is being listed may not have answered yet, as after a restart of the hub.
+        MemberState::Unreachable { .. } | MemberState::Syncing => {}
     }
 }
 

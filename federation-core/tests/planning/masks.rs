@@ -351,6 +351,19 @@ fn revisions_in_use_are_never_dropped() {
 }
 
 #[test]
+fn ten_revisions_that_nothing_uses_are_kept_unless_the_object_says_otherwise() {
+    let mut world = World::deployment();
+    world.place(&["a"]);
+    for image in 1..=13 {
+        world.object.spec.template = deployment(&format!("web:{image}"), 2);
+        world.settle();
+    }
+    let mut numbers: Vec<i64> = world.revisions.iter().map(|revision| revision.spec.number).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, (3..=13).collect::<Vec<i64>>(), "the current one and ten before it");
+}
+
+#[test]
 fn a_masked_cell_holds_the_object_that_it_shares() {
     let mut world = World::new(1, json!({"data": {"k": "v"}}));
     world.place(&["a", "b", "c"]).settle();

@@ -1,8 +1,8 @@
 //! Planning, as stories: each test changes the world, lets plans be carried out, and looks at members and status.
 
-use std::time::Duration;
-
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::world::{World, deployment, replicas, unreachable};
 use federation_core::api::{
@@ -65,7 +65,8 @@ fn a_write_in_flight_is_waited_for() {
 fn an_unreachable_member_keeps_everything_and_stops_nobody() {
     let mut world = World::deployment();
     world.place(&["a", "c"]).settle();
-    world.members.get_mut("y").expect("y").state = unreachable();
+    let y = world.members.get_mut("y").expect("y");
+    (y.state, y.last_heard) = (unreachable(), Some("2026-11-20T23:50:00Z".into()));
     world.object.spec.template = deployment("web:2", 3);
     world.settle();
     assert_eq!(world.live("x", "web-a")["spec"]["replicas"], 3);
@@ -73,6 +74,8 @@ fn an_unreachable_member_keeps_everything_and_stops_nobody() {
     let unit = world.unit("c");
     assert_eq!((unit.phase, unit.reason.as_deref()), (Phase::Unreachable, Some("NoTunnel")));
     assert!(unit.observed.is_some(), "what was last seen stays");
+    assert_eq!(unit.last_heard.as_deref(), Some("2026-11-20T23:50:00Z"), "and how old it is is told");
+    assert_eq!(world.unit("a").last_heard, None);
     assert_eq!(world.condition("Ready"), Some(("Unknown", "UnitsUnreachable")));
 
     // Taken out while away: waited for, and carried out on return.
@@ -82,6 +85,45 @@ fn an_unreachable_member_keeps_everything_and_stops_nobody() {
     world.settle();
     assert!(world.names("y").is_empty());
     assert_eq!(world.status().units.len(), 1);
+}
+
+#[test]
+fn when_a_member_was_last_heard_of_is_told_until_it_answers() {
+    let mut world = World::deployment();
+    world.place(&["a", "c"]).settle();
+    let away = |world: &mut World, heard: Option<&str>| {
+        let y = world.members.get_mut("y").expect("y");
+        (y.state, y.last_heard) = (unreachable(), heard.map(str::to_owned));
+        world.settle();
+    };
+    let told = |world: &World| world.unit("c").last_heard.clone();
+    away(&mut world, Some("one"));
+    assert_eq!(told(&world).as_deref(), Some("one"));
+    // A controller that has just begun has heard nothing of it, whether it has asked already or not.
+    world.members.get_mut("y").expect("y").state = MemberState::Syncing;
+    world.settle();
+    assert_eq!(told(&world).as_deref(), Some("one"));
+    away(&mut world, None);
+    assert_eq!(told(&world).as_deref(), Some("one"));
+    // It answers, though it has the type in another version only.
+    world.members.get_mut("y").expect("y").state =
+        MemberState::NoSuchType { served: vec!["v2".into()], lately: false };
+    world.settle();
+    assert_eq!((world.unit("c").phase, told(&world)), (Phase::Failed, None));
+    away(&mut world, Some("two"));
+    assert_eq!(told(&world).as_deref(), Some("two"), "the next time is another one");
+    world.members.get_mut("y").expect("y").state = MemberState::Synced;
+    world.settle();
+    assert_eq!((world.unit("c").phase, told(&world)), (Phase::Synced, None));
+    // So it is while its object is to go.
+    world.place(&["a"]);
+    away(&mut world, Some("three"));
+    assert_eq!((world.unit("c").phase, told(&world).as_deref()), (Phase::Removing, Some("three")));
+    let y = world.members.get_mut("y").expect("y");
+    y.state = MemberState::Synced;
+    y.in_flight.insert("web-c".into());
+    world.settle();
+    assert_eq!((world.unit("c").phase, told(&world)), (Phase::Removing, None));
 }
 
 #[test]
@@ -163,6 +205,9 @@ fn an_override_that_fails_holds_one_unit_where_it_is() {
         (world.unit("b").phase, world.unit("b").reason.as_deref()),
         (Phase::Failed, Some("ApplyOverridesFailed"))
     );
+    let message = world.unit("b").message.as_deref().unwrap_or_default();
+    assert!(message.contains(r#"remove "/spec/absent" does not apply"#), "{message}");
+    assert_eq!(world.unit("a").message, None, "it is said of b alone");
     assert_eq!(world.live("x", "web-b"), &frozen);
     world.live_mut("x", "web-b")["spec"]["replicas"] = 50.into();
     world.settle();
@@ -171,49 +216,115 @@ fn an_override_that_fails_holds_one_unit_where_it_is() {
 
 #[test]
 fn annotations_are_set_changed_and_removed() {
+    keys_are_set_changed_and_removed("annotations");
+}
+
+#[test]
+fn labels_are_set_changed_and_removed() {
+    keys_are_set_changed_and_removed("labels");
+}
+
+fn keys_are_set_changed_and_removed(field: &str) {
     let mut world = World::deployment();
     let rule =
         |prefix: &str, class, collect| KeyRule { prefix: Some(prefix.into()), class, collect, key: None };
-    world.configs.push(PropagationConfig::new(
-        "default",
-        PropagationConfigSpec {
-            annotations: vec![
-                rule("both/", KeyClass::Spec, false),
-                rule("both/status-", KeyClass::Status, true),
-                rule("member/", KeyClass::Status, true),
-            ],
-            labels: vec![],
-        },
-    ));
-    world.object.metadata.annotations = Some(
-        [("both/team", "red"), ("both/status-ip", "hub"), ("unsorted", "x")]
-            .map(|(key, value)| (key.to_owned(), value.to_owned()))
-            .into(),
-    );
-    world.object.spec.template["metadata"]["annotations"] = json!({"note": "1", "member/no": "1"});
+    let rules = vec![
+        rule("both/", KeyClass::Spec, false),
+        rule("both/status-", KeyClass::Status, true),
+        rule("member/", KeyClass::Status, true),
+    ];
+    world.configs.push(config(field, rules));
+    let own = [("both/team", "red"), ("both/status-ip", "hub"), ("unsorted", "x")]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()));
+    set_own(&mut world, field, Some(own.into()));
+    world.object.spec.template["metadata"][field] = json!({"note": "1", "member/no": "1"});
     world.place(&["a"]).settle();
     let keys = |world: &World| -> Vec<String> {
-        let map = world.live("x", "web-a")["metadata"]["annotations"].as_object().expect("map").clone();
+        let map = world.live("x", "web-a")["metadata"][field].as_object().expect("map").clone();
         map.into_iter()
-            .filter(|(key, _)| !key.starts_with("cellway.io/"))
-            .map(|(k, v)| format!("{k}={}", v.as_str().unwrap()))
+            .filter(|(key, _)| !key.starts_with("cellway.io/") && !key.starts_with("kubefed.io/"))
+            .map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default()))
             .collect()
     };
     assert_eq!(keys(&world), ["both/team=red", "note=1"]);
 
     // The member writes its own, and one under the hub's prefix: the former stays and is collected, the latter goes.
-    let annotations = &mut world.live_mut("x", "web-a")["metadata"]["annotations"];
-    annotations["member/ip"] = "10.0.0.1".into();
-    annotations["both/status-ip"] = "10.0.0.2".into();
-    annotations["both/foreign"] = "x".into();
+    let found = &mut world.live_mut("x", "web-a")["metadata"][field];
+    found["member/ip"] = "10.0.0.1".into();
+    found["both/status-ip"] = "10.0.0.2".into();
+    found["both/foreign"] = "x".into();
     world.settle();
     assert_eq!(keys(&world), ["both/status-ip=10.0.0.2", "both/team=red", "member/ip=10.0.0.1", "note=1"]);
-    assert_eq!(Vec::from_iter(world.unit("a").annotations.keys()), ["both/status-ip", "member/ip"]);
+    assert_eq!(Vec::from_iter(collected(&world, field).keys()), ["both/status-ip", "member/ip"]);
 
-    world.object.metadata.annotations = None;
-    world.object.spec.template["metadata"]["annotations"] = json!({"note": "2"});
+    set_own(&mut world, field, None);
+    world.object.spec.template["metadata"][field] = json!({"note": "2"});
     world.settle();
     assert_eq!(keys(&world), ["both/status-ip=10.0.0.2", "member/ip=10.0.0.1", "note=2"]);
+}
+
+#[test]
+fn a_key_that_changes_its_class_changes_hands() {
+    for field in ["annotations", "labels"] {
+        let mut world = World::deployment();
+        let class = |world: &mut World, class: KeyClass| {
+            let collect = class == KeyClass::Status;
+            let rule = KeyRule { prefix: Some("both/".into()), class, collect, key: None };
+            world.configs = vec![config(field, vec![rule])];
+            world.settle();
+        };
+        let live = |world: &World| {
+            let value = &world.live("x", "web-a")["metadata"][field]["both/one"];
+            value.as_str().unwrap_or_default().to_owned()
+        };
+        let set_by_member = |world: &mut World| {
+            world.live_mut("x", "web-a")["metadata"][field]["both/one"] = "member".into();
+            world.settle();
+        };
+        let told = |world: &World| collected(world, field).get("both/one").cloned();
+        set_own(&mut world, field, Some([("both/one".to_owned(), "hub".to_owned())].into()));
+        world.place(&["a"]);
+        class(&mut world, KeyClass::Spec);
+        set_by_member(&mut world);
+        assert_eq!((live(&world).as_str(), told(&world)), ("hub", None), "{field}: the hub's");
+
+        class(&mut world, KeyClass::Status);
+        set_by_member(&mut world);
+        world.object.spec.template["spec"]["replicas"] = 3.into();
+        world.settle();
+        let both = (live(&world), told(&world));
+        assert_eq!(both, ("member".into(), Some("member".into())), "{field}: the member's");
+
+        class(&mut world, KeyClass::Ignored);
+        assert_eq!((live(&world).as_str(), told(&world)), ("member", None), "{field}: nobody's");
+        class(&mut world, KeyClass::Spec);
+        assert_eq!((live(&world).as_str(), told(&world)), ("hub", None), "{field}: the hub's again");
+        // What the hub asks for no more goes, whoever set it.
+        set_own(&mut world, field, None);
+        world.settle();
+        assert_eq!(live(&world), "", "{field}");
+        set_by_member(&mut world);
+        assert_eq!(live(&world), "", "{field}");
+    }
+}
+
+/// Rules for the keys of annotations or of labels.
+fn config(field: &str, rules: Vec<KeyRule>) -> PropagationConfig {
+    let (annotations, labels) = if field == "labels" { (vec![], rules) } else { (rules, vec![]) };
+    PropagationConfig::new("default", PropagationConfigSpec { annotations, labels })
+}
+
+/// Sets the federated object's own annotations or labels.
+fn set_own(world: &mut World, field: &str, keys: Option<BTreeMap<String, String>>) {
+    let metadata = &mut world.object.metadata;
+    let own = if field == "labels" { &mut metadata.labels } else { &mut metadata.annotations };
+    *own = keys;
+}
+
+/// What is collected of them in the cell `a`.
+fn collected<'a>(world: &'a World, field: &str) -> &'a BTreeMap<String, String> {
+    let unit = world.unit("a");
+    if field == "labels" { &unit.labels } else { &unit.annotations }
 }
 
 #[test]
