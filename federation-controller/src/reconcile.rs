@@ -55,6 +55,9 @@ const MAX_STATUS_LAG: Duration = Duration::from_secs(10);
 pub(crate) struct Unsettled {
     /// Since when.
     since: Instant,
+    /// For how long: as long as the most that was under way meanwhile asks for. What comes to its end first does not make what
+    /// comes last late.
+    lag: Duration,
     /// Of which object of the name.
     uid: Option<String>,
     /// Its first revision, which is nowhere else until the status is stored.
@@ -213,7 +216,9 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
     if made.finished {
         return pass.finish(&object, &stored).await.map(|()| Progress::Whole);
     }
-    let under_way = !made.writes.is_empty() || views.values().any(|view| !view.in_flight.is_empty());
+    let syncing = views.values().any(|view| view.state == MemberState::Syncing);
+    let under_way =
+        syncing || !made.writes.is_empty() || views.values().any(|view| !view.in_flight.is_empty());
     let revision = async {
         match &made.revision {
             Some(revision) => pass.store_revision(revision, &object).await,
@@ -266,7 +271,6 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
             shared.queue.add(key.clone());
         }
     }
-    let syncing = views.values().any(|view| view.state == MemberState::Syncing);
     Ok(if syncing { Progress::Waiting } else { Progress::Whole })
 }
 
@@ -447,19 +451,17 @@ impl<'a> Pass<'a> {
         let now = Instant::now();
         let mut unsettled = self.shared.unsettled.lock();
         let uid = self.about.uid.clone();
-        let known = unsettled.entry(self.key.clone()).or_insert_with(|| Unsettled {
-            since: now,
-            uid: uid.clone(),
-            first: None,
-        });
+        let lag = status_lag(unsettled.len());
+        let new = || Unsettled { since: now, lag, uid: uid.clone(), first: None };
+        let known = unsettled.entry(self.key.clone()).or_insert_with(new);
         if known.uid != uid {
-            *known = Unsettled { since: now, uid, first: None };
+            *known = new();
         }
+        known.lag = known.lag.max(lag);
         if known.first.is_none() {
             known.first.clone_from(&status.first_revision);
         }
-        let since = known.since;
-        let left = status_lag(unsettled.len()).saturating_sub(now - since);
+        let left = known.lag.saturating_sub(now - known.since);
         if left.is_zero() {
             return false;
         }
