@@ -22,7 +22,7 @@ use super::remote::{
 use super::rows::{
     PREVIOUS, end_of, event_of, key_of, lease_of, place_of, read, record_of, sql, state_of, unsigned,
 };
-use super::sql::{Dialect, SqlBackend};
+use super::sql::{CommitError, Dialect, SqlBackend, limited};
 use super::{Leases, Part, REPLICA_SECONDS, State};
 use crate::batch::{Decision, Place, Record};
 use crate::error::OpenError;
@@ -188,6 +188,32 @@ impl MySqlBackend {
 }
 
 // === impl MySqlDialect ===
+
+impl MySqlDialect {
+    /// Everything but the leases and the commit.
+    async fn append(
+        &self,
+        connection: &mut MySqlConnection,
+        decision: &Decision,
+        batch: i64,
+    ) -> Result<(), sqlx::Error> {
+        append(connection, &decision.records).await?;
+        move_heads(connection, &decision.heads()).await?;
+        sqlx::query(
+            "INSERT INTO store_replica (id, batch, seen) VALUES (?, ?, UNIX_TIMESTAMP())
+                 ON DUPLICATE KEY UPDATE batch = VALUES(batch), seen = VALUES(seen)",
+        )
+        .bind(&self.replica[..])
+        .bind(batch)
+        .execute(&mut *connection)
+        .await?;
+        sqlx::query("UPDATE store_state SET revision = ? WHERE id = 1")
+            .bind(sql(decision.revision.0))
+            .execute(connection)
+            .await
+            .map(drop)
+    }
+}
 
 impl Dialect for MySqlDialect {
     type Database = MySql;
@@ -368,27 +394,15 @@ impl Dialect for MySqlDialect {
         place_of(&row, "place")
     }
 
-    async fn append(
+    async fn commit(
         &self,
         connection: &mut MySqlConnection,
         decision: &Decision,
         batch: i64,
-    ) -> Result<(), sqlx::Error> {
-        append(connection, &decision.records).await?;
-        move_heads(connection, &decision.heads()).await?;
-        sqlx::query(
-            "INSERT INTO store_replica (id, batch, seen) VALUES (?, ?, UNIX_TIMESTAMP())
-                 ON DUPLICATE KEY UPDATE batch = VALUES(batch), seen = VALUES(seen)",
-        )
-        .bind(&self.replica[..])
-        .bind(batch)
-        .execute(&mut *connection)
-        .await?;
-        sqlx::query("UPDATE store_state SET revision = ? WHERE id = 1")
-            .bind(sql(decision.revision.0))
-            .execute(connection)
-            .await
-            .map(drop)
+    ) -> Result<(), CommitError> {
+        let append = self.append(connection, decision, batch);
+        limited::<Self, _>(append).await.map_err(CommitError::Before)?;
+        limited::<Self, _>(Self::run(connection, "COMMIT")).await.map_err(CommitError::Asked)
     }
 
     async fn last_batch(&self, connection: &mut MySqlConnection) -> Result<Option<i64>, sqlx::Error> {
@@ -507,8 +521,8 @@ impl Dialect for MySqlDialect {
 ///
 /// It ends a statement after 10 seconds unless told otherwise, which a list of a large store may take; and it keeps a
 /// transaction whose client has gone silent for a day, idle limit or not (seekdb does not heed that one), so the limit on
-/// the whole transaction has to be the one that frees the counter. Nothing of ours takes longer but a commit, and one
-/// that is cut off is looked up.
+/// the whole transaction has to be the one that frees the counter. Nothing of ours takes longer but a batch
+/// on a slow disk, and one that is cut off is tried again, or looked up if its commit was asked for.
 fn oceanbase() -> String {
     let whole = u32::try_from(OPERATION_TIMEOUT.as_secs()).unwrap_or(u32::MAX);
     oceanbase_limits(whole, IDLE_TRANSACTION_SECONDS)

@@ -22,7 +22,7 @@ use super::remote::{
 use super::rows::{
     PREVIOUS, end_of, event_of, key_of, lease_of, place_of, read, record_of, sql, state_of, unsigned,
 };
-use super::sql::{Dialect, SqlBackend, failed};
+use super::sql::{CommitError, Dialect, SqlBackend, failed, limited};
 use super::{Changes, Leases, Part, REPLICA_SECONDS, State};
 use crate::batch::{Decision, Place, Record};
 use crate::error::{Error, OpenError};
@@ -178,6 +178,42 @@ impl PostgresBackend {
 }
 
 // === impl PostgresDialect ===
+
+impl PostgresDialect {
+    /// Everything but the leases and the commit.
+    async fn append(
+        &self,
+        connection: &mut PgConnection,
+        decision: &Decision,
+        batch: i64,
+    ) -> Result<(), sqlx::Error> {
+        fn column<T>(records: &[Record], field: impl Fn(&Record) -> T) -> Vec<T> {
+            records.iter().map(field).collect()
+        }
+        let records = &decision.records;
+        let heads = decision.heads();
+        let values: Vec<&[u8]> = records.iter().map(|record| record.value.as_ref()).collect();
+        let names: Vec<&[u8]> = records.iter().map(|record| record.key.as_ref()).collect();
+        sqlx::query(APPEND)
+            .bind(column(records, |record| record.place.sql()))
+            .bind(names)
+            .bind(column(records, |record| record.prev.sql()))
+            .bind(column(records, |record| sql(record.create_revision.0)))
+            .bind(column(records, |record| sql(record.version)))
+            .bind(column(records, |record| record.lease))
+            .bind(column(records, |record| record.deleted))
+            .bind(values)
+            .bind(heads.iter().map(|head| head.key.as_ref()).collect::<Vec<&[u8]>>())
+            .bind(heads.iter().map(|head| head.place.sql()).collect::<Vec<_>>())
+            .bind(heads.iter().map(|head| head.deleted).collect::<Vec<_>>())
+            .bind(&self.replica)
+            .bind(batch)
+            .bind(sql(decision.revision.0))
+            .execute(connection)
+            .await
+            .map(drop)
+    }
+}
 
 impl Dialect for PostgresDialect {
     type Database = Postgres;
@@ -339,37 +375,15 @@ impl Dialect for PostgresDialect {
         place_of(&row, "place")
     }
 
-    async fn append(
+    async fn commit(
         &self,
         connection: &mut PgConnection,
         decision: &Decision,
         batch: i64,
-    ) -> Result<(), sqlx::Error> {
-        fn column<T>(records: &[Record], field: impl Fn(&Record) -> T) -> Vec<T> {
-            records.iter().map(field).collect()
-        }
-        let records = &decision.records;
-        let heads = decision.heads();
-        let values: Vec<&[u8]> = records.iter().map(|record| record.value.as_ref()).collect();
-        let names: Vec<&[u8]> = records.iter().map(|record| record.key.as_ref()).collect();
-        sqlx::query(APPEND)
-            .bind(column(records, |record| record.place.sql()))
-            .bind(names)
-            .bind(column(records, |record| record.prev.sql()))
-            .bind(column(records, |record| sql(record.create_revision.0)))
-            .bind(column(records, |record| sql(record.version)))
-            .bind(column(records, |record| record.lease))
-            .bind(column(records, |record| record.deleted))
-            .bind(values)
-            .bind(heads.iter().map(|head| head.key.as_ref()).collect::<Vec<&[u8]>>())
-            .bind(heads.iter().map(|head| head.place.sql()).collect::<Vec<_>>())
-            .bind(heads.iter().map(|head| head.deleted).collect::<Vec<_>>())
-            .bind(&self.replica)
-            .bind(batch)
-            .bind(sql(decision.revision.0))
-            .execute(connection)
-            .await
-            .map(drop)
+    ) -> Result<(), CommitError> {
+        let append = self.append(connection, decision, batch);
+        limited::<Self, _>(append).await.map_err(CommitError::Before)?;
+        limited::<Self, _>(Self::run(connection, "COMMIT")).await.map_err(CommitError::Asked)
     }
 
     async fn last_batch(&self, connection: &mut PgConnection) -> Result<Option<i64>, sqlx::Error> {

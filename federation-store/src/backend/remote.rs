@@ -6,8 +6,8 @@ use std::time::Duration;
 use sqlx::pool::PoolConnection;
 use sqlx::{Connection as _, Database};
 
-/// How long anything but a commit may take. A list of everything in a large store takes seconds; a database that takes
-/// longer than this is gone.
+/// How long each step may take: a read, what begins a batch, its rows, its commit. A list of everything in a large store
+/// takes seconds; a database that takes longer than this is gone.
 pub(super) const OPERATION_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long a connection may take to come up, and a caller may wait for a free one.

@@ -34,8 +34,16 @@ pub(crate) struct SqlBackend<D: Dialect> {
 /// A connection of a dialect's driver.
 pub(crate) type Connection<D> = <<D as Dialect>::Database as Database>::Connection;
 
-/// What differs between databases. Every function but the last ones is one statement, or a few of the same kind when
-/// there are many rows; places are as SQL has them, and ranges of them exclude their end.
+/// Why a transaction was not committed, as far as is known.
+pub(crate) enum CommitError {
+    /// The commit was not asked for: nothing is kept.
+    Before(sqlx::Error),
+    /// It was asked for.
+    Asked(sqlx::Error),
+}
+
+/// What differs between databases. Every function but the last ones, `begin` and `commit` is one statement, or a
+/// few of the same kind when there are many rows; places are as SQL has them, and ranges of them exclude their end.
 pub(crate) trait Dialect: Sized + Send + Sync + 'static {
     /// The driver.
     type Database: Database;
@@ -85,6 +93,19 @@ pub(crate) trait Dialect: Sized + Send + Sync + 'static {
         connection: &mut Connection<Self>,
         lock: bool,
     ) -> impl Future<Output = Result<State, sqlx::Error>> + Send;
+
+    /// Begins a transaction that writes: the counter row, locked, and the newest rows of keys, those that have any. A key
+    /// may be there twice.
+    fn begin(
+        connection: &mut Connection<Self>,
+        keys: &[&[u8]],
+    ) -> impl Future<Output = Result<(State, Vec<Record>), sqlx::Error>> + Send {
+        async {
+            Self::run(connection, Self::WRITE).await?;
+            let state = Self::state(connection, true).await?;
+            Ok((state, heads::<Self>(connection, keys, Part::All).await?))
+        }
+    }
 
     /// The newest row of a key before a place, and the counter, in one statement and so of one moment.
     fn record(
@@ -138,13 +159,14 @@ pub(crate) trait Dialect: Sized + Send + Sync + 'static {
         range: &KeyRange,
     ) -> impl Future<Output = Result<Place, sqlx::Error>> + Send;
 
-    /// Writes everything of a decision but its leases: rows, heads, this process's mark, the counter.
-    fn append(
+    /// Writes everything of a decision but its leases, which are written: rows, heads, this process's mark, the counter; and
+    /// commits. Each of the two within the limit.
+    fn commit(
         &self,
         connection: &mut Connection<Self>,
         decision: &Decision,
         batch: i64,
-    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    ) -> impl Future<Output = Result<(), CommitError>> + Send;
 
     /// The last batch that this process has committed.
     fn last_batch(
@@ -274,11 +296,11 @@ impl<D: Dialect> SqlBackend<D> {
     }
 
     /// Gives the connection back, or, after an error, away: what state it is in is anyone's guess.
-    async fn settle<T>(
+    async fn settle<T, E>(
         &self,
         connection: PoolConnection<D::Database>,
-        outcome: Result<T, sqlx::Error>,
-    ) -> Result<T, sqlx::Error> {
+        outcome: Result<T, E>,
+    ) -> Result<T, E> {
         if outcome.is_err() {
             self.dialect.discard(connection).await;
         }
@@ -288,7 +310,7 @@ impl<D: Dialect> SqlBackend<D> {
     async fn try_write(&self, transactions: &[Transaction], batch: i64) -> Result<Decision, WriteError> {
         let failed = |error| WriteError::Failed(failed::<D>("write")(error));
         let mut connection = self.writer.acquire().await.map_err(failed)?;
-        let written = limited::<D, _>(self.write_batch(&mut connection, transactions, batch)).await;
+        let written = limited::<D, _>(Self::write_batch(&mut connection, transactions)).await;
         let decision = match written {
             Ok(decision) => decision,
             Err(error) => {
@@ -296,33 +318,31 @@ impl<D: Dialect> SqlBackend<D> {
                 return Err(failed(error));
             }
         };
-        let end = if decision.is_empty() { "ROLLBACK" } else { "COMMIT" };
-        let ended = limited::<D, _>(D::run(&mut connection, end)).await;
+        if decision.is_empty() {
+            // Nothing was written: what becomes of the connection matters only to itself.
+            let ended = limited::<D, _>(D::run(&mut connection, "ROLLBACK")).await;
+            let _nothing = self.settle(connection, ended).await;
+            return Ok(decision);
+        }
+        let ended = self.dialect.commit(&mut connection, &decision, batch).await;
         match self.settle(connection, ended).await {
             Ok(()) => Ok(decision),
-            // Nothing was written: what became of the connection matters only to itself.
-            Err(_) if decision.is_empty() => Ok(decision),
-            Err(error) if D::kept_nothing(&error) => Err(failed(error)),
-            Err(error) => Err(WriteError::Unknown { decision, error: self::failed::<D>("commit")(error) }),
+            Err(CommitError::Before(error)) => Err(failed(error)),
+            Err(CommitError::Asked(error)) if D::kept_nothing(&error) => Err(failed(error)),
+            Err(CommitError::Asked(error)) => {
+                Err(WriteError::Unknown { decision, error: self::failed::<D>("commit")(error) })
+            }
         }
     }
 
-    /// Everything of a batch but its end.
+    /// Everything of a batch but what the commit writes.
     async fn write_batch(
-        &self,
         connection: &mut Connection<D>,
         transactions: &[Transaction],
-        batch: i64,
     ) -> Result<Decision, sqlx::Error> {
-        // Not the driver's transaction: the caller has to tell a failed commit from any other failure.
-        D::run(connection, D::WRITE).await?;
-        let state = D::state(connection, true).await?;
-        let decision = decide(basis::<D>(connection, transactions, state).await?, transactions);
-        if !decision.is_empty() {
-            self.dialect.append(connection, &decision, batch).await?;
-            for (id, lease) in &decision.leases {
-                D::replace_lease(connection, *id, *lease).await?;
-            }
+        let decision = decide(basis::<D>(connection, transactions).await?, transactions);
+        for (id, lease) in &decision.leases {
+            D::replace_lease(connection, *id, *lease).await?;
         }
         Ok(decision)
     }
@@ -467,7 +487,7 @@ pub(super) fn failed<D: Dialect>(action: &'static str) -> impl Fn(sqlx::Error) -
 }
 
 /// Does `work` within the dialect's limit.
-async fn limited<D: Dialect, T>(
+pub(super) async fn limited<D: Dialect, T>(
     work: impl Future<Output = Result<T, sqlx::Error>> + Send,
 ) -> Result<T, sqlx::Error> {
     let Some(limit) = D::LIMIT else { return work.await };
@@ -538,19 +558,19 @@ async fn events<D: Dialect>(
     Ok(Logged { state, events, upto })
 }
 
-/// What a batch is decided on.
+/// Begins the transaction of a batch, and reads what the batch is decided on.
 async fn basis<D: Dialect>(
     connection: &mut Connection<D>,
     transactions: &[Transaction],
-    state: State,
 ) -> Result<Basis, sqlx::Error> {
-    let mut basis = Basis { revision: state.revision, compacted: state.compacted, ..Basis::default() };
     let written: BTreeSet<&Bytes> =
         transactions.iter().flat_map(|transaction| &transaction.writes).map(|write| &write.key).collect();
     let compared: BTreeSet<&Bytes> =
         transactions.iter().flat_map(|transaction| &transaction.expects).map(|(key, _)| key).collect();
     let keys: Vec<&[u8]> = written.iter().map(|key| key.as_ref()).collect();
-    let mut records = heads::<D>(connection, &keys, Part::All).await?;
+    // Not the driver's transaction: the caller has to tell a failed commit from any other failure.
+    let (state, mut records) = D::begin(connection, &keys).await?;
+    let mut basis = Basis { revision: state.revision, compacted: state.compacted, ..Basis::default() };
     // Of what is only compared nobody asks for the value.
     let keys: Vec<&[u8]> = compared.difference(&written).map(|key| key.as_ref()).collect();
     records.extend(heads::<D>(connection, &keys, Part::WithoutValue).await?);

@@ -10,18 +10,20 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::StreamExt as _;
 use parking_lot::Mutex;
 use sqlx::pool::PoolConnection;
+use sqlx::query::Query;
 use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
-    SqliteSynchronous,
+    SqliteArguments, SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool,
+    SqlitePoolOptions, SqliteSynchronous,
 };
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Executor as _, Row as _, Sqlite};
 
 use super::rows::{
     PREVIOUS, end_of, event_of, key_of, lease_of, place_of, read, record_of, sql, state_of, unsigned,
 };
-use super::sql::{Dialect, SqlBackend};
+use super::sql::{CommitError, Dialect, SqlBackend};
 use super::{Leases, Part, REPLICA_SECONDS, State};
 use crate::batch::{Decision, Place, Record};
 use crate::error::OpenError;
@@ -62,6 +64,9 @@ const LIST_KEYS: &str = concat!(
 /// The largest number of rows in one statement, a power of two. Statements exist for powers of two only, so that all
 /// of them stay prepared.
 const MAX_ROWS: usize = 64;
+
+/// Statements that stay prepared: of commits there are up to 97, by their numbers of rows and heads.
+const PREPARED: usize = 160;
 
 /// The write-ahead log is cut back to this size after a checkpoint.
 const JOURNAL_BYTES: &str = "67108864";
@@ -168,6 +173,7 @@ impl SqliteBackend {
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(BUSY_TIMEOUT)
             .pragma("journal_size_limit", JOURNAL_BYTES)
+            .statement_cache_capacity(PREPARED)
             .disable_statement_logging();
         let open = |source| OpenError::Open { database: path.display().to_string(), source };
         let writer = pool(1).connect_with(options.clone()).await.map_err(open)?;
@@ -234,6 +240,30 @@ impl Dialect for SqliteDialect {
 
     async fn state(connection: &mut SqliteConnection, _: bool) -> Result<State, sqlx::Error> {
         state_of(&sqlx::query(STATE).fetch_one(connection).await?)
+    }
+
+    async fn begin(
+        connection: &mut SqliteConnection,
+        keys: &[&[u8]],
+    ) -> Result<(State, Vec<Record>), sqlx::Error> {
+        let (first, rest) = keys.split_at(keys.len().min(MAX_ROWS));
+        if first.is_empty() {
+            Self::run(connection, Self::WRITE).await?;
+            return Ok((Self::state(connection, true).await?, Vec::new()));
+        }
+        // In one call: each is a trip to the driver's thread and back, which takes longer than what is done there.
+        let statement = format!("{}; {}", Self::WRITE, basis(first));
+        let rows =
+            bind_names(sqlx::query(AssertSqlSafe(statement)), first).fetch_all(&mut *connection).await?;
+        let state = state_of(rows.first().ok_or(sqlx::Error::RowNotFound)?)?;
+        let mut records = Vec::with_capacity(keys.len());
+        for row in &rows {
+            if row.try_get::<Option<i64>, _>("place")?.is_some() {
+                records.push(record_of(row)?);
+            }
+        }
+        records.extend(Self::heads(connection, rest, Part::All).await?);
+        Ok((state, records))
     }
 
     async fn record(
@@ -349,19 +379,14 @@ impl Dialect for SqliteDialect {
             }
         };
         for chunk in keys.chunks(MAX_ROWS) {
-            // Rounded up by naming a key twice.
-            let rows = chunk.len().next_power_of_two();
-            let names = vec!["(?)"; rows].join(",");
             // Only our own columns and the number of question marks are put into the text.
+            let names = names(chunk);
             let statement = format!(
                 "WITH k (name) AS (VALUES {names})
                  SELECT {columns} FROM k CROSS JOIN store_head h ON h.name = k.name
                                    CROSS JOIN store_log l ON l.place = h.place"
             );
-            let mut query = sqlx::query(AssertSqlSafe(statement));
-            for index in 0..rows {
-                query = query.bind(chunk[index.min(chunk.len() - 1)]);
-            }
+            let query = bind_names(sqlx::query(AssertSqlSafe(statement)), chunk);
             for row in &query.fetch_all(&mut *connection).await? {
                 records.push(record_of(row)?);
             }
@@ -380,27 +405,78 @@ impl Dialect for SqliteDialect {
         place_of(&row, "place")
     }
 
-    async fn append(
+    async fn commit(
         &self,
         connection: &mut SqliteConnection,
         decision: &Decision,
         batch: i64,
-    ) -> Result<(), sqlx::Error> {
-        append(connection, &decision.records).await?;
-        move_heads(connection, &decision.heads()).await?;
-        sqlx::query(
-            "INSERT INTO store_replica (id, batch, seen) VALUES (?1, ?2, unixepoch())
-                 ON CONFLICT (id) DO UPDATE SET batch = excluded.batch, seen = excluded.seen",
-        )
-        .bind(&self.replica[..])
-        .bind(batch)
-        .execute(&mut *connection)
-        .await?;
-        sqlx::query("UPDATE store_state SET revision = ?1 WHERE id = 1")
-            .bind(sql(decision.revision.0))
-            .execute(connection)
-            .await
-            .map(drop)
+    ) -> Result<(), CommitError> {
+        let heads = decision.heads();
+        let (mut records, mut heads) = (&decision.records[..], &heads[..]);
+        loop {
+            let (added, moved) = (chunk(&mut records), chunk(&mut heads));
+            let last = records.is_empty() && heads.is_empty();
+            // Several statements in one call, as in `begin`. Which they are and numbers of question marks are all that differs.
+            let (mut statements, mut number) = (String::new(), 0);
+            if !added.is_empty() {
+                statements += "INSERT INTO store_log
+                    (place, name, prev, create_revision, version, lease, deleted, value) VALUES ";
+                statements += &values("(?,?,?,?,?,?,?,?)", added.len());
+                statements += ";";
+                number += 1;
+            }
+            if !moved.is_empty() {
+                statements += "INSERT INTO store_head (name, place, deleted) VALUES ";
+                statements += &values("(?,?,?)", moved.len());
+                statements +=
+                    " ON CONFLICT (name) DO UPDATE SET place = excluded.place, deleted = excluded.deleted;";
+                number += 1;
+            }
+            if last {
+                statements += "INSERT INTO store_replica (id, batch, seen) VALUES (?, ?, unixepoch())
+                     ON CONFLICT (id) DO UPDATE SET batch = excluded.batch, seen = excluded.seen;
+                    UPDATE store_state SET revision = ? WHERE id = 1;
+                    COMMIT";
+                number += 3;
+            }
+            let mut query = sqlx::query(AssertSqlSafe(statements));
+            for record in added {
+                query = query
+                    .bind(record.place.sql())
+                    .bind(record.key.as_ref())
+                    .bind(record.prev.sql())
+                    .bind(sql(record.create_revision.0))
+                    .bind(sql(record.version))
+                    .bind(record.lease)
+                    .bind(record.deleted)
+                    .bind(record.value.as_ref());
+            }
+            for head in moved {
+                query = query.bind(head.key.as_ref()).bind(head.place.sql()).bind(head.deleted);
+            }
+            if last {
+                query = query.bind(&self.replica[..]).bind(batch).bind(sql(decision.revision.0));
+            }
+            // Each statement that is carried out says so: which one fails is known.
+            let mut done = 0;
+            let mut failed = None;
+            let mut steps = connection.fetch_many(query);
+            while let Some(step) = steps.next().await {
+                match step {
+                    Ok(_) => done += 1,
+                    Err(error) => failed = Some(error),
+                }
+            }
+            if done < number {
+                // A driver's thread that is gone says nothing.
+                let error = failed.unwrap_or(sqlx::Error::WorkerCrashed);
+                let asked = last && (done + 1 == number || matches!(error, sqlx::Error::WorkerCrashed));
+                return Err(if asked { CommitError::Asked(error) } else { CommitError::Before(error) });
+            }
+            if last {
+                return Ok(());
+            }
+        }
     }
 
     async fn last_batch(&self, connection: &mut SqliteConnection) -> Result<Option<i64>, sqlx::Error> {
@@ -655,54 +731,45 @@ async fn migrate(pool: &SqlitePool) -> Result<(), OpenError> {
     transaction.commit().await.map_err(step(known))
 }
 
-/// Adds the records to the log.
-async fn append(connection: &mut SqliteConnection, records: &[Record]) -> Result<(), sqlx::Error> {
-    let mut rest = records;
-    while !rest.is_empty() {
-        // The largest power of two that fits.
-        let rows = (1 << rest.len().ilog2()).min(MAX_ROWS);
-        let (chunk, after) = rest.split_at(rows);
-        rest = after;
-        let values = vec!["(?,?,?,?,?,?,?,?)"; rows].join(",");
-        let statement = format!(
-            "INSERT INTO store_log
-                 (place, name, prev, create_revision, version, lease, deleted, value) VALUES {values}"
-        );
-        let mut query = sqlx::query(AssertSqlSafe(statement));
-        for record in chunk {
-            query = query
-                .bind(record.place.sql())
-                .bind(record.key.as_ref())
-                .bind(record.prev.sql())
-                .bind(sql(record.create_revision.0))
-                .bind(sql(record.version))
-                .bind(record.lease)
-                .bind(record.deleted)
-                .bind(record.value.as_ref());
-        }
-        query.execute(&mut *connection).await?;
-    }
-    Ok(())
+/// The first rows, as many as go into one statement: the largest power of two that fits. What is left are the others.
+fn chunk<'a, T>(rest: &mut &'a [T]) -> &'a [T] {
+    let rows = rest.len().checked_ilog2().map_or(0, |log| (1 << log).min(MAX_ROWS));
+    let (chunk, after) = rest.split_at(rows);
+    *rest = after;
+    chunk
 }
 
-async fn move_heads(connection: &mut SqliteConnection, heads: &[&Record]) -> Result<(), sqlx::Error> {
-    let mut rest = heads;
-    while !rest.is_empty() {
-        let rows = (1 << rest.len().ilog2()).min(MAX_ROWS);
-        let (chunk, after) = rest.split_at(rows);
-        rest = after;
-        let values = vec!["(?,?,?)"; rows].join(",");
-        let statement = format!(
-            "INSERT INTO store_head (name, place, deleted) VALUES {values}
-                 ON CONFLICT (name) DO UPDATE SET place = excluded.place, deleted = excluded.deleted"
-        );
-        let mut query = sqlx::query(AssertSqlSafe(statement));
-        for record in chunk {
-            query = query.bind(record.key.as_ref()).bind(record.place.sql()).bind(record.deleted);
-        }
-        query.execute(&mut *connection).await?;
+/// So many rows of question marks.
+fn values(row: &str, rows: usize) -> String {
+    vec![row; rows].join(",")
+}
+
+/// As many names as the keys, rounded up.
+fn names(keys: &[&[u8]]) -> String {
+    values("(?)", keys.len().next_power_of_two())
+}
+
+/// The counter row with the newest row of each key; with nothing where there is none.
+fn basis(keys: &[&[u8]]) -> String {
+    let names = names(keys);
+    format!(
+        "WITH k (name) AS (VALUES {names})
+         SELECT s.revision AS s_revision, s.compacted AS s_compacted, s.swept AS s_swept, l.*
+           FROM store_state s CROSS JOIN k LEFT JOIN store_head h ON h.name = k.name
+                              LEFT JOIN store_log l ON l.place = h.place
+          WHERE s.id = 1"
+    )
+}
+
+/// Binds what [`names`] has room for: the last key is named more than once.
+fn bind_names<'q>(
+    mut query: Query<'q, Sqlite, SqliteArguments>,
+    keys: &'q [&'q [u8]],
+) -> Query<'q, Sqlite, SqliteArguments> {
+    for index in 0..keys.len().next_power_of_two() {
+        query = query.bind(keys[index.min(keys.len() - 1)]);
     }
-    Ok(())
+    query
 }
 
 #[cfg(test)]
@@ -775,6 +842,54 @@ mod tests {
             assert_eq!(backend.leased(7).await.unwrap(), ["a"]);
             backend.close().await;
         }
+    }
+
+    /// Statements hold powers of two: numbers beside them, and keys that are written twice.
+    #[tokio::test]
+    async fn batches_of_any_size_are_whole() {
+        let backend = SqliteBackend::in_memory().await.unwrap();
+        let all = KeyRange::prefix("");
+        let mut there = 0;
+        for (batch, size) in (1..).zip([1, 2, 3, MAX_ROWS - 1, MAX_ROWS, MAX_ROWS + 1, 3 * MAX_ROWS + 7]) {
+            let key = |n: usize| format!("/{batch}/{n}");
+            let mut transactions: Vec<Transaction> = (0..size).map(|n| create(key(n), n)).collect();
+            // What there is already is a conflict, and the first key is written once more.
+            transactions.push(create(key(0), 0));
+            let value = Some(Bytes::from_static(b"again"));
+            let again = Write { key: key(0).into(), value, lease: 0, expect: Expect::Any };
+            transactions.push(Transaction::single(again));
+            let decision = backend.write(&transactions, batch).await.unwrap();
+            there += size;
+            let listed = backend.list(&all, None, None, Part::All).await.unwrap();
+            assert_eq!((listed.items.len(), listed.state.revision), (there, decision.revision), "{size}");
+            let (_, first) = backend.get(key(0).as_bytes(), None).await.unwrap();
+            let first = first.unwrap();
+            assert_eq!((first.value.as_ref(), first.version), (&b"again"[..], 2), "{size}");
+            let (_, last) = backend.get(key(size - 1).as_bytes(), None).await.unwrap();
+            assert_eq!(last.unwrap().value.len(), if size == 1 { 5 } else { size - 1 });
+            assert!(backend.committed(batch).await.unwrap());
+            assert!(!backend.committed(batch + 1).await.unwrap());
+        }
+        backend.close().await;
+    }
+
+    #[tokio::test]
+    async fn what_begins_a_batch_seeks() {
+        let backend = SqliteBackend::in_memory().await.unwrap();
+        for number in [1, MAX_ROWS] {
+            let names: Vec<String> = (0..number).map(|n| format!("/{n}")).collect();
+            let keys: Vec<&[u8]> = names.iter().map(String::as_bytes).collect();
+            let statement = format!("EXPLAIN QUERY PLAN {}", basis(&keys));
+            let query = bind_names(sqlx::query(AssertSqlSafe(statement)), &keys);
+            let plan = query.fetch_all(&backend.readers).await.unwrap();
+            let steps: Vec<String> = plan.iter().map(|row| row.get("detail")).collect();
+            let seeks = |table: &str| {
+                let seek = format!("SEARCH {table} USING ");
+                steps.iter().any(|step| step.starts_with(&seek) && step.contains("PRIMARY KEY"))
+            };
+            assert!(["s", "h", "l"].into_iter().all(seeks), "{number}: {steps:?}");
+        }
+        backend.close().await;
     }
 
     #[tokio::test]
