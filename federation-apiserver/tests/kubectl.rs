@@ -2,9 +2,9 @@
 
 mod common;
 
-use common::Server;
 use common::kubectl::Kubectl;
-use test_support::{require, tools};
+use common::{LIMIT, Server};
+use test_support::{require, tools, wait_until};
 
 const WEB: &str = r#"
 apiVersion: apps/v1
@@ -57,6 +57,12 @@ async fn a_workload_in_a_member() {
     k.ok("set image deployment/web nginx=nginx:1.27", &["image updated"]).await;
     k.ok("describe deployment web", &["nginx:1.27", "StrategyType:", "ScalingReplicaSet"]).await;
     k.ok("rollout status deployment/web --timeout=50s", &["successfully rolled out"]).await;
+    // What is being ended would be listed, and may be gone when it is described.
+    let ended = async || {
+        let (_, pods) = k.run("get pods -l app=web -o name", "").await;
+        if pods.lines().count() == 4 { Ok(()) } else { Err(pods) }
+    };
+    wait_until(ended, LIMIT, "the pods of the version before to be gone").await.expect("four pods");
     k.ok("describe pods -l app=web", &["Ready", "Scheduled"]).await;
     k.ok("logs deployment/web --tail=1", &["[simulated]"]).await;
     k.ok("explain deployment.spec.strategy", &["DeploymentStrategy", "rollingUpdate"]).await;
