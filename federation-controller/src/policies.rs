@@ -18,6 +18,7 @@
 //! No owner reference ties a companion to its object: an object that is replaced under its name must not take what runs in
 //! members along, and on its way out a companion first learns what the object said last (`kubefed.io/orphan`).
 
+mod kinds;
 mod report;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -44,6 +45,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 use tracing::{Instrument as _, debug, info, info_span, warn};
 
+use self::kinds::{Due, Kind, Unfederated};
 use self::report::report;
 use crate::follow::{Change, Read, Source, Unread, WatchTrouble, admit_all, follow_as, follow_each};
 use crate::hub::{Kept, ObjectKey};
@@ -85,6 +87,8 @@ struct State {
     failures: HashMap<ObjectKey, u32>,
     /// How often in a row a companion was another than the one known here when it was written.
     conflicts: HashMap<ObjectKey, u32>,
+    /// Kinds that policies may have enabled and that could not be so far.
+    unfederated: BTreeMap<Kind, Unfederated>,
 }
 
 /// The native objects of one kind.
@@ -268,6 +272,14 @@ impl Policies {
         touched.into_iter().for_each(|key| self.queue.add(key));
     }
 
+    /// What became of the kinds that were to be enabled.
+    fn unfederated(&self, now: BTreeMap<Kind, Unfederated>) {
+        let before = std::mem::replace(&mut self.state.lock().unfederated, now.clone());
+        if before != now {
+            self.counted.notify_one();
+        }
+    }
+
     fn cannot_list(&self, kind: usize, trouble: Trouble) {
         if let Some(natives) = self.state.lock().natives.get_mut(&kind)
             && natives.trouble != Some(trouble)
@@ -378,6 +390,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     }
     tasks.spawn(report(Arc::clone(&shared)).instrument(info_span!("policies")));
     let mut watches: HashMap<usize, AbortHandle> = HashMap::new();
+    let mut enabling: Option<(Due, AbortHandle)> = None;
     loop {
         tokio::select! {
             () = shared.policies.changed.notified() => {}
@@ -387,6 +400,9 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             }
         }
         let live = shared.types.live();
+        // The first start of all enables what comes enabled before it is asked for more.
+        let configs = shared.state.read().type_configs().filter(|configs| !configs.is_empty());
+        let mut due = Due::new();
         let wanted: BTreeMap<usize, Arc<FederatedType>> = {
             let mut state = shared.policies.state.lock();
             let State { policies: Some(policies), natives, outcomes, farewells, failures, conflicts, .. } =
@@ -394,6 +410,9 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             else {
                 continue;
             };
+            if let Some(configs) = configs {
+                due = kinds::due(policies, &configs);
+            }
             let wanted: BTreeMap<_, _> =
                 live.into_iter().filter(|(_, of)| is_spoken_of(policies, of)).collect();
             let unwanted = natives.extract_if(|kind, _| !wanted.contains_key(kind));
@@ -412,6 +431,14 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             }
             wanted
         };
+        if enabling.as_ref().is_none_or(|(before, _)| *before != due) {
+            if let Some((_, before)) = enabling.take() {
+                before.abort();
+            }
+            // With none due it forgets what could not be enabled, and ends.
+            let task = tasks.spawn(kinds::enable(Arc::clone(&shared), due.clone()));
+            enabling = Some((due, task));
+        }
         watches.retain(|kind, watch| {
             let stays = wanted.contains_key(kind);
             if !stays {

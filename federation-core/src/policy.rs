@@ -35,6 +35,16 @@ const MADE_BY_SERVERS: [(&str, &str, &str); 3] = [
 const TOKEN_OF: &str = "kubernetes.io/service-account.name";
 /// On the roles that an API server keeps up itself.
 const BOOTSTRAPPING: &str = "kubernetes.io/bootstrapping";
+/// Kinds that a policy of any namespace enables, by group: what Kubernetes' own role `edit` writes beside the kinds that come
+/// enabled. Whoever may write a kind's federated objects writes that kind in members, so what else there is (roles, a
+/// vendor's kinds) is the platform's to enable.
+const EVERYBODYS: [(&str, &str); 5] = [
+    ("", "PersistentVolumeClaim"),
+    ("autoscaling", "HorizontalPodAutoscaler"),
+    ("batch", "CronJob"),
+    ("networking.k8s.io", "NetworkPolicy"),
+    ("policy", "PodDisruptionBudget"),
+];
 /// Groups of cellway's own definitions.
 const OWN_DEFINITIONS: [&str; 2] = [".kubefed.io", ".cellway.io"];
 /// Annotations by which an object says how it is federated: orphaned, adopted, deleted.
@@ -75,8 +85,19 @@ enum Aim {
 
 /// Whether a selector speaks of a type.
 pub fn speaks_of(selector: &ResourceSelector, of: &FederatedType) -> bool {
-    let group = selector.api_version.split_once('/').map_or("", |(group, _)| group);
-    group == of.target.group && selector.kind == of.target.kind
+    group(selector) == of.target.group && selector.kind == of.target.kind
+}
+
+/// The API group that a selector speaks of.
+pub fn group(selector: &ResourceSelector) -> &str {
+    selector.api_version.split_once('/').map_or("", |(group, _)| group)
+}
+
+/// Whether a policy may have a kind that it speaks of federated which nobody has enabled or disabled: the platform's may, and
+/// others where the kind is one that teams write.
+pub fn may_enable(policy: &PropagationPolicy, selector: &ResourceSelector) -> bool {
+    let is_everybodys = EVERYBODYS.contains(&(group(selector), selector.kind.as_str()));
+    policy.metadata.deletion_timestamp.is_none() && (is_system(policy) || is_everybodys)
 }
 
 /// The policy that a native object goes by, if any.
@@ -175,18 +196,15 @@ fn selects(selector: &ResourceSelector, object: &ObjectMeta) -> Option<Aim> {
     Some(aim)
 }
 
-/// What is wrong with a policy that nobody can see from its objects.
+/// What is wrong with a policy that nobody can see from its objects, but for kinds that are not federated.
 pub fn complaints(policy: &PropagationPolicy, federated: &[&FederatedType]) -> Vec<String> {
     let mut complaints = Vec::new();
     for selector in &policy.spec.resources {
         let what = format!("{} {}", selector.api_version, selector.kind);
-        match federated.iter().find(|of| speaks_of(selector, of)) {
-            None => complaints.push(format!("{what} is not federated: cellway federate enable it")),
-            Some(of) if !of.target.namespaced && !is_system(policy) => {
-                complaints
-                    .push(format!("{what} has no namespace: a policy for it lies in {FEDERATION_NAMESPACE}"));
-            }
-            Some(_) => {}
+        let of = federated.iter().find(|of| speaks_of(selector, of));
+        if of.is_some_and(|of| !of.target.namespaced && !is_system(policy)) {
+            complaints
+                .push(format!("{what} has no namespace: a policy for it lies in {FEDERATION_NAMESPACE}"));
         }
         if let Some(Err(error)) = selector.label_selector.as_ref().map(parse_selector) {
             complaints.push(format!("the labelSelector of {what} cannot be read: {error}"));
@@ -509,14 +527,35 @@ mod tests {
         assert_eq!(complaints(&policy, &federated), Vec::<String>::new());
         let selector = |value: Value| serde_json::from_value(value).expect("a selector");
         policy.spec.resources = vec![
-            selector(json!({"apiVersion": "example.com/v1", "kind": "Widget"})),
             selector(json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole"})),
             selector(json!({"apiVersion": "v1", "kind": "Secret",
                 "labelSelector": {"matchExpressions": [{"key": "a", "operator": "Near"}]}})),
         ];
         let found = complaints(&policy, &federated);
-        assert_eq!(found.len(), 3, "{found:?}");
-        assert!(found[0].contains("example.com/v1 Widget is not federated"), "{found:?}");
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert!(found[0].contains("a policy for it lies in kube-federation-system"), "{found:?}");
+    }
+
+    #[test]
+    fn the_platform_has_any_kind_enabled_and_teams_what_teams_write() {
+        let may = |namespace: &str, api_version: &str, kind: &str, going: bool| {
+            let mut policy = policy(namespace, "p", Value::Null);
+            let at = || serde_json::from_value(json!("2026-11-22T00:00:00Z")).expect("a time");
+            policy.metadata.deletion_timestamp = going.then(at);
+            let selector = ResourceSelector {
+                api_version: api_version.into(),
+                kind: kind.into(),
+                ..ResourceSelector::default()
+            };
+            may_enable(&policy, &selector)
+        };
+        let (platform, team) = ("kube-federation-system", "shop");
+        assert!(may(platform, "example.com/v1", "Widget", false));
+        assert!(!may(platform, "example.com/v1", "Widget", true));
+        assert!(!may(team, "example.com/v1", "Widget", false));
+        assert!(!may(team, "rbac.authorization.k8s.io/v1", "RoleBinding", false));
+        assert!(may(team, "batch/v1", "CronJob", false));
+        assert!(!may(team, "example.com/v1", "CronJob", false));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use serde_json::json;
 use tokio::time::timeout;
 use tracing::warn;
 
+use super::kinds::{self, Unfederated};
 use super::{MANAGER, Natives, Trouble};
 use crate::Shared;
 use crate::member::chain;
@@ -85,7 +86,10 @@ fn statuses(
     waits: &mut HashMap<String, Waits>,
 ) -> Vec<(Arc<PropagationPolicy>, PropagationPolicyStatus)> {
     let types = shared.types.live();
-    let types_known = shared.state.read().types_known();
+    let (types_known, configs) = {
+        let state = shared.state.read();
+        (state.types_known(), state.type_configs().unwrap_or_default())
+    };
     let state = shared.policies.state.lock();
     // Objects come to the queue before anybody can see that they are known.
     let idle = shared.policies.queue.is_idle();
@@ -119,6 +123,22 @@ fn statuses(
                 tally.unlisted.push(format!("{} is being listed", of.kind));
             }
         }
+        for selector in &policy.spec.resources {
+            if !types.iter().any(|(_, of)| speaks_of(selector, of)) {
+                let what = format!("{} {}", selector.api_version, selector.kind);
+                match kinds::why(policy, selector, &configs, &state.unfederated) {
+                    Unfederated::Soon => tally.unlisted.push(format!("{what} is being enabled")),
+                    Unfederated::NotServed => {
+                        tally
+                            .unserved
+                            .push(format!("the hub API does not serve {what}: apply its definition"));
+                    }
+                    Unfederated::Because(why) => {
+                        tally.complaints.push(format!("{what} is not federated: {why}"));
+                    }
+                }
+            }
+        }
         // After a restart the status says already what comes out in the end: what is known halfway there is no news.
         let known = match (types_known && tally.unlisted.is_empty(), idle) {
             (false, _) => Known::Partly,
@@ -134,7 +154,7 @@ fn statuses(
             continue;
         }
         let of: Vec<&FederatedType> = types.iter().map(|(_, of)| of.as_ref()).collect();
-        tally.complaints = complaints(policy, &of);
+        tally.complaints.extend(complaints(policy, &of));
         let status = tally.status(policy);
         if policy.status.as_ref() != Some(&status) {
             due.push((Arc::clone(policy), status));

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
-use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::batch::v1::{CronJob, Job};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret, Service};
 use k8s_openapi::api::networking::v1::Ingress;
 use kube::{Api, ResourceExt as _};
@@ -85,6 +85,17 @@ spec:
   - host: web.example.com
     http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: web, port: {number: 80}}}}]}
 ---
+apiVersion: batch/v1
+kind: CronJob
+metadata: {name: nightly, namespace: shop}
+spec:
+  schedule: '0 3 * * *'
+  suspend: true
+  jobTemplate:
+    spec:
+      template:
+        spec: {restartPolicy: Never, containers: [{name: report, image: 'report:1'}]}
+---
 apiVersion: apps/v1
 kind: ReplicaSet
 metadata: {name: workers, namespace: shop, labels: {app: web}}
@@ -105,6 +116,8 @@ spec:
   - {apiVersion: batch/v1, kind: Job, labelSelector: {matchLabels: {app: web}}}
   - {apiVersion: networking.k8s.io/v1, kind: Ingress, name: web}
   - {apiVersion: apps/v1, kind: ReplicaSet}
+  # Nobody has enabled it.
+  - {apiVersion: batch/v1, kind: CronJob}
   placement: {units: [{name: a}, {name: c}]}
 ";
 
@@ -234,6 +247,12 @@ pub(crate) async fn jobs_ingresses_and_replica_sets_go_too(world: World) {
     }
     let rules = ingresses.get("web").await.expect("there").spec.expect("a spec").rules.expect("rules");
     assert_eq!(rules[0].host.as_deref(), Some("web.example.com"));
+    let crons: Api<CronJob> = Api::namespaced(world.x.clone(), "shop");
+    until("its kind is enabled for the policy", async || {
+        let cron = crons.get_opt("nightly-a").await.ok()??;
+        (cron.spec.schedule == "0 3 * * *").then_some(())
+    })
+    .await;
     let set = sets.get("workers-a").await.expect("there");
     assert_eq!(set.status.expect("a status").ready_replicas, Some(2));
 

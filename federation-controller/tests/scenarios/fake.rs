@@ -303,8 +303,17 @@ impl FakeApi {
                 Some(json!({"kind": "APIGroup", "versions": [{"version": version}]}))
             }
             ["apis", group, version] => {
-                let (_, kind) = of_group(group).filter(|(served, _)| served == version)?;
-                Some(json!({"kind": "APIResourceList", "resources": [{"kind": kind}]}))
+                let of_version = |(resource, (served, kind)): (&String, &(&str, &str))| {
+                    let (of, plural) = resource.split_once('/')?;
+                    (of == *group && served == version).then(|| {
+                        json!({"name": plural, "singularName": "", "kind": kind, "namespaced": true,
+                            "verbs": ["create", "delete", "get", "list", "patch", "update", "watch"]})
+                    })
+                };
+                let resources: Vec<_> = upgraded.iter().filter_map(of_version).collect();
+                let list = json!({"kind": "APIResourceList", "groupVersion": format!("{group}/{version}"),
+                    "resources": resources});
+                (!resources.is_empty()).then_some(list)
             }
             _ => None,
         }

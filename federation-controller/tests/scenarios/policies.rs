@@ -187,12 +187,77 @@ async fn a_kind_that_cannot_be_read_is_told_and_stops_no_other() {
     assert_eq!(message, "the hub API does not serve v1 Secret: federate it by FederatedSecret");
     world.hub.unserved.lock().clear();
     policy_says(&world, "web", 1, "True").await;
-    // A kind that is not federated.
+    // A kind that is not federated, and not a team's to have federated.
     world.hub.edit(POLICIES, "shop", "web", |policy| {
         policy["spec"]["resources"][1] = json!({"apiVersion": "example.com/v1", "kind": "Widget"});
     });
     let said = policy_says(&world, "web", 1, "False").await;
     assert_eq!(said["status"]["conditions"][0]["reason"], "InvalidResources");
+    world.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_policy_of_the_platform_has_its_kinds_enabled() {
+    let mut world = start().await;
+    let object = |api_version: &str, kind: &str| {
+        json!({"apiVersion": api_version, "kind": kind, "metadata": {"name": "one", "namespace": "shop"},
+            "spec": {"size": 3}})
+    };
+    world.hub.put("example.com/widgets", "shop", "one", Some(object("example.com/v1", "Widget")));
+    world.hub.put("batch/cronjobs", "shop", "one", Some(object("batch/v1", "CronJob")));
+    let put = |namespace: &str, name: &str, resources: Value| {
+        let policy = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "PropagationPolicy",
+            "metadata": {"name": name, "namespace": namespace},
+            "spec": {"resources": resources, "topologyType": "cluster", "placement": {"units": [{"name": "x"}]}}});
+        world.hub.put(POLICIES, namespace, name, Some(policy));
+    };
+    let widgets = json!({"apiVersion": "example.com/v1", "kind": "Widget"});
+    let says = async |namespace: &str, reason: &str, wanted: &str| {
+        let what = format!("the policy of {namespace} says {reason} {wanted}");
+        world
+            .until(&what, || {
+                let said = world.hub.get(POLICIES, namespace, "all")?["status"]["conditions"][0].clone();
+                let message = said["message"].as_str()?.to_owned();
+                (said["reason"] == reason && message == wanted).then_some(())
+            })
+            .await;
+    };
+    let here = |resource: &str| world.member("x").get(resource, "shop", "one").is_some();
+    let federated = "every selected object has its companion";
+
+    // A team's: what teams write is enabled, once the hub serves it; what makes no path is not asked for.
+    let cron_jobs = json!({"apiVersion": "batch/v1", "kind": "CronJob"});
+    put("shop", "all", json!([cron_jobs, widgets]));
+    says("shop", "InvalidResources", "example.com/v1 Widget is not federated: cellway federate enable it")
+        .await;
+    put("shop", "all", json!([cron_jobs]));
+    says("shop", "KindNotServed", "the hub API does not serve batch/v1 CronJob: apply its definition").await;
+    world.hub.upgraded.lock().insert("batch/cronjobs".into(), ("v1", "CronJob"));
+    says("shop", "Federated", federated).await;
+    world.until("the cron job is there", || here("batch/cronjobs").then_some(())).await;
+    let types = "core.kubefed.io/federatedtypeconfigs";
+    let config = |name: &str| world.hub.get(types, "kube-federation-system", name);
+    let made = config("cronjobs.batch").expect("it is made");
+    assert_eq!(made["metadata"]["annotations"]["cellway.io/policy"], "shop/all");
+    let odd = json!({"apiVersion": "batch/v1/../../..", "kind": "CronJob"});
+    put("shop", "odd", json!([odd]));
+
+    // The platform's: any kind.
+    world.hub.upgraded.lock().insert("example.com/widgets".into(), ("v1", "Widget"));
+    put("kube-federation-system", "all", json!([widgets]));
+    says("kube-federation-system", "Federated", federated).await;
+    world.until("the widget is there", || here("example.com/widgets").then_some(())).await;
+    assert!(!world.hub.asked().iter().any(|asked| asked.contains("..")), "{:?}", world.hub.asked());
+
+    // One that disables a kind has the last word.
+    world.hub.edit(types, "kube-federation-system", "widgets.example.com", |config| {
+        config["spec"]["propagation"] = "Disabled".into();
+    });
+    let disabled = "example.com/v1 Widget is not federated: its FederatedTypeConfig is disabled";
+    says("kube-federation-system", "InvalidResources", disabled).await;
+    tokio::time::sleep(MINUTE).await;
+    let kept = config("widgets.example.com").expect("it stays");
+    assert_eq!(kept["spec"]["propagation"], "Disabled");
     world.stop().await;
 }
 

@@ -56,7 +56,7 @@ pub struct PropagationPolicySpec {
 pub struct ResourceSelector {
     /// Group and version, for example `apps/v1`. Every version of the group counts.
     pub api_version: String,
-    /// Kind, for example `Deployment`. The kind must be federated (`cellway federate types`).
+    /// Kind, for example `Deployment`. Its type is enabled if the policy may do that.
     pub kind: String,
     /// Only the object of this name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
