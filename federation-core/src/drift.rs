@@ -17,10 +17,34 @@ use thiserror::Error;
 use crate::names::{HUB_ANNOTATION, MANAGED_LABEL, RENDERED_ANNOTATION, SOURCE_ANNOTATION};
 use crate::revision::{Digest, digest};
 
-/// Fields that name an element of a list of objects, in the order in which they are tried. They are the list-map keys
-/// of the built-in kinds; a list without one is compared as a whole.
-const ELEMENT_KEYS: [&str; 8] =
-    ["name", "containerPort", "port", "mountPath", "devicePath", "ip", "topologyKey", "uid"];
+/// Lists whose elements have owners of their own (`x-kubernetes-list-type: map` of the built-in kinds, which custom resources
+/// with a pod template share), so that an element which somebody else adds is no drift: the field that they lie in, if it
+/// matters (empty: the object itself), their own, and the one that names an element. Every other list is one value.
+const MAPS: [(Option<&str>, &str, &str); 21] = [
+    (None, "containers", "name"),
+    (None, "initContainers", "name"),
+    (None, "ephemeralContainers", "name"),
+    (None, "volumes", "name"),
+    (None, "env", "name"),
+    (None, "claims", "name"),
+    (None, "resourceClaims", "name"),
+    (None, "schedulingGates", "name"),
+    (None, "matchConditions", "name"),
+    (None, "volumeMounts", "mountPath"),
+    (None, "volumeDevices", "devicePath"),
+    (None, "hostAliases", "ip"),
+    (None, "topologySpreadConstraints", "topologyKey"),
+    (None, "conditions", "type"),
+    (Some("containers"), "ports", "containerPort"),
+    (Some("initContainers"), "ports", "containerPort"),
+    (Some("ephemeralContainers"), "ports", "containerPort"),
+    // A Service's; those of a NetworkPolicy lie elsewhere and are one value.
+    (Some("spec"), "ports", "port"),
+    // A pod's; those of a ServiceAccount are one value.
+    (Some("spec"), "imagePullSecrets", "name"),
+    (Some(""), "secrets", "name"),
+    (Some(""), "webhooks", "name"),
+];
 
 /// What a member answered to the last apply, limited to the fields that were asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -135,6 +159,11 @@ pub fn belongs_to(live: &Value, source: &str, hub: &str) -> bool {
         && of_another_hub(live, hub).is_none()
 }
 
+/// Whether an object, if the hub may write it, says nothing of what it was made from: it is KubeFed's, or nobody's.
+pub fn is_nobodys(live: &Value) -> bool {
+    live["metadata"]["annotations"][SOURCE_ANNOTATION].is_null()
+}
+
 /// The hub that an object belongs to, if it is not this one.
 fn of_another_hub<'a>(live: &'a Value, hub: &str) -> Option<&'a str> {
     let found = live["metadata"]["annotations"][HUB_ANNOTATION].as_str()?;
@@ -162,7 +191,7 @@ pub fn up_to_date(
             }
             digest(&found) == baseline.answer
         }
-        _ => content(desired).all(|(key, wanted)| covers(&live[key], wanted)),
+        _ => content(desired).all(|(key, wanted)| covers_in(("", key), &live[key], wanted)),
     }
 }
 
@@ -200,22 +229,26 @@ fn content(desired: &Value) -> impl Iterator<Item = (&String, &Value)> {
 
 /// The content of `live` that `desired` speaks of.
 fn asked_for(live: &Value, desired: &Value) -> Value {
-    let fields = content(desired)
-        .filter_map(|(key, wanted)| live.get(key).map(|found| (key.clone(), project(found, wanted))));
+    let fields = content(desired).filter_map(|(key, wanted)| {
+        live.get(key).map(|found| (key.clone(), project(("", key), found, wanted)))
+    });
     Value::Object(fields.collect())
 }
 
+/// Where a value lies: the field that holds the object it is in, and its own.
+type At<'a> = (&'a str, &'a str);
+
 /// The fields of `live` that `desired` speaks of.
-fn project(live: &Value, desired: &Value) -> Value {
+fn project(at: At<'_>, live: &Value, desired: &Value) -> Value {
     match (live, desired) {
         (Value::Object(live), Value::Object(desired)) => {
             let fields = desired.iter().filter_map(|(key, wanted)| {
                 let found = live.get(key)?;
-                Some((key.clone(), project(found, wanted)))
+                Some((key.clone(), project((at.1, key), found, wanted)))
             });
             Value::Object(fields.collect::<Map<_, _>>())
         }
-        (Value::Array(found), Value::Array(wanted)) => match element_key(found, wanted) {
+        (Value::Array(found), Value::Array(wanted)) => match element_key(at, found, wanted) {
             Some(key) => Value::Array(
                 wanted
                     .iter()
@@ -223,7 +256,7 @@ fn project(live: &Value, desired: &Value) -> Value {
                         found
                             .iter()
                             .find(|found| found[key] == wanted[key])
-                            .map(|found| project(found, wanted))
+                            .map(|found| project(at, found, wanted))
                     })
                     .collect(),
             ),
@@ -235,17 +268,21 @@ fn project(live: &Value, desired: &Value) -> Value {
 
 /// Whether everything in `desired` is in `live`.
 pub fn covers(live: &Value, desired: &Value) -> bool {
+    covers_in(("", ""), live, desired)
+}
+
+fn covers_in(at: At<'_>, live: &Value, desired: &Value) -> bool {
     match (live, desired) {
-        (Value::Object(live), Value::Object(desired)) => {
-            desired.iter().all(|(key, wanted)| covers(live.get(key).unwrap_or(&Value::Null), wanted))
-        }
-        (Value::Array(found), Value::Array(wanted)) => match element_key(found, wanted) {
-            Some(key) => wanted
-                .iter()
-                .all(|wanted| found.iter().any(|found| found[key] == wanted[key] && covers(found, wanted))),
+        (Value::Object(live), Value::Object(desired)) => desired
+            .iter()
+            .all(|(key, wanted)| covers_in((at.1, key), live.get(key).unwrap_or(&Value::Null), wanted)),
+        (Value::Array(found), Value::Array(wanted)) => match element_key(at, found, wanted) {
+            Some(key) => wanted.iter().all(|wanted| {
+                found.iter().any(|found| found[key] == wanted[key] && covers_in(at, found, wanted))
+            }),
             None => {
                 found.len() == wanted.len()
-                    && found.iter().zip(wanted).all(|(found, wanted)| covers(found, wanted))
+                    && found.iter().zip(wanted).all(|(found, wanted)| covers_in(at, found, wanted))
             }
         },
         (Value::Number(found), Value::Number(wanted)) => found == wanted || found.as_f64() == wanted.as_f64(),
@@ -264,19 +301,15 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
-/// The field that names the elements of both lists: present everywhere, and different in every wanted element.
-fn element_key(found: &[Value], wanted: &[Value]) -> Option<&'static str> {
-    if wanted.is_empty() {
-        return None;
-    }
-    ELEMENT_KEYS.into_iter().find(|key| {
-        let named = |item: &Value| item.get(key).is_some_and(|name| !name.is_null());
-        found.iter().chain(wanted).all(named)
-            && wanted
-                .iter()
-                .enumerate()
-                .all(|(index, item)| wanted[..index].iter().all(|other| other[key] != item[key]))
-    })
+/// The field that names the elements of both lists, if their elements have owners of their own: present everywhere, and different
+/// in every wanted element.
+fn element_key((within, field): At<'_>, found: &[Value], wanted: &[Value]) -> Option<&'static str> {
+    let is_here = |of: &&(Option<&str>, &str, &str)| of.1 == field && of.0.is_none_or(|of| of == within);
+    let key = MAPS.iter().find(is_here).filter(|_| !wanted.is_empty())?.2;
+    let named = |item: &Value| item.get(key).is_some_and(|name| !name.is_null());
+    let is_other =
+        |(index, item): (usize, &Value)| wanted[..index].iter().all(|other| other[key] != item[key]);
+    (found.iter().chain(wanted).all(named) && wanted.iter().enumerate().all(is_other)).then_some(key)
 }
 
 #[cfg(test)]
@@ -297,17 +330,50 @@ mod tests {
         check(json!({}), json!({"a": {}, "b": []}), true);
         check(json!({"a": 1.0}), json!({"a": 1}), true);
         check(json!({"a": "1"}), json!({"a": 1}), false);
-        check(
-            json!([{"name": "sidecar"}, {"name": "web", "image": "web:1", "policy": "Always"}]),
-            json!([{"name": "web", "image": "web:1"}]),
-            true,
-        );
-        check(json!([{"name": "web", "image": "web:2"}]), json!([{"name": "web", "image": "web:1"}]), false);
-        check(json!([{"name": "other"}]), json!([{"name": "web"}]), false);
+        let pod = |containers: Value| json!({"template": {"spec": {"containers": containers}}});
+        let web = |image: &str| json!({"name": "web", "image": image});
+        let defaulted = json!({"name": "web", "image": "web:1", "policy": "Always"});
+        check(pod(json!([{"name": "sidecar"}, defaulted])), pod(json!([web("web:1")])), true);
+        check(pod(json!([web("web:2")])), pod(json!([web("web:1")])), false);
+        check(pod(json!([{"name": "other"}])), pod(json!([{"name": "web"}])), false);
         check(json!([{"key": "gpu", "effect": "x"}]), json!([{"key": "gpu"}]), true);
         check(json!([{"key": "gpu"}, {"key": "more"}]), json!([{"key": "gpu"}]), false);
         check(json!(["a", "b"]), json!(["a"]), false);
         check(json!(["a"]), json!([]), false);
+    }
+
+    #[test]
+    fn what_is_added_to_a_list_of_one_value_is_drift() {
+        let one = |path: [&str; 3], more: bool| {
+            let mut list = vec![json!({"name": "one", "port": 1, "containerPort": 1, "ip": "i", "uid": "u"})];
+            if more {
+                list.push(json!({"name": "two", "port": 2, "containerPort": 2, "ip": "j", "uid": "v"}));
+            }
+            let path = path.iter().rev().filter(|field| !field.is_empty());
+            let mut object = path.fold(json!(list), |value, field| json!({ *field: value }));
+            object["metadata"] = json!({"annotations": {RENDERED_ANNOTATION: "h"}});
+            object
+        };
+        for (path, is_map) in [
+            (["subjects", "", ""], false),
+            (["imagePullSecrets", "", ""], false),
+            (["secrets", "", ""], true),
+            (["spec", "steps", ""], false),
+            (["spec", "versions", ""], false),
+            (["spec", "ports", ""], true),
+            (["spec", "imagePullSecrets", ""], true),
+            (["spec", "ingress", "ports"], false),
+            (["template", "spec", "containers"], true),
+            (["spec", "containers", "ports"], true),
+        ] {
+            let (asked, more) = (one(path, false), one(path, true));
+            assert_eq!(up_to_date(&more, &asked, "h", None, false), is_map, "{path:?}");
+            let known = baseline(&asked, &asked, "h");
+            assert_eq!(up_to_date(&more, &asked, "h", Some(&known), false), is_map, "{path:?}, once known");
+            // What a member's webhook puts in is as it should be.
+            let injected = baseline(&more, &asked, "h");
+            assert!(up_to_date(&more, &asked, "h", Some(&injected), false), "{path:?}");
+        }
     }
 
     #[test]
