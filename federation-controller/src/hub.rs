@@ -1,6 +1,7 @@
 //! What the controller knows of the hub: its objects, as watches bring them.
 
 mod objects;
+mod records;
 mod stand_ins;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -27,6 +28,7 @@ use crate::loss::Watched;
 use crate::queue::Sharer;
 
 pub(crate) use self::objects::Kept;
+use self::records::Records;
 use self::stand_ins::StandIns;
 
 /// A federated object: which type (its slot), and where.
@@ -46,6 +48,8 @@ pub(crate) struct HubState {
     unknown: BTreeSet<ObjectKey>,
     /// What of the objects stands in for others.
     stand_ins: StandIns,
+    /// Where the objects have something.
+    records: Records,
     cells: BTreeMap<String, Cell>,
     clusters: BTreeMap<String, Arc<KubeFedCluster>>,
     configs: BTreeMap<String, PropagationConfig>,

@@ -19,6 +19,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::Api;
 use kube::api::{Patch, PatchParams, PostParams};
 use serde_json::json;
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, info, warn};
 
@@ -49,8 +50,13 @@ pub(crate) struct Held {
     version: Option<String>,
     transitions: i32,
     /// Before what took or renewed it last was sent.
-    renewed: Instant,
+    renewed: watch::Sender<Instant>,
 }
+
+/// How long a holder may act: asked before each write, since a process that was stopped, or a machine that was, goes on with what
+/// it was about to write before it notices how late it is.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Term(Option<(watch::Receiver<Instant>, Duration)>);
 
 /// What a candidate has seen.
 #[derive(Debug, Default)]
@@ -112,7 +118,7 @@ pub(crate) async fn acquire(client: kube::Client, options: &LeaseOptions) -> Hel
     loop {
         match timeout(options.duration, try_acquire(&api, options, &mut seen)).await {
             // It is ours, and anybody's soon: it is taken anew at once.
-            Ok(Ok(Some(held))) if held.renewed.elapsed() >= options.give_up() => {
+            Ok(Ok(Some(held))) if held.term().is_over() => {
                 debug!("the hub's answer about the lease came too late to act on it");
                 continue;
             }
@@ -166,15 +172,29 @@ async fn try_acquire(
     }
 }
 
+// === impl Term ===
+
+impl Term {
+    /// Whether another may act by now. Without a lease there is no other.
+    pub(crate) fn is_over(&self) -> bool {
+        self.0.as_ref().is_some_and(|(renewed, give_up)| renewed.borrow().elapsed() >= *give_up)
+    }
+}
+
 // === impl Held ===
 
 impl Held {
+    /// How long its holder may act, as it is renewed.
+    pub(crate) fn term(&self) -> Term {
+        Term(Some((self.renewed.subscribe(), self.options.give_up())))
+    }
+
     /// Renews the lease until it is lost; comes back before anybody else may act.
     pub(crate) async fn keep(&mut self) {
-        let mut began = self.renewed;
+        let mut began = *self.renewed.borrow();
         loop {
             // What had to be waited for is not waited for once more.
-            let ends = self.renewed + self.options.give_up();
+            let ends = *self.renewed.borrow() + self.options.give_up();
             tokio::time::sleep_until(ends.min(began + self.options.renew)).await;
             if Instant::now() >= ends {
                 warn!("the lease could not be renewed in time; this controller stops acting");
@@ -185,7 +205,7 @@ impl Held {
             match timeout_at(ends, write(&self.api, &self.options, self.version.clone(), wanted)).await {
                 Ok(Ok(lease)) => {
                     self.version = lease.metadata.resource_version;
-                    self.renewed = began;
+                    self.renewed.send_replace(began);
                 }
                 Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {
                     // Our own write whose answer was lost, or another's.
@@ -226,7 +246,7 @@ fn held(api: &Api<Lease>, options: &LeaseOptions, lease: Lease, began: Instant) 
         options: options.clone(),
         transitions: lease.spec.and_then(|spec| spec.lease_transitions).unwrap_or(0),
         version: lease.metadata.resource_version,
-        renewed: began,
+        renewed: watch::Sender::new(began),
     }
 }
 

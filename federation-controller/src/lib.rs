@@ -76,6 +76,7 @@ use self::events::Events;
 use self::follow::{Change, WatchTrouble, admit_all, follow, follow_each};
 use self::hub::{HubState, ObjectKey};
 pub use self::lease::LeaseOptions;
+use self::lease::Term;
 use self::member::{Member, chain};
 use self::metrics::{Metrics, Present};
 use self::pace::retry_delay;
@@ -180,6 +181,8 @@ pub(crate) struct Shared {
     hub_id: String,
     /// When the term began.
     began: String,
+    /// How long it lasts.
+    term: Term,
     connector: Connector,
     state: RwLock<HubState>,
     members: RwLock<BTreeMap<String, Arc<Member>>>,
@@ -208,6 +211,8 @@ pub(crate) struct Shared {
     failures: Mutex<HashMap<ObjectKey, u32>>,
     /// Held by whoever looks at rooms until it has claimed what it was given of them.
     room_turn: Mutex<()>,
+    /// Objects that keep something where a cell was before it moved, since something else needs it there.
+    held: Mutex<BTreeSet<ObjectKey>>,
     /// Objects with a status that waits for the members' answers.
     unsettled: Mutex<HashMap<ObjectKey, Unsettled>>,
     /// Objects that are set aside; it outlives the term.
@@ -294,6 +299,7 @@ impl Controller {
                     held = lease::acquire(self.hub.clone(), lease) => held,
                 }),
             };
+            let term = held.as_ref().map(lease::Held::term).unwrap_or_default();
             let began = Instant::now();
             let kept = async {
                 match &mut held {
@@ -305,7 +311,7 @@ impl Controller {
                 // Renewing goes first: a controller that is busy must not lose the lease for that.
                 biased;
                 () = kept => Ended::LeaseLost,
-                ended = self.act(&mut shutdown) => ended,
+                ended = self.act(term, &mut shutdown) => ended,
             };
             // What was known is forgotten: the next term begins with everything listed anew.
             self.end_term();
@@ -329,14 +335,14 @@ impl Controller {
     }
 
     /// Acts until `shutdown` completes or a task fails.
-    async fn act(&self, shutdown: impl Future<Output = ()> + Send) -> Ended {
+    async fn act(&self, term: Term, shutdown: impl Future<Output = ()> + Send) -> Ended {
         let mut shutdown = std::pin::pin!(shutdown);
         let hub_id = tokio::select! {
             () = &mut shutdown => return Ended::Asked,
             id = hub_id(&self.hub) => id,
         };
         let (events, publisher) = events::channel(self.metrics.events_dropped.clone());
-        let shared = Arc::new(Shared::new(self, hub_id, events));
+        let shared = Arc::new(Shared::new(self, hub_id, term, events));
         *self.acting.write() = Some(Arc::clone(&shared));
         // Aborted when dropped, should the lease be lost.
         let mut tasks = JoinSet::new();
@@ -520,7 +526,7 @@ impl Handle {
 
 impl Shared {
     /// The beginning of a term: nothing is known.
-    fn new(controller: &Controller, hub_id: String, events: Events) -> Self {
+    fn new(controller: &Controller, hub_id: String, term: Term, events: Events) -> Self {
         let owners = Owners::default();
         Self {
             state: RwLock::new(HubState::new()),
@@ -541,6 +547,7 @@ impl Shared {
             shares: Shares::default(),
             failures: Mutex::default(),
             room_turn: Mutex::default(),
+            held: Mutex::default(),
             unsettled: Mutex::default(),
             quarantine: Arc::clone(&controller.quarantine),
             events,
@@ -549,6 +556,7 @@ impl Shared {
             hub: controller.hub.clone(),
             hub_id,
             began: now(),
+            term,
             connector: controller.connector.clone(),
         }
     }
@@ -636,9 +644,23 @@ impl Shared {
     /// Looks at what stands in again, once it can be told who needs it.
     pub(crate) fn enqueue_stand_ins(&self) {
         let state = self.state.read();
-        let keys = if state.knows_needs() { state.standing_in() } else { Vec::new() };
+        let knows = state.knows_needs();
+        let keys = if knows { state.standing_in() } else { Vec::new() };
         drop(state);
-        keys.into_iter().for_each(|key| self.queue.add(key));
+        let held = if knows { self.held.lock().clone() } else { BTreeSet::new() };
+        keys.into_iter().chain(held).for_each(|key| self.queue.add(key));
+    }
+
+    /// Looks again at what is held for others if `key` needs it no more. Mostly nothing is held, and nothing is asked.
+    pub(crate) fn wake_held(&self, key: &ObjectKey, needs_less: impl FnOnce() -> bool) {
+        if self.held.lock().is_empty() || !needs_less() {
+            return;
+        }
+        let clusterwide = self.types.clusterwide();
+        let is_beside =
+            |held: &&ObjectKey| held.namespace == key.namespace || clusterwide.contains(&held.kind);
+        let beside: Vec<_> = self.held.lock().iter().filter(is_beside).cloned().collect();
+        beside.into_iter().for_each(|key| self.queue.add(key));
     }
 
     /// The members that a look at an object asks: those that it `concerns`, and those where it may have something.

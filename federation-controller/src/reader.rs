@@ -463,6 +463,15 @@ impl Objects {
         }
     }
 
+    /// As [`Self::get_opt`], with who owns which of its fields.
+    pub(crate) async fn with_owners(&self, name: &str) -> Result<Option<Value>, ReadError> {
+        match self.reader.answer(self.path.get(name, &GetParams::default())?).await {
+            Ok(answer) => Ok(Some(answers::object_with_owners(&answer.text, MAX_OBJECT)?)),
+            Err(error) if error.says_gone(name) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Patches an object; gives it back as it is then.
     pub(crate) async fn patch<P: Serialize>(
         &self,

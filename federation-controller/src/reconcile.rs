@@ -103,7 +103,9 @@ pub(crate) async fn reconcile(shared: &Arc<Shared>, key: &ObjectKey) -> Result<P
 }
 
 async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, ReconcileError> {
-    let Some(of) = shared.types.get(key.kind) else { return Ok(Progress::Whole) };
+    let Some(of) = shared.types.get(key.kind).filter(|_| !shared.term.is_over()) else {
+        return Ok(Progress::Whole);
+    };
     let of = of.as_ref();
     let namespaces = shared.types.namespaces().filter(|_| of.target.namespaced);
     let (object, topology, adoption, rules, preference, namespace) = {
@@ -119,6 +121,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
         let Some(object) = state.object(key) else {
             shared.settle(key);
             drop(state);
+            shared.held.lock().remove(key);
             let nowhere = BTreeSet::new();
             for member in shared.members_for(key, &nowhere).values() {
                 member.claim(key, Vec::new(), |_| false);
@@ -162,12 +165,13 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
     let stands_in = federated.status.iter().flat_map(|status| &status.units).any(|unit| unit.stand_in);
     let held_stand_ins =
         if stands_in { shared.state.read().held_stand_ins(of, key) } else { Some(BTreeSet::new()) };
+    let left = left(&federated, &topology);
+    let held_moves = held_moves(shared, key, of, &federated, &left, &topology);
     let stored = shared.state.read().revisions(of.revision_namespace(&key.namespace), &mark);
     let (views, made) = {
         // What one object is given of a room is not there for the next.
         let _turn = (!rooms.is_empty()).then(|| shared.room_turn.lock());
         let mut views: BTreeMap<String, MemberView> = BTreeMap::new();
-        let left = left(&federated, &topology);
         for (name, member) in &members {
             // What has not begun is planned anew; what has begun is in the view.
             member.cancel(key);
@@ -191,6 +195,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
             namespace,
             members: &views,
             held_stand_ins: held_stand_ins.as_ref(),
+            held_moves: held_moves.as_ref(),
             adopt: shared.options.adopt,
             adoption,
             now: &crate::now(),
@@ -306,6 +311,42 @@ fn concerned(
         names.extend(clusters_of(topology.all(of).map(|(_, unit)| unit)));
     }
     names
+}
+
+/// What is kept where cells were before they moved, as [`HubState::held_moves`] has it. Who keeps something is remembered, so that
+/// it is looked at again when nobody needs it any more.
+///
+/// [`HubState::held_moves`]: crate::hub::HubState::held_moves
+fn held_moves(
+    shared: &Shared,
+    key: &ObjectKey,
+    of: &FederatedType,
+    object: &FederatedObject,
+    left: &BTreeMap<&str, Vec<&str>>,
+    topology: &Topology,
+) -> Option<BTreeSet<(String, String)>> {
+    let is_elsewhere = |unit: &&str| topology.has_unit(object.spec.topology_type, unit);
+    let moved = left.iter().flat_map(|(cluster, units)| units.iter().map(|unit| (*unit, *cluster)));
+    let moved: Vec<_> = moved.filter(|(unit, _)| is_elsewhere(unit)).collect();
+    // Workloads wait for nobody but their successors.
+    let held = if moved.is_empty() || of.target.workload.is_some() {
+        Some(BTreeSet::new())
+    } else {
+        // Before it is asked: whoever lets go meanwhile wakes it.
+        shared.held.lock().insert(key.clone());
+        let needing = if of.is_namespace() {
+            // Whatever lies in it goes with it.
+            (0..*shared.types.count().borrow()).filter(|kind| *kind != key.kind).collect()
+        } else {
+            // Their pods read what lies beside them.
+            shared.types.workloads()
+        };
+        shared.state.read().held_moves(of, key, &needing, moved.into_iter())
+    };
+    if held.as_ref().is_some_and(BTreeSet::is_empty) {
+        shared.held.lock().remove(key);
+    }
+    held
 }
 
 /// By cluster: the units that the status knows there, and that have gone or moved since.
@@ -427,6 +468,12 @@ impl<'a> Pass<'a> {
         let needs = |status: &FederatedStatus| -> usize {
             status.units.iter().filter(|unit| unit.stand_in || unit.extra.is_some()).count()
         };
+        shared.wake_held(self.key, || {
+            let stays = |unit: &UnitStatus| {
+                after.units.iter().any(|other| other.name == unit.name && other.cluster == unit.cluster)
+            };
+            !before.units.iter().all(stays)
+        });
         if needs(before) > needs(after) {
             // What was placed beside it may be needed no more.
             let beside = shared.state.read().keys_beside(&self.key.namespace, &shared.types.clusterwide());

@@ -420,14 +420,19 @@ fn resource(kind: &str) -> ApiResource {
 impl Names {
     /// Of nothing outside the group that is the hub's to give.
     fn of(types: &[(usize, Arc<FederatedType>)]) -> Self {
-        let is_secret = |of: &FederatedType| of.target.group.is_empty() && of.target.kind == "Secret";
+        // Roles in a template are not held against what their writer may do, as those at the hub are; a namespace's quotas and
+        // ranges are what its writers are held to.
+        let is_the_platforms = |of: &FederatedType| {
+            let target = (of.target.group.as_str(), of.target.kind.as_str());
+            target.0 == GROUP || matches!(target, ("", "LimitRange" | "ResourceQuota"))
+        };
         let mut names = Self::default();
         for of in types.iter().map(|(_, of)| of).filter(|of| of.group == FEDERATED_GROUP) {
-            if !is_secret(of) {
+            if !of.is_secret() {
                 names.viewed.extend([of.plural.clone(), format!("{}/status", of.plural)]);
             }
             // As Kubernetes' own: `edit` writes neither namespaces nor what has none, such as ClusterRoles.
-            if of.namespaced() && !of.is_namespace() {
+            if of.namespaced() && !of.is_namespace() && !is_the_platforms(of) {
                 names.written.insert(of.plural.clone());
                 names.written.extend(of.has_replicas().then(|| format!("{}/scale", of.plural)));
             }
@@ -629,6 +634,22 @@ mod tests {
             }
         }
         assert!(federated("cellway:tenant-admin").contains(&"*".to_owned()));
+    }
+
+    #[test]
+    fn what_holds_its_writers_is_the_platforms_to_write() {
+        let of = |group: &str, kind: &str, plural: &str| {
+            (0, Arc::new(FederatedType::of(group, "v1", kind, plural, true)))
+        };
+        let names = Names::of(&[
+            of(GROUP, "RoleBinding", "rolebindings"),
+            of(GROUP, "Role", "roles"),
+            of("", "ResourceQuota", "resourcequotas"),
+            of("", "LimitRange", "limitranges"),
+            of("batch", "CronJob", "cronjobs"),
+        ]);
+        assert_eq!(Vec::from_iter(&names.written), ["federatedcronjobs"]);
+        assert!(names.viewed.contains("federatedrolebindings"));
     }
 
     #[test]

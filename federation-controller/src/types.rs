@@ -133,6 +133,13 @@ impl Types {
         of.map(|(index, _)| index).collect()
     }
 
+    /// The slots of the types whose objects make pods.
+    pub(crate) fn workloads(&self) -> BTreeSet<usize> {
+        let slots = self.slots.read();
+        let of = slots.iter().enumerate().filter(|(_, slot)| slot.of.target.workload.is_some());
+        of.map(|(index, _)| index).collect()
+    }
+
     /// The slots of the types whose objects lie in no namespace of a member.
     pub(crate) fn clusterwide(&self) -> BTreeSet<usize> {
         let slots = self.slots.read();
@@ -284,6 +291,7 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
             info!(kind = run.of.kind, "the type is followed no more");
             run.watch.abort();
             shared.types.retire(run.kind);
+            shared.held.lock().retain(|key| key.kind != run.kind);
             shared.state.write().drop_kind(run.kind);
         }
         for (config, of) in wanted.into_values() {
@@ -382,6 +390,7 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>,
             at.types.mark_used(kind);
         }
         for key in touched {
+            at.wake_held(&key, || !at.state.read().knows(&key));
             let (is_companion, behind, ours) = {
                 let state = at.state.read();
                 let ours = before.is_some() && before == state.asks(&key);

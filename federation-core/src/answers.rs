@@ -164,9 +164,21 @@ pub fn event(line: &[u8], most: usize) -> Result<Event, Malformed> {
 /// # Errors
 /// It cannot be read.
 pub fn object(text: &[u8], most: usize) -> Result<Value, Unreadable> {
+    read_object(text, most, false)
+}
+
+/// As [`object`], with the bookkeeping of field managers.
+///
+/// # Errors
+/// It cannot be read.
+pub fn object_with_owners(text: &[u8], most: usize) -> Result<Value, Unreadable> {
+    read_object(text, most, true)
+}
+
+fn read_object(text: &[u8], most: usize, owners: bool) -> Result<Value, Unreadable> {
     let budget = Budget::new(most);
     let mut read = serde_json::Deserializer::from_slice(text);
-    let object = Fields { budget: &budget, metadata: false }.deserialize(&mut read);
+    let object = Fields { budget: &budget, metadata: false, owners }.deserialize(&mut read);
     match object.and_then(|object| read.end().map(|()| object)) {
         Ok(mut object) => {
             if let Some(Value::Object(metadata)) = object.get_mut("metadata") {
@@ -279,6 +291,8 @@ struct Status<'a> {
 struct Fields<'a> {
     budget: &'a Budget,
     metadata: bool,
+    /// Whether who owns its fields is wanted.
+    owners: bool,
 }
 
 /// Finds where the values of a text end, whatever is in them and however deep. What it takes for a value need not be one.
@@ -325,7 +339,7 @@ impl<'de> Visitor<'de> for Fields<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
         let mut fields = Map::new();
         while let Some(key) = entries.next_key::<String>()? {
-            if self.metadata && key == "managedFields" {
+            if self.metadata && key == "managedFields" && !self.owners {
                 entries.next_value::<IgnoredAny>()?;
                 continue;
             }
@@ -568,6 +582,8 @@ mod tests {
             .to_string();
         let read = dynamic(object(text.as_bytes(), MOST).expect("an object")).expect("of any type");
         assert!(read.metadata.managed_fields.is_none());
+        let owners = object_with_owners(text.as_bytes(), MOST).expect("an object");
+        assert_eq!(owners["metadata"]["managedFields"][0]["manager"], "me");
         assert!(read.metadata.deletion_timestamp.is_some(), "it is going");
         assert_eq!(read.metadata.creation_timestamp.expect("a date").0.to_string(), "2026-11-22T18:00:00Z");
         assert_eq!(read.data["data"], json!({"date": far, "managedFields": "x"}), "as it is");

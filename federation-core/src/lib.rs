@@ -23,6 +23,7 @@ pub mod loss;
 pub mod metadata;
 pub mod names;
 pub mod overrides;
+pub mod ownership;
 pub mod plan;
 pub mod policy;
 pub mod render;

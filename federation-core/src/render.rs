@@ -55,6 +55,12 @@ pub enum RenderError {
     /// Something on the way to a field is not an object.
     #[error("{path} of the template is not an object")]
     NotAnObject { path: &'static str },
+    /// An API server would refuse it. What it is instead is not said: it is a secret.
+    #[error("stringData.{key} of the template is not a string: put it in quotes")]
+    NotAText {
+        /// The key.
+        key: String,
+    },
 }
 
 /// The name of a unit's object under a naming.
@@ -136,7 +142,7 @@ pub fn render_as(
     if of.target.namespaced {
         document["metadata"]["namespace"] = namespace.into();
     }
-    if of.target.group.is_empty() && of.target.kind == "Secret" {
+    if of.is_secret() {
         encode_string_data(&mut document)?;
     }
     strip_nulls(&mut document);
@@ -251,11 +257,20 @@ fn object_at<'a>(parent: &'a mut Value, key: &str, path: &'static str) -> Result
 /// difference.
 fn encode_string_data(document: &mut Value) -> Result<(), RenderError> {
     let Some(map) = document.as_object_mut() else { return Ok(()) };
-    let Some(Value::Object(texts)) = map.remove("stringData") else { return Ok(()) };
+    let texts = match map.remove("stringData") {
+        None | Some(Value::Null) => return Ok(()),
+        Some(Value::Object(texts)) => texts,
+        Some(_) => return Err(RenderError::NotAnObject { path: "stringData" }),
+    };
     let data = object_at(document, "data", "data")?;
     for (key, text) in texts {
-        if let Value::String(text) = text {
-            data[key] = base64::engine::general_purpose::STANDARD.encode(text).into();
+        match text {
+            // Its absence, as everywhere in an applied object.
+            Value::Null => {}
+            Value::String(text) => {
+                data[key] = base64::engine::general_purpose::STANDARD.encode(text).into();
+            }
+            _ => return Err(RenderError::NotAText { key }),
         }
     }
     Ok(())

@@ -301,6 +301,11 @@ impl FederatedType {
         self.target.group.is_empty() && self.target.kind == "Namespace"
     }
 
+    /// Whether it federates Secrets: what is in them is told to nobody.
+    pub fn is_secret(&self) -> bool {
+        self.target.group.is_empty() && self.target.kind == "Secret"
+    }
+
     /// The namespace of member objects, given that of the hub object; empty for kinds without.
     pub fn target_namespace<'a>(&self, hub: &'a str) -> &'a str {
         if self.target.namespaced { hub } else { "" }

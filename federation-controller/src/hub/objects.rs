@@ -10,6 +10,7 @@ use federation_core::types::FederatedType;
 use kube::ResourceExt as _;
 use kube::api::DynamicObject;
 
+use super::records::{self, Record, record};
 use super::stand_ins::{self, StandIn};
 use super::{HubState, ObjectKey, is_older};
 use crate::follow::{Change, lighten};
@@ -29,6 +30,7 @@ pub(crate) struct Kept {
     /// It may be made of a native object; only a look into it tells.
     may_be_companion: bool,
     stand_ins: Box<[StandIn]>,
+    records: Box<[Record]>,
     /// `None`: nothing has been read of it.
     text: Option<Packed>,
     /// What it is now cannot be read. Everything else is as it was when it could.
@@ -60,6 +62,7 @@ impl Kept {
             behind,
             may_be_companion: object.labels().contains_key(names::POLICY_LABEL),
             stand_ins: stand_ins::of_status(status),
+            records: records::of_status(status),
             // Made of maps with texts as keys, an object always serialises.
             text: Some(Packed::new(&serde_json::to_vec(&object).unwrap_or_default())),
             is_unread: false,
@@ -77,6 +80,7 @@ impl Kept {
             behind: false,
             may_be_companion: false,
             stand_ins: Box::default(),
+            records: Box::default(),
             text: None,
             is_unread: true,
         }
@@ -135,15 +139,37 @@ impl HubState {
     /// That is where workloads run replicas for units that were given up: those of its namespace, or, when it lies in no
     /// namespace in the members, all. A namespace is also needed while anything else stands in in it.
     pub(crate) fn held_stand_ins(&self, of: &FederatedType, own: &ObjectKey) -> Option<BTreeSet<String>> {
+        let inside = self.needed_inside(of, own)?;
+        let mine = self.objects.get(own).map(|object| &*object.stand_ins).unwrap_or_default();
+        Some(self.stand_ins.beside(inside.then_some(&*own.namespace), mine, of.is_namespace()))
+    }
+
+    /// Of what an object has where its cells were before they moved (`left`: unit and cluster), what is needed there still, since
+    /// an object of one of the kinds `needing` has something there for the same unit: one of its namespace or, when it lies in no
+    /// namespace in the members, any. `None` while not everything is known that may need it.
+    pub(crate) fn held_moves<'a>(
+        &self,
+        of: &FederatedType,
+        own: &ObjectKey,
+        needing: &BTreeSet<usize>,
+        left: impl Iterator<Item = (&'a str, &'a str)>,
+    ) -> Option<BTreeSet<(String, String)>> {
+        let inside = self.needed_inside(of, own)?;
+        let namespace = inside.then_some(&own.namespace);
+        let is_needed = |(unit, cluster): &(&str, &str)| {
+            let record = record(unit, cluster);
+            needing.iter().any(|kind| self.records.has(*kind, namespace, record))
+        };
+        Some(left.filter(is_needed).map(|(unit, cluster)| (unit.to_owned(), cluster.to_owned())).collect())
+    }
+
+    /// Whether what needs an object lies in its namespace, or may lie anywhere; `None` while not everything is known that may.
+    fn needed_inside(&self, of: &FederatedType, own: &ObjectKey) -> Option<bool> {
         if !self.knows_needs() {
             return None;
         }
         let inside = of.target.namespaced || of.is_namespace();
-        if self.unknown.iter().any(|key| !inside || key.namespace == own.namespace) {
-            return None;
-        }
-        let mine = self.objects.get(own).map(|object| &*object.stand_ins).unwrap_or_default();
-        Some(self.stand_ins.beside(inside.then_some(&*own.namespace), mine, of.is_namespace()))
+        (!self.unknown.iter().any(|key| !inside || key.namespace == own.namespace)).then_some(inside)
     }
 
     /// Objects that stand in somewhere.
@@ -293,20 +319,23 @@ impl HubState {
 
     fn insert(&mut self, key: ObjectKey, object: Kept) {
         self.stand_ins.add(&key.namespace, &object.stand_ins);
+        self.records.add(key.kind, &key.namespace, &object.records);
         if object.text.is_none() {
             self.unknown.insert(key.clone());
         } else {
             self.unknown.remove(&key);
         }
-        let namespace = Arc::clone(&key.namespace);
+        let (kind, namespace) = (key.kind, Arc::clone(&key.namespace));
         if let Some(before) = self.objects.insert(key, object) {
             self.stand_ins.remove(&namespace, &before.stand_ins);
+            self.records.remove(kind, &namespace, &before.records);
         }
     }
 
     fn remove(&mut self, key: &ObjectKey) -> Option<Kept> {
         let before = self.objects.remove(key)?;
         self.stand_ins.remove(&key.namespace, &before.stand_ins);
+        self.records.remove(key.kind, &key.namespace, &before.records);
         self.unknown.remove(key);
         Some(before)
     }

@@ -298,7 +298,7 @@ mod tests {
             connector(|_: Destination| pending::<Result<tokio::io::DuplexStream, ConnectError>>());
         let controller =
             Controller::new(kube::Client::new(nobody, "default"), unreachable, Options::default());
-        Shared::new(&controller, "hub".into(), events::channel(Counter::default()).0)
+        Shared::new(&controller, "hub".into(), Default::default(), events::channel(Counter::default()).0)
     }
 
     #[test]

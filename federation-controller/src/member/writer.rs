@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use federation_core::api::DeleteOptions;
-use federation_core::drift::{Refusal, admit};
+use federation_core::drift::{Refusal, admit, is_nobodys};
 use federation_core::names::{FIELD_MANAGER, HUB_ANNOTATION, MANAGED_LABEL};
+use federation_core::ownership::{alone, inherited};
 use federation_core::plan::{Action, Cause, FailureKind, Replicas, WriteFailure};
 use kube::ResourceExt as _;
 use kube::api::{
@@ -23,13 +24,16 @@ use super::store::{TargetKey, hash_of};
 use super::{Job, Member, chain};
 use crate::Shared;
 use crate::metrics::{Outcome, Verb, WriteLabels};
-use crate::reader::ReadError;
+use crate::reader::{Objects, ReadError};
 
 /// Longest time to find out what became of a write: reading asks no webhook.
 const SETTLING: Duration = Duration::from_secs(5);
 /// An object whose replicas are the member's is looked at so often during a write: while it is rolled out its status changes
 /// several times a second. Then it is tried again a while later, and planned anew for that.
 const MOST_LOOKS: usize = 4;
+
+/// Instead of what a member answers about a Secret: API servers and webhooks quote what they refuse.
+const UNTOLD: &str = "what it says of a Secret is not repeated here, since it may quote what is in it";
 
 /// How long a write took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,8 +78,8 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
             // A sleep of no time takes until the clock's next millisecond.
             tokio::time::sleep(wait).await;
         }
-        if !member.epoch.borrow().online {
-            // Whatever it was, it is planned anew when the member is back.
+        if !member.epoch.borrow().online || shared.term.is_over() {
+            // Whatever it was, it is planned anew when the member is back, or by whoever leads now.
             member.store.lock().discard(lease.key());
             continue;
         }
@@ -96,6 +100,8 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
         Ok(done) => done,
         Err(_) => Err(WriteError::TimedOut(limit.as_secs_f64())),
     };
+    let is_secret = shared.types.get(target.kind).is_some_and(|of| of.is_secret());
+    let done = done.map_err(|error| if is_secret { error.untold() } else { error });
     let verb = verb(action);
     let outcome = match &done {
         Ok(_) => Outcome::Done,
@@ -175,8 +181,17 @@ async fn perform(
     let api = member.objects(&of, &target.namespace);
     let name = target.name.as_ref();
     match &job.write.action {
-        Action::Apply { desired, adopt, exists, replicas, remove_annotations, remove_labels, .. } => {
-            let mut exists = *exists;
+        Action::Apply {
+            desired,
+            adopt,
+            exists,
+            inherits,
+            replicas,
+            remove_annotations,
+            remove_labels,
+            ..
+        } => {
+            let (mut exists, mut takes_over) = (*exists, *inherits);
             // As it is there, if it may be written.
             let look = async || -> Result<Option<Value>, WriteError> {
                 let Some(found) = api.get_opt(name).await? else { return Ok(None) };
@@ -195,8 +210,11 @@ async fn perform(
                     if *replicas != Replicas::Asked {
                         wanted = Cow::Owned(retaining(desired, &found));
                     }
-                    exists = true;
+                    (exists, takes_over) = (true, is_nobodys(&found));
                 }
+            }
+            if takes_over {
+                change_owners(&api, name, inherited).await?;
             }
             let mut params = PatchParams::apply(FIELD_MANAGER);
             // Force only over what is ours: an object that appeared this very moment makes a conflict instead.
@@ -222,6 +240,9 @@ async fn perform(
                 }
                 first => first?,
             };
+            if takes_over {
+                change_owners(&api, name, alone).await?;
+            }
             if !remove_annotations.is_empty() || !remove_labels.is_empty() {
                 let nulls = |keys: &[String]| -> Map<String, Value> {
                     keys.iter().map(|key| (key.clone(), Value::Null)).collect()
@@ -257,6 +278,30 @@ async fn perform(
             Err(error) if error.says_gone(name) => Ok(None),
             Err(error) => Err(error.into()),
         },
+    }
+}
+
+/// Changes who owns an object's fields, if that is to be changed.
+async fn change_owners(
+    api: &Objects,
+    name: &str,
+    change: fn(&Value) -> Option<Value>,
+) -> Result<(), WriteError> {
+    let mut looks = 0;
+    loop {
+        let Some(found) = api.with_owners(name).await? else { return Ok(()) };
+        let Some(owners) = change(&found["metadata"]["managedFields"]) else { return Ok(()) };
+        // Only with the state that it was made from.
+        let patch = json!({"metadata": {
+            "resourceVersion": found["metadata"]["resourceVersion"],
+            "managedFields": owners,
+        }});
+        let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+        match api.patch(name, &params, &Patch::Merge(patch)).await {
+            Ok(_) => return Ok(()),
+            Err(error) if code(&error) == Some(409) && looks < MOST_LOOKS => looks += 1,
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
@@ -352,6 +397,17 @@ fn code(error: &ReadError) -> Option<u16> {
 }
 
 // === impl WriteError ===
+
+impl WriteError {
+    /// The same without a word of the member's.
+    fn untold(self) -> Self {
+        match self {
+            Self::Answered { code, reason, .. } => Self::Answered { code, reason, message: UNTOLD.into() },
+            Self::Unreadable(_) => Self::Unreadable(format!("its answer cannot be read; {UNTOLD}")),
+            own => own,
+        }
+    }
+}
 
 impl From<ReadError> for WriteError {
     fn from(error: ReadError) -> Self {

@@ -72,10 +72,12 @@ pub(crate) async fn what_members_hold_already_is_not_taken_from_whose_it_is(worl
     told(&world, "web", "a", "Synced", None).await;
     let config = types::builtin().iter().position(|of| of.kind == "FederatedConfigMap").expect("federated");
     let maps: Api<k8s_openapi::api::core::v1::ConfigMap> = Api::namespaced(world.x.clone(), "shop");
-    let theirs = json!({"metadata": {"name": "web"}, "data": {"k": "theirs", "own": "1"}});
+    let theirs = json!({"metadata": {"name": "web"}, "data": {"k": "theirs", "own": "1", "same": "1"}});
     let theirs = serde_json::from_value(theirs).expect("a config map");
     maps.create(&PostParams::default(), &theirs).await.expect("created");
-    world.create(config, federated("FederatedConfigMap", &["a"], json!({"data": {"k": "ours"}}))).await;
+    world
+        .create(config, federated("FederatedConfigMap", &["a"], json!({"data": {"k": "ours", "same": "1"}})))
+        .await;
     world
         .settled(config, "theirs is in the way", |status| {
             status.units[0].reason.as_deref() == Some("AlreadyExists")
@@ -85,6 +87,13 @@ pub(crate) async fn what_members_hold_already_is_not_taken_from_whose_it_is(worl
     world.settled(config, "it is taken over", |status| is_true(status, "Ready")).await;
     let data = maps.get("web").await.expect("there").data.expect("data");
     assert_eq!((data["k"].as_str(), data["own"].as_str()), ("ours", "1"));
+    // What both had written goes with the template, what only they had stays.
+    world.patch(config, json!({"spec": {"template": {"data": {"same": null}}}})).await;
+    until("it is gone", async || {
+        let data = maps.get("web").await.ok()?.data?;
+        (data.keys().eq(["k", "own"])).then_some(())
+    })
+    .await;
 
     // Of another federated object: `web` in cell `b-a` and `web-b` in cell `a` are both to be `web-b-a`.
     cell(&world, "b-a", "x", "x-a").await;

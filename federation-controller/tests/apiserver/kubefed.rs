@@ -2,7 +2,8 @@
 
 use federation_core::api::Phase;
 use k8s_openapi::api::apps::v1::Deployment;
-use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams};
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::{Value, json};
 
@@ -51,6 +52,23 @@ pub(crate) async fn kubefed_manifests_unmodified(world: World) {
     assert_eq!(names, ["x", "y"]);
     assert_eq!(replicas(&x.get("web").await.expect("there")), Some(2));
     assert_eq!(replicas(&y.get("web").await.expect("there")), Some(3));
+
+    // What KubeFed made goes on as the hub's, without what its template has lost since.
+    let theirs = json!({"metadata": {"name": "old", "labels": {"kubefed.io/managed": "true"}},
+        "data": {"k": "v", "gone": "g"}});
+    let maps: Api<ConfigMap> = Api::namespaced(world.y.clone(), "shop");
+    let params = PostParams { field_manager: Some("controller-manager".into()), ..PostParams::default() };
+    maps.create(&params, &serde_json::from_value(theirs).expect("a config map")).await.expect("created");
+    let own = json!({"metadata": {"annotations": {"team": "one"}}});
+    maps.patch("old", &PatchParams::default(), &Patch::Merge(own)).await.expect("annotated");
+    let spec = json!({"template": {"data": {"k": "v"}}, "placement": {"clusters": [{"name": "y"}]}});
+    apply("FederatedConfigMap", "federatedconfigmaps", "old", spec).await;
+    until("it is as the template says", async || {
+        let found = maps.get("old").await.ok()?;
+        assert_eq!(found.annotations()["team"], "one", "somebody else's");
+        found.data?.into_iter().eq([("k".to_owned(), "v".to_owned())]).then_some(())
+    })
+    .await;
 
     // A preference splits replicas, and takes them over from overrides.
     let preference = json!({"apiVersion": "scheduling.kubefed.io/v1alpha1", "kind": "ReplicaSchedulingPreference",

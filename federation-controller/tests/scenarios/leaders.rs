@@ -86,6 +86,35 @@ async fn the_next_controller_takes_over_from_one_that_stops_and_from_one_that_di
     assert_eq!(one_after_the_other(&world.acts.lock()), ["one", "two", "three"]);
 }
 
+/// A process that is stopped (SIGSTOP, a machine that is paused) goes on with what it was about to do, and another leads by then.
+#[tokio::test(start_paused = true)]
+async fn a_leader_that_was_stopped_writes_nothing_more() {
+    const OBJECTS: usize = 20;
+    let mut world = World::stopped();
+    for number in 0..OBJECTS {
+        let name = format!("map-{number}");
+        let mut object = federated("FederatedConfigMap", &["a"], json!({"data": {"k": "v"}}));
+        object["metadata"]["name"] = name.as_str().into();
+        world.hub.put(CONFIG_MAPS, "shop", &name, Some(object));
+    }
+    // Its writes wait for one another.
+    world.run(Options { member_rate: 1, member_burst: 1, ..leading("one") });
+    let written = || world.member("x").names("/configmaps").len();
+    world.until("some are there", || (written() > 2).then_some(())).await;
+    world.hub.edit(LEASES, "kube-federation-system", "cellway-federation-controller", |lease| {
+        lease["spec"]["holderIdentity"] = "another_one".into();
+    });
+    let before = written();
+    // The clock goes on without it.
+    tokio::time::advance(Duration::from_secs(10)).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(written(), before);
+    // The other one is gone too.
+    world.until("it leads again and goes on", || (written() == OBJECTS).then_some(())).await;
+    assert_eq!(holder(&world).as_deref(), Some("one"));
+    world.stop().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn of_two_processes_with_one_identity_one_leads() {
     /// The lease runs out after four seconds, from when the other one last saw it renewed.

@@ -41,6 +41,9 @@ pub struct PlanInput<'a> {
     /// Clusters where an object that stands in is needed still, by what runs there for others or lies in it. `None`: not
     /// everything is known that may need it, so it stays.
     pub held_stand_ins: Option<&'a BTreeSet<String>>,
+    /// What the object has where its cells were before they moved (unit and cluster) and is needed there still, by what runs
+    /// beside it. `None`: not everything is known that may need it, so it stays.
+    pub held_moves: Option<&'a BTreeSet<(String, String)>>,
     /// Whether objects that the hub did not create are taken over, unless the object itself says so or not.
     pub adopt: bool,
     /// Whether anything of the object's namespace may ask for that: what its `Tenant` says, if it has one.
@@ -296,6 +299,8 @@ pub enum Action {
         adopt: Adopt,
         /// Whether it has been seen. What has not been seen may still be there, unmarked, and somebody else's.
         exists: bool,
+        /// Whether it has been seen, and is KubeFed's or nobody's.
+        inherits: bool,
         /// Whose `spec.replicas` it carries.
         replicas: Replicas,
         /// Annotations that are the hub's and are not asked for.

@@ -27,20 +27,29 @@ impl Planner<'_> {
             .and_then(|annotations| annotations.get(ORPHAN_ANNOTATION))
             .is_some_and(|value| value == "true");
         let options = self.delete_options();
-        // Make before break: what a cell has in the cluster that it leaves stays until its new object is ready.
-        let mut replaced_later: BTreeSet<(String, String)> = BTreeSet::new();
+        // Make before break: what a cell has in the cluster that it leaves stays until its new object is ready, and as long as
+        // what runs there reads it.
+        let mut replaced_later: BTreeMap<(String, String), &str> = BTreeMap::new();
         for old in &self.before.units {
             let successor = units.iter().find(|unit| unit.name == old.name && unit.cluster != old.cluster);
             let ready = |unit: &UnitStatus| {
                 matches!(unit.phase, Phase::Synced | Phase::Masked) && unit.ready == Some(true)
             };
-            if successor.is_some_and(|unit| unit.phase != Phase::Missing && !ready(unit))
-                && !units.iter().any(|unit| unit.name == old.name && unit.cluster == old.cluster)
-            {
-                replaced_later.insert((old.name.clone(), old.cluster.clone()));
+            let Some(successor) = successor.filter(|unit| unit.phase != Phase::Missing) else { continue };
+            if units.iter().any(|unit| unit.name == old.name && unit.cluster == old.cluster) {
+                continue;
             }
+            let record = (old.name.clone(), old.cluster.clone());
+            let message = if !ready(successor) {
+                "the cell has moved: its object goes when the new one is ready"
+            } else if input.held_moves.is_none_or(|held| held.contains(&record)) {
+                "the cell has moved: its object goes when what runs beside it has moved too"
+            } else {
+                continue;
+            };
+            replaced_later.insert(record, message);
         }
-        for (unit, cluster) in &replaced_later {
+        for (unit, cluster) in replaced_later.keys() {
             self.keep_names(unit, cluster);
         }
 
@@ -93,10 +102,10 @@ impl Planner<'_> {
                 continue;
             }
             let mut record = record.clone();
-            if replaced_later.contains(&(record.name.clone(), record.cluster.clone())) {
+            if let Some(message) = replaced_later.get(&(record.name.clone(), record.cluster.clone())) {
                 record.phase = Phase::Removing;
                 record.reason = Some("WaitingForReplacement".into());
-                record.message = Some("the cell has moved: its object goes when the new one is ready".into());
+                record.message = Some((*message).into());
                 units.push(record);
                 continue;
             }

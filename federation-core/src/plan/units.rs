@@ -396,12 +396,14 @@ impl<'a> Planner<'a> {
         if verdict.is_ok() && !right && !going && contended.is_none() {
             let hash = rendered.hash.clone();
             let exists = live.is_some();
+            let inherits = live.is_some_and(|live| drift::is_nobodys(&live.value));
             let action = Action::Apply {
                 desired,
                 hash,
                 cause,
                 adopt,
                 exists,
+                inherits,
                 replicas,
                 remove_annotations,
                 remove_labels,

@@ -602,6 +602,13 @@ fn a_secrets_texts_are_applied_as_data() {
     world.place(&["a"]);
     world.settle();
     assert_eq!(world.live("x", "web")["data"], json!({"password": "c2VjcmV0"}));
+
+    // What is none is refused as an API server does, and not left out.
+    world.object.spec.template = json!({"stringData": {"password": "secret", "pin": 1234}});
+    world.settle();
+    let message = world.unit("a").message.clone().unwrap_or_default();
+    assert_eq!(message, "stringData.pin of the template is not a string: put it in quotes");
+    assert_eq!(world.live("x", "web")["data"], json!({"password": "c2VjcmV0"}));
 }
 
 #[test]
@@ -631,6 +638,26 @@ fn a_cell_moves_to_another_cluster_make_before_break() {
     world.settle();
     assert_eq!(world.names("x"), ["web-b"].into());
     assert_eq!(world.unit("a").cluster, "y");
+}
+
+#[test]
+fn what_lies_beside_a_workload_leaves_after_it() {
+    let mut world = World::new(1, json!({"data": {"k": "v"}}));
+    world.place(&["a"]);
+    world.settle();
+    world.cells[0].spec.cluster = "y".into();
+    let record = ("a".to_owned(), "x".to_owned());
+    for held in [Some([record].into()), None] {
+        world.held_moves = held;
+        let plan = world.settle();
+        let old = plan.status.units.iter().find(|unit| unit.cluster == "x").expect("it stays");
+        assert_eq!((old.phase, old.reason.as_deref()), (Phase::Removing, Some("WaitingForReplacement")));
+        assert!(old.message.as_deref().is_some_and(|said| said.contains("what runs beside it")), "{old:?}");
+        assert!(world.names("x").contains("web") && world.names("y").contains("web"));
+    }
+    world.held_moves = Some([("a".to_owned(), "z".to_owned())].into());
+    world.settle();
+    assert!(world.names("x").is_empty() && world.names("y").contains("web"));
 }
 
 #[test]

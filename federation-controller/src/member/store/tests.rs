@@ -44,6 +44,7 @@ fn apply(hash: &str, cause: Cause) -> Action {
         cause,
         adopt: Adopt::Unasked,
         exists: cause != Cause::Create,
+        inherits: false,
         replicas: Replicas::Asked,
         remove_annotations: vec![],
         remove_labels: vec![],
