@@ -2,12 +2,12 @@
 
 use federation_core::api::{
     Cell, FederatedRevision, FederatedTypeConfig, KubeFedCluster, PropagationConfig, PropagationConfigSpec,
-    Tenant, TenantSpec, TenantSubject,
+    PropagationPolicy, Tenant, TenantSpec, TenantSubject,
 };
 use federation_core::types;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
-use k8s_openapi::api::rbac::v1::ClusterRole;
+use k8s_openapi::api::rbac::v1::{ClusterRole, RoleBinding};
 use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt as _};
 use serde_json::json;
@@ -142,6 +142,47 @@ pub(crate) async fn a_tenant_sees_and_reaches_its_own_and_nothing_else(world: Wo
     })
     .await;
     assert_eq!(theirs_there.get("limits").await.expect("there").data, limits.data);
+
+    // Nor give rights in members, whatever the platform federates: `edit` there is not `cluster-admin`.
+    let bindings =
+        types::FederatedType::of("rbac.authorization.k8s.io", "v1", "RoleBinding", "rolebindings", true);
+    let configs: Api<FederatedTypeConfig> = Api::namespaced(world.hub.clone(), "kube-federation-system");
+    configs.create(&PostParams::default(), &bindings.to_config()).await.expect("enabled");
+    let own: Api<DynamicObject> = Api::namespaced_with(jo.clone(), "shop", &bindings.hub_resource());
+    until("jo sees the bindings", async || own.list(&all).await.ok()).await;
+    let root = json!({"apiVersion": "types.kubefed.io/v1beta2", "kind": "FederatedRoleBinding",
+        "metadata": {"name": "root"}, "spec": {"placement": {"units": [{"name": "a"}]}, "template": {
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"},
+            "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "jo"}]}}});
+    let root: DynamicObject = serde_json::from_value(root).expect("object");
+    assert_eq!(code(own.create(&PostParams::default(), &root).await), 403);
+
+    // Plain objects are the hub API's: whoever may write them too federates them by a policy.
+    let plain: Api<ConfigMap> = Api::namespaced(jo.clone(), "shop");
+    let settings = json!({"metadata": {"name": "settings"}, "data": {"k": "plain"}});
+    let settings: ConfigMap = serde_json::from_value(settings).expect("object");
+    assert_eq!(code(plain.create(&PostParams::default(), &settings).await), 403);
+    // A kube-apiserver alone gathers no roles into `edit`.
+    let edit = if world.ours { "edit" } else { "system:aggregate-to-edit" };
+    let edits = json!({"metadata": {"name": "jo-edits"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": edit},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "jo"}]});
+    let edits: RoleBinding = serde_json::from_value(edits).expect("object");
+    let here: Api<RoleBinding> = Api::namespaced(world.hub.clone(), "shop");
+    here.create(&PostParams::default(), &edits).await.expect("bound");
+    until("jo may now", async || plain.create(&PostParams::default(), &settings).await.ok()).await;
+    let policy = json!({"apiVersion": "policy.cellway.io/v1alpha1", "kind": "PropagationPolicy",
+        "metadata": {"name": "settings"}, "spec": {"placement": {"units": [{"name": "a"}, {"name": "b"}]},
+            "resources": [{"apiVersion": "v1", "kind": "ConfigMap", "name": "settings"}]}});
+    let policy = serde_json::from_value(policy).expect("a policy");
+    let policies: Api<PropagationPolicy> = Api::namespaced(jo.clone(), "shop");
+    policies.create(&PostParams::default(), &policy).await.expect("made");
+    until("it is in the tenant's cell", async || {
+        let data = theirs_there.get_opt("settings").await.ok()??.data?;
+        (data["k"] == "plain").then_some(())
+    })
+    .await;
+    here.delete("jo-edits", &DeleteParams::default()).await.expect("taken back");
 
     // Without the tenant there is nothing, and nothing opens: what is there stays, and what is another's stays theirs.
     tenants.delete("red", &DeleteParams::default()).await.expect("deleted");
