@@ -28,7 +28,7 @@ use crate::loss::Watched;
 use crate::queue::Sharer;
 
 pub(crate) use self::objects::Kept;
-use self::records::Records;
+use self::records::{Records, Waits};
 use self::stand_ins::StandIns;
 
 /// A federated object: which type (its slot), and where.
@@ -50,6 +50,10 @@ pub(crate) struct HubState {
     stand_ins: StandIns,
     /// Where the objects have something.
     records: Records,
+    /// Objects that keep something where a cell was before it moved, since something else needs it there.
+    held: HashMap<ObjectKey, Waits>,
+    /// Of them, those whose wait may be over.
+    released: Vec<ObjectKey>,
     cells: BTreeMap<String, Cell>,
     clusters: BTreeMap<String, Arc<KubeFedCluster>>,
     configs: BTreeMap<String, PropagationConfig>,
@@ -139,6 +143,11 @@ impl HubState {
     /// Whether every object that may need something beside it is known.
     pub(crate) fn knows_needs(&self) -> bool {
         self.unlisted.is_empty() && self.unlisted_kinds.is_empty() && self.all_followed == Some(true)
+    }
+
+    /// Whether every object that is followed is known. What is not followed does not move either.
+    pub(crate) fn knows_moves(&self) -> bool {
+        self.unlisted.is_empty() && self.unlisted_kinds.is_empty() && self.types_known()
     }
 
     /// A type is followed from now on.

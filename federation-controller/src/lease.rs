@@ -27,6 +27,9 @@ use federation_core::names::{FEDERATION_NAMESPACE, FIELD_MANAGER};
 
 use crate::member::chain;
 
+/// How often it is looked at whether a term that seemed over goes on.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// Of several controllers the holder of this lease acts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaseOptions {
@@ -53,8 +56,9 @@ pub(crate) struct Held {
     renewed: watch::Sender<Instant>,
 }
 
-/// How long a holder may act: asked before each write, since a process that was stopped, or a machine that was, goes on with what
-/// it was about to write before it notices how late it is.
+/// How long a holder may act: asked before each write in a member, since a process that was stopped (SIGSTOP, a debugger, a
+/// container that is frozen) goes on with what it was about to write before it notices how late it is. While a whole machine
+/// is suspended its clock stands still: there the lease's next renewal, a second later at most, is what tells.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Term(Option<(watch::Receiver<Instant>, Duration)>);
 
@@ -178,6 +182,14 @@ impl Term {
     /// Whether another may act by now. Without a lease there is no other.
     pub(crate) fn is_over(&self) -> bool {
         self.0.as_ref().is_some_and(|(renewed, give_up)| renewed.borrow().elapsed() >= *give_up)
+    }
+
+    /// Comes back at once while nobody else may act. Else with the lease's renewal, should one have been under way; whoever has
+    /// lost it waits here until its tasks are ended.
+    pub(crate) async fn lasts(&self) {
+        while self.is_over() {
+            tokio::time::sleep(LOOK).await;
+        }
     }
 }
 

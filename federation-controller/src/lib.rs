@@ -211,8 +211,6 @@ pub(crate) struct Shared {
     failures: Mutex<HashMap<ObjectKey, u32>>,
     /// Held by whoever looks at rooms until it has claimed what it was given of them.
     room_turn: Mutex<()>,
-    /// Objects that keep something where a cell was before it moved, since something else needs it there.
-    held: Mutex<BTreeSet<ObjectKey>>,
     /// Objects with a status that waits for the members' answers.
     unsettled: Mutex<HashMap<ObjectKey, Unsettled>>,
     /// Objects that are set aside; it outlives the term.
@@ -547,7 +545,6 @@ impl Shared {
             shares: Shares::default(),
             failures: Mutex::default(),
             room_turn: Mutex::default(),
-            held: Mutex::default(),
             unsettled: Mutex::default(),
             quarantine: Arc::clone(&controller.quarantine),
             events,
@@ -641,26 +638,22 @@ impl Shared {
         &self.hub_id
     }
 
-    /// Looks at what stands in again, once it can be told who needs it.
+    /// Looks at what stands in, or is held for others, again, once it can be told who needs it.
     pub(crate) fn enqueue_stand_ins(&self) {
         let state = self.state.read();
-        let knows = state.knows_needs();
-        let keys = if knows { state.standing_in() } else { Vec::new() };
+        let keys = if state.knows_needs() { state.standing_in() } else { Vec::new() };
+        let held = if state.knows_moves() { state.held() } else { Vec::new() };
         drop(state);
-        let held = if knows { self.held.lock().clone() } else { BTreeSet::new() };
         keys.into_iter().chain(held).for_each(|key| self.queue.add(key));
     }
 
-    /// Looks again at what is held for others if `key` needs it no more. Mostly nothing is held, and nothing is asked.
-    pub(crate) fn wake_held(&self, key: &ObjectKey, needs_less: impl FnOnce() -> bool) {
-        if self.held.lock().is_empty() || !needs_less() {
+    /// Looks again at what kept something where a cell was and may let go of it now.
+    pub(crate) fn wake_released(&self) {
+        if !self.state.read().is_any_released() {
             return;
         }
-        let clusterwide = self.types.clusterwide();
-        let is_beside =
-            |held: &&ObjectKey| held.namespace == key.namespace || clusterwide.contains(&held.kind);
-        let beside: Vec<_> = self.held.lock().iter().filter(is_beside).cloned().collect();
-        beside.into_iter().for_each(|key| self.queue.add(key));
+        let released = self.state.write().released();
+        released.into_iter().for_each(|key| self.queue.add(key));
     }
 
     /// The members that a look at an object asks: those that it `concerns`, and those where it may have something.

@@ -431,7 +431,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             }
             wanted
         };
-        if enabling.as_ref().is_none_or(|(before, _)| *before != due) {
+        if enabling.as_ref().is_none_or(|(before, _)| !before.keys().eq(due.keys())) {
             if let Some((_, before)) = enabling.take() {
                 before.abort();
             }

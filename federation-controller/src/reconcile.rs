@@ -103,9 +103,8 @@ pub(crate) async fn reconcile(shared: &Arc<Shared>, key: &ObjectKey) -> Result<P
 }
 
 async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, ReconcileError> {
-    let Some(of) = shared.types.get(key.kind).filter(|_| !shared.term.is_over()) else {
-        return Ok(Progress::Whole);
-    };
+    let Some(of) = shared.types.get(key.kind) else { return Ok(Progress::Whole) };
+    shared.term.lasts().await;
     let of = of.as_ref();
     let namespaces = shared.types.namespaces().filter(|_| of.target.namespaced);
     let (object, topology, adoption, rules, preference, namespace) = {
@@ -121,7 +120,6 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
         let Some(object) = state.object(key) else {
             shared.settle(key);
             drop(state);
-            shared.held.lock().remove(key);
             let nowhere = BTreeSet::new();
             for member in shared.members_for(key, &nowhere).values() {
                 member.claim(key, Vec::new(), |_| false);
@@ -166,7 +164,7 @@ async fn pass(shared: &Arc<Shared>, key: &ObjectKey) -> Result<Progress, Reconci
     let held_stand_ins =
         if stands_in { shared.state.read().held_stand_ins(of, key) } else { Some(BTreeSet::new()) };
     let left = left(&federated, &topology);
-    let held_moves = held_moves(shared, key, of, &federated, &left, &topology);
+    let held_moves = hold_moves(shared, key, of, &federated, &left, &topology);
     let stored = shared.state.read().revisions(of.revision_namespace(&key.namespace), &mark);
     let (views, made) = {
         // What one object is given of a room is not there for the next.
@@ -313,11 +311,10 @@ fn concerned(
     names
 }
 
-/// What is kept where cells were before they moved, as [`HubState::held_moves`] has it. Who keeps something is remembered, so that
-/// it is looked at again when nobody needs it any more.
+/// What is kept where cells were before they moved, as [`HubState::hold_moves`] has it.
 ///
-/// [`HubState::held_moves`]: crate::hub::HubState::held_moves
-fn held_moves(
+/// [`HubState::hold_moves`]: crate::hub::HubState::hold_moves
+fn hold_moves(
     shared: &Shared,
     key: &ObjectKey,
     of: &FederatedType,
@@ -329,24 +326,20 @@ fn held_moves(
     let moved = left.iter().flat_map(|(cluster, units)| units.iter().map(|unit| (*unit, *cluster)));
     let moved: Vec<_> = moved.filter(|(unit, _)| is_elsewhere(unit)).collect();
     // Workloads wait for nobody but their successors.
-    let held = if moved.is_empty() || of.target.workload.is_some() {
-        Some(BTreeSet::new())
-    } else {
-        // Before it is asked: whoever lets go meanwhile wakes it.
-        shared.held.lock().insert(key.clone());
-        let needing = if of.is_namespace() {
-            // Whatever lies in it goes with it.
-            (0..*shared.types.count().borrow()).filter(|kind| *kind != key.kind).collect()
-        } else {
-            // Their pods read what lies beside them.
-            shared.types.workloads()
-        };
-        shared.state.read().held_moves(of, key, &needing, moved.into_iter())
-    };
-    if held.as_ref().is_some_and(BTreeSet::is_empty) {
-        shared.held.lock().remove(key);
+    if moved.is_empty() || of.target.workload.is_some() {
+        if shared.state.read().is_held(key) {
+            shared.state.write().let_go(key);
+        }
+        return Some(BTreeSet::new());
     }
-    held
+    let kinds = if of.is_namespace() {
+        // Whatever lies in it goes with it.
+        (0..*shared.types.count().borrow()).filter(|kind| *kind != key.kind).collect()
+    } else {
+        // Their pods read what lies beside them.
+        shared.types.workloads()
+    };
+    shared.state.write().hold_moves(of, key, kinds, &moved)
 }
 
 /// By cluster: the units that the status knows there, and that have gone or moved since.
@@ -468,12 +461,6 @@ impl<'a> Pass<'a> {
         let needs = |status: &FederatedStatus| -> usize {
             status.units.iter().filter(|unit| unit.stand_in || unit.extra.is_some()).count()
         };
-        shared.wake_held(self.key, || {
-            let stays = |unit: &UnitStatus| {
-                after.units.iter().any(|other| other.name == unit.name && other.cluster == unit.cluster)
-            };
-            !before.units.iter().all(stays)
-        });
         if needs(before) > needs(after) {
             // What was placed beside it may be needed no more.
             let beside = shared.state.read().keys_beside(&self.key.namespace, &shared.types.clusterwide());
@@ -634,6 +621,7 @@ impl<'a> Pass<'a> {
         } else {
             self.shared.state.write().learn(*kind, answer);
         }
+        self.shared.wake_released();
         Ok(())
     }
 

@@ -198,6 +198,7 @@ async fn erase(shared: &Shared, member: &Member, stone: &TombstoneSpec) -> Resul
     if !belongs_to(&value, &stone.source, shared.hub_id()) {
         return Ok(Erased::Done);
     }
+    shared.term.lasts().await;
     let done = if stone.orphan {
         member.release(&api, &stone.name, found.metadata.uid.as_deref()).await.map(drop)
     } else {

@@ -291,7 +291,6 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
             info!(kind = run.of.kind, "the type is followed no more");
             run.watch.abort();
             shared.types.retire(run.kind);
-            shared.held.lock().retain(|key| key.kind != run.kind);
             shared.state.write().drop_kind(run.kind);
         }
         for (config, of) in wanted.into_values() {
@@ -388,9 +387,9 @@ async fn watch_objects(shared: Arc<Shared>, kind: usize, of: Arc<FederatedType>,
         };
         if !touched.is_empty() {
             at.types.mark_used(kind);
+            at.wake_released();
         }
         for key in touched {
-            at.wake_held(&key, || !at.state.read().knows(&key));
             let (is_companion, behind, ours) = {
                 let state = at.state.read();
                 let ours = before.is_some() && before == state.asks(&key);

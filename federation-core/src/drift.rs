@@ -20,7 +20,7 @@ use crate::revision::{Digest, digest};
 /// Lists whose elements have owners of their own (`x-kubernetes-list-type: map` of the built-in kinds, which custom resources
 /// with a pod template share), so that an element which somebody else adds is no drift: the field that they lie in, if it
 /// matters (empty: the object itself), their own, and the one that names an element. Every other list is one value.
-const MAPS: [(Option<&str>, &str, &str); 21] = [
+const MAPS: [(Option<&str>, &str, &str); 22] = [
     (None, "containers", "name"),
     (None, "initContainers", "name"),
     (None, "ephemeralContainers", "name"),
@@ -40,8 +40,9 @@ const MAPS: [(Option<&str>, &str, &str); 21] = [
     (Some("ephemeralContainers"), "ports", "containerPort"),
     // A Service's; those of a NetworkPolicy lie elsewhere and are one value.
     (Some("spec"), "ports", "port"),
-    // A pod's; those of a ServiceAccount are one value.
     (Some("spec"), "imagePullSecrets", "name"),
+    // A ServiceAccount's, where distributions add their own.
+    (Some(""), "imagePullSecrets", "name"),
     (Some(""), "secrets", "name"),
     (Some(""), "webhooks", "name"),
 ];
@@ -356,7 +357,7 @@ mod tests {
         };
         for (path, is_map) in [
             (["subjects", "", ""], false),
-            (["imagePullSecrets", "", ""], false),
+            (["imagePullSecrets", "", ""], true),
             (["secrets", "", ""], true),
             (["spec", "steps", ""], false),
             (["spec", "versions", ""], false),

@@ -45,6 +45,14 @@ const EVERYBODYS: [(&str, &str); 5] = [
     ("networking.k8s.io", "NetworkPolicy"),
     ("policy", "PodDisruptionBudget"),
 ];
+/// Annotations that say which volume of its own cluster a claim is bound to, and by whom: one that is bound to none there is
+/// lost.
+const BOUND: [&str; 4] = [
+    "pv.kubernetes.io/",
+    "volume.kubernetes.io/selected-node",
+    "volume.kubernetes.io/storage-provisioner",
+    "volume.beta.kubernetes.io/storage-provisioner",
+];
 /// Groups of cellway's own definitions.
 const OWN_DEFINITIONS: [&str; 2] = [".kubefed.io", ".cellway.io"];
 /// Annotations by which an object says how it is federated: orphaned, adopted, deleted.
@@ -248,6 +256,7 @@ pub fn companion(of: &FederatedType, object: &Value, policy: &PropagationPolicy)
                 && key != "deployment.kubernetes.io/revision"
                 && key != "deprecated.daemonset.template.generation"
                 && key != "kubernetes.io/metadata.name"
+                && !BOUND.iter().any(|bound| key.starts_with(bound))
         };
         let all = meta[field].as_object().into_iter().flatten();
         all.filter(|(key, _)| kept(key)).map(|(key, value)| (key.clone(), value.clone())).collect()
@@ -705,5 +714,15 @@ mod tests {
             json!(template(&of("Job"), &job)),
             json!({"spec": {"template": {"metadata": {"labels": {"app": "x"}}}}})
         );
+        // A claim that is bound at the hub is not yet in a member.
+        let claims = FederatedType::of("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims", true);
+        let claim = json!({"metadata": {"name": "data", "namespace": "shop", "annotations": {"team": "one",
+                "pv.kubernetes.io/bind-completed": "yes", "volume.kubernetes.io/selected-node": "hub-1",
+                "volume.kubernetes.io/storage-provisioner": "csi"}},
+            "spec": {"volumeName": "pv-7", "accessModes": ["ReadWriteOnce"]}});
+        let made = companion(&claims, &claim, &policy("shop", "p", Value::Null));
+        let expect =
+            json!({"metadata": {"annotations": {"team": "one"}}, "spec": {"accessModes": ["ReadWriteOnce"]}});
+        assert_eq!(made["spec"]["template"], expect);
     }
 }

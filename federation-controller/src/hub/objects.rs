@@ -10,7 +10,7 @@ use federation_core::types::FederatedType;
 use kube::ResourceExt as _;
 use kube::api::DynamicObject;
 
-use super::records::{self, Record, record};
+use super::records::{self, Record, Waits, record};
 use super::stand_ins::{self, StandIn};
 use super::{HubState, ObjectKey, is_older};
 use crate::follow::{Change, lighten};
@@ -62,7 +62,7 @@ impl Kept {
             behind,
             may_be_companion: object.labels().contains_key(names::POLICY_LABEL),
             stand_ins: stand_ins::of_status(status),
-            records: records::of_status(status),
+            records: records::of_object(&object.data),
             // Made of maps with texts as keys, an object always serialises.
             text: Some(Packed::new(&serde_json::to_vec(&object).unwrap_or_default())),
             is_unread: false,
@@ -139,37 +139,90 @@ impl HubState {
     /// That is where workloads run replicas for units that were given up: those of its namespace, or, when it lies in no
     /// namespace in the members, all. A namespace is also needed while anything else stands in in it.
     pub(crate) fn held_stand_ins(&self, of: &FederatedType, own: &ObjectKey) -> Option<BTreeSet<String>> {
-        let inside = self.needed_inside(of, own)?;
+        let inside = of.target.namespaced || of.is_namespace();
+        if !self.knows_needs() || self.may_lack(inside, own) {
+            return None;
+        }
         let mine = self.objects.get(own).map(|object| &*object.stand_ins).unwrap_or_default();
         Some(self.stand_ins.beside(inside.then_some(&*own.namespace), mine, of.is_namespace()))
     }
 
-    /// Of what an object has where its cells were before they moved (`left`: unit and cluster), what is needed there still, since
-    /// an object of one of the kinds `needing` has something there for the same unit: one of its namespace or, when it lies in no
+    /// Of what an object has where its cells were before they moved (`left`: cell and cluster), what is needed there still, since
+    /// an object of one of the `kinds` has something there for the same cell: one of its namespace or, when it lies in no
     /// namespace in the members, any. `None` while not everything is known that may need it.
-    pub(crate) fn held_moves<'a>(
-        &self,
+    ///
+    /// An object that is to wait is among [`Self::released`] once nobody needs it.
+    pub(crate) fn hold_moves(
+        &mut self,
         of: &FederatedType,
         own: &ObjectKey,
-        needing: &BTreeSet<usize>,
-        left: impl Iterator<Item = (&'a str, &'a str)>,
+        kinds: BTreeSet<usize>,
+        left: &[(&str, &str)],
     ) -> Option<BTreeSet<(String, String)>> {
-        let inside = self.needed_inside(of, own)?;
-        let namespace = inside.then_some(&own.namespace);
-        let is_needed = |(unit, cluster): &(&str, &str)| {
-            let record = record(unit, cluster);
-            needing.iter().any(|kind| self.records.has(*kind, namespace, record))
+        let inside = of.target.namespaced || of.is_namespace();
+        let waits = Waits {
+            kinds,
+            namespace: inside.then(|| Arc::clone(&own.namespace)),
+            records: left.iter().map(|(cell, cluster)| record(cell, cluster)).collect(),
         };
-        Some(left.filter(is_needed).map(|(unit, cluster)| (unit.to_owned(), cluster.to_owned())).collect())
+        let known = self.knows_moves() && !self.may_lack(inside, own);
+        let needed = left.iter().filter(|(cell, cluster)| waits.needs(&self.records, record(cell, cluster)));
+        let needed: BTreeSet<_> =
+            needed.map(|(cell, cluster)| ((*cell).to_owned(), (*cluster).to_owned())).collect();
+        if known && needed.is_empty() {
+            self.held.remove(own);
+        } else {
+            self.held.insert(own.clone(), waits);
+        }
+        known.then_some(needed)
     }
 
-    /// Whether what needs an object lies in its namespace, or may lie anywhere; `None` while not everything is known that may.
-    fn needed_inside(&self, of: &FederatedType, own: &ObjectKey) -> Option<bool> {
-        if !self.knows_needs() {
-            return None;
+    /// Whether an object keeps something where a cell was, by [`Self::hold_moves`].
+    pub(crate) fn is_held(&self, key: &ObjectKey) -> bool {
+        self.held.contains_key(key)
+    }
+
+    /// It keeps nothing any more.
+    pub(crate) fn let_go(&mut self, key: &ObjectKey) {
+        self.held.remove(key);
+    }
+
+    /// Objects that keep something where a cell was.
+    pub(crate) fn held(&self) -> Vec<ObjectKey> {
+        self.held.keys().cloned().collect()
+    }
+
+    /// Whether [`Self::released`] has any.
+    pub(crate) fn is_any_released(&self) -> bool {
+        !self.released.is_empty()
+    }
+
+    /// Of them, those that nobody has needed there since this was asked last.
+    pub(crate) fn released(&mut self) -> Vec<ObjectKey> {
+        std::mem::take(&mut self.released)
+    }
+
+    /// Notes who may go since an object that had the records `before` has changed, or is gone.
+    fn release(&mut self, key: &ObjectKey, before: &[Record]) {
+        if self.held.is_empty() {
+            return;
         }
-        let inside = of.target.namespaced || of.is_namespace();
-        (!self.unknown.iter().any(|key| !inside || key.namespace == own.namespace)).then_some(inside)
+        let now = self.objects.get(key);
+        if now.is_none() {
+            self.held.remove(key);
+        }
+        let now = now.map(|object| &*object.records).unwrap_or_default();
+        for record in before.iter().filter(|record| !now.contains(record)) {
+            let waiting = self.held.iter().filter(|(_, waits)| {
+                waits.concerns(key.kind, &key.namespace, *record) && !waits.needs(&self.records, *record)
+            });
+            self.released.extend(waiting.map(|(key, _)| key.clone()));
+        }
+    }
+
+    /// Whether something may need an object that nothing has been read of. `inside`: only what lies in its namespace may.
+    fn may_lack(&self, inside: bool, own: &ObjectKey) -> bool {
+        self.unknown.iter().any(|key| !inside || key.namespace == own.namespace)
     }
 
     /// Objects that stand in somewhere.
@@ -266,12 +319,15 @@ impl HubState {
                 let mut touched: BTreeSet<_> = self.keys_of(kind).cloned().collect();
                 let mut before: BTreeMap<_, _> =
                     touched.iter().filter_map(|key| Some((key.clone(), self.remove(key)?))).collect();
+                let records: Vec<_> =
+                    before.iter().map(|(key, before)| (key.clone(), before.records.clone())).collect();
                 for object in all {
                     let key = object.key(kind);
                     touched.insert(key.clone());
                     let object = object.after(before.remove(&key));
                     self.insert(key, object);
                 }
+                records.iter().for_each(|(key, records)| self.release(key, records));
                 touched.into_iter().collect()
             }
             Change::Apply(object) => {
@@ -285,7 +341,8 @@ impl HubState {
                 let key = object.key(kind);
                 // A later object of the same name may be known already, from a write's answer.
                 if self.objects.get(&key).is_some_and(|known| object.is_unread || known.uid == object.uid) {
-                    self.remove(&key);
+                    let before = self.remove(&key);
+                    self.release(&key, &before.map(|before| before.records).unwrap_or_default());
                 }
                 vec![key]
             }
@@ -312,8 +369,10 @@ impl HubState {
         {
             return false;
         }
-        let object = object.after(self.remove(key));
-        self.insert(key.clone(), object);
+        let before = self.remove(key);
+        let records = before.as_ref().map(|before| before.records.clone()).unwrap_or_default();
+        self.insert(key.clone(), object.after(before));
+        self.release(key, &records);
         true
     }
 
@@ -343,7 +402,8 @@ impl HubState {
     pub(super) fn remove_kind(&mut self, kind: usize) {
         let all: Vec<_> = self.keys_of(kind).cloned().collect();
         for key in &all {
-            self.remove(key);
+            let before = self.remove(key);
+            self.release(key, &before.map(|before| before.records).unwrap_or_default());
         }
     }
 }

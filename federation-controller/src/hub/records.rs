@@ -1,32 +1,64 @@
-//! Where objects have something, by what their statuses say, counted as objects come and go: whether anything beside an object
-//! still runs in a cluster that a cell has left is asked of every object there, and must not cost a look at all of the others.
+//! Where objects have something for a cell, by what their statuses say, counted as objects come and go: whether anything beside
+//! an object still runs in a cluster that a cell has left is asked of every object there, and must not cost a look at all of
+//! the others.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::Arc;
 
+use federation_core::api::TopologyType;
 use serde_json::Value;
 
-/// A unit in a cluster, as a hash: ten thousand objects have a hundred thousand of them.
+/// A cell in a cluster, as a hash: ten thousand objects have a hundred thousand of them.
 pub(super) type Record = u64;
 
 /// By kind and namespace: in how many objects' statuses each record is.
 #[derive(Debug, Default)]
 pub(super) struct Records(BTreeMap<(usize, Arc<str>), HashMap<Record, u32>>);
 
-pub(super) fn record(unit: &str, cluster: &str) -> Record {
+/// What an object that keeps something where a cell was before it moved waits for.
+#[derive(Debug)]
+pub(super) struct Waits {
+    /// Objects of these kinds.
+    pub(super) kinds: BTreeSet<usize>,
+    /// In this namespace, or in any.
+    pub(super) namespace: Option<Arc<str>>,
+    /// With one of these records.
+    pub(super) records: Vec<Record>,
+}
+
+pub(super) fn record(cell: &str, cluster: &str) -> Record {
     let mut hasher = DefaultHasher::new();
-    (unit, cluster).hash(&mut hasher);
+    (cell, cluster).hash(&mut hasher);
     hasher.finish()
 }
 
-/// The records of a status.
-pub(super) fn of_status(status: &Value) -> Box<[Record]> {
-    let units = status["units"].as_array().into_iter().flatten();
+/// The records of an object. Clusters do not move.
+pub(super) fn of_object(object: &Value) -> Box<[Record]> {
+    let topology: TopologyType =
+        serde_json::from_value(object["spec"]["topologyType"].clone()).unwrap_or_default();
+    let units = object["status"]["units"].as_array().filter(|_| topology == TopologyType::Cell);
+    let units = units.into_iter().flatten();
     let text = |unit: &Value, field: &str| unit[field].as_str().unwrap_or_default().to_owned();
     let somewhere = units.map(|unit| (text(unit, "name"), text(unit, "cluster")));
     let found = somewhere.filter(|(_, cluster)| !cluster.is_empty());
     found.map(|(name, cluster)| record(&name, &cluster)).collect()
+}
+
+// === impl Waits ===
+
+impl Waits {
+    /// Whether an object has the record still.
+    pub(super) fn needs(&self, records: &Records, record: Record) -> bool {
+        self.kinds.iter().any(|kind| records.has(*kind, self.namespace.as_ref(), record))
+    }
+
+    /// Whether it waits for an object of this kind and namespace with this record.
+    pub(super) fn concerns(&self, kind: usize, namespace: &Arc<str>, record: Record) -> bool {
+        self.namespace.as_ref().is_none_or(|home| home == namespace)
+            && self.records.contains(&record)
+            && self.kinds.contains(&kind)
+    }
 }
 
 // === impl Records ===
@@ -77,10 +109,13 @@ mod tests {
     #[test]
     fn what_has_something_somewhere_is_found_until_it_is_gone() {
         let [shop, bank]: [Arc<str>; 2] = ["shop".into(), "bank".into()];
-        let status = json!({"units": [{"name": "a", "cluster": "x"}, {"name": "a", "cluster": "y"},
-            {"name": "b", "cluster": ""}, {"name": "c"}]});
-        let all = of_status(&status);
-        assert_eq!((all.len(), of_status(&Value::Null).len()), (2, 0));
+        let of = |topology: Value| {
+            of_object(&json!({"spec": {"topologyType": topology}, "status": {"units": [
+                {"name": "a", "cluster": "x"}, {"name": "a", "cluster": "y"}, {"name": "b", "cluster": ""}, {"name": "c"}]}}))
+        };
+        let all = of(json!("cell"));
+        assert_eq!((all.len(), of(json!("cluster")).len(), of_object(&Value::Null).len()), (2, 0, 0));
+        assert_eq!(of(Value::Null), all, "cells are what is meant without a word");
         let mut records = Records::default();
         records.add(1, &shop, &all);
         records.add(1, &shop, &all[..1]);

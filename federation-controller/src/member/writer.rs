@@ -78,8 +78,9 @@ pub(super) async fn run(member: Arc<Member>, shared: Arc<Shared>) {
             // A sleep of no time takes until the clock's next millisecond.
             tokio::time::sleep(wait).await;
         }
-        if !member.epoch.borrow().online || shared.term.is_over() {
-            // Whatever it was, it is planned anew when the member is back, or by whoever leads now.
+        shared.term.lasts().await;
+        if !member.epoch.borrow().online {
+            // Whatever it was, it is planned anew when the member is back.
             member.store.lock().discard(lease.key());
             continue;
         }
@@ -403,6 +404,7 @@ impl WriteError {
     fn untold(self) -> Self {
         match self {
             Self::Answered { code, reason, .. } => Self::Answered { code, reason, message: UNTOLD.into() },
+            Self::Unserved(_) => Self::Unserved(UNTOLD.into()),
             Self::Unreadable(_) => Self::Unreadable(format!("its answer cannot be read; {UNTOLD}")),
             own => own,
         }

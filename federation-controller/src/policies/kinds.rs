@@ -10,7 +10,6 @@ use federation_core::names::{FEDERATION_NAMESPACE, POLICY_ANNOTATION};
 use federation_core::policy::{group, may_enable};
 use federation_core::types::FederatedType;
 use kube::api::PostParams;
-use kube::core::GroupVersionKind;
 use kube::discovery::{self, Scope, verbs};
 use kube::error::DiscoveryError;
 use kube::{Api, ResourceExt as _};
@@ -26,7 +25,7 @@ const FIRST_LOOK: Duration = Duration::from_secs(1);
 /// Longest such wait; each look is one request for each kind.
 const LONGEST_LOOK: Duration = Duration::from_secs(30);
 
-/// A kind as a policy names it: `apiVersion` and `kind`.
+/// A kind: its group and its name. The version is the one that the hub prefers, whichever a policy names.
 pub(super) type Kind = (String, String);
 
 /// Kinds that are to be enabled, and for which policy (`namespace/name`).
@@ -43,8 +42,8 @@ pub(super) enum Unfederated {
     Because(String),
 }
 
-pub(super) fn name_of(selector: &ResourceSelector) -> Kind {
-    (selector.api_version.clone(), selector.kind.clone())
+fn kind_of(selector: &ResourceSelector) -> Kind {
+    (group(selector).to_owned(), selector.kind.clone())
 }
 
 /// The kinds that policies may have enabled and that no configuration speaks of: one that disables a kind lasts.
@@ -56,7 +55,7 @@ pub(super) fn due(
     for (name, policy) in policies {
         let meant = policy.spec.resources.iter().filter(|selector| may_enable(policy, selector));
         for selector in meant.filter(|selector| config_of(configs, selector).is_none()) {
-            due.entry(name_of(selector)).or_insert_with(|| name.clone());
+            due.entry(kind_of(selector)).or_insert_with(|| name.clone());
         }
     }
     due
@@ -71,7 +70,7 @@ pub(super) fn why(
 ) -> Unfederated {
     let Some(config) = config_of(configs, selector) else {
         if may_enable(policy, selector) {
-            return tried.get(&name_of(selector)).cloned().unwrap_or(Unfederated::Soon);
+            return tried.get(&kind_of(selector)).cloned().unwrap_or(Unfederated::Soon);
         }
         return Unfederated::Because("cellway federate enable it".into());
     };
@@ -119,24 +118,28 @@ pub(super) async fn enable(shared: Arc<Shared>, due: Due) {
 }
 
 async fn enable_one(shared: &Shared, kind: &Kind, policy: &str) -> Result<(), Unfederated> {
-    let (api_version, kind) = kind;
-    let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+    let (group, kind) = kind;
     let because = |error: &dyn std::fmt::Display| Unfederated::Because(error.to_string());
-    // What a team wrote becomes part of a path: it has to be names.
-    let named = FederatedType::of(group, version, kind, &kind.to_lowercase(), true);
-    FederatedType::from_config(&named.to_config()).map_err(|error| because(&error))?;
-    let found = discovery::pinned_kind(&shared.hub, &GroupVersionKind::gvk(group, version, kind)).await;
-    let (resource, capabilities) = match found {
-        Ok(found) => found,
-        Err(kube::Error::Api(status)) if status.code == 404 => return Err(Unfederated::NotServed),
-        Err(kube::Error::Discovery(DiscoveryError::MissingKind(_))) => return Err(Unfederated::NotServed),
+    let found = match discovery::group(&shared.hub, group).await {
+        Ok(found) => found.recommended_kind(kind),
+        Err(kube::Error::Api(status)) if status.code == 404 => None,
+        Err(kube::Error::Discovery(DiscoveryError::MissingApiGroup(_))) => None,
         Err(error) => return Err(because(&chain(&error))),
     };
+    let Some((resource, capabilities)) = found else { return Err(Unfederated::NotServed) };
     if ![verbs::LIST, verbs::WATCH].iter().all(|verb| capabilities.supports_operation(verb)) {
         return Err(because(&"the hub API cannot list and watch it"));
     }
     let namespaced = capabilities.scope == Scope::Namespaced;
-    let of = FederatedType::of(group, version, kind, &resource.plural, namespaced);
+    let of = FederatedType::of(group, &resource.version, kind, &resource.plural, namespaced);
+    FederatedType::from_config(&of.to_config()).map_err(|error| because(&error))?;
+    let other = shared.types.live().into_iter().find(|(_, other)| other.crd_name() == of.crd_name());
+    if let Some((_, other)) = other {
+        let (name, group) = (of.crd_name(), &other.target.group);
+        let why =
+            format!("{name} is {kind} of {group:?}; make a FederatedTypeConfig with another name for it");
+        return Err(Unfederated::Because(why));
+    }
     let mut config = of.to_config();
     config.metadata.annotations = Some([(POLICY_ANNOTATION.to_owned(), policy.to_owned())].into());
     let api: Api<FederatedTypeConfig> = Api::namespaced(shared.hub.clone(), FEDERATION_NAMESPACE);

@@ -298,6 +298,15 @@ impl FakeApi {
             found.map(|(_, found)| *found)
         };
         match path.as_slice() {
+            ["apis"] => {
+                let groups = upgraded.iter().map(|(resource, (version, _))| {
+                    let group = resource.split('/').next().unwrap_or_default();
+                    let served = json!({"groupVersion": format!("{group}/{version}"), "version": version});
+                    json!({"name": group, "versions": [served], "preferredVersion": served})
+                });
+                let groups: Vec<_> = groups.collect();
+                Some(json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}))
+            }
             ["apis", group] => {
                 let (version, _) = of_group(group)?;
                 Some(json!({"kind": "APIGroup", "versions": [{"version": version}]}))

@@ -461,6 +461,8 @@ async fn what_lies_beside_a_workload_moves_after_it() {
         );
     }
     world.member("y").refuses.lock().clear();
+    // It is tried again a minute after it failed last, at the latest.
+    tokio::time::sleep(Duration::from_secs(60)).await;
     world.until("x has nothing of it", || (has(&world, "x") == [false; 2]).then_some(())).await;
     assert!(world.deployment("x", "web-a").is_none() && world.deployment("y", "web-a").is_some());
     let deleted: Vec<_> =

@@ -239,8 +239,9 @@ async fn a_policy_of_the_platform_has_its_kinds_enabled() {
     let config = |name: &str| world.hub.get(types, "kube-federation-system", name);
     let made = config("cronjobs.batch").expect("it is made");
     assert_eq!(made["metadata"]["annotations"]["cellway.io/policy"], "shop/all");
-    let odd = json!({"apiVersion": "batch/v1/../../..", "kind": "CronJob"});
-    put("shop", "odd", json!([odd]));
+    // Every version of the group is meant, and the hub's is the one that is used.
+    assert_eq!(made["spec"]["targetType"]["version"], "v1");
+    put("shop", "odd", json!([{"apiVersion": "batch/v9/../../..", "kind": "CronJob"}]));
 
     // The platform's: any kind.
     world.hub.upgraded.lock().insert("example.com/widgets".into(), ("v1", "Widget"));
@@ -258,6 +259,16 @@ async fn a_policy_of_the_platform_has_its_kinds_enabled() {
     tokio::time::sleep(MINUTE).await;
     let kept = config("widgets.example.com").expect("it stays");
     assert_eq!(kept["spec"]["propagation"], "Disabled");
+    // Nor does a kind of the name of another take its federated form.
+    world.hub.upgraded.lock().insert("example.org/widgets".into(), ("v1", "Widget"));
+    world.hub.edit(types, "kube-federation-system", "widgets.example.com", |config| {
+        config["spec"]["propagation"] = "Enabled".into();
+    });
+    put("kube-federation-system", "all", json!([{"apiVersion": "example.org/v1", "kind": "Widget"}]));
+    let clash = "example.org/v1 Widget is not federated: federatedwidgets.types.kubefed.io is Widget of \"example.com\"; \
+                 make a FederatedTypeConfig with another name for it";
+    says("kube-federation-system", "InvalidResources", clash).await;
+    assert!(config("widgets.example.org").is_none());
     world.stop().await;
 }
 

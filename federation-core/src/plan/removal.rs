@@ -9,6 +9,7 @@ use crate::api::{DeleteOptions, Phase, TombstoneSpec, UnitStatus};
 use crate::drift;
 use crate::names::{DELETE_OPTION_ANNOTATION, ORPHAN_ANNOTATION, UNREACHABLE_ANNOTATION};
 use crate::status::OVERRIDES_INVALID;
+use crate::types::Readiness;
 
 /// Most records that may be nothing but made up, and have tombstones made for them all the same.
 const MOST_DOUBTFUL: usize = 16;
@@ -32,8 +33,10 @@ impl Planner<'_> {
         let mut replaced_later: BTreeMap<(String, String), &str> = BTreeMap::new();
         for old in &self.before.units {
             let successor = units.iter().find(|unit| unit.name == old.name && unit.cluster != old.cluster);
+            // A Job that fails or is suspended is never done, and two of them at once are one too many.
+            let ends = input.of.readiness == Readiness::Completed;
             let ready = |unit: &UnitStatus| {
-                matches!(unit.phase, Phase::Synced | Phase::Masked) && unit.ready == Some(true)
+                matches!(unit.phase, Phase::Synced | Phase::Masked) && (unit.ready == Some(true) || ends)
             };
             let Some(successor) = successor.filter(|unit| unit.phase != Phase::Missing) else { continue };
             if units.iter().any(|unit| unit.name == old.name && unit.cluster == old.cluster) {

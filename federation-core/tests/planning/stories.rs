@@ -661,6 +661,20 @@ fn what_lies_beside_a_workload_leaves_after_it() {
 }
 
 #[test]
+fn a_job_that_is_never_done_keeps_nothing_where_its_cell_was() {
+    let mut world =
+        World::new(9, json!({"spec": {"suspend": true, "template": {"metadata": {}, "spec": {}}}}));
+    assert_eq!(world.of.target.kind, "Job");
+    world.place(&["a"]);
+    world.settle();
+    world.cells[0].spec.cluster = "y".into();
+    world.settle();
+    assert!(world.names("y").contains("web-a"));
+    assert_ne!(world.unit("a").ready, Some(true));
+    assert!(world.names("x").is_empty());
+}
+
+#[test]
 fn adoption_is_the_objects_to_allow() {
     let mut world = World::new(1, json!({"data": {"k": "v"}}));
     let foreign = json!({"metadata": {"name": "web", "uid": "theirs"}, "data": {"k": "mine"}});
