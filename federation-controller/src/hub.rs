@@ -142,7 +142,7 @@ impl HubState {
 
     /// Whether every object that may need something beside it is known.
     pub(crate) fn knows_needs(&self) -> bool {
-        self.unlisted.is_empty() && self.unlisted_kinds.is_empty() && self.all_followed == Some(true)
+        self.knows_moves() && self.all_followed == Some(true)
     }
 
     /// Whether every object that is followed is known. What is not followed does not move either.

@@ -319,8 +319,10 @@ impl HubState {
                 let mut touched: BTreeSet<_> = self.keys_of(kind).cloned().collect();
                 let mut before: BTreeMap<_, _> =
                     touched.iter().filter_map(|key| Some((key.clone(), self.remove(key)?))).collect();
+                // Mostly nothing is held, and nobody asks what there was.
+                let known = before.iter().filter(|_| !self.held.is_empty());
                 let records: Vec<_> =
-                    before.iter().map(|(key, before)| (key.clone(), before.records.clone())).collect();
+                    known.map(|(key, before)| (key.clone(), before.records.clone())).collect();
                 for object in all {
                     let key = object.key(kind);
                     touched.insert(key.clone());
@@ -370,7 +372,8 @@ impl HubState {
             return false;
         }
         let before = self.remove(key);
-        let records = before.as_ref().map(|before| before.records.clone()).unwrap_or_default();
+        let known = before.as_ref().filter(|_| !self.held.is_empty());
+        let records = known.map(|before| before.records.clone()).unwrap_or_default();
         self.insert(key.clone(), object.after(before));
         self.release(key, &records);
         true

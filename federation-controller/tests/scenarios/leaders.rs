@@ -20,6 +20,16 @@ fn leading(identity: &str) -> Options {
     Options { lease: Some(LeaseOptions::new(identity)), ..options() }
 }
 
+/// Federated config maps in cell `a`: `map-0` and so on.
+fn put_maps(world: &World, count: usize) {
+    for number in 0..count {
+        let name = format!("map-{number}");
+        let mut object = federated("FederatedConfigMap", &["a"], json!({"data": {"k": "v"}}));
+        object["metadata"]["name"] = name.as_str().into();
+        world.hub.put(CONFIG_MAPS, "shop", &name, Some(object));
+    }
+}
+
 /// The process that holds the lease.
 fn process(world: &World) -> Option<String> {
     let lease = world.hub.get(LEASES, "kube-federation-system", "cellway-federation-controller")?;
@@ -86,17 +96,12 @@ async fn the_next_controller_takes_over_from_one_that_stops_and_from_one_that_di
     assert_eq!(one_after_the_other(&world.acts.lock()), ["one", "two", "three"]);
 }
 
-/// A process that is stopped (SIGSTOP, a machine that is paused) goes on with what it was about to do, and another leads by then.
+/// A process that is stopped (SIGSTOP, a container that is frozen) goes on with what it was about to do, and another leads by then.
 #[tokio::test(start_paused = true)]
 async fn a_leader_that_was_stopped_writes_nothing_more() {
     const OBJECTS: usize = 20;
     let mut world = World::stopped();
-    for number in 0..OBJECTS {
-        let name = format!("map-{number}");
-        let mut object = federated("FederatedConfigMap", &["a"], json!({"data": {"k": "v"}}));
-        object["metadata"]["name"] = name.as_str().into();
-        world.hub.put(CONFIG_MAPS, "shop", &name, Some(object));
-    }
+    put_maps(&world, OBJECTS);
     // Its writes wait for one another.
     world.run(Options { member_rate: 1, member_burst: 1, ..leading("one") });
     let written = || world.member("x").names("/configmaps").len();
@@ -143,12 +148,7 @@ async fn a_leader_that_cannot_renew_has_stopped_when_the_next_begins() {
     /// More than a fight takes: the leader always has something to put right in a member.
     const OBJECTS: usize = 100;
     let mut world = World::stopped();
-    for number in 0..OBJECTS {
-        let name = format!("map-{number}");
-        let mut object = federated("FederatedConfigMap", &["a"], json!({"data": {"k": "v"}}));
-        object["metadata"]["name"] = name.as_str().into();
-        world.hub.put(CONFIG_MAPS, "shop", &name, Some(object));
-    }
+    put_maps(&world, OBJECTS);
     world.run(leading("one"));
     let at_rest = || {
         let told = |number: usize| {

@@ -31,13 +31,13 @@ impl Planner<'_> {
         // Make before break: what a cell has in the cluster that it leaves stays until its new object is ready, and as long as
         // what runs there reads it.
         let mut replaced_later: BTreeMap<(String, String), &str> = BTreeMap::new();
+        // A Job that fails or is suspended is never done, and two of them at once are one too many.
+        let ends = input.of.readiness == Readiness::Completed;
+        let ready = |unit: &UnitStatus| {
+            matches!(unit.phase, Phase::Synced | Phase::Masked) && (unit.ready == Some(true) || ends)
+        };
         for old in &self.before.units {
             let successor = units.iter().find(|unit| unit.name == old.name && unit.cluster != old.cluster);
-            // A Job that fails or is suspended is never done, and two of them at once are one too many.
-            let ends = input.of.readiness == Readiness::Completed;
-            let ready = |unit: &UnitStatus| {
-                matches!(unit.phase, Phase::Synced | Phase::Masked) && (unit.ready == Some(true) || ends)
-            };
             let Some(successor) = successor.filter(|unit| unit.phase != Phase::Missing) else { continue };
             if units.iter().any(|unit| unit.name == old.name && unit.cluster == old.cluster) {
                 continue;
