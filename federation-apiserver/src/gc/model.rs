@@ -5,6 +5,7 @@
 //! there too, however long a webhook took between the first look at it and the write.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
 
 use proptest::prelude::*;
 use serde_json::json;
@@ -89,7 +90,6 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 /// What users were told of an object that was made.
-#[derive(Debug)]
 struct Made {
     target: Target,
     /// Uids of its namespace and its owners.
@@ -99,13 +99,28 @@ struct Made {
     at: usize,
 }
 
+impl fmt::Display for Made {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { target, namespace, owners, at } = self;
+        write!(f, "{} of namespace {namespace} and owners {owners:?}, made by deed {at},", target.key())
+    }
+}
+
 /// What users were told of deletions of an object.
 #[derive(Debug, Default)]
 struct Deletions {
-    /// One without `Orphan` was answered, so dependents may go.
-    plain: bool,
+    /// The last without `Orphan` that was answered: dependents may go.
+    plain: Option<usize>,
     /// The first with `Orphan`: who was there before may not.
     orphan: Option<usize>,
+}
+
+/// How an owner lets go of a dependent.
+enum End {
+    /// With it, by what was done then.
+    Taking(usize),
+    /// Without it.
+    Leaving(usize),
 }
 
 struct Users<'a> {
@@ -137,7 +152,8 @@ impl Users<'_> {
             Deed::DeleteNamespace(which) => {
                 let target = one(&namespaces, NAMESPACES[*which]);
                 if let Ok(deleted) = registry.delete(&target, &DeleteOptions::default()).await {
-                    self.deleted.entry(uid(deleted.object()).to_owned()).or_default().plain = true;
+                    self.deleted.entry(uid(deleted.object()).to_owned()).or_default().plain =
+                        Some(self.deeds);
                 }
             }
             Deed::Make { namespace, name, owners, blocks, stray } => {
@@ -197,7 +213,7 @@ impl Users<'_> {
                         Some(Propagation::Orphan) => {
                             deletions.orphan.get_or_insert(self.deeds);
                         }
-                        _ => deletions.plain = true,
+                        _ => deletions.plain = Some(self.deeds),
                     }
                 }
             }
@@ -210,16 +226,34 @@ impl Users<'_> {
         self.deleted.contains_key(object) || self.goes_by_itself(made)
     }
 
-    /// With its namespace, or with all of its owners.
+    /// With its namespace, or with all of its owners. Not with those that were gone before the last one left it behind.
     fn goes_by_itself(&self, made: &Made) -> bool {
-        let lets_go = |owner: &String| {
-            let Some(other) = self.made.get(owner) else { return true };
-            let asked = self.deleted.get(owner);
-            asked.is_some_and(|d| d.plain || d.orphan.is_some_and(|at| at < made.at))
-                || self.goes_by_itself(other)
-        };
-        self.deleted.contains_key(&made.namespace)
-            || (!made.owners.is_empty() && made.owners.iter().all(lets_go))
+        if self.deleted.contains_key(&made.namespace) {
+            return true;
+        }
+        let (mut taken, mut left) = (None, None);
+        for owner in &made.owners {
+            match self.end_of(owner, made) {
+                None => return false,
+                Some(End::Taking(at)) => taken = taken.max(Some(at)),
+                Some(End::Leaving(at)) => left = left.max(Some(at)),
+            }
+        }
+        taken > left
+    }
+
+    fn end_of(&self, owner: &str, dependent: &Made) -> Option<End> {
+        // Nobody ever was.
+        let Some(other) = self.made.get(owner) else { return Some(End::Taking(0)) };
+        if self.goes_by_itself(other) {
+            return Some(End::Taking(usize::MAX));
+        }
+        match self.deleted.get(owner)? {
+            Deletions { plain: Some(at), .. } => Some(End::Taking(*at)),
+            // It may have been too late to be left behind.
+            Deletions { orphan: Some(at), .. } if *at < dependent.at => Some(End::Taking(usize::MAX)),
+            Deletions { orphan, .. } => orphan.map(End::Leaving),
+        }
     }
 
     /// What has gone, or is going, without a reason.
@@ -227,10 +261,7 @@ impl Users<'_> {
         for (known, made) in self.made.iter().filter(|(known, _)| !self.may_go(known)) {
             let found = get(self.registry, &made.target).await;
             if !found.as_ref().is_some_and(|found| uid(found) == known && !meta::is_deleting(found)) {
-                return Some(format!(
-                    "{} {known} of {made:?} is not there, but {found:?}",
-                    made.target.key()
-                ));
+                return Some(format!("{made} {known} is not there, but {found:?}"));
             }
         }
         None
@@ -246,7 +277,7 @@ impl Users<'_> {
             let home = one(&namespaces(self.registry), &made.target.namespace);
             let home = get(self.registry, &home).await;
             if home.as_ref().map(uid) != Some(&made.namespace) {
-                return Some(format!("{found} of {made:?} is in {home:?}"));
+                return Some(format!("{found} of {made} is in {home:?}"));
             }
         }
         None

@@ -219,7 +219,8 @@ fn may_hide_dependents(graph: &Graph, owner: &Target) -> bool {
     hidden.is_some()
 }
 
-/// Takes the owner that is being deleted from all its dependents, then lets it go.
+/// Takes the owner that is being deleted from all its dependents, then lets it go. Whoever orphans wants them to stay: so
+/// no reference to an owner that has gone is left either, for which they would be collected at once.
 pub(super) async fn orphan(
     registry: &Registry,
     graph: &Graph,
@@ -230,11 +231,23 @@ pub(super) async fn orphan(
         return Ok(Next::Later);
     }
     for key in graph.dependents(&node.uid) {
-        let (Some(dependent), Some(child)) = (target_of(registry, &key), graph.get(&key)) else {
+        let Some(dependent) = target_of(registry, &key) else {
             // Without its definition it cannot be written now, and would be collected later.
             return Ok(Next::Later);
         };
-        drop_owners(registry, &dependent, &child.uid, std::slice::from_ref(&node.uid)).await?;
+        let child = match live(registry, &dependent.key()).await? {
+            Live::Absent => continue,
+            Live::Unreadable => return Ok(Next::Later),
+            Live::There(child) => child,
+        };
+        let mut dropped = vec![node.uid.clone()];
+        for other in child.owners.iter().filter(|o| o.uid != node.uid) {
+            let standing = standing(registry, graph, &dependent, other).await?;
+            if matches!(standing, Standing::Gone | Standing::Waiting) {
+                dropped.push(other.uid.clone());
+            }
+        }
+        drop_owners(registry, &dependent, &child.uid, &dropped).await?;
     }
     remove_finalizer(registry, owner, ORPHAN).await?;
     Ok(Next::Done)

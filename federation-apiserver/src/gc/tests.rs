@@ -162,6 +162,24 @@ async fn events_are_swept_by_the_time_of_their_last_write() {
 }
 
 #[tokio::test]
+async fn what_is_left_behind_stays_whoever_else_owned_it() {
+    let registry = registry().await;
+    let maps = maps(&registry, "default");
+    let owner = create(&registry, &maps, json!({"metadata": {"name": "a-owner"}})).await;
+    let reference =
+        |name: &str, uid: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "name": name, "uid": uid});
+    let owners = [reference("a-owner", uid(&owner)), reference("nobody", "u-0")];
+    create(&registry, &maps, json!({"metadata": {"name": "left", "ownerReferences": owners}})).await;
+    let options = DeleteOptions { propagation: Some(Propagation::Orphan), ..DeleteOptions::default() };
+    registry.delete(&one(&maps, "a-owner"), &options).await.expect("deleted");
+    // The owner comes first by its key, so that the other reference is the last one left.
+    Collector::new(&registry).await.settle().await;
+    assert!(!is_there(&registry, &one(&maps, "a-owner")).await);
+    let left = get(&registry, &one(&maps, "left")).await.expect("it was to stay");
+    assert_eq!(at(&left, &["metadata", "ownerReferences"]), None);
+}
+
+#[tokio::test]
 async fn a_namespace_made_anew_keeps_what_is_put_into_it() {
     let registry = registry().await;
     let (namespaces, maps) = (namespaces(&registry), maps(&registry, "shop"));
