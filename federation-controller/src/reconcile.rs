@@ -419,7 +419,7 @@ struct Pass<'a> {
     of: &'a FederatedType,
     api: Api<DynamicObject>,
     revisions: Api<FederatedRevision>,
-    about: ObjectReference,
+    about: Arc<ObjectReference>,
 }
 
 // === impl Shared ===
@@ -448,7 +448,7 @@ impl<'a> Pass<'a> {
             Api::all_with(shared.hub.clone(), &of.hub_resource())
         };
         let revisions = Api::namespaced(shared.hub.clone(), of.revision_namespace(&key.namespace));
-        Self { shared, key, of, api, revisions, about: reference(of, object) }
+        Self { shared, key, of, api, revisions, about: Arc::new(reference(of, object)) }
     }
 
     /// What follows elsewhere from a change of the status.

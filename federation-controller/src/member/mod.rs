@@ -101,7 +101,7 @@ struct Job {
     generation: Option<i64>,
     /// The namespace of the object in the member.
     home: Arc<str>,
-    about: ObjectReference,
+    about: Arc<ObjectReference>,
     write: Write,
 }
 
@@ -345,11 +345,11 @@ impl Member {
         source: &ObjectKey,
         generation: Option<i64>,
         of: &FederatedType,
-        about: &ObjectReference,
+        about: &Arc<ObjectReference>,
         write: Write,
     ) {
         let home = of.target_namespace(&source.namespace).into();
-        let job = Job { source: source.clone(), generation, home, about: about.clone(), write };
+        let job = Job { source: source.clone(), generation, home, about: Arc::clone(about), write };
         match self.store.lock().submit(job, Instant::now()) {
             Ok(target) => self.jobs.add(target, shared.queue.sharer(source)),
             Err(wait) => shared.queue.add_after(source.clone(), wait),

@@ -20,6 +20,7 @@ use super::{Job, Served};
 use crate::follow::Change;
 use crate::hub::ObjectKey;
 use crate::pace::{FightGuard, fight_message, outrun_delay, retry_delay};
+use crate::queue::slim;
 use crate::texts::Texts;
 
 /// Most objects of one kind that a member may have the hub keep: a hub with ten thousand federated objects over ten
@@ -51,7 +52,8 @@ pub(super) struct Store {
     /// What the members' objects have in common.
     texts: Arc<Texts>,
     kinds: Vec<Kind>,
-    jobs: HashMap<TargetKey, Job>,
+    /// In boxes, as there are many for a while only.
+    jobs: HashMap<TargetKey, Box<Job>>,
     /// What waits for each federated object.
     jobs_of: HashMap<ObjectKey, HashSet<TargetKey>>,
     in_flight: HashMap<TargetKey, Begun>,
@@ -357,8 +359,8 @@ impl Store {
     pub(super) fn submit(&mut self, job: Job, now: Instant) -> Result<TargetKey, Duration> {
         let target = TargetKey {
             kind: job.source.kind,
-            namespace: Arc::clone(&job.home),
-            name: job.write.object.as_str().into(),
+            namespace: self.texts.share(&job.home),
+            name: self.texts.share(&job.write.object),
         };
         if let Some(failure) = self.failures.get(&target)
             && failure.failure.hash == hash_of(&job.write.action)
@@ -367,7 +369,7 @@ impl Store {
             return Err(failure.retry_at - now);
         }
         self.jobs_of.entry(job.source.clone()).or_default().insert(target.clone());
-        if let Some(before) = self.jobs.insert(target.clone(), job) {
+        if let Some(before) = self.jobs.insert(target.clone(), Box::new(job)) {
             self.forget_job(&before.source, &target);
         }
         Ok(target)
@@ -378,6 +380,7 @@ impl Store {
         for target in self.jobs_of.remove(source).unwrap_or_default() {
             self.jobs.remove(&target);
         }
+        self.slim();
     }
 
     /// Forgets a write that has not begun.
@@ -388,7 +391,14 @@ impl Store {
     fn take_job(&mut self, target: &TargetKey) -> Option<Job> {
         let job = self.jobs.remove(target)?;
         self.forget_job(&job.source, target);
-        Some(job)
+        self.slim();
+        Some(*job)
+    }
+
+    /// Gives back what a burst of writes took.
+    fn slim(&mut self) {
+        slim(&mut self.jobs);
+        slim(&mut self.jobs_of);
     }
 
     /// A job of `source` for `target` waits no more, unless another one of the same source took its place.
@@ -544,6 +554,8 @@ impl Store {
         self.forgot = Some(now);
         self.failures.retain(|_, failure| failure.retry_at + FAILURE_MEMORY > now);
         self.fights.retain(|_, guard| !guard.is_idle(now));
+        slim(&mut self.failures);
+        slim(&mut self.fights);
     }
 }
 

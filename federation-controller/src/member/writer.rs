@@ -201,7 +201,7 @@ async fn perform(
                 admit(&found, &source, shared.hub_id(), *adopt)?;
                 Ok(Some(found))
             };
-            let mut wanted = Cow::Borrowed(desired);
+            let mut wanted = Cow::Borrowed(&**desired);
             if let Replicas::Retained { version: Some(version) } = replicas {
                 wanted.to_mut()["metadata"]["resourceVersion"] = version.as_str().into();
             }

@@ -289,8 +289,8 @@ pub struct Write {
 pub enum Action {
     /// Server-side apply.
     Apply {
-        /// The whole object.
-        desired: Value,
+        /// The whole object; members that get the same share it.
+        desired: Arc<Value>,
         /// Its [`Rendered::hash`].
         hash: String,
         /// Why it is written.

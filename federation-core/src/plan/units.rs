@@ -1,6 +1,9 @@
 //! From a unit to what is written for it: where it is, where it is to be, and what its object becomes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use serde_json::Value;
 
 use super::{Action, Cause, Draft, FailureKind, MemberState, MemberView, Planner, Replicas, Write};
 use crate::api::{Phase, Snapshot, UnitStatus};
@@ -394,6 +397,7 @@ impl<'a> Planner<'a> {
         }
 
         if verdict.is_ok() && !right && !going && contended.is_none() {
+            let desired = self.shared(&rendered.hash, desired);
             let hash = rendered.hash.clone();
             let exists = live.is_some();
             let inherits = live.is_some_and(|live| drift::is_nobodys(&live.value));
@@ -410,6 +414,16 @@ impl<'a> Planner<'a> {
             };
             self.writes.push(Write { cluster: cluster.to_owned(), object: object.to_owned(), action });
         }
+    }
+
+    /// An object that is to be written, once for all members that get the same: writes wait, a tree of values takes a few
+    /// KiB, and there may be a hundred thousand of them.
+    fn shared(&self, hash: &str, desired: Value) -> Arc<Value> {
+        let same = self.writes.iter().rev().find_map(|write| match &write.action {
+            Action::Apply { desired: other, hash: of, .. } if of == hash && **other == desired => Some(other),
+            _ => None,
+        });
+        same.map_or_else(|| Arc::new(desired), Arc::clone)
     }
 }
 

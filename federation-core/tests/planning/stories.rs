@@ -612,6 +612,27 @@ fn a_secrets_texts_are_applied_as_data() {
 }
 
 #[test]
+fn members_that_get_the_same_share_it() {
+    let shared = |world: &World| {
+        let plan = world.plan();
+        let [Action::Apply { desired: one, .. }, Action::Apply { desired: other, .. }] =
+            [&plan.writes[0].action, &plan.writes[1].action]
+        else {
+            panic!("{plan:?}")
+        };
+        Arc::ptr_eq(one, other)
+    };
+    let mut world = World::new(3, json!({"data": {"password": "c2VjcmV0"}}));
+    world.place(&["a", "c"]);
+    assert!(shared(&world));
+    let patches = serde_json::from_value(json!([{"op": "add", "path": "/data/pin", "value": "MTIzNA=="}]));
+    let patches = patches.expect("patches");
+    world.object.spec.overrides =
+        vec![Override { units: Some(vec!["c".into()]), unit_selector: None, patches }];
+    assert!(!shared(&world));
+}
+
+#[test]
 fn a_cell_moves_to_another_cluster_make_before_break() {
     let mut world = World::deployment();
     world.place(&["a", "b"]);

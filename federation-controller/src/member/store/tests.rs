@@ -4,7 +4,6 @@ use federation_core::answers::{Unreadable, Why};
 use federation_core::drift::Adopt;
 use federation_core::names::SOURCE_ANNOTATION;
 use federation_core::plan::{Replicas, Write};
-use k8s_openapi::api::core::v1::ObjectReference;
 use serde_json::{Value, json};
 
 use super::kind::{STRAY_BYTES, STRAYS_AT_ONCE};
@@ -39,7 +38,7 @@ fn key() -> ObjectKey {
 
 fn apply(hash: &str, cause: Cause) -> Action {
     Action::Apply {
-        desired: json!({"metadata": {"name": "web-a"}}),
+        desired: Arc::new(json!({"metadata": {"name": "web-a"}})),
         hash: hash.into(),
         cause,
         adopt: Adopt::Unasked,
@@ -57,7 +56,7 @@ fn delete(uid: &str) -> Action {
 
 fn job(hash: &str) -> Job {
     let write = Write { cluster: "x".into(), object: "web-a".into(), action: apply(hash, Cause::Create) };
-    Job { source: key(), generation: Some(1), home: "shop".into(), about: ObjectReference::default(), write }
+    Job { source: key(), generation: Some(1), home: "shop".into(), about: Arc::default(), write }
 }
 
 fn view(store: &mut Store) -> MemberView {
@@ -168,6 +167,31 @@ fn the_latest_write_replaces_one_that_has_not_begun() {
     store.submit(job("three"), now).expect("taken");
     store.cancel(&key());
     assert!(store.begin(&target).is_none());
+}
+
+#[test]
+fn a_burst_of_writes_leaves_no_room_behind() {
+    const BURST: usize = 10_000;
+    let mut store = store();
+    let job = |number: usize| {
+        let mut job = job("one");
+        job.source = ObjectKey::new(0, "shop", &format!("web-{number}"));
+        job.write.object = format!("web-{number}");
+        job
+    };
+    let submit = |number| store.submit(job(number), Instant::now()).expect("taken");
+    let targets: Vec<_> = (0..BURST).map(submit).collect();
+    assert!(store.jobs.capacity() >= BURST);
+    for target in &targets {
+        store.begin(target).expect("begun");
+        store.succeeded(target, &delete("1"), None, Instant::now());
+    }
+    assert!(store.jobs.capacity() < BURST / 4 && store.jobs_of.capacity() < BURST / 4);
+    for number in 0..BURST {
+        store.submit(job(number), Instant::now()).expect("taken");
+        store.cancel(&ObjectKey::new(0, "shop", &format!("web-{number}")));
+    }
+    assert!(store.jobs.is_empty() && store.jobs_of.is_empty());
 }
 
 #[test]
