@@ -42,7 +42,10 @@ mod removal;
 mod replicas;
 mod units;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use serde_json::Value;
 
 use crate::api::{
     Adoption, FederatedRevision, FederatedRevisionSpec, FederatedStatus, FirstRevision, NamespaceRule,
@@ -108,6 +111,8 @@ struct Planner<'a> {
     findings: Vec<Finding>,
     tombstones: Vec<TombstoneSpec>,
     writes: Vec<Write>,
+    /// The last object that is written with each hash.
+    shared: HashMap<String, Arc<Value>>,
     claims: BTreeMap<String, Vec<Claim>>,
     /// Objects that are to go and have not gone, as `<name> in <cluster>`.
     leftovers: Vec<String>,
@@ -136,6 +141,7 @@ impl<'a> Planner<'a> {
             findings: Vec::new(),
             tombstones: Vec::new(),
             writes: Vec::new(),
+            shared: HashMap::new(),
             claims: BTreeMap::new(),
             leftovers: Vec::new(),
             keep: BTreeMap::new(),

@@ -320,7 +320,16 @@ async fn play(steps: Vec<Step>) -> Result<(), TestCaseError> {
         let left = get(&registry, &one(&namespaces(&registry), name)).await;
         prop_assert!(!left.as_ref().is_some_and(meta::is_deleting), "{:?} does not go", left);
     }
-    for made in users.made.values().filter(|made| !made.owners.is_empty()) {
+    let mut there = BTreeSet::new();
+    for (known, made) in &users.made {
+        if get(&registry, &made.target).await.is_some_and(|found| uid(&found) == known) {
+            there.insert(known.as_str());
+        }
+    }
+    for (known, made) in users.made.iter().filter(|(_, made)| !made.owners.is_empty()) {
+        let left_behind = |owner: &String| users.deleted.get(owner).is_some_and(|d| d.orphan.is_some());
+        let owned = made.owners.iter().any(|owner| there.contains(owner.as_str()) || left_behind(owner));
+        prop_assert!(owned || !there.contains(known.as_str()), "{} has lost its owners, and is there", made);
         let Some(left) = get(&registry, &made.target).await else { continue };
         let Some(references) = at(&left, &["metadata", "ownerReferences"]).and_then(Value::as_array) else {
             continue;

@@ -11,7 +11,7 @@ use super::graph::{Graph, Node, Owner};
 use super::{FOREGROUND, Going, ORPHAN, remove_finalizer, target_of};
 use crate::registry::delete::{DeleteOptions, Propagation};
 use crate::registry::resource::split_api_version;
-use crate::registry::{Registry, Target};
+use crate::registry::{Registry, Target, meta};
 use crate::status::ApiError;
 use crate::value::{self, str_at};
 
@@ -117,8 +117,8 @@ pub(super) async fn collect(
     }
     if solid {
         // Whoever waits for this one need not any more.
-        if !dropped.is_empty() {
-            drop_owners(registry, target, &found.uid, &dropped).await?;
+        if let Some((of, others)) = dropped.split_first() {
+            drop_owners(registry, target, &found.uid, of, others).await?;
         }
         return Ok(Next::Done);
     }
@@ -163,23 +163,28 @@ fn references_mut<'a>(object: &'a mut Value, uid: &str) -> Option<&'a mut Vec<Va
     object.get_mut("metadata")?.get_mut("ownerReferences")?.as_array_mut()
 }
 
-/// Takes references to these owners from the object, if it is still the one with that uid.
+/// Takes the reference to an owner from the object, and with it those to others: if it is still the one with that uid and
+/// has that owner. Whoever else waits for one that is being deleted waits until it has gone.
 async fn drop_owners(
     registry: &Registry,
     target: &Target,
     uid: &str,
-    owners: &[String],
+    of: &str,
+    others: &[String],
 ) -> Result<(), ApiError> {
     registry
         .modify(target, |object| {
+            let others = if meta::is_deleting(object) { &[] } else { others };
             let Some(list) = references_mut(object, uid) else { return false };
-            let before = list.len();
-            list.retain(|o| !owners.iter().any(|u| u == str_at(o, &["uid"])));
-            let (empty, changed) = (list.is_empty(), list.len() != before);
-            if empty {
+            if !list.iter().any(|o| str_at(o, &["uid"]) == of) {
+                return false;
+            }
+            let goes = |uid: &str| uid == of || others.iter().any(|other| other == uid);
+            list.retain(|o| !goes(str_at(o, &["uid"])));
+            if list.is_empty() {
                 value::remove(object, &["metadata", "ownerReferences"]);
             }
-            changed
+            true
         })
         .await
         .map(drop)
@@ -220,7 +225,8 @@ fn may_hide_dependents(graph: &Graph, owner: &Target) -> bool {
 }
 
 /// Takes the owner that is being deleted from all its dependents, then lets it go. Whoever orphans wants them to stay: so
-/// no reference to an owner that has gone is left either, for which they would be collected at once.
+/// no reference to an owner that has gone, or that waits for them to go, is left either: they would be collected for it at
+/// once.
 pub(super) async fn orphan(
     registry: &Registry,
     graph: &Graph,
@@ -240,14 +246,13 @@ pub(super) async fn orphan(
             Live::Unreadable => return Ok(Next::Later),
             Live::There(child) => child,
         };
-        let mut dropped = vec![node.uid.clone()];
+        let mut others = Vec::new();
         for other in child.owners.iter().filter(|o| o.uid != node.uid) {
-            let standing = standing(registry, graph, &dependent, other).await?;
-            if matches!(standing, Standing::Gone | Standing::Waiting) {
-                dropped.push(other.uid.clone());
+            if let Standing::Gone | Standing::Waiting = standing(registry, graph, &dependent, other).await? {
+                others.push(other.uid.clone());
             }
         }
-        drop_owners(registry, &dependent, &child.uid, &dropped).await?;
+        drop_owners(registry, &dependent, &child.uid, &node.uid, &others).await?;
     }
     remove_finalizer(registry, owner, ORPHAN).await?;
     Ok(Next::Done)

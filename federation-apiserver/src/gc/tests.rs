@@ -180,6 +180,46 @@ async fn what_is_left_behind_stays_whoever_else_owned_it() {
 }
 
 #[tokio::test]
+async fn only_what_is_left_behind_is_taken_from_others() {
+    let registry = registry().await;
+    let maps = maps(&registry, "default");
+    let make = async |metadata: Value| create(&registry, &maps, json!({"metadata": metadata})).await;
+    let owner = |object: &Value| {
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "blockOwnerDeletion": true,
+        "name": object["metadata"]["name"], "uid": uid(object)})
+    };
+    let delete = async |name: &str, propagation| {
+        let options = DeleteOptions { propagation: Some(propagation), ..DeleteOptions::default() };
+        registry.delete(&one(&maps, name), &options).await.expect("deleted");
+    };
+    let (a, b) = (make(json!({"name": "a"})).await, make(json!({"name": "b"})).await);
+    let owners = json!([owner(&a), owner(&b)]);
+    make(json!({"name": "going", "finalizers": ["example.com/wait"], "ownerReferences": owners})).await;
+    make(json!({"name": "given-up", "ownerReferences": owners})).await;
+    delete("going", Propagation::Background).await;
+    delete("b", Propagation::Foreground).await;
+    delete("a", Propagation::Orphan).await;
+    let mut behind = Collector::new(&registry).await;
+    // Of which the collector does not know yet.
+    let give_up = |object: &mut Value| {
+        object["metadata"]["ownerReferences"] = json!([owner(&b)]);
+        true
+    };
+    registry.modify(&one(&maps, "given-up"), give_up).await.expect("changed");
+    behind.work().await;
+    behind.settle().await;
+    assert!(get(&registry, &one(&maps, "a")).await.is_none());
+    assert!(
+        get(&registry, &one(&maps, "given-up")).await.is_none(),
+        "its owner is deleted with its dependents"
+    );
+    // It waits for one that is going still.
+    let going = get(&registry, &one(&maps, "going")).await.expect("it has a finalizer");
+    assert_eq!(at(&going, &["metadata", "ownerReferences"]), Some(&json!([owner(&b)])));
+    assert!(get(&registry, &one(&maps, "b")).await.is_some());
+}
+
+#[tokio::test]
 async fn a_namespace_made_anew_keeps_what_is_put_into_it() {
     let registry = registry().await;
     let (namespaces, maps) = (namespaces(&registry), maps(&registry, "shop"));

@@ -320,9 +320,11 @@ impl HubState {
                 let mut before: BTreeMap<_, _> =
                     touched.iter().filter_map(|key| Some((key.clone(), self.remove(key)?))).collect();
                 // Mostly nothing is held, and nobody asks what there was.
-                let known = before.iter().filter(|_| !self.held.is_empty());
-                let records: Vec<_> =
-                    known.map(|(key, before)| (key.clone(), before.records.clone())).collect();
+                let records: Vec<_> = if self.held.is_empty() {
+                    Vec::new()
+                } else {
+                    before.iter().map(|(key, before)| (key.clone(), before.records.clone())).collect()
+                };
                 for object in all {
                     let key = object.key(kind);
                     touched.insert(key.clone());
@@ -372,8 +374,10 @@ impl HubState {
             return false;
         }
         let before = self.remove(key);
-        let known = before.as_ref().filter(|_| !self.held.is_empty());
-        let records = known.map(|before| before.records.clone()).unwrap_or_default();
+        let records = match &before {
+            Some(before) if !self.held.is_empty() => before.records.clone(),
+            _ => Box::default(),
+        };
         self.insert(key.clone(), object.after(before));
         self.release(key, &records);
         true

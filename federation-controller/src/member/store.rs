@@ -52,7 +52,7 @@ pub(super) struct Store {
     /// What the members' objects have in common.
     texts: Arc<Texts>,
     kinds: Vec<Kind>,
-    /// In boxes, as there are many for a while only.
+    /// In boxes: an empty place of the map takes a pointer, not a job.
     jobs: HashMap<TargetKey, Box<Job>>,
     /// What waits for each federated object.
     jobs_of: HashMap<ObjectKey, HashSet<TargetKey>>,
@@ -134,6 +134,7 @@ impl Store {
         self.jobs_of.retain(|source, _| source.kind != kind);
         self.failures.retain(|target, _| target.kind != kind);
         self.fights.retain(|target, _| target.kind != kind);
+        self.slim();
     }
 
     /// What one federated object needs to know of what lies in `home`. `cells`: the member's; `offline`: why the member
@@ -356,7 +357,7 @@ impl Store {
     }
 
     /// Takes a write, or says how long to wait before handing it in again.
-    pub(super) fn submit(&mut self, job: Job, now: Instant) -> Result<TargetKey, Duration> {
+    pub(super) fn submit(&mut self, mut job: Job, now: Instant) -> Result<TargetKey, Duration> {
         let target = TargetKey {
             kind: job.source.kind,
             namespace: self.texts.share(&job.home),
@@ -368,6 +369,7 @@ impl Store {
         {
             return Err(failure.retry_at - now);
         }
+        job.home = Arc::clone(&target.namespace);
         self.jobs_of.entry(job.source.clone()).or_default().insert(target.clone());
         if let Some(before) = self.jobs.insert(target.clone(), Box::new(job)) {
             self.forget_job(&before.source, &target);

@@ -416,14 +416,17 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// An object that is to be written, once for all members that get the same: writes wait, a tree of values takes a few
-    /// KiB, and there may be a hundred thousand of them.
-    fn shared(&self, hash: &str, desired: Value) -> Arc<Value> {
-        let same = self.writes.iter().rev().find_map(|write| match &write.action {
-            Action::Apply { desired: other, hash: of, .. } if of == hash && **other == desired => Some(other),
-            _ => None,
-        });
-        same.map_or_else(|| Arc::new(desired), Arc::clone)
+    /// An object that is to be written, once for all members that get the same of this plan: writes wait, a tree of values
+    /// takes a few KiB, and there may be a hundred thousand of them.
+    fn shared(&mut self, hash: &str, desired: Value) -> Arc<Value> {
+        match self.shared.get(hash) {
+            Some(same) if **same == desired => Arc::clone(same),
+            _ => {
+                let desired = Arc::new(desired);
+                self.shared.insert(hash.to_owned(), Arc::clone(&desired));
+                desired
+            }
+        }
     }
 }
 
