@@ -14,7 +14,9 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use crate::names::{HUB_ANNOTATION, MANAGED_LABEL, RENDERED_ANNOTATION, SOURCE_ANNOTATION};
+use crate::names::{
+    HUB_ANNOTATION, MANAGED_LABEL, RENDERED_ANNOTATION, SOURCE_ANNOTATION, TAKEOVER_ANNOTATION,
+};
 use crate::revision::{Digest, digest};
 
 /// Lists whose elements have owners of their own (`x-kubernetes-list-type: map` of the built-in kinds, which custom resources
@@ -160,9 +162,11 @@ pub fn belongs_to(live: &Value, source: &str, hub: &str) -> bool {
         && of_another_hub(live, hub).is_none()
 }
 
-/// Whether an object, if the hub may write it, says nothing of what it was made from: it is KubeFed's, or nobody's.
-pub fn is_nobodys(live: &Value) -> bool {
-    live["metadata"]["annotations"][SOURCE_ANNOTATION].is_null()
+/// Whether an object, if the hub may write it, is still to be taken over: it says nothing of what it was made from, being
+/// KubeFed's or nobody's, or that has not been done to its end.
+pub fn is_to_be_taken_over(live: &Value) -> bool {
+    let annotations = &live["metadata"]["annotations"];
+    annotations[SOURCE_ANNOTATION].is_null() || !annotations[TAKEOVER_ANNOTATION].is_null()
 }
 
 /// The hub that an object belongs to, if it is not this one.

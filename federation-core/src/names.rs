@@ -14,6 +14,8 @@ pub const RENDERED_ANNOTATION: &str = "cellway.io/rendered";
 pub const SOURCE_ANNOTATION: &str = "cellway.io/source";
 /// Annotation on member objects: the hub that they come from, by the uid of its `kube-federation-system` namespace.
 pub const HUB_ANNOTATION: &str = "cellway.io/hub";
+/// Annotation on member objects that are being taken over: until it goes, others may own the hub's fields as well.
+pub const TAKEOVER_ANNOTATION: &str = "cellway.io/takeover";
 /// Annotation on a federated object: `"true"` leaves the member objects in place when it is deleted.
 pub const ORPHAN_ANNOTATION: &str = "kubefed.io/orphan";
 /// Annotation on a federated object: how member objects are deleted, as JSON of Kubernetes' `DeleteOptions`.

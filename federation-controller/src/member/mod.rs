@@ -21,7 +21,7 @@ use federation_core::capacity::RoomView;
 use federation_core::ledger::Claim;
 use federation_core::names::{
     FIELD_MANAGER, HUB_ANNOTATION, MANAGED_LABEL, RENDERED_ANNOTATION, REVISION_ANNOTATION,
-    SOURCE_ANNOTATION, source,
+    SOURCE_ANNOTATION, TAKEOVER_ANNOTATION, source,
 };
 use federation_core::plan::{MemberView, Write};
 use federation_core::types::FederatedType;
@@ -248,7 +248,7 @@ impl Member {
             "uid": uid,
             "labels": {MANAGED_LABEL: null},
             "annotations": {SOURCE_ANNOTATION: null, REVISION_ANNOTATION: null, RENDERED_ANNOTATION: null,
-                HUB_ANNOTATION: null},
+                HUB_ANNOTATION: null, TAKEOVER_ANNOTATION: null},
         }});
         let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
         api.patch(name, &params, &Patch::Merge(patch)).await

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use federation_core::api::DeleteOptions;
-use federation_core::drift::{Refusal, admit, is_nobodys};
-use federation_core::names::{FIELD_MANAGER, HUB_ANNOTATION, MANAGED_LABEL};
+use federation_core::drift::{Refusal, admit, is_to_be_taken_over};
+use federation_core::names::{FIELD_MANAGER, HUB_ANNOTATION, MANAGED_LABEL, TAKEOVER_ANNOTATION};
 use federation_core::ownership::{alone, inherited};
 use federation_core::plan::{Action, Cause, FailureKind, Replicas, WriteFailure};
 use kube::ResourceExt as _;
@@ -55,6 +55,9 @@ enum WriteError {
         MOST_LOOKS + 1
     )]
     Outrun,
+    /// What was to be written over has gone, and perhaps somebody has made another object of the name.
+    #[error("the object is not the one that was seen any more; it is looked at again")]
+    Replaced,
     #[error("the member answers {code} {reason}: {message}")]
     Answered { code: u16, reason: String, message: String },
     /// Nothing is known of the object by that.
@@ -106,7 +109,7 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
     let verb = verb(action);
     let outcome = match &done {
         Ok(_) => Outcome::Done,
-        Err(WriteError::Outrun) => Outcome::Stale,
+        Err(WriteError::Outrun | WriteError::Replaced) => Outcome::Stale,
         Err(_) => Outcome::Failed,
     };
     let labels = WriteLabels { cluster: member.name.to_string(), verb, outcome };
@@ -122,7 +125,8 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
         }
         Err(error) => {
             debug!(?verb, %error, "a write failed");
-            let uncertain = matches!(error, WriteError::Lost(_) | WriteError::TimedOut(_));
+            let unknown =
+                matches!(error, WriteError::Lost(_) | WriteError::TimedOut(_) | WriteError::Replaced);
             if matches!(error, WriteError::TimedOut(_)) {
                 took = Took::TooLong;
             }
@@ -133,7 +137,7 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
                 member.distrust_kind(target.kind);
             }
             // It may have been carried out. The object is looked at anew before anything is concluded.
-            if uncertain {
+            if unknown {
                 settle(member, shared, target).await;
                 member.nudge();
             }
@@ -186,6 +190,7 @@ async fn perform(
             desired,
             adopt,
             exists,
+            uid,
             inherits,
             replicas,
             remove_annotations,
@@ -205,17 +210,21 @@ async fn perform(
             if let Replicas::Retained { version: Some(version) } = replicas {
                 wanted.to_mut()["metadata"]["resourceVersion"] = version.as_str().into();
             }
+            // An apply with another object's uid is refused.
+            if let Some(uid) = uid {
+                wanted.to_mut()["metadata"]["uid"] = uid.as_str().into();
+            }
             if !exists {
                 // Unseen is not absent: objects without the hub's label are not watched.
                 if let Some(found) = look().await? {
-                    if *replicas != Replicas::Asked {
-                        wanted = Cow::Owned(retaining(desired, &found));
-                    }
-                    (exists, takes_over) = (true, is_nobodys(&found));
+                    wanted = Cow::Owned(over(&found, desired, replicas));
+                    (exists, takes_over) = (true, is_to_be_taken_over(&found));
                 }
             }
             if takes_over {
-                change_owners(&api, name, inherited).await?;
+                change_owners(&api, name, |owners| Some(json!({"managedFields": inherited(owners)?})))
+                    .await?;
+                mark(wanted.to_mut());
             }
             let mut params = PatchParams::apply(FIELD_MANAGER);
             // Force only over what is ours: an object that appeared this very moment makes a conflict instead.
@@ -229,20 +238,40 @@ async fn perform(
                     break;
                 }
                 let Some(found) = look().await? else { break };
-                wanted = Cow::Owned(retaining(desired, &found));
+                wanted = Cow::Owned(over(&found, desired, replicas));
+                if takes_over {
+                    mark(wanted.to_mut());
+                }
+                first = api.patch(name, &params, &Patch::Apply(&wanted)).await;
+            }
+            // Mostly the namespace is there: it is made when it turns out not to be.
+            if first.as_ref().is_err_and(|error| code(error) == Some(404)) && of.target.namespaced {
+                ensure_namespace(member, shared.hub_id(), &target.namespace).await?;
                 first = api.patch(name, &params, &Patch::Apply(&wanted)).await;
             }
             let mut answer = match first {
+                Ok(answer) => answer,
                 Err(error) if is_outrun(&error) => return Err(WriteError::Outrun),
-                // Mostly the namespace is there: it is made when it turns out not to be.
-                Err(error) if code(&error) == Some(404) && of.target.namespaced => {
-                    ensure_namespace(member, shared.hub_id(), &target.namespace).await?;
-                    api.patch(name, &params, &Patch::Apply(&wanted)).await?
+                Err(error) => {
+                    // 409 where there is none, 422 where there is another; both are said of other things, too.
+                    let meant = wanted["metadata"]["uid"].as_str();
+                    if let (Some(_), Some(409 | 422)) = (meant, code(&error))
+                        && api.get_opt(name).await?.and_then(|found| found.metadata.uid).as_deref() != meant
+                    {
+                        return Err(WriteError::Replaced);
+                    }
+                    return Err(error.into());
                 }
-                first => first?,
             };
             if takes_over {
-                change_owners(&api, name, alone).await?;
+                let done = change_owners(&api, name, |owners| {
+                    let mut metadata = json!({"annotations": {TAKEOVER_ANNOTATION: null}});
+                    if let Some(owners) = alone(owners) {
+                        metadata["managedFields"] = owners;
+                    }
+                    Some(metadata)
+                });
+                answer = done.await?.unwrap_or(answer);
             }
             if !remove_annotations.is_empty() || !remove_labels.is_empty() {
                 let nulls = |keys: &[String]| -> Map<String, Value> {
@@ -282,34 +311,38 @@ async fn perform(
     }
 }
 
-/// Changes who owns an object's fields, if that is to be changed.
+/// Changes an object's metadata by who owns its fields, if that is to be changed; gives it back as it is then.
 async fn change_owners(
     api: &Objects,
     name: &str,
-    change: fn(&Value) -> Option<Value>,
-) -> Result<(), WriteError> {
+    change: impl Fn(&Value) -> Option<Value>,
+) -> Result<Option<DynamicObject>, WriteError> {
     let mut looks = 0;
     loop {
-        let Some(found) = api.with_owners(name).await? else { return Ok(()) };
-        let Some(owners) = change(&found["metadata"]["managedFields"]) else { return Ok(()) };
+        let Some(found) = api.with_owners(name).await? else { return Ok(None) };
+        let Some(mut metadata) = change(&found["metadata"]["managedFields"]) else { return Ok(None) };
         // Only with the state that it was made from.
-        let patch = json!({"metadata": {
-            "resourceVersion": found["metadata"]["resourceVersion"],
-            "managedFields": owners,
-        }});
+        metadata["resourceVersion"] = found["metadata"]["resourceVersion"].clone();
         let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
-        match api.patch(name, &params, &Patch::Merge(patch)).await {
-            Ok(_) => return Ok(()),
+        match api.patch(name, &params, &Patch::Merge(json!({"metadata": metadata}))).await {
+            Ok(changed) => return Ok(Some(changed)),
             Err(error) if code(&error) == Some(409) && looks < MOST_LOOKS => looks += 1,
             Err(error) => return Err(error.into()),
         }
     }
 }
 
-/// What is asked for, with the member's replicas: it is refused if the object is not as it was found any more.
-fn retaining(desired: &Value, found: &Value) -> Value {
+/// Marks what is asked for as being taken over: should the rest fail, it is done again.
+fn mark(wanted: &mut Value) {
+    wanted["metadata"]["annotations"][TAKEOVER_ANNOTATION] = "true".into();
+}
+
+/// What is asked for, over the object that was found and no other; with the member's replicas where those are the member's, and
+/// then only as it was found.
+fn over(found: &Value, desired: &Value, replicas: &Replicas) -> Value {
     let mut wanted = desired.clone();
-    if let Some(replicas) = found["spec"].get("replicas") {
+    wanted["metadata"]["uid"] = found["metadata"]["uid"].clone();
+    if let (Some(replicas), Replicas::Retained { .. }) = (found["spec"].get("replicas"), replicas) {
         wanted["spec"]["replicas"] = replicas.clone();
         wanted["metadata"]["resourceVersion"] = found["metadata"]["resourceVersion"].clone();
     }
@@ -369,6 +402,7 @@ fn failure(verb: Verb, action: &Action, error: &WriteError) -> WriteFailure {
     let reason = match error {
         WriteError::Refused(refusal) => refusal.reason(),
         WriteError::Outrun => "Outrun",
+        WriteError::Replaced => "Replaced",
         WriteError::Answered { code: 409, .. } if matches!(action, Action::Apply { exists: false, .. }) => {
             "AlreadyExists"
         }
@@ -380,7 +414,7 @@ fn failure(verb: Verb, action: &Action, error: &WriteError) -> WriteFailure {
     };
     let message = shortened(error.to_string());
     let kind = match error {
-        WriteError::Outrun => FailureKind::Outrun,
+        WriteError::Outrun | WriteError::Replaced => FailureKind::Outrun,
         WriteError::Refused(_) => FailureKind::Conflict,
         _ if reason == "AlreadyExists" => FailureKind::Conflict,
         _ => FailureKind::Failed,

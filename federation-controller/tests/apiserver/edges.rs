@@ -1,6 +1,7 @@
 //! What members hold already, lose, or have in another form: the edge cases that real API servers decide.
 
 use federation_core::api::{Cell, FederatedRevision, Tenant, TenantSpec};
+use federation_core::names::TAKEOVER_ANNOTATION;
 use federation_core::types;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Namespace, Secret};
@@ -85,7 +86,9 @@ pub(crate) async fn what_members_hold_already_is_not_taken_from_whose_it_is(worl
         .await;
     world.patch(config, json!({"metadata": {"annotations": {"cellway.io/adopt": "true"}}})).await;
     world.settled(config, "it is taken over", |status| is_true(status, "Ready")).await;
-    let data = maps.get("web").await.expect("there").data.expect("data");
+    let taken = maps.get("web").await.expect("there");
+    assert!(!taken.annotations().contains_key(TAKEOVER_ANNOTATION), "{taken:?}");
+    let data = taken.data.expect("data");
     assert_eq!((data["k"].as_str(), data["own"].as_str()), ("ours", "1"));
     // What both had written goes with the template, what only they had stays.
     world.patch(config, json!({"spec": {"template": {"data": {"same": null}}}})).await;
@@ -140,6 +143,20 @@ pub(crate) async fn what_members_hold_already_is_not_taken_from_whose_it_is(worl
     })
     .await;
     told(&world, "far", "a", "Synced", None).await;
+
+    // Made in the place of ours before any watch has told of it.
+    adopt("far", Value::Null).await;
+    let [at_x, _] = &world.at_members;
+    at_x.close();
+    x.delete("far-a", &DeleteParams::default()).await.expect("deleted");
+    until("ours is gone", async || x.get_opt("far-a").await.ok()?.is_none().then_some(())).await;
+    there("far-a", 1, json!({})).await;
+    let change = json!({"spec": {"template": template("far:2", 1)}});
+    let params = PatchParams::default();
+    world.objects(DEPLOYMENTS).patch("far", &params, &Patch::Merge(change)).await.expect("changed");
+    told(&world, "far", "a", "Conflict", Some("AlreadyExists")).await;
+    assert_eq!(runs("far-a").await, "theirs:1");
+    at_x.open();
     world.end().await;
 }
 

@@ -114,6 +114,8 @@ impl World {
         });
         let options = Options {
             probe_interval: Duration::from_millis(500),
+            // The simulations may make their nodes after the first look.
+            places_interval: Duration::from_millis(500),
             conversion,
             visibility: ours,
             room_interval: Duration::from_millis(500),

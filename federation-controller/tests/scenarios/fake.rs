@@ -41,6 +41,8 @@ pub(crate) struct FakeApi {
     pub(crate) stuck: Mutex<Vec<String>>,
     /// Answers to writes of objects by name: a status code and a message.
     pub(crate) refuses: Mutex<BTreeMap<String, (u16, String)>>,
+    /// So many merge patches fail still.
+    pub(crate) failing_merges: AtomicUsize,
     /// Names of objects that cannot be decrypted.
     pub(crate) sealed: Mutex<Vec<String>>,
     /// Annotations that a webhook takes off whatever is applied.
@@ -126,6 +128,7 @@ impl FakeApi {
             endless: Mutex::default(),
             stuck: Mutex::default(),
             refuses: Mutex::default(),
+            failing_merges: AtomicUsize::new(0),
             sealed: Mutex::default(),
             strips: Mutex::default(),
             expired: AtomicUsize::new(0),
@@ -165,6 +168,25 @@ impl FakeApi {
     pub(crate) fn put(&self, resource: &str, namespace: &str, name: &str, value: Option<Value>) {
         let mut state = self.state.lock();
         self.commit(&mut state, place(resource, namespace, name), value);
+    }
+
+    /// Puts an object there, or takes it away, as somebody else would, and no watch tells of it: as while watches lag behind.
+    pub(crate) fn slip(&self, resource: &str, namespace: &str, name: &str, value: Option<Value>) {
+        let mut state = self.state.lock();
+        let place = place(resource, namespace, name);
+        state.applied.remove(&place);
+        match value {
+            Some(mut value) => {
+                (state.version, state.uids) = (state.version + 1, state.uids + 1);
+                let (uid, version) = (format!("uid-{}", state.uids), state.version.to_string());
+                merge(
+                    &mut value,
+                    &json!({"metadata": {"name": name, "namespace": namespace, "uid": uid, "resourceVersion": version}}),
+                );
+                drop(state.objects.insert(place, value));
+            }
+            None => drop(state.objects.remove(&place)),
+        }
     }
 
     /// Ends every watch, lets `meanwhile` happen unseen, and forgets the history of it.
@@ -415,6 +437,10 @@ impl FakeApi {
             }
             (&Method::PATCH, "application/merge-patch+json") => {
                 let mut next = known.clone().ok_or_else(missing)?;
+                let fails = |left: usize| left.checked_sub(1);
+                if self.failing_merges.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fails).is_ok() {
+                    return Err((StatusCode::INTERNAL_SERVER_ERROR, "InternalError", "it fails".into()));
+                }
                 let wanted = &sent["metadata"]["resourceVersion"];
                 if !wanted.is_null() && *wanted != next["metadata"]["resourceVersion"] {
                     return Err((StatusCode::CONFLICT, "Conflict", "the object has been modified".into()));
@@ -439,9 +465,19 @@ impl FakeApi {
                 if !wanted.is_null() && *wanted != next["metadata"]["resourceVersion"] {
                     return Err((StatusCode::CONFLICT, "Conflict", "the object has been modified".into()));
                 }
+                // As stock servers: what is not there conflicts, what is another one is invalid.
+                let meant = sent["metadata"]["uid"].clone();
+                if !meant.is_null() && known.is_none() {
+                    return Err((StatusCode::CONFLICT, "Conflict", "uid mismatch".into()));
+                }
+                if !meant.is_null() && meant != next["metadata"]["uid"] {
+                    let message = "metadata.uid: field is immutable".into();
+                    return Err((StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message));
+                }
                 let mut sent = sent;
                 if let Some(metadata) = sent["metadata"].as_object_mut() {
                     metadata.remove("resourceVersion");
+                    metadata.remove("uid");
                 }
                 if let Some(old) = state.applied.get(&place) {
                     give_up(&mut next, old, &sent);

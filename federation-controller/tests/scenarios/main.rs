@@ -7,6 +7,7 @@ mod cost;
 mod credentials;
 mod failover;
 mod fake;
+mod foreign;
 mod hostile;
 mod leaders;
 mod loss;
@@ -532,33 +533,6 @@ async fn an_object_that_cannot_be_read_is_not_gone() {
     };
     world.until("it is gone from both", gone).await;
     world.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_the_hub_did_not_create_is_left_alone() {
-    let mut world = World::start().await;
-    world.member("x").put("/namespaces", "", "shop", Some(json!({"metadata": {}})));
-    let foreign =
-        json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {}, "spec": {"replicas": 9}});
-    world.member("x").put("apps/deployments", "shop", "web-a", Some(foreign));
-    world.hub.put(
-        DEPLOYMENTS,
-        "shop",
-        "web",
-        Some(federated("FederatedDeployment", &["a"], template("web:1", 2))),
-    );
-    let status = world
-        .settled(DEPLOYMENTS, "it is a conflict", |status| {
-            status.units.iter().any(|unit| unit.phase == Phase::Conflict)
-        })
-        .await;
-    assert_eq!(status.units[0].reason.as_deref(), Some("AlreadyExists"));
-    assert_eq!(world.deployment("x", "web-a").expect("stays")["spec"]["replicas"], 9);
-    // Unless it may be adopted.
-    world.stop().await;
-    world.run(federation_controller::Options { adopt: true, ..options() });
-    world.settled(DEPLOYMENTS, "it is adopted", |status| is_true(status, "Ready")).await;
-    assert_eq!(world.deployment("x", "web-a").expect("adopted")["spec"]["replicas"], 2);
 }
 
 /// Lets somebody work against the hub until the hub gives up for a while.

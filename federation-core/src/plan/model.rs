@@ -299,7 +299,9 @@ pub enum Action {
         adopt: Adopt,
         /// Whether it has been seen. What has not been seen may still be there, unmarked, and somebody else's.
         exists: bool,
-        /// Whether it has been seen, and is KubeFed's or nobody's.
+        /// The uid that was seen: another object of the same name is not the one that may be written.
+        uid: Option<String>,
+        /// Whether it has been seen, and is still to be taken over: KubeFed's, or nobody's.
         inherits: bool,
         /// Whose `spec.replicas` it carries.
         replicas: Replicas,

@@ -304,6 +304,7 @@ impl<'a> Planner<'a> {
         };
         let remove_annotations = unwanted("annotations", &input.rules.annotations);
         let remove_labels = unwanted("labels", &input.rules.labels);
+        let inherits = live.is_some_and(|live| drift::is_to_be_taken_over(&live.value));
         let right = live.is_some_and(|live| {
             drift::up_to_date(
                 &live.value,
@@ -312,7 +313,8 @@ impl<'a> Planner<'a> {
                 live.baseline.as_deref(),
                 rendered.retain_replicas,
             )
-        }) && remove_annotations.is_empty()
+        }) && !inherits
+            && remove_annotations.is_empty()
             && remove_labels.is_empty();
         let failure = view.failures.get(object).filter(|failure| failure.hash == rendered.hash);
         let known = |draft: &Draft<'_>| {
@@ -400,13 +402,14 @@ impl<'a> Planner<'a> {
             let desired = self.shared(&rendered.hash, desired);
             let hash = rendered.hash.clone();
             let exists = live.is_some();
-            let inherits = live.is_some_and(|live| drift::is_nobodys(&live.value));
+            let uid = live.and_then(|live| live.value["metadata"]["uid"].as_str()).map(Into::into);
             let action = Action::Apply {
                 desired,
                 hash,
                 cause,
                 adopt,
                 exists,
+                uid,
                 inherits,
                 replicas,
                 remove_annotations,

@@ -43,6 +43,7 @@ fn apply(hash: &str, cause: Cause) -> Action {
         cause,
         adopt: Adopt::Unasked,
         exists: cause != Cause::Create,
+        uid: None,
         inherits: false,
         replicas: Replicas::Asked,
         remove_annotations: vec![],

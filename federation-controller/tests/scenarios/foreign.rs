@@ -1,0 +1,83 @@
+//! Objects in members that are somebody else's.
+
+use std::sync::atomic::Ordering;
+
+use federation_core::api::Phase;
+use federation_core::names::TAKEOVER_ANNOTATION;
+use serde_json::{Value, json};
+
+use crate::world::{DEPLOYMENTS, World, federated, is_true, options, template};
+
+/// A Deployment of somebody else.
+fn foreign() -> Value {
+    json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {}, "spec": {"replicas": 9}})
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_hub_did_not_create_is_left_alone() {
+    let mut world = World::start().await;
+    world.member("x").put("/namespaces", "", "shop", Some(json!({"metadata": {}})));
+    world.member("x").put("apps/deployments", "shop", "web-a", Some(foreign()));
+    world.hub.put(
+        DEPLOYMENTS,
+        "shop",
+        "web",
+        Some(federated("FederatedDeployment", &["a"], template("web:1", 2))),
+    );
+    let status = world
+        .settled(DEPLOYMENTS, "it is a conflict", |status| {
+            status.units.iter().any(|unit| unit.phase == Phase::Conflict)
+        })
+        .await;
+    assert_eq!(status.units[0].reason.as_deref(), Some("AlreadyExists"));
+    assert_eq!(world.deployment("x", "web-a").expect("stays")["spec"]["replicas"], 9);
+    // Unless it may be adopted.
+    world.stop().await;
+    world.run(federation_controller::Options { adopt: true, ..options() });
+    world.settled(DEPLOYMENTS, "it is adopted", |status| is_true(status, "Ready")).await;
+    assert_eq!(world.deployment("x", "web-a").expect("adopted")["spec"]["replicas"], 2);
+}
+
+/// What somebody makes in the place of a unit's object is not written over before the watch tells of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_takes_the_place_of_an_object_unseen_is_left_alone() {
+    let world = crate::placed(&["a", "c"]).await;
+    world.member("x").slip("apps/deployments", "shop", "web-a", Some(foreign()));
+    world.member("y").slip("apps/deployments", "shop", "web-c", None);
+    world.hub.edit(DEPLOYMENTS, "shop", "web", |object| object["spec"]["template"] = template("web:2", 2));
+    let status = world
+        .settled(DEPLOYMENTS, "it is a conflict", |status| {
+            status.units.iter().any(|unit| unit.phase == Phase::Conflict)
+        })
+        .await;
+    let unit = status.units.iter().find(|unit| unit.name == "a").expect("the unit");
+    assert_eq!(unit.reason.as_deref(), Some("AlreadyExists"), "{unit:?}");
+    let found = world.deployment("x", "web-a").expect("stays");
+    assert_eq!((&found["spec"], &found["metadata"]["labels"]), (&json!({"replicas": 9}), &Value::Null));
+    // What has only gone is made again, as it is to be now.
+    let made = || world.deployment("y", "web-c").filter(|made| crate::image(made) == "web:2");
+    world.until("it is made again", made).await;
+}
+
+/// Until the hub alone owns what it asks for, what the template loses later would stay in the member.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_takeover_that_fails_half_way_is_done_again() {
+    let mut world = World::stopped();
+    let member = world.member("x");
+    member.put("/namespaces", "", "shop", Some(json!({"metadata": {}})));
+    member.put("apps/deployments", "shop", "web-a", Some(foreign()));
+    member.failing_merges.store(1, Ordering::Relaxed);
+    let web = federated("FederatedDeployment", &["a"], template("web:1", 2));
+    world.hub.put(DEPLOYMENTS, "shop", "web", Some(web));
+    world.run(federation_controller::Options { adopt: true, ..options() });
+    world
+        .until("its first try fails", || {
+            (world.member("x").failing_merges.load(Ordering::Relaxed) == 0).then_some(())
+        })
+        .await;
+    world.settled(DEPLOYMENTS, "it is adopted", |status| is_true(status, "Ready")).await;
+    let found = world.deployment("x", "web-a").expect("adopted");
+    assert_eq!(found["metadata"]["annotations"].get(TAKEOVER_ANNOTATION), None);
+    let is_write = |write: &&String| write.ends_with("apps/deployments web-a -");
+    assert_eq!(world.member("x").writes().iter().filter(is_write).count(), 4, "both halves, twice");
+}
