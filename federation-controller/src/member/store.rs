@@ -498,21 +498,23 @@ impl Store {
     ///
     /// What the watch has told since counts, unless what was found is newer than that for certain: it may be the object that has
     /// gone meanwhile, and another one of the name may be there. What is taken for it wrongly nobody would put right.
+    ///
+    /// Returns `false` where another object than the one that was found goes on being known under the name.
     pub(super) fn settled(
         &mut self,
         target: &TargetKey,
         known: &Option<State>,
         found: Option<DynamicObject>,
-    ) {
+    ) -> bool {
         let gone = self.in_flight.get(target).and_then(|begun| begun.gone.clone());
         let told_since = self.state(target) != *known;
-        let Some(of) = self.kinds.get_mut(target.kind) else { return };
+        let Some(of) = self.kinds.get_mut(target.kind) else { return true };
         let before = of.get(&target.namespace, &target.name);
         let Some(found) = found else {
             if !told_since {
                 of.remove(&target.namespace, &target.name);
             }
-            return;
+            return true;
         };
         let Seen { known: mut found, .. } = Seen::new(found, &self.texts);
         let is_taken = match before.map(|before| before.version.clone()).or(gone) {
@@ -521,11 +523,12 @@ impl Store {
             Some(told) => told != found.version && !Version::is_older(found.version.as_ref(), told.as_ref()),
         };
         if !is_taken {
-            return;
+            return before.is_none_or(|before| before.uid == found.uid);
         }
         found.baseline =
             before.filter(|before| before.uid == found.uid).and_then(|before| before.baseline.clone());
         of.insert(Arc::clone(&target.namespace), Arc::clone(&target.name), found);
+        true
     }
 
     /// Ends a write that failed; returns the wait before the next try and whether this failure is news.

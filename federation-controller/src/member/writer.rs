@@ -49,9 +49,9 @@ enum Took {
 enum WriteError {
     #[error("{0}")]
     Refused(#[from] Refusal),
-    /// The object has the member's replicas, and was another one again each time before it could be written with them.
+    /// What is written goes only with the state that was seen, and that was another one again each time.
     #[error(
-        "the object changes in the member faster than it can be written without a change of its replicas ({} times); it is tried again",
+        "the object changes in the member faster than it can be looked at and written ({} times); it is tried again",
         MOST_LOOKS + 1
     )]
     Outrun,
@@ -125,8 +125,7 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
         }
         Err(error) => {
             debug!(?verb, %error, "a write failed");
-            let unknown =
-                matches!(error, WriteError::Lost(_) | WriteError::TimedOut(_) | WriteError::Replaced);
+            let uncertain = matches!(error, WriteError::Lost(_) | WriteError::TimedOut(_));
             if matches!(error, WriteError::TimedOut(_)) {
                 took = Took::TooLong;
             }
@@ -137,8 +136,10 @@ async fn carry_out(member: &Member, shared: &Shared, target: &TargetKey, job: Jo
                 member.distrust_kind(target.kind);
             }
             // It may have been carried out. The object is looked at anew before anything is concluded.
-            if unknown {
+            if uncertain || matches!(error, WriteError::Replaced) {
                 settle(member, shared, target).await;
+            }
+            if uncertain {
                 member.nudge();
             }
             let (wait, news) = member.store.lock().failed(target, failure, rand::random(), Instant::now());
@@ -165,7 +166,11 @@ async fn settle(member: &Member, shared: &Shared, target: &TargetKey) {
         Ok(Ok(found)) => {
             // What the hub does not follow is not kept.
             let found = found.filter(|found| found.labels().contains_key(MANAGED_LABEL));
-            member.store.lock().settled(target, &known, found);
+            let agreed = member.store.lock().settled(target, &known, found);
+            // The watch of a member that was restored goes on from a version that is still to come: only a list tells.
+            if !agreed {
+                member.distrust_kind(target.kind);
+            }
         }
         // It is there, and none that can be read: a listing would show no more.
         Ok(Err(ReadError::Unreadable(_))) => {}
@@ -191,13 +196,13 @@ async fn perform(
             adopt,
             exists,
             uid,
-            inherits,
+            takes_over,
             replicas,
             remove_annotations,
             remove_labels,
             ..
         } => {
-            let (mut exists, mut takes_over) = (*exists, *inherits);
+            let (mut exists, mut takes_over) = (*exists, *takes_over);
             // As it is there, if it may be written.
             let look = async || -> Result<Option<Value>, WriteError> {
                 let Some(found) = api.get_opt(name).await? else { return Ok(None) };
@@ -222,8 +227,12 @@ async fn perform(
                 }
             }
             if takes_over {
-                change_owners(&api, name, |owners| Some(json!({"managedFields": inherited(owners)?})))
-                    .await?;
+                // Of one that was broken off: what the template has lost since is nobody's once the hub gives it up.
+                let change = |owners: &Value| {
+                    let owners = inherited(owners).or_else(|| alone(owners))?;
+                    Some(json!({"managedFields": owners}))
+                };
+                change_owners(&api, name, wanted["metadata"]["uid"].as_str(), change).await?;
                 mark(wanted.to_mut());
             }
             let mut params = PatchParams::apply(FIELD_MANAGER);
@@ -237,7 +246,10 @@ async fn perform(
                 if !first.as_ref().is_err_and(is_outrun) {
                     break;
                 }
-                let Some(found) = look().await? else { break };
+                let meant = &wanted["metadata"]["uid"];
+                let found =
+                    look().await?.filter(|found| meant.is_null() || found["metadata"]["uid"] == *meant);
+                let Some(found) = found else { return Err(WriteError::Replaced) };
                 wanted = Cow::Owned(over(&found, desired, replicas));
                 if takes_over {
                     mark(wanted.to_mut());
@@ -256,7 +268,8 @@ async fn perform(
                     // 409 where there is none, 422 where there is another; both are said of other things, too.
                     let meant = wanted["metadata"]["uid"].as_str();
                     if let (Some(_), Some(409 | 422)) = (meant, code(&error))
-                        && api.get_opt(name).await?.and_then(|found| found.metadata.uid).as_deref() != meant
+                        && let Ok(found) = api.get_opt(name).await
+                        && found.and_then(|found| found.metadata.uid).as_deref() != meant
                     {
                         return Err(WriteError::Replaced);
                     }
@@ -264,20 +277,22 @@ async fn perform(
                 }
             };
             if takes_over {
-                let done = change_owners(&api, name, |owners| {
+                let change = |owners: &Value| {
                     let mut metadata = json!({"annotations": {TAKEOVER_ANNOTATION: null}});
                     if let Some(owners) = alone(owners) {
                         metadata["managedFields"] = owners;
                     }
                     Some(metadata)
-                });
-                answer = done.await?.unwrap_or(answer);
+                };
+                let done = change_owners(&api, name, answer.metadata.uid.as_deref(), change).await?;
+                answer = done.unwrap_or(answer);
             }
             if !remove_annotations.is_empty() || !remove_labels.is_empty() {
                 let nulls = |keys: &[String]| -> Map<String, Value> {
                     keys.iter().map(|key| (key.clone(), Value::Null)).collect()
                 };
                 let patch = json!({"metadata": {
+                    "uid": answer.metadata.uid,
                     "annotations": nulls(remove_annotations),
                     "labels": nulls(remove_labels),
                 }});
@@ -311,15 +326,18 @@ async fn perform(
     }
 }
 
-/// Changes an object's metadata by who owns its fields, if that is to be changed; gives it back as it is then.
+/// Changes the metadata of an object, the one with this uid, by who owns its fields, if that is to be changed; gives it back as it
+/// is then.
 async fn change_owners(
     api: &Objects,
     name: &str,
+    uid: Option<&str>,
     change: impl Fn(&Value) -> Option<Value>,
 ) -> Result<Option<DynamicObject>, WriteError> {
     let mut looks = 0;
     loop {
-        let Some(found) = api.with_owners(name).await? else { return Ok(None) };
+        let is_meant = |found: &Value| uid.is_none() || found["metadata"]["uid"].as_str() == uid;
+        let found = api.with_owners(name).await?.filter(is_meant).ok_or(WriteError::Replaced)?;
         let Some(mut metadata) = change(&found["metadata"]["managedFields"]) else { return Ok(None) };
         // Only with the state that it was made from.
         metadata["resourceVersion"] = found["metadata"]["resourceVersion"].clone();
@@ -327,6 +345,7 @@ async fn change_owners(
         match api.patch(name, &params, &Patch::Merge(json!({"metadata": metadata}))).await {
             Ok(changed) => return Ok(Some(changed)),
             Err(error) if code(&error) == Some(409) && looks < MOST_LOOKS => looks += 1,
+            Err(error) if code(&error) == Some(409) => return Err(WriteError::Outrun),
             Err(error) => return Err(error.into()),
         }
     }
@@ -401,8 +420,7 @@ fn failure(verb: Verb, action: &Action, error: &WriteError) -> WriteFailure {
     let (failed, timed_out) = verb.failure();
     let reason = match error {
         WriteError::Refused(refusal) => refusal.reason(),
-        WriteError::Outrun => "Outrun",
-        WriteError::Replaced => "Replaced",
+        WriteError::Outrun | WriteError::Replaced => "Outrun",
         WriteError::Answered { code: 409, .. } if matches!(action, Action::Apply { exists: false, .. }) => {
             "AlreadyExists"
         }

@@ -1,6 +1,6 @@
 //! What members hold already, lose, or have in another form: the edge cases that real API servers decide.
 
-use federation_core::api::{Cell, FederatedRevision, Tenant, TenantSpec};
+use federation_core::api::{Cell, FederatedRevision, Phase, Tenant, TenantSpec};
 use federation_core::names::TAKEOVER_ANNOTATION;
 use federation_core::types;
 use k8s_openapi::api::apps::v1::Deployment;
@@ -84,19 +84,26 @@ pub(crate) async fn what_members_hold_already_is_not_taken_from_whose_it_is(worl
             status.units[0].reason.as_deref() == Some("AlreadyExists")
         })
         .await;
+    // What both had written goes with the template, what only they had stays; also what is lost while it is being taken over.
+    let [at_x, _] = &world.at_members;
+    at_x.fail_merges(true);
     world.patch(config, json!({"metadata": {"annotations": {"cellway.io/adopt": "true"}}})).await;
-    world.settled(config, "it is taken over", |status| is_true(status, "Ready")).await;
-    let taken = maps.get("web").await.expect("there");
-    assert!(!taken.annotations().contains_key(TAKEOVER_ANNOTATION), "{taken:?}");
-    let data = taken.data.expect("data");
-    assert_eq!((data["k"].as_str(), data["own"].as_str()), ("ours", "1"));
-    // What both had written goes with the template, what only they had stays.
-    world.patch(config, json!({"spec": {"template": {"data": {"same": null}}}})).await;
-    until("it is gone", async || {
-        let data = maps.get("web").await.ok()?.data?;
-        (data.keys().eq(["k", "own"])).then_some(())
+    until("it is half way", async || {
+        let taken = maps.get("web").await.ok()?;
+        taken.annotations().contains_key(TAKEOVER_ANNOTATION).then_some(())
     })
     .await;
+    world.patch(config, json!({"spec": {"template": {"data": {"more": "1", "same": null}}}})).await;
+    world
+        .settled(config, "it fails", |status| {
+            let message = status.units[0].message.as_deref().unwrap_or_default();
+            status.units[0].phase == Phase::Failed && message.contains("merge patches fail")
+        })
+        .await;
+    at_x.fail_merges(false);
+    world.settled(config, "it is taken over", |status| is_true(status, "Ready")).await;
+    let data = maps.get("web").await.expect("there").data.expect("data");
+    assert_eq!(serde_json::to_value(&data).expect("json"), json!({"k": "ours", "own": "1", "more": "1"}));
 
     // Of another federated object: `web` in cell `b-a` and `web-b` in cell `a` are both to be `web-b-a`.
     cell(&world, "b-a", "x", "x-a").await;
@@ -146,7 +153,6 @@ pub(crate) async fn what_members_hold_already_is_not_taken_from_whose_it_is(worl
 
     // Made in the place of ours before any watch has told of it.
     adopt("far", Value::Null).await;
-    let [at_x, _] = &world.at_members;
     at_x.close();
     x.delete("far-a", &DeleteParams::default()).await.expect("deleted");
     until("ours is gone", async || x.get_opt("far-a").await.ok()?.is_none().then_some(())).await;

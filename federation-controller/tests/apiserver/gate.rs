@@ -1,18 +1,21 @@
-//! A way to an API on which watches can be cut off for a while.
+//! A way to an API on which watches can be cut off, and merge patches refused, for a while.
 //!
 //! While it is closed, watches that were there have broken off and others wait; every other request passes. Whoever watched goes on
 //! from where it was, once it is open again: what happened meanwhile it has been told by nobody.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures::stream;
-use http::{Request, Response};
+use http::header::CONTENT_TYPE;
+use http::{Request, Response, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt as _, StreamBody};
+use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::Bytes;
 use kube::Client;
 use kube::client::Body;
 use parking_lot::Mutex;
+use serde_json::json;
 use tokio::sync::watch;
 use tower::BoxError;
 
@@ -26,13 +29,15 @@ const EXPIRED: &[u8] = b"\"code\":410";
 #[derive(Clone)]
 pub(crate) struct Gate {
     open: watch::Sender<bool>,
+    /// Merge patches fail.
+    failing: Arc<AtomicBool>,
     /// The paths of watches that were told so.
     expired: Arc<Mutex<Vec<String>>>,
 }
 
 impl Default for Gate {
     fn default() -> Self {
-        Self { open: watch::Sender::new(true), expired: Arc::default() }
+        Self { open: watch::Sender::new(true), failing: Arc::default(), expired: Arc::default() }
     }
 }
 
@@ -43,6 +48,11 @@ impl Gate {
 
     pub(crate) fn close(&self) {
         self.open.send_replace(false);
+    }
+
+    /// Has merge patches fail, or pass again.
+    pub(crate) fn fail_merges(&self, fails: bool) {
+        self.failing.store(fails, Ordering::Relaxed);
     }
 
     /// Whether a watch of this collection was told that its beginning is gone.
@@ -67,6 +77,16 @@ impl Gate {
         request: Request<Body>,
     ) -> Result<Response<Answer>, kube::Error> {
         let watches = request.uri().query().is_some_and(|query| query.contains("watch=true"));
+        let merges =
+            request.headers().get(CONTENT_TYPE).is_some_and(|of| of == "application/merge-patch+json");
+        if merges && self.failing.load(Ordering::Relaxed) {
+            let refusal = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 500,
+                "reason": "InternalError", "message": "merge patches fail"});
+            let body = Full::from(refusal.to_string()).map_err(|never| match never {});
+            let refused =
+                Response::builder().status(StatusCode::INTERNAL_SERVER_ERROR).body(body.boxed_unsync());
+            return Ok(refused.expect("an answer"));
+        }
         if !watches {
             let answer = to.send(request).await?;
             return Ok(answer.map(|body| body.map_err(BoxError::from).boxed_unsync()));

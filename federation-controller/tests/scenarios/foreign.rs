@@ -41,10 +41,21 @@ async fn what_the_hub_did_not_create_is_left_alone() {
 /// What somebody makes in the place of a unit's object is not written over before the watch tells of it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_takes_the_place_of_an_object_unseen_is_left_alone() {
-    let world = crate::placed(&["a", "c"]).await;
+    for retains in [false, true] {
+        slipped(retains).await;
+    }
+}
+
+/// `retains`: the replicas are the member's.
+async fn slipped(retains: bool) {
+    let mut world = crate::placed(&["a", "c"]).await;
+    if retains {
+        world.edit(|object| object["spec"]["retainReplicas"] = true.into());
+        world.settled(DEPLOYMENTS, "it is ready", |status| is_true(status, "Ready")).await;
+    }
     world.member("x").slip("apps/deployments", "shop", "web-a", Some(foreign()));
     world.member("y").slip("apps/deployments", "shop", "web-c", None);
-    world.hub.edit(DEPLOYMENTS, "shop", "web", |object| object["spec"]["template"] = template("web:2", 2));
+    world.edit(|object| object["spec"]["template"] = template("web:2", 2));
     let status = world
         .settled(DEPLOYMENTS, "it is a conflict", |status| {
             status.units.iter().any(|unit| unit.phase == Phase::Conflict)
@@ -57,6 +68,7 @@ async fn what_takes_the_place_of_an_object_unseen_is_left_alone() {
     // What has only gone is made again, as it is to be now.
     let made = || world.deployment("y", "web-c").filter(|made| crate::image(made) == "web:2");
     world.until("it is made again", made).await;
+    world.stop().await;
 }
 
 /// Until the hub alone owns what it asks for, what the template loses later would stay in the member.

@@ -180,7 +180,7 @@ pub enum FailureKind {
     Failed,
     /// The object is somebody else's.
     Conflict,
-    /// Nothing has: the object was changed by somebody else each time between a look at it and the write. It is tried again.
+    /// Nothing has: the object was changed, or replaced, by somebody else between a look at it and the write. It is tried again.
     Outrun,
 }
 
@@ -301,8 +301,8 @@ pub enum Action {
         exists: bool,
         /// The uid that was seen: another object of the same name is not the one that may be written.
         uid: Option<String>,
-        /// Whether it has been seen, and is still to be taken over: KubeFed's, or nobody's.
-        inherits: bool,
+        /// Whether it has been seen, and is still to be taken over: it is KubeFed's or nobody's, or that broke off.
+        takes_over: bool,
         /// Whose `spec.replicas` it carries.
         replicas: Replicas,
         /// Annotations that are the hub's and are not asked for.

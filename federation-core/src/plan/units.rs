@@ -304,7 +304,7 @@ impl<'a> Planner<'a> {
         };
         let remove_annotations = unwanted("annotations", &input.rules.annotations);
         let remove_labels = unwanted("labels", &input.rules.labels);
-        let inherits = live.is_some_and(|live| drift::is_to_be_taken_over(&live.value));
+        let takes_over = live.is_some_and(|live| drift::is_to_be_taken_over(&live.value));
         let right = live.is_some_and(|live| {
             drift::up_to_date(
                 &live.value,
@@ -313,7 +313,7 @@ impl<'a> Planner<'a> {
                 live.baseline.as_deref(),
                 rendered.retain_replicas,
             )
-        }) && !inherits
+        }) && !takes_over
             && remove_annotations.is_empty()
             && remove_labels.is_empty();
         let failure = view.failures.get(object).filter(|failure| failure.hash == rendered.hash);
@@ -410,7 +410,7 @@ impl<'a> Planner<'a> {
                 adopt,
                 exists,
                 uid,
-                inherits,
+                takes_over,
                 replicas,
                 remove_annotations,
                 remove_labels,

@@ -44,7 +44,7 @@ fn apply(hash: &str, cause: Cause) -> Action {
         adopt: Adopt::Unasked,
         exists: cause != Cause::Create,
         uid: None,
-        inherits: false,
+        takes_over: false,
         replicas: Replicas::Asked,
         remove_annotations: vec![],
         remove_labels: vec![],
@@ -293,6 +293,7 @@ fn what_is_found_after_a_lost_answer_counts_unless_the_watch_knows_better() {
         ("another one is there unheard", vec![was("a", 8)], Some(("b", 9)), Some(("b", "9"))),
         ("and it has changed", vec![was("a", 8), is("b", 9)], Some(("b", 10)), Some(("b", "10"))),
         ("it is in the list no more", vec![Change::Replace(vec![])], Some(("a", 7)), None),
+        ("another one is there from before, as after a restore", vec![], Some(("b", 3)), Some(("a", "5"))),
     ];
     for (what, told, found, expect) in cases {
         let mut store = store();
@@ -305,7 +306,9 @@ fn what_is_found_after_a_lost_answer_counts_unless_the_watch_knows_better() {
         store.begin(&target).expect("begun");
         let known = store.state(&target);
         told.into_iter().for_each(|change| drop(store.change(0, change)));
-        store.settled(&target, &known, found.map(|(uid, version)| live("web-a", uid, version)));
+        let agreed = store.settled(&target, &known, found.map(|(uid, version)| live("web-a", uid, version)));
+        let both = found.zip(expect);
+        assert_eq!(agreed, both.is_none_or(|((found, _), (kept, _))| found == kept), "{what}");
         let shown = view(&mut store).objects.remove("web-a");
         let meta = shown.as_ref().map(|shown| &shown.value["metadata"]);
         let text = |field: &str| meta.and_then(|meta| meta[field].as_str());
