@@ -12,6 +12,7 @@ mod large;
 mod ours;
 mod placement;
 mod policies;
+mod samples;
 mod simulated;
 mod steps;
 mod stock;
@@ -66,6 +67,7 @@ stories! {
     placement::config_maps_by_selector_and_nothing_written_in_vain,
     policies::jobs_ingresses_and_replica_sets_go_too,
     policies::plain_objects_go_where_a_policy_says,
+    samples::every_type_is_placed_masked_changed_and_removed,
     steps::a_cell_moves_and_nothing_is_missing_meanwhile,
     steps::a_definition_of_the_members_is_enabled_while_running,
     steps::a_release_by_mask_with_second_thoughts,

@@ -1,18 +1,23 @@
 //! What a tenant's admin sees and reaches.
 
+use std::pin::pin;
+
 use federation_core::api::{
-    Cell, FederatedRevision, FederatedTypeConfig, KubeFedCluster, PropagationConfig, PropagationConfigSpec,
-    PropagationPolicy, Tenant, TenantSpec, TenantSubject,
+    Cell, CellSpec, FederatedRevision, FederatedTypeConfig, KubeFedCluster, PropagationConfig,
+    PropagationConfigSpec, PropagationPolicy, Tenant, TenantSpec, TenantSubject,
 };
 use federation_core::types;
+use futures::TryStreamExt as _;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::api::rbac::v1::{ClusterRole, RoleBinding};
-use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{
+    DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, WatchEvent, WatchParams,
+};
 use kube::{Api, ResourceExt as _};
 use serde_json::json;
 
-use crate::world::{World, client_as, template, until};
+use crate::world::{PATIENCE, World, client_as, template, until};
 
 fn code<T>(answer: Result<T, kube::Error>) -> u16 {
     match answer {
@@ -50,6 +55,10 @@ pub(crate) async fn a_tenant_sees_and_reaches_its_own_and_nothing_else(world: Wo
         assert_eq!(code(seen.get("b").await), 404, "what is another's is not there");
         assert!(clusters.list(&ListParams::default()).await.expect("list").items.is_empty());
         assert_eq!(code(clusters.get("x").await), 404);
+    }
+
+    if world.ours {
+        cells_come_and_go_in_a_watch(&cells, &seen).await;
     }
 
     // What jo may: place in the tenant's namespace; and what it comes to.
@@ -202,4 +211,37 @@ pub(crate) async fn a_tenant_sees_and_reaches_its_own_and_nothing_else(world: Wo
         .await;
     until("jo may nothing", async || (code(deployments.get("web").await) == 403).then_some(())).await;
     world.end().await;
+}
+
+/// A tenant who watches is told of a cell when it becomes theirs, and that it has gone when it is theirs no more.
+async fn cells_come_and_go_in_a_watch(cells: &Api<Cell>, seen: &Api<Cell>) {
+    let belongs_to = |tenant: &str| json!({"metadata": {"labels": {"cellway.io/tenant": tenant}}});
+    let spec = CellSpec { cluster: "y".into(), ..CellSpec::default() };
+    let mut cell = Cell::new("d", spec);
+    cell.metadata.labels = Some([("cellway.io/tenant".to_owned(), "blue".to_owned())].into());
+    cells.create(&PostParams::default(), &cell).await.expect("a cell");
+    let from = seen
+        .list(&ListParams::default())
+        .await
+        .expect("a list")
+        .metadata
+        .resource_version
+        .expect("a version");
+    let mut told = pin!(seen.watch(&WatchParams::default(), &from).await.expect("a watch"));
+    for (tenant, expect) in [("red", "ADDED d"), ("blue", "DELETED d")] {
+        cells.patch("d", &PatchParams::default(), &Patch::Merge(belongs_to(tenant))).await.expect("labelled");
+        let event = tokio::time::timeout(PATIENCE, async {
+            loop {
+                match told.try_next().await.expect("an event").expect("the watch goes on") {
+                    WatchEvent::Added(cell) => break format!("ADDED {}", cell.name_any()),
+                    WatchEvent::Deleted(cell) => break format!("DELETED {}", cell.name_any()),
+                    // The status of a cell of theirs.
+                    WatchEvent::Modified(cell) => assert_ne!(cell.name_any(), "b"),
+                    other => panic!("{other:?}"),
+                }
+            }
+        });
+        assert_eq!(event.await.expect("told in time"), expect);
+    }
+    cells.delete("d", &DeleteParams::default()).await.expect("deleted");
 }

@@ -22,7 +22,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::gate::{Answer, Gate};
 
 /// Long enough for a slow machine; a test that passes never waits for it.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// Members, and the zones that their nodes lie in.
