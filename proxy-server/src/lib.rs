@@ -28,7 +28,6 @@ pub mod registry;
 pub mod route;
 pub mod rows;
 pub mod server;
-mod silence;
 pub mod status;
 pub mod tables;
 pub mod user;

@@ -7,7 +7,7 @@
 //!                        ServerTunnel::dial
 //! ```
 //!
-//! Guarantees: a dial ends within its deadline; when its tunnel dies or falls silent it goes on with another one of the same member;
+//! Guarantees: a dial ends within its deadline; when its tunnel dies it goes on with another one of the same member;
 //! an agent of one member is never chosen for another. Generic over the tunnel, so that the choice is tested without
 //! one ([`Tunnel`]).
 
@@ -38,7 +38,6 @@ use crate::directory::{Admission, ClusterDirectory, ClusterInfo, Lookup};
 use crate::error::ProxyError;
 use crate::metrics::{ByteLabels, ClusterLabels, DialLabels, ServerMetrics, TunnelLabels};
 use crate::route::{Identifiers, Route, Strategy};
-use crate::silence::falls_silent;
 
 /// How long a dial may take when nothing else is said. The agent's own `connect` gives up after 5 s as upstream's does;
 /// the rest is for the path and one retry.
@@ -69,9 +68,6 @@ pub trait Tunnel: Clone + Send + Sync + 'static {
 
     /// What the agent says of itself, if it has.
     fn agent_statistics(&self) -> Option<AgentStatistics>;
-
-    /// Waits for a sign of life of the agent.
-    fn ping(&self) -> impl Future<Output = bool> + Send;
 
     /// The last measured round trip.
     fn rtt(&self) -> Option<Duration>;
@@ -496,23 +492,7 @@ impl<T: Tunnel> Registry<T> {
             // Counted from before the answer, so that a burst spreads over the agents.
             let load = Load::take(entry.clone());
             let dialled = Instant::now();
-            tried.push(entry.id);
-            let dial = entry.tunnel.dial(target, left);
-            let answer = match self.has_another(request.route, &tried) {
-                true => tokio::select! {
-                    biased;
-                    answer = dial => answer,
-                    () = falls_silent(&entry.tunnel) => {
-                        tracing::debug!(tunnel.id = entry.id, %target, "the tunnel is silent; trying another");
-                        entry.timeouts.fetch_add(1, Ordering::Relaxed);
-                        let error = DialError::TimedOut;
-                        last = Some(ProxyError::Dial { target: target.to_string(), error });
-                        continue;
-                    }
-                },
-                false => dial.await,
-            };
-            match answer {
+            match entry.tunnel.dial(target, left).await {
                 Ok(connection) => {
                     entry.timeouts.store(0, Ordering::Relaxed);
                     entry.counters.ok.inc();
@@ -531,6 +511,7 @@ impl<T: Tunnel> Registry<T> {
                     }
                     tracing::debug!(tunnel.id = entry.id, %target, %error, "trying another tunnel");
                     last = Some(failed);
+                    tried.push(entry.id);
                 }
             }
         }
@@ -571,17 +552,6 @@ impl<T: Tunnel> Registry<T> {
     fn has_been_here(&self, cluster: &str) -> bool {
         let open = matches!(self.0.directory, ClusterDirectory::Open(_));
         !open || self.0.tunnels.read().contains_key(cluster) || self.0.left.lock().contains_key(cluster)
-    }
-
-    /// Whether there is a tunnel to go to that was not tried yet.
-    fn has_another(&self, route: &Route, tried: &[u64]) -> bool {
-        let tunnels = self.0.tunnels.read();
-        let of_cluster = tunnels.get(route.cluster.as_ref().map_or("", |cluster| cluster.as_str()));
-        of_cluster.into_iter().flatten().any(|entry| {
-            let serves = |strategy: &Strategy| strategy.matches(&entry.member.identifiers, &route.target);
-            let is_usable = route.cluster.is_some() || self.0.strategies.iter().any(serves);
-            is_usable && !tried.contains(&entry.id)
-        })
     }
 
     /// The least loaded tunnel that was not tried yet; those that drain or have gone silent come last.
@@ -852,10 +822,6 @@ impl Tunnel for ServerTunnel {
 
     fn agent_statistics(&self) -> Option<AgentStatistics> {
         ServerTunnel::agent_statistics(self)
-    }
-
-    async fn ping(&self) -> bool {
-        ServerTunnel::ping(self).await.is_ok()
     }
 
     fn rtt(&self) -> Option<Duration> {

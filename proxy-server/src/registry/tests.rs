@@ -32,8 +32,6 @@ struct FakeState {
     ends: Mutex<VecDeque<DuplexStream>>,
     arrived: Notify,
     draining: AtomicBool,
-    /// It gives no sign of life.
-    dead: AtomicBool,
     /// What the agent says of its certificate.
     certificate: Mutex<Option<(SystemTime, SystemTime)>>,
     closed: CancellationToken,
@@ -105,13 +103,6 @@ impl Tunnel for FakeTunnel {
     fn agent_statistics(&self) -> Option<tunnel::AgentStatistics> {
         let certificate = *self.0.certificate.lock();
         Some(tunnel::AgentStatistics { dials: 3, memory_limit: 1 << 20, certificate, ..Default::default() })
-    }
-
-    async fn ping(&self) -> bool {
-        if self.0.dead.load(Ordering::Relaxed) {
-            std::future::pending::<()>().await;
-        }
-        true
     }
 
     fn rtt(&self) -> Option<Duration> {
@@ -288,32 +279,6 @@ async fn a_silent_tunnel_is_passed_over() {
     drop(good);
     // With nothing better it is tried again, and an answer clears it.
     assert_eq!(dial(&registry, Some("east"), "db:1").await, Ok(silent_place.entry.id));
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_dial_leaves_an_agent_that_is_silent_and_waits_for_one_that_is_slow() {
-    for (dead, expect, took) in [(true, Ok(()), 2), (false, Err("timed-out"), 10)] {
-        let registry = mk_registry();
-        let first = FakeTunnel::answering([Answer::Never, Answer::Never]);
-        first.0.dead.store(dead, Ordering::Relaxed);
-        let first_place = registry.register(mk_member("east", "a"), first.clone());
-        // With nobody else it is waited for to the end.
-        let began = tokio::time::Instant::now();
-        assert_eq!(dial(&registry, Some("east"), "db:1").await, Err("timed-out"));
-        assert_eq!(began.elapsed().as_secs(), 10, "dead: {dead}");
-        first_place.entry.timeouts.store(0, Ordering::Relaxed);
-        let second = registry.register(mk_member("east", "b"), FakeTunnel::default());
-        // One of two dials meets the first.
-        let mut slowest = Duration::ZERO;
-        let mut ended = Ok(());
-        for _ in 0..2 {
-            let began = tokio::time::Instant::now();
-            let answer = dial(&registry, Some("east"), "db:1").await;
-            slowest = slowest.max(began.elapsed());
-            ended = ended.and(answer.map(|by| assert_eq!(by, second.entry.id)));
-        }
-        assert_eq!((ended, slowest.as_secs()), (expect, took), "dead: {dead}");
-    }
 }
 
 #[tokio::test]

@@ -347,21 +347,11 @@ async fn both_sides_take_their_flags_from_files() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_agent_takes_over_when_one_is_killed() -> Result<()> {
-    takes_over("h2").await
-}
-
-/// Nobody resets a QUIC connection whose process has gone: the server meets silence.
-#[tokio::test(flavor = "multi_thread")]
-async fn another_agent_takes_over_when_one_falls_silent() -> Result<()> {
-    takes_over("quic").await
-}
-
-async fn takes_over(carrier: &str) -> Result<()> {
     let Some(pair) = Pair::start().await? else { return Ok(()) };
     let (target, _task) = target().await?;
-    let mut first = pair.agent("agent-1", carrier)?;
+    let mut first = pair.agent("agent-1", "h2")?;
     pair.connected(target).await?;
-    let _second = pair.agent("agent-2", carrier)?;
+    let _second = pair.agent("agent-2", "h2")?;
     wait_until(
         || async {
             let agents = pair.connections().await?;
