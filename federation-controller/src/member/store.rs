@@ -499,7 +499,7 @@ impl Store {
     /// What the watch has told since counts, unless what was found is newer than that for certain: it may be the object that has
     /// gone meanwhile, and another one of the name may be there. What is taken for it wrongly nobody would put right.
     ///
-    /// Returns `false` where another object than the one that was found goes on being known under the name.
+    /// Returns `false` where another object than the one that was found goes on being known under the name, and no watch says why.
     pub(super) fn settled(
         &mut self,
         target: &TargetKey,
@@ -523,7 +523,7 @@ impl Store {
             Some(told) => told != found.version && !Version::is_older(found.version.as_ref(), told.as_ref()),
         };
         if !is_taken {
-            return before.is_none_or(|before| before.uid == found.uid);
+            return told_since || before.is_none_or(|before| before.uid == found.uid);
         }
         found.baseline =
             before.filter(|before| before.uid == found.uid).and_then(|before| before.baseline.clone());
