@@ -415,9 +415,15 @@ async fn revisions_and_masks(fleet: &Fleet) -> Result<()> {
 
 /// `describe` and `logs`.
 async fn looking_into_members(fleet: &Fleet) -> Result<()> {
-    let shown = fleet.cellway(&["describe", "deployment/web", "-n", "shop"]).await?;
-    let pods = shown.lines().filter(|line| line.contains("Pod web-")).count();
-    ensure!(shown.starts_with("FederatedDeployment shop/web: 3 units: 3 synced") && pods == 6, "{shown}");
+    // A pod that was replaced is there until its node has ended it.
+    let describing = async || {
+        let shown = fleet.cellway(&["describe", "deployment/web", "-n", "shop"]).await?;
+        let pods: Vec<&str> = shown.lines().filter(|line| line.contains("Pod web-")).collect();
+        ensure!(pods.len() == 6 && pods.iter().all(|pod| pod.ends_with(": Running")), "{shown}");
+        Ok(shown)
+    };
+    let shown = fleet.until("two pods of each cell", describing).await?;
+    ensure!(shown.starts_with("FederatedDeployment shop/web: 3 units: 3 synced"), "{shown}");
     for line in ["west-a in west: Synced, ready", "east-a in east: Synced, ready", "Deployment web-west-b"] {
         ensure!(shown.contains(line), "{line:?} is not in {shown}");
     }

@@ -68,6 +68,7 @@ pub use health::Database;
 pub use logs::{LogOptions, LogSource};
 pub use loopback::{Loopback, Stopped};
 pub use server::{ApiServer, BindError, Bound};
+pub use table::pod_status;
 
 /// What fuzz targets call: the parsers of peer input, as plain functions.
 #[doc(hidden)]

@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
+use federation_apiserver::pod_status;
 use federation_core::api::{Phase, UnitStatus};
 use federation_core::topology::parse_selector;
 use federation_core::types::{FederatedType, Workload};
@@ -307,23 +308,17 @@ async fn jobs(
 /// What is shown of pods.
 async fn seen(client: &Client, namespace: &str, pods: Vec<Pod>, until: Instant) -> Vec<Seen> {
     let seen = pods.into_iter().map(|pod| async move {
-        let status = pod.status.clone().unwrap_or_default();
-        let ready = status
-            .conditions
-            .iter()
+        let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_deref());
+        let ready = conditions
+            .into_iter()
             .flatten()
             .any(|condition| condition.type_ == "Ready" && condition.status == "True");
-        let waiting = status
-            .container_statuses
-            .iter()
-            .flatten()
-            .find_map(|container| container.state.as_ref()?.waiting.as_ref()?.reason.clone());
         let uid = pod.metadata.uid.as_deref().filter(|_| !ready);
         Seen {
             name: pod.name_any(),
             node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
             ready,
-            state: waiting.or(status.phase).unwrap_or_default(),
+            state: serde_json::to_value(&pod).map(|pod| pod_status(&pod)).unwrap_or_default(),
             events: events(client, namespace, uid, until).await,
         }
     });

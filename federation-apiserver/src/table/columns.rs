@@ -479,20 +479,81 @@ fn amount(value: Option<&Value>) -> String {
     }
 }
 
-fn pod_status(pod: &Value) -> String {
+/// What kubectl's column STATUS says of a pod: kube-apiserver's printer, the reason that is nearest to why it does not run.
+pub fn pod_status(pod: &Value) -> String {
+    let why = str_at(pod, &["status", "reason"]);
+    let phase = str_at(pod, &["status", "phase"]);
     if at(pod, &["metadata", "deletionTimestamp"]).is_some() {
-        return "Terminating".into();
+        if why == "NodeLost" {
+            return "Unknown".into();
+        }
+        if !matches!(phase, "Succeeded" | "Failed") {
+            return "Terminating".into();
+        }
     }
-    for status in list(pod, &["status", "containerStatuses"]) {
-        for state in ["waiting", "terminated"] {
-            let reason = str_at(status, &["state", state, "reason"]);
-            if !reason.is_empty() {
-                return reason.to_owned();
+    let has = |type_: &str| super::condition_status(pod, type_) == "True";
+    let gated = list(pod, &["status", "conditions"]).iter().any(|condition| {
+        str_at(condition, &["type"]) == "PodScheduled" && str_at(condition, &["reason"]) == "SchedulingGated"
+    });
+    let mut said = [why, phase].into_iter().find(|word| !word.is_empty()).unwrap_or_default().to_owned();
+    if gated {
+        said = "SchedulingGated".into();
+    }
+    if let Some(initializing) = init_status(pod) {
+        said = initializing;
+        if !has("Initialized") {
+            return said;
+        }
+    }
+    let mut runs = false;
+    for container in list(pod, &["status", "containerStatuses"]).iter().rev() {
+        match container_status(container) {
+            Some(reason) => said = reason,
+            None => {
+                runs |= container.get("ready") == Some(&json!(true))
+                    && at(container, &["state", "running"]).is_some();
             }
         }
     }
-    let reason = str_at(pod, &["status", "reason"]);
-    if reason.is_empty() { str_at(pod, &["status", "phase"]).to_owned() } else { reason.to_owned() }
+    match said.as_str() {
+        "Completed" if runs && has("Ready") => "Running".into(),
+        "Completed" if runs => "NotReady".into(),
+        _ => said,
+    }
+}
+
+/// Why a container waits or has ended, as its state says.
+fn container_status(container: &Value) -> Option<String> {
+    let waits = str_at(container, &["state", "waiting", "reason"]);
+    if !waits.is_empty() {
+        return Some(waits.to_owned());
+    }
+    let ended = at(container, &["state", "terminated"])?;
+    let reason = str_at(ended, &["reason"]);
+    Some(match i64_at(ended, &["signal"]) {
+        _ if !reason.is_empty() => reason.to_owned(),
+        Some(signal) if signal != 0 => format!("Signal:{signal}"),
+        _ => format!("ExitCode:{}", i64_at(ended, &["exitCode"]).unwrap_or(0)),
+    })
+}
+
+/// What is said of the first init container that is not done; `None` when all are, or are sidecars that have started.
+fn init_status(pod: &Value) -> Option<String> {
+    let specs = list(pod, &["spec", "initContainers"]);
+    let is_sidecar = |status: &Value| {
+        let mut specs = specs.iter();
+        specs.any(|spec| spec["name"] == status["name"] && str_at(spec, &["restartPolicy"]) == "Always")
+    };
+    let statuses = list(pod, &["status", "initContainerStatuses"]);
+    let (index, status) = statuses.iter().enumerate().find(|(_, status)| {
+        let done = i64_at(status, &["state", "terminated", "exitCode"]) == Some(0);
+        let started = status.get("started") == Some(&json!(true)) && is_sidecar(status);
+        !done && !started
+    })?;
+    Some(match container_status(status).filter(|reason| reason != "PodInitializing") {
+        Some(reason) => format!("Init:{reason}"),
+        None => format!("Init:{index}/{}", specs.len()),
+    })
 }
 
 fn node_status(node: &Value) -> String {
@@ -603,6 +664,88 @@ mod tests {
         ];
         for (seconds, text) in cases {
             assert_eq!(human_duration(seconds), text);
+        }
+    }
+
+    #[test]
+    fn a_pods_status_is_what_kubectl_shows() {
+        let container =
+            |state: Value| json!({"name": "c", "ready": state.get("running").is_some(), "state": state});
+        let with = |phase: &str, states: &[Value]| {
+            let all: Vec<Value> = states.iter().cloned().map(container).collect();
+            json!({"status": {"phase": phase, "containerStatuses": all}})
+        };
+        let running = json!({"running": {}});
+        let completed = json!({"terminated": {"exitCode": 0, "reason": "Completed"}});
+        let changed = |mut pod: Value, pointer: &str, value: Value| {
+            let (parent, key) = pointer.rsplit_once('/').expect("a pointer");
+            pod.pointer_mut(parent).expect("a parent")[key] = value;
+            pod
+        };
+        let going = |phase: &str| {
+            changed(
+                with(phase, std::slice::from_ref(&running)),
+                "/metadata",
+                json!({"deletionTimestamp": "2026-01-01T00:00:00Z"}),
+            )
+        };
+        let initializing = |states: &[Value], sidecar: bool| {
+            let statuses: Vec<Value> =
+                states.iter().map(|state| json!({"name": "i", "started": sidecar, "state": state})).collect();
+            let policy = if sidecar { json!("Always") } else { Value::Null };
+            json!({"spec": {"initContainers": vec![json!({"name": "i", "restartPolicy": policy}); 2]},
+                "status": {"phase": "Pending", "initContainerStatuses": statuses}})
+        };
+        let ready = json!([{"type": "Ready", "status": "True"}]);
+        let both = with("Running", &[running.clone(), completed.clone()]);
+        let cases = [
+            ("Running", with("Running", std::slice::from_ref(&running))),
+            ("Terminating", going("Running")),
+            ("Failed", going("Failed")),
+            ("Unknown", changed(going("Running"), "/status/reason", json!("NodeLost"))),
+            ("Evicted", changed(with("Failed", &[]), "/status/reason", json!("Evicted"))),
+            ("ImagePullBackOff", with("Pending", &[json!({"waiting": {"reason": "ImagePullBackOff"}})])),
+            (
+                "OOMKilled",
+                with("Running", &[json!({"terminated": {"exitCode": 137, "reason": "OOMKilled"}})]),
+            ),
+            ("Signal:9", with("Failed", &[json!({"terminated": {"exitCode": 137, "signal": 9}})])),
+            ("ExitCode:3", with("Failed", &[json!({"terminated": {"exitCode": 3}})])),
+            // The first one's reason is the last word.
+            (
+                "First",
+                with(
+                    "Running",
+                    &[json!({"waiting": {"reason": "First"}}), json!({"waiting": {"reason": "Second"}})],
+                ),
+            ),
+            ("Completed", with("Succeeded", &[completed])),
+            ("NotReady", both.clone()),
+            ("Running", changed(both, "/status/conditions", ready)),
+            ("Init:0/2", initializing(&[json!({"running": {}})], false)),
+            ("Init:0/2", initializing(&[json!({"waiting": {"reason": "PodInitializing"}})], false)),
+            (
+                "Init:1/2",
+                initializing(
+                    &[json!({"terminated": {"exitCode": 0, "reason": "Completed"}}), json!({})],
+                    false,
+                ),
+            ),
+            ("Init:Error", initializing(&[json!({"terminated": {"exitCode": 1, "reason": "Error"}})], false)),
+            ("Init:ExitCode:1", initializing(&[json!({"terminated": {"exitCode": 1}})], false)),
+            (
+                "Init:CrashLoopBackOff",
+                initializing(&[json!({"waiting": {"reason": "CrashLoopBackOff"}})], false),
+            ),
+            ("Pending", initializing(&[json!({"running": {}})], true)),
+            (
+                "SchedulingGated",
+                json!({"status": {"phase": "Pending",
+                "conditions": [{"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}]}}),
+            ),
+        ];
+        for (shown, pod) in cases {
+            assert_eq!(pod_status(&pod), shown, "{pod}");
         }
     }
 

@@ -5,6 +5,8 @@ mod jsonpath;
 
 use serde_json::{Value, json};
 
+pub use columns::pod_status;
+
 use crate::registry::events;
 use crate::registry::resource::{Origin, Resource};
 use crate::value::{at, str_at};
