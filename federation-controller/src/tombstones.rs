@@ -4,7 +4,7 @@
 //! listed, or its federated object is there anew. Until the hub's clusters, the types and the objects of the type have been
 //! listed neither is known, and the tombstone waits; so it does while its type is not federated.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use kube::api::{DeleteParams, DynamicObject, PostParams};
 use kube::runtime::watcher;
 use kube::{Api, ResourceExt as _};
 use serde_json::json;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::{Instrument as _, debug, info, info_span};
@@ -30,6 +31,15 @@ use crate::reader::ReadError;
 const RETRY: Duration = Duration::from_secs(30);
 /// Digits of a tombstone's name: two objects of one cluster never share one.
 const NAME_DIGITS: usize = 32;
+
+/// How a cluster was reached when a round of its tombstones began: once this is another, what the round waits out may be over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Reach {
+    /// It is of the federation.
+    known: bool,
+    /// Which time that it is online, if it is.
+    epoch: Option<u64>,
+}
 
 /// Stores a tombstone. One of an earlier object of the name says from now on what this one says.
 pub(crate) async fn store(hub: &kube::Client, spec: &TombstoneSpec) -> Result<(), kube::Error> {
@@ -70,7 +80,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         .instrument(info_span!("watch", kind = "Tombstone")),
     );
     // One task for each member: members do not wait for each other.
-    let mut busy: HashSet<String> = HashSet::new();
+    let mut busy: HashMap<String, (Reach, Arc<Notify>)> = HashMap::new();
     loop {
         tokio::select! {
             () = shared.tombstones_due.notified() => {}
@@ -94,7 +104,14 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         for (cluster, stones) in by_cluster {
             let known = clusters.contains(&cluster);
             let member = members.get(&cluster).filter(|member| member.is_online()).cloned();
-            if busy.contains(&cluster) || (known && member.is_none()) {
+            let reach = Reach { known, epoch: member.as_ref().map(|member| member.epoch()) };
+            if let Some((before, again)) = busy.get(&cluster) {
+                if *before != reach {
+                    again.notify_one();
+                }
+                continue;
+            }
+            if known && member.is_none() {
                 continue;
             }
             // A task that can do nothing would end at once, and its end begins the next one.
@@ -103,19 +120,22 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             if stones.is_empty() {
                 continue;
             }
-            busy.insert(cluster.clone());
+            let again = Arc::new(Notify::new());
+            busy.insert(cluster.clone(), (reach, Arc::clone(&again)));
             let span = info_span!("tombstones", cluster = %cluster);
-            tasks.spawn(carry_out(Arc::clone(&shared), cluster, member, stones).instrument(span));
+            tasks.spawn(carry_out(Arc::clone(&shared), cluster, member, stones, again).instrument(span));
         }
     }
 }
 
-/// `member`: `None` when the cluster has left the federation, and nothing can be done any more.
+/// `member`: `None` when the cluster has left the federation, and nothing can be done any more. `again` ends the wait that follows
+/// a failure.
 async fn carry_out(
     shared: Arc<Shared>,
     cluster: String,
     member: Option<Arc<Member>>,
     stones: Vec<Arc<Tombstone>>,
+    again: Arc<Notify>,
 ) -> Option<String> {
     let limit = shared.options.request_timeout;
     let mut failed = false;
@@ -144,8 +164,7 @@ async fn carry_out(
         }
     }
     if failed {
-        tokio::time::sleep(RETRY).await;
-        shared.tombstones_due.notify_one();
+        let _early = timeout(RETRY, again.notified()).await;
     }
     Some(cluster)
 }

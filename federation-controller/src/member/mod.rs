@@ -207,6 +207,11 @@ impl Member {
         self.health.lock().is_online()
     }
 
+    /// Another number whenever what was known of it may be old: since it was away, at the latest.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.borrow().number
+    }
+
     /// The hub's own view of whether it is there, and why.
     pub(crate) fn reach(&self) -> (Verdict, Option<String>) {
         self.health.lock().reach()

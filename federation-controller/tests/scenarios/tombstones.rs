@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use federation_core::api::Phase;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::placed;
 use crate::world::{DEPLOYMENTS, World, condition, federated, options, template};
@@ -227,4 +228,38 @@ async fn a_cluster_that_has_left_takes_its_tombstones_along() {
     world.hub.put(CLUSTERS, HOME, "y", None);
     world.until("nothing is left to do", || world.hub.names(STONES).is_empty().then_some(())).await;
     assert!(world.deployment("y", "web-c").is_some(), "nobody reaches it");
+}
+
+/// What failed is waited out before it is tried again, but not what is over.
+#[tokio::test(start_paused = true)]
+async fn a_wait_for_a_member_that_refused_ends_with_its_tunnel_or_its_leave() {
+    /// Far less than the wait.
+    const SOON: Duration = Duration::from_secs(15);
+    let refused = async |world: &World| {
+        let attempts =
+            || world.member("y").writes().iter().filter(|write| write.starts_with("DELETE")).count();
+        let before = attempts();
+        world.tunnel("y", true);
+        world.until("y refuses", || (attempts() > before).then_some(())).await;
+    };
+    let mut world = buried(json!({})).await;
+    world.member("y").refuses.lock().insert("web-c".into(), (403, "no".into()));
+    refused(&world).await;
+    let began = Instant::now();
+    world.tunnel("y", false);
+    world
+        .until("y is away", || {
+            let cluster = world.hub.get(CLUSTERS, HOME, "y")?;
+            (condition(&cluster, "Ready") != Some("True")).then_some(())
+        })
+        .await;
+    refused(&world).await;
+    assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+
+    world.tunnel("y", false);
+    world.hub.put(CLUSTERS, HOME, "y", None);
+    world.until("nothing is left to do", || world.hub.names(STONES).is_empty().then_some(())).await;
+    assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+    assert!(world.deployment("y", "web-c").is_some());
+    world.stop().await;
 }

@@ -156,6 +156,8 @@ impl World {
             };
             async move {
                 assert!(!trips, "the connection to {cluster} fails, as it is to");
+                // Until it is among those that are open: a tunnel that is lost meanwhile takes it along.
+                let mut open = open.lock();
                 let Some(api) = members.get(&cluster).filter(|_| !down.lock().contains(&cluster)) else {
                     return Err(ConnectError::NoTunnel { cluster });
                 };
@@ -176,7 +178,7 @@ impl World {
                         .serve_connection(TokioIo::new(theirs), service)
                         .await;
                 });
-                open.lock().push((cluster, AbortOnDropHandle::new(serving)));
+                open.push((cluster, AbortOnDropHandle::new(serving)));
                 Ok(ours)
             }
         });
