@@ -7,7 +7,7 @@
 //!                        ServerTunnel::dial
 //! ```
 //!
-//! Guarantees: a dial ends within its deadline; when its tunnel dies it goes on with another one of the same member;
+//! Guarantees: a dial ends within its deadline; when its tunnel dies or falls silent it goes on with another one of the same member;
 //! an agent of one member is never chosen for another. Generic over the tunnel, so that the choice is tested without
 //! one ([`Tunnel`]).
 
@@ -17,11 +17,11 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use parking_lot::{Mutex, RwLock};
 use prometheus_client::metrics::counter::Counter;
@@ -29,6 +29,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tunnel::{
     AgentStatistics, Carrier, Connection, ConnectionInfo, DialError, LocalSocket, ServerTunnel, Target,
     TunnelStats, UnixSocket,
@@ -42,6 +43,9 @@ use crate::route::{Identifiers, Route, Strategy};
 /// How long a dial may take when nothing else is said. The agent's own `connect` gives up after 5 s as upstream's does;
 /// the rest is for the path and one retry.
 pub const DEFAULT_DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// So long a tunnel that was met silent is passed over where there is another: keep-alive has ended it by then, or it is well.
+const PASSED_OVER: Duration = Duration::from_secs(30);
 
 /// What `--backend-dial-timeout` means: 0, konnectivity's default, is [`DEFAULT_DIAL_TIMEOUT`].
 pub fn dial_timeout(flag: Duration) -> Duration {
@@ -62,6 +66,9 @@ pub trait Tunnel: Clone + Send + Sync + 'static {
 
     /// Whether the agent has said that it takes no new connections.
     fn is_draining(&self) -> bool;
+
+    /// Resolves when the agent gives no sign of life, although it was asked for one.
+    fn falls_silent(&self) -> impl Future<Output = ()> + Send;
 
     /// What it counts.
     fn stats(&self) -> TunnelStats;
@@ -154,8 +161,8 @@ pub struct Entry<T> {
     /// Whose it is.
     pub member: Arc<Member>,
     active: AtomicUsize,
-    /// Dials in a row that ran out of time. A silently dead path is passed over before keep-alive finds it.
-    timeouts: AtomicU32,
+    /// When it gave no sign of life last, or no answer in time. A dead path is passed over before keep-alive finds it.
+    silent: Mutex<Option<Instant>>,
     counters: Counters,
     /// Bytes already given to the metrics.
     counted: Mutex<(u64, u64)>,
@@ -222,7 +229,7 @@ pub struct LiveConnection {
     /// For whom it is used now, where that is somebody else: the API proxy's are shared by its users.
     user: Mutex<(u64, Option<String>)>,
     /// When the tunnel took bytes of it last, as far as they passed through [`Dialed`].
-    wrote: Mutex<Option<tokio::time::Instant>>,
+    wrote: Mutex<Option<Instant>>,
     /// When.
     pub started_at: SystemTime,
 }
@@ -318,7 +325,7 @@ impl<T: Tunnel> Registry<T> {
             tunnel,
             member: Arc::new(member),
             active: AtomicUsize::new(0),
-            timeouts: AtomicU32::new(0),
+            silent: Mutex::new(None),
             counters,
             counted: Mutex::new((0, 0)),
         });
@@ -492,9 +499,10 @@ impl<T: Tunnel> Registry<T> {
             // Counted from before the answer, so that a burst spreads over the agents.
             let load = Load::take(entry.clone());
             let dialled = Instant::now();
-            match entry.tunnel.dial(target, left).await {
+            let dial = pin!(entry.tunnel.dial(target, left));
+            match self.unless_silent(request.route, &tried, &entry, dial).await {
                 Ok(connection) => {
-                    entry.timeouts.store(0, Ordering::Relaxed);
+                    *entry.silent.lock() = None;
                     entry.counters.ok.inc();
                     entry.counters.seconds.observe(started.elapsed().as_secs_f64());
                     return Ok(self.enter(request, load, connection));
@@ -503,7 +511,7 @@ impl<T: Tunnel> Registry<T> {
                     // Only our own deadline says that the tunnel is silent. An agent that answers sooner that its target
                     // has timed out is well, and whoever dials a black hole must not steer others away from it.
                     if error == DialError::TimedOut && dialled.elapsed() >= left {
-                        entry.timeouts.fetch_add(1, Ordering::Relaxed);
+                        *entry.silent.lock() = Some(Instant::now());
                     }
                     let failed = ProxyError::Dial { target: target.to_string(), error };
                     if !error.retry_elsewhere() {
@@ -512,6 +520,32 @@ impl<T: Tunnel> Registry<T> {
                     tracing::debug!(tunnel.id = entry.id, %target, %error, "trying another tunnel");
                     last = Some(failed);
                     tried.push(entry.id);
+                }
+            }
+        }
+    }
+
+    /// Waits for a dial's answer, but not of an agent that has fallen silent while another one could be asked:
+    /// [`DialError::TunnelClosed`], which is what it will come to.
+    async fn unless_silent(
+        &self,
+        route: &Route,
+        tried: &[u64],
+        entry: &Entry<T>,
+        mut dial: Pin<&mut impl Future<Output = Result<T::Connection, DialError>>>,
+    ) -> Result<T::Connection, DialError> {
+        loop {
+            tokio::select! {
+                biased;
+                answer = &mut dial => return answer,
+                () = entry.tunnel.falls_silent() => {
+                    if entry.silent.lock().replace(Instant::now()).is_none() {
+                        let (cluster, agent) = (&entry.member.cluster, &entry.member.agent_id);
+                        tracing::warn!(tunnel.id = entry.id, cluster, agent, "the agent gives no sign of life");
+                    }
+                    if self.has_a_well_one(route, tried, entry.id) {
+                        return Err(DialError::TunnelClosed);
+                    }
                 }
             }
         }
@@ -568,6 +602,21 @@ impl<T: Tunnel> Registry<T> {
         })
     }
 
+    /// Whether a tunnel that was not tried yet serves the route, and nothing is known against it.
+    fn has_a_well_one(&self, route: &Route, tried: &[u64], but: u64) -> bool {
+        let tunnels = self.0.tunnels.read();
+        let of_cluster = tunnels.get(route.cluster.as_ref().map_or("", |cluster| cluster.as_str()));
+        of_cluster.into_iter().flatten().any(|entry| {
+            let serves = |strategy: &Strategy| strategy.matches(&entry.member.identifiers, &route.target);
+            let usable = route.cluster.is_some() || self.0.strategies.iter().any(serves);
+            usable
+                && entry.id != but
+                && !tried.contains(&entry.id)
+                && !entry.tunnel.is_draining()
+                && !entry.is_silent()
+        })
+    }
+
     fn least_loaded(
         &self,
         entries: &[Arc<Entry<T>>],
@@ -583,8 +632,7 @@ impl<T: Tunnel> Registry<T> {
             .map(|offset| &entries[(turn + offset) % count])
             .filter(|entry| !tried.contains(&entry.id) && usable(entry))
             .min_by_key(|entry| {
-                let silent = entry.timeouts.load(Ordering::Relaxed) > 0;
-                (entry.tunnel.is_draining(), silent, entry.active.load(Ordering::Relaxed))
+                (entry.tunnel.is_draining(), entry.is_silent(), entry.active.load(Ordering::Relaxed))
             })
             .cloned()
     }
@@ -621,7 +669,7 @@ impl LiveConnection {
     }
 
     /// When the tunnel took something last that was written into [`Dialed`].
-    pub fn wrote_at(&self) -> Option<tokio::time::Instant> {
+    pub fn wrote_at(&self) -> Option<Instant> {
         *self.wrote.lock()
     }
 
@@ -656,6 +704,10 @@ impl<T: Tunnel> Entry<T> {
     /// Dials under way and connections open.
     pub fn load(&self) -> usize {
         self.active.load(Ordering::Relaxed)
+    }
+
+    fn is_silent(&self) -> bool {
+        self.silent.lock().is_some_and(|met| met.elapsed() < PASSED_OVER)
     }
 
     fn count_bytes(&self) {
@@ -763,7 +815,7 @@ impl<T: Tunnel> AsyncWrite for Dialed<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.connection).poll_write(cx, buf);
         if written.is_ready() {
-            *self.place.live.wrote.lock() = Some(tokio::time::Instant::now());
+            *self.place.live.wrote.lock() = Some(Instant::now());
         }
         written
     }
@@ -822,6 +874,10 @@ impl Tunnel for ServerTunnel {
 
     fn agent_statistics(&self) -> Option<AgentStatistics> {
         ServerTunnel::agent_statistics(self)
+    }
+
+    async fn falls_silent(&self) {
+        ServerTunnel::falls_silent(self).await;
     }
 
     fn rtt(&self) -> Option<Duration> {

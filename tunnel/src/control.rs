@@ -17,7 +17,7 @@ use prost::Message;
 use proto::tunnel::v1;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     time::Instant,
 };
 
@@ -41,6 +41,9 @@ const LAST_SECOND: u64 = 253_402_300_799;
 /// Pings asked for and not answered; each waits for at most the keep-alive time.
 const MAX_PINGS: usize = 64;
 
+/// Signs of life are asked for no more often than this, by however many.
+const LEAST_PING_INTERVAL: Duration = Duration::from_millis(250);
+
 /// What a handle asks of the control task.
 pub(crate) enum Command {
     Ping(oneshot::Sender<Duration>),
@@ -53,6 +56,8 @@ pub(crate) enum Command {
 #[derive(Debug)]
 pub(crate) struct Shared {
     rtt_micros: AtomicU64,
+    /// Asks for a ping now, of which nobody waits for the answer.
+    pub(crate) sign_wanted: Notify,
     pub(crate) draining: AtomicBool,
     pub(crate) peer_draining: watch::Sender<bool>,
     pub(crate) servers: watch::Sender<Vec<String>>,
@@ -121,6 +126,7 @@ impl Shared {
     pub(crate) fn new(servers: Vec<String>) -> Arc<Self> {
         Arc::new(Self {
             rtt_micros: AtomicU64::new(0),
+            sign_wanted: Notify::new(),
             draining: AtomicBool::new(false),
             peer_draining: watch::channel(false).0,
             servers: watch::channel(servers).0,
@@ -300,6 +306,7 @@ async fn exchange<S: Side>(
     let mut pings: HashMap<u64, (Instant, Option<oneshot::Sender<Duration>>)> = HashMap::new();
     let mut next_id = 1u64;
     let mut next_ping = Instant::now();
+    let mut last_ping = next_ping;
     loop {
         tokio::select! {
             message = control.recv::<S::Recv>() => {
@@ -349,7 +356,9 @@ async fn exchange<S: Side>(
                 }
                 None => return Ok(CloseReason::Local("nobody holds the tunnel any more".to_owned())),
             },
+            () = shared.sign_wanted.notified() => next_ping = next_ping.min(last_ping + LEAST_PING_INTERVAL),
             () = tokio::time::sleep_until(next_ping) => {
+                last_ping = Instant::now();
                 pings.retain(|_, (sent, waiting)| waiting.is_some() && sent.elapsed() < limits.keepalive_timeout);
                 ping::<S>(control, shared, &mut pings, &mut next_id, None).await?;
                 let mut statistics = session.statistics();
@@ -359,7 +368,7 @@ async fn exchange<S: Side>(
                 if let Some(message) = S::statistics(statistics) {
                     control.send(&message).await?;
                 }
-                next_ping = Instant::now() + limits.keepalive_interval;
+                next_ping = last_ping + limits.keepalive_interval;
             }
         }
     }

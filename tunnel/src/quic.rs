@@ -461,6 +461,11 @@ impl QuicLink {
         self.closed.subscribe()
     }
 
+    /// Packets heard.
+    pub(crate) fn heard(&self) -> u64 {
+        self.connection.stats().udp_rx.datagrams
+    }
+
     pub(crate) fn promised(&self) -> usize {
         self.budget.used()
     }

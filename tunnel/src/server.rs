@@ -663,9 +663,17 @@ impl ServerTunnel {
         if self.is_draining() {
             return Err(DialError::Draining);
         }
-        let result = self.0.attached.session.dial(target, timeout).await;
-        self.0.attached.session.count_dial(result.is_err());
+        let session = &self.0.attached.session;
+        let mut counted = Counted { session, failed: true };
+        let result = session.dial(target, timeout).await;
+        counted.failed = result.is_err();
         result
+    }
+
+    /// Resolves when the agent gives no sign of life, although it was asked for one, for a second of the two at least that
+    /// this takes. Keep-alive ends such a tunnel within 30 s; who can go elsewhere need not wait as long.
+    pub async fn falls_silent(&self) {
+        self.0.attached.falls_silent().await;
     }
 
     /// The last measured round trip; `None` before the first.
@@ -726,6 +734,18 @@ impl ServerTunnel {
     /// Tells the agent which servers there are now.
     pub fn send_servers(&self, servers: Vec<String>) {
         self.0.attached.command(Command::Servers(servers));
+    }
+}
+
+/// Counts a dial when it ends, as one that failed unless something else is known: whoever dials may give up.
+struct Counted<'a> {
+    session: &'a Session,
+    failed: bool,
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.session.count_dial(self.failed);
     }
 }
 

@@ -19,6 +19,10 @@ use crate::{
     table::{ConnectionInfo, TunnelStats},
 };
 
+/// A peer that has not answered for so long is asked for a sign of life, and has as long again to give one: on the other side of
+/// the world, and with packets lost, it does.
+const SILENCE: Duration = Duration::from_secs(1);
+
 /// A carrier that is up.
 #[derive(Clone)]
 pub(crate) enum Session {
@@ -109,6 +113,14 @@ impl Session {
         }
     }
 
+    /// A number that is another one once anything has been heard since.
+    fn heard(&self) -> u64 {
+        match self {
+            Self::H2(link) => link.heard(),
+            Self::Quic(link) => link.heard(),
+        }
+    }
+
     pub(crate) fn connections(&self) -> Vec<ConnectionInfo> {
         match self {
             Self::H2(link) => link.table.list(),
@@ -191,6 +203,19 @@ impl Attached {
         let (answer, answered) = oneshot::channel();
         self.commands.send(Command::Ping(answer)).await.map_err(|_| TunnelError::Closed("the ping"))?;
         answered.await.map_err(|_| TunnelError::Closed("the ping"))
+    }
+
+    /// Resolves when the peer gives no sign of life, although it was asked for one.
+    pub(crate) async fn falls_silent(&self) {
+        loop {
+            tokio::time::sleep(SILENCE).await;
+            let heard = self.session.heard();
+            self.shared.sign_wanted.notify_one();
+            tokio::time::sleep(SILENCE).await;
+            if self.session.heard() == heard {
+                return;
+            }
+        }
     }
 
     pub(crate) async fn closed(&self) -> CloseReason {

@@ -450,18 +450,49 @@ async fn both_ends_find_a_dead_path_over_h2() {
 
 #[tokio::test]
 async fn both_ends_find_a_dead_path_over_quic() {
+    let (server, agent, cut, _forwarding) = quic_over_a_path(brisk()).await;
+    find_a_dead_path(&server, &agent, cut).await;
+}
+
+/// A QUIC tunnel, and what leaves its path dead.
+async fn quic_over_a_path(limits: Limits) -> (ServerTunnel, AgentTunnel, impl FnOnce(), impl Sized) {
     let identities = support::Identities::new();
-    let mut listener = support::listener(&identities, brisk(), true).await;
-    let (address, server, _forwarding) = udp_forwarder(listener.quic_addr().unwrap()).await;
-    let options =
-        ConnectOptions { limits: brisk(), ..support::options(&identities, address, CarrierChoice::Quic) };
+    let mut listener = support::listener(&identities, limits.clone(), true).await;
+    let (address, server, forwarding) = udp_forwarder(listener.quic_addr().unwrap()).await;
+    let options = ConnectOptions { limits, ..support::options(&identities, address, CarrierChoice::Quic) };
     let (agent, tunnel) = tokio::join!(tunnel::connect(options), support::attach(&mut listener));
     // Nobody reads there.
     let nowhere = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let cut = || {
-        server.send_replace(nowhere.local_addr().unwrap());
+    let address = nowhere.local_addr().unwrap();
+    let cut = move || {
+        server.send_replace(address);
     };
-    find_a_dead_path(&tunnel, &agent.unwrap(), cut).await;
+    (tunnel, agent.unwrap(), cut, (identities, listener, forwarding, nowhere))
+}
+
+#[tokio::test]
+async fn silence_is_noticed_long_before_keep_alive_ends_the_tunnel() {
+    let path = support::Path::start().await;
+    let pair = Pair::over(&path, CarrierChoice::H2, Limits::default()).await.unwrap();
+    let (server, _agent, cut, _forwarding) = quic_over_a_path(Limits::default()).await;
+    let notices = async |server: &ServerTunnel, cut: &mut dyn FnMut()| {
+        // A quiet peer answers when it is asked for a sign of life.
+        let quiet = tokio::time::timeout(Duration::from_secs(3), server.falls_silent()).await;
+        quiet.expect_err("quiet is not silent");
+        cut();
+        let found = async {
+            tokio::select! {
+                biased;
+                reason = server.closed() => panic!("the tunnel has ended: {reason:?}"),
+                () = server.falls_silent() => {}
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(8), found).await.expect("silence is not noticed");
+    };
+    let mut cut = Some(cut);
+    let mut stop = || path.stop();
+    let mut cut = || cut.take().into_iter().for_each(|cut| cut());
+    tokio::join!(notices(&pair.server, &mut stop), notices(&server, &mut cut));
 }
 
 #[tokio::test]

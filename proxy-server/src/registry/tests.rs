@@ -32,6 +32,8 @@ struct FakeState {
     ends: Mutex<VecDeque<DuplexStream>>,
     arrived: Notify,
     draining: AtomicBool,
+    /// It gives no sign of life.
+    dead: AtomicBool,
     /// What the agent says of its certificate.
     certificate: Mutex<Option<(SystemTime, SystemTime)>>,
     closed: CancellationToken,
@@ -94,6 +96,13 @@ impl Tunnel for FakeTunnel {
 
     fn is_draining(&self) -> bool {
         self.0.draining.load(Ordering::Relaxed)
+    }
+
+    async fn falls_silent(&self) {
+        match self.0.dead.load(Ordering::Relaxed) {
+            true => tokio::time::sleep(Duration::from_secs(2)).await,
+            false => std::future::pending().await,
+        }
     }
 
     fn stats(&self) -> TunnelStats {
@@ -281,6 +290,58 @@ async fn a_silent_tunnel_is_passed_over() {
     assert_eq!(dial(&registry, Some("east"), "db:1").await, Ok(silent_place.entry.id));
 }
 
+/// How a dial ends that is given to a tunnel which never answers, with an idle one beside it in a state of its own, and what time it
+/// takes.
+async fn beside_another(
+    dead: bool,
+    spoil: impl FnOnce(&Entry<FakeTunnel>),
+) -> (Result<&'static str, &'static str>, u64) {
+    let registry = mk_registry();
+    let first = FakeTunnel::answering([Answer::Never]);
+    first.0.dead.store(dead, Ordering::Relaxed);
+    let place = registry.register(mk_member("east", "a"), first.clone());
+    let second = registry.register(mk_member("east", "b"), FakeTunnel::default());
+    spoil(&second.entry);
+    // Whose turn it is.
+    let route = route(Some("east"), "db:1");
+    let turn = registry.choose(&route, &[]).expect("one of two").id;
+    if turn == place.entry.id {
+        registry.choose(&route, &[]).expect("the other one");
+    }
+    let began = tokio::time::Instant::now();
+    let ended = dial(&registry, Some("east"), "db:1").await;
+    let by = ended.map(|by| if by == place.entry.id { "the first" } else { "the second" });
+    assert_eq!(first.dialled().len(), 1, "it was given to the first");
+    (by, began.elapsed().as_secs())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_leaves_an_agent_that_falls_silent_for_one_that_is_well() {
+    assert_eq!(beside_another(true, |_| ()).await, (Ok("the second"), 2));
+    assert_eq!(beside_another(false, |_| ()).await, (Err("timed-out"), 10), "slow is not silent");
+    let drains = |entry: &Entry<FakeTunnel>| entry.tunnel.0.draining.store(true, Ordering::Relaxed);
+    assert_eq!(beside_another(true, drains).await, (Err("timed-out"), 10), "nobody better is there");
+    let silent = |entry: &Entry<FakeTunnel>| *entry.silent.lock() = Some(tokio::time::Instant::now());
+    assert_eq!(beside_another(true, silent).await, (Err("timed-out"), 10), "nobody better is there");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_dial_goes_to_an_agent_that_comes_while_its_own_is_silent() {
+    let registry = mk_registry();
+    let silent = FakeTunnel::answering([Answer::Never]);
+    silent.0.dead.store(true, Ordering::Relaxed);
+    let place = registry.register(mk_member("east", "a"), silent);
+    let began = tokio::time::Instant::now();
+    let (ended, second) = tokio::join!(dial(&registry, Some("east"), "db:1"), async {
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        registry.register(mk_member("east", "b"), FakeTunnel::default())
+    });
+    assert_eq!((ended, began.elapsed().as_secs()), (Ok(second.entry.id), 6));
+    assert!(place.entry.is_silent());
+    tokio::time::sleep(PASSED_OVER).await;
+    assert!(!place.entry.is_silent(), "it may be well by now");
+}
+
 #[tokio::test]
 async fn load_spreads_and_drains_are_avoided() {
     let registry = mk_registry();
@@ -350,7 +411,7 @@ async fn an_agent_that_answers_is_not_silent() {
     let answering = FakeTunnel::answering([Answer::Fail(DialError::TimedOut)]);
     let place = registry.register(mk_member("east", "a"), answering);
     assert_eq!(dial(&registry, Some("east"), "black-hole:1").await, Err("timed-out"));
-    assert_eq!(place.entry.timeouts.load(Ordering::Relaxed), 0, "its target is silent, it is not");
+    assert!(!place.entry.is_silent(), "its target is silent, it is not");
 }
 
 #[tokio::test]

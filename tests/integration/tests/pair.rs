@@ -347,11 +347,24 @@ async fn both_sides_take_their_flags_from_files() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_agent_takes_over_when_one_is_killed() -> Result<()> {
-    let Some(pair) = Pair::start().await? else { return Ok(()) };
+    takes_over("h2").await.map(drop)
+}
+
+/// Nobody resets a QUIC connection whose process has gone: the server meets silence, well before keep-alive finds it.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_agent_takes_over_when_one_falls_silent() -> Result<()> {
+    let Some(server) = takes_over("quic").await? else { return Ok(()) };
+    ensure!(server.contains("the agent gives no sign of life"), "silence was met: {server}");
+    Ok(())
+}
+
+/// What the server has written at the end; `None` when it could not run.
+async fn takes_over(carrier: &str) -> Result<Option<String>> {
+    let Some(pair) = Pair::start().await? else { return Ok(None) };
     let (target, _task) = target().await?;
-    let mut first = pair.agent("agent-1", "h2")?;
+    let mut first = pair.agent("agent-1", carrier)?;
     pair.connected(target).await?;
-    let _second = pair.agent("agent-2", "h2")?;
+    let _second = pair.agent("agent-2", carrier)?;
     wait_until(
         || async {
             let agents = pair.connections().await?;
@@ -377,7 +390,7 @@ async fn another_agent_takes_over_when_one_is_killed() -> Result<()> {
         ensure!(status == 200, "dial {seed} after the kill: {status}");
         echo(stream, seed, 10_000).await?;
     }
-    Ok(())
+    Ok(Some(pair.server.tail(200)))
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -323,6 +323,11 @@ impl Link {
         now.saturating_sub(Duration::from_millis(self.heard.load(Ordering::Relaxed)))
     }
 
+    /// When something was heard last: another number each time (of milliseconds).
+    pub(crate) fn heard(&self) -> u64 {
+        self.heard.load(Ordering::Relaxed)
+    }
+
     fn finish(&self, reason: CloseReason, code: Code) {
         {
             let mut outgoing = self.outgoing.lock();
