@@ -125,6 +125,10 @@ impl<T: Tunnel> std::fmt::Debug for ApiProxy<T> {
 impl<T: Tunnel> ApiProxy<T> {
     /// A proxy over `registry`; dials within `dial_timeout`.
     pub fn new(registry: Registry<T>, dial_timeout: Duration, access_log: bool) -> Self {
+        Self::limited(registry, dial_timeout, access_log, MAX_USER_REQUESTS)
+    }
+
+    fn limited(registry: Registry<T>, dial_timeout: Duration, access_log: bool, of_user: usize) -> Self {
         let connector = GatewayConnector { registry: registry.clone(), timeout: dial_timeout };
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
@@ -135,7 +139,7 @@ impl<T: Tunnel> ApiProxy<T> {
             registry,
             client: Mutex::new(Some(client)),
             permits: Arc::new(Semaphore::new(MAX_REQUESTS)),
-            users: ConcurrencyLimiter::new(MAX_USER_REQUESTS),
+            users: ConcurrencyLimiter::new(of_user),
             upgraded: TaskTracker::new(),
             cut: CancellationToken::new(),
             access_log,
@@ -190,7 +194,7 @@ impl<T: Tunnel> ApiProxy<T> {
     ) -> Result<Response<Body>, ProxyError> {
         let permit =
             self.0.permits.clone().try_acquire_owned().map_err(|_| ProxyError::TooManyConnections)?;
-        let of_user = self.0.users.enter(&user.name).ok_or(ProxyError::RateLimited)?;
+        let of_user = self.0.users.enter(&user.name).ok_or(ProxyError::TooManyRequests)?;
         let unhurried = lasts(&path);
         let upgrade = upgrade_protocol(request.headers());
         let client_side = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));

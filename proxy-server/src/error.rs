@@ -49,6 +49,9 @@ pub enum ProxyError {
     /// This client dials faster than it may.
     #[error("too many dials from this client")]
     RateLimited,
+    /// This client has as much under way as it may.
+    #[error("too many requests of this client are under way")]
+    TooManyRequests,
     /// A limit on requests at one time is reached.
     #[error("too many connections at this server")]
     TooManyConnections,
@@ -122,7 +125,7 @@ impl ProxyError {
                 | DialError::TunnelClosed
                 | DialError::Failed => StatusCode::BAD_GATEWAY,
             },
-            Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
+            Self::RateLimited | Self::TooManyRequests => StatusCode::TOO_MANY_REQUESTS,
             Self::BadTarget(_) | Self::BadRequest(_) => StatusCode::BAD_REQUEST,
             Self::HeadTooLarge { .. } => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::HeadTimeout | Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
@@ -139,6 +142,7 @@ impl ProxyError {
             Self::Dial { error, .. } => error.code(),
             Self::NotAuthorised { .. } => "not-authorised",
             Self::RateLimited => "rate-limited",
+            Self::TooManyRequests => "too-many-requests",
             Self::TooManyConnections => "too-many-connections",
             Self::Draining => "server-draining",
             Self::Starting => "starting",
@@ -184,8 +188,14 @@ impl ProxyError {
             Self::NotAuthorised { .. } => {
                 "use a client certificate of group system:masters or cellway:dialers"
             }
-            Self::RateLimited => "slow down, or raise --client-dial-rate",
-            Self::TooManyConnections => "close connections, or raise --max-client-connections",
+            Self::RateLimited => {
+                "dial more slowly; where proxy-server runs by itself, --client-dial-rate raises the limit"
+            }
+            Self::TooManyRequests => "wait for answers, and end watches and other streams that nobody reads",
+            Self::TooManyConnections => {
+                "close connections, or try again later; where proxy-server runs by itself, --max-client-connections \
+                 raises a client's share"
+            }
             Self::Draining | Self::Starting => "try again",
             Self::BadTarget(_) => "write CONNECT host:port, with IPv6 addresses in brackets",
             Self::BadRequest(_) => "send an HTTP/1.1 CONNECT request",

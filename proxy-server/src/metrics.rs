@@ -312,6 +312,8 @@ mod tests {
         metrics.end_tunnel("protocol");
         metrics.dials.get_or_create(&DialLabels { cluster: "east".to_owned(), outcome: "ok" }).inc();
         metrics.dial_seconds.get_or_create(&ClusterLabels { cluster: "east".to_owned() }).observe(0.01);
+        metrics.rtt_seconds.get_or_create(&ClusterLabels { cluster: "east".to_owned() }).observe(0.02);
+        metrics.connections.get_or_create(&ClusterLabels { cluster: "east".to_owned() }).set(3);
         metrics.bytes.get_or_create(&ByteLabels { cluster: "east".to_owned(), direction: "sent" }).inc();
         metrics.show_memory(&tunnel::Budget::new(1 << 20));
         metrics.show_quic_handshakes(tunnel::QuicHandshakes { retries: 9, half_open: 4 });
@@ -324,6 +326,8 @@ mod tests {
         for line in [
             "cellway_server_dials_total{cluster=\"east\",outcome=\"ok\"} 1",
             "cellway_server_dial_seconds_count{cluster=\"east\"} 1",
+            "cellway_server_tunnel_rtt_seconds_count{cluster=\"east\"} 1",
+            "cellway_server_connections{cluster=\"east\"} 3",
             "cellway_server_proxied_bytes_total{cluster=\"east\",direction=\"sent\"} 1",
             "cellway_server_rejected_requests_total{frontend=\"connect\",reason=\"head-too-large\"} 1",
             "cellway_server_rejected_handshakes_total{reason=\"revoked\"} 1",

@@ -432,6 +432,16 @@ impl<T: Tunnel> Registry<T> {
         self.0.metrics.unreadable_revocations.set(i64::try_from(unreadable).unwrap_or(i64::MAX));
     }
 
+    /// Takes in how long each tunnel's last ping took.
+    pub fn observe_round_trips(&self) {
+        for entry in self.tunnels() {
+            if let Some(rtt) = entry.tunnel.rtt() {
+                let labels = ClusterLabels { cluster: entry.member.cluster.clone() };
+                self.0.metrics.rtt_seconds.get_or_create(&labels).observe(rtt.as_secs_f64());
+            }
+        }
+    }
+
     /// Shows how many tunnels each member has; none, where a member is missed.
     fn count_tunnels(&self) {
         let tunnels = self.0.tunnels.read();

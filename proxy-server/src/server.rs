@@ -27,7 +27,7 @@ use crate::api_proxy::ApiProxy;
 use crate::connect::{AllowedClients, BindUnixError, BoundUnix, ConnectFrontend, ConnectLimits};
 use crate::directory::ClusterDirectory;
 use crate::enrol::Enrolment;
-use crate::metrics::{ClusterLabels, ServerMetrics};
+use crate::metrics::ServerMetrics;
 use crate::registry::Registry;
 use crate::route::Strategy;
 use crate::user::User;
@@ -420,11 +420,6 @@ async fn observe_rtt(registry: Registry<ServerTunnel>) {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        for entry in registry.tunnels() {
-            if let Some(rtt) = entry.tunnel.rtt() {
-                let labels = ClusterLabels { cluster: entry.member.cluster.clone() };
-                registry.metrics().rtt_seconds.get_or_create(&labels).observe(rtt.as_secs_f64());
-            }
-        }
+        registry.observe_round_trips();
     }
 }

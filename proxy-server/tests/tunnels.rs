@@ -314,6 +314,14 @@ async fn connect_over_both_carriers_and_both_frontends() {
         let agent = setup.agent("east", "a1", carrier).await;
         shout(UnixStream::connect(&setup.uds).await.unwrap(), "east", target).await;
         shout(setup.tls_client(setup.connect, &["dialers"]).await, "east", target).await;
+        let mut held = UnixStream::connect(&setup.uds).await.unwrap();
+        assert!(ask(&mut held, "east", &target.to_string()).await.starts_with("HTTP/1.1 200 "));
+        let line = "cellway_server_connections{cluster=\"east\"} 1\n";
+        let shown = async {
+            // Those of before may not have been taken off yet.
+            while !fetch(setup.health, "/metrics").await.contains(line) {}
+        };
+        tokio::time::timeout(LIMIT, shown).await.expect("the connection is counted");
         drop(agent);
         setup.tunnels(0).await;
     }
@@ -348,6 +356,43 @@ async fn only_dialers_use_the_tls_frontend() {
     let mut stream = setup.tls_client(setup.connect, &["others"]).await;
     let head = ask(&mut stream, "east", "db:1").await;
     assert!(head.starts_with("HTTP/1.1 403 ") && head.contains("not-authorised"), "{head}");
+}
+
+/// Who has no certificate of the clients' CA that is good now is turned away at each door, and counted.
+#[tokio::test]
+async fn clients_without_a_good_certificate_are_turned_away_and_counted() {
+    let setup = start().await;
+    let groups = ["dialers".to_owned()];
+    let stranger = CertificateAuthority::create("stranger").unwrap();
+    let begin = SystemTime::now() - 3 * HOUR;
+    let wrong = [
+        Some(stranger.issue_client("jane", &groups, HOUR).unwrap()),
+        Some(setup.ca.issue_client_at("jane", &groups, HOUR, begin).unwrap()),
+        None,
+    ];
+    for (door, addr) in [("connect", setup.connect), ("api-proxy", setup.api_proxy)] {
+        for identity in &wrong {
+            let identity = identity.as_ref().map(|one| (one.certificate_pem.as_str(), one.key_pem.as_str()));
+            let client = ClientTls::from_pem(setup.ca.certificate_pem(), identity).unwrap();
+            let tcp = TcpStream::connect(addr).await.unwrap();
+            let name = tls::ServerName::try_from("localhost").unwrap();
+            let asked = async {
+                let mut stream = client.connector(&[b"http/1.1"]).connect(name, tcp).await?;
+                stream.write_all(b"GET /clusters/east/api HTTP/1.1\r\nhost: x\r\n\r\n").await?;
+                stream.read_u8().await
+            };
+            // The client of TLS 1.3 is done before the server has looked at its certificate.
+            let answer = tokio::time::timeout(LIMIT, asked).await.unwrap();
+            assert!(answer.is_err(), "{door}: {answer:?}");
+        }
+        setup.rejected(door, "tls", wrong.len() as u64).await;
+    }
+    let limits = ConnectLimits { handshake_timeout: Duration::from_millis(100), ..ConnectLimits::default() };
+    let setup = start_with(limits).await;
+    let mut silent = TcpStream::connect(setup.connect).await.unwrap();
+    let cut = tokio::time::timeout(LIMIT, silent.read(&mut [0])).await.unwrap();
+    assert!(matches!(cut, Ok(0) | Err(_)), "{cut:?}");
+    setup.rejected("connect", "tls-timeout", 1).await;
 }
 
 #[tokio::test]

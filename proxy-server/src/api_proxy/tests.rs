@@ -304,6 +304,26 @@ async fn a_watch_streams_and_ends_with_its_client() {
 }
 
 #[tokio::test]
+async fn a_user_has_so_many_requests_at_one_time_and_others_theirs() {
+    let setup = start([]);
+    let proxy = ApiProxy::limited(setup.proxy.0.registry.clone(), Duration::from_secs(5), true, 2);
+    let watch = async |user: &str| {
+        let mut request = get("/clusters/west/watch");
+        request.extensions_mut().insert(User { name: user.to_owned(), ..jane() });
+        proxy.router().oneshot(request).await.unwrap()
+    };
+    let held = [watch("jane").await, watch("jane").await];
+    assert!(held.iter().all(|response| response.status() == StatusCode::OK));
+    let refused = watch("jane").await;
+    assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(refused.headers()[ERROR_HEADER], "too-many-requests");
+    assert_eq!(watch("joe").await.status(), StatusCode::OK, "nobody else is in it");
+    let [first, _second] = held;
+    drop(first);
+    assert_eq!(watch("jane").await.status(), StatusCode::OK, "its place is free again");
+}
+
+#[tokio::test]
 async fn redirects_stay_in_the_member() {
     let setup = start([]);
     let (parts, _) = send(&setup, get("/clusters/west/redirect")).await;

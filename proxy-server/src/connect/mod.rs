@@ -391,7 +391,7 @@ impl<T: Tunnel> ConnectFrontend<T> {
         if !matches!(key, ClientKey::Local) && !self.rate.allow(key.clone(), Instant::now()) {
             return Err(ProxyError::RateLimited.into());
         }
-        let dial_place = self.dials.enter(key).ok_or(ProxyError::RateLimited)?;
+        let dial_place = self.dials.enter(key).ok_or(ProxyError::TooManyRequests)?;
         let route = Route::resolve(&head.target, head.cluster.as_deref(), head.proxy_user.as_deref())?;
         let request = DialRequest { route: &route, frontend, client, timeout: self.limits.dial_timeout };
         let dialed = tokio::select! {

@@ -74,6 +74,30 @@ async fn bytes_flow_both_ways_with_half_close() {
     assert!(!server.path.exists());
 }
 
+/// Those of upstream's clients that can set no header of their own name the member in one of the other two ways.
+#[tokio::test]
+async fn a_member_is_named_in_a_header_a_proxys_user_or_the_host() {
+    let tunnel = FakeTunnel::default();
+    let server = start(&tunnel, ConnectLimits::default());
+    for request in [
+        "CONNECT db:5432 HTTP/1.1\r\nCellway-Cluster: east\r\n\r\n",
+        // "east:" in base64.
+        "CONNECT db:5432 HTTP/1.1\r\nProxy-Authorization: Basic ZWFzdDo=\r\n\r\n",
+        "CONNECT db.east.cellway:5432 HTTP/1.1\r\n\r\n",
+    ] {
+        let (_client, head) = ask(&server, request).await;
+        assert!(head.starts_with("HTTP/1.1 200 "), "{request}: {head}");
+        let _member = tunnel.accept().await;
+        let row = server.registry.connections().pop().unwrap();
+        assert_eq!((row.member.cluster.as_str(), row.target.to_string().as_str()), ("east", "db:5432"));
+        assert_eq!(tunnel.dialled().pop().as_deref(), Some("db:5432"), "{request}");
+    }
+    // "west:", which allows nothing: two that differ are no choice of one.
+    let two = "CONNECT db:1 HTTP/1.1\r\nCellway-Cluster: east\r\nProxy-Authorization: Basic d2VzdDo=\r\n\r\n";
+    let (_client, head) = ask(&server, two).await;
+    assert!(head.starts_with("HTTP/1.1 400 "), "{head}");
+}
+
 #[tokio::test]
 async fn errors_are_told_apart() {
     let tunnel = FakeTunnel::answering([

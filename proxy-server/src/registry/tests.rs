@@ -369,6 +369,22 @@ async fn load_spreads_and_drains_are_avoided() {
 }
 
 #[tokio::test]
+async fn round_trips_are_observed_by_member() {
+    let registry = mk_registry();
+    let _held = [("east", "a"), ("east", "b"), ("west", "a")]
+        .map(|(cluster, agent)| registry.register(mk_member(cluster, agent), FakeTunnel::default()));
+    registry.observe_round_trips();
+    let mut metrics = prometheus_client::registry::Registry::default();
+    registry.metrics().register(&mut metrics);
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &metrics).unwrap();
+    for (cluster, count) in [("east", 2), ("west", 1)] {
+        let line = format!("cellway_server_tunnel_rtt_seconds_count{{cluster=\"{cluster}\"}} {count}\n");
+        assert!(text.contains(&line), "{line} is not in {text}");
+    }
+}
+
+#[tokio::test]
 async fn the_five_refusals() {
     let registry = mk_registry();
     let tunnel = FakeTunnel::default();
