@@ -56,6 +56,10 @@ async fn start() -> Setup {
 }
 
 async fn start_with(limits: ConnectLimits) -> Setup {
+    start_as(limits, Limits::default()).await
+}
+
+async fn start_as(limits: ConnectLimits, of_tunnels: Limits) -> Setup {
     let dir = tempfile::tempdir().unwrap();
     let ca = CertificateAuthority::create("test").unwrap();
     let server = ca.issue_server(&["localhost".to_owned()], HOUR).unwrap();
@@ -74,7 +78,7 @@ async fn start_with(limits: ConnectLimits) -> Setup {
             quic: Some(any),
             tls: tls(ClientAuth::Optional),
             rules: IdentityRules { trust_domain: None, plain: false, anonymous: false },
-            limits: Limits::default(),
+            limits: of_tunnels,
             memory: 1 << 30,
             reset_key: tunnel::ResetKey::random(),
             tokens: None,
@@ -437,9 +441,40 @@ fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// An agent that is taken and then breaks HTTP/2, of which it is the server; its frames are written by hand.
+/// Its certificate is good, and nothing follows.
 #[tokio::test]
-async fn a_tunnel_that_breaks_its_protocol_is_counted() {
+async fn an_agent_that_never_says_who_it_is_is_let_go_and_counted() {
+    let of_tunnels = Limits { handshake_timeout: Duration::from_millis(500), ..Limits::default() };
+    let setup = start_as(ConnectLimits::default(), of_tunnels).await;
+    let connector = setup.agent_tls("east", "a1").connector(&[b"cellway/1"]);
+    let tcp = TcpStream::connect(setup.agents).await.unwrap();
+    let mut stream = connector.connect("localhost".try_into().unwrap(), tcp).await.unwrap();
+    // SETTINGS alone.
+    stream.write_all(&frame(4, 0, 0, &[])).await.unwrap();
+    let labels = RejectLabels { reason: "handshake" };
+    let counted = || setup.registry.metrics().rejected_handshakes.get_or_create(&labels).get();
+    reaches(1, "handshakes that did not end", counted).await;
+    let end = tokio::time::timeout(LIMIT, stream.read_to_end(&mut Vec::new())).await;
+    assert!(end.is_ok(), "its connection is closed");
+}
+
+/// Reads frames until one, of the type and with the payload given, is what is looked for.
+async fn read_until(stream: &mut (impl AsyncRead + Unpin), found: impl Fn(u8, &[u8]) -> bool) {
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.unwrap();
+        let mut payload = vec![0; u16::from_be_bytes([head[1], head[2]]).into()];
+        stream.read_exact(&mut payload).await.unwrap();
+        if found(head[3], &payload) {
+            return;
+        }
+    }
+}
+
+/// An agent of a later version, which says more than this server knows, and then breaks HTTP/2, of which it is the server; its
+/// frames are written by hand.
+#[tokio::test]
+async fn what_is_not_known_is_ignored_and_a_tunnel_that_breaks_its_protocol_is_counted() {
     const SETTINGS: u8 = 4;
     const HEADERS: u8 = 1;
     const DATA: u8 = 0;
@@ -451,20 +486,20 @@ async fn a_tunnel_that_breaks_its_protocol_is_counted() {
     stream.write_all(&frame(SETTINGS, 0, 0, &[])).await.unwrap();
     // Up to the request for the control stream: the preface, then frames.
     stream.read_exact(&mut [0; 24]).await.unwrap();
-    loop {
-        let mut head = [0; 9];
-        stream.read_exact(&mut head).await.unwrap();
-        let length = u16::from_be_bytes([head[1], head[2]]).into();
-        stream.read_exact(&mut vec![0; length]).await.unwrap();
-        if head[3] == HEADERS {
-            break;
-        }
-    }
-    // ":status: 200", and what an agent says first: field 1, in which field 2 is the cluster and field 3 the agent.
+    read_until(&mut stream, |kind, _| kind == HEADERS).await;
+    // ":status: 200", and what an agent says first: field 1, in which field 2 is the cluster, field 3 the agent, and 99 nothing yet.
     stream.write_all(&frame(HEADERS, 4, 1, &[0x88])).await.unwrap();
-    let hello = b"\x00\x00\x00\x00\x0c\x0a\x0a\x12\x04east\x1a\x02a1";
+    let hello = b"\x00\x00\x00\x00\x0f\x0a\x0d\x12\x04east\x1a\x02a1\x98\x06\x01";
     stream.write_all(&frame(DATA, 0, 1, hello)).await.unwrap();
     setup.tunnels(2).await;
+    // A frame of no known type, a message of no known kind, and a ping with a field too many, whose pong says that all is well.
+    stream.write_all(&frame(0x77, 0, 0, b"what")).await.unwrap();
+    stream.write_all(&frame(DATA, 0, 1, b"\x00\x00\x00\x00\x05\x7a\x03new")).await.unwrap();
+    stream.write_all(&frame(DATA, 0, 1, b"\x00\x00\x00\x00\x06\x12\x04\x08\x07\x78\x01")).await.unwrap();
+    let pong = b"\x1a\x02\x08\x07";
+    let answered =
+        read_until(&mut stream, |kind, said| kind == DATA && said.windows(4).any(|part| part == pong));
+    tokio::time::timeout(LIMIT, answered).await.expect("the ping is answered");
     // A frame of 16 MiB.
     stream.write_all(&[0xff, 0xff, 0xff, DATA, 0, 0, 0, 0, 1]).await.unwrap();
     setup.tunnels(1).await;
