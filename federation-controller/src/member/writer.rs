@@ -310,19 +310,32 @@ async fn perform(
                     _ => Ok(None),
                 },
                 Err(error) if error.says_gone(name) => Ok(None),
-                // Another object of the same name: not the one that was meant.
-                Err(error) if code(&error) == Some(409) => match api.get_opt(name).await? {
-                    Some(found) if found.metadata.uid == *uid => Err(error.into()),
-                    _ => Ok(None),
-                },
-                Err(error) => Err(error.into()),
+                Err(error) => unless_another(&api, name, uid, error).await,
             }
         }
         Action::Orphan { uid } => match member.release(&api, name, uid.as_deref()).await {
             Ok(_) => Ok(None),
             Err(error) if error.says_gone(name) => Ok(None),
-            Err(error) => Err(error.into()),
+            Err(error) => unless_another(&api, name, uid, error).await,
         },
+    }
+}
+
+/// What becomes of a write that was refused: what it was for may have gone, and may have another object in its place, which can be
+/// one of the hub's as well where the member was restored from a backup.
+async fn unless_another(
+    api: &Objects,
+    name: &str,
+    uid: &Option<String>,
+    refused: ReadError,
+) -> Result<Option<DynamicObject>, WriteError> {
+    if !matches!(code(&refused), Some(409 | 422)) {
+        return Err(refused.into());
+    }
+    match api.get_opt(name).await? {
+        None => Ok(None),
+        Some(found) if found.metadata.uid == *uid => Err(refused.into()),
+        Some(_) => Err(WriteError::Replaced),
     }
 }
 

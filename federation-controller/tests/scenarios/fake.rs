@@ -445,6 +445,11 @@ impl FakeApi {
                 if !wanted.is_null() && *wanted != next["metadata"]["resourceVersion"] {
                     return Err((StatusCode::CONFLICT, "Conflict", "the object has been modified".into()));
                 }
+                let meant = &sent["metadata"]["uid"];
+                if !meant.is_null() && *meant != next["metadata"]["uid"] {
+                    let message = "metadata.uid: field is immutable".into();
+                    return Err((StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message));
+                }
                 let before = next.clone();
                 merge(&mut next, &sent);
                 if route.subresource.as_deref() == Some("status") {

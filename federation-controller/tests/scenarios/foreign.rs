@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use federation_core::api::Phase;
-use federation_core::names::TAKEOVER_ANNOTATION;
+use federation_core::names::{MANAGED_LABEL, TAKEOVER_ANNOTATION};
 use serde_json::{Value, json};
 
 use crate::world::{DEPLOYMENTS, World, federated, is_true, options, template};
@@ -69,6 +69,32 @@ async fn slipped(retains: bool) {
     let made = || world.deployment("y", "web-c").filter(|made| crate::image(made) == "web:2");
     world.until("it is made again", made).await;
     world.stop().await;
+}
+
+/// After its restore a member has objects of the hub's with other uids, and its watches tell nothing of them.
+#[tokio::test(start_paused = true)]
+async fn what_came_back_with_a_backup_goes_with_its_federated_object() {
+    for orphans in [false, true] {
+        let mut world = crate::placed(&["a", "c"]).await;
+        let restored = world.deployment("x", "web-a").expect("placed");
+        world.member("x").slip("apps/deployments", "shop", "web-a", Some(restored.clone()));
+        // And what somebody else has made meanwhile is left alone.
+        world.member("y").slip("apps/deployments", "shop", "web-c", Some(foreign()));
+        assert_ne!(
+            world.deployment("x", "web-a").expect("restored")["metadata"]["uid"],
+            restored["metadata"]["uid"]
+        );
+        world.edit(|object| {
+            object["metadata"]["annotations"]["kubefed.io/orphan"] = orphans.to_string().into();
+            object["metadata"]["deletionTimestamp"] = "2026-11-21T00:00:00Z".into();
+        });
+        world.until("it is gone", || world.hub.get(DEPLOYMENTS, "shop", "web").is_none().then_some(())).await;
+        let left = world.deployment("x", "web-a");
+        let marks = left.as_ref().map(|left| left["metadata"]["labels"].get(MANAGED_LABEL).is_some());
+        assert_eq!(marks, orphans.then_some(false), "{left:?}");
+        assert_eq!(world.deployment("y", "web-c").expect("stays")["spec"], json!({"replicas": 9}));
+        world.stop().await;
+    }
 }
 
 /// Until the hub alone owns what it asks for, what the template loses later would stay in the member.
