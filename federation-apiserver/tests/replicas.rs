@@ -1,5 +1,5 @@
-//! Several servers, as processes, on one database: any of them may be killed at any time, and nobody notices but by a lost
-//! connection. On each kind of database: what was acknowledged is there, watchers that come back where they were miss
+//! Several servers, as processes, on one database: any of them, and the database, may be killed at any time, and nobody notices but
+//! by a lost connection and a wait. On each kind of database: what was acknowledged is there, watchers that come back where they were miss
 //! nothing and see nothing twice, and what all replicas together say of objects that many clients write, read, list and
 //! delete is true of one register for each (`common::history` has the checker).
 //!
@@ -270,17 +270,22 @@ async fn write(
     }
 }
 
-/// Kills one replica after another and starts it anew.
+/// Kills one replica after another and starts it anew; half-way through also the database, where one is given.
 async fn disturb(
     folder: &Path,
     store: &str,
+    mut database: Option<&mut Server>,
     mut replicas: Vec<Replica>,
     addresses: watch::Sender<Vec<Address>>,
     mut answered: watch::Receiver<usize>,
     kills: Kills,
     killed: &AtomicUsize,
 ) -> Vec<Replica> {
-    for _ in 0..kills.number {
+    for kill in 0..kills.number {
+        if let Some(database) = database.take_if(|_| kill == kills.number / 2) {
+            database.kill().await.expect("killed");
+            database.restart().await.expect("it serves again");
+        }
         let (victim, pause) = {
             let mut random = rand::rng();
             (random.random_range(0..REPLICAS), random.random_range(kills.pause.clone()))
@@ -308,7 +313,7 @@ async fn start_all(folder: &Path, store: &str) -> (Vec<Replica>, Vec<Address>) {
     (replicas, addresses)
 }
 
-async fn any_replica_may_be_killed(folder: &Path, store: &str) {
+async fn any_of_them_may_be_killed(folder: &Path, store: &str, database: Option<&mut Server>) {
     let (replicas, list) = start_all(folder, store).await;
     let (addresses, current) = watch::channel(list);
     let (_, start) = current.borrow().clone()[0].call(Method::GET, CM, None).await.expect("a list");
@@ -324,7 +329,7 @@ async fn any_replica_may_be_killed(folder: &Path, store: &str) {
     let writers = (0..WRITERS).map(|writer| write(current.clone(), writer, &written, &killed));
     let (acknowledged, _replicas) = tokio::join!(
         futures::future::join_all(writers),
-        disturb(folder, store, replicas, addresses, written.subscribe(), KILLS, &killed),
+        disturb(folder, store, database, replicas, addresses, written.subscribe(), KILLS, &killed),
     );
     let acknowledged: BTreeMap<String, Option<u64>> = acknowledged.into_iter().flatten().collect();
 
@@ -458,7 +463,8 @@ fn held(object: &Value) -> (String, (u64, String)) {
     (text(&object["metadata"]["name"]), (version(object), text(&object["data"]["tag"])))
 }
 
-async fn replicas_answer_as_one_server(folder: &Path, store: &str) {
+/// The database stays: while it is away every operation would be one of which nobody knows what became.
+async fn replicas_answer_as_one_server(folder: &Path, store: &str, _database: Option<&mut Server>) {
     let wanted = std::env::var(OPERATIONS).ok().and_then(|number| number.parse().ok());
     let wanted: usize = wanted.unwrap_or(DEFAULT_OPERATIONS);
     let number = 1 + wanted / OPERATIONS_OF_A_KILL;
@@ -480,7 +486,7 @@ async fn replicas_answer_as_one_server(folder: &Path, store: &str) {
     let kills = Kills { number, pause: PAUSE };
     let (told, _replicas) = tokio::join!(
         futures::future::join_all(clients),
-        disturb(folder, store, replicas, addresses, answered.subscribe(), kills, &killed),
+        disturb(folder, store, None, replicas, addresses, answered.subscribe(), kills, &killed),
     );
     let operations: Vec<Operation> = told.into_iter().flatten().collect();
 
@@ -521,35 +527,35 @@ enum Database {
 }
 
 /// Runs a story in a folder of its own, on a database of its own.
-async fn on(database: Database, story: impl AsyncFnOnce(&Path, &str)) {
+async fn on(database: Database, story: impl AsyncFnOnce(&Path, &str, Option<&mut Server>)) {
     match database {
         Database::Sqlite => {
             let folder = test_support::TestDir::new("replicas").expect("a folder");
             let store = format!("sqlite://{}", folder.join("shared.db").display());
-            story(folder.path(), store.as_str()).await;
+            story(folder.path(), store.as_str(), None).await;
         }
         Database::Server(kind) => {
-            let server = test_support::require!(Server::start(kind).await.expect("a server"));
+            let mut server = test_support::require!(Server::start(kind).await.expect("a server"));
             let folder = test_support::TestDir::new("replicas").expect("a folder");
             let store = server.database().await.expect("a database");
-            story(folder.path(), store.as_str()).await;
+            story(folder.path(), store.as_str(), Some(&mut server)).await;
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn any_replica_may_be_killed_on_sqlite() {
-    on(Database::Sqlite, any_replica_may_be_killed).await;
+    on(Database::Sqlite, any_of_them_may_be_killed).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn any_replica_may_be_killed_on_mariadb() {
-    on(Database::Server(Kind::MariaDb), any_replica_may_be_killed).await;
+async fn any_replica_and_mariadb_may_be_killed() {
+    on(Database::Server(Kind::MariaDb), any_of_them_may_be_killed).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn any_replica_may_be_killed_on_postgresql() {
-    on(Database::Server(Kind::Postgres), any_replica_may_be_killed).await;
+async fn any_replica_and_postgresql_may_be_killed() {
+    on(Database::Server(Kind::Postgres), any_of_them_may_be_killed).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
