@@ -65,15 +65,26 @@ pub(crate) struct Settling {
     action: fn(&TcpStream),
 }
 
-pub(crate) enum LocalReader {
+/// Dropped before [`LocalReader::end`], it makes the closing of the socket a reset, so that its peer cannot take a cut stream for
+/// a complete one: also where the whole relay is dropped, as when the time of a drain is over. Only TCP knows resets.
+pub(crate) struct LocalReader {
+    half: ReadHalf,
+    has_ended: bool,
+}
+
+enum ReadHalf {
     Tcp(tcp::OwnedReadHalf, Option<Settling>),
     Unix(UnixReader),
 }
 
 pub(crate) enum LocalWriter {
-    Tcp(tcp::OwnedWriteHalf),
+    Tcp(QuietHalf),
     Unix(UnixWriter),
 }
+
+/// Says nothing to the local peer when it is dropped: after [`LocalWriter::shutdown`] that would be one end too many, before a
+/// reset it would be a lie, and otherwise the socket's closing says it. It is there until then.
+pub(crate) struct QuietHalf(Option<tcp::OwnedWriteHalf>);
 
 // === impl RelayOutcome ===
 
@@ -94,21 +105,22 @@ impl RelayOutcome {
 
 impl LocalSocket {
     pub(crate) fn into_split(self) -> (LocalReader, LocalWriter) {
-        match self {
+        let (half, writer) = match self {
             Self::Tcp(socket) => {
                 let (reader, writer) = socket.into_split();
-                (LocalReader::Tcp(reader, None), LocalWriter::Tcp(writer))
+                (ReadHalf::Tcp(reader, None), LocalWriter::Tcp(QuietHalf(Some(writer))))
             }
             Self::Settling(socket, action) => {
                 let (reader, writer) = socket.into_split();
                 let settling = Settling { timer: Box::pin(tokio::time::sleep(SETTLED)), action };
-                (LocalReader::Tcp(reader, Some(settling)), LocalWriter::Tcp(writer))
+                (ReadHalf::Tcp(reader, Some(settling)), LocalWriter::Tcp(QuietHalf(Some(writer))))
             }
             Self::Unix(socket) => {
                 let (reader, writer) = socket.into_split();
-                (LocalReader::Unix(reader), LocalWriter::Unix(writer))
+                (ReadHalf::Unix(reader), LocalWriter::Unix(writer))
             }
-        }
+        };
+        (LocalReader { half, has_ended: false }, writer)
     }
 }
 
@@ -120,15 +132,15 @@ impl LocalReader {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        match self {
-            Self::Tcp(reader, _) => Pin::new(reader).poll_read(cx, buffer),
-            Self::Unix(reader) => reader.poll_read(cx, buffer),
+        match &mut self.half {
+            ReadHalf::Tcp(reader, _) => Pin::new(reader).poll_read(cx, buffer),
+            ReadHalf::Unix(reader) => reader.poll_read(cx, buffer),
         }
     }
 
     /// Does what waits for the connection to settle, when it is time. To be called whenever the relay is polled.
     pub(crate) fn poll_settle(&mut self, cx: &mut Context<'_>) {
-        if let Self::Tcp(reader, waiting) = self
+        if let ReadHalf::Tcp(reader, waiting) = &mut self.half
             && let Some(settling) = waiting
             && settling.timer.as_mut().poll(cx).is_ready()
         {
@@ -154,16 +166,21 @@ impl LocalReader {
 
     /// After the end was read: whether the local peer is known to read no more either. TCP does not tell.
     pub(crate) fn is_hung_up(&self) -> bool {
-        match self {
-            Self::Tcp(..) => false,
-            Self::Unix(reader) => reader.is_hung_up(),
+        match &self.half {
+            ReadHalf::Tcp(..) => false,
+            ReadHalf::Unix(reader) => reader.is_hung_up(),
         }
     }
 
-    /// Makes the closing of the socket a reset, so that its peer cannot take a cut stream for a complete one. Only
-    /// TCP knows resets.
-    pub(crate) fn abort(&self) {
-        if let Self::Tcp(reader, _) = self {
+    /// Closes the socket in order: the local peer has been told all there is.
+    pub(crate) fn end(mut self) {
+        self.has_ended = true;
+    }
+}
+
+impl Drop for LocalReader {
+    fn drop(&mut self) {
+        if let (ReadHalf::Tcp(reader, _), false) = (&self.half, self.has_ended) {
             // A socket that refuses the option closes in order: all that can be done.
             let _ = socket2::SockRef::from(reader.as_ref()).set_linger(Some(Duration::ZERO));
         }
@@ -175,21 +192,21 @@ impl LocalReader {
 impl LocalWriter {
     pub(crate) fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
         match self {
-            Self::Tcp(writer) => writer.try_write(bytes),
+            Self::Tcp(writer) => writer.socket()?.try_write(bytes),
             Self::Unix(writer) => writer.try_write(bytes),
         }
     }
 
     pub(crate) fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
-            Self::Tcp(writer) => writer.try_write_vectored(slices),
+            Self::Tcp(writer) => writer.socket()?.try_write_vectored(slices),
             Self::Unix(writer) => writer.try_write_vectored(slices),
         }
     }
 
     pub(crate) fn poll_write_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
-            Self::Tcp(writer) => writer.as_ref().poll_write_ready(cx),
+            Self::Tcp(writer) => writer.socket()?.poll_write_ready(cx),
             Self::Unix(writer) => writer.poll_write_ready(cx),
         }
     }
@@ -198,17 +215,25 @@ impl LocalWriter {
     pub(crate) fn shutdown(&self) {
         // A socket that is not connected any more has nobody to tell.
         let _ = match self {
-            Self::Tcp(writer) => socket2::SockRef::from(writer.as_ref()).shutdown(Shutdown::Write),
+            Self::Tcp(writer) => {
+                writer.socket().and_then(|socket| socket2::SockRef::from(socket).shutdown(Shutdown::Write))
+            }
             Self::Unix(writer) => writer.shutdown(),
         };
     }
+}
 
-    /// Gives the half up without the orderly end that dropping it would send: after [`LocalWriter::shutdown`] it is
-    /// one too many, before a reset it would be a lie, and otherwise the socket's closing says it.
-    pub(crate) fn forget(self) {
-        if let Self::Tcp(writer) = self {
-            writer.forget();
-        }
+// === impl QuietHalf ===
+
+impl QuietHalf {
+    fn socket(&self) -> io::Result<&TcpStream> {
+        self.0.as_ref().map(AsRef::as_ref).ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+
+impl Drop for QuietHalf {
+    fn drop(&mut self) {
+        self.0.take().into_iter().for_each(tcp::OwnedWriteHalf::forget);
     }
 }
 
@@ -226,20 +251,20 @@ mod tests {
         // Whether the timer is gone, and whether the action was taken.
         let mut poll = |cx: &mut Context<'_>| {
             reader.poll_settle(cx);
-            let LocalReader::Tcp(half, waiting) = &reader else { unreachable!("it is a TCP socket") };
+            let ReadHalf::Tcp(half, waiting) = &reader.half else { unreachable!("it is a TCP socket") };
             (waiting.is_none(), socket2::SockRef::from(half.as_ref()).keepalive().unwrap())
         };
         let early = std::future::poll_fn(|cx| Poll::Ready(poll(cx))).await;
         assert_eq!(early, (false, false));
-        if let LocalReader::Tcp(_, Some(settling)) = &mut reader {
+        if let ReadHalf::Tcp(_, Some(settling)) = &mut reader.half {
             settling.timer.as_mut().reset(tokio::time::Instant::now());
         }
         std::future::poll_fn(|cx| {
             reader.poll_settle(cx);
-            if matches!(reader, LocalReader::Tcp(_, None)) { Poll::Ready(()) } else { Poll::Pending }
+            if matches!(reader.half, ReadHalf::Tcp(_, None)) { Poll::Ready(()) } else { Poll::Pending }
         })
         .await;
-        let LocalReader::Tcp(half, _) = &reader else { unreachable!("it is a TCP socket") };
+        let ReadHalf::Tcp(half, _) = &reader.half else { unreachable!("it is a TCP socket") };
         assert!(socket2::SockRef::from(half.as_ref()).keepalive().unwrap());
     }
 }

@@ -9,8 +9,8 @@ use std::{net::SocketAddr, time::Duration};
 use support::{Pair, both, pattern};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tunnel::{
-    AgentTunnel, CarrierChoice, CloseReason, ConnectOptions, DialError, Limits, LocalSocket, ServerTunnel,
-    Target, UnixSocket,
+    AgentTunnel, CarrierChoice, CloseReason, ConnectError, ConnectOptions, DialError, Limits, LocalSocket,
+    ServerTunnel, Target, TunnelError, UnixSocket,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -513,6 +513,25 @@ async fn a_relay_resets_its_tcp_client_when_the_tunnel_dies() {
     .await;
 }
 
+/// As at the end of a drain's deadline.
+#[tokio::test]
+async fn a_relay_that_is_dropped_resets_its_tcp_client() {
+    both(|carrier| async move {
+        let mut pair = Pair::new(carrier).await;
+        let (near, mut far) = pair.connection().await;
+        let (mut client, client_end) = support::tcp_pair().await;
+        let relay = tokio::spawn(near.relay(LocalSocket::Tcp(client_end)));
+        far.write_all(b"x").await.unwrap();
+        client.read_exact(&mut [0]).await.unwrap();
+        relay.abort();
+        let error = client.read(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        let error = far.read(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "nor is it an end at the other side");
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn refusals_keep_their_reason() {
     both(|carrier| async move {
@@ -666,6 +685,76 @@ async fn auto_finds_a_server_that_comes_back_during_an_attempt() {
         panic!("it gave up although the hub was back: {error}");
     };
     tokio::select! { () = back => (), () = attempt => () }
+}
+
+/// Something listens and takes connections, and whoever should answer on them does not: a server that hangs, or a proxy.
+#[tokio::test]
+async fn a_server_or_proxy_that_never_answers_is_given_up_in_time() {
+    let identities = support::Identities::new();
+    let soon = Duration::from_millis(500);
+    // QUIC, which nobody answers either, is tried alone for a while.
+    let later = Duration::from_secs(1);
+    for (carrier, through_proxy, time) in [
+        (CarrierChoice::H2, false, soon),
+        (CarrierChoice::Auto, false, later),
+        (CarrierChoice::H2, true, soon),
+        (CarrierChoice::Auto, true, soon),
+    ] {
+        let mute = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = mute.local_addr().unwrap();
+        let mut options = support::options(&identities, address, carrier);
+        options.limits.handshake_timeout = time;
+        if through_proxy {
+            let proxy = tunnel::EgressProxy { address: address.to_string(), credentials: None };
+            options.egress_proxy = Some(proxy);
+        }
+        let listens = async {
+            let (mut agent, _) = mute.accept().await.unwrap();
+            let mut heard = Vec::new();
+            // A reset is an end as well: the agent keeps nothing open.
+            let _ = agent.read_to_end(&mut heard).await;
+            heard
+        };
+        let both = async { tokio::join!(tunnel::connect(options), listens) };
+        let (connected, heard) =
+            tokio::time::timeout(Duration::from_secs(5), both).await.expect("it waits beyond its time");
+        let error = connected.err().unwrap();
+        assert!(
+            matches!(error, ConnectError::Tunnel(TunnelError::TimedOut("answer from the server"))),
+            "over {carrier}: {error:?}"
+        );
+        // A record of a TLS handshake.
+        let asked: &[u8] = if through_proxy { b"CONNECT " } else { &[0x16] };
+        assert!(heard.starts_with(asked), "over {carrier} it has asked for nothing: {heard:?}");
+    }
+}
+
+#[tokio::test]
+async fn auto_comes_up_over_h2_where_udp_is_swallowed() {
+    let identities = support::Identities::new();
+    let mut listener = support::listener(&identities, Limits::default(), true).await;
+    let server = listener.local_addr();
+    // A firewall before the server: it lets TCP through.
+    let front = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = front.local_addr().unwrap();
+    let swallowed = tokio::net::UdpSocket::bind(address).await.unwrap();
+    let _forwarding = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(async move {
+        let mut connections = tokio::task::JoinSet::new();
+        while let Ok((mut agent, _)) = front.accept().await {
+            connections.spawn(async move {
+                let mut server = tokio::net::TcpStream::connect(server).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut agent, &mut server).await;
+            });
+        }
+    }));
+    let options = support::options(&identities, address, CarrierChoice::Auto);
+    let both = async { tokio::join!(tunnel::connect(options), support::attach(&mut listener)) };
+    let (agent, tunnel) =
+        tokio::time::timeout(Duration::from_secs(5), both).await.expect("QUIC is waited for");
+    let agent = agent.unwrap();
+    assert_eq!((agent.carrier(), tunnel.carrier()), (tunnel::Carrier::H2, tunnel::Carrier::H2));
+    let tried = tokio::time::timeout(TIMEOUT, swallowed.recv(&mut [0; 2048])).await;
+    tried.expect("QUIC was never tried").unwrap();
 }
 
 #[tokio::test]

@@ -462,12 +462,11 @@ impl H2Connection {
             if sending || receiving { Poll::Pending } else { Poll::Ready(()) }
         })
         .await;
-        let sink = self.stream.recv.lock().sink.take();
+        drop(self.stream.recv.lock().sink.take());
         // What was received to its end and passed on must still reach the local peer: no reset then.
-        if failure.is_some() && receiving {
-            reader.abort();
+        if failure.is_none() || !receiving {
+            reader.end();
         }
-        sink.into_iter().for_each(LocalWriter::forget);
         let (sent, received) = self.place.as_ref().map_or((0, 0), Place::bytes);
         RelayReport {
             bytes_sent: sent,

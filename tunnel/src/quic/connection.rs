@@ -195,10 +195,9 @@ impl QuicConnection {
         })
         .await;
         // What was received to its end and passed on must still reach the local peer: no reset then.
-        if failure.is_some() && receiving {
-            reader.abort();
+        if failure.is_none() || !receiving {
+            reader.end();
         }
-        writer.forget();
         let (sent, received) = self.place.as_ref().map_or((0, 0), Place::bytes);
         RelayReport {
             bytes_sent: sent,
