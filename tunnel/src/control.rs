@@ -482,14 +482,20 @@ pub(crate) mod fuzz {
     use bytes::BytesMut;
     use proto::tunnel::v1;
 
-    /// Reads `input` as a sequence of control messages of either side.
+    use crate::hello;
+
+    /// Reads `input` as a sequence of control messages of either side; a hello that is taken is within its limits.
     pub fn messages(input: &[u8]) {
         let mut buffer = BytesMut::from(input);
-        while let Ok(Some(_)) = super::decode::<v1::ServerMessage>(&mut buffer) {}
+        while let Ok(Some(message)) = super::decode::<v1::ServerMessage>(&mut buffer) {
+            if let Some(v1::server_message::Message::Hello(hello)) = message.message {
+                hello::fuzz::server_hello(hello);
+            }
+        }
         let mut buffer = BytesMut::from(input);
         while let Ok(Some(message)) = super::decode::<v1::AgentMessage>(&mut buffer) {
             if let Some(v1::agent_message::Message::Hello(hello)) = message.message {
-                let _ = crate::hello::Hello::from_proto(hello);
+                hello::fuzz::agent_hello(hello);
             }
         }
     }
@@ -500,6 +506,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// For what comes at once or never.
+    const WAIT: Duration = Duration::from_secs(10);
 
     proptest! {
         #[test]
@@ -525,5 +534,35 @@ mod tests {
     fn a_message_too_large_is_refused_before_it_is_buffered() {
         let mut buffer = BytesMut::from(&[0, 0xff, 0xff, 0xff, 0xff][..]);
         assert!(matches!(decode::<v1::ServerMessage>(&mut buffer), Err(TunnelError::Protocol(_))));
+    }
+
+    #[tokio::test]
+    async fn a_framed_message_is_read_up_to_its_limit_and_nothing_behind_it() {
+        let result = v1::DialResult { error: "refused".to_owned() };
+        let limit = result.encoded_len();
+        let mut framed: Vec<u8> = Vec::new();
+        write_framed(&mut framed, &result).await.unwrap();
+        let bytes = [&framed[..], b"what follows"].concat();
+        let mut rest = &bytes[..];
+        assert_eq!(read_framed::<v1::DialResult>(&mut rest, limit).await.unwrap(), result);
+        assert_eq!(rest, b"what follows");
+
+        // One byte more than that: the peer is not waited for, which has sent the length alone.
+        let (mut near, mut far) = tokio::io::duplex(64);
+        far.write_u32(limit as u32 + 1).await.unwrap();
+        let read = tokio::time::timeout(WAIT, read_framed::<v1::DialResult>(&mut near, limit)).await;
+        let read = read.expect("it waits for what is too large");
+        assert!(matches!(read, Err(TunnelError::Protocol(_))), "{read:?}");
+
+        for cut in 0..framed.len() {
+            let (mut near, mut far) = tokio::io::duplex(64);
+            far.write_all(&framed[..cut]).await.unwrap();
+            drop(far);
+            let read = tokio::time::timeout(WAIT, read_framed::<v1::DialResult>(&mut near, limit)).await;
+            match read.expect("it waits behind the end") {
+                Err(TunnelError::Io(error)) => assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof),
+                read => panic!("{cut} bytes of {} are read as {read:?}", framed.len()),
+            }
+        }
     }
 }

@@ -212,9 +212,133 @@ impl FromStr for CarrierChoice {
     }
 }
 
+/// What must hold of a hello that is taken, for fuzz targets.
+pub(crate) mod fuzz {
+    use proto::tunnel::v1;
+
+    use super::{Hello, MAX_ENTRIES, MAX_TEXT, MAX_TOKEN, ServerHello};
+
+    /// Takes an agent's hello, or does not.
+    pub(crate) fn agent_hello(hello: v1::AgentHello) {
+        let Ok(hello) = Hello::from_proto(hello) else { return };
+        let Hello { version, cluster, agent_id, instance, labels, identifiers, capabilities, token } = &hello;
+        entries(&[labels.len(), identifiers.len(), capabilities.len()]);
+        texts([version, cluster, agent_id, instance]);
+        texts(labels.iter().flat_map(|(key, value)| [key, value]));
+        texts(identifiers.iter().chain(capabilities));
+        let token = token.reveal();
+        assert!(token.len() <= MAX_TOKEN && token.bytes().all(|byte| byte.is_ascii_graphic()));
+        assert_eq!(Hello::from_proto(hello.to_proto()).ok(), Some(hello));
+    }
+
+    /// Takes a server's hello, or does not.
+    pub(crate) fn server_hello(hello: v1::ServerHello) {
+        let Ok(hello) = ServerHello::from_proto(hello) else { return };
+        let ServerHello { version, server_id, servers, capabilities } = &hello;
+        entries(&[servers.len(), capabilities.len()]);
+        texts([version, server_id].into_iter().chain(servers).chain(capabilities));
+        assert_eq!(ServerHello::from_proto(hello.to_proto()).ok(), Some(hello));
+    }
+
+    fn entries(lists: &[usize]) {
+        assert!(lists.iter().all(|entries| *entries <= MAX_ENTRIES), "{lists:?} entries");
+    }
+
+    fn texts<'a>(texts: impl IntoIterator<Item = &'a String>) {
+        for text in texts {
+            assert!(text.len() <= MAX_TEXT && !text.chars().any(char::is_control), "{text:?}");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What is made of a hello, and its name.
+    type Change<T> = (&'static str, fn(&mut T));
+
+    /// What clears a terminal that a table of agents is shown in.
+    const ESCAPE: &str = "\x1b[2J";
+
+    #[test]
+    fn an_agents_hello_is_taken_at_its_limits_and_not_beyond_them() {
+        let longest = "a".repeat(MAX_TEXT);
+        let full = v1::AgentHello {
+            version: longest.clone(),
+            cluster: longest.clone(),
+            agent_id: longest.clone(),
+            instance: longest.clone(),
+            labels: (0..MAX_ENTRIES).map(|n| (format!("{n:0>MAX_TEXT$}"), longest.clone())).collect(),
+            identifiers: vec![longest.clone(); MAX_ENTRIES],
+            capabilities: vec![longest.clone(); MAX_ENTRIES],
+            token: "a".repeat(MAX_TOKEN),
+        };
+        let hello = Hello::from_proto(full.clone()).unwrap();
+        assert!(hello.to_proto() == full, "it is taken with something left out");
+        // Each alone makes it too large, or unfit to be shown.
+        let changes: [Change<v1::AgentHello>; 17] = [
+            ("a label more", |hello| {
+                hello.labels.insert("one more".to_owned(), String::new());
+            }),
+            ("an identifier more", |hello| hello.identifiers.push(String::new())),
+            ("a capability more", |hello| hello.capabilities.push(String::new())),
+            ("a long version", |hello| hello.version.push('a')),
+            ("a long cluster", |hello| hello.cluster.push('a')),
+            ("a long id", |hello| hello.agent_id.push('a')),
+            ("a long instance", |hello| hello.instance.push('a')),
+            ("a label's long key", |hello| hello.labels = label(&"a".repeat(MAX_TEXT + 1), "")),
+            ("a label's long value", |hello| hello.labels = label("", &"a".repeat(MAX_TEXT + 1))),
+            ("a long identifier", |hello| hello.identifiers[MAX_ENTRIES - 1].push('a')),
+            ("a long capability", |hello| hello.capabilities[MAX_ENTRIES - 1].push('a')),
+            ("a long token", |hello| hello.token.push('a')),
+            ("an escape in the cluster", |hello| hello.cluster = ESCAPE.to_owned()),
+            ("an escape in the id", |hello| hello.agent_id = ESCAPE.to_owned()),
+            ("an escape in a label's key", |hello| hello.labels = label(ESCAPE, "")),
+            ("an escape in a label's value", |hello| hello.labels = label("", ESCAPE)),
+            ("an escape in an identifier", |hello| hello.identifiers[0] = ESCAPE.to_owned()),
+        ];
+        for (what, change) in changes {
+            let mut hello = full.clone();
+            change(&mut hello);
+            assert!(matches!(Hello::from_proto(hello), Err(TunnelError::Protocol(_))), "{what} is taken");
+        }
+    }
+
+    fn label(key: &str, value: &str) -> BTreeMap<String, String> {
+        BTreeMap::from([(key.to_owned(), value.to_owned())])
+    }
+
+    #[test]
+    fn a_servers_hello_is_taken_at_its_limits_and_not_beyond_them() {
+        let longest = "a".repeat(MAX_TEXT);
+        let full = v1::ServerHello {
+            version: longest.clone(),
+            server_id: longest.clone(),
+            servers: vec![longest.clone(); MAX_ENTRIES],
+            capabilities: vec![longest.clone(); MAX_ENTRIES],
+        };
+        let hello = ServerHello::from_proto(full.clone()).unwrap();
+        assert!(hello.to_proto() == full, "it is taken with something left out");
+        let changes: [Change<v1::ServerHello>; 8] = [
+            ("a server more", |hello| hello.servers.push(String::new())),
+            ("a capability more", |hello| hello.capabilities.push(String::new())),
+            ("a long version", |hello| hello.version.push('a')),
+            ("a long id", |hello| hello.server_id.push('a')),
+            ("a long server", |hello| hello.servers[MAX_ENTRIES - 1].push('a')),
+            ("a long capability", |hello| hello.capabilities[MAX_ENTRIES - 1].push('a')),
+            ("an escape in the id", |hello| hello.server_id = ESCAPE.to_owned()),
+            ("an escape in a server", |hello| hello.servers[0] = ESCAPE.to_owned()),
+        ];
+        for (what, change) in changes {
+            let mut hello = full.clone();
+            change(&mut hello);
+            assert!(
+                matches!(ServerHello::from_proto(hello), Err(TunnelError::Protocol(_))),
+                "{what} is taken"
+            );
+        }
+    }
 
     #[test]
     fn a_token_is_passed_on_and_never_shown() {

@@ -434,7 +434,10 @@ impl QuicLink {
             target: target.map(Target::to_string).unwrap_or_default(),
             timeout_millis: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX),
         };
-        let lost = |_: TunnelError| {
+        let lost = |error: TunnelError| {
+            if let TunnelError::Protocol(why) = error {
+                tracing::warn!(why, "the agent's answer to a dial is none");
+            }
             if self.closed.borrow().is_some() { DialError::TunnelClosed } else { DialError::Failed }
         };
         write_framed(&mut connection.send, &dial).await.map_err(lost)?;
@@ -641,18 +644,54 @@ impl QuicLink {
 
 /// The parser of a dial for fuzz targets.
 pub(crate) mod fuzz {
+    use std::io;
+
+    use futures::FutureExt;
     use prost::Message;
     use proto::tunnel::v1;
 
-    use crate::address::Target;
+    use super::{MAX_DIAL, MAX_RESULT};
+    use crate::{
+        address::Target,
+        control::read_framed,
+        error::{DialError, TunnelError},
+    };
 
-    /// Reads `input` as the body of a `Dial` and of a `DialResult`.
+    /// Reads `input` as a `Dial` and as a `DialResult`, each as the whole and behind its length as on a stream.
     pub fn dial(input: &[u8]) {
-        if let Ok(dial) = v1::Dial::decode(input) {
+        let dials = [v1::Dial::decode(input).ok(), framed::<v1::Dial>(input, MAX_DIAL)];
+        for dial in dials.into_iter().flatten() {
             let _ = dial.target.parse::<Target>();
         }
-        if let Ok(result) = v1::DialResult::decode(input) {
-            let _ = crate::error::DialError::from_code(&result.error);
+        let results = [v1::DialResult::decode(input).ok(), framed::<v1::DialResult>(input, MAX_RESULT)];
+        for result in results.into_iter().flatten() {
+            let _ = DialError::from_code(&result.error);
+        }
+    }
+
+    /// Reads a message behind its length: of one above `limit` nothing but the length is taken, of another not a byte
+    /// more than it has.
+    fn framed<M: Message + Default>(input: &[u8], limit: usize) -> Option<M> {
+        let mut rest = input;
+        // A slice is always ready, so the first poll is the last.
+        let outcome = read_framed::<M>(&mut rest, limit).now_or_never();
+        let taken = input.len() - rest.len();
+        let length = input.first_chunk::<4>().map(|length| u32::from_be_bytes(*length) as usize);
+        match (outcome, length) {
+            (Some(Ok(message)), Some(length)) => {
+                assert!(length <= limit && taken == 4 + length, "{taken} bytes are taken for {length}");
+                Some(message)
+            }
+            (Some(Err(TunnelError::Protocol(_))), Some(length)) => {
+                assert_eq!(taken, if length > limit { 4 } else { 4 + length });
+                None
+            }
+            (Some(Err(TunnelError::Io(error))), length) => {
+                assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+                assert!(length.is_none_or(|length| length <= limit && input.len() < 4 + length));
+                None
+            }
+            (outcome, _) => panic!("a slice neither fails nor waits: {:?}", outcome.map(|read| read.err())),
         }
     }
 }

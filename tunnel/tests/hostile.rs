@@ -4,15 +4,30 @@
 
 mod support;
 
-use std::time::{Duration, SystemTime};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
+use prost::Message;
+use proto::tunnel::v1;
 use support::{Identities, eventually};
 use tls::{AgentIdentity, AgentKey, CertificateAuthority, ClientAuth, ClientTls, ServerTls};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
-use tunnel::{CarrierChoice, ConnectOptions, Limits};
+use tunnel::{
+    Accepted, CarrierChoice, ConnectOptions, Connection, DialError, Limits, PendingTunnel, ServerHello,
+    ServerTunnel, Target, TunnelError, TunnelListener,
+};
+
+/// A `DialResult` behind its length that says: connected. Over QUIC it is also the answer to the control stream.
+const CONNECTED: [u8; 4] = [0; 4];
+
+/// For handshakes that succeed on a busy machine, and hellos that never come. Less would do on a quiet one.
+const SHORT_HANDSHAKE: Duration = Duration::from_secs(1);
 
 #[tokio::test]
 async fn garbage_is_turned_away_and_counted() {
@@ -310,4 +325,198 @@ async fn an_agent_that_never_reads_loses_its_tunnel() {
     };
     let (attached, cut_off) = tokio::join!(attaching, flood);
     assert!(cut_off && attached.is_err());
+}
+
+async fn pending(listener: &mut TunnelListener) -> PendingTunnel {
+    match listener.accept().await.unwrap() {
+        Accepted::Tunnel(pending) => pending,
+        Accepted::Https(_) => panic!("an agent came as HTTPS client"),
+    }
+}
+
+/// Waits for the next agent's hello in vain, and not as long as by default.
+async fn misses_the_hello(listener: &mut TunnelListener) {
+    let attaching = pending(listener).await.attach(ServerHello::default());
+    assert!(Limits::default().handshake_timeout > 5 * SHORT_HANDSHAKE);
+    let attached = tokio::time::timeout(5 * SHORT_HANDSHAKE, attaching).await;
+    let error = attached.expect("the hello is waited for beyond its time").err().unwrap();
+    assert!(matches!(error, TunnelError::TimedOut("hello from the agent")), "{error:?}");
+}
+
+/// Who is authenticated and then silent has no tunnel, and keeps no connection.
+#[tokio::test]
+async fn an_agent_that_never_says_hello_over_h2_is_cut_off() {
+    for answers in [false, true] {
+        let identities = Identities::new();
+        let limits = Limits { handshake_timeout: SHORT_HANDSHAKE, ..Limits::default() };
+        let mut listener = support::listener(&identities, limits, false).await;
+        let connector = identities.agent.connector(&[b"cellway/1"]);
+        let tcp = TcpStream::connect(listener.local_addr()).await.unwrap();
+        let agent = async {
+            let mut tls = connector.connect("localhost".try_into().unwrap(), tcp).await.unwrap();
+            tls.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+            let mut heard: Vec<u8> = Vec::new();
+            if answers {
+                while !heard.windows(6).any(|word| word == b"Attach") {
+                    assert_ne!(tls.read_buf(&mut heard).await.unwrap(), 0, "there is no control stream");
+                }
+                // Status 200 on it, and nothing behind that.
+                tls.write_all(&[0, 0, 1, 1, 4, 0, 0, 0, 1, 0x88]).await.unwrap();
+            }
+            // A reset is an end as well.
+            let _ = tls.read_to_end(&mut heard).await;
+        };
+        let both = async { tokio::join!(agent, misses_the_hello(&mut listener)) };
+        tokio::time::timeout(support::LONG, both).await.expect("its connection stays open");
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_never_says_hello_over_quic_is_cut_off() {
+    for answers in [false, true] {
+        let identities = Identities::new();
+        let limits = Limits { handshake_timeout: SHORT_HANDSHAKE, ..Limits::default() };
+        let mut listener = support::listener(&identities, limits, true).await;
+        let address = listener.quic_addr().unwrap();
+        let agent = async {
+            let (_endpoint, agent) = quic_agent(&identities, address).await;
+            let (mut send, _recv, _) = next_dial(&agent).await;
+            if answers {
+                send.write_all(&CONNECTED).await.unwrap();
+            }
+            agent.closed().await
+        };
+        let both = async { tokio::join!(agent, misses_the_hello(&mut listener)) };
+        let (end, ()) = tokio::time::timeout(support::LONG, both).await.expect("its connection stays open");
+        assert!(matches!(end, quinn::ConnectionError::ApplicationClosed(_)), "{end:?}");
+    }
+}
+
+/// An agent over QUIC whose messages are written by hand, after its TLS handshake.
+async fn quic_agent(identities: &Identities, server: SocketAddr) -> (quinn::Endpoint, quinn::Connection) {
+    let tls = identities.agent.config(&[b"cellway-quic/1"]);
+    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
+    let config = quinn::ClientConfig::new(Arc::new(crypto));
+    let endpoint = quinn::Endpoint::client(([127, 0, 0, 1], 0).into()).unwrap();
+    let connection = endpoint.connect_with(config, server, "localhost").unwrap().await.unwrap();
+    (endpoint, connection)
+}
+
+/// The next stream that the server opens, and what it is for.
+async fn next_dial(agent: &quinn::Connection) -> (quinn::SendStream, quinn::RecvStream, v1::Dial) {
+    let (send, mut recv) = agent.accept_bi().await.unwrap();
+    let mut dial = vec![0; recv.read_u32().await.unwrap() as usize];
+    recv.read_exact(&mut dial).await.unwrap();
+    (send, recv, v1::Dial::decode(&dial[..]).unwrap())
+}
+
+/// Takes up the control stream and says hello. Its end would be the tunnel's.
+async fn say_hello(agent: &quinn::Connection) -> (quinn::SendStream, quinn::RecvStream) {
+    let (mut send, recv, dial) = next_dial(agent).await;
+    assert!(dial.target.is_empty(), "{dial:?}");
+    let hello = v1::AgentHello { cluster: "prod".to_owned(), ..v1::AgentHello::default() };
+    let message = v1::AgentMessage { message: Some(v1::agent_message::Message::Hello(hello)) };
+    let message = message.encode_to_vec();
+    let length = (message.len() as u32).to_be_bytes();
+    send.write_all(&[&CONNECTED[..], &[0u8], &length, &message].concat()).await.unwrap();
+    (send, recv)
+}
+
+/// A connection through a tunnel whose agent is [`quic_agent`]: the server's end and the agent's.
+async fn quic_connection(
+    server: &ServerTunnel,
+    agent: &quinn::Connection,
+    target: &Target,
+) -> (Connection, quinn::SendStream, quinn::RecvStream) {
+    let answering = async {
+        let (mut send, recv, _) = next_dial(agent).await;
+        send.write_all(&CONNECTED).await.unwrap();
+        (send, recv)
+    };
+    let both = async { tokio::join!(server.dial(target, support::LONG), answering) };
+    let (near, (send, recv)) = tokio::time::timeout(support::LONG, both).await.expect("nobody dials");
+    (near.unwrap(), send, recv)
+}
+
+/// Lengths are looked at before anything is kept for what they announce.
+#[tokio::test]
+async fn an_agent_that_announces_an_endless_message_over_quic_has_no_tunnel() {
+    let offences: [(&[u8], &str); 2] = [
+        // In the place of the answer to the control stream.
+        (&[0xff; 4], "the control stream was refused"),
+        // As the first message on it.
+        (&[0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], "a control message of 4294967295 bytes"),
+    ];
+    for (offence, what) in offences {
+        let identities = Identities::new();
+        let mut listener = support::listener(&identities, Limits::default(), true).await;
+        let address = listener.quic_addr().unwrap();
+        let agent = async {
+            let (_endpoint, agent) = quic_agent(&identities, address).await;
+            let (mut send, _recv, _) = next_dial(&agent).await;
+            send.write_all(offence).await.unwrap();
+            agent.closed().await
+        };
+        let attached = async { pending(&mut listener).await.attach(ServerHello::default()).await };
+        let both = async { tokio::join!(agent, attached) };
+        let (end, attached) =
+            tokio::time::timeout(support::LONG, both).await.expect("its connection stays open");
+        let error = attached.err().unwrap();
+        assert!(matches!(&error, TunnelError::Protocol(text) if text.contains(what)), "{error:?}");
+        assert!(matches!(end, quinn::ConnectionError::ApplicationClosed(_)), "{end:?}");
+    }
+}
+
+/// It fails the dial that it answers, whose stream is given back; the tunnel and what else it carries go on.
+#[tokio::test]
+async fn an_answer_over_quic_that_is_none_fails_its_dial_alone() {
+    let identities = Identities::new();
+    let mut listener = support::listener(&identities, Limits::default(), true).await;
+    let address = listener.quic_addr().unwrap();
+    let attaching = async {
+        let (endpoint, agent) = quic_agent(&identities, address).await;
+        let control = say_hello(&agent).await;
+        (endpoint, agent, control)
+    };
+    let both = async { tokio::join!(attaching, support::attach(&mut listener)) };
+    let ((_endpoint, agent, _control), server) =
+        tokio::time::timeout(support::LONG, both).await.expect("it is not attached");
+    let target: Target = "db.internal:5432".parse().unwrap();
+    let before = quic_connection(&server, &agent, &target).await;
+
+    let answers: [&[u8]; 3] = [
+        // A byte more than an answer may have, and as many as can be said. Neither is sent.
+        &[0, 0, 1, 1],
+        &[0xff; 4],
+        // A text that goes on behind the end.
+        &[0, 0, 0, 2, 0x0a, 5],
+    ];
+    for answer in answers {
+        let answering = async {
+            let (mut send, _recv, dial) = next_dial(&agent).await;
+            assert_eq!(dial.target, target.to_string());
+            send.write_all(answer).await.unwrap();
+            send.stopped().await.unwrap()
+        };
+        let both = async { tokio::join!(server.dial(&target, support::LONG), answering) };
+        let (dialled, stopped) =
+            tokio::time::timeout(support::LONG, both).await.expect("it is waited for more");
+        assert_eq!(dialled.unwrap_err(), DialError::Failed);
+        assert_eq!(stopped, Some(quinn::VarInt::from_u32(8)), "the dial's stream is cancelled");
+    }
+    let stats = server.stats();
+    assert_eq!((stats.connections, stats.dials, stats.dial_failures), (1, 4, 3));
+
+    let after = quic_connection(&server, &agent, &target).await;
+    let echo = async {
+        for (mut near, mut send, mut recv) in [before, after] {
+            let mut heard = [0; 5];
+            near.write_all(b"hello").await.unwrap();
+            recv.read_exact(&mut heard).await.unwrap();
+            send.write_all(&heard).await.unwrap();
+            near.read_exact(&mut heard).await.unwrap();
+            assert_eq!(&heard, b"hello");
+        }
+    };
+    tokio::time::timeout(support::LONG, echo).await.expect("nothing passes any more");
 }

@@ -561,7 +561,36 @@ mod tests {
         bytes
     }
 
+    /// Cuts the bytes of whole frames behind each of them.
+    fn cut_apart(mut bytes: &[u8]) -> Vec<&[u8]> {
+        let mut frames = Vec::new();
+        while let Some(head) = bytes.first_chunk::<HEADER>() {
+            let (frame, rest) = bytes.split_at(HEADER + Head::parse(*head).length);
+            frames.push(frame);
+            bytes = rest;
+        }
+        frames
+    }
+
     proptest! {
+        /// RFC 9113, sections 4.1 and 5.5: a frame of an unknown type is ignored, wherever but in a header block.
+        #[test]
+        fn unknown_frames_change_nothing(
+            payload in proptest::collection::vec(any::<u8>(), 0..300),
+            unknown in proptest::collection::vec((kind::CONTINUATION + 1..=255, any::<u8>(), any::<u32>(), proptest::collection::vec(any::<u8>(), 0..40)), 1..10),
+            cut in 1usize..400,
+        ) {
+            let bytes = sample(&payload);
+            let mut mixed = Vec::new();
+            let frames = cut_apart(&bytes).into_iter().chain([&b""[..]]);
+            for (frame, (kind, flags, stream, body)) in frames.zip(unknown.iter().cycle()) {
+                mixed.extend_from_slice(&frame_head(body.len(), *kind, *flags, *stream));
+                mixed.extend_from_slice(body);
+                mixed.extend_from_slice(frame);
+            }
+            prop_assert_eq!(read_all(&mixed, cut).unwrap(), read_all(&bytes, usize::MAX).unwrap());
+        }
+
         #[test]
         fn any_cut_reads_the_same(payload in proptest::collection::vec(any::<u8>(), 0..300), cut in 1usize..400) {
             let bytes = sample(&payload);
@@ -595,7 +624,7 @@ mod tests {
 
     #[test]
     fn offences_are_named() {
-        let cases: [(Vec<u8>, &str); 8] = [
+        let cases: [(Vec<u8>, &str); 9] = [
             (frame_head(4, kind::DATA, 0, 0).to_vec(), "wrong stream identifier"),
             (frame_head(MAX_DATA + 1, kind::DATA, 0, 1).to_vec(), "larger than allowed"),
             (frame_head(MAX_CONTROL + 1, 0x77, 0, 1).to_vec(), "larger than allowed"),
@@ -603,6 +632,8 @@ mod tests {
             (frame_head(4, kind::PUSH_PROMISE, 0, 1).to_vec(), "push"),
             (window_update(1, 0).to_vec(), "zero"),
             ([&frame_head(0, kind::HEADERS, 0, 1)[..], &settings_ack()].concat(), "interrupted"),
+            // Not ignored here (RFC 9113 §6.10).
+            ([&frame_head(0, kind::HEADERS, 0, 1)[..], &frame_head(0, 0x77, 0, 1)].concat(), "interrupted"),
             (frame_head(0, kind::CONTINUATION, flag::END_HEADERS, 1).to_vec(), "continues nothing"),
         ];
         for (bytes, what) in cases {
