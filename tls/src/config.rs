@@ -104,6 +104,8 @@ pub fn refuses_identity(error: &io::Error) -> bool {
                 | Alert::CertificateExpired
                 | Alert::CertificateUnknown
                 | Alert::UnknownCA
+                // Of an authority that was made anew under the old one's name.
+                | Alert::DecryptError
                 | Alert::AccessDenied
                 | Alert::CertificateRequired
         ),
