@@ -380,6 +380,13 @@ impl ApiError {
         Self::new(504, "Timeout", message).detailed(json!({}))
     }
 
+    /// 504 for a write of which nobody knows whether it was made: a client reads before it tries again.
+    pub(crate) fn outcome_unknown() -> Self {
+        let why = "the database of this API server was lost while this was being written, and it is not known whether it \
+                   was: read the object, then try again";
+        Self::new(504, "Timeout", why)
+    }
+
     /// 408: the client does not send its body.
     pub fn body_timeout(wanted: usize, within: std::time::Duration) -> Self {
         let message = format!(

@@ -259,8 +259,11 @@ async fn write(
         };
         // Whoever is asked next knows it.
         let address = addresses.borrow()[(turn + 1) % REPLICAS].clone();
-        if let Ok((status, _)) = address.call(Method::GET, &format!("{CM}/{name}"), None).await {
-            assert!(status == StatusCode::OK || passes(status), "{name} was written, and then {status}");
+        if let Ok((status, body)) = address.call(Method::GET, &format!("{CM}/{name}"), None).await {
+            assert!(
+                status == StatusCode::OK || passes(status),
+                "{name} was written, and then {status}: {body}"
+            );
         }
         acknowledged.push((name, version));
         written.send_modify(|written| *written += 1);
@@ -272,8 +275,7 @@ async fn write(
 
 /// Kills one replica after another and starts it anew; half-way through also the database, where one is given.
 async fn disturb(
-    folder: &Path,
-    store: &str,
+    (folder, store): (&Path, &str),
     mut database: Option<&mut Server>,
     mut replicas: Vec<Replica>,
     addresses: watch::Sender<Vec<Address>>,
@@ -329,7 +331,7 @@ async fn any_of_them_may_be_killed(folder: &Path, store: &str, database: Option<
     let writers = (0..WRITERS).map(|writer| write(current.clone(), writer, &written, &killed));
     let (acknowledged, _replicas) = tokio::join!(
         futures::future::join_all(writers),
-        disturb(folder, store, database, replicas, addresses, written.subscribe(), KILLS, &killed),
+        disturb((folder, store), database, replicas, addresses, written.subscribe(), KILLS, &killed),
     );
     let acknowledged: BTreeMap<String, Option<u64>> = acknowledged.into_iter().flatten().collect();
 
@@ -486,7 +488,7 @@ async fn replicas_answer_as_one_server(folder: &Path, store: &str, _database: Op
     let kills = Kills { number, pause: PAUSE };
     let (told, _replicas) = tokio::join!(
         futures::future::join_all(clients),
-        disturb(folder, store, None, replicas, addresses, answered.subscribe(), kills, &killed),
+        disturb((folder, store), None, replicas, addresses, answered.subscribe(), kills, &killed),
     );
     let operations: Vec<Operation> = told.into_iter().flatten().collect();
 

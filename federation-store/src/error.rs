@@ -174,8 +174,8 @@ impl Error {
         matches!(error.code().as_deref(), Some("13" | "53100")) || number.is_some_and(mysql_is_full)
     }
 
-    /// Whether it may well have passed when the same is tried again in a moment, by the store itself.
-    pub(crate) fn passes(&self) -> bool {
+    /// Whether it may well have passed when the same is tried again in a moment: the database is away, starting, or busy.
+    pub fn passes(&self) -> bool {
         let Self::Database { source, .. } = self else { return false };
         match &**source {
             sqlx::Error::Io(_)

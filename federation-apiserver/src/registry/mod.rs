@@ -398,9 +398,17 @@ pub(crate) fn store_error(error: impl Into<StoreFault>) -> ApiError {
              holds it, then try again",
             source_text(&error)
         )),
-        Error::Database { .. } | Error::Unresolved { .. } => {
-            ApiError::internal(format_args!("{error}: {}", source_text(&error)))
+        Error::Database { .. } if error.passes() => {
+            tracing::warn!(error = service::error_chain(&error), "the database cannot be reached");
+            ApiError::unavailable(
+                "the database of this API server cannot be reached just now, and nothing was written: try again",
+            )
         }
+        Error::Unresolved { .. } => {
+            tracing::warn!(error = service::error_chain(&error), "the database was lost during a write");
+            ApiError::outcome_unknown()
+        }
+        Error::Database { .. } => ApiError::internal(format_args!("{error}: {}", source_text(&error))),
     }
 }
 
