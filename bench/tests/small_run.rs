@@ -9,7 +9,14 @@ fn a_small_run_has_a_figure_for_each_subject() {
     let table = folder.path().join("table.md");
     // The programs of this build lie beside this one.
     let output = Command::new(env!("CARGO_BIN_EXE_bench"))
-        .args(["--only", "ping-pong-1,connect", "--subjects", "direct,cellway-h2,cellway-quic", "--scale", "0.02"])
+        .args([
+            "--only",
+            "ping-pong-1,connect",
+            "--subjects",
+            "direct,cellway-h2,cellway-quic",
+            "--scale",
+            "0.02",
+        ])
         .arg("--markdown")
         .arg(&table)
         .output()

@@ -472,7 +472,7 @@ async fn the_five_errors_differ_at_a_members_api() {
 /// What `up` has started when it is told to stop ends with it, at once when it is told twice.
 #[tokio::test]
 async fn up_tells_how_it_ended() {
-    use rustix::process::{Pid, Signal, kill_process};
+    use rustix::process::{Signal, kill_process};
     let limit = std::time::Duration::from_secs(60);
     for (twice, expected) in [(false, 0), (true, 5)] {
         let folder = test_support::TestDir::new("up").unwrap();
@@ -480,13 +480,7 @@ async fn up_tells_how_it_ended() {
         command.args(["up", "--demo", "--data-dir"]).arg(folder.join("data"));
         let mut up = test_support::process::Process::spawn("up", command, &folder.join("up.log")).unwrap();
         let pid = up.pid().unwrap();
-        // Of whichever of the runtime's threads.
-        let hub = async || {
-            let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-            let mut lists = tasks.flat_map(|task| std::fs::read_to_string(task.path().join("children")));
-            let first = lists.find_map(|text| text.split_whitespace().next()?.parse().ok());
-            first.and_then(Pid::from_raw).ok_or("no child")
-        };
+        let hub = async || child(pid, "hub");
         let hub = test_support::wait_until(hub, limit, "the hub's process").await.unwrap();
         if twice {
             // It does not hear the farewell.
@@ -499,6 +493,74 @@ async fn up_tells_how_it_ended() {
         }
         assert_eq!(up.wait(limit).await.unwrap().code(), Some(expected), "{}", up.tail(20));
         assert!(rustix::process::test_kill_process(hub).is_err(), "its hub has ended as well");
+    }
+}
+
+/// What a process has started and what has this word on its command line.
+fn child(of: u32, word: &str) -> Result<rustix::process::Pid, String> {
+    // Of whichever of the runtime's threads.
+    let tasks = std::fs::read_dir(format!("/proc/{of}/task")).into_iter().flatten().flatten();
+    let lists = tasks.flat_map(|task| std::fs::read_to_string(task.path().join("children")));
+    let pids: Vec<i32> = lists
+        .flat_map(|text| text.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>())
+        .collect();
+    // Until it runs its own program it has the command line of the one that starts it.
+    let named = |pid: &i32| {
+        let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split('\0').any(|argument| argument == word)
+    };
+    let found = pids.iter().copied().find(named).and_then(rustix::process::Pid::from_raw);
+    found.ok_or_else(|| format!("no {word} among the children {pids:?}"))
+}
+
+/// In a network of its own: without --demo it takes ports that another hub on this machine may have.
+#[tokio::test]
+async fn up_runs_a_hub_until_it_is_told_to_stop() {
+    test_support::require!(test_support::netns::Star::possible());
+    let limit = std::time::Duration::from_secs(60);
+    let namespace = test_support::netns::Namespace::new("up").unwrap();
+    let folder = test_support::TestDir::new("up").unwrap();
+    let data = folder.join("data");
+    let program = env!("CARGO_BIN_EXE_cellway");
+    let mut command = namespace.command(program);
+    command.args(["up", "--data-dir"]).arg(&data);
+    let mut up = test_support::process::Process::spawn("up", command, &folder.join("up.log")).unwrap();
+    up.wait_for_line("The hub is up. Add a member:", limit).await.unwrap();
+    up.wait_for_line("running; SIGINT or SIGTERM ends it", limit).await.unwrap();
+    let hub = child(up.pid().unwrap(), "hub").unwrap();
+    // It does what it says.
+    let hint = format!("cluster add NAME --data-dir {}", data.canonicalize().unwrap().display());
+    up.wait_for_line(&hint, limit).await.unwrap();
+    let mut command = namespace.command(program);
+    command.args(["cluster", "add", "east", "--data-dir"]).arg(&data).kill_on_drop(true);
+    let added = tokio::time::timeout(limit, command.output()).await.unwrap().unwrap();
+    assert_eq!(code(&added), 0, "{}", stderr(&added));
+    up.interrupt().unwrap();
+    // A hub that had not gone by itself would be killed after ten seconds, and nothing else would tell.
+    let soon = std::time::Duration::from_secs(9);
+    assert_eq!(up.wait(soon).await.unwrap().code(), Some(0), "{}", up.tail(20));
+    up.wait_for_line("every process has ended", limit).await.unwrap();
+    assert!(rustix::process::test_kill_process(hub).is_err(), "its hub has ended as well");
+}
+
+#[tokio::test]
+async fn a_demo_whose_hub_is_killed_fails_and_says_why() {
+    let limit = std::time::Duration::from_secs(60);
+    let folder = test_support::TestDir::new("up").unwrap();
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_cellway"));
+    command.args(["up", "--demo", "--once", "--data-dir"]).arg(folder.join("data"));
+    let mut up = test_support::process::Process::spawn("up", command, &folder.join("up.log")).unwrap();
+    let pid = up.pid().unwrap();
+    // In the middle: both members have been started, and it waits until they answer.
+    let all = async || Ok::<_, String>([child(pid, "hub")?, child(pid, "west")?, child(pid, "east")?]);
+    let all = test_support::wait_until(all, limit, "the hub and two members").await.unwrap();
+    rustix::process::kill_process(all[0], rustix::process::Signal::KILL).unwrap();
+    assert_eq!(up.wait(limit).await.unwrap().code(), Some(1), "{}", up.tail(40));
+    for said in ["error: cannot keep hub running: it ended (signal: 9 (SIGKILL))", "the logs are in "] {
+        up.wait_for_line(said, limit).await.unwrap();
+    }
+    for process in all {
+        assert!(rustix::process::test_kill_process(process).is_err(), "the others have ended as well");
     }
 }
 

@@ -34,6 +34,8 @@ use crate::{
 const START_LIMIT: Duration = Duration::from_secs(90);
 /// How often something that has no event to wait for is looked at.
 const POLL: Duration = Duration::from_millis(150);
+/// So often, after something has failed, it is looked whether a process has ended.
+const LOOKS_AFTER_A_FAILURE: usize = 4;
 
 /// What the programs write when they are ready, as far as it is needed here.
 #[derive(Debug, Deserialize, Serialize)]
@@ -83,7 +85,14 @@ async fn story(args: &UpArgs, folder: &Path, children: &mut Children) -> Result<
     let mut progress = Progress::new();
     let hub = start_hub(args, folder, children, &mut progress).await?;
     if args.demo {
-        demo::run(&hub, folder, children, &mut progress).await?;
+        if let Err(error) = demo::run(&hub, folder, children, &mut progress).await {
+            // What failed may only be what comes of a process that has ended, which is told a moment later than its connections.
+            for _ in 0..LOOKS_AFTER_A_FAILURE {
+                children.check()?;
+                tokio::time::sleep(POLL).await;
+            }
+            return Err(error);
+        }
         if !args.once {
             text_out(&format!("To look around, in another terminal:\n\n{}\n", demo::commands(&hub, folder)))?;
         }

@@ -91,7 +91,7 @@ impl Fleet {
     pub async fn start(needs: Needs, members: &[&str], options: Options) -> Result<Self> {
         let mut fleet = Self::hub_only(needs, members, options).await?;
         for name in members {
-            fleet.enrol(name).await?;
+            fleet.enrol(name, &[]).await?;
         }
         for name in members {
             fleet.wait_for_member(name, START_LIMIT).await?;
@@ -178,11 +178,12 @@ impl Fleet {
         self.hub.as_ref().map(|hub| hub.tail(60)).unwrap_or_default()
     }
 
-    /// Makes a member known and starts it with its token.
-    pub async fn enrol(&mut self, name: &str) -> Result<()> {
+    /// Makes a member known and starts it with its token and `more` flags.
+    pub async fn enrol(&mut self, name: &str, more: &[&str]) -> Result<()> {
         let added = self.cellway_json(&["cluster", "add", name]).await?;
         let (token, hash) = (text(&added, "token")?, text(&added, "caHash")?);
-        self.start_member(name, &["--enrolment-token", &token, "--ca-hash", &hash]).await
+        let enrolment = ["--enrolment-token", token.as_str(), "--ca-hash", hash.as_str()];
+        self.start_member(name, &[&enrolment[..], more].concat()).await
     }
 
     /// Starts a member that may be enrolled already.
