@@ -103,7 +103,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         let members = shared.members();
         for (cluster, stones) in by_cluster {
             let known = clusters.contains(&cluster);
-            let member = members.get(&cluster).filter(|member| member.is_online()).cloned();
+            let member = members.get(&cluster).filter(|member| known && member.is_online()).cloned();
             let reach = Reach { known, epoch: member.as_ref().map(|member| member.epoch()) };
             if let Some((before, again)) = busy.get(&cluster) {
                 if *before != reach {

@@ -191,7 +191,7 @@ impl ProxyError {
             Self::RateLimited => {
                 "dial more slowly; where proxy-server runs by itself, --client-dial-rate raises the limit"
             }
-            Self::TooManyRequests => "wait for answers, and end watches and other streams that nobody reads",
+            Self::TooManyRequests => "wait for answers; at the API proxy, end watches that nobody reads",
             Self::TooManyConnections => {
                 "close connections, or try again later; where proxy-server runs by itself, --max-client-connections \
                  raises a client's share"

@@ -518,7 +518,7 @@ impl<T: Tunnel> Registry<T> {
                     return Ok(self.enter(request, load, connection));
                 }
                 Err(error) => {
-                    // Only our own deadline says that the tunnel is silent. An agent that answers sooner that its target
+                    // Of what dials come to, only our own deadline says that the tunnel is silent. An agent that answers sooner that its target
                     // has timed out is well, and whoever dials a black hole must not steer others away from it.
                     if error == DialError::TimedOut && dialled.elapsed() >= left {
                         *entry.silent.lock() = Some(Instant::now());
@@ -549,11 +549,15 @@ impl<T: Tunnel> Registry<T> {
                 biased;
                 answer = &mut dial => return answer,
                 () = entry.tunnel.falls_silent() => {
-                    if entry.silent.lock().replace(Instant::now()).is_none() {
+                    let is_news = !entry.is_silent();
+                    *entry.silent.lock() = Some(Instant::now());
+                    if is_news {
                         let (cluster, agent) = (&entry.member.cluster, &entry.member.agent_id);
                         tracing::warn!(tunnel.id = entry.id, cluster, agent, "the agent gives no sign of life");
                     }
-                    if self.has_a_well_one(route, tried, entry.id) {
+                    let without = [tried, &[entry.id]].concat();
+                    let next = self.choose(route, &without);
+                    if next.is_some_and(|next| !next.tunnel.is_draining() && !next.is_silent()) {
                         return Err(DialError::TunnelClosed);
                     }
                 }
@@ -609,21 +613,6 @@ impl<T: Tunnel> Registry<T> {
             self.least_loaded(of_cluster, tried, |entry| {
                 strategy.matches(&entry.member.identifiers, &route.target)
             })
-        })
-    }
-
-    /// Whether a tunnel that was not tried yet serves the route, and nothing is known against it.
-    fn has_a_well_one(&self, route: &Route, tried: &[u64], but: u64) -> bool {
-        let tunnels = self.0.tunnels.read();
-        let of_cluster = tunnels.get(route.cluster.as_ref().map_or("", |cluster| cluster.as_str()));
-        of_cluster.into_iter().flatten().any(|entry| {
-            let serves = |strategy: &Strategy| strategy.matches(&entry.member.identifiers, &route.target);
-            let usable = route.cluster.is_some() || self.0.strategies.iter().any(serves);
-            usable
-                && entry.id != but
-                && !tried.contains(&entry.id)
-                && !entry.tunnel.is_draining()
-                && !entry.is_silent()
         })
     }
 

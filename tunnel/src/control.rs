@@ -359,7 +359,7 @@ async fn exchange<S: Side>(
             () = shared.sign_wanted.notified() => next_ping = next_ping.min(last_ping + LEAST_PING_INTERVAL),
             () = tokio::time::sleep_until(next_ping) => {
                 last_ping = Instant::now();
-                pings.retain(|_, (sent, waiting)| waiting.is_some() && sent.elapsed() < limits.keepalive_timeout);
+                pings.retain(|_, (sent, _)| sent.elapsed() < limits.keepalive_timeout);
                 ping::<S>(control, shared, &mut pings, &mut next_id, None).await?;
                 let mut statistics = session.statistics();
                 if let Some(tls) = tls {

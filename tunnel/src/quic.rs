@@ -465,7 +465,7 @@ impl QuicLink {
     }
 
     /// Packets heard.
-    pub(crate) fn heard(&self) -> u64 {
+    pub(crate) fn packets(&self) -> u64 {
         self.connection.stats().udp_rx.datagrams
     }
 

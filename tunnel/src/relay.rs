@@ -66,7 +66,7 @@ pub(crate) struct Settling {
 }
 
 /// Dropped before [`LocalReader::end`], it makes the closing of the socket a reset, so that its peer cannot take a cut stream for
-/// a complete one: also where the whole relay is dropped, as when the time of a drain is over. Only TCP knows resets.
+/// a complete one: also where a relay that has begun is dropped, as when the time of a drain is over. Only TCP knows resets.
 pub(crate) struct LocalReader {
     half: ReadHalf,
     has_ended: bool,
@@ -172,8 +172,9 @@ impl LocalReader {
         }
     }
 
-    /// Closes the socket in order: the local peer has been told all there is.
-    pub(crate) fn end(mut self) {
+    /// From now on the socket closes in order: the local peer has been told all there is, and that must still reach it; or it has
+    /// gone.
+    pub(crate) fn end(&mut self) {
         self.has_ended = true;
     }
 }

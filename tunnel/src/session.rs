@@ -113,11 +113,11 @@ impl Session {
         }
     }
 
-    /// A number that is another one once anything has been heard since.
+    /// How often anything was heard.
     fn heard(&self) -> u64 {
         match self {
-            Self::H2(link) => link.heard(),
-            Self::Quic(link) => link.heard(),
+            Self::H2(link) => link.reads(),
+            Self::Quic(link) => link.packets(),
         }
     }
 

@@ -88,8 +88,8 @@ async fn story(args: &UpArgs, folder: &Path, children: &mut Children) -> Result<
         if let Err(error) = demo::run(&hub, folder, children, &mut progress).await {
             // What failed may only be what comes of a process that has ended, which is told a moment later than its connections.
             for _ in 0..LOOKS_AFTER_A_FAILURE {
-                children.check()?;
                 tokio::time::sleep(POLL).await;
+                children.check()?;
             }
             return Err(error);
         }

@@ -399,10 +399,9 @@ pub(crate) fn store_error(error: impl Into<StoreFault>) -> ApiError {
             source_text(&error)
         )),
         Error::Database { .. } if error.passes() => {
-            tracing::warn!(error = service::error_chain(&error), "the database cannot be reached");
-            ApiError::unavailable(
-                "the database of this API server cannot be reached just now, and nothing was written: try again",
-            )
+            // Metrics and readiness tell of it; a line for each request would fill the log for as long as it lasts.
+            tracing::debug!(error = service::error_chain(&error), "the database is away or busy");
+            ApiError::unavailable("the database of this API server is away or busy: try again")
         }
         Error::Unresolved { .. } => {
             tracing::warn!(error = service::error_chain(&error), "the database was lost during a write");

@@ -334,7 +334,7 @@ async fn unless_another(
     }
     match api.get_opt(name).await? {
         None => Ok(None),
-        Some(found) if found.metadata.uid == *uid => Err(refused.into()),
+        Some(found) if uid.is_none() || found.metadata.uid == *uid => Err(refused.into()),
         Some(_) => Err(WriteError::Replaced),
     }
 }

@@ -27,17 +27,21 @@ use std::{
 pub use self::search::files_with;
 pub use self::wait::{TimedOut, wait_for, wait_until};
 
+/// What [`free_port`] gives: below those that Linux gives whoever binds port 0 or connects (from 32768 on, see
+/// `net.ipv4.ip_local_port_range`), one of which could take the port before it is used.
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
+
 /// A port of the loopback that was free for TCP and UDP a moment ago. Prefer binding port 0 and reading the port back;
 /// this is for programs that want to be told.
 pub fn free_port() -> io::Result<u16> {
-    // A port that TCP gives may be taken for UDP: a few tries are plenty.
+    // A few tries are plenty.
     let mut last = io::Error::from(io::ErrorKind::AddrInUse);
     for _ in 0..20 {
-        let tcp = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
-        let port = tcp.local_addr()?.port();
-        match UdpSocket::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))) {
-            Ok(_) => return Ok(port),
-            Err(error) => last = error,
+        let port = rand::random_range(PORTS);
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        match (TcpListener::bind(address), UdpSocket::bind(address)) {
+            (Ok(_), Ok(_)) => return Ok(port),
+            (Err(error), _) | (_, Err(error)) => last = error,
         }
     }
     Err(last)

@@ -75,6 +75,8 @@ pub(crate) struct Link {
     blocked: AtomicBool,
     /// Milliseconds from `epoch` to the last bytes heard.
     heard: AtomicU64,
+    /// How often anything was heard.
+    reads: AtomicU64,
     /// By tokio's clock, as the timer of the keep-alive goes.
     epoch: tokio::time::Instant,
     limits: Limits,
@@ -172,6 +174,7 @@ impl Link {
             flush_soon: AtomicBool::new(false),
             blocked: AtomicBool::new(false),
             heard: AtomicU64::new(0),
+            reads: AtomicU64::new(0),
             epoch: tokio::time::Instant::now(),
             budget: config.budget.child(config.limits.memory_per_tunnel),
             limits: config.limits,
@@ -323,9 +326,9 @@ impl Link {
         now.saturating_sub(Duration::from_millis(self.heard.load(Ordering::Relaxed)))
     }
 
-    /// When something was heard last: another number each time (of milliseconds).
-    pub(crate) fn heard(&self) -> u64 {
-        self.heard.load(Ordering::Relaxed)
+    /// How often anything was heard.
+    pub(crate) fn reads(&self) -> u64 {
+        self.reads.load(Ordering::Relaxed)
     }
 
     fn finish(&self, reason: CloseReason, code: Code) {

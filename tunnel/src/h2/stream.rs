@@ -426,11 +426,15 @@ impl H2Connection {
             reader.poll_settle(cx);
             if receiving {
                 match self.poll_drain(cx) {
-                    Poll::Ready(Ok(())) => receiving = false,
+                    Poll::Ready(Ok(())) => {
+                        receiving = false;
+                        reader.end();
+                    }
                     // The local peer reads no more; what it has still to say goes on.
                     Poll::Ready(Err(RelayOutcome::LocalReset)) => {
                         failure = Some(RelayOutcome::LocalReset);
                         receiving = false;
+                        reader.end();
                     }
                     Poll::Ready(Err(outcome)) => {
                         failure = Some(outcome);
@@ -444,7 +448,10 @@ impl H2Connection {
                     Poll::Ready(Ok(Sent::Some)) => {}
                     Poll::Ready(Ok(Sent::End)) => sending = false,
                     Poll::Ready(Ok(Sent::Unwanted)) => (sending, discarding) = (false, true),
-                    Poll::Ready(Ok(Sent::Gone)) => (sending, receiving) = (false, false),
+                    Poll::Ready(Ok(Sent::Gone)) => {
+                        (sending, receiving) = (false, false);
+                        reader.end();
+                    }
                     Poll::Ready(Err(outcome)) => {
                         failure.get_or_insert(outcome);
                         (sending, discarding) = (false, true);
@@ -463,10 +470,6 @@ impl H2Connection {
         })
         .await;
         drop(self.stream.recv.lock().sink.take());
-        // What was received to its end and passed on must still reach the local peer: no reset then.
-        if failure.is_none() || !receiving {
-            reader.end();
-        }
         let (sent, received) = self.place.as_ref().map_or((0, 0), Place::bytes);
         RelayReport {
             bytes_sent: sent,

@@ -156,11 +156,13 @@ impl QuicConnection {
                     Poll::Ready(Ok(false)) => {
                         writer.shutdown();
                         receiving = false;
+                        reader.end();
                     }
                     // The local peer reads no more; what it has still to say goes on.
                     Poll::Ready(Err(RelayOutcome::LocalReset)) => {
                         failure = Some(RelayOutcome::LocalReset);
                         receiving = false;
+                        reader.end();
                     }
                     Poll::Ready(Err(outcome)) => {
                         failure = Some(outcome);
@@ -194,10 +196,6 @@ impl QuicConnection {
             if sending || receiving { Poll::Pending } else { Poll::Ready(()) }
         })
         .await;
-        // What was received to its end and passed on must still reach the local peer: no reset then.
-        if failure.is_none() || !receiving {
-            reader.end();
-        }
         let (sent, received) = self.place.as_ref().map_or((0, 0), Place::bytes);
         RelayReport {
             bytes_sent: sent,

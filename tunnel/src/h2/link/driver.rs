@@ -225,6 +225,7 @@ impl Reader {
                 return Poll::Ready(Err(TunnelError::Closed("the tunnel's life, without a word").into()));
             }
             link.heard.store(link.epoch.elapsed().as_millis() as u64, Ordering::Relaxed);
+            link.reads.fetch_add(1, Ordering::Relaxed);
             plain.clear();
             out.clear();
             let done = {
