@@ -144,13 +144,18 @@ async fn they_are_rotated_in_use_and_read_nowhere() -> Result<()> {
         "{refused} requests were refused, {} of them the test's",
         world.refused
     );
-    let metrics = world.page("health", "/metrics").await?;
-    let writes = |outcome: &str| {
-        let labels = [r#"cluster="west""#, &format!("outcome={outcome:?}")];
-        total(&metrics, "cellway_federation_member_writes_total", &labels)
-    };
     let changes: usize = last.values().sum();
-    ensure!(writes("Done") >= changes as u64 && writes("Failed") == 0, "{metrics}");
+    // A write is counted when its answer has come back, a moment after the member's watches have told of it.
+    let counted = async || {
+        let metrics = world.page("health", "/metrics").await?;
+        let writes = |outcome: &str| {
+            let labels = [r#"cluster="west""#, &format!("outcome={outcome:?}")];
+            total(&metrics, "cellway_federation_member_writes_total", &labels)
+        };
+        ensure!(writes("Done") >= changes as u64 && writes("Failed") == 0, "{metrics}");
+        Ok(())
+    };
+    wait_until(counted, LIMIT, "every write to be counted").await?;
     let api = text(&world.hub, "/metrics").await?;
     ensure!(api.contains("cellway_apiserver_encryption_kms_healthy"), "{api}");
     ensure!(total(&api, "cellway_apiserver_encryption_failures_total", &[]) == 0, "{api}");

@@ -518,8 +518,9 @@ impl<T: Tunnel> Registry<T> {
                     return Ok(self.enter(request, load, connection));
                 }
                 Err(error) => {
-                    // Of what dials come to, only our own deadline says that the tunnel is silent. An agent that answers sooner that its target
-                    // has timed out is well, and whoever dials a black hole must not steer others away from it.
+                    // Of what a dial comes to, only our own deadline says that the tunnel is silent. An agent that answers
+                    // sooner, and be it that its target has timed out, is well: whoever dials a black hole must not steer
+                    // others away from it.
                     if error == DialError::TimedOut && dialled.elapsed() >= left {
                         *entry.silent.lock() = Some(Instant::now());
                     }
@@ -549,9 +550,7 @@ impl<T: Tunnel> Registry<T> {
                 biased;
                 answer = &mut dial => return answer,
                 () = entry.tunnel.falls_silent() => {
-                    let is_news = !entry.is_silent();
-                    *entry.silent.lock() = Some(Instant::now());
-                    if is_news {
+                    if entry.falls_silent() {
                         let (cluster, agent) = (&entry.member.cluster, &entry.member.agent_id);
                         tracing::warn!(tunnel.id = entry.id, cluster, agent, "the agent gives no sign of life");
                     }
@@ -692,6 +691,11 @@ impl Drop for Turn {
 
 // === impl Entry ===
 
+/// Whether a tunnel that was met silent at this time is still passed over.
+fn is_recent(silent: Option<Instant>) -> bool {
+    silent.is_some_and(|met| met.elapsed() < PASSED_OVER)
+}
+
 impl<T: Tunnel> Entry<T> {
     /// From when and until when the agent's certificate is good: of the one that it has now, as it tells at every ping, or
     /// else of the one that it dialled with. A tunnel outlives the latter.
@@ -706,7 +710,12 @@ impl<T: Tunnel> Entry<T> {
     }
 
     fn is_silent(&self) -> bool {
-        self.silent.lock().is_some_and(|met| met.elapsed() < PASSED_OVER)
+        is_recent(*self.silent.lock())
+    }
+
+    /// Marks it as silent from now on; returns whether that is news.
+    fn falls_silent(&self) -> bool {
+        !is_recent(self.silent.lock().replace(Instant::now()))
     }
 
     fn count_bytes(&self) {

@@ -38,7 +38,7 @@ pub(crate) const COMMAND_QUEUE: usize = 16;
 /// 9999-12-31T23:59:59Z, after which no certificate ends (RFC 5280, 4.1.2.5).
 const LAST_SECOND: u64 = 253_402_300_799;
 
-/// Pings asked for and not answered; each waits for at most the keep-alive time.
+/// Pings of which somebody waits for the answer.
 const MAX_PINGS: usize = 64;
 
 /// Signs of life are asked for no more often than this, by however many.
@@ -51,6 +51,9 @@ pub(crate) enum Command {
     Servers(Vec<String>),
     Close(String),
 }
+
+/// Pings that are not answered yet: when each was sent, and who waits for its answer, if anybody does.
+type Pings = HashMap<u64, (Instant, Option<oneshot::Sender<Duration>>)>;
 
 /// What the control task tells the handles.
 #[derive(Debug)]
@@ -303,7 +306,7 @@ async fn exchange<S: Side>(
     limits: &Limits,
     tls: Option<&tls::ClientTls>,
 ) -> Result<CloseReason, TunnelError> {
-    let mut pings: HashMap<u64, (Instant, Option<oneshot::Sender<Duration>>)> = HashMap::new();
+    let mut pings = Pings::new();
     let mut next_id = 1u64;
     let mut next_ping = Instant::now();
     let mut last_ping = next_ping;
@@ -336,7 +339,7 @@ async fn exchange<S: Side>(
                 }
             }
             command = commands.recv() => match command {
-                Some(Command::Ping(waiting)) if pings.len() < MAX_PINGS => {
+                Some(Command::Ping(waiting)) if waited_for(&pings) < MAX_PINGS => {
                     ping::<S>(control, shared, &mut pings, &mut next_id, Some(waiting)).await?;
                 }
                 // Dropping the sender tells the one who asked.
@@ -374,10 +377,15 @@ async fn exchange<S: Side>(
     }
 }
 
+/// Those of which somebody waits for the answer; the others are few (see [`LEAST_PING_INTERVAL`]).
+fn waited_for(pings: &Pings) -> usize {
+    pings.values().filter(|(_, waiting)| waiting.is_some()).count()
+}
+
 async fn ping<S: Side>(
     control: &mut Control,
     shared: &Shared,
-    pings: &mut HashMap<u64, (Instant, Option<oneshot::Sender<Duration>>)>,
+    pings: &mut Pings,
     next_id: &mut u64,
     waiting: Option<oneshot::Sender<Duration>>,
 ) -> Result<(), TunnelError> {

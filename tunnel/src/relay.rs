@@ -173,7 +173,7 @@ impl LocalReader {
     }
 
     /// From now on the socket closes in order: the local peer has been told all there is, and that must still reach it; or it has
-    /// gone.
+    /// gone. (Where it has said something that nobody has read, the kernel resets all the same.)
     pub(crate) fn end(&mut self) {
         self.has_ended = true;
     }

@@ -306,7 +306,7 @@ async fn perform(
             match api.delete(name, &delete_params(uid.clone(), options)).await {
                 Ok(false) => Ok(None),
                 Ok(true) => match api.get_opt(name).await? {
-                    Some(found) if found.metadata.uid == *uid => Ok(Some(found)),
+                    Some(found) if uid.is_none() || found.metadata.uid == *uid => Ok(Some(found)),
                     _ => Ok(None),
                 },
                 Err(error) if error.says_gone(name) => Ok(None),

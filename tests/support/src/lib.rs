@@ -19,9 +19,11 @@ pub mod tools;
 mod wait;
 
 use std::{
+    collections::BTreeSet,
     io,
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 pub use self::search::files_with;
@@ -34,10 +36,15 @@ const PORTS: std::ops::Range<u16> = 20_000..32_000;
 /// A port of the loopback that was free for TCP and UDP a moment ago. Prefer binding port 0 and reading the port back;
 /// this is for programs that want to be told.
 pub fn free_port() -> io::Result<u16> {
-    // A few tries are plenty.
+    // Nobody may be there yet who was told of a port.
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+    // A few tries are plenty.
     for _ in 0..20 {
         let port = rand::random_range(PORTS);
+        if !GIVEN.lock().unwrap_or_else(PoisonError::into_inner).insert(port) {
+            continue;
+        }
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         match (TcpListener::bind(address), UdpSocket::bind(address)) {
             (Ok(_), Ok(_)) => return Ok(port),

@@ -648,6 +648,9 @@ impl AsyncWrite for H2Connection {
 
 impl Drop for H2Connection {
     fn drop(&mut self) {
+        // Of a relay that was dropped: its socket closes now, not when the stream has gone from all queues.
+        let sink = self.stream.recv.lock().sink.take();
+        drop(sink);
         let state = self.stream.state();
         if state & (RESET | TUNNEL_CLOSED | PEER_GONE) == 0
             && state & (LOCAL_END | REMOTE_END) != (LOCAL_END | REMOTE_END)
